@@ -107,7 +107,7 @@ impl Service {
     }
 }
 
-/// Evicts a file from the page cache, so that it is read from storage.
+/// Evicts a file from the page cache, so the next load reads it from storage.
 fn evict(path: &Path) {
     let of = format!("of={}", path.display());
     let dd = Command::new("dd").args([&of, "oflag=nocache", "conv=notrunc,fdatasync", "count=0", "status=none"]).status();

@@ -277,7 +277,7 @@ async fn streams_share_a_limit_with_ten_stopped_streams() {
         let (mean, slowest) = (sum / count, slowest.load(Ordering::Relaxed));
         let (seen, counted) = watch.peaks();
         println!(
-            "{count} streams beside {stalled} that stopped: slowest {:.2} × mean, {} MiB resident at most of {}",
+            "{count} streams and {stalled} stopped ones: slowest {:.2} × mean, {} MiB resident at most of {}",
             slowest as f64 / mean as f64,
             (seen - before) / MIB,
             limit / MIB

@@ -64,10 +64,10 @@ const TRIES: usize = 5;
 fn cached_chunks_are_copied_and_the_rest_is_read() {
     let runtime = tokio::runtime::Builder::new_multi_thread().build().unwrap();
     let folder = folder();
-    mounted::on_each(folder.path(), |what, at| runtime.block_on(mixtures(what, at)));
+    mounted::on_each(folder.path(), |what, at| runtime.block_on(check_partly_cached_file(what, at)));
 }
 
-async fn mixtures(what: &str, at: &Path) {
+async fn check_partly_cached_file(what: &str, at: &Path) {
     let end = 48 * MIB + 777;
     let expected = random_bytes(usize::try_from(end).unwrap(), 1);
     let path = file(at, "model.bin", &expected);
@@ -223,10 +223,10 @@ async fn evicted_chunks_are_read_from_storage() {
 fn store_into_an_already_dirty_page_fails_the_load() {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     let folder = folder();
-    mounted::on_each(folder.path(), |what, at| runtime.block_on(stores(what, at)));
+    mounted::on_each(folder.path(), |what, at| runtime.block_on(check_store_during_load(what, at)));
 }
 
-async fn stores(what: &str, at: &Path) {
+async fn check_store_during_load(what: &str, at: &Path) {
     let path = file(at, "model.bin", &random_bytes(8 << 20, 6));
     for (how, cached) in [("from the cache", true), ("from storage", false), ("buffered", true), ("uring-buffered", true)] {
         if let Err(reason) = cache_only(&path, if cached { &[0..8 * MIB] } else { &[] }) {
@@ -284,7 +284,7 @@ async fn cold_load_leaves_almost_nothing_in_the_page_cache() {
 }
 
 /// Whether buffered reads of this file can drop their pages afterwards (`RWF_DONTCACHE`).
-fn can_leave_nothing(file: &File) -> bool {
+fn supports_dontcache(file: &File) -> bool {
     let mut byte = [0];
     let flags = rustix::io::ReadWriteFlags::from_bits_retain(0x80);
     rustix::io::preadv2(file, &mut [std::io::IoSliceMut::new(&mut byte)], 0, flags).is_ok()
@@ -316,7 +316,7 @@ fn ring_reads_through_the_cache_leave_no_pages_in_it() {
             assert_eq!((report.route, report.cached_bytes), (Route::UringBuffered, 0), "{what}");
             let open = File::open(&path).unwrap();
             match &cold {
-                Ok(()) if can_leave_nothing(&open) => {
+                Ok(()) if supports_dontcache(&open) => {
                     let cached = probe::cached_bytes(&open).unwrap();
                     assert!(cached <= expected.len() as u64 / 100, "{what}: {cached} bytes are cached");
                     eprintln!("{what}: the page cache stays empty");

@@ -109,7 +109,7 @@ async fn memory_past_the_end_of_the_file_is_zero() {
     }
 }
 
-/// A writer that appends cannot be told from one that rewrites and lengthens the file.
+/// Appending cannot be distinguished from rewriting and lengthening the file.
 #[tokio::test]
 async fn raw_file_that_grows_fails() {
     use std::io::Write;

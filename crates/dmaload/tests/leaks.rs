@@ -252,7 +252,7 @@ fn finished_and_failed_loads_leak_nothing() {
 
     let deadline = Instant::now() + Duration::from_secs(10);
     while holdings() != before {
-        assert!(Instant::now() < deadline, "left behind: {:?}\nbefore: {before:?}", holdings());
+        assert!(Instant::now() < deadline, "leaked: {:?}\nbefore: {before:?}", holdings());
         std::thread::sleep(Duration::from_millis(10));
     }
 }

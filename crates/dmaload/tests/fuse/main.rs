@@ -138,7 +138,7 @@ async fn more_threads_read_from_a_distant_server() {
     // Two loads share the threads.
     let (one, other) = tokio::join!(loader.load(&mounted.path), loader.load(&mounted.path));
     for image in [one, other] {
-        assert_same(&image.unwrap().files()[0].bytes().unwrap(), &mounted.bytes, "beside another load");
+        assert_same(&image.unwrap().files()[0].bytes().unwrap(), &mounted.bytes, "a load with another one running");
     }
     let most = most();
     assert!(most <= 48, "{most} reads at once");
@@ -247,7 +247,7 @@ async fn page_cache_of_fuse_is_not_used() {
     }
 }
 
-/// The kernel caches attributes for a minute; a load asks the server.
+/// The kernel caches attributes for a minute; a load requests them from the server.
 #[tokio::test]
 async fn rewrite_is_noticed_despite_cached_attributes() {
     for route in ROUTES {

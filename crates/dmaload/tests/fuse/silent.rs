@@ -177,11 +177,11 @@ async fn silent_loads_do_not_keep_all_open_load_places() {
     let silent: Vec<_> = (0..20).map(|_| loader.load(&server.path).start()).collect();
     let ended = tokio::time::timeout(Duration::from_secs(40), loader.load(&plain)).await;
     let image = ended.expect("the load waits for a place").unwrap();
-    assert_same(&image.files()[0].bytes().unwrap(), &bytes, "beside silent loads");
+    assert_same(&image.files()[0].bytes().unwrap(), &bytes, "a load with silent loads");
     // Dropped loads with reads in flight do not keep places either.
     drop(silent);
     let ended = tokio::time::timeout(Duration::from_secs(40), loader.load(&plain)).await;
-    assert_same(&ended.unwrap().unwrap().files()[0].bytes().unwrap(), &bytes, "beside dropped loads");
+    assert_same(&ended.unwrap().unwrap().files()[0].bytes().unwrap(), &bytes, "a load after silent loads were dropped");
     loader.shutdown().await.unwrap_err();
 }
 
