@@ -175,8 +175,8 @@ async fn files_listed_by_path_may_share_tensor_names() {
     }
 }
 
-/// Loads a model with and without `allow_missing`; returns the result without first.
-async fn load_strict_and_lenient(loader: &Loader, path: &Path) -> (Result<Image>, Result<Image>) {
+/// Loads a model without and with `allow_missing`; returns both results in this order.
+async fn load_refusing_and_allowing_missing(loader: &Loader, path: &Path) -> (Result<Image>, Result<Image>) {
     let allowed = loader.load(path).options(loader.load_options().allow_missing(true)).await;
     (loader.load(path).await, allowed)
 }

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use dmaload::{Error, Format, Shard, Source};
 
 use crate::common::folder;
-use crate::{A, B, INDEX, gguf, index, load_strict_and_lenient, loaders, names, part, st, write_files};
+use crate::{A, B, INDEX, gguf, index, load_refusing_and_allowing_missing, loaders, names, part, st, write_files};
 
 #[tokio::test]
 async fn missing_parts_are_an_error_unless_allowed() {
@@ -51,7 +51,7 @@ async fn missing_parts_are_an_error_unless_allowed() {
         write_files(folder.path(), &files);
         links.iter().for_each(|(name, target)| symlink(target, folder.path().join(name)).unwrap());
         for loader in loaders() {
-            let (error, allowed) = load_strict_and_lenient(&loader, folder.path()).await;
+            let (error, allowed) = load_refusing_and_allowing_missing(&loader, folder.path()).await;
             let error = error.unwrap_err();
             assert!(matches!(error, Error::Incomplete { .. }), "{error}");
             assert!(says.iter().all(|text| error.to_string().contains(text)), "{says:?}: {error}");
@@ -103,8 +103,8 @@ async fn parts_of_a_split_gguf_model_are_checked() {
     // Parts in order, and expected words of the error, or an empty text if the model is complete.
     let cases: Vec<(Vec<Vec<u8>>, &str)> = vec![
         (vec![part(0, 2, 2, &[("a", 1)]), part(1, 2, 2, &[("b", 1)])], ""),
-        // A first part without tensors, alone and with a different count in the second part; then
-        // no tensors at all.
+        // Models whose first part has no tensors, with equal, differing and missing counts, and a
+        // model without any tensors.
         (vec![part(0, 2, 1, &[]), part(1, 2, 1, &[("b", 1)])], ""),
         (
             vec![part(0, 2, 1, &[]), part(1, 2, 2, &[("b", 1)])],
@@ -219,7 +219,7 @@ async fn unusually_numbered_part_is_never_loaded_as_a_whole_model() {
             assert!(matches!(error, Error::NoModel { .. }), "{error}");
             assert!(error.to_string().contains("NAME-00001-of-00002.gguf"), "{error}");
             for name in [&first, &second] {
-                let (error, allowed) = load_strict_and_lenient(&loader, &at(name)).await;
+                let (error, allowed) = load_refusing_and_allowing_missing(&loader, &at(name)).await;
                 assert!(matches!(error.unwrap_err(), Error::Incomplete { .. }));
                 assert_eq!(allowed.unwrap().tensors().count(), 1);
             }
@@ -228,7 +228,7 @@ async fn unusually_numbered_part_is_never_loaded_as_a_whole_model() {
         }
         fs::remove_file(at(&second)).unwrap();
         for loader in loaders() {
-            let (error, _) = load_strict_and_lenient(&loader, folder.path()).await;
+            let (error, _) = load_refusing_and_allowing_missing(&loader, folder.path()).await;
             assert!(matches!(error.unwrap_err(), Error::Incomplete { .. }));
         }
         // A file whose metadata says that it is complete is loaded, with a note about its name.
@@ -264,7 +264,7 @@ async fn part_is_recognised_whatever_its_name() {
         for (name, says) in
             [("blobs/b1", "part 2 of 2"), ("blobs/b0", "part 1 of 2"), ("two.gguf", "part 1 of 2"), ("three.gguf", "part 1 of 3")]
         {
-            let (error, allowed) = load_strict_and_lenient(&loader, &at(name)).await;
+            let (error, allowed) = load_refusing_and_allowing_missing(&loader, &at(name)).await;
             let error = error.unwrap_err();
             assert!(matches!(error, Error::Incomplete { .. }) && error.to_string().contains(says), "{error}");
             let allowed = allowed.unwrap();
