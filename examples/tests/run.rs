@@ -117,7 +117,7 @@ fn evict(path: &Path) {
 /// Swaps two models a hundred times, with requests in between. The bytes are right, and neither
 /// descriptors nor memory grow. At first one model is cached, and the other is read from storage.
 #[test]
-fn service_loads_swaps_serves_and_ends() {
+fn service_loads_swaps_and_serves_models() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let paths = [1, 2].map(|value| write_model(folder.path(), &format!("{value}.safetensors"), 20_000_000, value));
     evict(&paths[1]);

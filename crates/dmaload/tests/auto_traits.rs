@@ -126,7 +126,7 @@ const _: () = {
 fn spawned<F: Future<Output: Send> + Send>(_future: F) {}
 
 /// Compiled but never called.
-#[expect(dead_code, reason = "only the types count")]
+#[expect(dead_code, reason = "only the types are checked")]
 fn futures(loader: Loader, request: LoadRequest, load: &mut Load, segments: &mut Segments, tensors: &mut Tensors, path: PathBuf) {
     spawned(request.into_future());
     spawned(load.next());

@@ -41,7 +41,7 @@ async fn assert_pooled(loader: &Loader, bytes: u64, what: &str) {
 }
 
 #[tokio::test]
-async fn pooled_memory_shows_only_the_bytes_of_its_new_load() {
+async fn pooled_memory_exposes_only_the_bytes_of_its_new_load() {
     let folder = folder();
     let len = 5 * SEGMENT + 4097;
     let memory = (5 * SEGMENT + 8192) as u64;
@@ -111,7 +111,7 @@ async fn handed_out_segment_is_never_reused() {
 }
 
 #[tokio::test]
-async fn viewed_and_dropped_memory_stays_out_of_the_pool() {
+async fn memory_stays_out_of_the_pool_while_it_is_viewed() {
     let folder = folder();
     let bytes = random_bytes(8 * SEGMENT, 1);
     let path = file(folder.path(), "model.bin", &bytes);

@@ -99,7 +99,7 @@ fn loader_outlives_the_runtime_of_its_load() {
         });
         assert_same(&image.files()[0].bytes().unwrap(), &bytes, "on another runtime");
     }
-    // Without any runtime.
+    // A load needs no runtime.
     let image = block_on(loader.load(&path).into_future()).unwrap();
     assert_same(&image.files()[0].bytes().unwrap(), &bytes, "without a runtime");
     block_on(loader.shutdown()).unwrap();

@@ -29,7 +29,7 @@ use safetensors::{Dtype, SafeTensors, serialize, tensor::TensorView};
 /// The number of damaged files.
 const MUTANTS: u32 = 20_000;
 
-// ---- reading with both ----
+// ---- reading with the parser and the crate ----
 
 /// Parses a whole file as a loader would.
 fn parse_file(file: &[u8]) -> Result<TensorMap, ModelError> {

@@ -416,7 +416,7 @@ async fn load_dropped_while_populating_leaks_nothing() {
         assert_same(&image.files()[0].bytes().unwrap(), &bytes, "the next load");
         drop(image);
         let memory = loader.clone();
-        loader.shutdown().await.expect("nothing is leaked");
+        loader.shutdown().await.expect("memory was leaked");
         // Memory is freed by another thread.
         for _ in 0..500 {
             if memory.memory_bytes() > 0 {

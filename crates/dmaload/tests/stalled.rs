@@ -474,7 +474,7 @@ async fn inspecting_a_silent_servers_file_does_not_block_the_runtime() {
             assert!(waited.is_err(), "{hangs:?}: {waited:?} before the server answers");
         }
         is_over.store(true, Ordering::SeqCst);
-        let inspected = tokio::time::timeout(SOON, kept).await.expect("the server answers").unwrap();
+        let inspected = tokio::time::timeout(SOON, kept).await.expect("the server did not answer").unwrap();
         assert_eq!((inspected.path.as_path(), inspected.file_bytes), (path.as_path(), LARGE as u64), "{hangs:?}");
         watchdog.join().unwrap();
     }

@@ -85,7 +85,7 @@ async fn load_until_error(loader: &Loader, path: &Path, options: LoadOptions) ->
 }
 
 #[tokio::test]
-async fn flipped_bit_is_found_and_located_before_it_is_shown() {
+async fn flipped_bit_is_located_before_it_is_handed_out() {
     let folder = folder();
     let bytes = model("abcdef", SEGMENT - 12_345);
     let path = file(folder.path(), "model.safetensors", &bytes);

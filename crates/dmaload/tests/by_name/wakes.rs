@@ -68,7 +68,7 @@ async fn unpolled_waiter_does_not_delay_others() {
     gate.open();
     // Only this future processes the load's events.
     check(&in_time("the last tensor", load.tensor(&last_name)).await.unwrap(), last, &bytes);
-    assert!(wakes.0.load(Ordering::SeqCst) >= 2, "both were woken");
+    assert!(wakes.0.load(Ordering::SeqCst) >= 2, "not every future was woken");
     // The idle futures find the tensors that this future received.
     for (waiter, number) in [(idle, 0), (other, last)] {
         let Poll::Ready(tensor) = poll(waiter, Waker::noop()) else { panic!("t{number} is complete but its waiter is pending") };
@@ -177,7 +177,7 @@ fn small_files_wake_each_task_at_most_twice() {
     gate.open();
     for file_index in 0..FILES {
         passed.let_through_file(file_index);
-        // Time for unnecessary wakes.
+        // Leave time for unnecessary wakes.
         thread::sleep(Duration::from_millis(5));
         tasks.iter_mut().for_each(Task::poll_if_woken);
     }
@@ -190,7 +190,7 @@ fn small_files_wake_each_task_at_most_twice() {
 }
 
 #[tokio::test]
-async fn dropped_waiter_loses_nothing_and_is_never_woken() {
+async fn dropped_waiter_loses_no_segment_and_is_never_woken() {
     let folder = folder();
     let (path, bytes) = model(folder.path(), "model.safetensors", 4);
     let gate = Gate::before(0, last_segment_start(&bytes));

@@ -211,7 +211,7 @@ async fn overlay_over_fuse_loads_the_same_bytes_by_every_route() {
             let loader = loader().load_options(options().route(route)).build().unwrap();
             let image = loader.load(&overlay.path).await.unwrap();
             assert_same(&image.files()[0].bytes().unwrap(), &mounted.bytes, &what);
-            // A range of an open file.
+            // Load a range of an open file.
             let part = 5_000..(BYTES as u64 - 12_345);
             let file = std::fs::File::open(&overlay.path).unwrap();
             let image = loader.load(Source::file(file).range(part.clone())).await.unwrap();
