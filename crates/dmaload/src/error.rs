@@ -1,4 +1,4 @@
-//! Errors, in words that a person can act on.
+//! Errors, with messages that a person can act on.
 //!
 //! Plain values: they hold paths, offsets and errnos, but no files or memory. Neither creating nor
 //! displaying an error makes a system call.
@@ -179,7 +179,7 @@ pub enum Error {
         change: &'static str,
     },
     /// A route was refused, and the load is strict.
-    #[error("{}: route {route} was refused while {attempt} (offset {offset}): {}; a strict load takes no other", printable::path(.path), .errno.describe())]
+    #[error("{}: route {route} was refused while {attempt} (offset {offset}): {}; a strict load does not step down", printable::path(.path), .errno.describe())]
     Refused {
         /// The file.
         path: PathBuf,
@@ -288,13 +288,13 @@ pub enum Error {
     },
     /// The segment's dma-buf, or its memory ([`crate::PrivateMemory`]), was handed out. Others may
     /// write to it, so its bytes can't be viewed any more.
-    #[error("segment {segment} was handed out, and others may write to it: look at its bytes through `cpu_access`")]
+    #[error("segment {segment} was handed out, and others may write to it: read its bytes through `cpu_access`")]
     HandedOut {
         /// The segment.
         segment: usize,
     },
     /// The segment's bytes are being viewed. Handing it out would let others write to them.
-    #[error("{views} views of segment {segment} are alive: it can be handed out when they are dropped")]
+    #[error("cannot hand out segment {segment}: {views} views of its bytes are alive; drop them first")]
     Viewed {
         /// The segment.
         segment: usize,

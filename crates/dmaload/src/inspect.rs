@@ -18,7 +18,7 @@ use crate::model::TensorMap;
 use crate::options::choices::Format;
 use crate::support::foreign;
 
-/// What a file's header and length say. Returned by [`inspect`] and [`inspect_model`].
+/// The header and length of a file. Returned by [`inspect`] and [`inspect_model`].
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Inspected {

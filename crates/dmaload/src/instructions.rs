@@ -7,8 +7,8 @@
 //!
 //! Prints times, and instruction counts where valgrind is installed: callgrind's counts don't
 //! depend on how busy the machine is.
-#![allow(clippy::print_stdout, reason = "prints what it has measured")]
-#![allow(clippy::unwrap_used, reason = "a bench that cannot go on fails")]
+#![allow(clippy::print_stdout, reason = "prints its measurements")]
+#![allow(clippy::unwrap_used, reason = "a failure here should fail the benchmark")]
 
 use std::collections::VecDeque;
 use std::env;
@@ -26,7 +26,7 @@ use crate::ring::Slots;
 const ROUNDS: usize = 9;
 const TENSORS: usize = 200_000;
 const MANY: usize = 1_000_000;
-/// Tells a child process of this benchmark to run one case, and how often.
+/// The case that a child process of this benchmark runs, and how many times.
 const CASE: &str = "DMALOAD_INSTRUCTIONS_CASE";
 const TIMES: &str = "DMALOAD_INSTRUCTIONS_TIMES";
 
@@ -139,7 +139,7 @@ fn milliseconds(case: &Case) -> f64 {
 }
 
 #[test]
-#[ignore = "a bench"]
+#[ignore = "a benchmark, not a test"]
 fn bench() {
     let cases = cases();
     if let Ok(name) = env::var(CASE) {

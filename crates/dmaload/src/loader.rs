@@ -208,9 +208,9 @@ impl LoaderBuilder {
     /// order. Images from one file system together begin in at most three quarters of the limit
     /// (or one image that needs more, alone), so that a server that does not answer leaves room
     /// for loads from others. A load that could never begin fails with
-    /// [`crate::Error::OverLimit`]. A consumer that keeps its segments holds up its own load and
-    /// no other. Segments without an explicit size are small enough for as many loads as may be
-    /// open at once ([`Self::max_open_loads`]): about a hundredth of the limit. Default: no limit.
+    /// [`crate::Error::OverLimit`]. A consumer that keeps its segments holds up only its own load.
+    /// Segments without an explicit size are small enough for as many loads as may be open at once
+    /// ([`Self::max_open_loads`]): about a hundredth of the limit. Default: no limit.
     pub fn memory_limit_bytes(mut self, bytes: u64) -> Self {
         self.settings.memory_limit_bytes = bytes;
         self
@@ -292,7 +292,7 @@ mod tests {
 
     /// A file long enough to be measured, where each MiB begins with its number. It pretends to be
     /// on NFS.
-    fn on_nfs() -> tempfile::NamedTempFile {
+    fn file_on_nfs() -> tempfile::NamedTempFile {
         use std::os::unix::fs::{FileExt, MetadataExt};
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(512 << 20).unwrap();
@@ -315,7 +315,7 @@ mod tests {
         if !can_read_buffered() {
             return;
         }
-        let file = on_nfs();
+        let file = file_on_nfs();
         // File systems without direct reads (tmpfs before Linux 6.6) leave nothing to choose from.
         let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::DIRECT;
         if rustix::fs::open(file.path(), flags, rustix::fs::Mode::empty()).is_err() {
@@ -335,7 +335,7 @@ mod tests {
         let strict = loader.load_options().strict(true);
         let refused = loader.load(file.path()).options(strict.clone()).await.unwrap_err();
         assert!(matches!(refused, Error::Refused { attempt: Attempt::RingOnOther, .. }), "{refused}");
-        // This load asks for direct reads by threads, so it must not measure other ways.
+        // This load requests direct reads by threads, so it must not measure other ways.
         let image = loader.load(file.path()).options(strict.clone().route(Route::PreadDirect)).await.unwrap();
         assert_eq!((image.report().route, image.report().measured), (Route::PreadDirect, None));
         let image = loader.load(file.path()).options(strict.route(Route::UringBuffered)).await.unwrap();

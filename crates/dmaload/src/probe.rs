@@ -25,7 +25,7 @@ use crate::route::{Attempt, Route, is_refusal};
 use crate::support::convert::to_usize;
 use crate::support::errno;
 
-/// Tries what a load would do with io_uring.
+/// Tries everything that a load does with io_uring.
 pub fn io_uring() -> IoUring {
     crate::ring::probe::probe().unwrap_or_else(|errno| IoUring::refused(errno::from_rustix(errno)))
 }
@@ -39,18 +39,18 @@ pub struct File {
     pub alignment_bytes: u64,
     /// The result of opening it with `O_DIRECT`.
     pub open_direct: Result<(), Errno>,
-    /// The result of reading its first block: with `O_DIRECT` if it could be opened so, otherwise
-    /// through the page cache. The value is the number of bytes read.
+    /// The result of reading its first block: with `O_DIRECT` if opening it that way succeeded,
+    /// otherwise through the page cache. The value is the number of bytes read.
     pub first_read: Result<u64, Errno>,
     /// Why a load reads it with threads, never by io_uring ([`Attempt::RingOnFuse`] and the like).
     pub ring_refused: Option<Attempt>,
     /// Whether io_uring may nevertheless read it through the page cache; a load that measures its
-    /// ways of reading then tries that one, too ([`crate::Way::Buffered`]).
+    /// ways of reading then tries this one, too ([`crate::Way::Buffered`]).
     pub buffered_by_ring: bool,
 }
 
-/// Bytes of the smallest load that measures which way of reading is fastest, if
-/// [`crate::LoadOptions::route`] leaves it open.
+/// Bytes of the smallest load that measures which way of reading is fastest, unless
+/// [`crate::LoadOptions::route`] chooses one.
 pub const MEASURED_BYTES_MIN: u64 = ways::MEASURED_BYTES_MIN;
 
 /// Bytes of the largest piece, the unit in which a load allocates, registers and fills memory,
@@ -106,15 +106,15 @@ pub fn file(path: impl AsRef<Path>) -> Result<File> {
 ///
 /// # Errors
 /// ENOSYS before Linux 6.5; EPERM, on newer kernels, for a file that the caller neither owns nor
-/// may write; EOPNOTSUPP for files without such a page cache.
+/// may write to; EOPNOTSUPP for files without such a page cache.
 pub fn cached_bytes(file: impl AsFd) -> Result<u64, Errno> {
     crate::files::residency::cached_bytes(file).map_err(errno::from_rustix)
 }
 
-/// How much may be allocated before the OOM killer ends a process.
+/// How much may be allocated before the OOM killer kills a process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MemoryAvailable {
-    /// How many bytes.
+    /// The number of bytes.
     pub bytes: u64,
     /// What sets the limit: the machine, or one of this process's memory cgroups.
     pub limit: String,

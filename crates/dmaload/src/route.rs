@@ -1,4 +1,4 @@
-//! How bytes get from storage into a segment, and the ladder of such ways.
+//! The routes by which bytes get from storage into a segment, and their order.
 
 use std::fmt;
 use std::str::FromStr;
@@ -163,7 +163,7 @@ pub enum Attempt {
 }
 
 impl Attempt {
-    /// What the user can do about the refusal.
+    /// What the user can do about a refusal with this errno.
     pub fn hint(self, errno: Errno) -> Option<&'static str> {
         match (self, errno) {
             (Attempt::SetUpRing, Errno::EPERM) => Some(
@@ -173,7 +173,7 @@ impl Attempt {
                 Some("a security module (SELinux, AppArmor) forbids io_uring: allow it in its policy")
             }
             (Attempt::SetUpRing, Errno::ENOSYS) => Some(
-                "this kernel has no io_uring, or a seccomp profile hides it: Linux 5.11 or a profile that allows it is needed",
+                "this kernel has no io_uring, or a seccomp profile hides it: it needs Linux 5.11 or later, and a profile that allows it",
             ),
             (Attempt::SetUpRing, Errno::ENOMEM) => Some("the locked memory limit is too small for a ring: raise it (ulimit -l)"),
             (Attempt::OpenDirect | Attempt::Read, Errno::EINVAL | Errno::EOPNOTSUPP) => {
@@ -209,7 +209,9 @@ impl Attempt {
                  keep models on a local file system (ext4, xfs, btrfs)",
             ),
             (Attempt::RegisterBuffer, Errno::EOPNOTSUPP) => Some("this memory can't be registered"),
-            (Attempt::RegisterBuffer | Attempt::RegisterStaging, Errno::EINVAL) => Some("sparse buffer tables need Linux 5.19"),
+            (Attempt::RegisterBuffer | Attempt::RegisterStaging, Errno::EINVAL) => {
+                Some("sparse buffer tables need Linux 5.19 or later")
+            }
             _ => None,
         }
     }
@@ -227,7 +229,7 @@ impl fmt::Display for Attempt {
             Attempt::RingOnOther => "reading by io_uring from a file system that is not known to be local",
             Attempt::RingOnDevice => "reading by io_uring from a block device that may stop answering",
             Attempt::RingOnUnknown => "reading by io_uring from a file system that can't be identified",
-            Attempt::Read => "a read by this route",
+            Attempt::Read => "reading by this route",
             Attempt::ReadOn => "continuing a read within a block",
         })
     }

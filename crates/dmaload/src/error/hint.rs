@@ -5,7 +5,7 @@ use dmabuf::{DeviceError, Error as HeapError, printable};
 use super::{Errno, Error};
 
 impl Error {
-    /// What to do about the error, if there is anything that the text does not already say.
+    /// What to do about the error, unless its text already says so or nothing can be done.
     ///
     /// Hints refer to the library's options and to what anyone can do in a shell. Programs add the
     /// names that these options have in their own user interfaces.
@@ -113,8 +113,8 @@ const ALL_OPEN_FILES: &str = "the machine's limit of open files is reached: rais
 /// AArch64.
 const ALL_ADDRESSES: usize = 1 << 47;
 
-/// What to do when memory is refused. The failed step says what ran short: ENOMEM from mapping
-/// means address space, ENOMEM from populating means memory.
+/// What to do if memory is refused. The failed step tells what ran out: ENOMEM from mapping means
+/// address space, and ENOMEM from populating means memory.
 fn memory_hint(heap: &str, refusal: &HeapError) -> Option<&'static str> {
     let maps = ["reserve", "map", "move", "allocate a staging"].iter().any(|step| refusal.operation.starts_with(step));
     Some(match refusal.errno {

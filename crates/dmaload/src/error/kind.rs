@@ -1,4 +1,4 @@
-//! What programs ask about an error: its kind, errno, path and offset.
+//! What programs can query about an error: its kind, errno, path and offset.
 
 use std::path::Path;
 
@@ -96,7 +96,8 @@ impl Error {
             },
             Error::Start { errno, .. } => kind_of(*errno),
             Error::Memory { refusal, .. } => kind_of(refusal.errno),
-            // A network file was replaced; a thread for the read could not be started.
+            // ESTALE: a network file was replaced. ENOMEM: a thread for the read could not be
+            // started.
             Error::Read { errno: Errno::ESTALE, .. } => ErrorKind::Changed,
             Error::Read { errno: Errno::ENOMEM, .. } => ErrorKind::OutOfMemory,
             Error::Read { .. } | Error::Ring { .. } => ErrorKind::Io,
@@ -184,7 +185,7 @@ impl Error {
     }
 }
 
-/// The kind of an error that names no file: about memory, threads or descriptors.
+/// The kind of an error that depends on nothing but its errno.
 fn kind_of(errno: Errno) -> ErrorKind {
     match errno {
         Errno::EACCES | Errno::EPERM => ErrorKind::PermissionDenied,

@@ -1,4 +1,4 @@
-//! A limit of the system that is part of both an error and a heap.
+//! A system limit that both errors and heaps refer to.
 
 use std::fmt;
 

@@ -5,12 +5,12 @@ use crate::model::ForeignFile;
 /// of the command.
 #[test]
 fn texts_name_no_flags_of_the_command() {
-    fn look(folder: &std::path::Path, found: &mut Vec<String>) {
+    fn find_flags(folder: &std::path::Path, found: &mut Vec<String>) {
         for entry in std::fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
             // Simulated worlds and benchmarks print commands for developers of this crate.
             if path.is_dir() && !path.ends_with("ring/sim") {
-                look(&path, found);
+                find_flags(&path, found);
             }
             if path.is_dir() || path.ends_with("tests.rs") || path.ends_with("instructions.rs") {
                 continue;
@@ -30,7 +30,7 @@ fn texts_name_no_flags_of_the_command() {
     }
     let mut found = Vec::new();
     for folder in ["src", "../dmabuf/src"] {
-        look(&std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(folder), &mut found);
+        find_flags(&std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(folder), &mut found);
     }
     assert!(found.is_empty(), "{found:#?}");
 }
@@ -44,12 +44,12 @@ fn hostile() -> (PathBuf, String) {
     (path.into(), text)
 }
 
-/// Opening a device is the only way to get this error.
+/// Only opening a device creates this error.
 fn device_error() -> Error {
     dmabuf::DmaHeap::open("no/name").expect_err("a name has no slash").into()
 }
 
-/// One error of each variant, with texts and paths of hostile origin.
+/// One error of each variant, with hostile texts and paths.
 fn errors() -> Vec<Error> {
     let (path, text) = hostile();
     let p = || path.clone();
@@ -143,26 +143,26 @@ fn hints_name_the_librarys_options() {
 
 #[test]
 fn refused_memory_names_the_limit() {
-    let told_of = |heap: &str, step, bytes, errno| {
+    let hint_for_bytes = |heap: &str, step, bytes, errno| {
         let refusal = HeapError::new(step, bytes, errno);
         let error = Error::Memory { heap: heap.to_owned(), refusal, loaded_bytes: 0, planned_bytes: 0 };
         error.hint().unwrap_or_default()
     };
-    let told = |heap: &str, step, errno| told_of(heap, step, 1, errno);
-    let no_limit = told_of("memfd", "reserve addresses", 200 << 40, Errno::ENOMEM);
+    let hint_for = |heap: &str, step, errno| hint_for_bytes(heap, step, 1, errno);
+    let no_limit = hint_for_bytes("memfd", "reserve addresses", 200 << 40, Errno::ENOMEM);
     assert!(no_limit.contains("no process") && !no_limit.contains("ulimit"), "{no_limit}");
     for step in ["reserve addresses", "map memory", "move a mapping", "allocate a staging buffer"] {
-        assert!(told("memfd", step, Errno::ENOMEM).contains("ulimit -v"), "{step}");
+        assert!(hint_for("memfd", step, Errno::ENOMEM).contains("ulimit -v"), "{step}");
     }
     for step in ["populate memory", "put 2 MiB pages under memory", "allocate a dma-buf"] {
-        let hint = told("memfd", step, Errno::ENOMEM);
+        let hint = hint_for("memfd", step, Errno::ENOMEM);
         assert!(hint.contains("memory.max") && !hint.contains("ulimit -v"), "{step}: {hint}");
     }
     for errno in [Errno::EPERM, Errno::EACCES, Errno::ENOSYS] {
-        assert!(told("memfd", "create a memfd", errno).contains("anon"));
-        assert!(!told("system", "allocate a dma-buf", errno).contains("anon"));
+        assert!(hint_for("memfd", "create a memfd", errno).contains("anon"));
+        assert!(!hint_for("system", "allocate a dma-buf", errno).contains("anon"));
     }
-    let files = told("memfd", "create a memfd", Errno::EMFILE);
+    let files = hint_for("memfd", "create a memfd", Errno::EMFILE);
     assert!(files.contains("ulimit -n") && !files.contains("layout"), "{files}");
 }
 

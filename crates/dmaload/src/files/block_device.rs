@@ -8,8 +8,8 @@
 //! Requires sysfs at `/sys`. A device that sysfs doesn't list is not trusted.
 //!
 //! Results are not cached, because a loop device can get another file under the same number.
-//! Resolving a disk takes a few calls that only read memory. Only the file of a loop device may be
-//! on a server that hangs, so callers must be able to wait.
+//! Resolving a disk takes a few system calls that never wait for a device. Only a loop device's
+//! file can be on a server that hangs, so callers must be able to block.
 
 use std::ffi::OsString;
 use std::io;
@@ -18,11 +18,11 @@ use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 
-/// Drivers whose devices have a network or a process at the other end, by the prefixes of their
-/// device names in sysfs. `ublkb` is served by a process, `etherd!` is ATA over Ethernet.
+/// Prefixes, in sysfs, of the names of devices that are backed by a network or a process. A
+/// process serves `ublkb`; `etherd!` is ATA over Ethernet.
 const REMOTE: [&str; 6] = ["nbd", "rbd", "rnbd", "drbd", "ublkb", "etherd!"];
 
-/// Maximum depth of stacked devices: more than anyone stacks, and few enough to follow.
+/// Maximum depth of stacked devices. Real setups have fewer levels.
 const MOST_LEVELS: usize = 8;
 
 /// Maximum number of devices below one device, over all levels.
@@ -45,7 +45,7 @@ pub(super) struct BlockDevices<'a> {
 }
 
 impl BlockDevices<'_> {
-    /// Checks that neither the device nor anything below it is known to stop answering.
+    /// Checks that neither the device nor any device below it may stop answering.
     ///
     /// # Errors
     /// EOPNOTSUPP if one may stop answering; another error if that can't be determined.
@@ -128,7 +128,7 @@ mod tests {
             sysfs
         }
 
-        /// Adds a device below `devices/`, with `slaves` given by their paths there.
+        /// Adds a device below `devices/`. `slaves` are paths in that folder.
         fn add(&self, number: &str, path: &str, slaves: &[&str]) -> PathBuf {
             let folder = self.0.path().join("devices").join(path);
             fs::create_dir_all(folder.join("slaves")).unwrap();
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn devices_of_networks_and_processes_are_never_trusted() {
+    fn network_and_process_backed_devices_are_never_trusted() {
         for name in ["nbd0", "rbd1", "rnbd0", "drbd0", "ublkb0", "etherd!e0.0", "loop9"] {
             let sysfs = Sysfs::new();
             sysfs.add("8:0", "pci/sda", &[]);

@@ -1,4 +1,4 @@
-//! Expands the requested paths to files: folders and indices of models, split GGUF files.
+//! Expands the requested paths into files: model folders, indices, and split GGUF models.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -49,19 +49,19 @@ impl<'a> Choice<'a> {
 /// # Errors
 /// [`Error::File`] and [`Error::Model`] for an index that can't be read; [`Error::NoModel`];
 /// [`Error::Incomplete`].
-pub(crate) fn find_files(asked: &[Input], choice: Choice<'_>) -> Result<Found> {
+pub(crate) fn find_files(inputs: &[Input], choice: Choice<'_>) -> Result<Found> {
     let mut found = Found::default();
-    let splits: Vec<_> = asked.iter().map(|input| split_key(input, choice)).collect();
+    let splits: Vec<_> = inputs.iter().map(|input| split_key(input, choice)).collect();
     let mut named: HashMap<&SplitKey, usize> = HashMap::new();
     splits.iter().flatten().for_each(|split| *named.entry(split).or_default() += 1);
-    for ((model, input), split) in asked.iter().enumerate().zip(&splits) {
+    for ((model, input), split) in inputs.iter().enumerate().zip(&splits) {
         let before = found.sources.len();
-        // If the caller names several parts of a model, each stands for itself.
+        // If the caller names several parts of a model, each stands only for itself.
         let is_only_part = split.as_ref().is_some_and(|split| named.get(split) == Some(&1));
         match input {
             Input::Open { file, part } => found.sources.push(SourceFile::open(file, part.clone())),
             Input::Inside { path, part } => found.sources.push(SourceFile::part(path.clone(), part.clone())),
-            Input::Path(path) => expand_path(path, asked.len() == 1, is_only_part, choice, &mut found)?,
+            Input::Path(path) => expand_path(path, inputs.len() == 1, is_only_part, choice, &mut found)?,
         }
         found.sources.iter_mut().skip(before).for_each(|source| source.model = model);
     }
@@ -90,7 +90,7 @@ fn expand_path(path: &Path, alone: bool, is_only_part: bool, choice: Choice<'_>,
         found.sources.push(own);
         return Ok(());
     }
-    // Opening the path later reports why it is not accessible.
+    // If the path is not accessible, opening it later reports why.
     let about = fs::metadata(path).ok();
     if about.as_ref().is_some_and(fs::Metadata::is_dir) {
         return expand_folder(path, choice, found);
@@ -111,7 +111,7 @@ fn expand_path(path: &Path, alone: bool, is_only_part: bool, choice: Choice<'_>,
     Ok(())
 }
 
-/// A file that is named like an index.
+/// Expands a file that is named like an index.
 fn expand_named_index(path: &Path, named: Named, choice: Choice<'_>, found: &mut Found) -> Result<()> {
     match named {
         Named::Safetensors => expand_index(path, &read_index(path)?, choice, found),
@@ -121,7 +121,7 @@ fn expand_named_index(path: &Path, named: Named, choice: Choice<'_>, found: &mut
         }
         Named::Unsaid => match read_generic_index(path)? {
             Some(index) => expand_index(path, &index, choice, found),
-            // Some other JSON, which loads as raw bytes.
+            // The JSON is not an index, so it loads as raw bytes.
             None => {
                 found.sources.push(SourceFile::file(path.to_owned()));
                 Ok(())
@@ -134,8 +134,8 @@ fn expand_named_index(path: &Path, named: Named, choice: Choice<'_>, found: &mut
     }
 }
 
-/// Refuses an index under another name, such as a blob of a model cache: it would be loaded as raw
-/// JSON text.
+/// Refuses an index under another name, such as a blob in a model cache, which would otherwise
+/// load as raw JSON text.
 fn refuse_hidden_index(path: &Path) -> Result<()> {
     // Other formats have their own extensions.
     if path.extension().is_some_and(|extension| extension != "json") {
@@ -153,7 +153,7 @@ fn refuse_hidden_index(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The model in a folder: by its index, by the usual name, or all files of one format.
+/// Finds the model in a folder: by its index, by the usual name, or as all files of one format.
 fn expand_folder(path: &Path, choice: Choice<'_>, found: &mut Found) -> Result<()> {
     let folder = Folder::read(path)?;
     if choice.format != Format::Gguf {
@@ -179,9 +179,9 @@ fn expand_folder(path: &Path, choice: Choice<'_>, found: &mut Found) -> Result<(
         let names = folder.gguf();
         if let Some(first) = names.first() {
             let part = PartName::parse(first).filter(PartName::is_gguf_split);
-            let is_of_it =
+            let is_of_same_model =
                 |name: &&str| part.zip(PartName::parse(name)).map_or(*name == *first, |(part, own)| part.is_same_model(&own));
-            if !names.iter().all(is_of_it) {
+            if !names.iter().all(is_of_same_model) {
                 let all = names.len();
                 let listed = quoted(names.iter().copied());
                 let series = PartName::parse(first);
@@ -210,7 +210,7 @@ fn expand_folder(path: &Path, choice: Choice<'_>, found: &mut Found) -> Result<(
     Err(folder.no_model(choice.format))
 }
 
-/// The files that an index names, or only those that contain what is selected.
+/// Finds the files that an index lists, or only those that contain selected tensors.
 fn expand_index(path: &Path, index: &Index, choice: Choice<'_>, found: &mut Found) -> Result<()> {
     let folder = path.parent().unwrap_or(Path::new(""));
     let all = index.files().count();
@@ -232,8 +232,8 @@ fn expand_index(path: &Path, index: &Index, choice: Choice<'_>, found: &mut Foun
         match Missing::check(&folder.join(name), name) {
             None => kept.push(name),
             Some(lacking) if is_needed => missing.push(lacking),
-            // The missing file may have contained a tensor that the index does not list; then no
-            // file contains it.
+            // The missing file may have contained a selected tensor that the index does not list.
+            // That tensor is then reported as not found.
             Some(_) => {}
         }
     }
@@ -261,10 +261,10 @@ fn expand_index(path: &Path, index: &Index, choice: Choice<'_>, found: &mut Foun
 #[derive(Debug)]
 enum Needed<'a> {
     All,
-    /// These files; no other contains anything selected.
+    /// These files; no other file contains a selected tensor.
     Some(HashSet<&'a str>),
-    /// These files first. Others may contain tensors that the index does not list, so those that
-    /// exist are checked too.
+    /// These files must exist. Others may contain tensors that the index does not list, so those
+    /// that exist are read, too.
     First(HashSet<&'a str>),
 }
 
@@ -275,7 +275,7 @@ fn needed_files<'a>(index: &'a Index, selector: Option<&Selector>) -> Needed<'a>
     if all_met { Needed::Some(files) } else { Needed::First(files) }
 }
 
-/// All parts of a split GGUF model: `NAME-00001-of-00003.gguf`.
+/// Finds all parts of a split GGUF model: `NAME-00001-of-00003.gguf`.
 fn expand_split(path: &Path, part: PartName<'_>, choice: Choice<'_>, found: &mut Found) -> Result<()> {
     let folder = path.parent().unwrap_or(Path::new(""));
     let (mut kept, mut missing) = (Vec::new(), Vec::new());
@@ -300,7 +300,7 @@ fn expand_split(path: &Path, part: PartName<'_>, choice: Choice<'_>, found: &mut
     Ok(())
 }
 
-/// Checks whether these files may be missing, and notes that they are.
+/// Fails if files are missing, or adds a note if the caller allows that.
 fn check_missing(
     missing: &[Missing],
     kept: usize,
@@ -321,8 +321,8 @@ fn check_missing(
 
 /// The position in `sources` of the only path that the caller named, if other files were found
 /// with it.
-pub(crate) fn named_among(asked: &[Input], sources: &[SourceFile]) -> Option<usize> {
-    let [Input::Path(path)] = asked else { return None };
+pub(crate) fn named_among(inputs: &[Input], sources: &[SourceFile]) -> Option<usize> {
+    let [Input::Path(path)] = inputs else { return None };
     let named: &PathBuf = path;
     sources.iter().position(|source| source.path.as_ref() == named).filter(|_| sources.len() > 1)
 }
@@ -351,16 +351,19 @@ mod tests {
 
     #[test]
     fn folder_stands_for_its_model() {
-        let of = |names: &[&str]| found(names, CHOICE).unwrap();
+        let files = |names: &[&str]| found(names, CHOICE).unwrap();
         let index = "model.safetensors.index.json";
-        assert_eq!(of(&[index, "a.safetensors", "b.safetensors", "x.gguf"]), ["b.safetensors"]);
-        assert_eq!(of(&["model.safetensors.index.fp16.json", "a.safetensors", "b.safetensors"]), ["b.safetensors"]);
-        assert_eq!(of(&["model.safetensors.fp16.index.json", index, "b.safetensors"]), ["b.safetensors"]);
-        assert_eq!(of(&["model.safetensors", "adapter.safetensors"]), ["model.safetensors"]);
-        assert_eq!(of(&["b.safetensors", "a.safetensors", "._a.safetensors", "c.txt"]), ["a.safetensors", "b.safetensors"]);
-        assert_eq!(of(&["M.SAFETENSORS", "pytorch_model.bin.index.json"]), ["M.SAFETENSORS"]);
-        assert_eq!(of(&["m-00002-of-00002.gguf", "m-00001-of-00002.gguf"]), ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"]);
-        assert_eq!(of(&["m-00000-of-00002.safetensors", "m-00001-of-00002.safetensors"]).len(), 2, "counted from 0");
+        assert_eq!(files(&[index, "a.safetensors", "b.safetensors", "x.gguf"]), ["b.safetensors"]);
+        assert_eq!(files(&["model.safetensors.index.fp16.json", "a.safetensors", "b.safetensors"]), ["b.safetensors"]);
+        assert_eq!(files(&["model.safetensors.fp16.index.json", index, "b.safetensors"]), ["b.safetensors"]);
+        assert_eq!(files(&["model.safetensors", "adapter.safetensors"]), ["model.safetensors"]);
+        assert_eq!(files(&["b.safetensors", "a.safetensors", "._a.safetensors", "c.txt"]), ["a.safetensors", "b.safetensors"]);
+        assert_eq!(files(&["M.SAFETENSORS", "pytorch_model.bin.index.json"]), ["M.SAFETENSORS"]);
+        assert_eq!(
+            files(&["m-00002-of-00002.gguf", "m-00001-of-00002.gguf"]),
+            ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"]
+        );
+        assert_eq!(files(&["m-00000-of-00002.safetensors", "m-00001-of-00002.safetensors"]).len(), 2, "counted from 0");
         let gguf = Choice { format: Format::Gguf, ..CHOICE };
         assert_eq!(found(&["model.safetensors", "x.gguf"], gguf).unwrap(), ["x.gguf"]);
     }
@@ -375,7 +378,7 @@ mod tests {
         );
         let two = says(&["a.safetensors.index.json", "b.safetensors.index.json"]);
         assert!(two.contains(r#"choose one of "a.safetensors.index.json", "b.safetensors.index.json""#), "{two}");
-        // As raw bytes, a folder is refused when it is opened.
+        // With `Format::Raw`, a folder is refused only when it is opened.
         assert_eq!(found(&["a.bin"], Choice { format: Format::Raw, ..CHOICE }).unwrap(), [""]);
     }
 
@@ -403,9 +406,9 @@ mod tests {
     #[test]
     fn part_of_a_split_model_stands_for_all_of_it() {
         let folder = folder(&["a-00001-of-00003.gguf", "a-00002-of-00003.gguf", "a-00003-of-00003.gguf"]);
-        let names = |asked: &[&str], choice| {
-            let asked: Vec<_> = asked.iter().map(|name| Input::Path(folder.path().join(name))).collect();
-            find_files(&asked, choice).unwrap().sources.len()
+        let names = |inputs: &[&str], choice| {
+            let inputs: Vec<_> = inputs.iter().map(|name| Input::Path(folder.path().join(name))).collect();
+            find_files(&inputs, choice).unwrap().sources.len()
         };
         assert_eq!(names(&["a-00002-of-00003.gguf"], CHOICE), 3);
         assert_eq!(names(&["a-00002-of-00003.gguf"], Choice { as_one_file: true, ..CHOICE }), 1);

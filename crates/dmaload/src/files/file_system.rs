@@ -1,16 +1,16 @@
-//! Which files a ring may read, and which may be copied from the page cache, judging by their file
-//! systems.
+//! Decides, by file system, which files a ring may read and which may be copied from the page
+//! cache.
 //!
-//! Reading a file by io_uring can go wrong in two ways. After a FUSE server answers a read with
-//! less, the kernel may read the same bytes twice (see docs/kernels.md). And a read that waits for
-//! a server does so inside `io_uring_enter`, or in one of the few kernel threads that serve such
-//! reads, and delays every other read of the loader.
+//! Reading a file by io_uring can go wrong in two ways. After a FUSE server returns fewer bytes
+//! than requested, the kernel may read the same bytes twice (see docs/kernels.md). And a read that
+//! waits for a server blocks `io_uring_enter`, or one of the few kernel threads that serve such
+//! reads, and so delays every other read of the loader.
 //!
 //! Therefore only listed file systems are allowed. Others are read by threads, which costs little.
 //!
 //! Buffered reads ([`crate::Route::UringBuffered`]) from network file systems are also allowed.
 //! Each such read goes straight to its own kernel thread (`IOSQE_ASYNC`), and there are as many of
-//! these as reads in flight, so nothing else waits for it, and a short answer is reported as a
+//! these as reads in flight, so no other read waits for it, and a short answer is reported as a
 //! short read. FUSE, and anything that may be FUSE, is never allowed.
 //!
 //! The `f_type` of `fstatfs(2)` alone proves nothing, because 9p reports whatever its server says.
@@ -60,7 +60,7 @@ const ON_BLOCK_DEVICES: [u32; 12] = [
     0x3153_464A, // jfs
 ];
 
-/// The results of `statx(2)` for a file that no server can influence.
+/// The attributes of a file from `statx(2)` that no server can influence.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Device {
     pub(crate) major: u32,
@@ -84,8 +84,8 @@ pub(crate) struct Trust {
     pub(crate) cache: bool,
 }
 
-/// Determines how far the file's file system can be trusted. May wait for a server: of the file
-/// itself, or of the file behind its loop device.
+/// Determines how far the file's file system can be trusted. May wait for a server: that of the
+/// file itself, or of the file behind its loop device.
 pub(crate) fn trust(file: &OwnedFd, device: Device) -> Trust {
     // A FUSE server may refuse to answer.
     let f_type = match fstatfs(file) {
@@ -229,7 +229,7 @@ pub(crate) mod tests {
             assert!(is_cache_witness(f_type, disk), "{f_type:x}");
             assert!(!is_cache_witness(f_type, Device { is_dax: true, ..disk }), "{f_type:x}");
         }
-        assert!(!is_cache_witness(EXT4, Device { reports_verity: false, ..disk }), "the driver of ext2");
+        assert!(!is_cache_witness(EXT4, Device { reports_verity: false, ..disk }), "the ext2 driver");
         for f_type in [TMPFS, FUSE, OVERLAYFS, ECRYPTFS, 0x4D44, 0x2011_BAB0, 0x6969, 0] {
             assert!(!is_cache_witness(f_type, disk), "{f_type:x}");
         }

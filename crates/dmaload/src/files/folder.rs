@@ -20,7 +20,8 @@ use crate::options::choices::Format;
 /// The usual name of a single-file model in folders from model hubs.
 const MODEL: &str = "model.safetensors";
 
-/// Whether an entry is a folder or a link to one. An inaccessible one fails when it is opened.
+/// Whether an entry is a folder or a link to one. An inaccessible entry counts as a file, and
+/// fails when it is opened.
 fn is_folder(entry: &fs::DirEntry) -> bool {
     match entry.file_type() {
         Ok(kind) if kind.is_symlink() => fs::metadata(entry.path()).is_ok_and(|about| about.is_dir()),
@@ -51,7 +52,7 @@ impl Folder {
             if name.starts_with('.') {
                 continue;
             }
-            // A folder is not a model, whatever its name ends in, but may contain one.
+            // A subfolder is never a model's file, whatever its extension.
             if is_folder(&entry) {
                 continue;
             }
@@ -65,7 +66,7 @@ impl Folder {
         Ok(Folder { path: path.to_owned(), names, replaced })
     }
 
-    /// The path of one of the names.
+    /// The path of the file with this name.
     pub(super) fn path_of(&self, name: &str) -> PathBuf {
         self.replaced.get(name).map_or_else(|| self.path.join(name), |own| self.path.join(own))
     }
@@ -91,7 +92,8 @@ impl Folder {
         if all.contains(&MODEL) { vec![MODEL] } else { all }
     }
 
-    /// The index. Of several that are variants of each other, the one without a variant.
+    /// The name of the index. If several are variants of each other, the one without a variant in
+    /// its name.
     ///
     /// # Errors
     /// [`Error::NoModel`] if several remain.
@@ -123,7 +125,8 @@ impl Folder {
         }
     }
 
-    /// Which of these files can be loaded, and which can't be or are missing from the sequence.
+    /// Splits these files into those that can be loaded and those that can't, and adds the parts
+    /// that are missing from the sequence to the latter.
     pub(super) fn check<'a>(&'a self, names: &[&'a str], notes: &mut Vec<String>) -> (Vec<&'a str>, Vec<Missing>) {
         let (mut kept, mut missing) = (Vec::new(), Vec::new());
         for name in names {
@@ -137,10 +140,11 @@ impl Folder {
             if parts.iter().take(at).any(|other| other.is_same_model(part)) {
                 continue;
             }
-            let there: HashSet<u32> = parts.iter().filter(|other| other.is_same_model(part)).map(|other| other.number).collect();
+            let present: HashSet<u32> =
+                parts.iter().filter(|other| other.is_same_model(part)).map(|other| other.number).collect();
             // Some writers count from 0.
-            let numbers = if there.contains(&0) { 0..=part.count - 1 } else { 1..=part.count };
-            let absent = numbers.filter(|number| !there.contains(number));
+            let numbers = if present.contains(&0) { 0..=part.count - 1 } else { 1..=part.count };
+            let absent = numbers.filter(|number| !present.contains(number));
             // Bounded, because the count may be wrong.
             let absent = absent.take(MISSING_LISTED).map(|number| part.with_number(number));
             missing.extend(absent.filter_map(|name| Missing::check(&self.path.join(&name), &name)));
@@ -152,7 +156,7 @@ impl Folder {
         (kept, missing)
     }
 
-    /// The error for a folder without a model, which says where one may be.
+    /// The error for a folder without a model, which suggests where one may be.
     pub(super) fn no_model(&self, format: Format) -> Error {
         let looked_for = match format {
             Format::Safetensors => "no *.safetensors or *.safetensors.index.json",
@@ -165,7 +169,7 @@ impl Folder {
     }
 
     fn suggest(&self) -> Option<String> {
-        if let Some(snapshot) = self.newest_snapshot() {
+        if let Some(snapshot) = self.main_snapshot() {
             return Some(format!("it is a model cache: load {snapshot:?} inside it"));
         }
         let folders = folders_with_models(&self.path);
@@ -193,8 +197,8 @@ impl Folder {
         (!others.is_empty()).then(|| format!("not supported: {}", quoted(others.into_iter())))
     }
 
-    /// The folder of the newest revision in a model hub's cache.
-    fn newest_snapshot(&self) -> Option<String> {
+    /// The snapshot that `refs/main` names in a model hub's cache, or else the first by name.
+    fn main_snapshot(&self) -> Option<String> {
         let revision = fs::read_to_string(self.path.join("refs/main")).ok().map(|text| text.trim().to_owned());
         let revisions = fs::read_dir(self.path.join("snapshots")).ok()?;
         let mut names: Vec<_> = revisions.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect();
@@ -218,7 +222,7 @@ impl Folder {
 const SNIFFED: usize = 64;
 /// Maximum number of missing parts to list.
 const MISSING_LISTED: usize = 10_000;
-/// How deep to look for models, and in how many folders.
+/// Maximum depth and number of folders to search for models.
 const DEPTH: usize = 5;
 const FOLDERS: usize = 256;
 

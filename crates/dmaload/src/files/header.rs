@@ -25,7 +25,7 @@ fn refuse_empty_model(path: &Path, format: Format) -> Result<()> {
     if is_model { Err(Error::Model { path: path.to_owned(), fault: ModelError::Empty }) } else { Ok(()) }
 }
 
-/// Whether a file has this extension, in either case.
+/// Whether a file has this extension, ignoring case.
 fn is_named(path: &Path, extension: &str) -> bool {
     path.extension().is_some_and(|own| own.eq_ignore_ascii_case(extension))
 }
@@ -44,7 +44,7 @@ fn parse_header(file: &OpenFile, part: Range<u64>, format: Format) -> Result<Opt
     // The name of a file says nothing about a part of it.
     let is_whole = part == (0..file.identity.bytes);
     let name = if is_whole { file.path.as_path() } else { Path::new("") };
-    // An empty part has no other fault; requests for its tensors fail later.
+    // An empty part counts as raw bytes; requests for its tensors fail later.
     if bytes == 0 && !is_whole && format == Format::Auto {
         return Ok(None);
     }
@@ -52,7 +52,7 @@ fn parse_header(file: &OpenFile, part: Range<u64>, format: Format) -> Result<Opt
         return refuse_empty_model(&file.path, format).map(|()| None);
     }
     let mut start = [0; SNIFFED_BYTES];
-    let start = start.get_mut(..to_usize(bytes.min(SNIFFED_BYTES as u64))).expect("no more than there is room for");
+    let start = start.get_mut(..to_usize(bytes.min(SNIFFED_BYTES as u64))).expect("`start` has room for that many bytes");
     file.read_exact(start, base)?;
     let found = if is_gguf(name, start, format) {
         read_gguf(file, part)?.map(Some)
@@ -60,7 +60,7 @@ fn parse_header(file: &OpenFile, part: Range<u64>, format: Format) -> Result<Opt
         match header_bytes(name, start, bytes, format) {
             Ok(None) => return Ok(None),
             Ok(Some(header_bytes)) => {
-                // `sniff` has checked that this is at most
+                // `sniff` checked that this is at most
                 // [`crate::model::safetensors::HEADER_LIMIT_BYTES`].
                 let mut header = vec![0; to_usize(header_bytes)];
                 file.read_exact(&mut header, base + 8)?;
@@ -95,15 +95,14 @@ pub(crate) fn find_header(file: &OpenFile, bytes: &[u8], format: Format) -> Resu
         header_bytes(&file.path, start, file_bytes, format).and_then(|header_bytes| {
             let Some(header_bytes) = header_bytes else { return Ok(None) };
             let header = bytes.get(8..).and_then(|rest| rest.get(..to_usize(header_bytes)));
-            parse(header.expect("`sniff` has checked that the header is within the file"), file_bytes).map(Some)
+            parse(header.expect("`sniff` checked that the header is within the file"), file_bytes).map(Some)
         })
     };
     let start = bytes.get(..LOOKED_AT_BYTES).unwrap_or(bytes);
     found.map_err(|fault| Error::Model { path: file.path.clone(), fault: identify_foreign(fault, start, file_bytes) })
 }
 
-/// Replaces the fault of a file by what the file is instead, if its beginning is that of something
-/// else.
+/// Replaces a fault with the kind of file that this is instead, if its first bytes identify one.
 pub(super) fn identify_foreign(fault: ModelError, start: &[u8], file_bytes: u64) -> ModelError {
     if !fault.may_be_foreign() {
         return fault;
@@ -118,10 +117,10 @@ pub(super) fn identify_foreign(fault: ModelError, start: &[u8], file_bytes: u64)
 /// Bytes that identify a safetensors header: its length and its first character.
 const SNIFFED_BYTES: usize = 9;
 
-/// Most headers without a vocabulary are shorter.
+/// How much to read first. Most headers without a vocabulary are shorter.
 const GGUF_FIRST_BYTES: u64 = 256 << 10;
 
-/// Whether to read a file as GGUF, because it looks like GGUF or is said to be.
+/// Whether to read a file as GGUF, because of its contents, its name or the requested format.
 fn is_gguf(name: &Path, start: &[u8], format: Format) -> bool {
     let named = is_named(name, "gguf");
     format == Format::Gguf || format == Format::Auto && (gguf::is_gguf(start) || named)
@@ -134,11 +133,10 @@ fn read_gguf(file: &OpenFile, part: Range<u64>) -> Result<std::result::Result<Te
     loop {
         let have = start.len();
         start.resize(to_usize(wanted.min(file_bytes)), 0);
-        file.read_exact(start.get_mut(have..).expect("it grows"), part.start + have as u64)?;
+        file.read_exact(start.get_mut(have..).expect("the buffer only grows"), part.start + have as u64)?;
         match gguf::parse(&start, file_bytes) {
             Ok(Parsed::Complete(map)) => return Ok(Ok(map)),
-            // Doubles each time, so the bytes parsed again are at most as many as the bytes
-            // parsed.
+            // The buffer at least doubles each time, so parsing it again at most doubles the work.
             Ok(Parsed::More { bytes }) if bytes <= file_bytes && bytes > start.len() as u64 => wanted = bytes.max(2 * wanted),
             Ok(Parsed::More { bytes }) => return Ok(Err(cut_short(bytes, file_bytes))),
             Err(fault) => return Ok(Err(fault)),

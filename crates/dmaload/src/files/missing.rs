@@ -46,22 +46,23 @@ fn describe_dangling_link(path: &Path) -> Option<String> {
     Some(format!("a link to {:?}, which does not exist{why}", target.to_string_lossy()))
 }
 
-/// An unfinished download of this file.
+/// Describes an unfinished download of this file, if one exists.
 fn find_unfinished(path: &Path) -> Option<String> {
     let name = path.file_name()?.to_str()?;
     let found = UNFINISHED.iter().map(|end| format!("{name}{end}")).find(|other| path.with_file_name(other).exists());
-    let found = found.or_else(|| in_download_cache(path, name))?;
+    let found = found.or_else(|| find_in_download_cache(path, name))?;
     Some(format!("{found:?} is an unfinished download"))
 }
 
-/// Where a model hub's client keeps downloads into a folder until they are finished.
-fn in_download_cache(path: &Path, name: &str) -> Option<String> {
+/// Finds an unfinished download of this file in the folder where a model hub's client keeps
+/// downloads until they are complete.
+fn find_in_download_cache(path: &Path, name: &str) -> Option<String> {
     let cache = path.parent()?.join(".cache/huggingface/download");
     let mut names = fs::read_dir(cache).ok()?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     names.find(|other| other.starts_with(name) && other.ends_with(".incomplete"))
 }
 
-/// `1 is missing: "a" (it has 0 bytes)`.
+/// Lists missing files: `1 is missing: "a" (it has 0 bytes)`.
 pub(super) fn describe(missing: &[Missing]) -> String {
     let one = |Missing { name, why }: &Missing| match why {
         Some(why) => format!("{name:?} ({why})"),
@@ -85,8 +86,8 @@ fn unlisted_files(folder: &Path, index: &Index) -> Vec<String> {
     names
 }
 
-/// Why files of an index may be missing: it may be left over from another version of the model, or
-/// a download may be running.
+/// Explains why files of an index may be missing: the index may be left over from another version
+/// of the model, or a download may be running.
 pub(super) fn explain_missing(folder: &Path, index: &Index, all: bool) -> String {
     let others = unlisted_files(folder, index);
     if !others.is_empty() {

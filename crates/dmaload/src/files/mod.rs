@@ -1,13 +1,14 @@
-//! What is on disk: opening and identifying files ([`source`]), which file systems may be read by
-//! a ring or from the page cache ([`file_system`], [`block_device`], [`residency`]), and which
-//! files a path stands for: [`expand`] turns folders, indices and split files into files,
+//! Files on disk: opens and identifies them ([`source`]), decides which file systems may be read
+//! by a ring or from the page cache ([`file_system`], [`block_device`], [`residency`]), and finds
+//! the files that a path stands for: [`expand`] turns folders, indices and split files into files,
 //! [`header`] reads the files' headers, and [`whole`] checks that they form complete models.
 //!
 //! The only folder that opens files by path. Each call may wait for a server that does not answer,
-//! so only workers and the threads of [`inspect`](crate::inspect()) make them. Requires `O_DIRECT`
-//! and `statx(2)` for direct reads, and procfs to reopen a file by its descriptor; without these,
-//! it reports why and the load takes another route. A file is closed with the last clone of its
-//! [`OpenFile`](source::OpenFile).
+//! so only workers and the threads of [`inspect`](crate::inspect()) make them. Without `O_DIRECT`,
+//! the load takes another route. Without `statx(2)`, attributes may be stale, and nothing is
+//! copied from the page cache. Without procfs, a file is reopened by its path rather than by its
+//! descriptor. A file is closed when the last reference to its [`OpenFile`](source::OpenFile) is
+//! dropped.
 
 mod block_device;
 pub(crate) mod expand;

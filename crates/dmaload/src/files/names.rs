@@ -1,4 +1,4 @@
-//! What file names imply, and how errors and notes list names.
+//! Classifies file names, and formats lists of names for errors and notes.
 
 use std::path::Path;
 

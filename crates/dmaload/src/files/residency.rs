@@ -1,5 +1,5 @@
-//! The page cache of a file: how much of a range it holds, reading from it without waiting for
-//! storage, and writing it back.
+//! A file's page cache: counts the bytes that it holds, reads from it without waiting for storage,
+//! and writes it back.
 #![allow(unsafe_code)]
 
 use std::mem::MaybeUninit;
@@ -8,7 +8,8 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use rustix::io::Errno;
 
-/// The same number on every architecture but alpha. The libc crate defines it for only a few.
+/// The number is the same on every architecture but alpha. The libc crate defines it for only a
+/// few.
 const SYS_CACHESTAT: libc::c_long = 451;
 
 /// `struct cachestat_range` of `linux/mman.h`; a length of 0 means the whole file.
@@ -80,11 +81,12 @@ pub(crate) fn read_nowait(file: impl AsFd, buffer: &mut [MaybeUninit<u8>], offse
     }
 }
 
-/// Writes the dirty pages of a range back and waits for that. Works on a descriptor without write
-/// permission.
+/// Writes back the dirty pages of a range and waits for completion. Works on a descriptor without
+/// write permission.
 ///
 /// Mapped pages are write-protected first, so that the next store through a mapping faults and
-/// updates the file's modification time. Stores into pages that are already dirty do not.
+/// updates the file's modification time. Without this, stores into pages that are already dirty do
+/// not update it.
 ///
 /// # Errors
 /// The error of a failed write, possibly an earlier one that was never reported; ENOSYS or EPERM

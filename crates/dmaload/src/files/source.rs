@@ -1,5 +1,4 @@
-//! Files to read from: opening and identifying them, and checking that they are unchanged at the
-//! end of a load.
+//! Opens and identifies files, and checks at the end of a load that they are unchanged.
 
 mod cached;
 
@@ -33,8 +32,8 @@ use crate::support::foreign;
 #[derive(Debug, Clone)]
 pub(crate) struct SourceFile {
     pub(crate) path: Arc<PathBuf>,
-    /// The number of its input. The files of one input form one model, in which a name is in one
-    /// file only.
+    /// The number of its input. The files of one input form one model, in which only one file
+    /// contains a tensor of a given name.
     pub(crate) model: usize,
     /// The index of a model of several files, and this file's name in it.
     pub(crate) index: Option<(Arc<Index>, String)>,
@@ -72,7 +71,7 @@ impl SourceFile {
     }
 
     /// An open file. It is opened again by its descriptor, because direct reads need their own
-    /// open file description. The path is valid as long as the given descriptor stays open.
+    /// open file description. The path is valid only while the given descriptor is open.
     pub(crate) fn open(file: &OwnedFd, part: Option<Range<u64>>) -> Self {
         use std::os::fd::AsRawFd;
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
@@ -86,8 +85,8 @@ impl SourceFile {
         Some((folder.to_owned(), Arc::clone(index)))
     }
 
-    /// Whether this file's tensor with this name belongs to the model, rather than one that the
-    /// index maps to another file.
+    /// Whether the model's tensor with this name is the one in this file: the index, if any, does
+    /// not map the name to another file.
     pub(crate) fn owns(&self, tensor: &str) -> bool {
         self.index.as_ref().is_none_or(|(index, name)| index.file_of(tensor).is_none_or(|file| file == name))
     }
@@ -131,7 +130,7 @@ impl Identity {
         Identity {
             device: stat.st_dev,
             inode: stat.st_ino,
-            bytes: u64::try_from(stat.st_size).expect("a length that the kernel tells is not negative"),
+            bytes: u64::try_from(stat.st_size).expect("a file's length is not negative"),
             modified: (stat.st_mtime, i64::try_from(stat.st_mtime_nsec).unwrap_or(0)),
         }
     }
@@ -154,8 +153,8 @@ impl Identity {
         (self.device, self.inode) == (other.device, other.inode)
     }
 
-    /// How the file has changed, if that can have mixed its bytes. A file that grew may have kept
-    /// the planned bytes or been rewritten: the two can't be told apart.
+    /// How the file changed, if its bytes may now be a mix of versions. A file that grew was
+    /// either appended to or rewritten: the two can't be told apart.
     fn describe_change(&self, now: &Identity) -> Option<&'static str> {
         if now.bytes < self.bytes {
             Some("it shrank")
@@ -180,22 +179,22 @@ struct Attributes {
     from_cache: bool,
 }
 
-/// Makes network and FUSE file systems ask their servers. Otherwise they answer from a cache that
-/// may be minutes old, and a file that is rewritten during its load seems unchanged. The first
-/// call needs the flag as well, or a change before the load seems to be one during it. Local file
-/// systems ignore the flag.
-const ASK: AtFlags = AtFlags::STATX_FORCE_SYNC;
+/// Makes network and FUSE file systems query their servers. Otherwise they may answer from a cache
+/// that is minutes old, and a file that is rewritten during its load seems unchanged. The first
+/// call needs the flag, too; otherwise a change before the load would seem to happen during it.
+/// Local file systems ignore the flag.
+const QUERY_SERVER: AtFlags = AtFlags::STATX_FORCE_SYNC;
 
 impl Attributes {
-    /// All attributes in one call: a load inspects thousands of files before it can plan.
+    /// All attributes in one call: a load may inspect thousands of files before it can plan.
     const WANTED: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::DIOALIGN);
 
     fn at_path(path: &Path) -> rustix::io::Result<Self> {
-        Attributes::from_statx_or(statx(CWD, path, ASK, Self::WANTED), || stat(path))
+        Attributes::from_statx_or(statx(CWD, path, QUERY_SERVER, Self::WANTED), || stat(path))
     }
 
     fn at_file(file: &OwnedFd) -> rustix::io::Result<Self> {
-        Attributes::from_statx_or(statx(file, c"", ASK | AtFlags::EMPTY_PATH, Self::WANTED), || fstat(file))
+        Attributes::from_statx_or(statx(file, c"", QUERY_SERVER | AtFlags::EMPTY_PATH, Self::WANTED), || fstat(file))
     }
 
     fn from_statx_or(
@@ -252,11 +251,11 @@ pub(crate) struct OpenFile {
     buffered_ring_refused: Option<(Attempt, Errno)>,
     /// Whether the page cache is as trustworthy as the file.
     cache_is_witness: bool,
-    /// Whether reads of `buffered` start no readahead.
+    /// Whether readahead is off for `buffered`.
     is_quiet: AtomicBool,
     buffered: OwnedFd,
     direct: std::result::Result<OwnedFd, Errno>,
-    /// The holder of its place among open files. The last field, so that it is dropped after the
+    /// Holds the file's place among open files. Declared last, so it is dropped after the
     /// descriptors are closed.
     place: OnceLock<Box<dyn Any + Send + Sync>>,
 }
@@ -266,13 +265,13 @@ pub(crate) struct OpenFile {
 const DEFAULT_ALIGNMENT_BYTES: u64 = 4096;
 
 impl OpenFile {
-    /// Holds an object until the file is closed. If the file already holds one, that one is for
-    /// the same place.
+    /// Holds `place` until the file is closed. If the file already holds one, it is for the same
+    /// place, and the new one is dropped.
     pub(crate) fn hold(&self, place: impl Any + Send + Sync) {
         drop(self.place.set(Box::new(place)));
     }
 
-    /// Opens a regular file for reading, twice: with `O_DIRECT`, where allowed, and through the
+    /// Opens a regular file for reading, twice: with `O_DIRECT`, where supported, and through the
     /// page cache.
     ///
     /// # Errors
@@ -288,7 +287,7 @@ impl OpenFile {
             return Err(Error::NotAFile { path: path.to_owned(), kind });
         }
         let buffered = reopen(&found, path, OFlags::empty()).map_err(failed("open"))?;
-        // Closed first, because the limits of open files assume two descriptors per file.
+        // Close it now, because the limits on open files assume two descriptors per file.
         drop(found);
         let look = Attributes::at_file(&buffered).map_err(failed("stat"))?;
         let direct = reopen(&buffered, path, OFlags::DIRECT);
@@ -296,8 +295,8 @@ impl OpenFile {
             return Err(failed("open")(errno));
         }
         let Trust { ring_refused, buffered_ring_refused, cache } = trust(&buffered, look.device);
-        // Reading a header, or checking what is cached, must not read more than that. From a
-        // server, readahead is worthwhile.
+        // Reading a header or checking what is cached must not start readahead. For files on
+        // servers, readahead is worthwhile.
         let is_quiet = ring_refused.is_none() && fadvise(&buffered, 0, None, Advice::Random).is_ok();
         if look.from_cache && ring_refused.is_some() {
             let path = printable::path(path);
@@ -324,7 +323,7 @@ impl OpenFile {
         Ok(Arc::new(file))
     }
 
-    /// Whether the file has any bytes, regardless of its length. A read that would wait (as of
+    /// Whether the file has any bytes, whatever its stated length. A read that would block (as on
     /// `/proc/kmsg`) counts as a byte.
     fn has_a_byte(&self) -> Result<bool> {
         let read = set_nonblocking(&self.buffered, true).and_then(|()| {
@@ -379,8 +378,8 @@ impl OpenFile {
 
     /// Reads exactly `buffer.len()` bytes through the page cache.
     pub(crate) fn read_exact(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
-        // If this fails, these bytes are no worse than before, and no others are copied from the
-        // cache.
+        // If this fails, these bytes are as reliable as any buffered read, and `cached` copies
+        // nothing from the cache.
         let _ = self.settle(&(offset..offset + buffer.len() as u64));
         let mut done = 0;
         while done < buffer.len() {
@@ -421,9 +420,9 @@ impl OpenFile {
     }
 
     /// Fails if the file continues beyond its planned end, on file systems that may state a wrong
-    /// length, such as those of servers. On local ones, reads end at the stated length.
+    /// length, such as network file systems. On local ones, reads end at the stated length.
     pub(crate) fn check_end(&self, planned: &Identity) -> Result<()> {
-        // For an empty file this was checked when it was opened.
+        // An empty file was checked when it was opened.
         if self.ring_refused.is_none() || planned.bytes == 0 {
             return Ok(());
         }
@@ -435,7 +434,7 @@ impl OpenFile {
         };
         match read {
             Ok(0) => Ok(()),
-            // It may have grown in the meantime.
+            // The file may have grown in the meantime.
             Ok(_) => Err(self.blame_change(planned, Error::Longer { path: self.path.clone(), stated_bytes: planned.bytes })),
             Err(errno) => Err(self.read_error(planned.bytes, 1, errno)),
         }
@@ -456,7 +455,7 @@ impl OpenFile {
         if has_byte_at(planned_bytes - 1)? {
             return self.check_end(&self.identity);
         }
-        // The real end is the first offset without a byte.
+        // Find the real end by binary search: the first offset without a byte.
         let (mut start, mut end) = (0, planned_bytes - 1);
         while start < end {
             let middle = start.midpoint(end);
@@ -491,12 +490,11 @@ fn kind_of(file_type: FileType) -> Option<&'static str> {
     }
 }
 
-/// Opens a regular file again by its descriptor, so that it is the same file even if its path now
-/// names another. Without procfs it is opened by path and compared.
+/// Opens a regular file again by its descriptor, so it is the same file even if its path now names
+/// another. Without procfs, opens it by path and compares the two.
 ///
 /// The description must not have `O_NONBLOCK`. Otherwise io_uring calls file systems without
-/// `FMODE_NOWAIT` on the ring's thread, which then waits for them, and miscounts after a short
-/// read.
+/// `FMODE_NOWAIT` on the ring thread, which then blocks, and miscounts after a short read.
 fn reopen(found: &OwnedFd, path: &Path, flags: OFlags) -> std::result::Result<OwnedFd, Errno> {
     use std::os::fd::AsRawFd;
     let flags = flags | OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOCTTY;
@@ -537,8 +535,8 @@ pub(crate) fn identify(path: &Path) -> Result<(Identity, u64)> {
     }
 }
 
-/// `STATX_DIOALIGN` (Linux 6.1) reports the alignment; a first read proves it. Smaller ones are
-/// raised to a page.
+/// The alignment that `STATX_DIOALIGN` reports (Linux 6.1 or later), but at least a page. The
+/// first read verifies it.
 fn alignment(seen: Option<&Statx>) -> u64 {
     let seen = seen.filter(|seen| seen.stx_mask & StatxFlags::DIOALIGN.bits() != 0);
     let aligned = seen.map_or(0, |seen| u64::from(seen.stx_dio_offset_align.max(seen.stx_dio_mem_align)));

@@ -27,14 +27,15 @@ pub(crate) type KnownFile<'a> = (&'a SourceFile, Option<&'a TensorMap>);
 pub(crate) fn check_whole(files: &[KnownFile<'_>], allow_missing: bool) -> Result<Vec<String>> {
     let mut sizes: HashMap<usize, usize> = HashMap::new();
     files.iter().for_each(|(source, _)| *sizes.entry(source.model).or_default() += 1);
-    // A name that occurs twice in one file is an error of its header.
+    // A name that occurs twice in one file makes its header invalid, which is checked elsewhere.
     let has_several = |source: &SourceFile| sizes.get(&source.model).is_some_and(|&files| files > 1);
     let notes = check_splits(files, has_several, allow_missing)?;
     check_names(files, has_several)?;
     Ok(notes)
 }
 
-/// Checks that each name is in one file of a model: if an index decides, in the one that it names.
+/// Checks that only one file of a model contains each name, apart from those that the index maps
+/// to another file.
 fn check_names(files: &[KnownFile<'_>], has_several: impl Fn(&SourceFile) -> bool) -> Result<()> {
     let mut names: Vec<(usize, &str, &SourceFile)> = Vec::new();
     for &(source, map) in files {
@@ -54,7 +55,7 @@ fn check_names(files: &[KnownFile<'_>], has_several: impl Fn(&SourceFile) -> boo
     }
 }
 
-/// The split metadata in a part of a split GGUF model.
+/// The split metadata of one part of a split GGUF model.
 #[derive(Debug, Clone, Copy)]
 struct Split {
     number: u64,
@@ -65,7 +66,7 @@ struct Split {
 }
 
 impl Split {
-    /// `None` for a model that is not split.
+    /// Reads the split metadata; `None` for a model that is not split.
     fn from_map(map: &TensorMap) -> std::result::Result<Option<Split>, String> {
         let Some(gguf) = map.gguf() else { return Ok(None) };
         let number = |key: &str| match gguf.get(key) {
@@ -102,7 +103,8 @@ enum Set {
     Model(usize),
     /// Parts that the caller named one by one, by their folder and the first part's name.
     Named(Option<PathBuf>, String),
-    /// Parts that the caller named one by one and whose names don't say so, by their count.
+    /// Parts that the caller named one by one, and whose names are not those of parts, by their
+    /// count.
     Unnamed(u64),
 }
 
@@ -116,7 +118,7 @@ fn folder_of(path: &Path) -> Option<PathBuf> {
 #[derive(Debug, Clone, Copy)]
 struct ModelPart<'a> {
     path: &'a Path,
-    /// What its name says.
+    /// The part that its name states.
     name: Option<PartName<'a>>,
     split: Option<Split>,
 }
@@ -159,7 +161,7 @@ fn check_splits(files: &[KnownFile<'_>], has_several: impl Fn(&SourceFile) -> bo
 /// Checks parts that belong together. Returns a note for the report.
 fn check_split(parts: &[ModelPart<'_>]) -> Result<Option<String>> {
     let Some((first, split)) = parts.iter().find_map(|part| Some((part, part.split?))) else { return Ok(None) };
-    let mut there: BTreeMap<u64, &ModelPart<'_>> = BTreeMap::new();
+    let mut found: BTreeMap<u64, &ModelPart<'_>> = BTreeMap::new();
     for part in parts {
         let Some(own) = part.split else {
             let other = file_name(first.path);
@@ -170,23 +172,23 @@ fn check_split(parts: &[ModelPart<'_>]) -> Result<Option<String>> {
             let reason = format!("split.count is {}, but {} in {}", own.count, split.count, file_name(first.path));
             return Err(contradiction(part.path, reason));
         }
-        if let Some(other) = there.insert(own.number, part) {
+        if let Some(other) = found.insert(own.number, part) {
             let reason =
                 format!("it claims to be part {} of {}, and so does {}", own.number + 1, own.count, file_name(other.path));
             return Err(contradiction(part.path, reason));
         }
     }
-    let missing: Vec<u64> = (0..split.count).filter(|number| !there.contains_key(number)).take(MISSING_NAMED + 1).collect();
+    let missing: Vec<u64> = (0..split.count).filter(|number| !found.contains_key(number)).take(MISSING_NAMED + 1).collect();
     if !missing.is_empty() {
         return Err(incomplete(first, split, parts.len() as u64, &missing));
     }
-    check_tensor_counts(&there)
+    check_tensor_counts(&found)
 }
 
 /// Compares the number of tensors in all parts with `split.tensors.count`. llama.cpp uses the
 /// first part's count, loads nothing if that is missing or wrong, and ignores the counts in other
-/// parts. If the first part has no tensors, the other parts of some writers state a different
-/// count: that is noted.
+/// parts. Some writers put no tensors into the first part and state a different count in the
+/// others; that is only noted.
 fn check_tensor_counts(parts: &BTreeMap<u64, &ModelPart<'_>>) -> Result<Option<String>> {
     let splits: Vec<(&ModelPart<'_>, Split)> = parts.values().filter_map(|part| Some((*part, part.split?))).collect();
     let Some(&(first, split)) = splits.first() else { return Ok(None) };

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::files::source::SourceFile;
 use crate::memory::segment::Segment;
 
-/// See the module documentation.
+/// The files, segments and end of a kept load, as far as they have arrived.
 #[derive(Debug, Default)]
 pub(super) struct Arrived {
     segments: Vec<Segment>,
@@ -35,7 +35,7 @@ struct Files {
     names: Option<Names>,
 }
 
-/// A file and the segments of it that have arrived.
+/// A file and those of its segments that have arrived.
 #[derive(Debug)]
 struct ArrivingFile {
     about: LoadFile,
@@ -74,7 +74,7 @@ impl Arrived {
     /// the files of the load.
     ///
     /// # Errors
-    /// What must arrive before it is worth asking again.
+    /// The event to wait for before trying again.
     pub(super) fn tensor(&mut self, name: &str, sources: &[SourceFile]) -> Result<Result<Tensor>, Interest> {
         if let Some(End::Failed(error)) = &self.end {
             return Ok(Err(error.clone()));
@@ -85,7 +85,7 @@ impl Arrived {
             Ok(place) => place,
             Err(error) => return Ok(Err(error)),
         };
-        let ArrivingFile { about, segments } = files.list.get(file_index).expect("a tensor is of a file of its load");
+        let ArrivingFile { about, segments } = files.list.get(file_index).expect("a tensor belongs to a file of its load");
         match missing_byte(about, segments, position) {
             Some(offset) => Err(Interest::Byte { file_index, offset }),
             None => Ok(Ok(complete_tensor(about, segments, position).expect("none of its bytes is missing"))),
@@ -101,7 +101,7 @@ impl Files {
     }
 
     fn add(&mut self, segment: &Segment) {
-        let file = self.list.get_mut(segment.file_index()).expect("a segment is of a file of its load");
+        let file = self.list.get_mut(segment.file_index()).expect("a segment belongs to a file of its load");
         if !file.about.is_known {
             // The file was checked and its header read before its first segment was handed over.
             file.about.tensors = segment.file_tensors().cloned();
@@ -112,10 +112,10 @@ impl Files {
     }
 
     /// The number of the file that contains this tensor and the tensor's position in that file's
-    /// map, or the error if there is none.
+    /// map, or the error if no file contains it.
     ///
     /// # Errors
-    /// What must arrive before that is decided.
+    /// The event to wait for before this can be decided.
     fn find(&mut self, name: &str, sources: &[SourceFile]) -> Result<Result<(usize, usize)>, Interest> {
         if self.unknown == 0 {
             let list = &self.list;
@@ -133,28 +133,28 @@ impl Files {
         let mut found = Vec::new();
         for (file_index, (file, _)) in files().filter(|(_, (_, source))| source.owns(name)) {
             if !file.about.is_known {
-                return Err(file.header(file_index));
+                return Err(file.header_interest(file_index));
             }
             found.extend(file.position_of(name).map(|position| (file_index, position)));
         }
         match *found {
             [place] => Ok(Ok(place)),
-            // A name that is in none of these may not exist or may not be selected; only the names
-            // of all files can tell. Two tensors with this name are an error, unless the load
-            // fails before that is certain.
+            // If none of these files has the name, the tensor may not exist or may not be
+            // selected: only the names of all files can tell. If several have it, that is an
+            // error, unless the load fails first.
             _ => {
                 let unknown = files().find(|(_, (file, _))| !file.about.is_known);
                 let (file_index, (file, _)) = unknown.expect("counted above");
-                Err(file.header(file_index))
+                Err(file.header_interest(file_index))
             }
         }
     }
 }
 
 impl ArrivingFile {
-    /// What must arrive for its tensors to be known. Only small files are unknown, and each is one
-    /// segment.
-    fn header(&self, file_index: usize) -> Interest {
+    /// The event after which the file's tensors are known. Only small files are unknown, and each
+    /// is one segment.
+    fn header_interest(&self, file_index: usize) -> Interest {
         Interest::Byte { file_index, offset: self.about.part.start }
     }
 

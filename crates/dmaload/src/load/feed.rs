@@ -15,15 +15,15 @@ use crate::options::load::LoadOptions;
 #[derive(Debug)]
 pub(super) struct Feed {
     outbox: Arc<Outbox>,
-    /// Only `None` inside `drop`.
+    /// `None` only inside `drop`.
     shared: Option<Arc<LoadShared>>,
     guard: Arc<Guard>,
 }
 
 impl Feed {
     /// Starts a load. `keep` says whether all of it will be in memory at once.
-    pub(super) fn start(guard: &Arc<Guard>, asked: Result<Vec<Input>>, options: LoadOptions, keep: bool) -> Self {
-        let (outbox, shared) = guard.load(asked, options, keep);
+    pub(super) fn start(guard: &Arc<Guard>, inputs: Result<Vec<Input>>, options: LoadOptions, keep: bool) -> Self {
+        let (outbox, shared) = guard.load(inputs, options, keep);
         Feed { outbox, shared: Some(shared), guard: Arc::clone(guard) }
     }
 

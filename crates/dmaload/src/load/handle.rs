@@ -22,7 +22,7 @@ use crate::support::park;
 /// it is polled. Created by [`LoadRequest::start`](crate::LoadRequest::start).
 ///
 /// - [`Load::tensor`] returns a tensor by name as soon as its bytes have arrived, while the rest
-///   is read. Any number of tasks and threads may wait at once.
+///   is being read. Any number of tasks and threads may wait at once.
 /// - [`Load::next`] (also available as a [`Stream`]) yields the segments in order, each as soon as
 ///   it is complete.
 /// - [`Load::finish`], or awaiting the load itself, returns the [`Image`].
@@ -39,9 +39,9 @@ pub struct Load {
     waiter: Waiter,
     inbox: Inbox,
     /// How many segments [`Load::next`] has returned.
-    given: usize,
+    returned: usize,
     /// Whether [`Load::next`] has returned the error.
-    failure_given: bool,
+    failure_returned: bool,
 }
 
 /// What has arrived of a load, shared by all its waiters.
@@ -53,24 +53,24 @@ struct Inbox {
 }
 
 impl Inbox {
-    /// Checks what has arrived so far. The caller takes the pending events on behalf of all
-    /// waiters.
-    fn look<T>(&self, look: impl FnOnce(&mut Arrived) -> T) -> T {
+    /// Records the pending events, on behalf of all waiters, and runs `check` on what has arrived
+    /// so far.
+    fn check_arrived<T>(&self, check: impl FnOnce(&mut Arrived) -> T) -> T {
         let mut arrived = self.arrived.lock().unwrap_or_else(PoisonError::into_inner);
         while arrived.end().is_none()
             && let Some(event) = self.feed.take()
         {
             arrived.add(event);
         }
-        look(&mut arrived)
+        check(&mut arrived)
     }
 }
 
 impl Load {
-    pub(super) fn start(guard: &Arc<Guard>, asked: Result<Vec<Input>>, options: LoadOptions) -> Self {
-        let feed = Feed::start(guard, asked, options, true);
+    pub(super) fn start(guard: &Arc<Guard>, inputs: Result<Vec<Input>>, options: LoadOptions) -> Self {
+        let feed = Feed::start(guard, inputs, options, true);
         let waiter = feed.waiter();
-        Load { waiter, inbox: Inbox { feed, arrived: Mutex::default() }, given: 0, failure_given: false }
+        Load { waiter, inbox: Inbox { feed, arrived: Mutex::default() }, returned: 0, failure_returned: false }
     }
 
     /// How far the load has progressed.
@@ -80,7 +80,7 @@ impl Load {
 
     /// Whether the load has ended, successfully or not. Awaiting it then returns at once.
     pub fn is_finished(&self) -> bool {
-        self.inbox.look(|arrived| arrived.end().is_some())
+        self.inbox.check_arrived(|arrived| arrived.end().is_some())
     }
 
     /// Returns the tensor with this name as soon as the segments up to its last byte have arrived
@@ -90,15 +90,15 @@ impl Load {
     ///
     /// The names of a file's tensors are known once its header is read; a small file is read as a
     /// whole, so its names arrive with its bytes. For several files, the model's index decides
-    /// which file has the tensor. A name that the index does not list, or that has no index, is
-    /// returned only after the headers of all files are read, because another file may have a
-    /// tensor of the same name. Whether a model of several files is complete is known by then or
-    /// at the end of the load; if it is not, the load fails although tensors were already
-    /// returned.
+    /// which file has the tensor. If the model has no index, or its index does not list the name,
+    /// the tensor is returned only after the headers of all files are read, because another file
+    /// may have a tensor of the same name. Whether a model of several files is complete is known
+    /// by then or at the end of the load. If it is incomplete, the load fails, even if tensors
+    /// were already returned.
     ///
     /// As with segments, a change to a file during the load is detected when the file has been
-    /// read. A tensor may be returned before that, and the load still fails. After it has failed,
-    /// this returns the error too.
+    /// read. A tensor may be returned before that, and the load may fail afterwards. Once the load
+    /// has failed, this returns its error, too.
     ///
     /// Any number of tasks and threads may wait at once, even for the same tensor. A future that
     /// is not polled does not hold up the others.
@@ -122,8 +122,8 @@ impl Load {
     pub async fn tensor(&self, name: &str) -> Result<Tensor> {
         let Inbox { feed, .. } = &self.inbox;
         let mut waiter = feed.waiter();
-        let look = || self.inbox.look(|arrived| arrived.tensor(name, feed.sources()));
-        std::future::poll_fn(|context| waiter.poll(context, look)).await.flatten()
+        let check = || self.inbox.check_arrived(|arrived| arrived.tensor(name, feed.sources()));
+        std::future::poll_fn(|context| waiter.poll(context, check)).await.flatten()
     }
 
     /// Blocking version of [`Self::tensor`], for model builders without `async`. The thread sleeps
@@ -173,15 +173,15 @@ impl Load {
     /// returned it.
     pub async fn finish(mut self) -> Result<Image> {
         std::future::poll_fn(|context| {
-            let look = || self.inbox.look(|arrived| arrived.end().map(drop).ok_or(Interest::End));
-            self.waiter.poll(context, look)
+            let check = || self.inbox.check_arrived(|arrived| arrived.end().map(drop).ok_or(Interest::End));
+            self.waiter.poll(context, check)
         })
         .await?;
         let arrived = self.inbox.arrived.into_inner().unwrap_or_else(PoisonError::into_inner);
         let (segments, end) = arrived.into_parts();
-        match end.expect("waited for above") {
+        match end.expect("the wait above returned at the end") {
             End::Finished(finished) => {
-                assert_eq!(segments.len(), finished.report.segments, "a load gives all of its segments before its end");
+                assert_eq!(segments.len(), finished.report.segments, "a load delivers all of its segments before its end");
                 Ok(Image::new(finished.files, segments, finished.report))
             }
             End::Failed(error) => Err(error),
@@ -189,20 +189,20 @@ impl Load {
     }
 
     fn poll_segment(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Segment>>> {
-        if self.failure_given {
+        if self.failure_returned {
             return Poll::Ready(None);
         }
-        let given = self.given;
-        let look = |arrived: &mut Arrived| match (arrived.segments().get(given), arrived.end()) {
+        let returned = self.returned;
+        let check = |arrived: &mut Arrived| match (arrived.segments().get(returned), arrived.end()) {
             (Some(segment), _) => Ok(Ok(Some(segment.clone()))),
             (None, Some(End::Failed(error))) => Ok(Err(error.clone())),
             (None, Some(End::Finished(_))) => Ok(Ok(None)),
             (None, None) => Err(Interest::AnyEvent),
         };
-        let next = ready!(self.waiter.poll(context, || self.inbox.look(look))).flatten();
+        let next = ready!(self.waiter.poll(context, || self.inbox.check_arrived(check))).flatten();
         match &next {
-            Ok(Some(_)) => self.given += 1,
-            Err(_) => self.failure_given = true,
+            Ok(Some(_)) => self.returned += 1,
+            Err(_) => self.failure_returned = true,
             Ok(None) => {}
         }
         Poll::Ready(next.transpose())

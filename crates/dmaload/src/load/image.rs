@@ -38,8 +38,8 @@ pub struct ImageFile {
     part: Range<u64>,
     segments: Arc<[Segment]>,
     tensors: Option<Arc<FileTensors>>,
-    /// Whether the load has, or will have, more segments of this file: the file belongs to a
-    /// tensor that was returned before the load ended.
+    /// Whether `segments` may lack some of the file's segments: the file belongs to a tensor that
+    /// was returned before the load ended, or that released the other segments.
     is_partial: bool,
 }
 
@@ -63,7 +63,7 @@ impl Image {
         }
     }
 
-    /// The files, in the order given.
+    /// The files, in load order.
     pub fn files(&self) -> &[ImageFile] {
         &self.files
     }
@@ -78,8 +78,8 @@ impl Image {
         &self.report
     }
 
-    /// Returns the tensor with this name. If two files of a model contain it, the file that the
-    /// model's index maps it to counts.
+    /// Returns the tensor with this name. If two files of a model contain it, returns the one from
+    /// the file that the model's index maps it to.
     ///
     /// # Errors
     /// [`Error::NoSuchTensor`]; [`Error::NotLoaded`] or [`Error::NotSelected`] for a tensor that
@@ -91,8 +91,8 @@ impl Image {
             Names::new(files.collect(), self.indices.to_vec())
         });
         let (file, position) = names.find(name)?;
-        let file = self.files.get(file).expect("a name is of one of the files");
-        Ok(file.tensor_at(position).expect("a name is of a tensor that was loaded"))
+        let file = self.files.get(file).expect("a name belongs to one of the files");
+        Ok(file.tensor_at(position).expect("only loaded tensors have names"))
     }
 
     /// All loaded tensors of all files, in file order or in the order in which they were
@@ -159,16 +159,16 @@ impl ImageFile {
         self.slice(self.part.clone())
     }
 
-    /// Returns these bytes of the file, contiguous, in memory that only this process has and may
-    /// write to: see [`PrivateMemory`], also for what this revokes. `range` counts from the
-    /// beginning of the file, as [`Self::file_range`] does.
+    /// Returns these bytes of the file, contiguous, in memory that only this process can access
+    /// and may write to. See [`PrivateMemory`], which also explains what this revokes. `range`
+    /// counts from the beginning of the file, as [`Self::file_range`] does.
     ///
     /// # Errors
-    /// [`Error::NotLoaded`] as [`Self::bytes`]; [`Error::Viewed`] while views of anonymous memory
-    /// are alive; [`Error::NoDescriptor`] for a dma-buf; [`Error::Memory`] when a memory file
-    /// cannot be mapped once more.
+    /// [`Error::NotLoaded`] under the same conditions as [`Self::bytes`]; [`Error::Viewed`] while
+    /// views of anonymous memory are alive; [`Error::NoDescriptor`] for a dma-buf;
+    /// [`Error::Memory`] if a memfd cannot be mapped again.
     pub fn private_memory(&self, range: Range<u64>) -> Result<PrivateMemory> {
-        PrivateMemory::of(&self.path, &self.segments, range)
+        PrivateMemory::from_segments(&self.path, &self.segments, range)
     }
 
     /// Returns the tensor with this name if it was loaded and the model's index, if any, does not
@@ -185,7 +185,7 @@ impl ImageFile {
         let count = tensors.map_or(0, FileTensors::len);
         let positions = (0..count).filter_map(move |number| tensors?.position_of(number));
         let positions = positions.filter(|&position| !self.is_partial || self.tensor_at(position).is_some());
-        positions.map(|position| self.tensor_at(position).expect("a tensor that was chosen is in the map"))
+        positions.map(|position| self.tensor_at(position).expect("a chosen tensor is in the map"))
     }
 
     /// The tensor at this position of the map, if it was loaded.
@@ -275,8 +275,8 @@ impl TensorPart {
 }
 
 impl Tensor {
-    /// Releases the file's segments that hold none of this tensor's bytes. A tensor of an image
-    /// keeps all of its file in memory otherwise.
+    /// Releases the file's segments that hold none of this tensor's bytes. Otherwise, a tensor of
+    /// an image keeps its whole file in memory.
     #[must_use]
     pub fn without_other_segments(self) -> Tensor {
         let segments = overlapping(&self.file.segments, &self.part.rows.hull()).into();
@@ -326,8 +326,8 @@ impl Tensor {
         self.file.slice(self.file_range())
     }
 
-    /// Returns the tensor's bytes, contiguous, in memory that only this process has and may write
-    /// to: see [`PrivateMemory`], also for what this revokes.
+    /// Returns the tensor's bytes, contiguous, in memory that only this process can access and may
+    /// write to. See [`PrivateMemory`], which also explains what this revokes.
     ///
     /// # Errors
     /// Those of [`ImageFile::private_memory`]; [`Error::NotContiguous`] if the bytes are not
@@ -389,7 +389,7 @@ impl Tensor {
         if wanted.is_empty() {
             return Vec::new();
         }
-        let touched = segments_of_range(&self.file.segments, &wanted).expect("a tensor is given with all its rows");
+        let touched = segments_of_range(&self.file.segments, &wanted).expect("a tensor is returned only with all its rows");
         let segments = touched.iter().filter_map(|segment| {
             let held = segment.file_range();
             let range = wanted.start.max(held.start)..wanted.end.min(held.end);

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::model::index::Index;
 use crate::plan::tensors::FileTensors;
 
-/// An index that was used to find files, with its folder.
+/// An index that was used to find files, and its folder.
 pub(super) type FolderIndex = (PathBuf, Arc<Index>);
 
 /// The indices of these files, without duplicates.
@@ -69,11 +69,11 @@ impl Names {
         &rest[..rest.partition_point(|&at| tensor_name(&self.files, at) == Some(wanted))]
     }
 
-    /// The error that says why there is no tensor with this name.
+    /// The error that explains why no loaded tensor has this name.
     fn not_loaded(&self, name: &str) -> Error {
         let info = |tensors: &Option<Arc<FileTensors>>| Some(tensors.as_ref()?.map.get(name)?.file_range.clone());
-        let there = self.files.iter().find_map(|(path, tensors)| Some((path, info(tensors)?)));
-        if let Some((path, range)) = there {
+        let found = self.files.iter().find_map(|(path, tensors)| Some((path, info(tensors)?)));
+        if let Some((path, range)) = found {
             return Error::NotLoaded { path: path.as_ref().clone(), range };
         }
         let known = self.indices.iter().find_map(|(folder, index)| Some(folder.join(index.file_of(name)?)));

@@ -15,11 +15,11 @@ use crate::options::load::LoadOptions;
 ///
 /// - `.await` returns the [`Image`](crate::Image): everything. All of it is in memory at once.
 /// - [`start`](Self::start) returns a [`Load`]: progress, single tensors by name while the rest is
-///   read, and the image. All of it is in memory at once.
+///   read, and the image. Everything is in memory at once.
 /// - [`segments`](Self::segments) yields each segment, in order, as soon as it is complete. Memory
 ///   holds what the consumer keeps plus what the load has read ahead.
-/// - [`tensors`](Self::tensors) yields each tensor, in order, as soon as it is complete, and keeps
-///   as little.
+/// - [`tensors`](Self::tensors) yields each tensor, in order, as soon as it is complete, and needs
+///   as little memory.
 ///
 /// ```no_run
 /// # async fn example(loader: dmaload::Loader) -> dmaload::Result<()> {
@@ -61,7 +61,8 @@ impl LoadRequest {
         self
     }
 
-    /// Starts the load and keeps all of it, for the image and for single tensors before that.
+    /// Starts the load and keeps everything, for the image and for single tensors before it is
+    /// complete.
     pub fn start(self) -> Load {
         let LoadRequest { guard, source, options } = self;
         Load::start(&guard, source.into_inputs(), options)

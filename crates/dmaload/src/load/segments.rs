@@ -22,7 +22,7 @@ use crate::telemetry::report::Report;
 ///
 /// The load is at most the loader's window plus one segment ahead of its consumer (less if memory
 /// is short), and then waits until the next segment is taken. After the last segment, this holds
-/// no file, memory or address range, only the report and the tensor maps.
+/// only the report and the tensor maps, but no file, memory or address range.
 ///
 /// Dropping it cancels the load. Segments already handed over stay valid.
 #[derive(Debug)]
@@ -37,8 +37,8 @@ pub struct Segments {
 
 impl Segments {
     /// Starts a load. `keep` says whether all of it will be in memory at once.
-    pub(crate) fn start(guard: &Arc<Guard>, asked: Result<Vec<Input>>, options: LoadOptions, keep: bool) -> Self {
-        let feed = Feed::start(guard, asked, options, keep);
+    pub(crate) fn start(guard: &Arc<Guard>, inputs: Result<Vec<Input>>, options: LoadOptions, keep: bool) -> Self {
+        let feed = Feed::start(guard, inputs, options, keep);
         Segments { waiter: feed.waiter(), feed, finished: None, failed: false }
     }
 

@@ -58,8 +58,8 @@ impl Source {
     /// package or another container.
     ///
     /// The range need not begin at a block boundary; the rest of its first and last block is read
-    /// as well. It can't be verified or observed. A load of several files with a range fails with
-    /// [`Error::Config`], and a load of a file that ends before the range does fails with
+    /// as well. A range can't be verified or observed. A load of several files with a range fails
+    /// with [`Error::Config`], and a load of a file that ends before the range does fails with
     /// [`Error::Selection`].
     #[must_use]
     pub fn range(mut self, range: Range<u64>) -> Self {
@@ -68,7 +68,7 @@ impl Source {
     }
 
     /// # Errors
-    /// [`Error::Config`] without any file, and for a range of several files.
+    /// [`Error::Config`] without a file, or for a range of several files.
     pub(crate) fn into_inputs(self) -> Result<Vec<Input>> {
         let Source { mut inputs, range } = self;
         if inputs.is_empty() {
@@ -149,7 +149,7 @@ mod tests {
         let paths = |source: Source| -> Vec<PathBuf> {
             let path = |input| match input {
                 Input::Path(path) => path,
-                other => panic!("{other:?} is no path"),
+                other => panic!("{other:?} is not a path"),
             };
             source.into_inputs().unwrap().into_iter().map(path).collect()
         };

@@ -19,7 +19,8 @@ use crate::telemetry::report::Report;
 /// in file order, or in the order in which they were requested ([`crate::LoadOptions::tensors`]).
 /// Created by [`LoadRequest::tensors`](crate::LoadRequest::tensors).
 ///
-/// It keeps nothing: once all tensors in a segment are dropped, the segment's memory is freed.
+/// The stream keeps nothing: once all tensors in a segment are dropped, the segment's memory is
+/// freed.
 ///
 /// Dropping it cancels the load. Tensors already returned stay valid and keep their segments.
 #[derive(Debug)]
@@ -124,7 +125,7 @@ impl Tensors {
         for file in &mut self.files {
             file.queue_complete(&mut self.ready);
         }
-        // Files that were not read at all because their tensors have no bytes.
+        // Return the tensors of files that were not read at all, because they have no bytes.
         for file in self.segments.finished_files().iter().filter(|file| !file.has_segments) {
             let Some(tensors) = &file.tensors else { continue };
             let image =
@@ -149,7 +150,7 @@ impl Pending {
             self.next += 1;
         }
         // The tensors of a class come in file order, so a segment that ends before the next tensor
-        // begins holds no part of a later one. Tensors of other classes are in spans of their own,
+        // begins holds no part of a later one. Tensors of other classes are in separate spans,
         // which are read later.
         let class = |number: usize| self.tensors.class_of(number);
         let goes_on = self.next == before || class(self.next - 1) == class(self.next);

@@ -15,7 +15,7 @@ use crate::memory::lent::ViewCount;
 use crate::memory::reaper::{Holding, Reaper};
 use crate::support::id::LoadId;
 
-/// Bytes that belong at the start of their slot. All fields are byte offsets in the allocation.
+/// Bytes to move to the start of their slot. `slot` and `from` are offsets in the allocation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Move {
     pub(crate) slot: Range<usize>,
@@ -30,15 +30,15 @@ pub(crate) struct Backing {
     holding: Option<Box<Holding>>,
     address: NonNull<u8>,
     bytes: usize,
-    /// Whether it came from the pool, with its pages.
+    /// Whether the allocation came from the pool, already populated.
     reused: bool,
     lent: ViewCount,
     reaper: Reaper,
 }
 
-// SAFETY: the pointer is into the mapping that `holding` owns, which is not bound to a thread.
+// SAFETY: `address` points into the mapping that `holding` owns, which is not bound to a thread.
 unsafe impl Send for Backing {}
-// SAFETY: as above; the owners of the Backing decide who may access the bytes.
+// SAFETY: as above; only unsafe methods access the bytes, and their callers rule out data races.
 unsafe impl Sync for Backing {}
 
 impl Backing {
@@ -47,12 +47,12 @@ impl Backing {
         Backing { holding: Some(Holding::new(mapping, memory)), address, bytes, reused: false, lent: ViewCount::new(), reaper }
     }
 
-    /// Takes an allocation from the pool and moves it to its new place; frees it and returns
-    /// `None` if it can't be moved.
+    /// Moves a pooled allocation to offset `at` of `range`. If the kernel refuses, releases the
+    /// allocation and returns `None`.
     pub(crate) fn from_pool(holding: Holding, range: &Arc<AddressRange>, at: usize, reaper: &Reaper) -> Option<Self> {
         holding.reusable.store(false, Ordering::Release);
         match holding.move_to(range, at) {
-            // Without protection from forks, private memory can't be reused.
+            // Devices write to private memory only while forked processes can't inherit it.
             Ok(holding) if holding.memory.is_private() && holding.mapping.forbid_fork().is_err() => {
                 reaper.release(holding);
                 None
@@ -73,8 +73,8 @@ impl Backing {
         self.reused
     }
 
-    /// Marks the memory as complete, so that it may be reused once dropped. Memory of dma-heaps
-    /// may not: its mapping can't be moved, so keeping it would only take space in the pool.
+    /// Marks the memory as complete, so it can be reused once dropped. Dma-heap memory can't be
+    /// reused: its mapping can't be moved, so it would only take up space in the pool.
     pub(crate) fn allow_reuse(&self) {
         let holding = self.holding();
         if holding.memory.dma_buf().is_none() {
@@ -82,7 +82,7 @@ impl Backing {
         }
     }
 
-    /// Lets forked processes inherit the memory, since no device writes to it any more. If the
+    /// Lets forked processes inherit the memory, because devices no longer write to it. If the
     /// kernel refuses for lack of memory, they don't inherit it.
     pub(crate) fn allow_fork(&self) {
         let holding = self.holding();
@@ -97,20 +97,20 @@ impl Backing {
     /// The slot must be filled, and nothing else may read or write it during the call.
     ///
     /// # Panics
-    /// When the slot is not within the allocation, or the bytes are not within the slot.
+    /// If the slot is not within the allocation, or the bytes are not within the slot.
     pub(crate) unsafe fn move_down(&self, Move { slot, from, bytes }: &Move) {
         let within = slot.start <= *from && from.checked_add(*bytes).is_some_and(|end| end <= slot.end) && slot.end <= self.bytes;
-        assert!(within, "{bytes} bytes from {from} on are not within {slot:?} of {}", self.bytes);
-        // SAFETY: within the mapping, by the assertion.
+        assert!(within, "{bytes} bytes at {from} are not within slot {slot:?} of {} bytes", self.bytes);
+        // SAFETY: the slot is within the mapping, as asserted.
         let to = unsafe { self.address.add(slot.start) };
-        // SAFETY: as above.
+        // SAFETY: `from` is within the slot, as asserted.
         let from = unsafe { self.address.add(*from) };
-        // SAFETY: both are within the slot, which is mapped and exclusive to the caller; they may
-        // overlap.
+        // SAFETY: source and destination are within the slot, which is mapped and exclusive to the
+        // caller; `copy_to` allows them to overlap.
         unsafe { from.copy_to(to, *bytes) };
-        // SAFETY: within the slot, by the assertion.
+        // SAFETY: `bytes` is at most the slot's length, as asserted.
         let rest = unsafe { to.add(*bytes) };
-        // SAFETY: the rest of the slot, as above.
+        // SAFETY: the rest of the slot is mapped and exclusive to the caller, too.
         unsafe { rest.write_bytes(0, slot.end - slot.start - bytes) };
     }
 
@@ -119,7 +119,7 @@ impl Backing {
         self.holding().charge.add(ledger, load, bytes);
     }
 
-    /// Excludes the memory from reuse, since a descriptor of it was handed out.
+    /// Excludes the memory from reuse, because it was handed out.
     pub(crate) fn forbid_reuse(&self) {
         self.holding().reusable.store(false, Ordering::Release);
     }
@@ -132,14 +132,14 @@ impl Backing {
         self.bytes
     }
 
-    /// The dma-buf: the memory itself, or the one that was exported from it.
+    /// The dma-buf: the memory itself, or a dma-buf that was exported from it.
     pub(crate) fn dma_buf(&self) -> Option<&DmaBuf> {
         let holding = self.holding();
         holding.memory.dma_buf().or_else(|| holding.exported.get())
     }
 
-    /// Exports filled memory as a dma-buf, by calling `export`, and makes the bytes visible to
-    /// devices.
+    /// Exports filled memory as a dma-buf by calling `export`, makes the bytes visible to devices,
+    /// and seals the memfd, if any.
     pub(crate) fn export<E: From<dmabuf::Error>>(&self, export: impl FnOnce(&Memory) -> Result<DmaBuf, E>) -> Result<(), E> {
         let holding = self.holding();
         if let Some(dma_buf) = holding.memory.dma_buf() {
@@ -147,12 +147,12 @@ impl Backing {
             return Ok(dma_buf.end_cpu_access(Access::ReadWrite)?);
         }
         if let Some(dma_buf) = holding.exported.get() {
-            // The memory was exported in an earlier use, and its pages are the same.
+            // The memory was exported in an earlier use, and still has the same pages.
             return Ok(dma_buf.cpu_access(Access::ReadWrite)?.end()?);
         }
         let dma_buf = export(&holding.memory)?;
-        // The CPU zeroed the tail and may have copied more, before the dma-buf existed; this
-        // flushes that, too.
+        // Before the dma-buf existed, the CPU zeroed the tail and may have copied bytes. This
+        // flushes those writes.
         dma_buf.cpu_access(Access::ReadWrite)?.end()?;
         if let Some(memfd) = holding.memory.memfd() {
             // After the export, since newer kernels refuse to export a memfd with this seal.
@@ -172,18 +172,19 @@ impl Backing {
         self.lent.take_back();
     }
 
-    /// Refuses views from now on. Fails with the number of live views if there are any.
+    /// Refuses new views from now on. If views are alive, changes nothing and returns their number
+    /// as the error.
     pub(crate) fn hand_out(&self) -> Result<(), usize> {
         self.lent.hand_out().inspect(|()| self.forbid_reuse())
     }
 
-    /// Returns filled bytes.
+    /// Views filled bytes.
     ///
     /// # Safety
     /// The bytes must be filled, and nothing may write to them while the slice lives.
     ///
     /// # Panics
-    /// When `range` is not within the allocation.
+    /// If `range` is not within the allocation.
     pub(crate) unsafe fn filled(&self, range: Range<usize>) -> &[u8] {
         assert!(range.start <= range.end && range.end <= self.bytes, "{range:?} is not within {} bytes", self.bytes);
         // SAFETY: the memory stays mapped while this value lives, and the range is within it.
@@ -198,13 +199,13 @@ impl Backing {
         (&holding.mapping, &holding.memory)
     }
 
-    /// The memfd, if it is one.
+    /// The memfd, if the memory is one.
     pub(crate) fn memfd(&self) -> Option<&Memfd> {
         self.holding().memory.memfd()
     }
 
     fn holding(&self) -> &Holding {
-        self.holding.as_ref().expect("only the drop takes the holding")
+        self.holding.as_ref().expect("only `drop` takes the holding")
     }
 }
 
@@ -217,17 +218,17 @@ impl Drop for Backing {
 }
 
 impl Backing {
-    /// Returns bytes for writing.
+    /// Borrows bytes mutably.
     ///
     /// # Safety
     /// Nothing else may read or write them while the slice lives.
     ///
     /// # Panics
-    /// When they are not within the allocation.
+    /// If they are not within the allocation.
     #[expect(clippy::mut_from_ref, reason = "the caller guarantees exclusive access to these bytes")]
     pub(crate) unsafe fn unfilled(&self, start: usize, bytes: usize) -> &mut [MaybeUninit<u8>] {
         let end = start.checked_add(bytes);
-        assert!(end.is_some_and(|end| end <= self.bytes), "{bytes} bytes from {start} on are not within {}", self.bytes);
+        assert!(end.is_some_and(|end| end <= self.bytes), "{bytes} bytes at {start} are not within {} bytes", self.bytes);
         // SAFETY: the memory stays mapped while this value lives, and the range is within it.
         let start = unsafe { self.address.add(start) };
         // SAFETY: as above, and the caller's guarantee.
@@ -259,23 +260,24 @@ pub(crate) struct PieceBuffer<P> {
 }
 
 impl<P> PieceBuffer<P> {
-    /// The part of `backing` that starts at `offset`. If `filling` is `None`, its pages are
-    /// present; otherwise `filling`, whose offsets are those of the allocation, populates them.
+    /// Creates a buffer for the `bytes` bytes of `backing` at `offset`. If `filling` is `None`,
+    /// their pages must be present; otherwise `filling` populates them. Offsets in `filling` are
+    /// offsets in the allocation.
     ///
     /// # Panics
-    /// When the part reaches past the end of the allocation.
+    /// If the bytes reach past the end of the allocation.
     pub(crate) fn new(backing: Arc<Backing>, filling: Option<Arc<dyn Sink>>, offset: usize, bytes: usize, permit: P) -> Self {
         let end = offset.checked_add(bytes);
-        assert!(end.is_some_and(|end| end <= backing.bytes()), "a piece lies within its segment");
+        assert!(end.is_some_and(|end| end <= backing.bytes()), "a piece lies within its allocation");
         PieceBuffer { backing, filling, offset, bytes, _permit: permit }
     }
 }
 
-// SAFETY: the address is inside the mapping, by the check in `new`, and the Arc keeps it mapped. A
-// segment's bytes are not shown before all of its pieces have come back from the driver.
+// SAFETY: `new` checked that the bytes are within the mapping, which the Arc keeps alive. A
+// segment becomes visible only after the driver has returned all of its pieces.
 unsafe impl<P> Buffer for PieceBuffer<P> {
     fn address(&self) -> NonNull<u8> {
-        // SAFETY: `offset` is within the mapping, by the check in `new`.
+        // SAFETY: `new` checked that `offset` is within the mapping.
         unsafe { self.backing.address().add(self.offset) }
     }
 
@@ -284,7 +286,7 @@ unsafe impl<P> Buffer for PieceBuffer<P> {
     }
 
     fn leak(self) {
-        // The permit is returned, so that the window stays as large for later loads.
+        // Drops the permit, so later loads can use the whole window.
         std::mem::forget(self.backing);
     }
 }
@@ -308,10 +310,10 @@ mod tests {
     fn dropping_a_backing_does_not_unmap() {
         let range = AddressRange::reserve(4096).unwrap();
         let mapping = range.map(&Memory::Anonymous, 0, 4096).unwrap();
-        // The thread of this reaper does nothing.
+        // This reaper has no thread: only `run_once` unmaps.
         let reaper = Reaper::without_thread();
         drop(Backing::new(mapping, Memory::Anonymous, reaper.clone()));
-        assert!(range.map(&Memory::Anonymous, 0, 4096).is_err(), "the mapping is still there");
+        assert!(range.map(&Memory::Anonymous, 0, 4096).is_err(), "the memory is still mapped");
         reaper.run_once();
         range.map(&Memory::Anonymous, 0, 4096).unwrap();
     }

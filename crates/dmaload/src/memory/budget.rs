@@ -1,33 +1,33 @@
 //! Limits the memory that loads hold: segments being filled, and segments not yet dropped by their
 //! consumers.
 //!
-//! Each admitted load has a reservation that no other load can take: its largest segment or, if
-//! all of it will be in memory at once, the whole load. So it can always proceed once its own
-//! consumer drops something, and a consumer that stops blocks only itself. Memory beyond the
-//! reservations is shared, up to half of the limit; the other half is left for the reservations of
-//! later loads.
+//! Each admitted load has a reservation that no other load can use: its largest segment or, if all
+//! of it will be in memory at once, the whole load. Every load can therefore proceed once its own
+//! consumer drops something, and a consumer that stops holds up only its own load. Memory beyond
+//! the reservations is shared, up to half of the limit; the other half is left for the
+//! reservations of later loads.
 //!
-//! Loads that are kept reserve all of their memory, which an unresponsive file system would hold
-//! forever. So the kept loads of one file system together get at most three quarters of the limit,
-//! unless a single one needs more. (Streams are exempt: a consumer may take from several in any
-//! order, so one must not wait for another.)
+//! Kept loads reserve all of their memory, and hold it forever if their file system stops
+//! responding. The kept loads of one file system together therefore get at most three quarters of
+//! the limit, unless a single one needs more. (Streams are exempt: a consumer may read several of
+//! them in any order, so one must not wait for another.)
 //!
 //! ```text
 //!   limit   |- reserved, or held where that is more -|- held by finished loads -|---- free -----|
 //!   present |------------------- held by any load ------------------|-- pool --|
 //! ```
 //!
-//! Memory in the pool is not held by any load, but it is allocated, so it has to be freed before
-//! more is allocated.
+//! Memory in the pool is not held by any load, but it is still allocated. If it would exceed the
+//! limit together with a new allocation, it is freed first.
 //!
-//! Pure bookkeeping: the scheduler decides who waits and where.
+//! Does only the bookkeeping; the scheduler decides which loads wait.
 
-/// See the module. `L` identifies a load.
+/// The memory budget of a loader. `L` identifies a load.
 #[derive(Debug)]
 pub(crate) struct Budget<L> {
     limit: u64,
     accounts: Vec<Account<L>>,
-    /// Held by loads that take no more memory.
+    /// Bytes held by loads that were closed.
     loose: u64,
     pooled: u64,
 }
@@ -35,14 +35,14 @@ pub(crate) struct Budget<L> {
 #[derive(Debug)]
 struct Account<L> {
     load: L,
-    /// The file system, if the load is kept.
+    /// The load's file system, if the load is kept.
     kept_from: Option<u64>,
     reserved: u64,
     held: u64,
 }
 
 impl<L> Account<L> {
-    /// Memory that no other load may take.
+    /// Bytes that no other load may take.
     fn taken(&self) -> u64 {
         self.held.max(self.reserved)
     }
@@ -52,9 +52,10 @@ impl<L> Account<L> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Admitted {
     Yes,
-    /// Its file system has its share; loads of other file systems may be admitted first.
+    /// The load's file system is at its share; loads from other file systems may be admitted
+    /// first.
     FileSystemAtShare,
-    /// There is not enough free memory.
+    /// Not enough memory is free.
     No,
 }
 
@@ -65,7 +66,7 @@ const HELD_TO_FREE_MAX: u64 = 3;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Taken {
     Yes,
-    /// The load has its share; something has to be dropped first.
+    /// The load is at its share, and must wait until memory is returned.
     No,
     /// The pool has to free this many bytes first.
     Pooled(u64),
@@ -96,8 +97,7 @@ impl<L: PartialEq> Budget<L> {
         self.held().saturating_add(self.pooled)
     }
 
-    /// Admits a load if its reservation is free. `kept_from` is the file system of a load that is
-    /// kept.
+    /// Admits a load if its reservation fits. `kept_from` is the file system of a kept load.
     pub(crate) fn admit(&mut self, load: L, reserved: u64, kept_from: Option<u64>) -> Admitted {
         let same = self.accounts.iter().filter(|account| kept_from.is_some() && account.kept_from == kept_from);
         let by_file_system = same.map(Account::taken).fold(0, u64::saturating_add);
@@ -143,7 +143,7 @@ impl<L: PartialEq> Budget<L> {
     /// Returns memory that was freed or was not needed.
     ///
     /// # Panics
-    /// When more comes back than was taken: the bookkeeping is broken, and continuing would
+    /// If more is returned than was taken: the bookkeeping is broken, and continuing could
     /// allocate without bound.
     pub(crate) fn give_back(&mut self, load: &L, bytes: u64) {
         let held = match self.accounts.iter_mut().find(|account| account.load == *load) {
@@ -154,8 +154,8 @@ impl<L: PartialEq> Budget<L> {
         *held -= bytes;
     }
 
-    /// Ends a load's reservation. What it still holds counts as held, without its name, until it
-    /// is returned.
+    /// Ends a load's reservation. Memory that the load still holds counts against the limit until
+    /// it is returned.
     pub(crate) fn close(&mut self, load: &L) {
         if let Some(at) = self.accounts.iter().position(|account| account.load == *load) {
             self.loose += self.accounts.swap_remove(at).held;
@@ -168,12 +168,13 @@ impl<L: PartialEq> Budget<L> {
         self.pooled += bytes;
     }
 
-    /// Removes memory from the pool, since it was reused by a load that has taken it, or freed.
+    /// Removes memory from the pool, because it was freed or because a load that has taken as much
+    /// reuses it.
     ///
     /// # Panics
-    /// As [`Self::give_back`].
+    /// If more is removed than the pool has.
     pub(crate) fn unpool(&mut self, bytes: u64) {
-        assert!(bytes <= self.pooled, "{bytes} bytes are taken from a pool that has {}", self.pooled);
+        assert!(bytes <= self.pooled, "{bytes} bytes are removed from a pool of {}", self.pooled);
         self.pooled -= bytes;
     }
 }
@@ -187,7 +188,7 @@ mod tests {
     fn reservation_is_available_whatever_others_do() {
         let mut budget = Budget::new(100);
         assert_eq!(budget.admit(1, 10, None), Admitted::Yes);
-        // A load that is alone may take half of the limit.
+        // A single load may take half of the limit.
         assert_eq!(budget.take(&1, 50), Taken::Yes);
         assert_eq!(budget.take(&1, 1), Taken::No);
         for load in 2..7 {
@@ -203,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_of_a_finished_load_counts_until_it_is_dropped() {
+    fn finished_load_counts_until_its_memory_is_dropped() {
         let mut budget = Budget::new(10);
         assert_eq!(budget.admit(1, 10, None), Admitted::Yes);
         assert_eq!(budget.take(&1, 8), Taken::Yes);

@@ -18,33 +18,33 @@ pub(crate) unsafe trait Buffer {
     fn address(&self) -> NonNull<u8>;
     fn bytes(&self) -> usize;
 
-    /// Never frees the memory, since reads may still write to it; drops everything else.
+    /// Leaks the memory, because reads in flight may still write to it; drops everything else.
     fn leak(self);
 }
 
-/// Memory of a piece, where bytes of a file stay, unlike in staging.
+/// The memory of a piece. Unlike staging, it keeps the file's bytes.
 pub(crate) trait PieceMemory: Buffer {
-    /// Whether all its pages are present, so that a device can write to it. Otherwise bytes are
-    /// written through [`Self::place`].
+    /// Whether all its pages are present, so a device can write to it. If not, threads write bytes
+    /// through [`Self::place`].
     fn is_populated(&self) -> bool;
 
-    /// Where threads write bytes, starting at `offset`.
+    /// The place that threads write to, starting at `offset`.
     fn place(&self, offset: usize) -> Place;
 }
 
-/// Where threads write bytes: those read into staging, those found in the page cache, and those
-/// read without a ring.
+/// Takes bytes from threads: bytes copied from staging or from the page cache, and bytes read
+/// without a ring.
 ///
-/// The sink of a piece that is not populated yet populates it part by part, each just before it is
-/// written, while both are in the processor's cache.
+/// If the piece is not populated yet, its sink populates each part just before it is written, so
+/// the new pages are still in the CPU cache.
 pub(crate) trait Sink: Debug + Send + Sync {
-    /// Has `write` produce up to `bytes` bytes at `offset`. It is called for consecutive parts of
-    /// the place, and returns how many bytes it has written; returning less than the part's length
-    /// ends the call.
+    /// Calls `write` for consecutive parts of the `bytes` bytes at `offset`, and returns how many
+    /// bytes were written. If `write` returns less than a part's length, no further parts are
+    /// written.
     ///
     /// # Errors
-    /// [`Fault::Memory`] when there is no memory; the sink keeps the details. [`Fault::Read`] with
-    /// the error of `write`, if nothing was written before.
+    /// [`Fault::Memory`] if memory can't be allocated; the sink keeps the details. [`Fault::Read`]
+    /// with the error of `write`, if nothing was written before it.
     ///
     /// # Safety
     /// The place must come from [`PieceMemory::place`] and have room for `bytes` bytes. Nothing
@@ -56,7 +56,7 @@ pub(crate) trait Sink: Debug + Send + Sync {
     fn runs_foreign_code(&self) -> bool;
 }
 
-/// Writes bytes to a part of a place, and returns how many.
+/// Writes bytes to a part of a place, and returns how many it wrote.
 pub(crate) type Write<'a> = dyn FnMut(&mut [MaybeUninit<u8>]) -> Result<usize, Errno> + 'a;
 
 /// A place in a sink.
@@ -71,7 +71,7 @@ pub(crate) struct Place {
 pub(crate) enum Fault {
     /// The errno of the read.
     Read(Errno),
-    /// There is no memory for them.
+    /// Memory could not be allocated.
     Memory(Errno),
 }
 

@@ -1,5 +1,5 @@
-//! Budget accounting for one allocation: what it took of the loader's budget is returned when it
-//! is freed.
+//! Budget accounting for one allocation, whose share of the loader's budget is returned when it is
+//! freed.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,15 +9,16 @@ use crate::support::id::LoadId;
 
 /// Keeps the accounts that charges are booked to.
 pub(crate) trait Ledger: fmt::Debug + Send + Sync {
-    /// Memory was freed: `held` of it was the load's, `pooled` counted as the pool's.
+    /// Memory was freed: `held` bytes were charged to the load, `pooled` bytes to the pool.
     fn freed(&self, load: LoadId, held: u64, pooled: u64);
-    /// Memory that a load held is now in the pool.
+    /// Memory that a load held has moved to the pool.
     fn pooled(&self, load: LoadId, bytes: u64);
-    /// Memory from the pool is reused by a load that has taken as much.
+    /// Memory from the pool is reused by a load that has taken as much from the budget.
     fn unpooled(&self, bytes: u64);
 }
 
-/// See the module. The memory may outlive the loader; then there is no ledger to book to.
+/// The charge for one allocation. If the allocation outlives the loader, the ledger is gone and
+/// nothing more is booked.
 #[derive(Debug, Default)]
 pub(crate) struct Charge {
     ledger: OnceLock<Weak<dyn Ledger>>,
@@ -53,8 +54,8 @@ impl Charge {
         }
     }
 
-    /// The ledger to notify after the memory is in the pool, when another load may already have
-    /// taken it.
+    /// The ledger, to be notified once the memory is in the pool. By then, another load may
+    /// already have taken the memory.
     pub(crate) fn ledger(&self) -> Option<Weak<dyn Ledger>> {
         self.ledger.get().cloned()
     }

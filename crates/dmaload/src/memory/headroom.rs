@@ -1,8 +1,8 @@
-//! How much memory can be taken before the OOM killer ends a process.
+//! How much memory can be allocated before the OOM killer kills a process.
 //!
-//! On Linux, touching pages that the machine does not have does not fail: the OOM killer ends some
-//! process, maybe this one. So each allocation first checks `MemAvailable` of the machine and the
-//! limits of the memory cgroups (v2 and v1) of this process.
+//! On Linux, populating more memory than the machine has does not fail: instead, the OOM killer
+//! kills a process, possibly this one. Each allocation therefore first checks the machine's
+//! `MemAvailable` and the limits of this process's memory cgroups (v2 and v1).
 
 pub(crate) mod permits;
 
@@ -13,18 +13,17 @@ use dmabuf::printable;
 
 use crate::error::MARGIN_BYTES;
 
-/// The tightest limit, and what it leaves.
+/// The tightest limit, and how much memory it leaves.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Headroom {
     pub(crate) available_bytes: u64,
     pub(crate) limit: String,
-    /// The cgroup's folder, or the file of the machine's figures; the same for all processes that
-    /// share the limit.
+    /// The cgroup's folder, or `/proc/meminfo`: the same for all processes that share the limit.
     pub(crate) place: PathBuf,
 }
 
-/// What is available now. `None` if nothing can be read (no procfs); then no allocation is
-/// refused.
+/// The memory that is available now. `None` if no limit can be read (no procfs); then no
+/// allocation is refused.
 pub(crate) fn headroom() -> Option<Headroom> {
     const MACHINE: &str = "/proc/meminfo";
     let machine = read_to_string(MACHINE).ok().as_deref().and_then(available_in_meminfo);
@@ -48,7 +47,7 @@ fn available_in_meminfo(meminfo: &str) -> Option<u64> {
     Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.saturating_mul(1024))
 }
 
-/// The folders of this process's memory cgroups: its own and all above, since each may have a
+/// The folders of this process's memory cgroups: its own and all ancestors, because each may set a
 /// limit.
 fn cgroup_folders(cgroups: &str, root: &Path) -> Vec<PathBuf> {
     let mut folders = Vec::new();
@@ -64,8 +63,8 @@ fn cgroup_folders(cgroups: &str, root: &Path) -> Vec<PathBuf> {
         };
         for mount in mounts {
             let mount = root.join(mount);
-            // In a container the group's path may be the host's, while the mount shows only its
-            // own part.
+            // In a container, the path may be relative to the host's root, while the mount shows
+            // only the container's subtree.
             let own = mount.join(group.trim_start_matches('/'));
             folders.extend(own.ancestors().take_while(|folder| folder.starts_with(&mount)).map(Path::to_owned));
         }
@@ -75,12 +74,13 @@ fn cgroup_folders(cgroups: &str, root: &Path) -> Vec<PathBuf> {
     folders
 }
 
-/// The limit files of a cgroup, v2 and v1. Above `memory.high` the kernel does not kill, but slows
-/// each allocation to almost nothing, since loaded bytes can't be dropped like page cache.
+/// The limit files of a cgroup, v2 and v1. Above `memory.high` the kernel does not kill, but
+/// throttles allocations almost to a standstill, because loaded bytes can't be reclaimed like page
+/// cache.
 const LIMITS: [&str; 3] = ["memory.max", "memory.high", "memory.limit_in_bytes"];
 
-/// A cgroup's lowest limit minus the memory it can't reclaim. Page cache counts as free: it is
-/// dropped first.
+/// A cgroup's lowest limit minus its memory that can't be reclaimed. Page cache counts as free,
+/// because it is reclaimed first.
 fn headroom_of_cgroup(folder: &Path) -> Option<Headroom> {
     let number = |name: &str| read_to_string(folder.join(name)).ok()?.trim().parse::<u64>().ok();
     let limits = LIMITS.into_iter().filter_map(|name| Some((number(name)?, name)));
@@ -118,10 +118,9 @@ mod tests {
     }
 
     proptest::proptest! {
-        // The text is not always the kernel's: containers may show files of their own (lxcfs) in
-        // its place.
+        // Containers may replace the kernel's files with their own (lxcfs).
         #[test]
-        fn no_text_of_procfs_panics_or_leaves_the_root(
+        fn procfs_text_never_panics_or_leaves_the_root(
             text in "(MemAvailable: {0,3}[0-9]{1,21} kB\n|MemAvailable:|[0-9]:memory:/[a-z./]{0,9}\n|memory:|[0-9]{1,3}:|0::|/|\\.\\.|,| kB|\n|[0-9]{1,25}|\\PC){0,40}",
         ) {
             let _ = available_in_meminfo(&text);
@@ -131,7 +130,7 @@ mod tests {
         }
 
         #[test]
-        fn no_number_in_a_cgroup_file_panics(limit in "[0-9]{1,25}|max|-1|", used in "[0-9]{1,25}|", stat in "((total_)?(in)?active_file [0-9]{1,22}\n|\\PC){0,6}") {
+        fn cgroup_files_never_panic(limit in "[0-9]{1,25}|max|-1|", used in "[0-9]{1,25}|", stat in "((total_)?(in)?active_file [0-9]{1,22}\n|\\PC){0,6}") {
             let folder = tempfile::tempdir().unwrap();
             for (name, text) in [("memory.max", &limit), ("memory.current", &used), ("memory.stat", &stat)] {
                 write(folder.path().join(name), text).unwrap();

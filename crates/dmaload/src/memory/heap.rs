@@ -46,9 +46,10 @@ pub use udmabuf::UdmabufHeap;
 /// block. A call that panics fails its load with [`crate::Error::Panicked`].
 ///
 /// # Safety
-/// Finished segments are lent as `&[u8]`, and devices write to unfinished ones. Both rely on what
-/// follows. For each [`Memory`] that [`Heap::allocate`] returns, the implementer must guarantee,
-/// until the memory's pages are freed (which may be after the heap and the loader are dropped):
+/// Finished segments are lent as `&[u8]`, and devices write to unfinished ones. Both rely on the
+/// guarantees below. For each [`Memory`] that [`Heap::allocate`] returns, the implementer must
+/// guarantee, until the memory's pages are freed (which may be after the heap and the loader are
+/// dropped):
 ///
 /// - **The memory is exclusive.** It shares no page with any other memory, file, mapping or
 ///   buffer. Nothing but the returned value reads or writes it: no thread, no other process, no
@@ -106,7 +107,7 @@ pub unsafe trait Heap: fmt::Debug + Send + Sync + 'static {
     /// The kernel's refusal, unchanged.
     fn allocate(&self, bytes: usize) -> Result<Memory, HeapError>;
 
-    /// Puts pages under a part of the mapped memory. Default: of the size that [`Heap::pages`]
+    /// Populates a part of the mapped memory. Default: with pages of the size that [`Heap::pages`]
     /// returns.
     ///
     /// # Errors
@@ -115,7 +116,7 @@ pub unsafe trait Heap: fmt::Debug + Send + Sync + 'static {
         mapping.populate(memory, part, self.pages())
     }
 
-    /// Whether its segments have dma-bufs.
+    /// Whether segments from this heap have dma-bufs.
     fn exports(&self) -> bool {
         false
     }
@@ -129,8 +130,8 @@ pub unsafe trait Heap: fmt::Debug + Send + Sync + 'static {
         Err(HeapError::new("export memory as a dma-buf", memory.memfd().map_or(0, Memfd::bytes), Errno::EOPNOTSUPP))
     }
 
-    /// Whether [`Heap::allocate`] allocates all pages at once, so that the window must count them
-    /// from then on.
+    /// Whether [`Heap::allocate`] allocates all pages at once, so the window counts them from then
+    /// on.
     fn allocates_at_once(&self) -> bool {
         false
     }
@@ -141,9 +142,9 @@ pub unsafe trait Heap: fmt::Debug + Send + Sync + 'static {
         false
     }
 
-    /// The page size that [`Heap::populate`] uses. It decides how much is populated at once when
-    /// memory is populated just before it is written, and which way of reading is used before one
-    /// was measured.
+    /// The page size that [`Heap::populate`] uses. It determines how much is populated at a time
+    /// when memory is populated just before it is written, and which way of reading is used until
+    /// one has been measured.
     fn pages(&self) -> Pages {
         Pages::Auto
     }
@@ -177,7 +178,7 @@ pub(crate) fn is_own(heap: &dyn Heap) -> bool {
     heap.is_own(private::Key)
 }
 
-// SAFETY: every call is forwarded to the inner heap, whose implementer guarantees all of it.
+// SAFETY: every call is forwarded to the inner heap, whose implementer guarantees the contract.
 #[allow(unsafe_code)]
 unsafe impl<H: Heap + ?Sized> Heap for Arc<H> {
     fn name(&self) -> Cow<'_, str> {

@@ -1,5 +1,5 @@
-//! Makes views and handing out exclude each other: any number of views may exist until the
-//! memory's descriptor is handed out, which is possible only while no view is alive.
+//! Ensures that views and handing out exclude each other: any number of views can exist until the
+//! memory is handed out, which is possible only while no view is alive.
 
 use crate::support::sync::atomic::{AtomicUsize, Ordering};
 
@@ -7,7 +7,7 @@ use crate::support::sync::atomic::{AtomicUsize, Ordering};
 #[derive(Debug)]
 pub(crate) struct ViewCount(AtomicUsize);
 
-/// Not a number of views.
+/// Marks memory that was handed out.
 const HANDED_OUT: usize = usize::MAX;
 
 impl ViewCount {
@@ -26,7 +26,8 @@ impl ViewCount {
         self.0.fetch_sub(1, Ordering::AcqRel);
     }
 
-    /// Refuses views from now on. Fails with the number of live views if there are any.
+    /// Refuses new views from now on. If views are alive, changes nothing and returns their number
+    /// as the error.
     pub(crate) fn hand_out(&self) -> Result<(), usize> {
         match self.0.compare_exchange(0, HANDED_OUT, Ordering::AcqRel, Ordering::Acquire) {
             Ok(_) | Err(HANDED_OUT) => Ok(()),
@@ -50,7 +51,7 @@ mod tests {
                 spawn(move || {
                     let (lent, written) = &*shared;
                     if lent.lend() {
-                        assert_eq!(written.load(Ordering::Relaxed), 0, "a write under a view");
+                        assert_eq!(written.load(Ordering::Relaxed), 0, "written while a view is alive");
                         lent.take_back();
                     }
                 })
@@ -59,13 +60,13 @@ mod tests {
             let handed = lent.hand_out();
             if handed.is_ok() {
                 written.store(1, Ordering::Relaxed);
-                assert!(!lent.lend(), "lent after it was handed out");
-                assert_eq!(lent.hand_out(), Ok(()), "can be handed out again");
+                assert!(!lent.lend(), "viewed after being handed out");
+                assert_eq!(lent.hand_out(), Ok(()), "handing out again succeeds");
             }
             for viewer in viewers {
                 viewer.join().unwrap();
             }
-            assert_eq!(lent.hand_out(), Ok(()), "when all views are gone");
+            assert_eq!(lent.hand_out(), Ok(()), "no view is left");
         });
     }
 }

@@ -1,9 +1,9 @@
-//! Where bytes live, from allocation to release.
+//! The memory of segments, from allocation to release.
 //!
 //! ```text
 //!   heap ─► allocation ─► Backing (mapped) ─► pieces, filled by the ring ─► Segment ─► dropped
 //!                                                                                         │
-//!            the pool of the reaper ◄── may be reused ◄───────────────────────────────────┤
+//!            the reaper's pool      ◄── may be reused ◄───────────────────────────────────┤
 //!            unmapped and freed     ◄── by the reaper's thread ◄──────────────────────────┘
 //! ```
 //!
@@ -11,16 +11,16 @@
 //!   afterwards. [`buffer`] is the contract between memory and its writers.
 //! - [`segment`]: filled memory, as a caller holds it. [`lent`] makes views of its bytes and
 //!   handing out its descriptor exclude each other.
-//! - [`private`]: filled memory for code that writes to it, of which no views are lent any more.
+//! - [`private`]: filled memory for code that may write to it.
 //! - [`reaper`]: releases or pools dropped memory.
 //! - Limits: [`window`] (allocated and not yet filled), [`budget`] (held by all loads of a loader;
 //!   with [`charge`], which accounts for one allocation), and [`headroom`] (what the machine and
-//!   its cgroups have left; [`pressure`] reports when other processes lack memory). What is taken
-//!   from a limit ahead of memory is a permit, which is returned when it is dropped.
+//!   its cgroups have left; [`pressure`] reports when other processes lack memory). A permit
+//!   reserves part of a limit before memory is allocated; dropping it returns that part.
 //!
-//! Makes the kernel's memory calls, through `dmabuf`, and reads figures from procfs, sysfs and
-//! cgroups; without these, only the loader's own limits apply, and nothing else is refused. Opens
-//! no model files and knows nothing of rings. Memory that the kernel may still write to is leaked,
+//! Allocates and maps memory through `dmabuf`, and reads the available memory from procfs, sysfs
+//! and cgroups; where these can't be read, only the loader's own limits apply. Opens no model
+//! files and does not depend on the ring. Memory that the kernel may still write to is leaked,
 //! never freed; all other memory is freed by the reaper's thread, which ends with the last
 //! allocation.
 

@@ -1,6 +1,5 @@
 //! Memory pressure as the kernel reports it: pressure stall information (PSI,
-//! Documentation/accounting/psi.rst). When other processes lack memory, the pool is the first to
-//! go.
+//! Documentation/accounting/psi.rst). When other processes lack memory, the pool is freed.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -12,12 +11,12 @@ use rustix::io::Errno;
 
 use crate::memory::headroom::own_cgroups;
 
-/// Tasks waited 150 ms of 2 s for memory. For unprivileged users the kernel accepts only windows
-/// of whole multiples of 2 s.
+/// Reports pressure when tasks waited for memory for 150 ms within 2 s. Unprivileged processes can
+/// only use windows that are multiples of 2 s.
 const TRIGGER: &[u8] = b"some 150000 2000000\0";
 
-/// Opens the pressure file of this process's cgroup, or of the machine. `None` if there is none,
-/// or if the kernel does not accept our trigger.
+/// Opens the pressure file of this process's cgroup, or of the machine. `None` if neither exists
+/// or accepts the trigger.
 pub(crate) fn open() -> Option<File> {
     let own = own_cgroups().into_iter().rev().map(|folder| folder.join("memory.pressure"));
     own.chain([Path::new("/proc/pressure/memory").to_owned()]).find_map(|path| {
@@ -27,7 +26,8 @@ pub(crate) fn open() -> Option<File> {
     })
 }
 
-/// Calls `on_pressure` each time memory is short, until `stop` becomes readable.
+/// Calls `on_pressure` each time memory is short. Returns when `stop` becomes readable or the
+/// pressure file fails.
 pub(crate) fn watch(pressure: impl AsFd, stop: &OwnedFd, mut on_pressure: impl FnMut()) {
     loop {
         let mut watched = [PollFd::new(&pressure, PollFlags::PRI), PollFd::new(stop, PollFlags::IN)];
@@ -57,7 +57,7 @@ mod tests {
 
     /// Urgent data on a socket raises `POLLPRI`, as PSI does.
     #[test]
-    fn pressure_is_seen_each_time_and_the_watch_ends() {
+    fn watch_reports_each_pressure_event_until_stopped() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let sender = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (receiver, _) = listener.accept().unwrap();

@@ -1,13 +1,14 @@
-//! Bytes of a file in memory that only this process can see, and may write to.
+//! A file's bytes in memory that only this process can see, and can write to.
 //!
 //! ```text
-//!   anonymous segment ── handed out: no views any more ──► its own memory
-//!   memory file ──────── mapped again, copied on write ──► pages of this process
+//!   anonymous segment ── handed out; views are refused ──► its own memory
+//!   memfd ────────────── mapped again, copy-on-write ────► pages of this process
 //!   dma-buf ──────────── refused: others can write to it
 //! ```
 //!
-//! Touches only mappings. It exposes addresses and never references, because any holder of an
-//! address may write. The memory goes with the last [`PrivateMemory`] and the last segment.
+//! Changes only mappings. Exposes addresses and never references, because any holder of an address
+//! may write. The memory is freed when the last [`PrivateMemory`] and the last segment are
+//! dropped.
 #![allow(unsafe_code)]
 
 use std::fmt;
@@ -21,24 +22,25 @@ use crate::error::{Error, Result};
 use crate::memory::segment::{Segment, segments_of_range};
 use crate::support::convert::to_usize;
 
-/// Bytes of a file in memory that this process alone has, readable and writable: for callers that
-/// hand memory to code which may write to it, such as an interpreter's arrays.
+/// A file's bytes in memory that only this process can access, readable and writable: for callers
+/// that hand memory to code that may write to it, such as an interpreter's arrays.
 ///
-/// Made by [`Tensor::private_memory`](crate::Tensor::private_memory) and
-/// [`ImageFile::private_memory`](crate::ImageFile::private_memory). It keeps the memory.
+/// Created by [`Tensor::private_memory`](crate::Tensor::private_memory) and
+/// [`ImageFile::private_memory`](crate::ImageFile::private_memory). Keeps the memory alive.
 ///
-/// - **Anonymous memory** ([`AnonHeap`](crate::heap::AnonHeap)) is given itself, without a copy.
-///   This revokes [`Segment::bytes`] for good, of its segments and those that share memory with
-///   them, as handing out a dma-buf does. All private memory of the same bytes is the same memory.
-/// - **Memory files**, sealed, shared or of another process ([`crate::share`]), are mapped once
-///   more, copied on write. Views, other mappings and other processes keep the bytes of the file.
-///   Each private memory has its own writes, and costs a page for each page that is written to;
-///   these pages count against no limit of a loader.
+/// - **Anonymous memory** ([`AnonHeap`](crate::heap::AnonHeap)) is handed out itself, without a
+///   copy. Like handing out a dma-buf, this permanently revokes [`Segment::bytes`] of its segments
+///   and of those that share memory with them. Several private memories of the same bytes share
+///   that memory.
+/// - **Memfds**, whether sealed, shared or another process's ([`crate::share`]), are mapped again,
+///   copy-on-write. Views, other mappings and other processes keep seeing the file's bytes. Each
+///   private memory sees only its own writes, and takes a new page for each page that is written
+///   to; these pages do not count against any limit of a loader.
 /// - **Dma-bufs** are refused with [`Error::NoDescriptor`], because any holder of the descriptor
 ///   can write.
 ///
-/// It gives an address and no slice. Rust code that dereferences it must make sure that nothing
-/// writes to the bytes meanwhile, as with any memory that foreign code has.
+/// Provides an address rather than a slice. Rust code that dereferences it must ensure that
+/// nothing writes to the bytes at the same time, as with any memory that foreign code can access.
 ///
 /// ```no_run
 /// # async fn example(loader: dmaload::Loader) -> dmaload::Result<()> {
@@ -57,31 +59,32 @@ pub struct PrivateMemory {
     keeps: Keeps,
 }
 
-/// What keeps the memory.
-#[expect(dead_code, reason = "owning it is its use")]
+/// Keeps the memory alive.
+#[expect(dead_code, reason = "owned only to keep the memory alive")]
 enum Keeps {
-    /// It is empty.
+    /// There are no bytes.
     Nothing,
     Segments(Vec<Segment>),
-    /// The segments too: otherwise their memory would go back to the pool, whose next load writes
-    /// into the pages that are mapped here, and would no longer count against the loader's limit.
+    /// Keeps the segments, too: otherwise their memory would return to the pool and no longer
+    /// count against the loader's limit, and a later load would write to the pages that are mapped
+    /// here.
     Mapping(PrivateMapping, Vec<Segment>),
 }
 
-// SAFETY: the address is of memory that `keeps` owns, which belongs to no thread.
+// SAFETY: `address` points into memory that `keeps` owns, which is not bound to a thread.
 unsafe impl Send for PrivateMemory {}
 // SAFETY: as above; nothing here dereferences the address.
 unsafe impl Sync for PrivateMemory {}
 
 impl PrivateMemory {
-    /// The bytes `range` of the file that these segments hold.
+    /// Makes the bytes of `range`, which these segments of the file hold, private.
     ///
     /// # Errors
-    /// As [`crate::ImageFile::private_memory`].
+    /// Those of [`crate::ImageFile::private_memory`].
     ///
     /// # Panics
-    /// When the segments of a span do not lie in memory as they do in the file.
-    pub(crate) fn of(path: &Path, segments: &[Segment], range: Range<u64>) -> Result<Self> {
+    /// If the segments of a span are not laid out in memory as in the file.
+    pub(crate) fn from_segments(path: &Path, segments: &[Segment], range: Range<u64>) -> Result<Self> {
         if range.is_empty() {
             return Ok(PrivateMemory { address: NonNull::dangling(), bytes: 0, keeps: Keeps::Nothing });
         }
@@ -94,7 +97,7 @@ impl PrivateMemory {
         );
         for (segment, next) in touched.iter().zip(touched.iter().skip(1)) {
             let end = (segment.file_range().end, segment.address() + segment.len());
-            assert_eq!((next.file_range().start, next.address()), end, "segments lie side by side");
+            assert_eq!((next.file_range().start, next.address()), end, "segments are adjacent");
         }
         if let Some(shared) = touched.iter().find(|segment| segment.has_dma_buf()) {
             return Err(not_private(shared));
@@ -103,16 +106,17 @@ impl PrivateMemory {
         let bytes = to_usize(range.end - range.start);
         if touched.iter().all(Segment::is_anonymous) {
             touched.iter().try_for_each(Segment::hand_out_memory)?;
-            // SAFETY: `segments_of_range` gave segments that hold the range, and these lie side by
-            // side, as asserted: the offset is within the first one's mapping.
+            // SAFETY: the segments hold the range and are adjacent, as asserted, so the offset is
+            // within the first segment's mapping.
             let address = unsafe { first.start().add(offset) };
             return Ok(PrivateMemory { address, bytes, keeps: Keeps::Segments(touched.to_vec()) });
         }
-        Self::copied_on_write(touched, offset, bytes)
+        Self::map_copy_on_write(touched, offset, bytes)
     }
 
-    /// `bytes` bytes of these segments' memory files, from `offset` bytes into the first one.
-    fn copied_on_write(touched: &[Segment], offset: usize, bytes: usize) -> Result<Self> {
+    /// Maps `bytes` bytes of these segments' memfds copy-on-write, starting at `offset` in the
+    /// first segment.
+    fn map_copy_on_write(touched: &[Segment], offset: usize, bytes: usize) -> Result<Self> {
         let page = page_bytes();
         let mut parts = Vec::new();
         let (mut skip, mut left) = (offset, bytes);
@@ -136,30 +140,30 @@ impl PrivateMemory {
         })?;
         let lead = lead.unwrap_or(0);
         assert!(lead + bytes <= mapping.bytes(), "the mapping has all pages of the range");
-        // SAFETY: within the mapping, by the assertion.
+        // SAFETY: the range is within the mapping, as asserted.
         let address = unsafe { mapping.address().add(lead) };
         Ok(PrivateMemory { address, bytes, keeps: Keeps::Mapping(mapping, touched.to_vec()) })
     }
 
-    /// Where the bytes begin: [`Self::len`] of them are mapped, readable and writable as long as
-    /// this lives. Dangling where there are none.
+    /// The address of the first byte. [`Self::len`] bytes are mapped there, readable and writable,
+    /// while this value lives. Dangling if there are no bytes.
     pub fn address(&self) -> NonNull<u8> {
         self.address
     }
 
-    /// How many bytes there are.
+    /// The number of bytes.
     pub fn len(&self) -> usize {
         self.bytes
     }
 
-    /// Whether there are none.
+    /// Whether there are no bytes.
     pub fn is_empty(&self) -> bool {
         self.bytes == 0
     }
 }
 
 fn not_private(segment: &Segment) -> Error {
-    Error::NoDescriptor { heap: segment.heap().to_owned(), wanted: "memory of this process alone" }
+    Error::NoDescriptor { heap: segment.heap().to_owned(), wanted: "private mapping" }
 }
 
 impl fmt::Debug for PrivateMemory {

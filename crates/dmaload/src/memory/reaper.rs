@@ -1,14 +1,13 @@
-//! Takes the memory of dropped segments: into the pool, or to the thread that unmaps it.
+//! Moves the memory of dropped segments to the pool, or to the thread that unmaps it.
 //!
 //! Unmapping and freeing a segment takes milliseconds, and its last owner may be an async task, so
-//! the drop only puts it on a list. The list is intrusive, so that the drop allocates nothing. The
-//! thread lives as long as anything may still be put on its list, which may be longer than the
-//! loader.
+//! dropping it only puts it on a list. The list is intrusive, so the drop does not allocate. The
+//! thread runs as long as anything can be put on its list, possibly longer than the loader exists.
 //!
-//! The **pool** keeps whole segments, mapped and with their pages, for later loads, which then
-//! need not allocate, zero or populate. It keeps only memory that nothing outside can access: a
-//! segment whose descriptor was handed out is freed. It is indexed by age and by size, so that no
-//! operation walks it under the lock that every drop of a segment takes.
+//! The **pool** keeps whole allocations, mapped and populated, so later loads need not allocate,
+//! zero or populate them. It keeps only memory that no other code can access: memory that was
+//! handed out is freed. It is indexed by age and by size, so no operation walks it while holding
+//! the lock, which every drop of a segment takes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -21,20 +20,21 @@ use dmabuf::{AddressRange, DmaBuf, Mapping, Memory, NotMoved};
 
 use crate::memory::charge::Charge;
 
-/// Holdings that leave the pool per lock acquisition: takes some 20 µs.
+/// Maximum number of holdings removed from the pool per lock acquisition, which takes about 20 µs.
 const TRIM_BATCH: usize = 64;
 
-/// A mapped allocation on its way to the pool or to be freed.
+/// A mapped allocation, with everything that the reaper needs to pool or free it.
 #[derive(Debug)]
 pub(crate) struct Holding {
     pub(crate) mapping: Mapping,
     pub(crate) memory: Memory,
-    /// The dma-buf that was exported from the memory. Closing it frees pages, too.
+    /// The dma-buf that was exported from the memory. It holds references to the pages, so closing
+    /// it may free them.
     pub(crate) exported: OnceLock<DmaBuf>,
-    /// Whether it may be reused: it is complete, and no descriptor of it was handed out.
+    /// Whether the memory may be reused: it is complete and was not handed out.
     pub(crate) reusable: AtomicBool,
     next: Option<Box<Holding>>,
-    /// The last field, so that the charge is returned after everything else is freed.
+    /// Declared last, so the charge is returned only after everything else is freed.
     pub(crate) charge: Charge,
 }
 
@@ -60,7 +60,7 @@ impl Holding {
         match mapping.move_to(range, at) {
             Ok(mapping) => Ok(Box::new(Holding { mapping, memory, exported, reusable, next, charge })),
             Err(NotMoved { mapping, error }) => {
-                crate::support::foreign::emit(|| tracing::debug!(%error, "memory from the pool can't be reused"));
+                crate::support::foreign::emit(|| tracing::debug!(%error, "cannot reuse memory from the pool"));
                 Err(Box::new(Holding { mapping, memory, exported, reusable, next, charge }))
             }
         }
@@ -125,7 +125,8 @@ impl Pool {
         self.remove(number)
     }
 
-    /// The most recent one of this size: its pages are the most likely to be in a cache.
+    /// Takes the most recent holding of this size, whose pages are most likely to be in a CPU
+    /// cache.
     fn take_newest(&mut self, bytes: u64) -> Option<Box<Holding>> {
         let &(_, number) = self.by_size.range((bytes, 0)..=(bytes, u64::MAX)).next_back()?;
         self.remove(number)
@@ -138,7 +139,7 @@ struct List {
     /// Kept for later loads, up to `pool_bytes`.
     pool: Pool,
     pool_bytes: u64,
-    /// Whether the thread is freeing something that is no longer on the list.
+    /// Whether the thread is freeing a holding that it has taken off the list.
     busy: bool,
     closed: bool,
 }
@@ -176,7 +177,7 @@ impl Reaper {
     /// Starts the thread.
     ///
     /// # Errors
-    /// When no thread can be started.
+    /// If the thread can't be started.
     pub(crate) fn start() -> io::Result<Self> {
         let shared = Arc::new(ReaperShared::default());
         let reaper = Reaper { shared: Arc::new(Closing(Arc::clone(&shared))) };
@@ -189,15 +190,15 @@ impl Reaper {
         Reaper { shared: Arc::new(Closing(Arc::default())) }
     }
 
-    /// Does the thread's work in the caller.
+    /// Does the thread's work on the calling thread.
     #[cfg(test)]
     pub(crate) fn run_once(&self) {
         let dead = std::mem::take(&mut self.shared.0.list().dead);
         drop(dead);
     }
 
-    /// Waits until the thread has freed everything, or the time is up; returns whether there was
-    /// anything to wait for.
+    /// Waits until the thread has freed everything, or until the timeout. Returns whether there
+    /// was anything to wait for.
     pub(crate) fn wait_until_idle(&self, timeout: Duration) -> bool {
         let is_busy = |list: &mut List| list.busy || list.dead.head.is_some();
         let mut list = self.shared.0.list();
@@ -213,8 +214,8 @@ impl Reaper {
     pub(crate) fn release(&self, holding: Box<Holding>) {
         let bytes = holding.bytes();
         let mut ledger = None;
-        // Before another load can take it; if there is no room after all, it counts as the pool's
-        // until freed.
+        // Book the memory to the pool before another load can take it. If it does not fit after
+        // all, it counts as pooled until it is freed.
         if holding.reusable.load(Ordering::Acquire) && bytes <= self.shared.0.list().pool_bytes {
             ledger = holding.charge.ledger();
             holding.charge.pool();
@@ -235,23 +236,25 @@ impl Reaper {
         drop(list);
         self.shared.0.changed.notify_one();
         if let Some(ledger) = ledger.and_then(|ledger| ledger.upgrade()) {
-            // A thread that just looked in the pool did not find this memory; let it look again.
+            // A thread may have searched the pool just before this memory was added: let it search
+            // again.
             ledger.unpooled(0);
         }
     }
 
-    /// Sets the pool's capacity; frees the oldest memory above it.
+    /// Sets the pool's capacity, and frees the oldest memory that exceeds it.
     pub(crate) fn set_pool_bytes(&self, bytes: u64) {
         self.shared.0.list().pool_bytes = bytes;
         self.trim_pool(bytes);
     }
 
-    /// Frees what the pool has beyond `keep_bytes`, oldest first, and returns how much that was.
-    /// Holds the lock for a few holdings at a time, so that threads that drop segments don't wait
-    /// for all of them.
+    /// Frees pooled memory beyond `keep_bytes`, oldest first, and returns the number of bytes
+    /// removed. Releases the lock after every few holdings, so threads that drop segments don't
+    /// wait long.
     pub(crate) fn trim_pool(&self, keep_bytes: u64) -> u64 {
         let mut freed = 0;
-        // Memory that enters the pool during this call is not counted, so that the call ends.
+        // Memory that enters the pool during this call is not counted; otherwise the call might
+        // never return.
         let excess = self.pooled_bytes().saturating_sub(keep_bytes);
         while freed < excess {
             let part = self.shared.0.list().shrink_pool(keep_bytes, TRIM_BATCH);
@@ -264,7 +267,7 @@ impl Reaper {
         freed
     }
 
-    /// How much memory the pool has.
+    /// The number of bytes in the pool.
     pub(crate) fn pooled_bytes(&self) -> u64 {
         self.shared.0.list().pool.bytes
     }
@@ -276,15 +279,15 @@ impl Reaper {
 }
 
 impl List {
-    /// Moves the oldest holdings to the thread's list, at most `most` of them; returns how many
-    /// bytes that is.
+    /// Moves the oldest holdings, at most `most` of them, to the thread's list until the pool has
+    /// at most `keep_bytes`. Returns the number of bytes moved.
     fn shrink_pool(&mut self, keep_bytes: u64, most: usize) -> u64 {
         let before = self.pool.bytes;
         for _ in 0..most {
             if self.pool.bytes <= keep_bytes {
                 break;
             }
-            let oldest = self.pool.take_oldest().expect("a pool that has bytes has a holding");
+            let oldest = self.pool.take_oldest().expect("a pool with bytes has a holding");
             self.dead.push(oldest);
         }
         before - self.pool.bytes
@@ -327,7 +330,7 @@ mod tests {
             mapping.populate(&Memory::Anonymous, 0..bytes, dmabuf::Pages::Small).unwrap();
             reaper.release(Holding::new(mapping, Memory::Anonymous));
             reaper.wait_until_idle(Duration::from_secs(60));
-            assert_eq!(Arc::strong_count(&range), 1, "it was freed before the wait ended");
+            assert_eq!(Arc::strong_count(&range), 1, "the memory was freed before the wait ended");
         }
     }
 
@@ -343,7 +346,7 @@ mod tests {
         let reaper = Reaper::without_thread();
         let range = AddressRange::reserve(16 * 4096).unwrap();
         reaper.release(holding(&range, 0, true));
-        assert_eq!(reaper.pooled_bytes(), 0, "a pool of no size keeps nothing");
+        assert_eq!(reaper.pooled_bytes(), 0, "a pool without capacity keeps nothing");
         reaper.set_pool_bytes(2 * 4096);
         reaper.release(holding(&range, 1, false));
         assert_eq!(reaper.pooled_bytes(), 0, "memory that may not be reused is not kept");
@@ -351,7 +354,7 @@ mod tests {
             reaper.release(holding(&range, page, true));
         }
         assert_eq!(reaper.pooled_bytes(), 2 * 4096);
-        assert!(reaper.reuse(8192).is_none(), "another size");
+        assert!(reaper.reuse(8192).is_none(), "no memory of another size is pooled");
         let at = |holding: &Holding| holding.mapping.address().addr().get() - range.base().addr().get();
         let newest = reaper.reuse(4096).unwrap();
         assert_eq!(at(&newest), 4 * 4096);
@@ -419,9 +422,9 @@ mod tests {
                 reaper.release(next.take().unwrap());
                 assert_eq!(reaper.pooled_bytes(), count as u64 * 4096);
                 next = reaper.reuse(4096);
-                // Put another one in its place, so that the next call finds the pool full.
+                // Put the evicted holding back, so the next call finds the pool full.
                 let mut list = reaper.shared.0.list();
-                let oldest = list.dead.pop().expect("one was evicted");
+                let oldest = list.dead.pop().expect("a holding was evicted");
                 list.pool.push(oldest);
             }
         });
@@ -462,7 +465,7 @@ mod tests {
         drop(reaper);
         let deadline = Instant::now() + Duration::from_secs(10);
         while Arc::strong_count(&range) > 1 {
-            assert!(Instant::now() < deadline, "{} mappings are still there", Arc::strong_count(&range) - 1);
+            assert!(Instant::now() < deadline, "{} ranges are still mapped", Arc::strong_count(&range) - 1);
             thread::sleep(Duration::from_millis(1));
         }
     }

@@ -1,8 +1,8 @@
 //! Finished segments: memory that holds a known range of a file.
 //!
-//! Either the bytes are lent as views, under which nothing is written, or the dma-buf is handed
-//! out and its holders may write: never both. Whichever comes first decides. Dropping the views
-//! allows handing out again; handing out is permanent.
+//! While views of the bytes exist, nothing may write to them; once the dma-buf is handed out, its
+//! holders may. The two exclude each other: the dma-buf can be handed out only while no view
+//! exists, and after that no view can be created. Handing out is permanent.
 #![allow(unsafe_code)]
 
 use std::fmt;
@@ -27,7 +27,7 @@ use crate::support::convert::to_usize;
 /// [`crate::LoadOptions::packed`]).
 ///
 /// Cheap to clone. A background thread frees the memory when the last clone and the last view of
-/// its last segment are gone; it may outlive the loader.
+/// all segments in it are dropped, even if the loader is gone.
 #[derive(Clone)]
 pub struct Segment(Arc<Inner>);
 
@@ -55,7 +55,7 @@ pub(crate) struct Placement {
 }
 
 impl Segment {
-    /// Creates a segment of filled memory.
+    /// Creates a segment from filled memory.
     ///
     /// # Safety
     /// All bytes of the place's `file_range` must have been read into the memory, starting at its
@@ -117,8 +117,8 @@ impl Segment {
         self.0.place.memory_bytes
     }
 
-    /// Whether the two segments share a dma-buf or memfd. Handing out the descriptor of one hands
-    /// out that of all that share it.
+    /// Whether the two segments share a dma-buf or memfd. Handing out its descriptor for one
+    /// segment exposes all segments that share it.
     pub fn shares_memory_with(&self, other: &Segment) -> bool {
         Arc::ptr_eq(&self.0.backing, &other.0.backing)
     }
@@ -134,7 +134,7 @@ impl Segment {
         Ok(Bytes::from_owner(View::new(self)?))
     }
 
-    /// Whether the segment has a dma-buf. Asking does not hand it out.
+    /// Whether the segment has a dma-buf. Does not hand it out.
     pub fn has_dma_buf(&self) -> bool {
         self.0.backing.dma_buf().is_some()
     }
@@ -143,7 +143,7 @@ impl Segment {
     /// [`Segment::bytes`]** of this segment and of those that share its memory.
     ///
     /// A dma-buf can't be made read-only: every holder of a descriptor can write to it. So from
-    /// now on, even after the descriptor was closed, the bytes can't be viewed; use
+    /// now on, even after the descriptor is closed, the bytes can't be viewed; use
     /// [`Segment::cpu_access`] instead. Other loads don't reuse the memory
     /// ([`crate::LoaderBuilder::pool_bytes`]). Further calls return the same dma-buf and change
     /// nothing more.
@@ -236,18 +236,18 @@ impl Segment {
         &self.0.heap
     }
 
-    /// Its memory file, without handing it out.
+    /// Its memfd, without handing it out.
     pub(crate) fn memfd(&self) -> Option<&Memfd> {
         self.0.backing.memfd()
     }
 
-    /// Whether its memory is anonymous, so that only this process has it.
+    /// Whether its memory is anonymous, so only this process can access it.
     pub(crate) fn is_anonymous(&self) -> bool {
         let (_, memory) = self.0.backing.parts();
         memory.is_private()
     }
 
-    /// Permanently revokes views, so that code that has the memory's address may write to it.
+    /// Permanently refuses views, so code that has the memory's address may write to it.
     ///
     /// # Errors
     /// [`Error::Viewed`]; then nothing is revoked.
@@ -293,9 +293,9 @@ impl Segment {
         self.start().addr().get()
     }
 
-    /// The same as a pointer.
+    /// [`Self::address`] as a pointer.
     pub(crate) fn start(&self) -> NonNull<u8> {
-        // SAFETY: the segment's part is within the mapping, checked in `new`.
+        // SAFETY: `new` checked that the segment lies within the mapping.
         unsafe { self.0.backing.address().add(self.0.place.memory_offset) }
     }
 
@@ -327,8 +327,8 @@ impl Drop for View {
 
 impl AsRef<[u8]> for View {
     fn as_ref(&self) -> &[u8] {
-        // SAFETY: nothing writes to the bytes: `new` requires it; memfds are sealed before they
-        // are shown, and a dma-buf can't be handed out while this view exists.
+        // SAFETY: nothing writes to the bytes: `Segment::new` requires that, memfds are sealed
+        // before they are shown, and a dma-buf can't be handed out while this view exists.
         unsafe { self.0.filled() }
     }
 }
@@ -370,7 +370,7 @@ impl SegmentAccess<'_> {
     /// # Safety
     /// No holder of the dma-buf may write to it while the slice lives.
     pub unsafe fn as_slice(&self) -> &[u8] {
-        // SAFETY: the caller's guarantee.
+        // SAFETY: the caller guarantees that no holder of the dma-buf writes to it.
         unsafe { self.segment.filled() }
     }
 }
@@ -378,7 +378,7 @@ impl SegmentAccess<'_> {
 impl Drop for SegmentAccess<'_> {
     fn drop(&mut self) {
         if let Some(dma_buf) = self.segment.0.backing.dma_buf() {
-            // The access was begun, so ending it does not fail.
+            // Ending an access that was begun does not fail.
             let _ = dma_buf.end_cpu_access(Access::Read);
         }
     }
@@ -396,7 +396,8 @@ impl fmt::Debug for Segment {
     }
 }
 
-/// The segments of a file that together hold a range: of one span, in order.
+/// The segments of one span that together hold `range`, in order; `None` if no span holds all of
+/// it.
 pub(crate) fn segments_of_range<'a>(segments: &'a [Segment], range: &Range<u64>) -> Option<&'a [Segment]> {
     segments.chunk_by(|a, b| a.0.place.span == b.0.place.span).find_map(|span| {
         let held = span.first()?.file_range().start..span.last()?.file_range().end;
@@ -422,10 +423,10 @@ impl Contiguous {
     ///
     /// # Errors
     /// [`Error::HandedOut`] for the first segment of the range whose dma-buf was handed out;
-    /// [`Error::NotLoaded`] when the segments do not hold the range.
+    /// [`Error::NotLoaded`] if the segments do not hold the range.
     ///
     /// # Panics
-    /// When the segments of a span are not laid out in memory as in the file.
+    /// If the segments of a span are not laid out in memory as in the file.
     pub(crate) fn bytes(path: &Path, segments: &[Segment], range: Range<u64>) -> Result<Bytes> {
         if range.is_empty() {
             return Ok(Bytes::new());
@@ -435,7 +436,7 @@ impl Contiguous {
         let views = touched.iter().map(View::new).collect::<Result<Vec<_>>>()?;
         let mut expected = views.first().map(|View(first)| (first.file_range().start, first.address()));
         for View(segment) in &views {
-            assert_eq!(Some((segment.file_range().start, segment.address())), expected, "segments lie side by side");
+            assert_eq!(Some((segment.file_range().start, segment.address())), expected, "segments are adjacent");
             expected = Some((segment.file_range().end, segment.address() + segment.len()));
         }
         let View(first) = views.first().ok_or_else(not_loaded)?;
@@ -450,8 +451,8 @@ impl AsRef<[u8]> for Contiguous {
         let View(first) = self.views.first().expect("a range with bytes touches a segment: see `bytes`");
         let offset = to_usize(self.range.start - first.file_range().start);
         let bytes = to_usize(self.range.end - self.range.start);
-        // SAFETY: `bytes` has checked that the range lies within the segments' bytes, and that
-        // these are adjacent in one reserved address range.
+        // SAFETY: `bytes` checked that the range lies within the segments' bytes, and that the
+        // segments are adjacent in one reserved address range.
         let start = unsafe { first.start().add(offset) };
         // SAFETY: as above; each segment stays mapped, complete and unchanged while its view lives
         // (see `View`).

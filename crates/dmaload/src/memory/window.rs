@@ -1,28 +1,30 @@
-//! The window: limits how many bytes may be allocated and not yet filled, and how much of a shared
-//! resource one load may have.
+//! The window: limits how many bytes may be allocated but not yet filled, and how much of a shared
+//! resource each load may hold.
 //!
 //! It keeps the allocator and the reader in step: a permit is taken before memory is allocated,
-//! and returned when that memory is full (or given up). The engine's permits are
-//! `engine::WindowPermit`; what waits for one is the next batch of a load, in
-//! `engine::schedule`.
+//! and returned when that memory is filled or abandoned. The engine's permits are
+//! `engine::WindowPermit`; in `engine::schedule`, the next batch of a load waits for one.
 //!
-//! Loads whose reads never complete must not end up holding all of it. So there are two levels:
+//! Loads whose reads never complete must not end up holding the whole window. Their share is
+//! therefore limited on two levels:
 //!
-//! - How much a *file system* may hold depends on what is free: at most three times what it leaves
-//!   free (dynamic queue length thresholds: Choudhury and Hahne, 1998), and a usual permit must
-//!   still fit into the rest. A single file system gets three quarters, two get three sevenths
-//!   each. All loads of one file system count as one, since they wait for the same server or
-//!   device. One that does not answer takes three quarters, a second one three quarters of the
-//!   rest, and so on. A file system that holds nothing may take anything that fits.
-//! - A *load* that holds something leaves one permit of its file system's share for a new load. In
-//!   a window with room for fewer than [`MANY`] permits, that would cost too much speed.
+//! - A *file system* may hold at most three times as much as it leaves free (dynamic queue length
+//!   thresholds: Choudhury and Hahne, 1998), and a permit of the usual size must still fit into
+//!   the rest. A single file system gets three quarters, two get three sevenths each. All loads
+//!   from one file system count as one, because they wait for the same server or device. If it
+//!   does not answer, they hold up to three quarters; those of a second silent file system, three
+//!   quarters of the rest, and so on. A file system that holds nothing may take anything that
+//!   fits.
+//! - A *load* that holds something leaves one permit of its file system's share for a new load.
+//!   Windows with room for fewer than [`MANY`] permits are exempt, because that would cost too
+//!   much speed.
 //!
-//! Loads that hold nothing get their part in turn: the components that grant permits (the
-//! scheduler, the driver, the thread pool) go round. The same rule governs reads in flight,
+//! Loads that hold nothing are served in turn: the components that grant permits (the scheduler,
+//! the driver, the thread pool) use round-robin order. The same rules govern reads in flight,
 //! staging, registered buffers and threads.
 
-/// A budget that loads share. Pure bookkeeping: the scheduler decides who waits and where. `L`
-/// identifies a load.
+/// A budget that loads share. Does only the bookkeeping; the scheduler decides which loads wait.
+/// `L` identifies a load.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Window<L> {
     bytes: u64,
@@ -37,29 +39,29 @@ pub(crate) struct Window<L> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Permitted {
     Yes,
-    /// The load has its share; no other load has to wait for it.
+    /// The load is at its share. Other loads need not wait for it.
     LoadAtShare,
-    /// The load holds nothing, but its file system has its share. No load of that file system may
-    /// overtake it, or it could wait forever; loads of others may.
+    /// The load holds nothing, but its file system is at its share. Loads from that file system
+    /// must not overtake it, or it could wait forever; loads from others may.
     FileSystemAtShare,
-    /// The load's file system holds nothing, and there is no room. No load may overtake it, or it
-    /// could wait forever.
+    /// The load's file system holds nothing, but the permit does not fit. No other load may
+    /// overtake it, or it could wait forever.
     Full,
 }
 
 /// Maximum ratio of held to free space for one file system.
 const HELD_TO_FREE_MAX: u64 = 3;
 
-/// If fewer permits than this fit, nothing is reserved for other file systems: one of two would be
-/// half the speed.
+/// If fewer permits than this fit, nothing is reserved for other file systems: reserving one of
+/// two would halve the speed.
 const FEW: u64 = 4;
 
-/// If fewer permits than this fit, a load leaves none to others of its file system: of eight
-/// permits, of which six are for that file system, one would be a sixth of the speed; of sixteen
-/// it is a twelfth.
+/// If fewer permits than this fit, a load leaves none for other loads from its file system. Of
+/// eight permits, a file system gets six, so leaving one would cost a sixth of the speed; of
+/// sixteen, it costs a twelfth.
 const MANY: u64 = 16;
 
-/// What a load that asks for more already holds.
+/// How much a load and its file system already hold.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Held {
     /// Held by the load itself.
@@ -73,8 +75,8 @@ pub(crate) fn may_have_one(all: u64, taken: u64, held: Held) -> bool {
     may_have(all, taken, held, 1, 1)
 }
 
-/// Whether a load that holds `held` of `all`, of which `taken` is taken, may take `more`, given
-/// that others may want `usual`.
+/// Whether a load that holds `held` of `all`, of which `taken` is taken, may take `more`, if a
+/// permit of the size `usual` must still fit.
 fn may_have(all: u64, taken: u64, held: Held, more: u64, usual: u64) -> bool {
     let file_system_may_have = |taken, held| within_share(all, taken, held, more, usual);
     let leaves_one = || file_system_may_have(taken.saturating_add(more), held.by_file_system.saturating_add(more));
@@ -92,7 +94,8 @@ fn within_share(all: u64, taken: u64, held: u64, more: u64, usual: u64) -> bool 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Holders<L> {
     taken: u64,
-    /// Load, file system, and how much the load holds for files of that file system.
+    /// Triples of a load, a file system, and how much the load holds for files on that file
+    /// system.
     held: Vec<(L, u64, u64)>,
 }
 
@@ -131,7 +134,7 @@ impl<L: Clone + PartialEq> Holders<L> {
     }
 
     /// # Panics
-    /// When more is returned than was taken: the bookkeeping is broken.
+    /// If more is returned than was taken: the bookkeeping is broken.
     pub(crate) fn give_back(&mut self, load: &L, file_system: u64, amount: u64) {
         let own = |(other, from, _): &(L, u64, u64)| other == load && *from == file_system;
         let held = self.held.iter().find(|entry| own(entry)).map_or(0, |&(.., held)| held);
@@ -145,12 +148,12 @@ impl<L: Clone + PartialEq> Holders<L> {
 }
 
 impl<L: Clone + PartialEq> Window<L> {
-    /// A window of `bytes` bytes. Permits are for `usual` bytes or less, except a few.
+    /// Creates a window of `bytes` bytes. Most permits are for at most `usual` bytes.
     pub(crate) fn new(bytes: u64, usual: u64) -> Self {
         Window { bytes, held: Holders::new(), usual: usual.min(bytes / FEW), by_file_system: true }
     }
 
-    /// A window that is shared per load, whichever file system it reads.
+    /// Creates a window whose shares are per load rather than per file system.
     pub(crate) fn per_load(bytes: u64, usual: u64) -> Self {
         Window { by_file_system: false, ..Window::new(bytes, usual) }
     }
@@ -161,7 +164,7 @@ impl<L: Clone + PartialEq> Window<L> {
         self.held.held_by(load, 0).by_load
     }
 
-    /// Takes a permit for `bytes` of a file of this file system, all or nothing.
+    /// Takes a permit for `bytes` bytes of a file on this file system, all or nothing.
     #[must_use]
     pub(crate) fn take(&mut self, load: &L, file_system: u64, bytes: u64) -> Permitted {
         if bytes == 0 {
@@ -185,7 +188,7 @@ impl<L: Clone + PartialEq> Window<L> {
     /// Returns a permit.
     ///
     /// # Panics
-    /// When more is returned than was taken: the bookkeeping is broken, and continuing would
+    /// If more is returned than was taken: the bookkeeping is broken, and continuing could
     /// allocate without bound.
     pub(crate) fn give_back(&mut self, load: &L, file_system: u64, bytes: u64) {
         self.held.give_back(load, file_system, bytes);
@@ -206,9 +209,9 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// How many permits each of these loads gets, in turns, until none can get another. File
-    /// system `n` is that of load `n`.
-    fn parts<const N: usize>(window: &mut Window<usize>, loads: [usize; N], file_systems: [u64; N]) -> [u64; N] {
+    /// Lets the loads take permits in turn until none can take another, and returns how many each
+    /// has. `file_systems[n]` is the file system of `loads[n]`.
+    fn take_in_turn<const N: usize>(window: &mut Window<usize>, loads: [usize; N], file_systems: [u64; N]) -> [u64; N] {
         let mut got = [0; N];
         loop {
             let before = got;
@@ -236,14 +239,14 @@ mod tests {
     fn window_leaves_something_for_later_loads() {
         for (size, alone, [first, second]) in [(8, 6, [3, 3]), (32, 23, [13, 13]), (128, 95, [54, 54])] {
             let mut window = Window::new(size, 1);
-            assert_eq!(parts(&mut window, [1], [1]), [alone], "of {size}");
+            assert_eq!(take_in_turn(&mut window, [1], [1]), [alone], "of {size}");
             assert_eq!(window.take(&1, 1, 1), Permitted::LoadAtShare);
-            // The first load never returns its permits. Others get something one after another,
-            // and can return it.
+            // The first load never returns its permits. Others can still take some, one after
+            // another, and return them.
             assert_eq!(window.take(&2, 2, 1), Permitted::Yes);
             window.give_back(&2, 2, 1);
             let mut window = Window::new(size, 1);
-            assert_eq!(parts(&mut window, [1, 2], [1, 2]), [first, second], "of {size}");
+            assert_eq!(take_in_turn(&mut window, [1, 2], [1, 2]), [first, second], "of {size}");
         }
     }
 
@@ -251,13 +254,14 @@ mod tests {
     fn loads_of_one_file_system_share_one_part() {
         for (size, [first, second, third]) in [(8, [3, 3, 0]), (32, [12, 11, 1]), (128, [48, 47, 1])] {
             let mut window = Window::new(size, 1);
-            assert_eq!(parts(&mut window, [1, 2], [7, 7]), [first, second], "of {size}");
-            // If many fit, one is left to one new load, but not to two.
-            assert_eq!(parts(&mut window, [3], [7]), [third], "of {size}");
+            assert_eq!(take_in_turn(&mut window, [1, 2], [7, 7]), [first, second], "of {size}");
+            // If many permits fit, one is left for one new load, but not for a second.
+            assert_eq!(take_in_turn(&mut window, [3], [7]), [third], "of {size}");
             assert_eq!(window.take(&4, 7, 1), Permitted::FileSystemAtShare);
             assert_eq!(window.taken_bytes(), size * 3 / 4);
-            // Another file system gets three quarters of the rest, as if it were alone with that.
-            assert!(parts(&mut window, [5], [8])[0] >= size / 8, "of {size}");
+            // Another file system gets three quarters of the rest, as if the rest were the whole
+            // window.
+            assert!(take_in_turn(&mut window, [5], [8])[0] >= size / 8, "of {size}");
             window.give_back(&1, 7, 1);
             assert_ne!(window.take(&5, 8, 1), Permitted::Full);
         }
@@ -266,9 +270,9 @@ mod tests {
     #[test]
     fn window_with_room_for_few_reserves_nothing() {
         for size in 1..4 {
-            assert_eq!(parts(&mut Window::new(size, 1), [1], [1]), [size]);
+            assert_eq!(take_in_turn(&mut Window::new(size, 1), [1], [1]), [size]);
         }
-        assert_eq!(parts(&mut Window::new(4, 1), [1], [1]), [3]);
+        assert_eq!(take_in_turn(&mut Window::new(4, 1), [1], [1]), [3]);
     }
 
     #[test]
@@ -276,7 +280,7 @@ mod tests {
         let mut window = Window::new(16, 4);
         assert_eq!(window.take(&1, 1, 8), Permitted::Yes);
         assert_eq!([1; 3].map(|bytes| window.take(&2, 2, bytes)), [Permitted::Yes; 3]);
-        assert_eq!(window.take(&2, 2, 1), Permitted::LoadAtShare, "one is left to the next load of its file system");
+        assert_eq!(window.take(&2, 2, 1), Permitted::LoadAtShare, "one is left for the next load from its file system");
         assert_eq!(window.take(&3, 2, 1), Permitted::Yes);
         assert_eq!(window.take(&4, 2, 1), Permitted::FileSystemAtShare);
         assert_eq!(window.take(&3, 3, 4), Permitted::Yes);
@@ -290,10 +294,9 @@ mod tests {
         window.give_back(&1, 2, 1);
     }
 
-    /// A load's share of the default window, in batches of 16 MiB: as much as before loads were
-    /// counted by file system.
+    /// A load's share of the default window, in batches of 16 MiB.
     #[test]
-    fn one_load_has_six_batches_and_two_silent_ones_leave_one() {
+    fn one_load_gets_six_batches_and_two_silent_ones_leave_one() {
         let mut window = Window::new(8 << 4, 1 << 4);
         let mut take = |load, file_system| window.take(&load, file_system, 1 << 4);
         assert_eq!([(); 6].map(|()| take(1, 1)), [Permitted::Yes; 6]);
@@ -338,7 +341,7 @@ mod tests {
                     prop_assert!(!yes || bytes <= room);
                     prop_assert!(by_file_system > 0 || yes == (bytes <= room), "a file system that holds nothing gets what fits");
                     if yes && by_file_system > 0 && bytes <= size / FEW {
-                        prop_assert!(by_file_system + bytes <= HELD_TO_FREE_MAX * (room - bytes), "and no more than its part");
+                        prop_assert!(by_file_system + bytes <= HELD_TO_FREE_MAX * (room - bytes), "no file system exceeds its share");
                         prop_assert!(room > bytes, "something is left");
                     }
                     if yes {
@@ -351,7 +354,7 @@ mod tests {
             }
         }
 
-        /// However many loads wait for two silent file systems, in whatever order they come.
+        /// Holds for any number of loads that wait for two silent file systems, in any order.
         #[test]
         fn two_silent_file_systems_leave_something_for_a_third(
             size in 5u64..200,
@@ -369,8 +372,7 @@ mod tests {
             prop_assert!(held.may_have_one(size, &usize::MAX, 2));
         }
 
-        /// One load and its file system, alone: its share hardly depends on there being two
-        /// levels.
+        /// The second level costs a load that runs alone at most one permit.
         #[test]
         fn one_load_gets_its_file_systems_share_minus_at_most_one(size in 1u64..2000) {
             let (mut one, mut many) = (Holders::new(), Holders::new());

@@ -6,8 +6,8 @@ use crate::support::names;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Layout {
-    /// Segments of the configured size, each with its own memory. The first is usable while the
-    /// rest is read.
+    /// Segments of the configured size, each with its own memory. The first can be used while the
+    /// rest is being read.
     #[default]
     Segmented,
     /// One segment for the whole file, still filled piece by piece while the rest is being
@@ -81,13 +81,13 @@ impl std::str::FromStr for Format {
     }
 }
 
-/// What to do with those bytes of a file that are in the page cache.
+/// How to treat bytes of a file that are in the page cache.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Cache {
     /// Ignore the page cache: read everything from storage, by the requested route.
     Bypass,
-    /// Copy chunks that are fully in the page cache from there, and read the rest from storage.
+    /// Copy chunks that are fully cached from the page cache, and read the rest from storage.
     /// Checking what is cached adds very little to the cache (at most 1 % of a file).
     ///
     /// Only on file systems where every change to cached bytes shows in the file's modification
@@ -194,8 +194,8 @@ pub struct ImporterLimits {
     /// place, which [`crate::Report::copied_bytes`] counts. With an alignment larger than a block,
     /// every tensor has its own dma-buf.
     pub alignment_bytes: u64,
-    /// Whether tensors may be copied to align them. If not, a load that would have to fails with
-    /// [`crate::Error::Unaligned`].
+    /// Whether tensors may be copied to align them. If not, a load that would need such a copy
+    /// fails with [`crate::Error::Unaligned`].
     pub may_copy: bool,
 }
 

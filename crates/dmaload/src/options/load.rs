@@ -68,14 +68,14 @@ impl Default for LoadOptions {
 }
 
 impl LoadOptions {
-    /// The default of [`Self::segment_bytes`], 64 MiB, unless something limits it.
+    /// The default of [`Self::segment_bytes`], 64 MiB, unless a limit requires less.
     pub const SEGMENT_BYTES: u64 = 64 << 20;
     /// The default of [`Self::chunk_bytes`]: 2 MiB.
     pub const CHUNK_BYTES: u64 = 2 << 20;
 
     /// The defaults: everything is read, into segments of [`Self::SEGMENT_BYTES`], by the route
-    /// that turns out to be fastest. Where the kernel refuses something, the load steps down to
-    /// the next best and reports it.
+    /// that turns out to be fastest. Where the kernel refuses a route, the load steps down to the
+    /// next one and reports it.
     pub fn new() -> Self {
         LoadOptions::default()
     }
@@ -203,7 +203,6 @@ impl LoadOptions {
     /// [`queue_depth`](crate::LoaderBuilder::queue_depth) reads are in flight. Smaller reads cost
     /// more system calls; with larger ones, a short read or a bad block repeats more. Default:
     /// [`Self::CHUNK_BYTES`], 2 MiB.
-    /// [`Self::CHUNK_BYTES`], 2 MiB.
     #[must_use]
     pub fn chunk_bytes(mut self, bytes: u64) -> Self {
         self.chunk_bytes = bytes;
@@ -246,8 +245,8 @@ impl LoadOptions {
         self
     }
 
-    /// Whether to copy from the page cache what is already there. Default: [`Cache::Auto`], or
-    /// [`Cache::Bypass`] for a [strict](Self::strict) load.
+    /// Whether to copy bytes that are already in the page cache from there. Default:
+    /// [`Cache::Auto`], or [`Cache::Bypass`] for a [strict](Self::strict) load.
     #[must_use]
     pub fn cache(mut self, cache: Cache) -> Self {
         self.cache = Some(cache);
@@ -275,12 +274,12 @@ impl LoadOptions {
         self
     }
 
-    /// Sees every byte before its segment is handed over, for example to compute a checksum.
-    /// Default: none.
+    /// Sets an observer, which sees every byte before its segment is handed over, for example to
+    /// compute a checksum. Default: none.
     ///
     /// On a heap that the CPU reads uncached, every read then goes into staging, where reading the
-    /// bytes is cheap: the load takes the route [`Route::Bounce`], and a strict load must have
-    /// requested it.
+    /// bytes is cheap: the load takes the route [`Route::Bounce`], and a strict load must request
+    /// that route.
     #[must_use]
     pub fn observer(mut self, observer: impl Observer) -> Self {
         self.observer = Some(ObserverOption::new(Arc::new(observer)));
@@ -325,7 +324,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn strict_load_takes_from_cache_only_if_asked_to() {
+    fn strict_load_uses_the_cache_only_if_requested() {
         let takes = |options: LoadOptions| options.takes_cached();
         let options = LoadOptions::default;
         assert!(takes(options()) && !takes(options().strict(true)));
@@ -334,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn open_segment_size_fits_the_heap_and_a_chosen_one_stays() {
+    fn default_segment_size_adapts_but_an_explicit_one_does_not() {
         let open = LoadOptions::default();
         assert_eq!(open.segment_bytes_within(None), 64 << 20);
         assert_eq!(open.segment_bytes_within(Some(100 << 20)), 64 << 20);

@@ -1,4 +1,4 @@
-//! What a caller may ask for: the choices of a load and their names ([`choices`]), all options of
+//! What a caller can request: the choices of a load and their names ([`choices`]), all options of
 //! a load ([`load`]), and observers of its bytes ([`observer`]).
 //!
 //! Plain values with their defaults. Nothing here knows how a load works: the engine checks that

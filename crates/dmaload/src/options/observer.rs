@@ -82,7 +82,7 @@ pub trait Verify: Send + Sync + 'static {
     fn begin(&self, files: &[(&Path, u64)], format: Format) -> Result<Arc<dyn Observer>>;
 
     /// Like [`Self::begin`], for a load whose caller named one file, a part of a model, and got
-    /// the model's other files with it. Statements about "the file" concern that one: number
+    /// the model's other files with it. A checksum of "the file" then means that file: number
     /// `named`. Default: calls [`Self::begin`].
     ///
     /// # Errors
@@ -92,8 +92,8 @@ pub trait Verify: Send + Sync + 'static {
         self.begin(files, format)
     }
 
-    /// Whether it verifies one file only: the one that the caller named, even if others come with
-    /// it. Default: false.
+    /// Whether it verifies only the file that the caller named, even if others are loaded with it.
+    /// Default: false.
     fn is_of_one_file(&self) -> bool {
         false
     }

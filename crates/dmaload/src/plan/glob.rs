@@ -59,7 +59,7 @@ fn expand(before: String, rest: &str, into: &mut Vec<String>) -> Result<(), Stri
     };
     let (choices, after) = choices(braces)?;
     for choice in choices {
-        // A choice may contain braces of its own.
+        // A choice may itself contain braces.
         let mut begun = Vec::new();
         expand(format!("{before}{literal}"), &choice, &mut begun)?;
         begun.into_iter().try_for_each(|begun| expand(begun, after, into))?;
@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn stars_questions_and_braces() {
+    fn stars_question_marks_and_braces_match() {
         assert_eq!(
             matches("model.layers.{0..3}.*", &["model.layers.0.q", "model.layers.3.", "model.layers.4.q"]),
             [true, true, false]

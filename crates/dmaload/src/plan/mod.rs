@@ -14,12 +14,12 @@
 //! thousand of them need only a few allocations and can have huge pages. Each begins at a multiple
 //! of the alignment, as direct reads require.
 //!
-//! The plan is made of spans: whole files, or the parts of them that [`select`] wants. What
-//! applies to small files here applies to small spans.
+//! The plan is made of spans: whole files, or the parts of them that [`select`] wants. What is
+//! said about small files here applies to small spans, too.
 //!
-//! Pure: no clock, no system call, always the same result for the same input. It knows lengths,
-//! headers and options, but no open file, memory or ring. A plan is made before the first read of
-//! a load and never changes.
+//! Pure: uses no clock and makes no system calls, so the same input always has the same result. It
+//! depends on lengths, headers and options, but not on open files, memory or a ring. A plan is
+//! made before the first read of a load and never changes.
 
 pub(crate) mod glob;
 pub(crate) mod select;
@@ -72,7 +72,7 @@ impl Span {
 /// The plan of all spans of a load. All lists are in span order.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Plan {
-    /// The total length of all memories side by side.
+    /// The length of the address range that holds all memories.
     pub(crate) memory_bytes: u64,
     pub(crate) files: Vec<FileParts>,
     pub(crate) memories: Vec<MemoryPlan>,
@@ -156,12 +156,12 @@ pub(crate) const BATCH_FILES: usize = 64;
 /// so the size of a plan must be bounded.
 pub(crate) const MOST_PIECES: u64 = 1 << 19;
 
-/// Files of up to this fraction of a segment share memories. For larger ones, what they would save
-/// is not worth waiting for the other files.
+/// Files of up to a quarter of a segment share memories. For larger ones, the savings are not
+/// worth waiting for the other files.
 const PACKED_PART: u64 = 4;
 
 impl Shape {
-    /// About how many pieces spans of these lengths are cut into, without making a plan.
+    /// Estimates how many pieces spans of these lengths are cut into, without making a plan.
     pub(crate) fn count_pieces(&self, lengths: impl Iterator<Item = u64>) -> u64 {
         let batch_bytes = self.batch_bytes.min(self.segment_bytes).max(1);
         lengths.map(|bytes| bytes.div_ceil(batch_bytes)).fold(0, u64::saturating_add)
@@ -232,7 +232,7 @@ impl Plan {
     fn add_segment(&mut self, of: &Span, span: usize, file_range: Range<u64>, memory_bytes: u64) {
         let (file, moved) = (of.file, of.moved.clone());
         let number = self.memories.len().checked_sub(1).expect("`begin_memory` comes first");
-        let memory = self.memories.last_mut().expect("as above");
+        let memory = self.memories.last_mut().expect("`begin_memory` added a memory");
         let parts = self.files.get_mut(file).expect("each file has its parts");
         parts.first_segment.get_or_insert(self.segments.len());
         parts.last_memory = Some(number);
@@ -332,9 +332,9 @@ mod tests {
     }
 
     #[test]
-    fn single_is_one_segment_of_several_pieces() {
+    fn single_layout_has_one_segment_of_several_pieces() {
         let plan = planned(&[9 * ALIGNMENT - 5, 1], shape(Layout::Single, 4, 2));
-        assert_eq!((plan.segments.len(), plan.memories.len()), (2, 2), "and never shares a memory");
+        assert_eq!((plan.segments.len(), plan.memories.len()), (2, 2), "a single segment never shares its memory");
         assert_eq!(plan.segments[0].memory_bytes, 9 * ALIGNMENT);
         assert_eq!(plan.files[0].pieces, 5);
     }
@@ -365,7 +365,7 @@ mod tests {
     }
 
     #[test]
-    fn large_file_ends_sharing_so_that_order_is_kept() {
+    fn large_file_ends_sharing_to_keep_the_order() {
         let shape = large_shape(16 * MIB);
         let plan = planned(&[5, 6, 100 * MIB, 7, 8], shape);
         let memories: Vec<_> = plan.segments.iter().map(|segment| (segment.file, segment.memory)).collect();
@@ -385,7 +385,8 @@ mod tests {
             let layout = if single { Layout::Single } else { Layout::Segmented };
             let shape = Shape { packed, batch_files, ..shape(layout, segment_pages * 2, batch_pages * 2) };
             let alignments: Vec<u64> = bytes.iter().zip(large).map(|(_, large)| if large { 2 * ALIGNMENT } else { ALIGNMENT }).collect();
-            // Part of some files, two parts of others, last ones first.
+            // Some files have one span, which may be a part, and others have two, the last one
+            // first.
             let mut spans = Vec::new();
             for (file, (&bytes, alignment)) in bytes.iter().zip(&alignments).enumerate() {
                 let cut = (bytes / 2).next_multiple_of(*alignment).min(bytes);

@@ -1,5 +1,5 @@
-//! Which bytes of its files a load reads: all of them, or those of some tensors, of a rank's part
-//! of them, or of a range.
+//! Selects the bytes of its files that a load reads: all, a range, those of some tensors, or a
+//! rank's part.
 //!
 //! ```text
 //!   tensors  |--a--|-------b-------|--c--|------------------- d -------------------|--e--|
@@ -10,7 +10,7 @@
 //! A span is read in one go: the wanted ranges together with small gaps between them, extended to
 //! the blocks that direct reads need. Ranges that were requested earlier come in earlier spans.
 //!
-//! Pure: no clock, no system call.
+//! Pure: uses no clock and makes no system calls.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -31,9 +31,9 @@ pub(crate) struct Selector {
     shard: Option<Shard>,
     /// Which patterns have matched a tensor.
     matched: Vec<bool>,
-    /// Tensors that are affected by the cut between ranks in a way that may surprise.
+    /// Tensors that the cut between ranks affects in a way that may surprise the caller.
     affected: AffectedTensors,
-    /// Number of files of which this rank gets no tensors, or no bytes.
+    /// Number of files from which this rank gets no tensors, or no bytes.
     files_without: usize,
 }
 
@@ -91,7 +91,7 @@ impl ChosenTensors {
         &self.list
     }
 
-    /// All whole tensors of a file whose names it owns; `None` if it owns all of them.
+    /// The tensors that the file owns, each as a whole; `None` if it owns all of its tensors.
     pub(crate) fn owned(map: &TensorMap, owns: impl Fn(&str) -> bool) -> Option<Self> {
         let whole = |(position, info): (usize, &TensorInfo)| {
             let part = TensorSlice { shape: info.shape.clone(), rows: Rows::single(info.file_range.clone()) };
@@ -106,8 +106,8 @@ impl ChosenTensors {
 
     /// The tensor at this position of the tensor map, if it is read.
     pub(crate) fn get(&self, position: usize) -> Option<&ChosenTensor> {
-        let of = |number: &u32| self.list.get(*number as usize).map(|chosen| chosen.position);
-        let found = self.by_position.binary_search_by(|number| of(number).cmp(&Some(position))).ok()?;
+        let position_of = |number: &u32| self.list.get(*number as usize).map(|chosen| chosen.position);
+        let found = self.by_position.binary_search_by(|number| position_of(number).cmp(&Some(position))).ok()?;
         self.list.get(*self.by_position.get(found)? as usize)
     }
 }
@@ -142,7 +142,7 @@ impl Rows {
         self.count * (self.first.end - self.first.start)
     }
 
-    /// The range from the first to the last.
+    /// The range from the start of the first to the end of the last.
     pub(crate) fn hull(&self) -> Range<u64> {
         self.first.start..self.first.end + self.count.saturating_sub(1) * self.stride_bytes
     }
@@ -234,7 +234,7 @@ impl Selector {
         self.files_without += usize::from(has_nothing);
     }
 
-    /// Describes effects of the cut between ranks that may surprise.
+    /// Describes effects of the cut between ranks that may surprise the caller.
     pub(crate) fn notes(&self) -> Vec<String> {
         let Some(shard) = self.shard else { return Vec::new() };
         let Shard { rank, world_size, dim } = shard;
@@ -267,7 +267,7 @@ impl Selector {
         self.patterns.is_some()
     }
 
-    /// Whether a pattern can match names that the caller has not written out.
+    /// Whether a pattern can match names that the caller did not spell out.
     pub(crate) fn is_wild(&self) -> bool {
         self.patterns.iter().flatten().any(Pattern::is_wild)
     }
@@ -299,7 +299,7 @@ impl Selector {
     /// owns. `alignment`, a power of two, is what direct reads need.
     ///
     /// # Errors
-    /// A reason to append to the path.
+    /// The reason, to be appended to the path.
     pub(crate) fn select_file(
         &mut self,
         map: Option<&TensorMap>,
@@ -362,7 +362,7 @@ impl Selector {
     /// Checks that every pattern has matched a tensor.
     ///
     /// # Errors
-    /// [`Error::NoSuchTensor`] for a pattern that has not.
+    /// [`Error::NoSuchTensor`] for a pattern that did not.
     pub(crate) fn check_all_matched(&self) -> Result<()> {
         let patterns = self.patterns.iter().flatten().zip(&self.matched);
         let unmatched = patterns.filter(|(_, matched)| !**matched).map(|(pattern, _)| pattern.to_string()).next();

@@ -3,8 +3,8 @@
 /// Converts a length or an offset in memory that was planned, reserved or read.
 ///
 /// # Panics
-/// When it does not fit, on a 32-bit machine. It does fit if an address range of that length was
-/// reserved.
+/// If it does not fit, which can happen only on a 32-bit machine. It fits if an address range of
+/// that length was reserved.
 pub(crate) fn to_usize(bytes: u64) -> usize {
     usize::try_from(bytes).expect("a length in memory fits into the address space")
 }

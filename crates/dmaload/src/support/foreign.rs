@@ -1,9 +1,9 @@
-//! Calls the caller's code: heaps, observers, verifiers, wakers, subscribers of `tracing`, and
-//! their drops.
+//! Runs the caller's code: heaps, observers, verifiers, wakers, `tracing` subscribers, and their
+//! `Drop`s.
 //!
-//! It never runs while one of our locks is held, and never on the ring thread. A panic is caught
-//! at the call, so that the load it belongs to (for a waker, only the waiting future) can fail
-//! with a message that names the code, and no other load is affected.
+//! Such code never runs while one of our locks is held, and never on the ring thread. A panic is
+//! caught at the call, so that the load it belongs to (for a waker, only the waiting future) can
+//! fail with a message that names the code, and no other load is affected.
 
 use std::any::Any;
 use std::fmt;
@@ -18,14 +18,16 @@ pub(crate) fn call<T>(code: impl FnOnce() -> T) -> Result<T, String> {
     catch_unwind(AssertUnwindSafe(code)).map_err(message)
 }
 
-/// Emits an event. A panic in the subscriber concerns no load, and the panic hook has reported it.
+/// Emits a `tracing` event. A panic in the subscriber affects no load, and the panic hook has
+/// already reported it.
 pub(crate) fn emit(event: impl FnOnce()) {
     let _ = call(event);
 }
 
 /// Drops a value that may contain the caller's code.
 pub(crate) fn discard<T>(value: T) {
-    // The panic hook has reported a panic; nothing is left that could fail because of it.
+    // The panic hook has already reported a panic, and nothing is left that could fail because of
+    // it.
     let _ = call(|| drop(value));
 }
 
@@ -37,7 +39,7 @@ pub(crate) fn message(payload: Box<dyn Any + Send>) -> String {
     match payload.downcast::<String>() {
         Ok(text) => *text,
         Err(payload) => {
-            // Its drop is the caller's code, too, and may panic again.
+            // Dropping it runs the caller's code, too, and may panic again.
             std::mem::forget(payload);
             "with a payload that is not text".to_owned()
         }
@@ -60,7 +62,7 @@ impl<T> Deref for Foreign<T> {
     type Target = T;
 
     fn deref(&self) -> &T {
-        self.0.as_ref().expect("only the drop takes the value")
+        self.0.as_ref().expect("only `drop` takes the value")
     }
 }
 

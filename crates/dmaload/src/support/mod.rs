@@ -1,7 +1,7 @@
-//! What all other folders build on, without knowledge of loads: locks and atomics that loom can
-//! replace ([`sync`]), load identifiers ([`id`]), a value that the first of several threads makes
-//! ([`once_value`]), calls into the caller's code that catch panics ([`foreign`]), blocking on a
-//! future ([`park`]), choices by name ([`names`]), and conversions of numbers ([`convert`],
+//! Utilities that all other folders use, and that know nothing about loads: locks and atomics that
+//! loom can replace ([`sync`]), load identifiers ([`id`]), a value that the first thread to need
+//! it creates ([`once_value`]), calls to the caller's code that catch panics ([`foreign`]),
+//! blocking on a future ([`park`]), choices by name ([`names`]), and conversions ([`convert`],
 //! [`errno`]).
 //!
 //! Imports nothing from this crate, makes no system calls beyond those of the standard library's

@@ -1,6 +1,6 @@
 //! Looks up choices by name, and lists the valid names.
 
-/// The choice called `name`.
+/// Finds the choice called `name`.
 ///
 /// # Errors
 /// A list of the valid names.

@@ -1,5 +1,5 @@
-//! A value that several threads want, made by the first of them. No lock is held while it is being
-//! made, since that may call a heap's code or open a file on a server that never answers.
+//! A value that several threads need, and the first of them makes. No lock is held meanwhile,
+//! because making it may call a heap's code or open a file on a server that never answers.
 
 use crate::support::sync::{Condvar, Mutex, MutexGuard, lock, wait};
 
@@ -11,7 +11,7 @@ enum ValueState<T> {
     Ready(T),
 }
 
-/// See the module.
+/// A value that the first thread to need it makes; see the module documentation.
 #[derive(Debug)]
 pub(crate) struct OnceValue<T> {
     state: Mutex<ValueState<T>>,
@@ -33,7 +33,7 @@ impl<T> OnceValue<T> {
         lock(&self.state)
     }
 
-    /// Takes the value, if there is one.
+    /// Takes the value, if it is ready.
     pub(crate) fn take(&self) -> Option<T> {
         let mut state = self.state();
         match std::mem::replace(&mut *state, ValueState::Empty) {
@@ -47,7 +47,7 @@ impl<T> OnceValue<T> {
 }
 
 impl<T: Clone> OnceValue<T> {
-    /// Clones the value, if there is one.
+    /// Clones the value, if it is ready.
     pub(crate) fn get(&self) -> Option<T> {
         match &*self.state() {
             ValueState::Ready(value) => Some(value.clone()),
@@ -55,8 +55,8 @@ impl<T: Clone> OnceValue<T> {
         }
     }
 
-    /// Clones the value. If there is none, this thread makes it while others wait. If that fails,
-    /// one of those waiting tries in its place.
+    /// Clones the value. If it was not made yet, this thread makes it while others wait. If that
+    /// fails, one of the waiting threads tries next.
     ///
     /// # Errors
     /// Those of `make`.
@@ -71,7 +71,7 @@ impl<T: Clone> OnceValue<T> {
         }
         *state = ValueState::Making;
         drop(state);
-        // Even if `make` panics, the other threads must not wait forever.
+        // If `make` panics, dropping this lets the other threads continue.
         let mut making = Making { owner: self, value: None };
         let value = make()?;
         making.value = Some(value.clone());

@@ -31,7 +31,7 @@ pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
         if let Poll::Ready(value) = future.as_mut().poll(&mut Context::from_waker(&waker)) {
             return value;
         }
-        // Parking may also end spuriously, or because of another permit.
+        // Parking may also end spuriously, or because of an unrelated unpark.
         while !unpark.is_woken.swap(false, Ordering::Acquire) {
             thread::park();
         }
@@ -60,7 +60,7 @@ mod tests {
             }
             Poll::Pending
         });
-        // An unpark that belongs to no wake.
+        // An unpark without a wake.
         thread::current().unpark();
         let begin = Instant::now();
         assert_eq!(block_on(future), 7);

@@ -19,7 +19,7 @@ pub(crate) fn wait<'a, T>(changed: &Condvar, guard: MutexGuard<'a, T>) -> MutexG
     changed.wait(guard).unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// Waits for a change, or until the time is up. (The clock of a model stands still.)
+/// Waits for a change, or until the timeout. (In loom's models, time stands still.)
 pub(crate) fn wait_timeout<'a, T>(changed: &Condvar, guard: MutexGuard<'a, T>, timeout: Duration) -> MutexGuard<'a, T> {
     changed.wait_timeout(guard, timeout).unwrap_or_else(std::sync::PoisonError::into_inner).0
 }
@@ -41,7 +41,7 @@ pub(crate) mod model {
     #[cfg(dmaload_loom)]
     pub(crate) fn model(run: impl Fn() + Send + Sync + 'static) {
         let mut builder = loom::model::Builder::new();
-        // More are unlikely to find anything else, and take hours.
+        // A higher bound takes hours and is unlikely to find more.
         builder.preemption_bound = Some(3);
         builder.check(run);
     }

@@ -1,4 +1,4 @@
-//! How long something was running: the union of intervals that may overlap.
+//! Measures how long something was running: the union of intervals that may overlap.
 
 use std::time::Duration;
 

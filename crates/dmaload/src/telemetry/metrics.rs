@@ -83,11 +83,11 @@ pub(crate) struct Histogram {
 
 impl Histogram {
     pub(crate) fn add(&self, took: Duration) {
-        let nanos = u64::try_from(took.as_nanos()).expect("less than 500 years");
+        let nanos = u64::try_from(took.as_nanos()).expect("a latency is less than 500 years");
         let micros = nanos.div_ceil(1000);
-        // The smallest power of two that is not less.
+        // The smallest power of two that is at least `micros`.
         let bucket = micros.max(1).next_power_of_two().trailing_zeros() as usize;
-        let bucket = self.buckets.get(bucket.min(Latency::BUCKETS - 1)).expect("the last bucket is for all that is longer");
+        let bucket = self.buckets.get(bucket.min(Latency::BUCKETS - 1)).expect("the last bucket counts everything longer");
         bucket.fetch_add(1, Ordering::Relaxed);
         self.sum_nanos.fetch_add(nanos, Ordering::Relaxed);
     }

@@ -3,7 +3,7 @@
 use super::digest::{Algorithm, Digest, Hasher};
 use crate::support::convert::to_usize;
 
-/// See the module documentation.
+/// Computes the checksums of one file's chunks.
 #[derive(Debug, Clone)]
 pub(super) struct Chunks {
     hasher: Hasher,

@@ -1,8 +1,8 @@
 //! Checksums of loaded bytes.
 //!
-//! Four algorithms, so that users can compare with what they have: `sha256` is what model hubs
-//! publish, `blake3` is the fast cryptographic one, `crc32c` is what storage systems keep, and
-//! `xxh3` is the cheapest that still detects a swapped page.
+//! Users can compare with checksums that they already have, so four algorithms are supported:
+//! `sha256`, which model hubs publish; `blake3`, the fast cryptographic one; `crc32c`, which
+//! storage systems keep; and `xxh3`, the cheapest that still detects a swapped page.
 
 use std::fmt;
 use std::hash::Hasher as _;
@@ -82,8 +82,8 @@ impl Digest {
     /// wrong length.
     pub fn new(algorithm: Algorithm, value: &[u8]) -> Option<Self> {
         let mut bytes = [0; LONGEST];
-        let there = bytes.get_mut(..algorithm.digest_bytes()).filter(|there| there.len() == value.len())?;
-        there.copy_from_slice(value);
+        let used = bytes.get_mut(..algorithm.digest_bytes()).filter(|used| used.len() == value.len())?;
+        used.copy_from_slice(value);
         Some(Digest { algorithm, bytes })
     }
 
@@ -211,7 +211,7 @@ impl fmt::Debug for Hasher {
 }
 
 #[cfg(test)]
-#[allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
+#[allow(clippy::cast_possible_truncation, reason = "test numbers are small")]
 mod tests {
     use super::*;
 

@@ -300,7 +300,7 @@ mod tests {
         assert_eq!(found("/models/a/model.safetensors"), Some(0));
         assert_eq!(found("/models/b/model.safetensors"), Some(1));
         assert_eq!(found("model.safetensors"), Some(1));
-        assert_eq!(found("/models/my-model.safetensors"), None, "the end of a name is no path");
+        assert_eq!(found("/models/my-model.safetensors"), None, "the end of a file name is not a path");
         let one = Manifest { files: manifest.files[..1].to_vec(), ..manifest.clone() };
         assert_eq!(one.find(Path::new("/blobs/1234"), true), Some(0));
         assert_eq!(one.find(Path::new("/blobs/1234"), false), None);

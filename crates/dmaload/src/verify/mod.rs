@@ -1,7 +1,7 @@
 //! Verifies what is loaded while it is being loaded (feature `verify`).
 //!
 //! A [`Manifest`] contains a checksum for each chunk of each file. A load with a manifest
-//! ([`crate::LoadOptions::verify`]) checks each chunk when it has arrived, on the loader's
+//! ([`crate::LoadOptions::verify`]) checks each chunk as soon as it has arrived, on the loader's
 //! threads, and never hands over a segment with unverified bytes. A single [`Digest`] of a whole
 //! file also verifies it, but all segments except the last one are handed over before the result
 //! is known.

@@ -9,7 +9,8 @@ use super::manifest::{Manifest, ManifestFile};
 use crate::options::observer::{Observer, Rejection};
 use crate::telemetry::report::Report;
 
-/// An [`Observer`] that creates a [`Manifest`] of a load's files. For one load.
+/// An [`Observer`] that creates a [`Manifest`] of a load's files. Use a new recorder for each
+/// load.
 ///
 /// ```no_run
 /// # async fn example() -> dmaload::Result<()> {
@@ -58,10 +59,10 @@ impl Recorder {
     /// load.
     pub fn manifest(&self, report: &Report) -> Manifest {
         let mut seen = self.files.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        seen.resize_with(report.files.len(), || self.nothing());
+        seen.resize_with(report.files.len(), || self.empty_sums());
         let paths: Vec<&Path> = report.files.iter().map(|file| file.path.as_path()).collect();
         let files = report.files.iter().zip(seen).zip(Manifest::shortest_names(&paths)).map(|((file, mut seen), path)| {
-            assert_eq!(seen.chunks.seen_bytes(), file.bytes, "all of {path:?} was seen");
+            assert_eq!(seen.chunks.seen_bytes(), file.bytes, "all bytes of {path:?} were seen");
             let last = seen.chunks.finish();
             seen.sums.extend_from_slice(last.as_ref().map_or(&[], |(_, digest)| digest.as_bytes()));
             ManifestFile { sha256: Some(seen.whole.finish()), sums: seen.sums, ..ManifestFile::new(&path, file.bytes) }
@@ -69,7 +70,7 @@ impl Recorder {
         Manifest { algorithm: self.algorithm, chunk_bytes: self.chunk_bytes, files: files.collect() }
     }
 
-    fn nothing(&self) -> Sums {
+    fn empty_sums(&self) -> Sums {
         let chunks = Chunks::new(self.algorithm, self.chunk_bytes);
         Sums { chunks, whole: Hasher::new(Algorithm::Sha256), sums: Vec::new() }
     }
@@ -79,9 +80,9 @@ impl Observer for Recorder {
     fn bytes(&self, file_index: usize, _offset: u64, bytes: &[u8]) -> Result<(), Rejection> {
         let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
         if files.len() <= file_index {
-            files.resize_with(file_index + 1, || self.nothing());
+            files.resize_with(file_index + 1, || self.empty_sums());
         }
-        let file = files.get_mut(file_index).expect("there are as many now");
+        let file = files.get_mut(file_index).expect("resized above");
         let Sums { chunks, whole, sums } = file;
         whole.update(bytes);
         chunks.update(bytes, |_, digest: Digest| {

@@ -1,4 +1,4 @@
-//! Compares loaded bytes with what is expected.
+//! Compares loaded bytes with their expected checksums.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -70,7 +70,7 @@ impl Verify for Digest {
     }
 }
 
-/// Passes on one file of a load, and none of the others.
+/// Passes the bytes of only one file of a load to another observer.
 struct OnlyFile {
     file_index: usize,
     observer: Arc<dyn Observer>,
@@ -134,8 +134,8 @@ impl ByChunks {
 fn tensors_in(path: &Path, format: Format, start: u64, end: u64) -> Vec<String> {
     let header = OpenFile::open(path).and_then(|file| read_header(&file, 0..file.identity.bytes, format));
     let Ok(Some(map)) = header else { return Vec::new() };
-    let there = map.iter().filter(|tensor| tensor.file_range.start.max(start) < tensor.file_range.end.min(end));
-    there.map(|tensor| tensor.name.to_string()).collect()
+    let overlapping = map.iter().filter(|tensor| tensor.file_range.start.max(start) < tensor.file_range.end.min(end));
+    overlapping.map(|tensor| tensor.name.to_string()).collect()
 }
 
 /// Verifies the checksum of a whole file, at its end.

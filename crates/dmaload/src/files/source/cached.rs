@@ -1,4 +1,4 @@
-//! Reads what the page cache holds of a file, and nothing else.
+//! Reads only those bytes of a file that the page cache holds.
 //!
 //! Bytes from the cache are as good as those from storage if every later change to them shows in
 //! the file's modification time, which is compared when the load ends. [`OpenFile::settle`]
@@ -24,7 +24,7 @@ use crate::support::convert::to_usize;
 pub(crate) struct CachedChunks(Box<[u64]>);
 
 impl CachedChunks {
-    /// The chunks, of `count`, for which `is_cached` returns true.
+    /// Collects the chunks, out of `count`, for which `is_cached` returns true.
     pub(crate) fn collect(count: usize, mut is_cached: impl FnMut(usize) -> bool) -> Self {
         let mut words = vec![0; count.div_ceil(WORD_BITS)];
         let mut any = false;
@@ -62,14 +62,14 @@ const WORD_BITS: usize = u64::BITS as usize;
 /// are 0.4 %.
 const LEAST_PROBED_BYTES: u64 = 2 << 20;
 
-/// How much one call copies from the cache. If part of it has been evicted in the meantime,
-/// readahead reads no more than that.
+/// Maximum bytes that one call copies from the cache. If some were evicted in the meantime,
+/// readahead reads no more than these.
 const STEP_BYTES: usize = 256 << 10;
 
 impl OpenFile {
     /// Which chunks of a range are fully cached and may be copied from the cache: none if the
-    /// cache can't be trusted or can't be read without waiting. Neither waits for storage nor
-    /// starts readahead; writes dirty pages back.
+    /// cache can't be trusted or can't be read without waiting. Neither waits for reads nor starts
+    /// readahead, but writes back dirty pages and waits for that.
     pub(crate) fn cached(&self, range: &Range<u64>, chunk_bytes: u64) -> CachedChunks {
         // With readahead, probing would fill the cache.
         let may_ask = self.cache_is_witness && self.is_quiet.load(Ordering::Relaxed);
@@ -100,19 +100,20 @@ impl OpenFile {
         CachedChunks::collect(count_chunks(range, chunk_bytes), |chunk| probed.contains(chunk / chunks_in_probed))
     }
 
-    /// Whether the page at that offset is cached. If not, exactly that page is read.
+    /// Whether the page at that offset is cached. If not, the kernel reads that page, and no
+    /// other, into the cache.
     fn has_cached(&self, offset: u64) -> bool {
         read_nowait(&self.buffered, &mut [MaybeUninit::uninit()], offset).is_ok_and(|bytes| bytes > 0)
     }
 
-    /// Some file systems have a cache that can't be read without waiting.
+    /// Whether the file system can read from its cache without waiting; some can't.
     fn can_read_cached(&self, offset: u64) -> bool {
         matches!(read_nowait(&self.buffered, &mut [MaybeUninit::uninit()], offset), Ok(_) | Err(Errno::AGAIN))
     }
 
-    /// Copies what the page cache holds of the file at this offset, without waiting for storage:
-    /// fewer bytes than requested if the rest has been evicted. Only for chunks that
-    /// [`Self::cached`] has reported.
+    /// Copies bytes at this offset from the page cache, without waiting for storage. Returns fewer
+    /// bytes than requested if some were evicted. Call it only for chunks that [`Self::cached`]
+    /// reported.
     ///
     /// # Errors
     /// Those of `preadv2(2)`, except EAGAIN.
@@ -137,11 +138,12 @@ impl OpenFile {
     /// page cache is trusted (otherwise does nothing).
     ///
     /// A writer inside `write(2)` has already set the time, perhaps before the file was first
-    /// inspected, so this waits for it. Stores into dirty mapped pages do not set the time, so
-    /// those pages are written back and thereby write-protected. Takes 3 µs without such a writer.
+    /// inspected, so this waits for the writer. Stores into dirty mapped pages do not set the
+    /// time, so those pages are written back and thereby write-protected. Takes 3 µs without such
+    /// a writer.
     ///
     /// # Errors
-    /// The error of writing back.
+    /// The error of `lseek(2)` or of the write-back.
     pub(crate) fn settle(&self, range: &Range<u64>) -> Result<(), Errno> {
         if !self.cache_is_witness {
             return Ok(());

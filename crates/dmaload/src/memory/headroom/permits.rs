@@ -1,15 +1,15 @@
-//! Grants memory before each allocation, since asking the kernel for too much wakes the OOM
-//! killer.
+//! Grants memory before each allocation, because allocating too much invokes the OOM killer.
 //!
-//! Memory that was granted but is still being allocated does not show in the kernel's figures yet,
-//! so it is counted here, for the whole process: all of its loaders take from the same memory. A
-//! forked child counts anew, because the threads that hold permits, or the lock, are its parent's.
+//! The kernel's figures do not include memory that was granted but is still being allocated, so it
+//! is counted here, for the whole process: all of its loaders share the same memory. A forked
+//! child starts a new count, because the threads that hold the permits and the lock exist only in
+//! its parent.
 //!
-//! Other processes take from it, too. Processes that use this library each take a small fraction
-//! of the free memory before they check again; where even one allocation is more than that, they
-//! take turns (an advisory lock on what they share, the cgroup's folder), each from its check
-//! until its memory shows. Processes that allocate by other means can still use up what was free a
-//! moment ago.
+//! Other processes allocate memory, too. Each process that uses this library takes only a small
+//! fraction of the free memory between two checks. If a single allocation exceeds that fraction,
+//! the processes take turns, holding an advisory lock on the cgroup's folder or on
+//! `/proc/meminfo`, each from its check until its memory shows in the kernel's figures. Processes
+//! that don't use this library can still take memory that a check found free.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -26,69 +26,71 @@ use super::{Headroom, headroom};
 use crate::support::errno;
 use crate::support::foreign;
 
-/// Memory that may be taken before the limits are checked again: a check reads a dozen small
-/// files.
+/// Memory that may be granted before the limits are checked again. A check reads about a dozen
+/// small files.
 const BUDGET_BYTES: u64 = 64 << 20;
 const BUDGET_TIME: Duration = Duration::from_millis(200);
-/// The fraction of free memory that a process takes without a turn.
+/// A process may take one sixteenth of the free memory without waiting for its turn.
 const PART_WITHOUT_TURN: u64 = 16;
-/// How long to wait for a turn while no memory is being allocated. Others hold it for the
-/// milliseconds that an allocation takes. Longer is not worthwhile, since anyone who may open the
-/// folder can keep it locked.
+/// How long to wait for a turn while no memory is being allocated. Others hold the lock for as
+/// long as an allocation takes: milliseconds. Waiting longer is pointless, because any process
+/// that can open the folder could keep it locked forever.
 const TURN_PATIENCE: Duration = Duration::from_secs(1);
-/// How long while memory is being allocated: on an overloaded machine, a few processes' turns take
-/// seconds.
+/// How long to wait for a turn while memory is being allocated. On an overloaded machine, the
+/// turns of a few processes take seconds.
 const TURN_PATIENCE_MAX: Duration = Duration::from_secs(10);
-/// How often to check whether memory is being allocated, and the change that counts.
+/// How often to check whether memory is being allocated, and the change in free memory that shows
+/// it.
 const TURN_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 const TURN_CHECK_BYTES: u64 = 1 << 20;
-/// How long not to wait for turns after one could not be obtained.
+/// How long to go without turns after failing to obtain one.
 const WITHOUT_TURNS: Duration = Duration::from_secs(10);
 /// When processes of one group run out of memory at the same time, the first one to give up makes
-/// room for the others. So each waits a different number of these steps, chosen by its process ID.
+/// room for the others. Each therefore waits for a different number of these steps, depending on
+/// its process ID.
 const GIVE_UP_STEP: Duration = Duration::from_millis(150);
 const GIVE_UP_STEPS: u32 = 8;
 /// The interval between checks while waiting.
 const CHECK_INTERVAL: Duration = Duration::from_millis(20);
-/// How long to wait for other allocations when there is no room beside them. They take
-/// milliseconds, but a caller's heap may hang.
+/// How long to wait for other allocations to finish if there is not enough memory for all. They
+/// take milliseconds, but a caller's heap may hang.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 #[derive(Debug)]
 struct PermitsState {
-    /// Granted, and still being allocated.
+    /// Bytes granted and still being allocated.
     granted_bytes: u64,
-    /// Free memory beyond what was granted, which may be taken without a check until `until`.
+    /// Further free bytes, which may be granted without a check until `until`.
     budget_bytes: u64,
     until: Option<Instant>,
-    /// No turn could be obtained recently; don't wait for one before this.
+    /// When to wait for turns again, after failing to obtain one.
     no_turn_until: Option<Instant>,
 }
 
 #[derive(Debug)]
 struct Permits {
-    /// The process that they are granted in; 0 before the first use.
+    /// The ID of the process that these permits belong to; 0 before the first use.
     process: AtomicU32,
     state: Mutex<PermitsState>,
     changed: Condvar,
-    /// Those of a process that was forked from it.
+    /// The permits of a process forked from this one.
     forked: OnceLock<Box<Permits>>,
 }
 
 static PROCESS: Permits = Permits::new();
 
-/// The right to take some memory; hold it until the memory is taken.
+/// Permission to allocate some memory. Hold it until the memory is allocated.
 #[derive(Debug)]
-#[must_use = "a permit that is dropped is not counted"]
+#[must_use = "the memory counts as granted only while the permit is held"]
 pub(crate) struct HeadroomPermit {
     permits: &'static Permits,
     bytes: u64,
     _turn: Option<ProcessTurn>,
 }
 
-/// This process's turn among those that share a limit; ends when dropped.
+/// This process's turn among the processes that share a limit. Dropping it ends the turn.
 #[derive(Debug)]
-struct ProcessTurn(#[expect(dead_code, reason = "closing it ends the turn")] OwnedFd);
+struct ProcessTurn(#[expect(dead_code, reason = "closing the descriptor ends the turn")] OwnedFd);
 
 impl ProcessTurn {
     /// Waits for a turn; `None` if it can't be obtained.
@@ -116,7 +118,7 @@ impl ProcessTurn {
                     let errno = errno::describe(errno);
                     foreign::emit(|| {
                         let errno = errno.as_str();
-                        tracing::debug!(place = %printable::path(place), errno, "no turn among processes that share a limit");
+                        tracing::debug!(place = %printable::path(place), errno, "cannot obtain a turn among the processes that share a limit");
                     });
                     return None;
                 }
@@ -132,14 +134,15 @@ impl Drop for HeadroomPermit {
     }
 }
 
-/// Requests `bytes` bytes. Calls `make_room` once if there is no room; it frees what can be freed.
+/// Grants `bytes` bytes. If they are not available, calls `make_room` once, which frees what it
+/// can.
 ///
 /// # Errors
-/// The headroom at that time.
+/// The headroom, if the bytes are still not available.
 pub(crate) fn grant(bytes: u64, make_room: impl FnOnce()) -> Result<HeadroomPermit, Headroom> {
     let process = std::process::id();
     let patience = GIVE_UP_STEP * (process % GIVE_UP_STEPS);
-    PROCESS.of_process(process).grant(bytes, make_room, headroom, patience)
+    PROCESS.for_process(process).grant(bytes, make_room, headroom, patience)
 }
 
 impl Permits {
@@ -152,8 +155,9 @@ impl Permits {
         }
     }
 
-    /// The permits of this process, which may have been forked from one that has some.
-    fn of_process(&'static self, process: u32) -> &'static Permits {
+    /// Returns the permits of this process, which may have been forked from one that holds
+    /// permits.
+    fn for_process(&'static self, process: u32) -> &'static Permits {
         let mut permits = self;
         loop {
             match permits.process.compare_exchange(0, process, Ordering::Relaxed, Ordering::Relaxed) {
@@ -189,8 +193,8 @@ impl Permits {
             let part = free / PART_WITHOUT_TURN;
             let waits = part < bytes && turn.is_none() && state.no_turn_until.is_none_or(|until| until <= now);
             if waits {
-                // Also when there is no room: another process may have failed and be freeing its
-                // memory.
+                // Wait even if there is not enough memory: another process may have failed
+                // and be freeing its memory.
                 drop(state);
                 turn = ProcessTurn::wait(&seen.place, &look);
                 state = self.state();
@@ -205,8 +209,8 @@ impl Permits {
                 break;
             }
             if state.granted_bytes > 0 && now < deadline {
-                // Some granted memory may already show, and so be counted twice, until its permit
-                // is dropped.
+                // Granted memory that already shows in the kernel's figures is counted twice until
+                // its permit is dropped.
                 state = self.changed.wait_timeout(state, deadline - now).unwrap_or_else(PoisonError::into_inner).0;
             } else if let Some(make_room) = make_room.take() {
                 drop(state);
@@ -214,7 +218,7 @@ impl Permits {
                 state = self.state();
                 give_up = Some(Instant::now() + patience);
             } else if give_up.is_some_and(|give_up| now < give_up) {
-                // Give up the turn first, so that others can check, too.
+                // End the turn first, so other processes can check, too.
                 drop((state, turn.take()));
                 thread::sleep(CHECK_INTERVAL);
                 state = self.state();
@@ -238,23 +242,23 @@ mod tests {
         Headroom { available_bytes, limit: "a test".to_owned(), place: place.to_owned() }
     }
 
-    fn have(bytes: u64) -> impl Fn() -> Option<Headroom> {
+    fn with_available(bytes: u64) -> impl Fn() -> Option<Headroom> {
         move || Some(seen(bytes, Path::new("/nonexistent")))
     }
 
     #[test]
-    fn granted_memory_counts_until_it_is_taken() {
+    fn granted_memory_counts_until_its_permit_is_dropped() {
         const GIB: u64 = 1 << 30;
         let permits: &'static Permits = Box::leak(Box::new(Permits::new()));
         let machine = 1000 * GIB;
-        let first = permits.grant(600 * GIB, || (), have(machine), NOW).unwrap();
+        let first = permits.grant(600 * GIB, || (), with_available(machine), NOW).unwrap();
         let began = Instant::now();
         std::thread::scope(|scope| {
-            let other = scope.spawn(|| permits.grant(600 * GIB, || (), have(machine), NOW).is_ok());
+            let other = scope.spawn(|| permits.grant(600 * GIB, || (), with_available(machine), NOW).is_ok());
             std::thread::sleep(Duration::from_millis(100));
-            assert!(!other.is_finished(), "there is no room for both");
+            assert!(!other.is_finished(), "both do not fit at the same time");
             drop(first);
-            assert!(other.join().unwrap(), "it waits for its turn");
+            assert!(other.join().unwrap(), "the second permit is granted once the first is dropped");
         });
         assert!(began.elapsed() < PATIENCE);
         let made = AtomicU64::new(0);
@@ -265,11 +269,11 @@ mod tests {
                 || {
                     room();
                 },
-                have(machine),
+                with_available(machine),
                 NOW,
             )
             .unwrap_err();
-        assert_eq!((refused.available_bytes, made.load(Ordering::Relaxed)), (machine, 1), "room was made once");
+        assert_eq!((refused.available_bytes, made.load(Ordering::Relaxed)), (machine, 1), "`make_room` is called once");
         let free = AtomicU64::new(0);
         let look = || Some(seen(free.load(Ordering::Relaxed), Path::new("/nonexistent")));
         let _granted = permits.grant(500 * GIB, || free.store(machine, Ordering::Relaxed), look, NOW).unwrap();
@@ -280,20 +284,20 @@ mod tests {
     #[test]
     fn forked_child_counts_permits_anew() {
         let first: &'static Permits = Box::leak(Box::new(Permits::new()));
-        let permit = first.of_process(1).grant(1 << 30, || (), have(1 << 40), NOW).unwrap();
-        assert_eq!(first.of_process(1).state().granted_bytes, 1 << 30);
-        // The child forks another one while a thread of the parent has the lock.
-        let held = first.of_process(1).state();
+        let permit = first.for_process(1).grant(1 << 30, || (), with_available(1 << 40), NOW).unwrap();
+        assert_eq!(first.for_process(1).state().granted_bytes, 1 << 30);
+        // A child and a grandchild are forked while a thread of the parent holds the lock.
+        let held = first.for_process(1).state();
         for process in [2, 3, 2] {
-            assert_eq!(first.of_process(process).state().granted_bytes, 0, "process {process}");
+            assert_eq!(first.for_process(process).state().granted_bytes, 0, "process {process}");
         }
         drop(held);
         drop(permit);
-        assert_eq!(first.of_process(1).state().granted_bytes, 0);
+        assert_eq!(first.for_process(1).state().granted_bytes, 0);
     }
 
-    /// Each set of permits stands for a process. They share the free memory, and each allocation
-    /// takes a while to show.
+    /// Each set of permits stands for one process. The processes share the free memory, and each
+    /// allocation takes a while to show in it.
     #[test]
     fn processes_sharing_a_limit_never_exceed_it() {
         const MIB: u64 = 1 << 20;
@@ -319,14 +323,14 @@ mod tests {
                     });
                 }
             });
-            assert!(failed.load(Ordering::SeqCst) > 0, "the limit was not met");
+            assert!(failed.load(Ordering::SeqCst) > 0, "the limit was never reached");
         }
     }
 
-    /// Slow processes: each holds its turn for longer than the others would wait if nothing were
+    /// Each process holds its turn for longer than the others would wait if nothing were
     /// allocated.
     #[test]
-    fn long_turns_are_waited_for_while_others_allocate() {
+    fn long_turn_is_awaited_while_memory_is_being_allocated() {
         const MIB: u64 = 1 << 20;
         let folder = tempfile::tempdir().unwrap();
         let taken = AtomicU64::new(0);
@@ -345,11 +349,11 @@ mod tests {
                 });
             }
         });
-        assert_eq!(without.load(Ordering::SeqCst), 0, "some went on without a turn");
+        assert_eq!(without.load(Ordering::SeqCst), 0, "some processes allocated without a turn");
     }
 
     #[test]
-    fn turn_that_is_never_released_is_not_waited_for_again() {
+    fn turn_that_never_ends_is_awaited_only_once() {
         let folder = tempfile::tempdir().unwrap();
         let kept = ProcessTurn::wait(folder.path(), || None).unwrap();
         let permits: &'static Permits = Box::leak(Box::new(Permits::new()));

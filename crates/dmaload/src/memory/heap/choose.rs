@@ -50,8 +50,7 @@ pub enum HeapChoice {
 impl HeapChoice {
     const DMA_HEAP: &str = "dma-heap:";
 
-    /// Opens the heap. If the choice leaves open which heap that is, also returns why this one was
-    /// chosen.
+    /// Opens the heap. For [`HeapChoice::DmaBuf`], also returns why this heap was chosen.
     ///
     /// `pages` is the page size to populate with.
     ///
@@ -111,7 +110,7 @@ fn open_for_dma_buf(pages: Pages) -> Result<(Arc<dyn Heap>, String)> {
             let reason = format!("udmabuf: dma-bufs are required, and {} makes them without a copy", Udmabuf::PATH);
             return Ok((Arc::new(heap), reason));
         }
-        // Another heap cannot make up for an invalid setting.
+        // An invalid setting must not be hidden by trying another heap.
         Err(error @ Error::Config(_)) => return Err(error),
         Err(error) => format!("udmabuf: {error}"),
     };
@@ -130,7 +129,7 @@ mod tests {
         match HeapChoice::DmaBuf.open(Pages::Auto) {
             Ok((heap, reason)) => {
                 assert!(heap.exports());
-                let reason = reason.expect("the choice was left open");
+                let reason = reason.expect("`DmaBuf` returns a reason");
                 assert!(reason.starts_with(&*heap.name()), "{reason}");
             }
             Err(Error::NoDmaBuf { tried }) => {

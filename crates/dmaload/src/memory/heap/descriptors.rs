@@ -60,7 +60,7 @@ impl FromDescriptors {
 }
 
 // SAFETY: the creator guarantees for `allocate` what the trait requires of memory that is a
-// dma-buf. This heap populates and exports nothing, and `exports` says that there are dma-bufs.
+// dma-buf. This heap does not override `populate` or `export`, and `exports` returns true.
 #[allow(unsafe_code)]
 unsafe impl Heap for FromDescriptors {
     fn name(&self) -> Cow<'_, str> {

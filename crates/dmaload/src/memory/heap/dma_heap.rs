@@ -43,7 +43,7 @@ impl DmaHeap {
     }
 
     /// Sets flags for allocations (`heap_flags` of linux/dma-heap.h). The kernel's own heaps
-    /// refuse any; a vendor's may not.
+    /// refuse all flags; a vendor's heap may accept some.
     #[must_use]
     pub fn flags(mut self, flags: u64) -> Self {
         self.flags = flags;
@@ -52,8 +52,8 @@ impl DmaHeap {
 }
 
 // SAFETY: the kernel's heaps return new memory for each call, and the returned value has its only
-// descriptor. This heap populates and exports nothing. (A vendor's driver is trusted like the
-// kernel.)
+// descriptor. This heap does not override `populate` or `export`. (A vendor's driver is trusted
+// like the kernel.)
 #[allow(unsafe_code)]
 unsafe impl Heap for DmaHeap {
     fn name(&self) -> Cow<'_, str> {
@@ -73,7 +73,7 @@ unsafe impl Heap for DmaHeap {
         true
     }
 
-    /// Goes by the name, which is all that user space can see: vendors call heaps of such memory
+    /// Judges by the name, which is all that user space can see: vendors name heaps of such memory
     /// `system-uncached`, `mtk_mm-uncached`, and the like.
     fn is_uncached(&self) -> bool {
         self.name.contains("uncached")

@@ -1,4 +1,4 @@
-//! A heap with the caller's code around its calls, without `unsafe`.
+//! A heap with callbacks around its calls, without `unsafe`.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -8,8 +8,8 @@ use std::sync::Arc;
 use super::{DmaBuf, Heap, HeapError, Mapping, Memory, Pages, Populated, private};
 use crate::error::{Result, SizeLimit};
 
-/// The caller's code around the calls of a heap; see [`Hooked`]. By default each method does
-/// nothing.
+/// Callbacks around the calls to a heap; see [`Hooked`]. By default, each does nothing and leaves
+/// the heap's results unchanged.
 ///
 /// The calls come from the loader's worker threads, several at a time, and may block. A call that
 /// panics fails its load with [`crate::Error::Panicked`].
@@ -22,7 +22,7 @@ pub trait HeapHooks: fmt::Debug + Send + Sync + 'static {
     /// Called before [`Heap::allocate`].
     ///
     /// # Errors
-    /// An error replaces the call: the allocation fails with it.
+    /// The error with which the allocation fails; the heap is then not called.
     fn before_allocate(&self, bytes: usize) -> Result<(), HeapError> {
         let _ = bytes;
         Ok(())
@@ -33,11 +33,11 @@ pub trait HeapHooks: fmt::Debug + Send + Sync + 'static {
         let _ = (bytes, result);
     }
 
-    /// Called before [`Heap::populate`]. `mapped` are the addresses of the whole mapping, `part`
-    /// the byte offsets within it that will be populated.
+    /// Called before [`Heap::populate`]. `mapped` is the address range of the whole mapping, and
+    /// `part` is the range of byte offsets in it to populate.
     ///
     /// # Errors
-    /// An error replaces the call: populating fails with it.
+    /// The error with which populating fails; the heap is then not called.
     fn before_populate(&self, mapped: Range<usize>, part: Range<usize>) -> Result<(), HeapError> {
         let _ = (mapped, part);
         Ok(())
@@ -51,7 +51,7 @@ pub trait HeapHooks: fmt::Debug + Send + Sync + 'static {
     /// Called before [`Heap::export`] of memory of this length.
     ///
     /// # Errors
-    /// An error replaces the call: the export fails with it.
+    /// The error with which the export fails; the heap is then not called.
     fn before_export(&self, bytes: usize) -> Result<(), HeapError> {
         let _ = bytes;
         Ok(())
@@ -73,7 +73,7 @@ pub trait HeapHooks: fmt::Debug + Send + Sync + 'static {
     }
 }
 
-/// A heap with the caller's code around its calls, to count, delay or fail them.
+/// A heap with callbacks around its calls, to count, delay or fail them.
 ///
 /// The hooks see sizes and offsets but never the memory, so this needs no `unsafe`.
 ///
@@ -115,8 +115,8 @@ impl<H: Heap, K: HeapHooks> Hooked<H, K> {
     }
 }
 
-// SAFETY: memory comes from the inner heap, whose implementer guarantees all of it. The hooks see
-// only numbers, and can't change what the heap returns about its memory.
+// SAFETY: memory comes from the inner heap, whose implementer guarantees the contract. The hooks
+// see only numbers, and can't change any result that the contract covers.
 #[allow(unsafe_code)]
 unsafe impl<H: Heap, K: HeapHooks> Heap for Hooked<H, K> {
     fn name(&self) -> Cow<'_, str> {

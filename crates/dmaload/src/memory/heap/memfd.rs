@@ -18,8 +18,8 @@ impl MemfdHeap {
 }
 
 // SAFETY: each memfd is new, the returned value has its only descriptor, and `Memfd` creates it
-// without F_SEAL_SEAL and sealed against shrinking. Populating changes no byte. This heap exports
-// nothing.
+// without F_SEAL_SEAL and sealed against shrinking. Populating changes no bytes. This heap does
+// not export.
 #[allow(unsafe_code)]
 unsafe impl Heap for MemfdHeap {
     fn name(&self) -> Cow<'_, str> {
@@ -51,7 +51,7 @@ impl AnonHeap {
 }
 
 // SAFETY: anonymous memory is created with its mapping, which dmaload makes, and has no
-// descriptor. Populating changes no byte. This heap exports nothing.
+// descriptor. Populating changes no bytes. This heap does not export.
 #[allow(unsafe_code)]
 unsafe impl Heap for AnonHeap {
     fn name(&self) -> Cow<'_, str> {

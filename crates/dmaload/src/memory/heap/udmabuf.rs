@@ -10,17 +10,17 @@ use super::{DmaBuf, Heap, HeapError, Mapping, Memfd, Memory, Pages, Populated, p
 use crate::error::{Error, Result, SizeLimit};
 use crate::support::errno;
 
-/// Memfds that are exported as dma-bufs once they are full: the device reads straight into the
-/// pages of the dma-buf. Requires `/dev/udmabuf`.
+/// Memfds that are exported as dma-bufs once they are full: storage devices write straight into
+/// the dma-buf's pages. Requires `/dev/udmabuf`.
 ///
 /// Reads go through the mapping of the memfd, not of the dma-buf, which newer kernels can't pin.
-/// On Linux 6.11 to 6.15 it uses only small pages, since drivers see wrong bytes on 2 MiB pages
+/// On Linux 6.11 to 6.15 it uses only small pages, because drivers see wrong bytes on 2 MiB pages
 /// there (see [`Udmabuf::huge_pages_show_wrong_bytes`]).
 #[derive(Debug)]
 pub struct UdmabufHeap {
     device: Udmabuf,
     pages: Pages,
-    /// Why pages are smaller than they could be.
+    /// A note for the report about the kernel's bug with 2 MiB pages, if it has that bug.
     note: Option<String>,
 }
 
@@ -28,10 +28,10 @@ impl UdmabufHeap {
     /// The name of this heap.
     pub const NAME: &str = "udmabuf";
 
-    /// Opens the device, and creates one small dma-buf to see that it works.
+    /// Opens the device, and creates one small dma-buf to check that it works.
     ///
     /// # Errors
-    /// [`Error::Device`]; [`Error::Memory`] when no dma-buf can be created; [`Error::Config`] for
+    /// [`Error::Device`]; [`Error::Memory`] if no dma-buf can be created; [`Error::Config`] for
     /// [`Pages::Huge`] on kernels with the bug.
     pub fn open(pages: Pages) -> Result<Self> {
         Self::with_device(Udmabuf::open()?, pages)
@@ -54,7 +54,7 @@ impl UdmabufHeap {
                     .to_owned(),
             )),
             Pages::Auto if wrong => {
-                let note = "small pages: on this kernel (Linux 6.11 to 6.15) drivers see wrong bytes in a udmabuf on 2 MiB ones";
+                let note = "small pages: on this kernel (Linux 6.11 to 6.15) drivers see wrong bytes in a udmabuf on 2 MiB pages";
                 Self::with(device, Pages::Small, Some(note.to_owned()))
             }
             pages => Self::with(device, pages, None),
@@ -63,7 +63,7 @@ impl UdmabufHeap {
 
     /// Like [`UdmabufHeap::open`], but uses 2 MiB pages even on kernels with the bug, where
     /// importers that map the dma-buf into the kernel see wrong bytes. For callers whose importers
-    /// do not: one that only uses its addresses for DMA is not affected.
+    /// do not map it: an importer that only uses its DMA addresses is not affected.
     ///
     /// # Errors
     /// Those of [`UdmabufHeap::open`].
@@ -93,14 +93,14 @@ impl UdmabufHeap {
     }
 }
 
-/// How many bytes of a memfd have no page.
+/// The number of a memfd's bytes that have no page.
 fn missing_bytes(memfd: &Memfd) -> rustix::io::Result<u64> {
     let present_bytes = rustix::fs::fstat(memfd)?.st_blocks.cast_unsigned().saturating_mul(512);
     Ok((memfd.bytes() as u64).saturating_sub(present_bytes))
 }
 
-// SAFETY: memfds as in `MemfdHeap`. The dma-buf that `export` returns consists of all pages of the
-// file, and the returned value has its only descriptor.
+// SAFETY: memfds as in `MemfdHeap`. The dma-buf that `export` returns consists of all of the
+// memfd's pages, and the returned value has its only descriptor.
 #[allow(unsafe_code)]
 unsafe impl Heap for UdmabufHeap {
     fn name(&self) -> Cow<'_, str> {
@@ -116,8 +116,8 @@ unsafe impl Heap for UdmabufHeap {
         let populated = mapping.populate(memory, part, self.pages)?;
         let huge = populated.pages.is_some_and(|pages| pages.huge_bytes > 0);
         if huge && self.avoids_bug() {
-            // Nothing is known to give huge pages against the advice; if something does, its bytes
-            // are not shown.
+            // The kernel is not known to ignore the advice against huge pages. If it does, fail
+            // rather than show wrong bytes.
             return Err(HeapError::new("keep 2 MiB pages out of a udmabuf", bytes, Errno::EOPNOTSUPP));
         }
         Ok(populated)
@@ -130,8 +130,8 @@ unsafe impl Heap for UdmabufHeap {
     fn export(&self, memory: &Memory) -> Result<DmaBuf, HeapError> {
         if let Some(memfd) = memory.memfd().filter(|_| self.avoids_bug()) {
             let refused = |errno| HeapError::new("export memory that was not populated", memfd.bytes(), errno);
-            // The driver would allocate the missing pages, of any size: it does not know the
-            // mapping's advice.
+            // The driver would allocate missing pages itself, and might choose huge ones, because
+            // the mapping's advice does not apply to it.
             if missing_bytes(memfd).map_err(|errno| refused(errno::from_rustix(errno)))? > 0 {
                 return Err(refused(Errno::EINVAL));
             }

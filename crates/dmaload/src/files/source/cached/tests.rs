@@ -1,6 +1,6 @@
-#![allow(unsafe_code, reason = "writers that store through mappings")]
-#![allow(clippy::print_stdout, reason = "what a test passes over is told")]
-#![allow(clippy::single_range_in_vec_init, reason = "they are ranges")]
+#![allow(unsafe_code, reason = "tests store through mappings")]
+#![allow(clippy::print_stdout, reason = "prints what a test skips")]
+#![allow(clippy::single_range_in_vec_init, reason = "the elements are ranges")]
 
 use std::fs;
 use std::os::unix::fs::FileExt;
@@ -19,7 +19,7 @@ use crate::files::residency::cached_bytes;
 
 const MIB: u64 = 1 << 20;
 
-/// On the disk of the source tree, not on tmpfs.
+/// Creates a folder on the source tree's disk, not on tmpfs.
 fn folder() -> tempfile::TempDir {
     let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/tmp");
     fs::create_dir_all(&target).unwrap();
@@ -37,10 +37,10 @@ fn file(folder: &Path, bytes: u64) -> (PathBuf, Vec<u8>) {
     (path, content)
 }
 
-/// Makes these ranges of a file cached, and nothing else.
+/// Brings exactly these ranges of a file into the page cache.
 fn cache_only(path: &Path, ranges: &[Range<u64>]) {
     let file = fs::File::open(path).unwrap();
-    // Pages that an earlier test is still reading are not dropped.
+    // Pages that are still being read are not dropped, so try again.
     let deadline = Instant::now() + Duration::from_secs(5);
     loop {
         fadvise(&file, 0, None, Advice::DontNeed).unwrap();
@@ -57,7 +57,7 @@ fn cache_only(path: &Path, ranges: &[Range<u64>]) {
 fn read(file: &OpenFile, range: Range<u64>) -> Vec<u8> {
     let mut buffer = vec![MaybeUninit::uninit(); to_usize(range.end - range.start)];
     let bytes = file.read_cached(&mut buffer, range.start).unwrap();
-    // SAFETY: `read` initialized that many bytes.
+    // SAFETY: `read_cached` initialized that many bytes.
     buffer[..bytes].iter().map(|byte| unsafe { byte.assume_init() }).collect()
 }
 
@@ -76,7 +76,7 @@ fn may_outrun_probes() -> bool {
 struct Mapping(NonNull<u8>, usize);
 
 impl Mapping {
-    fn of(path: &Path) -> Self {
+    fn new(path: &Path) -> Self {
         let file = fs::File::options().read(true).write(true).open(path).unwrap();
         let bytes = to_usize(file.metadata().unwrap().len());
         let flags = ProtFlags::READ | ProtFlags::WRITE;
@@ -149,7 +149,7 @@ fn only_fully_cached_chunks_are_used() {
 }
 
 #[test]
-fn asking_starts_no_readahead() {
+fn checking_the_cache_starts_no_readahead() {
     let folder = folder();
     mounted::on_each(folder.path(), |what, at| {
         let (path, _) = file(at, 64 * MIB);
@@ -178,7 +178,7 @@ fn asking_starts_no_readahead() {
     });
 }
 
-/// After a read through the page cache, what readahead brings in would count as cached.
+/// After a read through the page cache, pages that readahead brought in would count as cached.
 #[test]
 fn file_with_readahead_is_not_copied_from_the_cache() {
     let folder = folder();
@@ -216,7 +216,7 @@ fn stores_into_dirty_pages_are_detected() {
     mounted::on_each(folder.path(), |what, at| {
         let bytes = 16 * MIB;
         let (path, _) = file(at, bytes);
-        let mapping = Mapping::of(&path);
+        let mapping = Mapping::new(&path);
         let dirty = || {
             (0..bytes).step_by(4096).for_each(|offset| mapping.store(offset, 1));
             // Before Linux 6.13, times have the resolution of the clock tick, up to 10 ms. Later
@@ -230,7 +230,7 @@ fn stores_into_dirty_pages_are_detected() {
             mapping.store(offset, 2);
             assert_eq!(chunks(&opened.cached(&(0..bytes), MIB), 16).len(), 16, "{what}");
             assert_eq!(read(&opened, offset..offset + 1), [2], "{what}");
-            assert!(!has_changed(&opened), "{what}: writing back is no change");
+            assert!(!has_changed(&opened), "{what}: writing back is not a change");
             mapping.store(offset, 3);
             assert!(has_changed(&opened), "{what}: a store at {offset} after it was read");
         }
@@ -270,7 +270,7 @@ fn running_write_is_waited_for_or_detected() {
             let cached = opened.cached(&last, MIB);
             let seen = if cached.contains(0) { read(&opened, last) } else { Vec::new() };
             writer.join().unwrap();
-            assert!(has_changed(&opened) || seen.iter().all(|&byte| byte == round), "{what}: bytes of before the write");
+            assert!(has_changed(&opened) || seen.iter().all(|&byte| byte == round), "{what}: bytes from before the write");
         }
         println!("{what}: {under_way} of 5 writes were under way");
     });
