@@ -124,7 +124,7 @@ pub enum Error {
         reason: String,
     },
     /// Bytes of the file differ from what was expected ([`crate::LoadOptions::verify`]).
-    #[error("{}: {bytes} bytes at offset {offset} are corrupt: {}, expected {}{}", printable::path(.path), printable::text(.found), printable::text(.expected), named(.tensors))]
+    #[error("{}: {bytes} bytes at offset {offset} are corrupt: {}, expected {}{}", printable::path(.path), printable::text(.found), printable::text(.expected), list_tensors(.tensors))]
     Corrupt {
         /// The file.
         path: PathBuf,
@@ -193,7 +193,7 @@ pub enum Error {
         errno: Errno,
     },
     /// Memory could not be allocated.
-    #[error("{}: cannot {refusal}{}", printable::text(.heap), before(*.loaded_bytes, *.planned_bytes))]
+    #[error("{}: cannot {refusal}{}", printable::text(.heap), format_progress(*.loaded_bytes, *.planned_bytes))]
     Memory {
         /// The heap.
         heap: String,
@@ -314,15 +314,15 @@ pub enum Error {
     Selection {
         /// The file.
         path: PathBuf,
-        /// Why not.
+        /// Why it does not fit.
         reason: String,
     },
-    /// The folder contains no model that could be loaded.
+    /// The path leads to no model that can be loaded.
     #[error("{}: {}", printable::path(.path), printable::text(.reason))]
     NoModel {
-        /// The folder.
+        /// The folder or file.
         path: PathBuf,
-        /// What was looked for.
+        /// Why no model can be loaded from it.
         reason: String,
     },
     /// Files of the model are missing or empty ([`crate::LoadOptions::allow_missing`]).
@@ -350,7 +350,7 @@ pub enum Error {
     },
     /// Several files that were loaded together contain a tensor of this name. Use
     /// [`crate::ImageFile::tensor`] to look it up in one of them.
-    #[error("tensor {tensor:?} is in {} files: {}", .paths.len(), listed(.paths))]
+    #[error("tensor {tensor:?} is in {} files: {}", .paths.len(), list_paths(.paths))]
     AmbiguousTensor {
         /// The tensor's name.
         tensor: String,
@@ -442,7 +442,7 @@ pub enum Error {
 /// Maximum number of files to list in a message.
 const FILES_NAMED: usize = 8;
 
-fn listed(paths: &[PathBuf]) -> String {
+fn list_paths(paths: &[PathBuf]) -> String {
     let names: Vec<_> = paths.iter().take(FILES_NAMED).map(|path| printable::path(path).to_string()).collect();
     match paths.len().saturating_sub(FILES_NAMED) {
         0 => names.join(", "),
@@ -453,7 +453,7 @@ fn listed(paths: &[PathBuf]) -> String {
 /// Maximum number of tensors to list in a message.
 const TENSORS_NAMED: usize = 32;
 
-fn named(tensors: &[String]) -> String {
+fn list_tensors(tensors: &[String]) -> String {
     let names: Vec<_> = tensors.iter().take(TENSORS_NAMED).map(|name| format!("{name:?}")).collect();
     match (tensors.len(), tensors.len().saturating_sub(TENSORS_NAMED)) {
         (0, _) => String::new(),
@@ -463,7 +463,7 @@ fn named(tensors: &[String]) -> String {
     }
 }
 
-fn before(loaded_bytes: u64, planned_bytes: u64) -> String {
+fn format_progress(loaded_bytes: u64, planned_bytes: u64) -> String {
     match planned_bytes {
         0 => String::new(),
         planned => format!(" (after {loaded_bytes} of the load's {planned} bytes)"),

@@ -16,7 +16,7 @@ use crate::telemetry::metrics::Metrics;
 /// Loads files. Cheap to clone and shared by every task of a service: all loads use one memory
 /// window, one ring and a few threads.
 ///
-/// After the last clone and the last load are dropped, the threads drain what is in flight and
+/// After the last clone and the last load are dropped, the threads drain the reads in flight and
 /// exit. No drop blocks on that; [`Loader::shutdown`] does.
 ///
 /// Code that runs on the loader's threads (wakers, `tracing` subscribers, heaps, verifiers,
@@ -141,9 +141,9 @@ impl LoaderBuilder {
     /// The default of [`Self::queue_depth`]. A load alone may use 32 of them and reads its first
     /// 64 MiB with 32.
     pub const QUEUE_DEPTH: usize = settings::QUEUE_DEPTH;
-    /// The initial amount of staging. A load alone may use 12 MiB of it, because more does not
-    /// stay in the CPU cache. It grows by 4 MiB for each copier thread after the first two: see
-    /// [`Self::staging_bytes`].
+    /// The initial amount of staging. A load that runs alone may use 12 MiB of it, because more
+    /// would not stay in the CPU cache. It grows by 4 MiB for each copier thread after the first
+    /// two: see [`Self::staging_bytes`].
     pub const STAGING_BYTES: u64 = settings::STAGING_BYTES;
 
     /// Sets the heap that allocates segments. Default: [`HeapChoice::Auto`].
@@ -206,11 +206,11 @@ impl LoaderBuilder {
     /// A load begins when its largest segment fits, or, where all of it will be in memory (an
     /// image, or [`LoadRequest::start`]), when all of it fits. Until then it waits in arrival
     /// order. Images from one file system together begin in at most three quarters of the limit
-    /// (or one image that needs more, alone), so that a server that does not answer leaves room
-    /// for loads from others. A load that could never begin fails with
-    /// [`crate::Error::OverLimit`]. A consumer that keeps its segments holds up only its own load.
-    /// Segments without an explicit size are small enough for as many loads as may be open at once
-    /// ([`Self::max_open_loads`]): about a hundredth of the limit. Default: no limit.
+    /// (or one image that needs more, alone), so a server that does not answer leaves room for
+    /// loads from others. A load that could never begin fails with [`crate::Error::OverLimit`]. A
+    /// consumer that keeps its segments holds up only its own load. Segments without an explicit
+    /// size are small enough for as many loads as may be open at once ([`Self::max_open_loads`]):
+    /// about a hundredth of the limit. Default: no limit.
     pub fn memory_limit_bytes(mut self, bytes: u64) -> Self {
         self.settings.memory_limit_bytes = bytes;
         self

@@ -26,7 +26,7 @@ pub enum Route {
     /// copy. For memory that can't be pinned, such as the mappings of most dma-heaps.
     Bounce,
     /// io_uring through the page cache, with many reads at once. For network file systems on which
-    /// direct reads are slow, and for callers who ask for it; no refusal leads here. Leaves
+    /// direct reads are slow, and for callers who request it; no refusal leads to it. Leaves
     /// nothing in the page cache where the kernel and the file system support that
     /// (`RWF_DONTCACHE`).
     UringBuffered,
@@ -118,7 +118,7 @@ pub struct Fallback {
 }
 
 impl Fallback {
-    /// A sentence that says what was refused and what would change that.
+    /// Says what was refused, and how to avoid that.
     pub fn reason(&self) -> String {
         match self.attempt.hint(self.errno) {
             Some(hint) => format!("{} was refused; {hint}", self.attempt),

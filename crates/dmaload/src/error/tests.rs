@@ -179,12 +179,12 @@ struct Answers {
 /// The expected answers for each of [`errors`], and the number of its variant. A new variant does
 /// not compile until it is added here, and fails the test until it is added to [`errors`].
 fn expected(error: &Error) -> (usize, Answers) {
-    let of = |kind| Answers { kind, errno: None, has_path: false, offset: None, has_source: false };
-    let on_file = |kind| Answers { has_path: true, ..of(kind) };
+    let without_path = |kind| Answers { kind, errno: None, has_path: false, offset: None, has_source: false };
+    let on_file = |kind| Answers { has_path: true, ..without_path(kind) };
     let at = |kind, offset| Answers { offset: Some(offset), ..on_file(kind) };
     match error {
-        Error::Config(_) => (0, of(ErrorKind::Config)),
-        Error::Start { .. } => (1, Answers { errno: Some(Errno::EAGAIN), ..of(ErrorKind::Io) }),
+        Error::Config(_) => (0, without_path(ErrorKind::Config)),
+        Error::Start { .. } => (1, Answers { errno: Some(Errno::EAGAIN), ..without_path(ErrorKind::Io) }),
         Error::File { .. } => (2, Answers { errno: Some(Errno::EIO), ..on_file(ErrorKind::Io) }),
         Error::NotAFile { .. } => (3, on_file(ErrorKind::InvalidInput)),
         Error::NoLength { .. } => (4, on_file(ErrorKind::InvalidInput)),
@@ -197,18 +197,20 @@ fn expected(error: &Error) -> (usize, Answers) {
         Error::Ended { .. } => (11, at(ErrorKind::Changed, 1)),
         Error::Changed { .. } => (12, on_file(ErrorKind::Changed)),
         Error::Refused { .. } => (13, Answers { errno: Some(Errno::EINVAL), ..at(ErrorKind::Unsupported, 4099) }),
-        Error::Memory { .. } => (14, Answers { errno: Some(Errno::EPERM), has_source: true, ..of(ErrorKind::PermissionDenied) }),
-        Error::Panicked { .. } => (15, of(ErrorKind::Panicked)),
-        Error::OutOfMemory { .. } => (16, of(ErrorKind::OutOfMemory)),
-        Error::OverLimit { .. } => (17, of(ErrorKind::OverLimit)),
-        Error::TooManyPieces { .. } => (18, of(ErrorKind::TooLarge)),
+        Error::Memory { .. } => {
+            (14, Answers { errno: Some(Errno::EPERM), has_source: true, ..without_path(ErrorKind::PermissionDenied) })
+        }
+        Error::Panicked { .. } => (15, without_path(ErrorKind::Panicked)),
+        Error::OutOfMemory { .. } => (16, without_path(ErrorKind::OutOfMemory)),
+        Error::OverLimit { .. } => (17, without_path(ErrorKind::OverLimit)),
+        Error::TooManyPieces { .. } => (18, without_path(ErrorKind::TooLarge)),
         Error::Model { .. } => (19, Answers { has_source: true, ..on_file(ErrorKind::InvalidModel) }),
         Error::Device(_) => (20, Answers { errno: Some(Errno::EINVAL), has_source: true, ..on_file(ErrorKind::Device) }),
         Error::TooLarge { .. } => (21, on_file(ErrorKind::TooLarge)),
-        Error::NoDmaBuf { .. } => (22, of(ErrorKind::Device)),
-        Error::HandedOut { .. } => (23, of(ErrorKind::InUse)),
-        Error::Viewed { .. } => (24, of(ErrorKind::InUse)),
-        Error::Straddles { .. } => (25, of(ErrorKind::Placement)),
+        Error::NoDmaBuf { .. } => (22, without_path(ErrorKind::Device)),
+        Error::HandedOut { .. } => (23, without_path(ErrorKind::InUse)),
+        Error::Viewed { .. } => (24, without_path(ErrorKind::InUse)),
+        Error::Straddles { .. } => (25, without_path(ErrorKind::Placement)),
         Error::Selection { .. } => (26, on_file(ErrorKind::InvalidInput)),
         Error::NoModel { .. } => (27, on_file(ErrorKind::NotFound)),
         Error::Incomplete { .. } => (28, on_file(ErrorKind::Incomplete)),
@@ -216,14 +218,14 @@ fn expected(error: &Error) -> (usize, Answers) {
         Error::AmbiguousTensor { .. } => (30, on_file(ErrorKind::Ambiguous)),
         Error::NotSelected { .. } => (31, on_file(ErrorKind::NotLoaded)),
         Error::NotLoaded { .. } => (32, at(ErrorKind::NotLoaded, 7)),
-        Error::NotContiguous { .. } => (33, of(ErrorKind::Placement)),
-        Error::Unaligned { .. } => (34, Answers { offset: Some(1), ..of(ErrorKind::Placement) }),
-        Error::Importer { .. } => (35, of(ErrorKind::Placement)),
-        Error::NoSuchTensor(_) => (36, of(ErrorKind::NotFound)),
-        Error::NoDescriptor { .. } => (37, of(ErrorKind::Unsupported)),
+        Error::NotContiguous { .. } => (33, without_path(ErrorKind::Placement)),
+        Error::Unaligned { .. } => (34, Answers { offset: Some(1), ..without_path(ErrorKind::Placement) }),
+        Error::Importer { .. } => (35, without_path(ErrorKind::Placement)),
+        Error::NoSuchTensor(_) => (36, without_path(ErrorKind::NotFound)),
+        Error::NoDescriptor { .. } => (37, without_path(ErrorKind::Unsupported)),
         Error::Share { .. } => (38, on_file(ErrorKind::Share)),
-        Error::ShutDown => (39, of(ErrorKind::ShutDown)),
-        Error::Ring { .. } => (40, Answers { errno: Some(Errno::EBADF), ..of(ErrorKind::Io) }),
+        Error::ShutDown => (39, without_path(ErrorKind::ShutDown)),
+        Error::Ring { .. } => (40, Answers { errno: Some(Errno::EBADF), ..without_path(ErrorKind::Io) }),
     }
 }
 const VARIANTS: usize = 41;
@@ -248,7 +250,7 @@ fn every_variant_has_kind_errno_path_and_offset() {
 }
 
 #[test]
-fn path_is_the_one_in_the_text() {
+fn path_is_part_of_the_text() {
     let (hostile, _) = hostile();
     for error in errors() {
         match (&error, error.path()) {

@@ -1,4 +1,4 @@
-//! Missing files of a model, and why they are missing.
+//! Finds missing files of a model, and explains why they are missing.
 
 use std::collections::HashSet;
 use std::fs;

@@ -84,9 +84,9 @@ pub(crate) fn read_nowait(file: impl AsFd, buffer: &mut [MaybeUninit<u8>], offse
 /// Writes back the dirty pages of a range and waits for completion. Works on a descriptor without
 /// write permission.
 ///
-/// Mapped pages are write-protected first, so that the next store through a mapping faults and
-/// updates the file's modification time. Without this, stores into pages that are already dirty do
-/// not update it.
+/// Mapped pages are write-protected first, so the next store through a mapping faults and updates
+/// the file's modification time. Without this, stores into pages that are already dirty do not
+/// update it.
 ///
 /// # Errors
 /// The error of a failed write, possibly an earlier one that was never reported; ENOSYS or EPERM

@@ -11,7 +11,7 @@ use crate::files::source::{Input, SourceFile};
 use crate::memory::segment::Segment;
 use crate::options::load::LoadOptions;
 
-/// The events of a load. Dropping it cancels the load.
+/// Receives the events of a load. Dropping it cancels the load.
 #[derive(Debug)]
 pub(super) struct Feed {
     outbox: Arc<Outbox>,

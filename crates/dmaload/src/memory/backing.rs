@@ -155,7 +155,7 @@ impl Backing {
         // flushes those writes.
         dma_buf.cpu_access(Access::ReadWrite)?.end()?;
         if let Some(memfd) = holding.memory.memfd() {
-            // After the export, since newer kernels refuse to export a memfd with this seal.
+            // After the export, because newer kernels refuse to export a memfd with this seal.
             memfd.seal_against_writes()?;
         }
         holding.exported.set(dma_buf).expect("an allocation is exported once, by the worker that finishes it");
@@ -189,7 +189,7 @@ impl Backing {
         assert!(range.start <= range.end && range.end <= self.bytes, "{range:?} is not within {} bytes", self.bytes);
         // SAFETY: the memory stays mapped while this value lives, and the range is within it.
         let start = unsafe { self.address.add(range.start) };
-        // SAFETY: as above, and the caller's guarantee.
+        // SAFETY: as above; the caller guarantees that the bytes are filled and not written to.
         unsafe { std::slice::from_raw_parts(start.as_ptr(), range.len()) }
     }
 
@@ -224,19 +224,19 @@ impl Backing {
     /// Nothing else may read or write them while the slice lives.
     ///
     /// # Panics
-    /// If they are not within the allocation.
+    /// If the bytes are not within the allocation.
     #[expect(clippy::mut_from_ref, reason = "the caller guarantees exclusive access to these bytes")]
     pub(crate) unsafe fn unfilled(&self, start: usize, bytes: usize) -> &mut [MaybeUninit<u8>] {
         let end = start.checked_add(bytes);
         assert!(end.is_some_and(|end| end <= self.bytes), "{bytes} bytes at {start} are not within {} bytes", self.bytes);
         // SAFETY: the memory stays mapped while this value lives, and the range is within it.
         let start = unsafe { self.address.add(start) };
-        // SAFETY: as above, and the caller's guarantee.
+        // SAFETY: as above; the caller guarantees exclusive access.
         unsafe { std::slice::from_raw_parts_mut(start.cast().as_ptr(), bytes) }
     }
 }
 
-/// Memory whose pages are all present.
+/// Writes to memory whose pages are all present.
 impl Sink for Backing {
     unsafe fn fill_with(&self, offset: usize, bytes: usize, write: &mut Write<'_>) -> Result<usize, Fault> {
         // SAFETY: the caller guarantees exclusive access to this part.

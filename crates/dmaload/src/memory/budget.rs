@@ -1,5 +1,5 @@
-//! Limits the memory that loads hold: segments being filled, and segments not yet dropped by their
-//! consumers.
+//! Limits the memory that loads hold: segments being filled, and segments that their consumers
+//! have not dropped yet.
 //!
 //! Each admitted load has a reservation that no other load can use: its largest segment or, if all
 //! of it will be in memory at once, the whole load. Every load can therefore proceed once its own

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
-/// Memory that the kernel may write into while reads are in flight.
+/// Memory that the kernel may write to while reads are in flight.
 ///
 /// # Safety
 /// `address()` must not change and must be valid for writes of `bytes()` bytes until the value is

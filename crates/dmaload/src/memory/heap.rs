@@ -46,14 +46,13 @@ pub use udmabuf::UdmabufHeap;
 /// block. A call that panics fails its load with [`crate::Error::Panicked`].
 ///
 /// # Safety
-/// Finished segments are lent as `&[u8]`, and devices write to unfinished ones. Both rely on the
+/// Finished segments are viewed as `&[u8]`, and devices write to unfinished ones. Both rely on the
 /// guarantees below. For each [`Memory`] that [`Heap::allocate`] returns, the implementer must
 /// guarantee, until the memory's pages are freed (which may be after the heap and the loader are
 /// dropped):
 ///
 /// - **The memory is exclusive.** It shares no page with any other memory, file, mapping or
-///   buffer. Nothing but the returned value reads or writes it: no thread, no other process, no
-///   device.
+///   buffer. Only the returned value reads or writes it; no other thread, process or device does.
 /// - **No second descriptor can change it.** A duplicate of its descriptor, a writable mapping of
 ///   it, or a dma-buf made from it is either not kept, or never used to write, to resize, to punch
 ///   holes, or to import it into a device. This includes descriptors that other processes or
@@ -66,8 +65,8 @@ pub use udmabuf::UdmabufHeap;
 ///   before, and keep no pointer into the mapping after they return.
 /// - **Its mapping stays.** No call unmaps, remaps, or changes the protection of the mapping's
 ///   addresses, or of any other address that it did not map itself.
-/// - **An exported dma-buf is this memory.** What [`Heap::export`] returns consists of exactly the
-///   pages of `memory`, all of them from the first byte on, and no second descriptor of it exists.
+/// - **An exported dma-buf is this memory.** The dma-buf that [`Heap::export`] returns consists of
+///   all pages of `memory`, in order, and of no others. It has no second descriptor.
 /// - **[`Heap::exports`] is honest.** It always returns the same value; it returns `true` if any
 ///   memory is a [`Memory::DmaBuf`], and `false` only if no dma-buf of this memory exists or will
 ///   exist.

@@ -179,8 +179,8 @@ impl Segment {
     }
 
     /// Begins a CPU access to the bytes, even if the dma-buf was handed out. On a dma-buf it is
-    /// bracketed by `DMA_BUF_IOCTL_SYNC`, so that a device's writes are visible. Ends when the
-    /// guard is dropped.
+    /// bracketed by `DMA_BUF_IOCTL_SYNC`, so a device's writes are visible. Ends when the guard is
+    /// dropped.
     ///
     /// # Errors
     /// [`Error::Memory`] when the kernel refuses the access.
@@ -275,7 +275,7 @@ impl Segment {
         self.0.place.tensors.as_ref()
     }
 
-    /// Permanently prevents handing out the dma-buf, so that nothing can write to the segment.
+    /// Permanently prevents handing out the dma-buf, so nothing can write to the segment.
     ///
     /// # Errors
     /// [`Error::HandedOut`] if it was already handed out.

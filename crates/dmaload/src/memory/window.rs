@@ -322,15 +322,15 @@ mod tests {
             let mut window = Window::new(size, 1);
             let mut out: Vec<(u8, u64)> = Vec::new();
             for (take, load, bytes) in steps {
-                let of = |load: u8| u64::from(load % file_systems);
+                let file_system_of = |load: u8| u64::from(load % file_systems);
                 if take {
                     let sum = |counts: &dyn Fn(u8) -> bool| -> u64 {
                         out.iter().filter(|&&(other, _)| counts(other)).map(|&(_, bytes)| bytes).sum()
                     };
                     let room = size - sum(&|_| true);
                     let own = sum(&|other| other == load);
-                    let by_file_system = sum(&|other| of(other) == of(load));
-                    let permitted = window.take(&load, of(load), bytes);
+                    let by_file_system = sum(&|other| file_system_of(other) == file_system_of(load));
+                    let permitted = window.take(&load, file_system_of(load), bytes);
                     let expected_refusal = match (own, by_file_system) {
                         (0, 0) => Permitted::Full,
                         (0, _) => Permitted::FileSystemAtShare,
@@ -348,7 +348,7 @@ mod tests {
                         out.push((load, bytes));
                     }
                 } else if let Some((load, bytes)) = out.pop() {
-                    window.give_back(&load, of(load), bytes);
+                    window.give_back(&load, file_system_of(load), bytes);
                 }
                 prop_assert_eq!(window.taken_bytes(), out.iter().map(|&(_, bytes)| bytes).sum::<u64>());
             }

@@ -168,7 +168,7 @@ impl LoadOptions {
     ///
     /// Default: [`Self::SEGMENT_BYTES`], 64 MiB, or the heap's maximum where that is less (an
     /// explicit size is never reduced). On dma-heaps, which allocate all of a segment at once, an
-    /// eighth of the window. Larger where there are too few descriptors, and smaller under a
+    /// eighth of the window. Segments are larger if descriptors are scarce, and smaller under a
     /// memory limit. With [`Layout::Single`], the size is only checked against the window.
     #[must_use]
     pub fn segment_bytes(mut self, bytes: u64) -> Self {
@@ -190,8 +190,8 @@ impl LoadOptions {
     pub(crate) fn segment_bytes_within(&self, limit_bytes: Option<u64>) -> u64 {
         let own = Some(self.importer.max_segment_bytes).filter(|&most| most < u64::MAX);
         let limit_bytes = limit_bytes.into_iter().chain(own).min();
-        // Below the size of a huge page, any whole number of pages will do. The only such limit
-        // (of udmabuf) is in MiB, so that is the step.
+        // Below the size of a huge page, any whole number of pages will do. The only such limit,
+        // that of udmabuf, is in MiB, so round down to whole MiB.
         let step = |limit: u64| if limit < SEGMENT_STEP_BYTES { MIB } else { SEGMENT_STEP_BYTES };
         let fits = |limit: u64| (limit / step(limit) * step(limit)).max(MIB);
         self.segment_bytes.unwrap_or_else(|| {
@@ -294,7 +294,7 @@ impl LoadOptions {
     }
 }
 
-/// A segment is a whole number of huge pages, so that two segments never share a 2 MiB extent.
+/// A segment is a whole number of huge pages, so two segments never share a 2 MiB extent.
 pub(crate) const SEGMENT_STEP_BYTES: u64 = 2 << 20;
 
 /// The size limit of one registered buffer before Linux 7.

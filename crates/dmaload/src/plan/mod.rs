@@ -10,9 +10,9 @@
 //!   chunks       |-|-|-|-|-|-|-|-| ...     one read each
 //! ```
 //!
-//! Dots are padding up to the alignment. Consecutive small files share memories, so that a
-//! thousand of them need only a few allocations and can have huge pages. Each begins at a multiple
-//! of the alignment, as direct reads require.
+//! Dots are padding up to the alignment. Consecutive small files share memories, so a thousand of
+//! them need only a few allocations and can have huge pages. Each begins at a multiple of the
+//! alignment, as direct reads require.
 //!
 //! The plan is made of spans: whole files, or the parts of them that [`select`] wants. What is
 //! said about small files here applies to small spans, too.

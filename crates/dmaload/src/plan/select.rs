@@ -173,28 +173,28 @@ impl Selector {
     /// # Errors
     /// [`Error::Config`] for an invalid selection.
     pub(crate) fn new(select: &Select) -> Result<Self> {
-        let wrong = |text: String| Err(Error::Config(text));
+        let invalid = |text: String| Err(Error::Config(text));
         let patterns = select.tensors.as_ref().map(|tensors| {
             tensors.iter().map(|text| if select.by_name { Ok(Pattern::literal(text)) } else { Pattern::new(text) }).collect()
         });
         let patterns: Option<Vec<_>> = patterns.transpose().map_err(Error::Config)?;
         if patterns.as_ref().is_some_and(Vec::is_empty) {
-            return wrong("the list of tensors is empty".to_owned());
+            return invalid("the list of tensors is empty".to_owned());
         }
         if let Some(shard) = select.shard
             && shard.rank >= shard.world_size
         {
-            return wrong(format!("invalid rank {} of {}: ranks count from 0", shard.rank, shard.world_size));
+            return invalid(format!("invalid rank {} of {}: ranks count from 0", shard.rank, shard.world_size));
         }
         let cuts_tensors = select.shard.is_some_and(|shard| shard.dim.is_some());
         if select.range.is_some() && (patterns.is_some() || select.shard.is_some()) {
-            return wrong("a byte range can't be combined with tensors or a rank's part".to_owned());
+            return invalid("a byte range can't be combined with tensors or a rank's part".to_owned());
         }
         if patterns.is_some() && select.shard.is_some() && !cuts_tensors {
-            return wrong("a rank's part of selected tensors needs the dimension to cut along".to_owned());
+            return invalid("a rank's part of selected tensors needs the dimension to cut along".to_owned());
         }
         if select.range.as_ref().is_some_and(Range::is_empty) {
-            return wrong("the byte range is empty".to_owned());
+            return invalid("the byte range is empty".to_owned());
         }
         let matched = vec![false; patterns.as_ref().map_or(0, Vec::len)];
         Ok(Selector {
@@ -316,7 +316,7 @@ impl Selector {
             return Ok(Selected::of_range(part.start + range.start..part.start + range.end, file_bytes, alignment));
         }
         if let Some(Shard { rank, world_size, dim: None }) = self.shard {
-            // Cut at block boundaries, so that no rank reads another rank's bytes.
+            // Cut at block boundaries, so no rank reads another rank's bytes.
             let cut = |rank: u32| match share_start(bytes, rank, world_size) {
                 0 => part.start,
                 at => (part.start + at).next_multiple_of(alignment).min(part.end),

@@ -2,8 +2,8 @@
 //! `Drop`s.
 //!
 //! Such code never runs while one of our locks is held, and never on the ring thread. A panic is
-//! caught at the call, so that the load it belongs to (for a waker, only the waiting future) can
-//! fail with a message that names the code, and no other load is affected.
+//! caught at the call, so the load that the code belongs to (for a waker, only the waiting future)
+//! fails with a message that names the code, and other loads are not affected.
 
 use std::any::Any;
 use std::fmt;

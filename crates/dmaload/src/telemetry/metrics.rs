@@ -24,7 +24,7 @@ pub struct Metrics {
     pub fallbacks: u64,
     /// Reads that failed and were retried.
     pub retried_reads: u64,
-    /// Reads that the kernel has now, at most [`crate::LoaderBuilder::queue_depth`].
+    /// Reads in flight now, at most [`crate::LoaderBuilder::queue_depth`].
     pub reads_in_flight: u64,
     /// The maximum number of reads in flight.
     pub queue_depth: u64,
@@ -35,7 +35,7 @@ pub struct Metrics {
     /// How long reads waited between their memory being ready and their submission to the kernel:
     /// mostly for a place in the queue.
     pub before_kernel: Latency,
-    /// How long reads took, from submission until their completion was seen.
+    /// How long reads took, from submission until their completion was received.
     pub in_kernel: Latency,
     /// How long complete segments waited before they were handed over: for earlier segments, and
     /// for the check of their file.

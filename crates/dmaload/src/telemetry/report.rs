@@ -78,8 +78,8 @@ pub struct Report {
 pub enum Way {
     /// Memory is populated ahead of reads, and devices write to it.
     Direct,
-    /// Reads go into a few buffers that stay in the CPU cache. Threads populate memory and copy
-    /// into it what was read while both are in the cache ([`Route::Bounce`]).
+    /// Reads go into a few buffers that stay in the CPU cache. Threads then populate memory and
+    /// copy the bytes into it while both are in the cache ([`Route::Bounce`]).
     Staged,
     /// io_uring through the page cache ([`Route::UringBuffered`]), for network file systems where
     /// direct reads may be slow. A step down, so strict loads never use it.

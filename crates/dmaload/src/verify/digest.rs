@@ -200,7 +200,7 @@ impl Hasher {
             HasherState::Crc32c(crc) => Digest::new(algorithm, &crc.to_be_bytes()),
             HasherState::Xxh3(state) => Digest::new(algorithm, &state.finish().to_be_bytes()),
         };
-        value.expect("each algorithm's value has its length")
+        value.expect("each value has the length of its algorithm")
     }
 }
 

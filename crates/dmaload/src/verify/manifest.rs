@@ -143,25 +143,25 @@ impl Manifest {
     /// never panics.
     pub fn parse(json: &[u8]) -> Result<Self, ManifestError> {
         let value: Value = serde_json::from_slice(json).map_err(|error| ManifestError(error.to_string()))?;
-        let top = Object { at: String::new(), fields: value.as_object().ok_or_else(|| wrong("", "is not an object"))? };
+        let top = Object { at: String::new(), fields: value.as_object().ok_or_else(|| error_at("", "is not an object"))? };
         if top.text("format")? != FORMAT {
-            return Err(wrong("format", &format!("is not {FORMAT:?}")));
+            return Err(error_at("format", &format!("is not {FORMAT:?}")));
         }
         let version = top.number("version")?;
         if version != VERSION {
-            return Err(wrong("version", &format!("is {version}, but only {VERSION} is supported")));
+            return Err(error_at("version", &format!("is {version}, but only {VERSION} is supported")));
         }
-        let algorithm: Algorithm = top.text("algorithm")?.parse().map_err(|error: String| wrong("algorithm", &error))?;
+        let algorithm: Algorithm = top.text("algorithm")?.parse().map_err(|error: String| error_at("algorithm", &error))?;
         let chunk_bytes = top.number("chunk_bytes")?;
         if !Self::allows_chunk_bytes(chunk_bytes) {
-            return Err(wrong("chunk_bytes", &format!("is {chunk_bytes}, but must be a power of two from 4096 to 1048576")));
+            return Err(error_at("chunk_bytes", &format!("is {chunk_bytes}, but must be a power of two from 4096 to 1048576")));
         }
         let files = top.list("files")?.iter().enumerate();
         let files = files.map(|(index, file)| parse_file(file, &format!("files[{index}]"), algorithm, chunk_bytes));
         let files: Vec<_> = files.collect::<Result<_, _>>()?;
         let mut seen = BTreeSet::new();
         match files.iter().find(|file| !seen.insert(file.raw_path())) {
-            Some(twice) => Err(wrong("files", &format!("has {:?} twice", twice.path))),
+            Some(twice) => Err(error_at("files", &format!("has {:?} twice", twice.path))),
             None => Ok(Manifest { algorithm, chunk_bytes, files }),
         }
     }
@@ -195,20 +195,20 @@ impl Manifest {
 }
 
 fn parse_file(value: &Value, at: &str, algorithm: Algorithm, chunk_bytes: u64) -> Result<ManifestFile, ManifestError> {
-    let fields = value.as_object().ok_or_else(|| wrong(at, "is not an object"))?;
+    let fields = value.as_object().ok_or_else(|| error_at(at, "is not an object"))?;
     let file = Object { at: format!("{at}."), fields };
     let (path, bytes) = (file.text("path")?.to_owned(), file.number("bytes")?);
     let sha256 = match file.fields.get("sha256") {
         None | Some(Value::Null) => None,
         Some(value) => {
             let digest = value.as_str().and_then(|hex| Digest::from_hex(Algorithm::Sha256, hex));
-            Some(digest.ok_or_else(|| wrong(&format!("{at}.sha256"), "is not a sha256"))?)
+            Some(digest.ok_or_else(|| error_at(&format!("{at}.sha256"), "is not a sha256"))?)
         }
     };
     let chunks = file.list("chunks")?;
     let expected = bytes.div_ceil(chunk_bytes);
     if chunks.len() as u64 != expected {
-        return Err(wrong(
+        return Err(error_at(
             &format!("{at}.chunks"),
             &format!("has {} checksums, but {bytes} bytes need {expected}", chunks.len()),
         ));
@@ -217,13 +217,13 @@ fn parse_file(value: &Value, at: &str, algorithm: Algorithm, chunk_bytes: u64) -
     for (index, chunk) in chunks.iter().enumerate() {
         let digest = chunk.as_str().and_then(|hex| Digest::from_hex(algorithm, hex));
         sums.extend_from_slice(
-            digest.ok_or_else(|| wrong(&format!("{at}.chunks[{index}]"), &format!("is not a {algorithm}")))?.as_bytes(),
+            digest.ok_or_else(|| error_at(&format!("{at}.chunks[{index}]"), &format!("is not a {algorithm}")))?.as_bytes(),
         );
     }
     let raw = match file.fields.get("path_hex") {
         None | Some(Value::Null) => None,
         Some(value) => {
-            Some(value.as_str().and_then(unhex).ok_or_else(|| wrong(&format!("{at}.path_hex"), "is not a path in hex"))?)
+            Some(value.as_str().and_then(unhex).ok_or_else(|| error_at(&format!("{at}.path_hex"), "is not a path in hex"))?)
         }
     };
     Ok(ManifestFile { path, raw, bytes, sha256, sums })
@@ -247,7 +247,7 @@ struct Object<'a> {
 impl<'a> Object<'a> {
     fn field<T>(&self, name: &str, kind: &str, take: impl Fn(&'a Value) -> Option<T>) -> Result<T, ManifestError> {
         let value = self.fields.get(name).and_then(take);
-        value.ok_or_else(|| wrong(&format!("{}{name}", self.at), &format!("is missing or not a {kind}")))
+        value.ok_or_else(|| error_at(&format!("{}{name}", self.at), &format!("is missing or not a {kind}")))
     }
 
     fn text(&self, name: &str) -> Result<&'a str, ManifestError> {
@@ -263,7 +263,7 @@ impl<'a> Object<'a> {
     }
 }
 
-fn wrong(at: &str, what: &str) -> ManifestError {
+fn error_at(at: &str, what: &str) -> ManifestError {
     ManifestError(if at.is_empty() { format!("it {what}") } else { format!("{at} {what}") })
 }
 

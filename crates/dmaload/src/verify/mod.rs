@@ -1,4 +1,4 @@
-//! Verifies what is loaded while it is being loaded (feature `verify`).
+//! Verifies files while they are being loaded (feature `verify`).
 //!
 //! A [`Manifest`] contains a checksum for each chunk of each file. A load with a manifest
 //! ([`crate::LoadOptions::verify`]) checks each chunk as soon as it has arrived, on the loader's

@@ -1,4 +1,4 @@
-//! Creates manifests: an observer that computes checksums of what is loaded.
+//! Creates manifests: an observer that computes checksums of loaded files.
 
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
