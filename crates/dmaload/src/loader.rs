@@ -138,8 +138,8 @@ pub struct LoaderBuilder {
 impl LoaderBuilder {
     /// The default of [`Self::window_bytes`].
     pub const WINDOW_BYTES: u64 = settings::WINDOW_BYTES;
-    /// The default of [`Self::queue_depth`]. A load alone may use 32 of them and reads its first
-    /// 64 MiB with 32.
+    /// The default of [`Self::queue_depth`]. A load that runs alone may use 32 of these reads:
+    /// 64 MiB with the default chunk size.
     pub const QUEUE_DEPTH: usize = settings::QUEUE_DEPTH;
     /// The initial amount of staging. A load that runs alone may use 12 MiB of it, because more
     /// would not stay in the CPU cache. It grows by 4 MiB for each copier thread after the first
