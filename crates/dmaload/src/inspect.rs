@@ -1,7 +1,7 @@
 //! Inspects files without loading them: reads their headers through the page cache, and no data.
 //!
 //! A file's server may never answer, so each call of an async function reads on its own thread,
-//! which exits once it has read. No runtime is needed.
+//! which exits when it is done. No runtime is needed.
 
 use std::path::{Path, PathBuf};
 use std::{io, thread};

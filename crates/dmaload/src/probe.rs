@@ -42,7 +42,8 @@ pub struct File {
     /// The result of reading its first block: with `O_DIRECT` if opening it that way succeeded,
     /// otherwise through the page cache. The value is the number of bytes read.
     pub first_read: Result<u64, Errno>,
-    /// Why a load reads it with threads, never by io_uring ([`Attempt::RingOnFuse`] and the like).
+    /// Why a load reads the file with threads, never by io_uring ([`Attempt::RingOnFuse`] and the
+    /// like).
     pub ring_refused: Option<Attempt>,
     /// Whether io_uring may nevertheless read it through the page cache; a load that measures its
     /// ways of reading then tries this one, too ([`crate::Way::Buffered`]).
@@ -131,7 +132,7 @@ mod tests {
     use crate::error::Error;
 
     #[test]
-    fn working_ring_registers_something_or_says_why_not() {
+    fn working_ring_registers_memory_or_reports_the_error() {
         let found = io_uring();
         if let Err(errno) = found.setup {
             assert_eq!(found, IoUring::refused(errno));

@@ -186,7 +186,7 @@ impl Attempt {
                 "the kernel can't pin this heap's mappings, so reads go through staging buffers: memfd and udmabuf need none",
             ),
             (Attempt::RingOnFuse, _) => Some(
-                "the kernel returns wrong bytes when a FUSE server answers such a read with less: keep models on a local file system (ext4, xfs, btrfs)",
+                "the kernel returns wrong bytes when a FUSE server answers such a read with fewer bytes: keep models on a local file system (ext4, xfs, btrfs)",
             ),
             (Attempt::RingOnStacked, _) => Some(
                 "its layers can't be identified and may be on FUSE, where the kernel returns wrong bytes: \

@@ -73,7 +73,7 @@ impl Error {
                     printable::shell(path)
                 ));
             }
-            Error::Changed { .. } => "load it again when nothing writes to it",
+            Error::Changed { .. } => "load it again when nothing is writing to it",
             Error::Refused { attempt, errno, .. } => return attempt.hint(*errno).map(str::to_owned),
             Error::Memory { heap, refusal, .. } => return memory_hint(heap, refusal).map(str::to_owned),
             Error::Device(DeviceError { errno: Errno::EACCES | Errno::EPERM, path, .. }) => {
@@ -124,7 +124,7 @@ fn memory_hint(heap: &str, refusal: &HeapError) -> Option<&'static str> {
         }
         Errno::ENOMEM if maps => "the address space or the number of mappings is exhausted: see ulimit -v and vm.max_map_count",
         Errno::ENOMEM => {
-            "there is no free memory for its pages: see the limit of this process's memory cgroup (memory.max), and what is free"
+            "no memory is free for its pages: check the limit of this process's memory cgroup (memory.max), and the machine's free memory"
         }
         Errno::EPERM | Errno::EACCES | Errno::ENOSYS if refusal.operation.contains("memfd") => {
             "memfds are refused here, for example by a container's seccomp profile: the heap anon needs none"

@@ -49,7 +49,7 @@ pub enum ErrorKind {
     /// The tensor or the bytes exist, but were not requested when the files were loaded. Load
     /// them.
     NotLoaded,
-    /// The file changed after the load began. Load it again when nothing writes to it.
+    /// The file changed after the load began. Load it again when nothing is writing to it.
     Changed,
     /// The bytes differ from what was expected. Don't use them; download the file again.
     Corrupt,

@@ -1,13 +1,13 @@
 //! Determines from sysfs whether a block device may stop answering.
 //!
-//! A direct read of a file on ext4 ends up in the queue of its device. When all requests of that
-//! queue are in flight, the kernel waits for one of them (`blk_mq_get_tag`) inside
-//! `io_uring_enter`, and the ring thread waits with it. A local disk answers or fails; a loop
-//! device over a file on FUSE waits for that file's server.
+//! A direct read of a file on ext4 ends up in its device's queue. When all requests of that queue
+//! are in flight, the kernel waits for one of them (`blk_mq_get_tag`) inside `io_uring_enter`, and
+//! the ring thread waits with it. A local disk answers or fails; a loop device over a file on FUSE
+//! waits for that file's server.
 //!
 //! Requires sysfs at `/sys`. A device that sysfs doesn't list is not trusted.
 //!
-//! Results are not cached, because a loop device can get another file under the same number.
+//! Results are not cached, because a loop device's number can be reused for another file.
 //! Resolving a disk takes a few system calls that never wait for a device. Only a loop device's
 //! file can be on a server that hangs, so callers must be able to block.
 

@@ -169,8 +169,8 @@ fn is_cache_witness(f_type: u32, device: Device) -> bool {
     }
 }
 
-/// Whether direct reads may be slow where buffered ones are not, and the page cache of a freshly
-/// opened file matches its server.
+/// Whether this is a network file system on which direct reads may be slower than buffered ones,
+/// and on which the page cache of a newly opened file matches the server.
 ///
 /// 9p is not listed: its `f_type` is whatever the server says, and its cache may be older than the
 /// server's bytes. Virtiofs can't be told apart from FUSE. A 9p server that claims to be a listed
@@ -182,13 +182,13 @@ fn is_network(f_type: u32) -> bool {
 fn ring_refusal(f_type: u32, device: Device, has_seals: impl FnOnce() -> bool) -> Option<Attempt> {
     match f_type {
         FUSE => Some(Attempt::RingOnFuse),
-        // Neither reports its lower layers. The paths of the layers in the mount options prove
-        // nothing: they may belong to another mount namespace (in containers they do), be mounted
-        // over, or be lazily unmounted and still in use.
+        // Neither file system reports its lower layers. The paths of the layers in the mount
+        // options prove nothing: they may belong to another mount namespace (in containers they
+        // do), be mounted over, or be lazily unmounted and still in use.
         OVERLAYFS | ECRYPTFS => Some(Attempt::RingOnStacked),
         // 9p has no block device, nor does erofs when it reads from files or a daemon.
         local if ON_BLOCK_DEVICES.contains(&local) && device.major != 0 => None,
-        // Its device numbers are anonymous, but only its own `getattr` reports compression.
+        // Btrfs has anonymous device numbers, but only its own `getattr` reports compression.
         BTRFS if device.reports_compression => None,
         // Only tmpfs and hugetlbfs support seals (`memfd_file_seals_ptr` in mm/memfd.c).
         TMPFS if has_seals() => None,

@@ -207,7 +207,7 @@ impl Folder {
         Some(format!("snapshots/{found}"))
     }
 
-    /// Whether a file begins like a model.
+    /// Whether a file's first bytes are those of a model.
     fn is_like_a_model(&self, name: &str) -> bool {
         let Ok(file) = OpenFile::open(&self.path_of(name)) else { return false };
         let mut start = [0; 9];

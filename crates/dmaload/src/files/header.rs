@@ -2,7 +2,7 @@
 //! already in memory ([`find_header`]).
 //!
 //! Reads through the page cache, without readahead. Headers are not trusted: each length is
-//! checked against the file's before memory is allocated for it.
+//! checked against the length of the file before memory is allocated for it.
 
 use std::ops::Range;
 use std::path::Path;

@@ -78,7 +78,7 @@ impl SourceFile {
         SourceFile { part, ..SourceFile::file(path.into()) }
     }
 
-    /// The file's index, with the index's folder.
+    /// The file's index, and the folder of that index.
     pub(crate) fn index_in_folder(&self) -> Option<(PathBuf, Arc<Index>)> {
         let (index, name) = self.index.as_ref()?;
         let folder = self.path.ancestors().nth(Path::new(name).components().count())?;

@@ -410,6 +410,6 @@ impl Tensor {
     /// The tensor's entry in the file's header. For a rank's part, this is the whole tensor's
     /// entry.
     pub(crate) fn info(&self) -> &TensorInfo {
-        self.tensors.map.get_index(self.position).expect("a tensor is made of a position that its map has")
+        self.tensors.map.get_index(self.position).expect("a tensor's position is in its map")
     }
 }

@@ -8,9 +8,9 @@
 //!            └─► source         └────────────────┴─► feed: the engine's events and waiters
 //! ```
 //!
-//! Turns the engine's events into what a caller holds, and makes no system calls. Needs no
-//! runtime, only something that polls it. Dropping any of these cancels the load; the engine then
-//! frees what the load leaves behind.
+//! Turns the engine's events into the values that a caller holds, and makes no system calls. Needs
+//! no runtime, only something that polls it. Dropping any of these cancels the load; the engine
+//! then frees what the load leaves behind.
 
 mod arrived;
 mod feed;

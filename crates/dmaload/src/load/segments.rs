@@ -20,9 +20,9 @@ use crate::telemetry::report::Report;
 /// after use can load files larger than memory. Created by
 /// [`LoadRequest::segments`](crate::LoadRequest::segments).
 ///
-/// The load is at most the loader's window plus one segment ahead of its consumer (less if memory
-/// is short), and then waits until the next segment is taken. After the last segment, this holds
-/// only the report and the tensor maps, but no file, memory or address range.
+/// The load runs ahead of its consumer by at most the loader's window plus one segment (less if
+/// memory is short), and then waits until the next segment is taken. After the last segment, this
+/// holds only the report and the tensor maps, but no file, memory or address range.
 ///
 /// Dropping it cancels the load. Segments already handed over stay valid.
 #[derive(Debug)]

@@ -178,7 +178,7 @@ impl Backing {
         self.lent.hand_out().inspect(|()| self.forbid_reuse())
     }
 
-    /// Views filled bytes.
+    /// Borrows filled bytes.
     ///
     /// # Safety
     /// The bytes must be filled, and nothing may write to them while the slice lives.

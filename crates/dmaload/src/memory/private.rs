@@ -1,4 +1,4 @@
-//! A file's bytes in memory that only this process can see, and can write to.
+//! A file's bytes in memory that only this process can access, and may write to.
 //!
 //! ```text
 //!   anonymous segment ── handed out; views are refused ──► its own memory
@@ -77,7 +77,7 @@ unsafe impl Send for PrivateMemory {}
 unsafe impl Sync for PrivateMemory {}
 
 impl PrivateMemory {
-    /// Makes the bytes of `range`, which these segments of the file hold, private.
+    /// Creates private memory of the bytes `range` of the file, which these segments hold.
     ///
     /// # Errors
     /// Those of [`crate::ImageFile::private_memory`].

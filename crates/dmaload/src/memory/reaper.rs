@@ -2,7 +2,8 @@
 //!
 //! Unmapping and freeing a segment takes milliseconds, and its last owner may be an async task, so
 //! dropping it only puts it on a list. The list is intrusive, so the drop does not allocate. The
-//! thread runs as long as anything can be put on its list, possibly longer than the loader exists.
+//! thread runs as long as anything can be put on its list, which may be longer than the loader
+//! lives.
 //!
 //! The **pool** keeps whole allocations, mapped and populated, so later loads need not allocate,
 //! zero or populate them. It keeps only memory that no other code can access: memory that was

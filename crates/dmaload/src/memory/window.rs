@@ -29,7 +29,7 @@
 pub(crate) struct Window<L> {
     bytes: u64,
     held: Holders<L>,
-    /// Bytes that must be left for others: the size of a usual permit.
+    /// The number of bytes that must be left for others: the usual size of a permit.
     usual: u64,
     /// Whether shares are per file system; if not, they are per load.
     by_file_system: bool,
@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn loads_of_one_file_system_share_one_part() {
+    fn loads_from_one_file_system_share_its_part() {
         for (size, [first, second, third]) in [(8, [3, 3, 0]), (32, [12, 11, 1]), (128, [48, 47, 1])] {
             let mut window = Window::new(size, 1);
             assert_eq!(take_in_turn(&mut window, [1, 2], [7, 7]), [first, second], "of {size}");
@@ -268,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn window_with_room_for_few_reserves_nothing() {
+    fn window_for_few_permits_reserves_none() {
         for size in 1..4 {
             assert_eq!(take_in_turn(&mut Window::new(size, 1), [1], [1]), [size]);
         }

@@ -1,4 +1,4 @@
-//! Observing the bytes of a load as they arrive: checksums and verification.
+//! Observers of a load's bytes as they arrive, for checksums and verification.
 
 use std::fmt;
 use std::path::Path;
@@ -12,8 +12,8 @@ use crate::support::foreign::Foreign;
 /// [`crate::LoadOptions::observer`].
 ///
 /// The files of a load come one after another, each from beginning to end: every byte once,
-/// without gaps, one call at a time, on the loader's threads. How the bytes are split over calls
-/// has no meaning. If a load fails or is dropped, the observer does not see the rest.
+/// without gaps, one call at a time, on the loader's threads. How the bytes are divided among the
+/// calls has no meaning. If a load fails or is dropped, the observer does not see the rest.
 ///
 /// The bytes are in the memory of their segment or, on a heap that the CPU reads uncached
 /// ([`crate::heap::Heap::is_uncached`]), in the staging buffer that they were read into. Reading

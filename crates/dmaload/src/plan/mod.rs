@@ -1,5 +1,5 @@
-//! The plan of a load: how its files are divided into segments, the memories that hold these, the
-//! pieces in which they are filled, and the reads.
+//! The plan of a load: how its files are divided into segments, the memories that hold the
+//! segments, the pieces in which they are filled, and the reads.
 //!
 //! ```text
 //!   a large file |---------------- bytes ------------------|  small: a |---| b |--| c |---------|
@@ -14,7 +14,7 @@
 //! them need only a few allocations and can have huge pages. Each begins at a multiple of the
 //! alignment, as direct reads require.
 //!
-//! The plan is made of spans: whole files, or the parts of them that [`select`] wants. What is
+//! The plan is made of spans: whole files, or the parts of them that [`select`] selects. What is
 //! said about small files here applies to small spans, too.
 //!
 //! Pure: uses no clock and makes no system calls, so the same input always has the same result. It

@@ -95,7 +95,7 @@ impl Digest {
         value.filter(|value| hex.len() == 2 * value.len()).and_then(|value| Digest::new(algorithm, &value))
     }
 
-    /// The algorithm that it was computed with.
+    /// The algorithm that computed it.
     pub fn algorithm(&self) -> Algorithm {
         self.algorithm
     }

@@ -57,7 +57,7 @@ impl Verify for Digest {
     }
 
     fn begin_for(&self, files: &[(&Path, u64)], named: usize, format: Format) -> Result<Arc<dyn Observer>> {
-        let own = files.get(named).expect("the file that was named is one of the load's");
+        let own = files.get(named).expect("the named file is one of the load's files");
         Ok(Arc::new(OnlyFile { file_index: named, observer: self.begin(&[*own], format)? }))
     }
 

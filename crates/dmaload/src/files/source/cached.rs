@@ -68,7 +68,7 @@ const STEP_BYTES: usize = 256 << 10;
 
 impl OpenFile {
     /// Which chunks of a range are fully cached and may be copied from the cache: none if the
-    /// cache can't be trusted or can't be read without waiting. Neither waits for reads nor starts
+    /// cache can't be trusted or can't be read without waiting. Does not wait for reads or start
     /// readahead, but writes back dirty pages and waits for that.
     pub(crate) fn cached(&self, range: &Range<u64>, chunk_bytes: u64) -> CachedChunks {
         // With readahead, probing would fill the cache.
@@ -148,8 +148,8 @@ impl OpenFile {
         if !self.cache_is_witness {
             return Ok(());
         }
-        // Takes the lock that writers hold. This description's offset is not used, and ENXIO means
-        // that the rest is a hole.
+        // Takes the lock that writers hold. The offset of this file description is not used, and
+        // ENXIO means that the rest is a hole.
         match seek(&self.buffered, SeekFrom::Data(0)) {
             Ok(_) | Err(Errno::NXIO) => {}
             Err(errno) => return Err(errno),

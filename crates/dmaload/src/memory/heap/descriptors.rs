@@ -14,8 +14,8 @@ type AllocateFn = Box<dyn Fn(usize) -> Result<OwnedFd, Errno> + Send + Sync>;
 /// A heap around a vendor's allocator, or any other, that returns dma-buf descriptors.
 ///
 /// Checks that each descriptor is a dma-buf and large enough. It can't check that nothing else
-/// writes to the memory, so creating one is `unsafe`. The memory is assumed to be allocated at
-/// once, and is mapped by `mmap(2)` of the descriptor.
+/// writes to the memory, so creating one is `unsafe`. Assumes that all pages are allocated at
+/// once, and maps the memory with `mmap(2)` of the descriptor.
 pub struct FromDescriptors {
     name: String,
     allocate: AllocateFn,
