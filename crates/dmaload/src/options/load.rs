@@ -264,9 +264,9 @@ impl LoadOptions {
     /// Sets the expected contents of the files: a manifest, or the checksum of a single file
     /// (module and feature `verify`). A load of files with other contents fails with
     /// [`crate::Error::Corrupt`], [`crate::Error::WrongLength`] or
-    /// [`crate::Error::NotInManifest`]. With a manifest, no segment is handed over unverified; with
-    /// a single checksum, all segments of the file but the last are handed over before the result
-    /// is known. Default: no verification.
+    /// [`crate::Error::NotInManifest`]. With a manifest, no segment is handed over unverified;
+    /// with a single checksum, all segments of the file but the last are handed over before the
+    /// result is known. Default: no verification.
     ///
     /// The verifier sees the bytes as an [observer](Self::observer) does, and before it.
     #[must_use]
