@@ -1,9 +1,8 @@
 //! Reserved address ranges and the mappings placed in them.
 //!
 //! A file's segments are mapped side by side in one reserved range, so data that crosses a segment
-//! boundary is still contiguous in memory. The range tracks which parts of it are mapped: mappings
-//! never overlap, and an unmapped part becomes reserved again, so no unrelated mapping can land
-//! there.
+//! boundary is still contiguous in memory. The range tracks its mappings, so they never overlap,
+//! and it reserves a part again when the part is unmapped, so no unrelated mapping can land there.
 #![allow(unsafe_code)]
 
 use std::collections::BTreeMap;
@@ -21,14 +20,14 @@ use crate::{Error, HUGE_PAGE_BYTES, Memfd, Memory, page_bytes};
 pub struct AddressRange {
     base: NonNull<u8>,
     bytes: usize,
-    /// Start → length of every live mapping.
+    /// The length of each live mapping, by its start.
     taken: Mutex<BTreeMap<usize, usize>>,
 }
 
-// SAFETY: the range is plain address space, and every change to it goes through the mutex or the
-// kernel.
+// SAFETY: an address range is not tied to a thread, and every change to it goes through the mutex
+// or the kernel.
 unsafe impl Send for AddressRange {}
-// SAFETY: as above; the pointer is never dereferenced here.
+// SAFETY: shared methods synchronize through the mutex, and never dereference the pointer.
 unsafe impl Sync for AddressRange {}
 
 impl AddressRange {
@@ -65,13 +64,13 @@ impl AddressRange {
     /// Maps the first `bytes` bytes of `memory` at offset `at` of the range.
     ///
     /// The mapping is writable, except for a memfd received from another process
-    /// ([`Memfd::from_sealed`]), which is mapped read-only. Anonymous memory is not inherited by
-    /// forked processes, see [`Mapping::forbid_fork`].
+    /// ([`Memfd::from_sealed`]), which is mapped read-only. Forked processes do not inherit
+    /// anonymous memory (see [`Mapping::forbid_fork`]).
     ///
     /// # Errors
     /// EINVAL when `at` or `bytes` is not a multiple of the page size, when `bytes` is 0, or when
     /// the part reaches past the end of the range or of the memory; EEXIST when some of it is
-    /// already mapped; otherwise the errno of `mmap(2)`.
+    /// already mapped; otherwise the errno of `mmap(2)` or `madvise(2)`.
     pub fn map(self: &Arc<Self>, memory: &Memory, at: usize, bytes: usize) -> Result<Mapping, Error> {
         let failed = |errno| Error::from_call("map memory", bytes, errno);
         let page = page_bytes();
@@ -114,15 +113,15 @@ impl AddressRange {
     }
 
     fn taken(&self) -> MutexGuard<'_, BTreeMap<usize, usize>> {
-        // The map only sees single inserts and removes, so a panic elsewhere can't leave it
-        // inconsistent.
+        // Each lock holder makes at most one insert or remove, so the map is consistent even if a
+        // holder panicked.
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for AddressRange {
     fn drop(&mut self) {
-        // SAFETY: every Mapping holds an Arc of this range, so no mapping is left.
+        // SAFETY: every Mapping holds a reference to this range, so none is left.
         let _ = unsafe { munmap(self.base.as_ptr().cast(), self.bytes) };
     }
 }
@@ -133,15 +132,15 @@ fn reserved_flags() -> MapFlags {
 
 fn trim(start: *mut c_void, bytes: usize) {
     if bytes > 0 {
-        // SAFETY: the range was reserved by the caller and is not used by anything yet.
+        // SAFETY: the caller just reserved these addresses, and nothing uses them yet.
         let _ = unsafe { munmap(start, bytes) };
     }
 }
 
-/// Returned when [`Mapping::move_to`] fails; gives the mapping back.
+/// The error of [`Mapping::move_to`], which returns the mapping.
 #[derive(Debug)]
 pub struct NotMoved {
-    /// The mapping, unchanged.
+    /// The mapping, still in its old place.
     pub mapping: Mapping,
     /// Why it could not be moved.
     pub error: Error,
@@ -157,7 +156,7 @@ pub struct Mapping {
     kind: Kind,
 }
 
-/// What a mapping is backed by; decides how it can be populated.
+/// What backs a mapping, which determines how it can be populated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     Memfd,
@@ -199,7 +198,7 @@ impl Mapping {
         &self.range
     }
 
-    /// Keeps processes that are forked from now on from inheriting the mapping.
+    /// Prevents processes that are forked later from inheriting the mapping.
     ///
     /// After a fork, both processes share private pages copy-on-write. Whichever process writes
     /// first gets a copy, so data that a device writes later may land in the other process's page.
@@ -210,10 +209,10 @@ impl Mapping {
     /// # Errors
     /// ENOMEM.
     pub fn forbid_fork(&self) -> Result<(), Error> {
-        self.advise(Advice::LinuxDontFork, "keep memory from forked processes")
+        self.advise(Advice::LinuxDontFork, "keep forked processes from inheriting memory")
     }
 
-    /// Undoes [`Mapping::forbid_fork`], once only the CPU writes to the mapping.
+    /// Undoes [`Mapping::forbid_fork`]. Call it only once devices no longer write to the mapping.
     ///
     /// # Errors
     /// ENOMEM.
@@ -227,15 +226,17 @@ impl Mapping {
             .map_err(|errno| Error::from_call(operation, self.bytes, errno))
     }
 
-    /// Moves the mapping and its page tables to offset `at` of another range, or of its own.
+    /// Moves the mapping and its page tables to offset `at` of `range`, which can be its own
+    /// range.
     ///
     /// Nothing is unmapped and no page is touched, so this takes microseconds; mapping and
-    /// populating anew takes milliseconds. Uses `mremap(2)` with `MREMAP_DONTUNMAP` (Linux 5.13
-    /// for memfds), which leaves no hole that an unrelated mapping could fall into.
+    /// populating anew takes milliseconds. Uses `mremap(2)` with `MREMAP_DONTUNMAP` (Linux 5.13 or
+    /// later for memfds), which leaves no hole that an unrelated mapping could take.
     ///
     /// # Errors
     /// EINVAL when `at` is unaligned or out of range, on older kernels, and for mappings by page
-    /// frame number (dma-heaps); EEXIST when something is already mapped there; ENOMEM.
+    /// frame number (`VM_PFNMAP`, as of dma-heaps); EEXIST when something is already mapped there;
+    /// ENOMEM.
     pub fn move_to(self, range: &Arc<AddressRange>, at: usize) -> Result<Mapping, NotMoved> {
         let failed = |errno| Error::from_call("move a mapping", self.bytes, errno);
         let end = at.checked_add(self.bytes).filter(|&end| at.is_multiple_of(page_bytes()) && end <= range.bytes);
@@ -312,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn private_memory_is_kept_from_forks_until_allowed() {
+    fn forks_inherit_private_memory_only_once_allowed() {
         let range = AddressRange::reserve(4 * PAGE).unwrap();
         let mapping = range.map(&Memory::Anonymous, 0, PAGE).unwrap();
         assert!(flags(&mapping).contains(" dc"), "{}", flags(&mapping));
@@ -323,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn range_starts_at_a_huge_page() {
+    fn range_starts_at_a_huge_page_boundary() {
         for bytes in [1, PAGE, HUGE_PAGE_BYTES, HUGE_PAGE_BYTES + 1] {
             let range = AddressRange::reserve(bytes).unwrap();
             assert_eq!(range.base().addr().get() % HUGE_PAGE_BYTES, 0);
@@ -333,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn mappings_never_overlap_and_drops_free_their_place() {
+    fn mappings_never_overlap_and_dropped_ones_free_their_place() {
         let range = AddressRange::reserve(8 * PAGE).unwrap();
         let first = range.map(&Memory::Anonymous, PAGE, 2 * PAGE).unwrap();
         for (at, bytes) in [(0, 2 * PAGE), (PAGE, PAGE), (2 * PAGE, PAGE), (0, 8 * PAGE)] {
@@ -346,11 +347,11 @@ mod tests {
     }
 
     #[test]
-    fn mapping_moves_with_its_pages_and_keeps_its_old_place() {
+    fn moved_mapping_keeps_its_pages_and_frees_its_old_place() {
         for memory in [Memory::Memfd(Memfd::create("test", 4 * PAGE).unwrap()), Memory::Anonymous] {
             let (old, new) = (AddressRange::reserve(8 * PAGE).unwrap(), AddressRange::reserve(8 * PAGE).unwrap());
             let mapping = old.map(&memory, PAGE, 4 * PAGE).unwrap();
-            // SAFETY: the mapping is that long and writable, and only this test uses it.
+            // SAFETY: the mapping is 4 pages long, writable, and used only by this test.
             unsafe { mapping.address().as_ptr().write_bytes(0x5A, 4 * PAGE) };
             if let Some(memfd) = memory.memfd() {
                 // Sealing does not make existing mappings read-only, even if they are moved.
@@ -358,7 +359,7 @@ mod tests {
             }
             let mapping = mapping.move_to(&new, 2 * PAGE).unwrap();
             assert_eq!((mapped_pages(&old), mapped_pages(&new)), (0, 1));
-            // SAFETY: as above, at its new place.
+            // SAFETY: as above; `mapping` is now the moved mapping.
             let seen = unsafe { std::slice::from_raw_parts(mapping.address().as_ptr(), 4 * PAGE) };
             assert!(seen.iter().all(|&byte| byte == 0x5A));
             // SAFETY: as above.

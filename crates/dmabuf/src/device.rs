@@ -1,4 +1,4 @@
-//! The devices that create dma-bufs, and how to tell which one a descriptor belongs to.
+//! Finds and identifies the devices that create dma-bufs.
 
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
@@ -29,18 +29,18 @@ pub(crate) fn heap_path(name: &str) -> PathBuf {
 pub enum Device {
     /// `/dev/udmabuf`.
     Udmabuf,
-    /// The dma-heap of that name.
+    /// The dma-heap with this name.
     DmaHeap(String),
 }
 
 impl Device {
-    /// Identifies the device behind a descriptor by its device number, whatever path it was opened
-    /// at. `None` for anything else.
+    /// Identifies the device behind a descriptor by its device number, regardless of the path.
+    /// `None` for any other file.
     pub fn identify(fd: impl AsFd) -> Option<Self> {
         let found = fstat(fd).ok().filter(|found| FileType::from_raw_mode(found.st_mode) == FileType::CharacterDevice)?;
         let number = found.st_rdev;
         let entry = Path::new("/sys/dev/char").join(format!("{}:{}", major(number), minor(number)));
-        match (name_of(&entry), name_of(&entry.join("subsystem"))) {
+        match (target_name(&entry), target_name(&entry.join("subsystem"))) {
             (Some(name), Some(class)) => match class.as_str() {
                 "dma_heap" => Some(Device::DmaHeap(name)),
                 "misc" if name == "udmabuf" => Some(Device::Udmabuf),
@@ -56,8 +56,8 @@ impl Device {
     }
 }
 
-/// The file name of the target of a sysfs link.
-fn name_of(link: &Path) -> Option<String> {
+/// Returns the file name of a sysfs link's target.
+fn target_name(link: &Path) -> Option<String> {
     std::fs::canonicalize(link).ok()?.file_name()?.to_str().map(str::to_owned)
 }
 

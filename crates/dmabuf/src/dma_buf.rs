@@ -8,7 +8,7 @@ use rustix::ioctl::{Opcode, Setter, ioctl, opcode};
 
 use crate::Error;
 
-/// `struct dma_buf_sync` of include/uapi/linux/dma-buf.h.
+/// `struct dma_buf_sync` from include/uapi/linux/dma-buf.h.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Sync {
@@ -22,7 +22,7 @@ const SYNC_READ: u64 = 1;
 const SYNC_WRITE: u64 = 2;
 const SYNC_END: u64 = 1 << 2;
 
-/// What the CPU is about to do with a dma-buf's bytes.
+/// How the CPU is about to access a dma-buf's bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
     /// Read them.
@@ -45,8 +45,8 @@ impl Access {
 
 /// A dma-buf: its descriptor and its size.
 ///
-/// The memory lives as long as any descriptor, mapping or importer of it. It outlives the device
-/// that it came from, and even the process that created it if another process has a descriptor.
+/// The memory lives until the last descriptor, mapping and importer of it are gone, even if the
+/// device that created it is closed or its creator exits.
 #[derive(Debug)]
 pub struct DmaBuf {
     fd: OwnedFd,
@@ -58,7 +58,7 @@ impl DmaBuf {
         DmaBuf { fd, bytes }
     }
 
-    /// Wraps a dma-buf descriptor that came from another process or from a driver.
+    /// Wraps a dma-buf descriptor from another process or from a driver.
     ///
     /// # Errors
     /// ENOTTY or EINVAL when the descriptor is not a dma-buf.
@@ -77,8 +77,8 @@ impl DmaBuf {
         self.bytes
     }
 
-    /// Begins a CPU access to the bytes: makes caches that are not coherent with devices
-    /// consistent. The access ends when the guard is dropped.
+    /// Begins a CPU access to the bytes, which synchronizes caches that are not coherent with
+    /// devices. The access ends when the guard is dropped.
     ///
     /// # Errors
     /// The errno of `DMA_BUF_IOCTL_SYNC`.
@@ -87,8 +87,8 @@ impl DmaBuf {
         Ok(CpuAccess { dma_buf: self, access, ended: false })
     }
 
-    /// Like [`DmaBuf::cpu_access`], for an access that ends elsewhere, by
-    /// [`DmaBuf::end_cpu_access`].
+    /// Like [`DmaBuf::cpu_access`], but without a guard: [`DmaBuf::end_cpu_access`] ends the
+    /// access.
     ///
     /// # Errors
     /// The errno of `DMA_BUF_IOCTL_SYNC`.
@@ -109,9 +109,9 @@ impl DmaBuf {
             // SAFETY: the opcode is DMA_BUF_IOCTL_SYNC (asserted above), which reads one `struct
             // dma_buf_sync`.
             let request = unsafe { Setter::<DMA_BUF_IOCTL_SYNC, Sync>::new(Sync { flags }) };
-            // SAFETY: as above; the ioctl touches no memory of this process.
+            // SAFETY: as above; the ioctl writes to no memory of this process.
             match unsafe { ioctl(&self.fd, request) } {
-                // The ioctl's documentation asks for this loop.
+                // The ioctl's documentation requires callers to retry on these errors.
                 Err(Errno::INTR | Errno::AGAIN) => {}
                 other => return other.map_err(|errno| Error::from_call(operation, self.bytes, errno)),
             }

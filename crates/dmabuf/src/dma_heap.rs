@@ -12,7 +12,7 @@ use crate::device;
 use crate::open::{open_device, path_of};
 use crate::{Device, DeviceError, DmaBuf, Errno, Error, page_bytes};
 
-/// `struct dma_heap_allocation_data` of include/uapi/linux/dma-heap.h.
+/// `struct dma_heap_allocation_data` from include/uapi/linux/dma-heap.h.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Allocation {
@@ -27,7 +27,7 @@ const _: () = assert!(size_of::<Allocation>() == 24 && DMA_HEAP_IOCTL_ALLOC == 0
 
 struct Allocate(Allocation);
 
-// SAFETY: the opcode is that of DMA_HEAP_IOCTL_ALLOC, and the pointer is to the struct that it
+// SAFETY: the opcode is DMA_HEAP_IOCTL_ALLOC, and the pointer points to the struct that this ioctl
 // reads and writes.
 unsafe impl Ioctl for Allocate {
     type Output = u32;
@@ -58,7 +58,7 @@ impl DmaHeap {
     /// The folder of the dma-heap devices.
     pub const FOLDER: &str = device::HEAPS;
 
-    /// The names of this machine's heaps, sorted; empty if there is no such folder.
+    /// The names of this machine's heaps, sorted; empty if the folder does not exist.
     pub fn names() -> Vec<String> {
         device::heap_names()
     }
@@ -72,11 +72,11 @@ impl DmaHeap {
     ///
     /// # Errors
     /// ENOENT when this machine has no such heap (the error lists those it has), EACCES without
-    /// permission (the devices have mode 0600), EINVAL when `name` is a path.
+    /// permission (the devices have mode 0600), EINVAL when `name` is empty or a path.
     pub fn open(name: &str) -> Result<Self, DeviceError> {
         let path = Self::path(name);
         if name.is_empty() || name.contains('/') || name == "." || name == ".." {
-            let about = Some("a heap is given by name, not by path".to_owned());
+            let about = Some("specify a heap by its name, not by a path".to_owned());
             return Err(DeviceError { path, errno: Errno::EINVAL, about });
         }
         let fd = open_device(&path).map_err(|error| match error.errno {
@@ -86,7 +86,7 @@ impl DmaHeap {
         Ok(DmaHeap { fd, name: name.to_owned() })
     }
 
-    /// Wraps an open heap, for processes that may not open it themselves.
+    /// Wraps an open heap, for processes without permission to open it.
     ///
     /// # Errors
     /// ENODEV when the descriptor is not a dma-heap.
@@ -105,8 +105,8 @@ impl DmaHeap {
     /// Allocates a dma-buf of at least `bytes` bytes: whole pages, zeroed, and all present on
     /// return.
     ///
-    /// **Asking a heap for more memory than the machine has wakes the OOM killer instead of
-    /// failing** (seen on the system heap of 6.12). Check `MemAvailable` and the memory cgroup
+    /// **A request for more memory than the machine has wakes the OOM killer instead of failing**
+    /// (observed with the system heap of Linux 6.12). Check `MemAvailable` and the memory cgroup
     /// first; this method does not.
     ///
     /// # Errors
@@ -116,8 +116,8 @@ impl DmaHeap {
         self.allocate_with(bytes, flags.bits(), 0)
     }
 
-    /// Like [`DmaHeap::allocate`], with flags for the descriptor and for the heap (none are
-    /// defined today).
+    /// Like [`DmaHeap::allocate`], with flags for the descriptor and for the heap (Linux defines
+    /// no heap flags yet).
     ///
     /// # Errors
     /// Those of [`DmaHeap::allocate`], and EINVAL for flags that the kernel does not know.
@@ -125,10 +125,10 @@ impl DmaHeap {
         let failed = |errno| Error::from_call("allocate a dma-buf", bytes, errno);
         let rounded = bytes.checked_next_multiple_of(page_bytes()).ok_or(failed(io::Errno::NOMEM))?;
         let request = Allocate(Allocation { len: bytes as u64, fd: 0, fd_flags, heap_flags });
-        // SAFETY: the request's `Ioctl` implementation describes its struct correctly.
+        // SAFETY: `Allocate` implements `Ioctl` for the struct that this ioctl expects.
         let fd = unsafe { ioctl(&self.fd, request) }.map_err(failed)?;
         let fd = i32::try_from(fd).map_err(|_| failed(io::Errno::BADF))?;
-        // SAFETY: the kernel has just created this descriptor, and nothing else uses it.
+        // SAFETY: the kernel just created this descriptor, and nothing else owns it.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         Ok(DmaBuf::new(fd, rounded))
     }
@@ -137,7 +137,7 @@ impl DmaHeap {
 fn list_heaps() -> String {
     match DmaHeap::names() {
         names if names.is_empty() => "this machine has no dma-heaps (CONFIG_DMABUF_HEAPS)".to_owned(),
-        names => format!("the heaps here are {}", names.join(", ")),
+        names => format!("available heaps: {}", names.join(", ")),
     }
 }
 

@@ -1,4 +1,4 @@
-//! Kernel errors by name: `EINVAL` says more than `22`.
+//! Kernel error numbers and their names.
 
 use std::fmt;
 use std::io;
@@ -6,7 +6,7 @@ use std::io;
 /// A kernel error number.
 ///
 /// The constants are named as in errno(3). [`fmt::Display`] prints what [`io::Error`] prints;
-/// [`Errno::describe`] adds the name, and is what the error messages of these crates use:
+/// [`Errno::describe`] adds the name, as the error messages of these crates do:
 ///
 /// ```
 /// use dmabuf::Errno;
@@ -29,7 +29,7 @@ macro_rules! constants {
                 pub const $posix: Errno = Errno(rustix::io::Errno::$rustix.raw_os_error());
             )*
 
-            /// The symbolic name, as in the man pages; `None` for an error that has no constant
+            /// The symbolic name, as in the man pages; `None` for an error without a constant
             /// here.
             pub const fn name(self) -> Option<&'static str> {
                 match self {
@@ -70,8 +70,7 @@ impl Errno {
         error.raw_os_error().map(Errno)
     }
 
-    /// Name and description: `EINVAL (Invalid argument)`, or `errno 4000 (…)` for one without a
-    /// name.
+    /// The name and description: `EINVAL (Invalid argument)`, or `errno 4000 (…)` without a name.
     pub fn describe(self) -> String {
         let text = self.to_string();
         let text = text.split(" (os error").next().unwrap_or_default();
@@ -129,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn constants_have_the_numbers_of_libc() {
+    fn constants_match_libc() {
         for (errno, number) in [
             (Errno::EPERM, libc::EPERM),
             (Errno::ENOENT, libc::ENOENT),

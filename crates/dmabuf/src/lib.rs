@@ -2,9 +2,9 @@
 //!
 //! ```text
 //!   AddressRange   one reserved (PROT_NONE) range of addresses, aligned to 2 MiB
-//!    └─ Mapping    a part of it, backed by a Memory: a memfd, a dma-buf or private pages
-//!        └─ populate()   puts pages under it, of 2 MiB where possible
-//!   PrivateMapping  parts of memory files, writable and copied on write
+//!    └─ Mapping    a part of the range, backed by a Memory: a memfd, a dma-buf or private pages
+//!        └─ populate()   puts pages under the mapping, of 2 MiB where possible
+//!   PrivateMapping  parts of memfds, mapped copy-on-write
 //!
 //!   Udmabuf ── create(memfd) ──┐
 //!   DmaHeap ── allocate ───────┴─► DmaBuf   what drivers and other processes import
@@ -14,11 +14,11 @@
 //! code. Who may write to a [`Mapping`], and when its bytes may be read, is up to the caller, so
 //! the crate hands out addresses rather than slices.
 //!
-//! Requires Linux 3.17 (`memfd_create`). Each newer feature is tried, and done without if the
-//! kernel refuses it.
+//! Requires Linux 3.17 or later (`memfd_create`). Newer features are tried at run time; without
+//! them, a call falls back or returns the kernel's error.
 
 #[cfg(not(target_os = "linux"))]
-compile_error!("dmabuf requires Linux: dma-heaps, udmabuf and memfds exist nowhere else");
+compile_error!("dmabuf requires Linux: other systems have no dma-heaps and no udmabuf");
 
 mod address;
 mod device;
@@ -57,12 +57,12 @@ pub enum Memory {
     Memfd(Memfd),
     /// Private memory of this process, without a descriptor.
     Anonymous,
-    /// A dma-buf of a dma-heap, whose pages are all present from the start.
+    /// A dma-buf. Its exporter allocates all pages when it creates the dma-buf.
     DmaBuf(DmaBuf),
 }
 
 impl Memory {
-    /// The memfd, if it is one.
+    /// The memfd, if this memory is one.
     pub fn memfd(&self) -> Option<&Memfd> {
         match self {
             Memory::Memfd(memfd) => Some(memfd),
@@ -70,7 +70,7 @@ impl Memory {
         }
     }
 
-    /// The dma-buf, if it is one.
+    /// The dma-buf, if this memory is one.
     pub fn dma_buf(&self) -> Option<&DmaBuf> {
         match self {
             Memory::DmaBuf(dma_buf) => Some(dma_buf),
@@ -83,7 +83,7 @@ impl Memory {
         matches!(self, Memory::Anonymous)
     }
 
-    /// How many bytes can be mapped, in whole pages; `None` if unlimited.
+    /// The number of bytes that can be mapped, rounded up to whole pages; `None` if unlimited.
     pub fn bytes(&self) -> Option<usize> {
         match self {
             Memory::Memfd(memfd) => Some(memfd.bytes().next_multiple_of(page_bytes())),

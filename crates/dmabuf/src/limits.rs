@@ -1,5 +1,7 @@
-//! The limits of this process, even where a sandbox refuses `prlimit64(2)`: libc reports that
-//! failure, whereas rustix assumes that the call can't fail.
+//! Resource limits of this process.
+//!
+//! Uses libc, because rustix assumes that `prlimit64(2)` can't fail. Where a sandbox refuses that
+//! call, the limits are read from procfs.
 #![allow(unsafe_code)]
 
 use std::fs;
@@ -17,7 +19,7 @@ pub enum Limit {
 }
 
 impl Limit {
-    /// The soft limit; `None` if there is none, or if neither the kernel nor procfs reports it.
+    /// The soft limit; `None` if unlimited, or if neither the kernel nor procfs reports the limit.
     #[must_use]
     pub fn current(self) -> Option<u64> {
         let resource = match self {

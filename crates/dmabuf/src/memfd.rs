@@ -1,4 +1,4 @@
-//! Memfds: pages with a file descriptor, without a device or privileges.
+//! Memfds: memory with a file descriptor. Creating one needs neither a device nor privileges.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::OnceLock;
@@ -8,21 +8,21 @@ use rustix::io::Errno;
 
 use crate::{Error, Limit};
 
-/// A memfd of fixed size. It can't shrink, so accessing mapped pages never raises SIGBUS.
+/// A memfd of fixed size. It is sealed against shrinking, so accessing mapped pages never raises
+/// SIGBUS.
 #[derive(Debug)]
 pub struct Memfd {
     fd: OwnedFd,
     bytes: usize,
-    /// Received from another process; read-only.
+    /// Whether the memfd came from another process, which makes it read-only here.
     foreign: bool,
 }
 
 impl Memfd {
     /// Creates a memfd of `bytes` bytes, sealed against shrinking. Allocates no pages yet.
     ///
-    /// `name` shows in `/proc/PID/maps`. Asks for `MFD_NOEXEC_SEAL` (Linux 6.3), since
-    /// `vm.memfd_noexec=2` refuses everything else, and does without it on kernels that do not
-    /// know the flag.
+    /// `name` appears in `/proc/PID/maps`. Sets `MFD_NOEXEC_SEAL`, which `vm.memfd_noexec=2`
+    /// requires, and retries without it on kernels before Linux 6.3, which do not know the flag.
     ///
     /// # Errors
     /// The errno of `memfd_create(2)`, `ftruncate(2)` or `fcntl(F_ADD_SEALS)`: EMFILE at the limit
@@ -46,11 +46,11 @@ impl Memfd {
     }
 
     /// Wraps a memfd from another process, for reading. It must be sealed against shrinking and
-    /// against further writes. (Whoever mapped it writable before it was sealed can still write.)
+    /// against further writes. (A process that mapped it writable before it was sealed can still
+    /// write to it.)
     ///
     /// # Errors
-    /// EINVAL when the descriptor is not a memfd or the memfd is empty; EPERM when it lacks these
-    /// seals.
+    /// EINVAL when the file does not support seals or is empty; EPERM when it lacks these seals.
     pub fn from_sealed(fd: OwnedFd) -> Result<Self, Error> {
         let failed = |errno| Error::from_call("take a sealed memfd", 0, errno);
         let seals = rustix::fs::fcntl_get_seals(&fd).map_err(failed)?;
@@ -62,7 +62,7 @@ impl Memfd {
         Ok(Memfd { fd, bytes, foreign: true })
     }
 
-    /// Whether it came from another process and is read-only.
+    /// Whether the memfd came from another process, which makes it read-only here.
     pub(crate) fn is_foreign(&self) -> bool {
         self.foreign
     }
@@ -81,17 +81,18 @@ impl Memfd {
     }
 
     /// Forbids all later changes through this file: new writable mappings, `write(2)`, growing,
-    /// punching holes, and further seals. Existing mappings stay writable. After this the
-    /// descriptor can safely be given to other processes.
+    /// punching holes, and further seals. Existing mappings stay writable. Afterwards the
+    /// descriptor can safely be passed to other processes.
     ///
-    /// Requires Linux 5.1 (`F_SEAL_FUTURE_WRITE`). Sealing twice is not an error.
+    /// Requires Linux 5.1 or later (`F_SEAL_FUTURE_WRITE`). Sealing twice is not an error.
     ///
     /// # Errors
     /// EINVAL before Linux 5.1 ([`Memfd::kernel_seals_writes`]) and for a file that does not
     /// support seals; EPERM when further seals are forbidden and this one is missing.
     pub fn seal_against_writes(&self) -> Result<(), Error> {
         let wanted = SealFlags::FUTURE_WRITE | SealFlags::GROW | SealFlags::SEAL;
-        let has = rustix::fs::fcntl_get_seals(&self.fd).map_err(|errno| Error::from_call("read the seals", self.bytes, errno))?;
+        let has = rustix::fs::fcntl_get_seals(&self.fd)
+            .map_err(|errno| Error::from_call("read the seals of a memfd", self.bytes, errno))?;
         if has.contains(wanted) {
             return Ok(());
         }
@@ -105,8 +106,8 @@ impl Memfd {
         rustix::fs::fcntl_get_seals(&self.fd).is_ok_and(|seals| seals.intersects(against_writes))
     }
 
-    /// Whether this kernel has `F_SEAL_FUTURE_WRITE` (Linux 5.1), found by trying it on a scratch
-    /// memfd. If that can't be created, assumes that it has.
+    /// Whether this kernel supports `F_SEAL_FUTURE_WRITE` (Linux 5.1 or later), determined by
+    /// trying it on a scratch memfd. If that memfd can't be created, assumes that it does.
     pub fn kernel_seals_writes() -> bool {
         static KNOWN: OnceLock<bool> = OnceLock::new();
         *KNOWN.get_or_init(|| {
@@ -129,13 +130,13 @@ mod tests {
     #[test]
     fn only_sealed_memory_is_mapped_and_only_for_reading() {
         let memfd = Memfd::create("test", 8192).unwrap();
-        let again = || memfd.fd.try_clone().unwrap();
-        assert_eq!(Memfd::from_sealed(again()).unwrap_err().errno, crate::Errno::EPERM);
+        let duplicate = || memfd.fd.try_clone().unwrap();
+        assert_eq!(Memfd::from_sealed(duplicate()).unwrap_err().errno, crate::Errno::EPERM);
         let file = std::fs::File::open("/proc/self/exe").unwrap();
-        // Files on tmpfs have seals, too, but not these.
+        // A file on tmpfs supports seals but lacks these.
         assert!(matches!(Memfd::from_sealed(file.into()).unwrap_err().errno, crate::Errno::EINVAL | crate::Errno::EPERM));
         memfd.seal_against_writes().unwrap();
-        let taken = crate::Memory::Memfd(Memfd::from_sealed(again()).unwrap());
+        let taken = crate::Memory::Memfd(Memfd::from_sealed(duplicate()).unwrap());
         let range = crate::AddressRange::reserve(8192).unwrap();
         let mapping = range.map(&taken, 0, 8192).unwrap();
         let maps = std::fs::read_to_string("/proc/self/maps").unwrap();

@@ -13,15 +13,15 @@ use crate::{Errno, printable};
 #[error("cannot open {}: {}{}", printable::path(path), .errno.describe(), .about.iter().map(|about| format!("; {}", printable::text(about))).collect::<String>())]
 #[non_exhaustive]
 pub struct DeviceError {
-    /// The device.
+    /// The device's path.
     pub path: PathBuf,
     /// The errno of the failure.
     pub errno: Errno,
-    /// More detail: the owner of the device, or which heaps exist.
+    /// More detail, such as the device's mode and owner, or the heaps that exist.
     pub about: Option<String>,
 }
 
-/// The path that a descriptor was opened at, for error messages.
+/// The path of the file behind a descriptor, for error messages.
 pub(crate) fn path_of(fd: &OwnedFd) -> PathBuf {
     use std::os::fd::AsRawFd;
     let link = PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()));

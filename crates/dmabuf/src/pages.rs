@@ -1,9 +1,9 @@
-//! Finds out which page sizes a range of memory really got.
+//! Determines which page sizes back a range of memory.
 //!
-//! Asking for 2 MiB pages does not guarantee them: the sysfs switches, fragmentation and the
-//! kernel version decide. There are two ways to look: the `PAGEMAP_SCAN` ioctl (Linux 6.7,
-//! fs/proc/task_mmu.c) walks just the range; `/proc/self/smaps` walks every mapping of the
-//! process, so it is read once per load rather than once per piece.
+//! Requesting 2 MiB pages does not guarantee them: the outcome depends on the sysfs switches,
+//! fragmentation and the kernel version. Two interfaces show it. The `PAGEMAP_SCAN` ioctl (Linux
+//! 6.7 or later, fs/proc/task_mmu.c) walks only the range; `/proc/self/smaps` covers every mapping
+//! of the process, so it is read once per load rather than once per piece.
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
@@ -25,9 +25,9 @@ pub fn page_bytes() -> usize {
 /// How much of a populated range was inspected, and how much of that is on huge pages.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct PageCount {
-    /// Bytes that were inspected; 0 if the kernel offers no way to do so.
+    /// Number of bytes inspected; 0 if the kernel offers no way to inspect them.
     pub seen_bytes: u64,
-    /// How many of these bytes are on 2 MiB pages.
+    /// Number of these bytes that are on 2 MiB pages.
     pub huge_bytes: u64,
 }
 
@@ -41,7 +41,7 @@ impl PageCount {
 
 const PAGE_IS_HUGE: u64 = 1 << 6;
 
-/// `struct page_region` of include/uapi/linux/fs.h.
+/// `struct page_region` from include/uapi/linux/fs.h.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 struct PageRegion {
@@ -50,7 +50,7 @@ struct PageRegion {
     categories: u64,
 }
 
-/// `struct pm_scan_arg` of include/uapi/linux/fs.h.
+/// `struct pm_scan_arg` from include/uapi/linux/fs.h.
 #[repr(C)]
 #[derive(Default)]
 struct ScanArgument {
@@ -91,7 +91,7 @@ unsafe impl Ioctl for Scan<'_> {
     }
 }
 
-/// Counts the huge pages under mapped addresses by walking just their page tables; `None` if the
+/// Counts the huge pages under mapped addresses by walking only their page tables; `None` if the
 /// kernel has no `PAGEMAP_SCAN`.
 pub(crate) fn scan(addresses: Range<usize>) -> Option<PageCount> {
     let pagemap = File::open("/proc/self/pagemap").ok()?;
@@ -126,18 +126,18 @@ pub fn count_pages(addresses: Range<usize>) -> Option<PageCount> {
     scan(addresses)
 }
 
-/// Counts the huge pages under mapped addresses by whatever means this kernel has.
+/// Counts the huge pages under mapped addresses by whichever interface this kernel has.
 ///
 /// Takes microseconds with `PAGEMAP_SCAN`; otherwise reads all of `/proc/self/smaps`.
 pub fn huge_bytes_in(addresses: Range<usize>) -> PageCount {
     scan(addresses.clone())
-        .or_else(|| std::fs::read_to_string("/proc/self/smaps").ok().map(|smaps| from_smaps(&smaps, &addresses)))
+        .or_else(|| std::fs::read_to_string("/proc/self/smaps").ok().map(|smaps| parse_smaps(&smaps, &addresses)))
         .unwrap_or_default()
 }
 
 /// Sums the smaps entries of the mappings that overlap the range. Counts at most the overlap of
 /// each mapping, since smaps shows adjacent mappings of one file as one.
-fn from_smaps(smaps: &str, addresses: &Range<usize>) -> PageCount {
+fn parse_smaps(smaps: &str, addresses: &Range<usize>) -> PageCount {
     let mut count = PageCount::default();
     let mut inside = 0;
     for line in smaps.lines() {
@@ -169,12 +169,12 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn no_text_of_smaps_panics(
+        fn arbitrary_smaps_text_never_panics(
             text in "([0-9a-f]{1,16}-[0-9a-f]{1,16} rw\n|(Rss|AnonHugePages): {1,3}[0-9]{1,21} kB\n|[0-9a-f]{1,18}-[0-9a-f]{1,18} rw|Rss: |AnonHugePages: |FilePmdMapped: |[0-9]{1,25}| kB|\n|\\PC){0,60}",
             start: usize,
             end: usize,
         ) {
-            let _ = from_smaps(&text, &(start..end));
+            let _ = parse_smaps(&text, &(start..end));
         }
     }
 
@@ -192,23 +192,23 @@ AnonHugePages:      2048 kB
 ";
 
     #[test]
-    fn smaps_counts_only_what_lies_inside() {
-        let count = from_smaps(SMAPS, &(0x7f00_0000_0000..0x7f00_0060_0000));
+    fn smaps_counts_only_pages_inside_the_range() {
+        let count = parse_smaps(SMAPS, &(0x7f00_0000_0000..0x7f00_0060_0000));
         assert_eq!(count, PageCount { seen_bytes: 6 << 20, huge_bytes: 4 << 20 });
-        assert_eq!(from_smaps(SMAPS, &(0x7f00_0060_0000..0x7f00_0080_0000)), PageCount::default());
+        assert_eq!(parse_smaps(SMAPS, &(0x7f00_0060_0000..0x7f00_0080_0000)), PageCount::default());
     }
 
     #[test]
     fn small_pages_are_counted_as_small_by_both_methods() {
         let range = AddressRange::reserve(HUGE_PAGE_BYTES).unwrap();
         let mapping = range.map(&Memory::Anonymous, 0, 16 * page_bytes()).unwrap();
-        // SAFETY: the mapping is that long and writable, and only this test uses it.
+        // SAFETY: the mapping has this length, is writable, and is used only by this test.
         unsafe { mapping.address().as_ptr().write_bytes(1, mapping.bytes()) };
         let start = mapping.address().addr().get();
         let addresses = start..start + mapping.bytes();
         let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
         let expected = PageCount { seen_bytes: mapping.bytes() as u64, huge_bytes: 0 };
-        assert_eq!(from_smaps(&smaps, &addresses), expected);
+        assert_eq!(parse_smaps(&smaps, &addresses), expected);
         if let Some(count) = scan(addresses) {
             assert_eq!(count, expected);
         }

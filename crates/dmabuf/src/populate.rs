@@ -1,11 +1,11 @@
-//! Puts pages under a mapping before a device reads into it.
+//! Populates a mapping before a device writes to it.
 //!
-//! Page size decides the speed of everything that follows (populating, pinning, the number of
-//! block requests), so 2 MiB pages are worth some effort. `MADV_COLLAPSE` (Linux 6.1,
-//! mm/khugepaged.c) replaces the pages of an aligned extent by one huge page, for any user, even
-//! with the sysfs switches at `never`. It needs at least one page in the extent, and its return
-//! value says little (stock 6.1 and 6.12 return EINVAL although they collapsed everything), so the
-//! result is looked up in the page tables.
+//! The page size determines the cost of everything that follows (populating, pinning, the number
+//! of block requests), so 2 MiB pages are worth some effort. `MADV_COLLAPSE` (Linux 6.1 or later,
+//! mm/khugepaged.c) replaces the pages of an aligned extent with one huge page, for any user, even
+//! with the sysfs switches at `never`. It needs at least one present page in the extent, and its
+//! return value is unreliable (stock 6.1 and 6.12 return EINVAL even after collapsing everything),
+//! so the result is read from the page tables.
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
@@ -36,25 +36,28 @@ pub enum Pages {
 /// The result of populating.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Populated {
-    /// The page sizes obtained; `None` where the kernel has no cheap way to look (before Linux
-    /// 6.7).
+    /// The page sizes obtained; `None` if the kernel has no cheap way to inspect them (before
+    /// Linux 6.7).
     pub pages: Option<PageCount>,
-    /// Why an extent is not on a huge page although one was requested. Also `None` if `pages` is.
+    /// Why an extent is not on a huge page although one was requested. Always `None` if `pages` is
+    /// `None`.
     pub refused: Option<crate::Errno>,
 }
 
-/// Collapsing can fail temporarily (a page under migration, a contended lock).
+/// Maximum number of attempts to collapse: an attempt can fail temporarily (a page under
+/// migration, a contended lock).
 const COLLAPSE_TRIES: usize = 3;
 
 impl Mapping {
-    /// Puts pages under `part` of this mapping (byte offsets, multiples of the page size), so that
-    /// neither reads nor devices cause page faults. `memory` must be what backs the mapping.
+    /// Puts pages under `part` of this mapping (byte offsets, multiples of the page size), so
+    /// later accesses cause no page faults. `memory` must be the memory that backs the mapping.
     ///
-    /// A read-only mapping ([`crate::Memfd::from_sealed`]) gets the existing pages of its file, of
-    /// any size; nothing is written (`MADV_POPULATE_READ`, Linux 5.14).
+    /// Under a read-only mapping ([`crate::Memfd::from_sealed`]), it maps the existing pages of
+    /// the file, whatever their size, and writes nothing (`MADV_POPULATE_READ`, Linux 5.14 or
+    /// later).
     ///
     /// # Errors
-    /// ENOMEM or EFAULT when there is no memory (a cgroup limit, for example); EINVAL when `part`
+    /// ENOMEM or EFAULT when memory runs out (at a cgroup limit, for example); EINVAL when `part`
     /// is unaligned or reaches past the mapping, when `memory` does not back the mapping, and
     /// before Linux 5.14 for a read-only mapping; ENOTSUP under [`Pages::Huge`] when an extent is
     /// on small pages.
@@ -68,7 +71,8 @@ impl Mapping {
             return Err(failed(Errno::INVAL));
         }
         if memory.dma_buf().is_some() {
-            // The exporter has already put all pages there, and accepts no advice.
+            // The exporter allocated all pages when it created the dma-buf, and its mappings
+            // accept no advice.
             return Ok(Populated::default());
         }
         let area = Area { mapping: self, memory, part: part.clone() };
@@ -80,7 +84,7 @@ impl Mapping {
         let refused = match pages {
             Pages::Small => {
                 match area.advise(area.whole_mapping(), Advice::LinuxNoHugepage) {
-                    // A kernel without huge pages does not know the advice, and doesn't need it.
+                    // A kernel without huge pages does not know this advice, and doesn't need it.
                     Ok(()) | Err(Errno::INVAL) => {}
                     // After any other refusal (ENOMEM: too many mappings), huge pages could
                     // appear.
@@ -104,20 +108,19 @@ impl Mapping {
     }
 }
 
-/// Whether this kernel has `MADV_POPULATE_WRITE` (Linux 5.14), found by trying it on a scratch
-/// page.
+/// Whether this kernel supports `MADV_POPULATE_WRITE` (Linux 5.14 or later), determined by trying
+/// it on a scratch page.
 fn kernel_populates() -> bool {
     static KNOWN: OnceLock<bool> = OnceLock::new();
     *KNOWN.get_or_init(|| {
         let (bytes, access) = (page_bytes(), ProtFlags::READ | ProtFlags::WRITE);
         // SAFETY: no address is requested, so no existing mapping is replaced.
         let page = unsafe { mmap_anonymous(std::ptr::null_mut(), bytes, access, MapFlags::PRIVATE) };
-        // There is no memory to try it with. Assume that it works; if not, the real call reports
-        // it.
+        // Out of memory: assume support. Without it, the real call fails.
         let Ok(page) = page else { return true };
         // SAFETY: the page was just mapped, and nothing else uses it.
         let answer = unsafe { madvise(page, bytes, Advice::LinuxPopulateWrite) };
-        // SAFETY: as above; the page is not used afterwards.
+        // SAFETY: the page was mapped above, and is not used afterwards.
         let _ = unsafe { munmap(page, bytes) };
         answer != Err(Errno::INVAL)
     })
@@ -130,14 +133,15 @@ struct Area<'a> {
 }
 
 impl Area<'_> {
-    /// The whole mapping. Advising only a part would split the mapping into several, and merge
-    /// them again later, both under the lock that populating threads need.
+    /// The range of the whole mapping. For advice on only a part, the kernel would split the
+    /// mapping and later merge it again, holding the lock that populating threads need.
     fn whole_mapping(&self) -> Range<usize> {
         0..self.mapping.bytes()
     }
 
-    /// The whole, aligned 2 MiB extents of the area. A mapping begins at offset 0 of its memory,
-    /// so if the mapping is aligned, what is aligned in addresses is aligned in the memory, too.
+    /// The range of the aligned 2 MiB extents that lie entirely in the area. A mapping begins at
+    /// offset 0 of its memory, so in an aligned mapping, aligned addresses have aligned offsets in
+    /// the memory.
     fn whole_extents(&self) -> Range<usize> {
         if !self.mapping.address().addr().get().is_multiple_of(HUGE_PAGE_BYTES) {
             return 0..0;
@@ -149,8 +153,8 @@ impl Area<'_> {
 
     /// Tries to put a huge page under each extent. Returns the last refusal.
     fn make_huge(&self, extents: Range<usize>) -> Option<Errno> {
-        // Lets page faults use huge pages where the administrator allows it; fails if THP is not
-        // built in.
+        // Lets page faults use huge pages where the administrator allows them. Fails on kernels
+        // without THP.
         let _ = self.advise(self.whole_mapping(), Advice::LinuxHugepage);
         match self.memory {
             Memory::Memfd(memfd) => {
@@ -158,8 +162,8 @@ impl Area<'_> {
                     memfd.allocate(extent as u64, page_bytes() as u64);
                 }
             }
-            // Private memory needs no collapse if a fault can give a huge page; populating one
-            // page finds out.
+            // Faulting in one page of an extent already brings a huge page where faults can;
+            // otherwise it is the page that a collapse needs.
             Memory::Anonymous | Memory::DmaBuf(_) => {
                 for extent in extents.clone().step_by(HUGE_PAGE_BYTES) {
                     let _ = self.advise(extent..extent + page_bytes(), Advice::LinuxPopulateWrite);
@@ -172,7 +176,7 @@ impl Area<'_> {
                 Ok(()) => return None,
                 Err(errno) => refused = Some(errno),
             }
-            // Retry only failures that the kernel calls temporary.
+            // Retry only after errors that are documented as temporary.
             if !matches!(refused, Some(Errno::AGAIN | Errno::BUSY)) {
                 break;
             }
@@ -201,7 +205,7 @@ impl Area<'_> {
         if result == 0 { Ok(()) } else { Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::INVAL)) }
     }
 
-    /// Makes every page present, and writable unless `advice` is to populate for reading.
+    /// Makes every page present, and also writable unless `advice` is `MADV_POPULATE_READ`.
     fn fault_in(&self, advice: Advice) -> Result<(), Errno> {
         loop {
             match self.advise(self.part.clone(), advice) {
@@ -221,7 +225,7 @@ impl Area<'_> {
     /// Does what `MADV_POPULATE_WRITE` does: atomically adding 0 dirties a page and keeps its
     /// bytes.
     fn touch(&self) {
-        assert_ne!(self.mapping.kind(), Kind::ReadOnly, "a write to a read-only mapping ends the process");
+        assert_ne!(self.mapping.kind(), Kind::ReadOnly, "writing to a read-only mapping would kill the process");
         for at in self.part.clone().step_by(page_bytes()) {
             // SAFETY: `at` lies in the mapping, which is readable and, by the assertion above,
             // writable.
@@ -255,7 +259,7 @@ mod tests {
     use super::*;
     use crate::{AddressRange, Memfd, huge_bytes_in};
 
-    fn mapped(memory: &Memory, bytes: usize) -> Mapping {
+    fn map_whole(memory: &Memory, bytes: usize) -> Mapping {
         AddressRange::reserve(bytes).unwrap().map(memory, 0, bytes).unwrap()
     }
 
@@ -268,7 +272,7 @@ mod tests {
         let bytes = 4 * HUGE_PAGE_BYTES;
         for pages in [Pages::Small, Pages::Auto] {
             let memory = Memory::Memfd(Memfd::create("test", bytes).unwrap());
-            let mapping = mapped(&memory, bytes);
+            let mapping = map_whole(&memory, bytes);
             mapping.populate(&memory, HUGE_PAGE_BYTES..2 * HUGE_PAGE_BYTES + page_bytes(), pages).unwrap();
             let expected = (HUGE_PAGE_BYTES + page_bytes()) as u64;
             assert_eq!(resident_bytes(&memory), expected, "{pages:?}");
@@ -279,7 +283,7 @@ mod tests {
     fn small_pages_are_small_according_to_smaps() {
         let bytes = 2 * HUGE_PAGE_BYTES;
         for memory in [Memory::Memfd(Memfd::create("test", bytes).unwrap()), Memory::Anonymous] {
-            let mapping = mapped(&memory, bytes);
+            let mapping = map_whole(&memory, bytes);
             let populated = mapping.populate(&memory, 0..bytes, Pages::Small).unwrap();
             let start = mapping.address().addr().get();
             assert_eq!(huge_bytes_in(start..start + bytes).huge_bytes, 0);
@@ -291,7 +295,7 @@ mod tests {
     fn missing_huge_pages_are_reported() {
         let bytes = 3 * HUGE_PAGE_BYTES + 5 * page_bytes();
         for memory in [Memory::Memfd(Memfd::create("test", bytes).unwrap()), Memory::Anonymous] {
-            let mapping = mapped(&memory, bytes);
+            let mapping = map_whole(&memory, bytes);
             let populated = mapping.populate(&memory, 0..bytes, Pages::Auto).unwrap();
             if let Some(seen) = populated.pages {
                 assert_eq!(seen.seen_bytes, bytes as u64);
@@ -303,7 +307,7 @@ mod tests {
     #[test]
     fn populating_an_unaligned_or_too_long_part_is_refused() {
         let memory = Memory::Anonymous;
-        let mapping = mapped(&memory, 4 * page_bytes());
+        let mapping = map_whole(&memory, 4 * page_bytes());
         for part in [0..1, 1..page_bytes(), 0..5 * page_bytes(), 0..0] {
             assert_eq!(mapping.populate(&memory, part, Pages::Auto).unwrap_err().errno, crate::Errno::EINVAL);
         }
@@ -318,9 +322,9 @@ mod tests {
             rustix::io::pwrite(&memfd, b"kept", 4096).unwrap();
             memfd.seal_against_writes().unwrap();
             let foreign = Memory::Memfd(Memfd::from_sealed(memfd.as_fd().try_clone_to_owned().unwrap()).unwrap());
-            let mapping = mapped(&foreign, bytes);
+            let mapping = map_whole(&foreign, bytes);
             mapping.populate(&foreign, 0..bytes, pages).unwrap();
-            // `memory` must be what backs the mapping.
+            // Memory that does not back the mapping is refused.
             for other in [Memory::Anonymous, Memory::Memfd(Memfd::create("other", bytes).unwrap())] {
                 assert_eq!(mapping.populate(&other, 0..bytes, pages).unwrap_err().errno, crate::Errno::EINVAL);
             }
@@ -331,7 +335,7 @@ mod tests {
     fn populating_again_keeps_the_bytes() {
         let bytes = 2 * HUGE_PAGE_BYTES;
         let memory = Memory::Memfd(Memfd::create("test", bytes).unwrap());
-        let mapping = mapped(&memory, bytes);
+        let mapping = map_whole(&memory, bytes);
         rustix::io::pwrite(memory.memfd().unwrap(), b"kept", 4096).unwrap();
         mapping.populate(&memory, 0..bytes, Pages::Auto).unwrap();
         let area = Area { mapping: &mapping, memory: &memory, part: 0..bytes };

@@ -13,7 +13,7 @@ use crate::device;
 use crate::open::{open_device, path_of};
 use crate::{Device, DeviceError, DmaBuf, Error, Memfd};
 
-/// `struct udmabuf_create` of include/uapi/linux/udmabuf.h.
+/// `struct udmabuf_create` from include/uapi/linux/udmabuf.h.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Create {
@@ -28,9 +28,10 @@ const _: () = assert!(size_of::<Create>() == 24 && UDMABUF_CREATE == 0x4018_7542
 
 const UDMABUF_FLAGS_CLOEXEC: u32 = 1;
 
-// SAFETY: the opcode is that of this struct. The kernel reads the struct and writes nothing.
+// SAFETY: the opcode is UDMABUF_CREATE, and the pointer points to the struct that this ioctl
+// reads. It writes nothing.
 unsafe impl Ioctl for Create {
-    /// The new descriptor, which is the return value.
+    /// The new descriptor, which the ioctl returns.
     type Output = RawFd;
     const IS_MUTATING: bool = false;
 
@@ -68,7 +69,7 @@ pub struct UdmabufLimits {
     pub list_entries: Option<u64>,
 }
 
-/// The open device.
+/// An open `/dev/udmabuf`.
 #[derive(Debug)]
 pub struct Udmabuf {
     fd: OwnedFd,
@@ -77,21 +78,22 @@ pub struct Udmabuf {
 impl Udmabuf {
     /// The path of the device.
     pub const PATH: &str = device::UDMABUF;
-    /// The folder where its limits can be read, and raised by root.
+    /// The folder of the driver's limits. Everyone can read them, and root can raise them.
     pub const PARAMETERS: &str = "/sys/module/udmabuf/parameters";
 
     /// Opens the device.
     ///
     /// # Errors
-    /// ENOENT on kernels without it (CONFIG_UDMABUF), EACCES without permission (mode 0600).
+    /// ENOENT on kernels without the driver (CONFIG_UDMABUF), EACCES without permission (mode
+    /// 0600).
     pub fn open() -> Result<Self, DeviceError> {
         Ok(Udmabuf { fd: open_device(Path::new(Self::PATH))? })
     }
 
-    /// Wraps the open device, for processes that may not open it themselves.
+    /// Wraps the open device, for processes without permission to open it.
     ///
     /// # Errors
-    /// ENODEV when the descriptor is not that device.
+    /// ENODEV when the descriptor is not `/dev/udmabuf`.
     pub fn from_fd(fd: OwnedFd) -> Result<Self, DeviceError> {
         if Device::identify(&fd) == Some(Device::Udmabuf) {
             return Ok(Udmabuf { fd });
@@ -99,7 +101,7 @@ impl Udmabuf {
         Err(DeviceError { path: path_of(&fd), errno: crate::Errno::ENODEV, about: Some(format!("it is not {}", Self::PATH)) })
     }
 
-    /// The current limits; root may change them at any time.
+    /// The current limits; root can change them at any time.
     pub fn limits() -> UdmabufLimits {
         let read = |name: &str| std::fs::read_to_string(Path::new(Self::PARAMETERS).join(name)).ok();
         UdmabufLimits {
@@ -108,16 +110,16 @@ impl Udmabuf {
         }
     }
 
-    /// Creates a dma-buf from a range of a memfd. It shares the pages, which stay when the memfd
-    /// is closed.
+    /// Creates a dma-buf from a range of a memfd. The dma-buf shares the memfd's pages and keeps
+    /// them after the memfd is closed.
     ///
     /// # Errors
     /// EINVAL when the offset or size is not a multiple of the page size, when the size is 0 or
     /// above [`UdmabufLimits::size_bytes`], or when the memfd is sealed against writes; EBADFD
     /// when the file is not a memfd.
     ///
-    /// `F_SEAL_FUTURE_WRITE` is checked here, since kernels from before 2025 do not check it,
-    /// although a udmabuf can be written to.
+    /// This method refuses memfds with `F_SEAL_FUTURE_WRITE` itself: a udmabuf is writable, but
+    /// kernels from before 2025 ignore that seal.
     pub fn create(&self, part: Part<'_>) -> Result<DmaBuf, Error> {
         refuse_sealed(&part)?;
         let create = Create {
@@ -126,9 +128,9 @@ impl Udmabuf {
             offset: part.offset,
             size: part.bytes as u64,
         };
-        // SAFETY: the struct is the one that the opcode names, see its `Ioctl` implementation.
+        // SAFETY: `Create` implements `Ioctl` for the struct that this ioctl expects.
         let fd = unsafe { ioctl(&self.fd, create) }.map_err(|errno| Error::from_call("make a udmabuf", part.bytes, errno))?;
-        // SAFETY: the kernel has just created this descriptor, and only this value has it.
+        // SAFETY: the kernel just created this descriptor, and nothing else owns it.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         Ok(DmaBuf::new(fd, part.bytes))
     }
@@ -136,10 +138,10 @@ impl Udmabuf {
     /// Whether importers that map the dma-buf into the kernel see wrong bytes if its memfd has
     /// huge pages.
     ///
-    /// Since Linux 6.11 the driver holds folios, and its `vmap_udmabuf` uses the first page of a
-    /// folio in place of each of its pages; 6.16 uses the right one (drivers/dma-buf/udmabuf.c).
-    /// Seen on 6.12.117. No return value and no file shows this bug, so this is the only place
-    /// that compares kernel versions. A release that can't be parsed counts as affected.
+    /// In Linux 6.11 to 6.15, `vmap_udmabuf` maps the first page of a folio in place of each of
+    /// its pages (drivers/dma-buf/udmabuf.c; observed on 6.12.117). Programs can't detect this bug
+    /// otherwise, so this is the only place that compares kernel versions. A release that can't be
+    /// parsed counts as affected.
     pub fn huge_pages_show_wrong_bytes() -> bool {
         is_affected(&rustix::system::uname().release().to_string_lossy())
     }
@@ -147,13 +149,13 @@ impl Udmabuf {
 
 fn refuse_sealed(part: &Part<'_>) -> Result<(), Error> {
     if part.memfd.is_sealed_against_writes() {
-        return Err(Error::from_call("make a udmabuf of a memfd that is sealed against writes", part.bytes, Errno::INVAL));
+        return Err(Error::from_call("make a udmabuf of a write-sealed memfd", part.bytes, Errno::INVAL));
     }
     Ok(())
 }
 
 fn parse_limit(parameter: &str) -> Option<u64> {
-    // The parameter is signed; zero and negative values mean no limit.
+    // The parameter is signed; zero and negative values mean unlimited.
     parameter.trim().parse::<i64>().ok().and_then(|value| u64::try_from(value).ok()).filter(|&value| value > 0)
 }
 
@@ -197,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn limit_that_is_not_positive_means_no_limit() {
+    fn nonpositive_limit_means_unlimited() {
         assert_eq!(["64\n", "0", "-1\n", "x"].map(parse_limit), [Some(64), None, None, None]);
     }
 }

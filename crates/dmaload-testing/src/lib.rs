@@ -1,8 +1,8 @@
 //! Test helpers shared by several crates: seeded random bytes, files outside the page cache,
-//! mounted file systems, FUSE servers in separate processes, and refused system calls.
+//! mounted file systems, FUSE servers in separate processes, and seccomp filters.
 //!
-//! For development only. Every function panics if it can't do its work, which fails the calling
-//! test.
+//! For tests only. Unless a function returns a `Result`, it panics on errors, which fails the
+//! calling test.
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc, reason = "a setup error should fail the test")]
 
 mod random;
@@ -18,8 +18,8 @@ use std::path::{Path, PathBuf};
 
 pub use random::{Random, random_bytes};
 
-/// Writes a file and evicts it from the page cache, so that a load takes its route. All users may
-/// read it.
+/// Writes a file that all users can read, and evicts it from the page cache, so that loads read it
+/// from storage.
 pub fn file(folder: &Path, name: &str, bytes: &[u8]) -> PathBuf {
     let path = folder.join(name);
     let mut file = fs::File::create(&path).unwrap();
@@ -58,7 +58,7 @@ pub fn assert_same(seen: &[u8], expected: &[u8], what: &str) {
     }
 }
 
-/// A value of `/proc/meminfo`, in bytes.
+/// Returns a value of `/proc/meminfo`, in bytes.
 pub fn meminfo_bytes(key: &str) -> u64 {
     let meminfo = fs::read_to_string("/proc/meminfo").unwrap();
     let value = meminfo.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':')).unwrap();

@@ -1,4 +1,5 @@
-//! Real file systems on loop devices. Requires root, and the `mkfs` of each.
+//! Mounts file systems, most of them on loop devices. Requires root, and the `mkfs` program of
+//! each kind.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -18,7 +19,7 @@ impl Drop for Mounted {
     }
 }
 
-/// Name, `mkfs` with its options, and options for `mount`.
+/// For each file system: its name, its `mkfs` command, and its `mount` options.
 const KINDS: [(&str, &[&str], &str); 5] = [
     ("ext4", &["mkfs.ext4", "-q"], "loop"),
     ("ext4", &["mkfs.ext4", "-q", "-b", "1024"], "loop"),
@@ -27,10 +28,10 @@ const KINDS: [(&str, &[&str], &str); 5] = [
     ("btrfs", &["mkfs.btrfs", "-q"], "loop,compress-force=zstd"),
 ];
 
-/// Calls `check` with the description and folder of each kind of file system, and in a guest also
-/// with `folder` itself, which is on ext4 there. Prints the reason for each file system that can't
-/// be mounted on this machine.
-#[allow(clippy::print_stdout, reason = "reports what a test skips")]
+/// Mounts each file system under `folder` and calls `check` with its description and mount point;
+/// in a guest, also with `folder` itself, which is on ext4. Prints why a file system can't be
+/// mounted on this machine.
+#[allow(clippy::print_stdout, reason = "reports skipped file systems")]
 pub fn on_each(folder: &Path, mut check: impl FnMut(&str, &Path)) {
     if std::env::var_os("DMALOAD_GUEST").is_some() {
         check("the guest's disk", folder);
@@ -56,7 +57,7 @@ pub fn on_loop_device(at: &Path, kind: &str, mkfs: &[&str], options: &str) -> Re
     mount(kind, options, image, at)
 }
 
-/// Mounts a tmpfs of `size`, as `mount` reads it, at `at`.
+/// Mounts a tmpfs at `at`. `size` is the value of its mount option: `64m`.
 ///
 /// # Errors
 /// The reason, as `mount` printed it.
@@ -64,10 +65,10 @@ pub fn tmpfs(at: &Path, size: &str) -> Result<Mounted, String> {
     mount("tmpfs", &format!("size={size}"), "tmpfs", at)
 }
 
-/// Mounts a file system of `kind` at `at`, a folder that is created if it does not exist.
+/// Mounts a file system of `kind` at `at`. Creates that folder if it does not exist.
 ///
 /// # Errors
-/// The reason, as `mount` printed it: only root can mount.
+/// The reason, as `mount` printed it, for example that only root can mount.
 pub fn mount(kind: &str, options: &str, source: impl AsRef<OsStr>, at: &Path) -> Result<Mounted, String> {
     fs::create_dir_all(at).unwrap();
     tool(Command::new("mount").args(["-t", kind, "-o", options]).arg(source).arg(at))?;
@@ -77,7 +78,7 @@ pub fn mount(kind: &str, options: &str, source: impl AsRef<OsStr>, at: &Path) ->
 /// Runs a program.
 ///
 /// # Errors
-/// What it printed to standard error, or why it can't be started.
+/// What the program printed to standard error, or why it could not be started.
 pub fn tool(command: &mut Command) -> Result<(), String> {
     let output = command.output().map_err(|error| format!("{command:?}: {error}"))?;
     if output.status.success() { Ok(()) } else { Err(format!("{command:?}: {}", String::from_utf8_lossy(&output.stderr).trim())) }

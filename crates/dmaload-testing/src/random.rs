@@ -13,7 +13,7 @@ impl Random {
 
     /// 64 random bits.
     #[inline]
-    #[expect(clippy::should_implement_trait, reason = "an iterator would have to end")]
+    #[expect(clippy::should_implement_trait, reason = "the sequence never ends, so callers need no `Option`")]
     pub fn next(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
@@ -45,7 +45,8 @@ impl Random {
     }
 }
 
-/// Reproducible random bytes. They have no run of zeros, so that memory that was never read shows.
+/// Reproducible random bytes. They contain no long run of zeros, so memory that was never filled
+/// is noticed.
 #[must_use]
 pub fn random_bytes(len: usize, seed: u64) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;

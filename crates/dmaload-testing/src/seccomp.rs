@@ -1,8 +1,6 @@
-//! Refuses system calls, or leaves them unanswered, with seccomp filters, as containers and
-//! services do.
+//! Makes system calls fail or hang with seccomp filters, which containers and services use too.
 //!
-//! A filter applies until its threads exit. A filter for a whole process needs its own test
-//! binary.
+//! Filters can't be removed. A filter for a whole process therefore needs its own test binary.
 #![allow(unsafe_code, reason = "installs filters")]
 
 use std::io::Error;
@@ -31,7 +29,7 @@ pub fn refuse(scope: Scope, calls: &[u32], errno: i32) {
 pub fn hang(call: u32) -> OwnedFd {
     let flags = libc::SECCOMP_FILTER_FLAG_TSYNC | libc::SECCOMP_FILTER_FLAG_TSYNC_ESRCH | libc::SECCOMP_FILTER_FLAG_NEW_LISTENER;
     let listener = seccomp(flags, &mut filter(&[call], libc::SECCOMP_RET_USER_NOTIF)).unwrap();
-    // SAFETY: the call has just created this descriptor, and only this value owns it.
+    // SAFETY: the call just created this descriptor, and nothing else owns it.
     unsafe { OwnedFd::from_raw_fd(listener) }
 }
 
@@ -56,7 +54,7 @@ pub fn install(scope: Scope, mut filter: Vec<sock_filter>) -> Result<(), Error> 
     }
 }
 
-/// One instruction of a filter.
+/// Builds one instruction of a filter.
 pub fn instruction(code: u32, jump_if_true: u8, jump_if_false: u8, value: u32) -> sock_filter {
     sock_filter { code: u16::try_from(code).unwrap(), jt: jump_if_true, jf: jump_if_false, k: value }
 }
@@ -65,7 +63,7 @@ fn refusal(calls: &[u32], errno: i32) -> Vec<sock_filter> {
     filter(calls, libc::SECCOMP_RET_ERRNO | errno.cast_unsigned())
 }
 
-/// Answers calls with these numbers with `answer`, and allows all others.
+/// Builds a filter that returns `answer` for these calls and allows all others.
 fn filter(calls: &[u32], answer: u32) -> Vec<sock_filter> {
     let mut filter = vec![instruction(BPF_LD | BPF_W | BPF_ABS, 0, 0, 0)];
     for &call in calls {
@@ -79,7 +77,7 @@ fn filter(calls: &[u32], answer: u32) -> Vec<sock_filter> {
 /// Runs between fork and exec, so it must not allocate unless it fails.
 fn seccomp(flags: libc::c_ulong, filter: &mut [sock_filter]) -> Result<i32, Error> {
     let program = libc::sock_fprog { len: u16::try_from(filter.len()).unwrap(), filter: filter.as_mut_ptr() };
-    // SAFETY: PR_SET_NO_NEW_PRIVS takes numbers only.
+    // SAFETY: PR_SET_NO_NEW_PRIVS takes no pointers.
     if unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) } != 0 {
         return Err(Error::last_os_error());
     }

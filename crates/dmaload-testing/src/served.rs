@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
-/// In the server's process, the folder to serve.
+/// The environment variable that tells the server process which folder to serve.
 const SERVED_FOLDER: &str = "DMALOAD_TEST_SERVED_FOLDER";
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -15,8 +15,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// test.
 ///
 /// A call that waits for a server in its own process could keep that process alive forever.
-/// Dropping this kills the server, which fails every call that waits for it, and unmounts the file
-/// system.
+/// Dropping this value kills the server, which fails every call that waits for it, and unmounts
+/// the file system.
 #[derive(Debug)]
 pub struct ServedFolder {
     server: Child,
@@ -39,7 +39,7 @@ impl ServedFolder {
         let served = ServedFolder { server, folder };
         let start = Instant::now();
         while !std::fs::read_to_string("/proc/self/mounts").unwrap().contains(served.path().to_str().unwrap()) {
-            assert!(start.elapsed() < PATIENCE, "the file system is not mounted");
+            assert!(start.elapsed() < PATIENCE, "the server did not mount the file system");
             std::thread::sleep(Duration::from_millis(5));
         }
         served
@@ -54,14 +54,14 @@ impl ServedFolder {
 
 impl Drop for ServedFolder {
     fn drop(&mut self) {
-        // Killing the server ends the connection, and with it every call that waits.
+        // Killing the server aborts the FUSE connection, which fails every waiting call.
         let ended = self.server.kill().and_then(|()| self.server.wait());
         let unmounted = Command::new("umount").arg("-l").arg(self.folder.path()).status();
         assert!(ended.is_ok() && unmounted.is_ok_and(|status| status.success()) || std::thread::panicking());
     }
 }
 
-/// The folder to mount at, in the server's process; `None` elsewhere.
+/// In the server's process, the folder to mount at; `None` in other processes.
 #[must_use]
 pub fn folder_to_serve() -> Option<PathBuf> {
     std::env::var_os(SERVED_FOLDER).map(PathBuf::from)

@@ -1,4 +1,4 @@
-//! Sizes, rates, times and counts, as people read them.
+//! Formats sizes, rates, times and counts for people.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ pub fn bytes(count: u64) -> String {
     scaled(count as f64, &["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"])
 }
 
-/// Formats a rate in bytes per second: `3.21 GiB/s`. No bytes in no time is `-`.
+/// Formats a rate in bytes per second: `3.21 GiB/s`, or `-` if the time is zero.
 #[must_use]
 pub fn rate(count: u64, time: Duration) -> String {
     if time.is_zero() {
@@ -33,7 +33,7 @@ pub fn duration(time: Duration) -> String {
     }
 }
 
-/// Formats a count with its thousands separated: 1234567 as `1 234 567`.
+/// Formats a count with spaces between the thousands: 1234567 as `1 234 567`.
 #[must_use]
 pub fn grouped(count: u64) -> String {
     let digits = count.to_string();
@@ -54,7 +54,7 @@ fn scaled(value: f64, units: &[&str]) -> String {
     while let Some(unit) = units.next() {
         // 1023.9 KiB would round to "1024 KiB", so it is shown as 1.00 MiB.
         if rounds_below(value, 1024.0) || units.peek().is_none() {
-            // There are no fractions of a byte, except in a rate.
+            // A count of bytes has no fraction; a rate can have one.
             let number = if whole && value.fract() == 0.0 { format!("{value}") } else { three_digits(value) };
             return format!("{number} {unit}");
         }

@@ -9,13 +9,13 @@ use std::path::{Path, PathBuf};
 
 use dmabuf::{Errno, printable};
 
-/// A system call on a file that failed.
+/// A failed system call on a file.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {action} {}: {}", printable::path(&path), Named(cause))]
 pub struct FileError {
     action: &'static str,
     path: PathBuf,
-    // Part of the message, so not also its `source()`: a printed chain would repeat it.
+    // Part of the message, so not the `source()` as well: a printed chain would repeat it.
     cause: io::Error,
 }
 

@@ -1,5 +1,5 @@
-//! Text for people, as written by the command and its bench: sizes, rates and times, aligned pairs
-//! and tables, and file errors with the call, the path and the errno.
+//! Formats the output of the command and its benchmark: sizes, rates and times, aligned pairs and
+//! tables, and file errors with the call, the path and the errno.
 //!
 //! Everything here returns strings for the caller to write; nothing makes a system call.
 

@@ -5,7 +5,7 @@ use std::fmt;
 
 use dmabuf::printable;
 
-/// Two columns: what, and how much. Rows are shown in the order in which they were added.
+/// Two columns: labels and values. Rows are shown in the order in which they were added.
 ///
 /// ```text
 /// file      model.safetensors, 1.00 GiB
@@ -57,8 +57,8 @@ pub enum Align {
     Right,
 }
 
-/// A table with a header and an optional line of totals. If there is too little room, the first
-/// column is shortened.
+/// A table with a header and an optional line of totals. If lines are too wide, the first column
+/// is shortened.
 #[derive(Debug, Clone)]
 pub struct Table {
     header: Vec<(String, Align)>,
@@ -69,8 +69,8 @@ pub struct Table {
 
 /// The gap between columns.
 const GAP: usize = 2;
-/// The first column is never shortened below this, so that the number of a layer stays visible: a
-/// wide line is better than a dozen identical ones.
+/// Minimum width of a shortened first column, which keeps the numbers of layers visible: a line
+/// that is too wide is better than a dozen identical ones.
 const SHORTEST: usize = 32;
 
 impl Table {
@@ -81,8 +81,8 @@ impl Table {
         Self { header, rows: Vec::new(), total: None, width: None }
     }
 
-    /// Shortens the names in the first column, in the middle, so that lines fit into `width`.
-    /// Otherwise nothing is ever shortened: a program that reads from a pipe needs whole names.
+    /// Shortens the names in the first column, in the middle, so that lines fit into `width`. With
+    /// `None`, nothing is shortened: a program that reads from a pipe needs whole names.
     #[must_use]
     pub fn fit(mut self, width: Option<usize>) -> Self {
         self.width = width;
@@ -121,10 +121,10 @@ impl Table {
         widths
     }
 
-    fn line(&self, f: &mut fmt::Formatter<'_>, cells: &[String], widths: &[usize]) -> fmt::Result {
+    fn write_line(&self, f: &mut fmt::Formatter<'_>, cells: &[String], widths: &[usize]) -> fmt::Result {
         let mut line = String::new();
         for ((cell, (_, align)), &width) in cells.iter().zip(&self.header).zip(widths) {
-            let cell = shortened(cell, width);
+            let cell = shorten(cell, width);
             let padding = spaces(width - columns(&cell));
             let (before, after) = if *align == Align::Right { (padding.as_str(), "") } else { ("", padding.as_str()) };
             line.extend([before, &cell, after, &spaces(GAP)]);
@@ -138,22 +138,22 @@ impl fmt::Display for Table {
         let widths = self.widths();
         let header: Vec<String> = self.header.iter().map(|(name, _)| name.clone()).collect();
         let rule = "─".repeat(widths.iter().sum::<usize>() + GAP * widths.len().saturating_sub(1));
-        self.line(f, &header, &widths)?;
+        self.write_line(f, &header, &widths)?;
         writeln!(f, "{rule}")?;
-        self.rows.iter().try_for_each(|row| self.line(f, row, &widths))?;
+        self.rows.iter().try_for_each(|row| self.write_line(f, row, &widths))?;
         let Some(total) = &self.total else { return Ok(()) };
         writeln!(f, "{rule}")?;
-        self.line(f, total, &widths)
+        self.write_line(f, total, &widths)
     }
 }
 
-/// Names come from files that anyone may have written.
+/// Escapes a cell: names come from files, which are untrusted.
 fn printable(text: &str) -> String {
     printable::text(text).to_string()
 }
 
-/// The width in characters, which is right for tensor names and our own text; wide scripts would
-/// be off.
+/// The width in characters. Correct for tensor names and our own text; wide scripts would be
+/// misaligned.
 fn columns(text: &str) -> usize {
     text.chars().count()
 }
@@ -163,8 +163,8 @@ fn spaces(count: usize) -> String {
 }
 
 /// Cuts out the middle: tensor names begin with a part of the model and end with a weight, and
-/// both matter.
-fn shortened(text: &str, width: usize) -> String {
+/// both ends matter.
+fn shorten(text: &str, width: usize) -> String {
     let length = columns(text);
     if length <= width {
         return text.to_owned();
@@ -217,7 +217,7 @@ model.norm.weight                       F32       16
     }
 
     #[test]
-    fn table_without_rows_is_its_header() {
+    fn table_without_rows_shows_only_its_header() {
         let table = Table::new([("tensor", Align::Left)]);
         assert_eq!(table.to_string(), "tensor\n──────\n");
     }

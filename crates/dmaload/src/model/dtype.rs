@@ -30,7 +30,7 @@ macro_rules! dtypes {
         /// ```
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
         #[non_exhaustive]
-        #[allow(non_camel_case_types, reason = "ggml's own names")]
+        #[allow(non_camel_case_types, reason = "the names that ggml uses")]
         pub enum DType {
             $($(#[$doc])+ $variant,)+
             $($(#[$qdoc])+ $quantized,)+
@@ -86,8 +86,7 @@ macro_rules! dtypes {
                 }
             }
 
-            /// The type with this name in a safetensors header, which has no names for quantized
-            /// types.
+            /// The type with this name in a safetensors header. The format has no quantized types.
             pub(super) fn from_safetensors_name(name: &str) -> Option<Self> {
                 match name {
                     $($name => Some(Self::$variant),)+
@@ -117,7 +116,7 @@ impl DType {
     }
 }
 
-/// Returned for a name that is not that of a [`DType`].
+/// The error for a name that is not that of a [`DType`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("unknown dtype {name:?} (names are exact: \"BF16\", \"F8_E4M3\")")]
 #[non_exhaustive]
@@ -272,11 +271,11 @@ mod tests {
             names.push(dtype.name());
         }
         names.sort_unstable();
-        assert!(names.windows(2).all(|pair| pair[0] != pair[1]), "a name twice: {names:?}");
+        assert!(names.windows(2).all(|pair| pair[0] != pair[1]), "duplicate name: {names:?}");
     }
 
     #[test]
-    fn block_is_whole_bytes_and_agrees_with_the_bits() {
+    fn block_is_whole_bytes_and_matches_element_bits() {
         for &dtype in DType::SAFETENSORS {
             let (elements, bits) = (dtype.block_elements(), dtype.element_bits().unwrap());
             assert_eq!(elements * bits, dtype.block_bytes() * 8, "{dtype}");
@@ -291,20 +290,20 @@ mod tests {
     }
 
     #[test]
-    fn bytes_of_elements_are_whole_blocks() {
+    fn partial_blocks_and_overflow_have_no_size() {
         assert_eq!((DType::BF16.bytes_of(3), DType::F4.bytes_of(3)), (Some(6), None));
         assert_eq!((DType::Q4_0.bytes_of(64), DType::Q4_0.bytes_of(63)), (Some(36), None));
         assert_eq!((DType::U8.bytes_of(u64::MAX), DType::U16.bytes_of(u64::MAX)), (Some(u64::MAX), None));
     }
 
     #[test]
-    fn spelling_is_exact() {
+    fn misspelled_dtype_is_refused() {
         for name in ["", "bf16", "BF16 ", "F8E4M3", "Bool", "F128", "q4_0", "\u{1b}[2J"] {
             let error = name.parse::<DType>().unwrap_err();
             assert_eq!(error.name, name);
             assert!(!error.to_string().contains('\u{1b}'), "control characters are escaped");
         }
-        // A safetensors header has no quantized types.
+        // Safetensors headers cannot name quantized types.
         assert_eq!(DType::from_safetensors_name("Q4_0"), None);
     }
 }

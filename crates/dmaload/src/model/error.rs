@@ -20,7 +20,7 @@ use super::limits::{HEADER_LIMIT_BYTES, RANK_LIMIT};
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ModelError {
-    /// The file is something else, in the place of a model.
+    /// The file is not a model but something else that was recognized.
     #[error("the file is {kind} ({file_bytes} bytes), not a model")]
     Foreign {
         /// What the file is.
@@ -60,7 +60,7 @@ pub enum ModelError {
         header_bytes: u64,
     },
 
-    /// The header would end past the end of the file.
+    /// The declared header ends past the end of the file.
     #[error(
         "the header's declared length is {header_bytes} bytes (and 8 for the length itself), but the file \
          has only {file_bytes}; it is cut short, at least {} bytes are missing",
@@ -214,7 +214,7 @@ pub enum ModelError {
     OffsetCount {
         /// The tensor's name.
         tensor: String,
-        /// How many numbers there are; counting stops at 3.
+        /// The number of numbers found; counting stops at 3.
         found: usize,
     },
 
@@ -331,7 +331,7 @@ pub enum ModelError {
         file_bytes: u64,
     },
 
-    /// The file should be GGUF but does not begin like it.
+    /// The file was expected to be GGUF but does not begin with its magic bytes.
     #[error("the file does not begin with \"GGUF\"")]
     NotGguf,
 
@@ -342,9 +342,9 @@ pub enum ModelError {
     GgufCutShort {
         /// Where the incomplete part begins.
         offset: u64,
-        /// Which part it is.
+        /// The name of that part.
         part: &'static str,
-        /// How many bytes of it are missing.
+        /// The number of its bytes that are missing.
         missing: u64,
         /// The length of the file.
         file_bytes: u64,
@@ -390,7 +390,7 @@ pub enum ModelError {
     #[error("the file is empty: its download has not begun, or nothing could be written")]
     Empty,
 
-    /// The parts of a split GGUF model contradict each other or their names.
+    /// The parts of a split GGUF model contradict each other, or one contradicts its name.
     #[error("{}", printable::text(.reason))]
     Split {
         /// The contradiction.
@@ -469,8 +469,8 @@ impl ModelError {
         }
     }
 
-    /// Whether the file may be something else entirely, because it does not even begin like a
-    /// model.
+    /// Whether the file may be something else entirely, because not even its beginning is that of
+    /// a model.
     pub(crate) fn may_be_foreign(&self) -> bool {
         match self {
             ModelError::FileTooShort { .. }
@@ -486,7 +486,7 @@ impl ModelError {
     }
 }
 
-/// Whether a GGUF version is in the wrong byte order: versions are small numbers.
+/// Whether a GGUF version was written in big-endian byte order. Versions are small numbers.
 fn is_big_endian(version: u32) -> bool {
     version > 0xffff && version.swap_bytes() <= 0xffff
 }
@@ -500,7 +500,7 @@ fn is_removed_gguf_type(number: u32) -> bool {
     matches!(number, 4 | 5 | 31..=33 | 36..=38)
 }
 
-/// Maximum number of characters to quote from the file in a message.
+/// Maximum number of characters of a name to quote in a message.
 const SHOWN_CHARS: usize = 120;
 
 /// Quotes text from the file so that it is safe to print on a terminal.

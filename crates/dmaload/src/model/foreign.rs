@@ -1,8 +1,7 @@
-//! Recognizes what is in the place of a model: pointers, error pages, archives, files of other
-//! formats.
+//! Recognizes files that are in the place of a model: Git LFS pointers, error pages, archives, and
+//! other formats.
 //!
-//! Used only after a file that should be a model was refused, so that the error can say what to
-//! do.
+//! Used only after a file was refused as a model, so that the error can say what to do.
 
 use std::fmt;
 
@@ -32,12 +31,12 @@ pub enum ForeignFile {
     Xml,
     /// JSON text.
     Json {
-        /// Its beginning.
+        /// The beginning of the text.
         start: String,
     },
     /// Text.
     Text {
-        /// Its beginning.
+        /// The beginning of the text.
         start: String,
     },
     /// A zip archive, such as a PyTorch checkpoint.
@@ -56,12 +55,12 @@ pub enum ForeignFile {
     LegacyGgml,
     /// A compressed file or an archive.
     Archive {
-        /// Its format.
+        /// The name of the format, with its article.
         format: &'static str,
     },
     /// An array file of another format.
     OtherFormat {
-        /// Its format.
+        /// The name of the format, with its article.
         format: &'static str,
     },
 }
@@ -141,23 +140,24 @@ pub(crate) fn recognize(start: &[u8], file_bytes: u64) -> Option<ForeignFile> {
             return Some(ForeignFile::BigEndianSafetensors);
         }
     }
-    if let Some(found) = by_magic(start) {
+    if let Some(found) = recognize_magic(start) {
         return Some(found);
     }
     if start.iter().all(|&byte| byte == 0) {
         return Some(ForeignFile::Zeros);
     }
-    by_text(start).or_else(|| by_markup(start))
+    recognize_text(start).or_else(|| recognize_markup(start))
 }
 
-/// Formats with fixed bytes at fixed places.
-fn by_magic(start: &[u8]) -> Option<ForeignFile> {
+/// Recognizes formats by fixed bytes at fixed offsets.
+fn recognize_magic(start: &[u8]) -> Option<ForeignFile> {
     let archive = |format| Some(ForeignFile::Archive { format });
     let other = |format| Some(ForeignFile::OtherFormat { format });
     match start {
         _ if is_gguf(start) => Some(ForeignFile::Gguf),
         [b'P', b'K', 3, 4, ..] | [b'P', b'K', 5, 6, ..] => Some(ForeignFile::Zip),
-        // PROTO 2 to 5. What follows in a checkpoint is never a length that fits a header.
+        // The opcode PROTO, versions 2 to 5. In a checkpoint, the bytes after it are never those
+        // of a valid header length.
         [0x80, 2..=5, ..] => Some(ForeignFile::Pickle),
         [b'l', b'm', b'g', b'g', ..] | [b't', b'j', b'g', b'g', ..] | [b'f', b'm', b'g', b'g', ..] => {
             Some(ForeignFile::LegacyGgml)
@@ -175,9 +175,9 @@ fn by_magic(start: &[u8]) -> Option<ForeignFile> {
     }
 }
 
-/// Recognizes pages and messages in encodings other than UTF-8 (Latin-1, UTF-16), or with control
-/// characters in between, by their beginning, which is ASCII in all of them.
-fn by_markup(start: &[u8]) -> Option<ForeignFile> {
+/// Recognizes pages and messages that are not UTF-8 (but Latin-1 or UTF-16), or that contain
+/// control characters, by their beginning, which is ASCII in every encoding.
+fn recognize_markup(start: &[u8]) -> Option<ForeignFile> {
     let text: Vec<u8> = match start {
         [0xff, 0xfe, rest @ ..] | [0xfe, 0xff, 0, rest @ ..] | [0, rest @ ..] => rest.iter().step_by(2).copied().collect(),
         [_, 0, _, 0, ..] => start.iter().step_by(2).copied().collect(),
@@ -200,7 +200,7 @@ fn by_markup(start: &[u8]) -> Option<ForeignFile> {
     None
 }
 
-fn by_text(start: &[u8]) -> Option<ForeignFile> {
+fn recognize_text(start: &[u8]) -> Option<ForeignFile> {
     let text = match std::str::from_utf8(start) {
         Ok(text) => text,
         // The last character may be incomplete.
@@ -235,7 +235,7 @@ fn by_text(start: &[u8]) -> Option<ForeignFile> {
 mod tests {
     use super::*;
 
-    fn told(start: &[u8]) -> String {
+    fn describe_kind(start: &[u8]) -> String {
         recognize(start, start.len() as u64).map_or("nothing".to_owned(), |found| found.to_string())
     }
 
@@ -284,13 +284,13 @@ mod tests {
             (b"{\0\"\0e\0r\0r\0o\0r\0\"\0", "JSON text, \"{\"error\"…\""),
             (b"<\0\0\0\0\0\0\0x", "nothing"),
             (b"\xff\xfe\x01\x02\x03", "nothing"),
-            // Too short, whatever their lengths would mean: 35615, 640.
+            // Magic bytes that form header lengths (35615 and 640) longer than the file.
             (b"\x1f\x8b\0\0\0\0\0\0{\"a\"", "nothing"),
             (b"\x80\x02\0\0\0\0\0\0{\"a\"", "nothing"),
             (b"\x01\0\0\0\0\0\0\0x", "nothing"),
             (b"", "nothing"),
         ] {
-            assert_eq!(told(start), expected, "{start:?}");
+            assert_eq!(describe_kind(start), expected, "{start:?}");
         }
     }
 
@@ -298,12 +298,12 @@ mod tests {
     fn text_cut_inside_a_character_is_text() {
         let text = "ä".repeat(LOOKED_AT_BYTES);
         let shifted = format!("x{text}");
-        assert!(told(&shifted.as_bytes()[..LOOKED_AT_BYTES]).starts_with("text, \"xää"));
+        assert!(describe_kind(&shifted.as_bytes()[..LOOKED_AT_BYTES]).starts_with("text, \"xää"));
     }
 
     proptest::proptest! {
         #[test]
-        fn no_bytes_panic_or_show_hidden_characters(start in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..300), bytes in 0_u64..1000) {
+        fn arbitrary_bytes_never_panic_or_show_hidden_characters(start in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..300), bytes in 0_u64..1000) {
             if let Some(found) = recognize(&start, bytes) {
                 assert!(!found.to_string().contains(printable::is_hidden));
             }

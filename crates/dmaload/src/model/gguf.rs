@@ -1,14 +1,15 @@
 //! The GGUF format, versions 2 and 3: key-value pairs, the list of tensors, and the tensors'
 //! bytes, each at a multiple of the file's alignment.
 //!
-//! Based on `docs/gguf.md` of <https://github.com/ggml-org/ggml>. Where that is silent,
-//! `gguf_init_from_file` of the same project decides, and the same files are refused: duplicate
-//! keys and names, tensors that are not consecutive, and row lengths that are not a whole number
-//! of blocks.
+//! Based on `docs/gguf.md` of <https://github.com/ggml-org/ggml>. Where that document is silent,
+//! `gguf_init_from_file` of the same project decides. This module refuses what that function
+//! refuses: duplicate keys and names, tensors that are not consecutive, and row lengths that are
+//! not a whole number of blocks.
 //!
 //! The length of the header is not known in advance, so [`parse`] takes the beginning of the file
 //! and may ask for more of it. Memory and time are bounded by the header's length, at most
-//! [`HEADER_LIMIT_BYTES`]: no count in the file is trusted before the bytes for it have been seen.
+//! [`HEADER_LIMIT_BYTES`]: a count in the file is trusted only once the bytes that it counts have
+//! been read.
 
 mod cursor;
 mod magic;
@@ -25,19 +26,19 @@ use super::map::{self, TensorInfo, TensorMap};
 /// MB.
 pub const HEADER_LIMIT_BYTES: u64 = super::limits::HEADER_LIMIT_BYTES;
 
-/// ggml supports four (`GGML_MAX_DIMS`); its format leaves room for more.
+/// Maximum number of dimensions. ggml supports four (`GGML_MAX_DIMS`); its format allows more.
 const RANK_LIMIT: u32 = 8;
 const DEFAULT_ALIGNMENT: u64 = 32;
 
 /// The result of parsing the beginning of a file.
 #[derive(Debug, Clone, PartialEq)]
-#[allow(clippy::large_enum_variant, reason = "one of them exists at a time")]
+#[allow(clippy::large_enum_variant, reason = "only one value exists at a time")]
 pub enum Parsed {
     /// The tensors and the metadata.
     Complete(TensorMap),
     /// The header continues: more bytes of the file are needed.
     More {
-        /// How many, counted from the first byte of the file.
+        /// The required length of `start`, from the first byte of the file.
         bytes: u64,
     },
 }
@@ -80,7 +81,7 @@ fn read(cursor: &mut Cursor<'_>, file_bytes: u64) -> Result<TensorMap, Stop> {
     Ok(map.with_gguf(metadata))
 }
 
-/// `general.alignment`, or its default.
+/// Reads `general.alignment`, or returns its default.
 fn read_alignment(cursor: &Cursor<'_>, metadata: &GgufMetadata) -> Result<u64, Stop> {
     match metadata.get("general.alignment") {
         None => Ok(DEFAULT_ALIGNMENT),
@@ -89,7 +90,8 @@ fn read_alignment(cursor: &Cursor<'_>, metadata: &GgufMetadata) -> Result<u64, S
     }
 }
 
-/// Reads one entry of the list. Its range is still relative to the data.
+/// Reads one entry of the list of tensors. Its range is relative to the data, until
+/// [`place_tensors`].
 fn read_tensor(cursor: &mut Cursor<'_>, alignment: u64) -> Result<TensorInfo, Stop> {
     let at = cursor.position();
     let name = cursor.text("a tensor's name")?.to_owned();
@@ -119,7 +121,8 @@ fn read_tensor(cursor: &mut Cursor<'_>, alignment: u64) -> Result<TensorInfo, St
         let why = format!("tensor {} has rows of {row} elements; {dtype} comes in blocks of {block_elements}", quote(&name));
         return Err(cursor.fault(at, why));
     }
-    // Zeros are left out, so that they can't hide an overflow of the others.
+    // Zeros are left out of the product, so that they can't hide an overflow of the other
+    // dimensions.
     let others = shape.iter().filter(|&&dim| dim > 0).try_fold(1_u64, |product, &dim| product.checked_mul(dim as u64));
     let elements = others.map(|others| if shape.contains(&0) { 0 } else { others });
     let bytes = elements.and_then(|elements| dtype.bytes_of(elements));
@@ -146,7 +149,7 @@ fn place_tensors(
 ) -> Result<(), Stop> {
     let mut expected = 0;
     found.sort_by_key(|(_, tensor)| (tensor.file_range.start, tensor.file_range.end));
-    // For a truncated file, count everything that is missing.
+    // The end of the last tensor, because the error for a truncated file counts all missing bytes.
     let last = found.iter().map(|(_, tensor)| tensor.file_range.end).max().unwrap_or(0);
     for (at, tensor) in found {
         let range = tensor.file_range.clone();
@@ -170,7 +173,8 @@ fn place_tensors(
     Ok(())
 }
 
-/// The numbers of `enum ggml_type`. Missing numbers were removed from ggml.
+/// The type with this number in `enum ggml_type`. ggml removed the types whose numbers are missing
+/// here.
 fn dtype_from_number(number: u32) -> Option<DType> {
     Some(match number {
         0 => DType::F32,

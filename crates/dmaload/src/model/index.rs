@@ -1,4 +1,4 @@
-//! The index of a model of several safetensors files, as used by model hubs:
+//! The index of a model that is split into several safetensors files, as model hubs use it:
 //! `model.safetensors.index.json`.
 //!
 //! ```json
@@ -18,7 +18,7 @@ use super::map::TensorMap;
 /// The suffix of an index's name, unless the index is a variant.
 pub const SUFFIX: &str = ".safetensors.index.json";
 
-/// What the name of an index says.
+/// The format of the indexed files, according to the name of the index.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Named {
@@ -27,11 +27,11 @@ pub enum Named {
     Safetensors,
     /// An index of files in another format: `pytorch_model.bin.index.json`.
     Other,
-    /// An index with a generic name, `model.index.fp16.json`: only its content tells.
+    /// An index with a generic name, `model.index.fp16.json`: only its content shows the format.
     Unsaid,
 }
 
-/// What a file's name says about it; `None` unless it is the name of an index.
+/// Classifies a file by its name; `None` unless it is the name of an index.
 #[must_use]
 pub fn named(name: &str) -> Option<Named> {
     let parts: Vec<String> = name.split('.').map(str::to_ascii_lowercase).collect();
@@ -77,8 +77,8 @@ impl Index {
         let WeightMap(pairs) = serde_json::from_slice::<Document>(json)
             .map_err(|error| ModelError::Index { offset: offset_of(json, &error), reason: shorten(error.to_string()) })?
             .weight_map;
-        // Keyed by the name as spelled in the index: most tensors have the same one as the tensor
-        // before.
+        // Keyed by the name as spelled in the index. Most tensors are in the same file as the
+        // tensor before them.
         let mut places: HashMap<String, usize> = HashMap::new();
         let mut by_file: HashMap<String, usize> = HashMap::new();
         let mut shards: Vec<IndexShard> = Vec::new();
@@ -111,7 +111,7 @@ impl Index {
         Ok(Index { shards, by_tensor })
     }
 
-    /// Whether a text that can't be parsed was meant to be an index: an object with a
+    /// Whether a text that can't be parsed was probably meant to be an index: an object with a
     /// `weight_map`, or invalid JSON such as a truncated index. Other valid JSON was not.
     #[must_use]
     pub fn is_meant(json: &[u8]) -> bool {
@@ -174,7 +174,7 @@ fn offset_of(json: &[u8], error: &serde_json::Error) -> usize {
     lines.map(<[u8]>::len).sum::<usize>() + error.column()
 }
 
-/// The only key that matters; others are skipped.
+/// An index. Only one key matters; others are skipped.
 struct Document {
     weight_map: WeightMap,
 }
@@ -214,7 +214,7 @@ impl<'de> Deserialize<'de> for WeightMap {
             type Value = WeightMap;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object from names of tensors to names of files")
+                f.write_str("an object that maps tensor names to file names")
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<WeightMap, A::Error> {
@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn files_are_in_the_order_of_their_names_each_once() {
+    fn files_are_listed_once_and_sorted_by_name() {
         let index = index(r#"{"b":"2.safetensors","a":"1.safetensors","c":"sub/3.safetensors","d":"1.safetensors"}"#).unwrap();
         assert_eq!(index.files().collect::<Vec<_>>(), ["1.safetensors", "2.safetensors", "sub/3.safetensors"]);
     }
@@ -253,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn index_is_recognized_by_its_name_and_variants() {
+    fn index_names_and_their_variants_are_recognized() {
         for (name, expected) in [
             ("model.safetensors.index.json", Some(Named::Safetensors)),
             ("model.safetensors.index.fp16.json", Some(Named::Safetensors)),
@@ -283,12 +283,12 @@ mod tests {
     }
 
     #[test]
-    fn invalid_index_is_reported_with_its_offset() {
+    fn invalid_index_is_reported_with_a_reason() {
         for (json, expected) in [
             ("", "EOF"),
             ("[]", "an object with"),
             ("{}", "weight_map"),
-            (r#"{"weight_map":[]}"#, "from names of tensors"),
+            (r#"{"weight_map":[]}"#, "maps tensor names"),
             (r#"{"weight_map":{"a":1}}"#, "expected a string"),
             (r#"{"weight_map":{},"weight_map":{}}"#, "duplicate field"),
         ] {
@@ -300,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn intended_indices_are_distinguished_from_other_json() {
+    fn damaged_index_is_distinguished_from_other_json() {
         for (json, expected) in [
             ("", true),
             ("{", true),
@@ -319,7 +319,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn no_text_panics(text in r#"(\{|\}|"weight_map"|"[a-z./]{0,6}"|:|,|\[|\]|[0-9]{1,3}|\PC){0,30}"#) {
+        fn arbitrary_text_never_panics(text in r#"(\{|\}|"weight_map"|"[a-z./]{0,6}"|:|,|\[|\]|[0-9]{1,3}|\PC){0,30}"#) {
             let _ = Index::parse(text.as_bytes());
             let _ = Index::is_meant(text.as_bytes());
         }

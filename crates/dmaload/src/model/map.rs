@@ -44,13 +44,13 @@ impl TensorMap {
         Ok(Self { tensors, by_name, metadata, gguf: None, header_bytes })
     }
 
-    /// A map received from another process rather than read from a file's header. If two tensors
-    /// have the same name, the error is that name.
+    /// Creates a map of tensors received from another process rather than read from a file's
+    /// header. If two tensors have the same name, the error is that name.
     pub(crate) fn from_tensors(tensors: Vec<TensorInfo>) -> Result<Self, String> {
         Self::new(tensors, SafetensorsMetadata::default(), 0)
     }
 
-    /// The map of the same model at offset `by` in its file. `None` if that overflows 64 bits.
+    /// Moves the model to offset `by` in its file. `None` if a range then overflows 64 bits.
     pub(crate) fn shifted(mut self, by: u64) -> Option<Self> {
         for TensorInfo { file_range, .. } in &mut self.tensors {
             *file_range = file_range.start.checked_add(by)?..file_range.end.checked_add(by)?;
@@ -58,7 +58,7 @@ impl TensorMap {
         Some(self)
     }
 
-    /// The map with only those tensors whose names are kept.
+    /// Keeps only the tensors whose names `keeps` accepts.
     pub(crate) fn retain(mut self, keeps: impl Fn(&str) -> bool) -> Self {
         if !self.tensors.iter().all(|tensor| keeps(&tensor.name)) {
             self.tensors.retain(|tensor| keeps(&tensor.name));
@@ -127,9 +127,9 @@ impl TensorMap {
         &self.metadata
     }
 
-    /// For safetensors, the length of the JSON header in bytes, padding included. The 8 bytes
-    /// before it that declare it don't count: data begins at `8 + header_bytes`. For GGUF, the
-    /// length of everything before the data.
+    /// For safetensors, the length of the JSON header in bytes, padding included. The 8-byte
+    /// length before it does not count: data begins at `8 + header_bytes`. For GGUF, the length of
+    /// everything before the data.
     #[must_use]
     pub fn header_bytes(&self) -> u64 {
         self.header_bytes
@@ -157,7 +157,7 @@ pub struct SafetensorsMetadata {
 }
 
 impl SafetensorsMetadata {
-    /// Takes the pairs as read. If a key occurs twice, the error is that key.
+    /// Indexes the pairs by key. If a key occurs twice, the error is that key.
     pub(super) fn new(mut pairs: StringPairs) -> Result<Self, String> {
         pairs.text.shrink_to_fit();
         pairs.ends.shrink_to_fit();
@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn metadata_keep_the_order_of_the_header() {
+    fn metadata_keeps_the_order_of_the_header() {
         let mut pairs = StringPairs::default();
         assert_eq!(pairs.last(), "");
         for string in ["z", "1", "", "ä", "a", ""] {

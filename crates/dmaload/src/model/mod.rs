@@ -6,8 +6,8 @@
 //! exactly one tensor or is padding, and every tensor has exactly the bytes that its type and
 //! shape require.
 //!
-//! Requires nothing of the machine. Memory and time are bounded by the length of the header,
-//! whatever the header claims.
+//! Makes no system calls. Memory and time are bounded by the length of the header, whatever the
+//! header claims.
 //!
 //! ```text
 //! first bytes ──► sniff ──► parse_prefix ──► header bytes ──► parse ──► TensorMap

@@ -11,7 +11,7 @@ pub(crate) struct PartName<'a> {
     count_digits: &'a str,
     /// Everything after the count: `.safetensors`, `.fp16.safetensors`.
     end: &'a str,
-    /// Counted from 1 or, by some writers, from 0.
+    /// Counts from 1 or, in the files of some writers, from 0.
     pub(crate) number: u32,
     pub(crate) count: u32,
 }
@@ -30,7 +30,7 @@ impl<'a> PartName<'a> {
         let (count_digits, end) = after.split_at(after.find(|c| !is_digit(c)).unwrap_or(after.len()));
         let (stem, digits) = before.split_at(before.trim_end_matches(is_digit).len());
         let (number, count) = (digits.parse().ok()?, count_digits.parse().ok()?);
-        // Numbers of five digits identify a part, whatever precedes them.
+        // Two numbers of five digits identify a part, whatever precedes them.
         let is_series = digits.len() == 5 && count_digits.len() == 5;
         let joined = stem.ends_with(['-', '_', '.']) || is_series || stem.is_empty();
         (joined && count > 0 && number <= count).then_some(PartName { stem, digits, of, count_digits, end, number, count })
@@ -92,7 +92,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn no_name_panics(name in r"(-of-|_of_|[-_.a]|[0-9]{1,12}|\.gguf|\PC){0,8}") {
+        fn arbitrary_name_never_panics(name in r"(-of-|_of_|[-_.a]|[0-9]{1,12}|\.gguf|\PC){0,8}") {
             if let Some(part) = PartName::parse(&name) {
                 proptest::prop_assert_eq!(part.with_number(part.number), name.clone());
             }

@@ -1,9 +1,9 @@
-//! The safetensors format: an 8-byte little-endian length, a JSON header of
-//! that length, and the tensors' bytes, which fill the rest of the file.
+//! The safetensors format: an 8-byte little-endian length, a JSON header of that length, and the
+//! tensors' bytes, which fill the rest of the file.
 //!
 //! Based on the *Format* section of the README of <https://github.com/huggingface/safetensors>.
-//! Where it is silent, the crate `safetensors` 0.8 decides. If this module accepts a file, the
-//! crate accepts it too, and reads the same tensors.
+//! Where the README is silent, the behavior of the crate `safetensors` 0.8 decides. If this module
+//! accepts a file, the crate accepts it too, and reads the same tensors.
 //!
 //! This module is stricter where leniency would let two readers see different tensors, or hide
 //! damage. It refuses the following, which the crate accepts:
@@ -39,8 +39,8 @@ const HEADER_MIN_BYTES: u64 = 2;
 /// What the beginning of a file says about its format.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Sniff {
-    /// Treat the file as safetensors. If its header then fails to [`parse`], that is an error, and
-    /// no reason to load the file as raw bytes.
+    /// Treat the file as safetensors. If [`parse`] then refuses the header, report that error
+    /// instead of loading the file as raw bytes.
     Safetensors {
         /// The length of the JSON header, which begins at byte 8.
         header_bytes: u64,
@@ -74,9 +74,10 @@ pub enum Sniff {
 ///
 /// Fewer than 9 bytes of a longer file are also [`Sniff::Broken`], because they say nothing.
 ///
-/// So a damaged model is an error rather than a raw file. The price is that a raw file with such a
+/// So a damaged model is an error rather than a raw file. As a consequence, a raw file with such a
 /// beginning is also an error until it is explicitly loaded as raw. That is rare (five of the nine
-/// bytes have one value, a sixth has six) and loud; the opposite would be silent.
+/// bytes must have one value, and a sixth one of six) and is reported, whereas the opposite
+/// mistake would go unnoticed.
 #[must_use]
 pub fn sniff(first: &[u8], file_bytes: u64, named_safetensors: bool) -> Sniff {
     match check_start(first, file_bytes, named_safetensors) {
@@ -86,13 +87,13 @@ pub fn sniff(first: &[u8], file_bytes: u64, named_safetensors: bool) -> Sniff {
     }
 }
 
-/// Whether a fault found by [`check_start`] must not lead to a raw load, whatever the file's name.
+/// Whether a fault found by [`check_start`] rules out a raw load, whatever the file's name.
 fn indicates_safetensors(error: &ModelError) -> bool {
     // Too few bytes from the caller say nothing about the file, so "raw" would be a guess.
     matches!(error, ModelError::HeaderPastEnd { .. } | ModelError::StartTooShort { .. })
 }
 
-/// The header length of a file that looks like safetensors.
+/// Checks that a file looks like safetensors, and returns the length of its header.
 fn check_start(first: &[u8], file_bytes: u64, named: bool) -> Result<u64, ModelError> {
     if file_bytes < PREFIX_BYTES + HEADER_MIN_BYTES {
         return Err(ModelError::FileTooShort { file_bytes });
@@ -116,7 +117,7 @@ fn check_start(first: &[u8], file_bytes: u64, named: bool) -> Result<u64, ModelE
 ///
 /// # Errors
 ///
-/// [`ModelError::HeaderTooSmall`], [`ModelError::HeaderTooLarge`] or
+/// Fails with [`ModelError::HeaderTooSmall`], [`ModelError::HeaderTooLarge`] or
 /// [`ModelError::HeaderPastEnd`].
 pub fn parse_prefix(first8: [u8; 8], file_bytes: u64) -> Result<u64, ModelError> {
     let header_bytes = u64::from_le_bytes(first8);
@@ -124,7 +125,7 @@ pub fn parse_prefix(first8: [u8; 8], file_bytes: u64) -> Result<u64, ModelError>
     Ok(header_bytes)
 }
 
-/// The number of bytes in a file after a header of this length, if the file can have one.
+/// Returns the number of bytes after a header of this length, if it is valid and within the file.
 fn data_bytes(header_bytes: u64, file_bytes: u64) -> Result<u64, ModelError> {
     if header_bytes < HEADER_MIN_BYTES {
         return Err(ModelError::HeaderTooSmall { header_bytes });
@@ -149,15 +150,15 @@ pub fn parse(header: &[u8], file_bytes: u64) -> Result<TensorMap, ModelError> {
     let data_bytes = data_bytes(header_bytes, file_bytes)?;
     let data_begin = PREFIX_BYTES + header_bytes;
 
-    let contents = header::read(text(header)?, data_begin, data_bytes)?;
+    let contents = header::read(decode_header(header)?, data_begin, data_bytes)?;
     let map = TensorMap::new(contents.tensors, contents.metadata, header_bytes)
         .map_err(|tensor| ModelError::DuplicateTensor { tensor })?;
     check_cover(&map, data_begin, file_bytes)?;
     Ok(map)
 }
 
-/// The header as text that begins like a JSON object.
-fn text(header: &[u8]) -> Result<&str, ModelError> {
+/// Checks that a header is UTF-8 and begins like a JSON object.
+fn decode_header(header: &[u8]) -> Result<&str, ModelError> {
     let is_blank = |byte: &u8| header::WHITESPACE.contains(&char::from(*byte));
     match header.iter().find(|byte| !is_blank(byte)) {
         Some(b'{') => {}

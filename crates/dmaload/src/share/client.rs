@@ -1,4 +1,4 @@
-//! The client side. Everything the server says is checked before memory is mapped: a hostile
+//! The client side. Everything that the server sends is checked before memory is mapped: a hostile
 //! server can provide wrong bytes, but cannot cause out-of-bounds access.
 #![allow(unsafe_code)]
 
@@ -20,7 +20,7 @@ use tokio::sync::oneshot;
 use super::description::{Description, SegmentPlace};
 use super::listener::connect_to;
 use super::peer::{Users, user_of};
-use super::protocol::{DESCRIPTORS_IN_A_MESSAGE, NAMES_LIMIT_BYTES, REPLY_BYTES, Reply, Status, parse_names, request};
+use super::protocol::{DESCRIPTORS_IN_A_MESSAGE, NAMES_LIMIT_BYTES, REPLY_BYTES, Reply, Status, encode_request, parse_names};
 use super::{PATIENCE, REQUEST_LIMIT_BYTES, TRANSFER_LIMIT};
 use crate::engine::event::LoadFile;
 use crate::error::{Error, Result};
@@ -38,11 +38,11 @@ use crate::telemetry::report::{FileReport, Report};
 #[non_exhaustive]
 pub struct Attached {
     /// The files, segments and tensors, in memory shared by both processes. Its report describes
-    /// the attaching; of the original load it only names the route.
+    /// attaching, except for the route and the page sizes, which are those of the original load.
     pub image: Image,
     /// The process that loaded the image.
     pub process: u32,
-    /// Whether its memory is dma-bufs, which others can write to.
+    /// Whether its memory consists of dma-bufs, which others can write to.
     pub dma_bufs: bool,
 }
 
@@ -52,9 +52,9 @@ pub struct Attached {
 pub struct AttachOptions {
     /// The image's name. Not needed if the server has only one.
     pub name: Option<String>,
-    /// Users, besides one's own and root, whose servers are trusted. A server could have kept a
-    /// way to write to the memory that it shares, and change bytes while they are being read: its
-    /// user has to guarantee that it does not.
+    /// Users, besides this process's own user and root, whose servers are trusted. A server can
+    /// keep a writable mapping of the memory that it shares and change bytes while they are being
+    /// read, so trust only users whose servers do not.
     ///
     /// In a user namespace that does not map every user, all unmapped users appear as the overflow
     /// id (usually 65534, `nobody`). A server with that id is not trusted, even if this process
@@ -80,8 +80,7 @@ impl AttachOptions {
 
 /// Attaches to an image of the server at this socket.
 ///
-/// A thread does the work, and takes no longer than the server's answer and the mapping. Dropping
-/// the future detaches that thread.
+/// A new thread receives the image and maps it. Dropping the future detaches that thread.
 ///
 /// # Errors
 /// [`Error::Share`].
@@ -92,9 +91,12 @@ pub async fn attach(socket: impl AsRef<Path>, options: AttachOptions) -> Result<
     let body = move || {
         let _ = sender.send(attach_blocking(&path, &options));
     };
-    let no_thread = |_| refuse(&socket, "could not start a thread");
+    let no_thread = |error: std::io::Error| {
+        let errno = Errno::from_io_error(&error).unwrap_or(Errno::AGAIN);
+        refuse(&socket, format!("cannot start a thread: {}", errno::describe(errno)))
+    };
     std::thread::Builder::new().name("dmaload-attach".to_owned()).spawn(body).map_err(no_thread)?;
-    receiver.await.unwrap_or_else(|_| Err(refuse(&socket, "attaching ended without a result")))
+    receiver.await.unwrap_or_else(|_| Err(refuse(&socket, "the thread that attaches panicked")))
 }
 
 /// Blocking version of [`attach`].
@@ -117,9 +119,10 @@ fn refuse(socket: &Path, reason: impl Into<String>) -> Error {
 fn receive(path: &Path, options: &AttachOptions, limit: Duration) -> Result<Vec<OwnedFd>> {
     let failed = |what: &'static str| move |errno: Errno| refuse(path, format!("cannot {what}: {}", errno::describe(errno)));
     let name = options.name.as_deref().unwrap_or_default();
-    let request = request(name);
-    if request.len() > REQUEST_LIMIT_BYTES {
-        return Err(refuse(path, "the image's name is too long"));
+    let request = encode_request(name);
+    if let Some(excess @ 1..) = request.len().checked_sub(REQUEST_LIMIT_BYTES) {
+        let (bytes, limit) = (name.len(), name.len() - excess);
+        return Err(refuse(path, format!("the image's name has {bytes} bytes, more than the limit of {limit}")));
     }
     let socket =
         socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).map_err(failed("create a socket"))?;
@@ -132,11 +135,11 @@ fn receive(path: &Path, options: &AttachOptions, limit: Duration) -> Result<Vec<
     if !(users.is_root(server) || users.is_own(server) || options.trusted_users.contains(&server)) {
         return Err(refuse(path, explain_distrust(users, server)));
     }
-    // A server that refuses before the request has already closed the connection, but its answer
-    // can be received.
+    // A server that refuses before the request arrives has already closed the connection, but its
+    // answer can still be received.
     match send(&socket, &request, SendFlags::NOSIGNAL) {
         Ok(_) | Err(Errno::PIPE | Errno::CONNRESET) => {}
-        Err(errno) => return Err(failed("ask")(errno)),
+        Err(errno) => return Err(failed("send the request")(errno)),
     }
     let deadline = Instant::now() + limit;
     let mut descriptors: Vec<OwnedFd> = Vec::new();
@@ -160,7 +163,7 @@ fn receive(path: &Path, options: &AttachOptions, limit: Duration) -> Result<Vec<
         if here.len() != reply.here as usize || here.is_empty() || descriptors.len() + here.len() > reply.all as usize {
             return Err(refuse(
                 path,
-                "descriptors were lost: the limit of open files (ulimit -n) is reached, or the server is lying",
+                "descriptors were lost: the limit of open files (ulimit -n) is reached, or the server sent too few",
             ));
         }
         descriptors.append(&mut here);
@@ -175,20 +178,20 @@ fn receive(path: &Path, options: &AttachOptions, limit: Duration) -> Result<Vec<
     }
 }
 
-/// Why there is no connection, and what to do about it.
+/// Explains why connecting failed, and what to do about it.
 fn explain_connect_error(errno: Errno) -> String {
     let hint = match errno {
         Errno::NOENT => "; check the path, and whether the server has finished loading: its socket appears with the image",
         Errno::CONNREFUSED => "; the server that created this socket has exited",
         Errno::ACCESS => "; the server must allow this user (ServerOptions::allow_user)",
         Errno::PROTOTYPE => "; the socket belongs to another program",
-        Errno::AGAIN => "; the server does not accept connections",
+        Errno::AGAIN => "; the server does not accept connections: its backlog is full",
         _ => "",
     };
     format!("cannot connect: {}{hint}", errno::describe(errno))
 }
 
-/// Why a server is not trusted.
+/// Explains why a server is not trusted.
 fn explain_distrust(users: Users, server: u32) -> String {
     let reason = if users.is_ambiguous(server) {
         "which stands for every unmapped user in this user namespace"
@@ -221,7 +224,7 @@ fn explain_refusal(reply: Reply, name: &str, names: &[String]) -> String {
         Status::NotYet => format!("the server still has no image after {PATIENCE:?}: try again when it has finished loading"),
         Status::Busy => {
             format!(
-                "the server is busy: for {PATIENCE:?}, other clients of this user have not received what was sent to them, or the server has reached its limit of open files (ulimit -n)"
+                "the server is busy: for {PATIENCE:?}, other clients of this user did not receive their descriptors, or the server has reached its limit of open files (ulimit -n)"
             )
         }
     }
@@ -251,17 +254,20 @@ fn receive_message(socket: &OwnedFd) -> Result<(Vec<u8>, Vec<OwnedFd>), Errno> {
     Ok((message, descriptors))
 }
 
-/// Interprets the descriptors as a description and memories.
+/// Interprets the descriptors as a description and allocations.
 fn parse_descriptors(path: &Path, descriptors: Vec<OwnedFd>) -> Result<(Description, Vec<Memory>)> {
-    /// A description takes about 200 bytes per tensor, so even one of a million tensors is
-    /// shorter.
+    /// Maximum length of a description. One of a million tensors takes about 200 MB.
     const DESCRIPTION_LIMIT_BYTES: usize = 256 << 20;
     let mut descriptors = descriptors.into_iter();
     let wrong = |what: String| refuse(path, what);
     let description = descriptors.next().ok_or_else(|| wrong("the server sent nothing".to_owned()))?;
-    let description = Memfd::from_sealed(description).map_err(|error| wrong(format!("its description: {error}")))?;
+    let description = Memfd::from_sealed(description)
+        .map_err(|error| wrong(format!("its description is not a sealed memfd: {}", error.errno.describe())))?;
     if description.bytes() > DESCRIPTION_LIMIT_BYTES {
-        return Err(wrong(format!("its description is {} bytes long", description.bytes())));
+        return Err(wrong(format!(
+            "its description is {} bytes long, more than the limit of {DESCRIPTION_LIMIT_BYTES}",
+            description.bytes()
+        )));
     }
     let mut json = vec![0; description.bytes()];
     let mut at = 0;
@@ -278,17 +284,21 @@ fn parse_descriptors(path: &Path, descriptors: Vec<OwnedFd>) -> Result<(Descript
         } else {
             Memfd::from_sealed(fd).map(Memory::Memfd)
         };
-        taken.map_err(|error| wrong(format!("unexpected kind of memory: {error}")))
+        taken.map_err(|error| wrong(format!("unexpected kind of memory: {}", error.errno.describe())))
     });
     let memories = memories.collect::<Result<Vec<_>>>()?;
     if memories.len() != description.memories {
-        return Err(wrong(format!("received {} memories, but {} are described", memories.len(), description.memories)));
+        return Err(wrong(format!(
+            "received {} allocations, but its description lists {}",
+            memories.len(),
+            description.memories
+        )));
     }
     Ok((description, memories))
 }
 
-/// Where to map each memory, and their total length; `None` if a segment is not within its memory,
-/// or does not follow the one before it as it should.
+/// Plans where to map each allocation. Returns these offsets and the total length; `None` if a
+/// segment reaches past its allocation, or a span would have a gap.
 fn plan_mapping(segments: &[SegmentPlace], lengths: &[usize]) -> Option<(Vec<usize>, usize)> {
     let (mut places, mut end) = (Vec::new(), 0_usize);
     for (number, &bytes) in lengths.iter().enumerate() {
@@ -300,8 +310,8 @@ fn plan_mapping(segments: &[SegmentPlace], lengths: &[usize]) -> Option<(Vec<usi
         let (before, here) = (first.checked_sub(1).and_then(|before| segments.get(before)), segments.get(first)?);
         let continues = before.filter(|before| before.span == here.span);
         if let Some(before) = continues {
-            // The segment must occupy all of the preceding memory, to the last byte, or there
-            // would be a gap.
+            // The preceding segment must fill its allocation to the last byte, or the span would
+            // have a gap.
             let whole = before.memory_offset + (before.file_range.end - before.file_range.start);
             (*lengths.get(before.memory)? as u64 == whole).then_some(())?;
         } else {
@@ -315,25 +325,26 @@ fn plan_mapping(segments: &[SegmentPlace], lengths: &[usize]) -> Option<(Vec<usi
 
 fn build_image(path: &Path, description: &Description, memories: Vec<Memory>, started: Instant) -> Result<Attached> {
     let wrong = |what: String| refuse(path, what);
-    let length = |memory: &Memory| memory.bytes().expect("memory that came as a descriptor has a length");
+    let length = |memory: &Memory| memory.bytes().expect("memory received as a descriptor has a length");
     let lengths: Vec<usize> = memories.iter().map(length).collect();
     let (places, all) =
         plan_mapping(&description.segments, &lengths).ok_or_else(|| wrong("its segments don't fit their memory".to_owned()))?;
     let mut backings = Vec::new();
     if !memories.is_empty() {
         let reaper = Reaper::start().map_err(|error| wrong(format!("cannot start a thread: {error}")))?;
-        let range = AddressRange::reserve(all).map_err(|error| wrong(error.to_string()))?;
+        let range = AddressRange::reserve(all).map_err(|error| wrong(format!("cannot {error}")))?;
         for ((memory, &at), &bytes) in memories.into_iter().zip(&places).zip(&lengths) {
-            let mapping = range.map(&memory, at, bytes).map_err(|error| wrong(error.to_string()))?;
+            let mapping = range.map(&memory, at, bytes).map_err(|error| wrong(format!("cannot {error}")))?;
             backings.push(Arc::new(Backing::new(mapping, memory, reaper.clone())));
         }
     }
     let heap: Arc<str> = if description.dma_bufs { "shared dma-buf" } else { "shared memfd" }.into();
-    let to_usize = |bytes: u64| usize::try_from(bytes).expect("segments are within their memories");
+    let to_usize = |bytes: u64| usize::try_from(bytes).expect("segments lie within their allocations");
     let mut segments = Vec::new();
     for (index, planned) in description.segments.iter().enumerate() {
-        let file = description.files.get(planned.file).expect("a description with a segment of no file is refused");
-        let backing = backings.get(planned.memory).expect("as many memories came as are described, and segments are in these");
+        let file = description.files.get(planned.file).expect("a description is refused if a segment's file is missing");
+        let backing =
+            backings.get(planned.memory).expect("the number of allocations was checked, and segments refer only to these");
         let place = Placement {
             index,
             file_index: planned.file,
@@ -346,11 +357,11 @@ fn build_image(path: &Path, description: &Description, memories: Vec<Memory>, st
             memory_offset: to_usize(planned.memory_offset),
             memory_bytes: to_usize(planned.memory_bytes),
         };
-        // SAFETY: the memory is mapped in full, and bytes beyond the file's are at worst zeros,
+        // SAFETY: the whole allocation is mapped, and bytes beyond the file's are at worst zeros,
         // because a memfd is always initialized. The memfd is sealed against writing
-        // (`Memfd::from_sealed` has checked that), so only a process that had mapped it before
-        // could write to it, and `receive` has checked that its user is trusted not to. Views of a
-        // dma-buf are never handed out: it counts as handed out below.
+        // (`Memfd::from_sealed` has checked that), so only a process that mapped it before can
+        // write to it, and `receive` has checked that the server's user is trusted not to. A
+        // dma-buf is marked as handed out below, so views of it are never created.
         let segment = unsafe { Segment::new(place, Arc::clone(&heap), Arc::clone(backing)) };
         if description.dma_bufs {
             segment.hand_out_dma_buf()?;
@@ -375,8 +386,8 @@ fn build_image(path: &Path, description: &Description, memories: Vec<Memory>, st
     Ok(Attached { image, process: description.process, dma_bufs: description.dma_bufs })
 }
 
-/// Nothing was read, copied or allocated by this process.
-fn make_report(
+/// Makes the report. This process read, copied and allocated nothing.
+pub(super) fn make_report(
     path: &Path,
     description: &Description,
     route: Route,
@@ -423,9 +434,16 @@ mod tests {
     use std::io::IoSlice;
     use std::os::fd::AsFd;
 
-    /// Sends one descriptor after another, each in time.
     #[test]
-    fn slow_server_is_abandoned_in_time() {
+    fn overlong_image_name_is_refused_with_the_limit() {
+        let options = AttachOptions::default().name("n".repeat(497));
+        let error = receive(Path::new("unused"), &options, Duration::ZERO).unwrap_err().to_string();
+        assert!(error.ends_with("the image's name has 497 bytes, more than the limit of 496"), "{error}");
+    }
+
+    /// The server sends one descriptor after another, each within the timeout.
+    #[test]
+    fn slow_server_is_abandoned_at_the_deadline() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");
         let listener = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();

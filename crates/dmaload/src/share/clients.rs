@@ -3,18 +3,18 @@
 //! What a client can hold is bounded per user, and nothing that a client says is trusted:
 //!
 //! - Descriptors in flight over a Unix socket count against the *server's* user until they are
-//!   received, even if the connection is closed in the meantime, and the kernel stops the server
-//!   from sending when there are more than it may have open. Only the kernel is asked whether they
-//!   were received (`SIOCOUTQ`): a client that claims so too early, or closes its half of the
-//!   connection, is sent nothing more, and its connection is kept until the kernel says that
-//!   nothing is in flight. This way they always count, against the client's user.
+//!   received, even if the connection is closed in the meantime. Above the server's limit of open
+//!   files, the kernel refuses to send more. Only the kernel decides whether descriptors were
+//!   received (`SIOCOUTQ`): a client that confirms too early, or closes its half of the
+//!   connection, is sent nothing more, and its connection is kept until nothing is in flight.
+//!   Until then, its descriptors count against the client's user.
 //! - A user has at most [`ClientLimits::descriptors`] in flight, to at most
 //!   [`ClientLimits::receivers`] clients. The user's other clients wait, for at most [`PATIENCE`];
 //!   clients of other users do not.
-//! - When there are too many idle connections, the oldest one of the user with the most of them is
-//!   closed to admit a new one.
+//! - When the limit of connections is reached, the user with the most idle connections loses the
+//!   oldest of them to a new one.
 //! - A transfer takes at most [`TRANSFER_LIMIT`].
-//! - Descriptors sent by clients are refused, or closed on a thread that nothing waits for
+//! - Descriptors sent by clients are refused, or closed on threads that the server never waits for
 //!   ([`super::connection`]).
 
 use std::collections::HashMap;
@@ -42,7 +42,7 @@ use super::queue::is_unreceived;
 use super::{PATIENCE, REQUEST_LIMIT_BYTES, TRANSFER_LIMIT};
 use crate::error::Result;
 
-/// Maximum number of connections to accept before others are served again.
+/// Maximum number of connections to accept before existing clients are served again.
 const ADMITTED_AT_ONCE: usize = 32;
 
 /// How often to poll a client whose progress is not signaled by an event.
@@ -51,8 +51,8 @@ const RETRY: Duration = Duration::from_millis(20);
 /// A client's connection.
 struct Client {
     socket: Connection,
-    /// Whether the client's user may attach. Others get an answer to their request: closing the
-    /// connection earlier would lose the answer.
+    /// Whether the client's user may attach. Other users are refused only after their request has
+    /// arrived: closing the connection earlier would lose the answer.
     allowed: bool,
     user: u32,
     /// When the client connected or last made progress.
@@ -79,7 +79,7 @@ enum ClientStep {
     LetGo,
 }
 
-/// What the clients of a user hold.
+/// What one user's clients hold.
 #[derive(Debug, Clone, Copy, Default)]
 struct HeldByUser {
     receivers: usize,
@@ -110,14 +110,14 @@ impl Client {
         match self.state {
             ClientState::Silent | ClientState::Early { .. } => Some(self.since + PATIENCE),
             ClientState::Receiving { begun, .. } => Some((self.since + PATIENCE).min(begun + TRANSFER_LIMIT)),
-            // Only the client can receive them or exit.
+            // Only the client can end this, by receiving the descriptors or exiting.
             ClientState::Draining { .. } => None,
         }
     }
 
     /// Sends a last message.
     fn answer(&self, message: &[u8]) -> ClientStep {
-        // The client may be gone.
+        // A failure is ignored, because the connection ends in any case.
         let _ = send_bytes(&self.socket, message, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
         ClientStep::LetGo
     }
@@ -126,7 +126,7 @@ impl Client {
         self.answer(&Reply { status, all, here: 0 }.to_bytes())
     }
 
-    /// Sends nothing more, and keeps the connection while descriptors are in flight.
+    /// Stops sending, and keeps the connection while descriptors are in flight.
     fn drain(&mut self) -> ClientStep {
         let unreceived = self.unreceived();
         // Only a system call filter can make this fail. Without the kernel's answer, the
@@ -178,7 +178,7 @@ impl Client {
             {
                 (*unreceived, self.since) = (0, Instant::now());
             }
-            // The client sent something before it was answered, so it can't be trusted.
+            // The client violates the protocol: it sent a message before it was answered.
             (ClientState::Early { .. } | ClientState::Receiving { .. } | ClientState::Draining { .. }, _) => return self.drain(),
         }
         self.send_next(others, limits)
@@ -208,7 +208,7 @@ impl Client {
     /// Sends as many descriptors as the user may have in flight.
     fn send_next(&mut self, others: HeldByUser, limits: ClientLimits) -> ClientStep {
         let ClientState::Receiving { published, next, unreceived, .. } = &mut self.state else {
-            unreachable!("descriptors are sent only to a client that receives");
+            unreachable!("only a receiving client is sent descriptors");
         };
         let rest = published.descriptors.get(*next..).unwrap_or_default();
         if rest.is_empty() {
@@ -220,7 +220,7 @@ impl Client {
         }
         let part = rest.get(..DESCRIPTORS_IN_A_MESSAGE.min(rest.len()).min(room)).unwrap_or_default();
         let reply = Reply { status: Status::Ok, all: count(published.descriptors.len()), here: count(part.len()) };
-        match send(&self.socket, reply, part) {
+        match send_descriptors(&self.socket, reply, part) {
             Ok(()) => {
                 (*next, *unreceived) = (*next + part.len(), part.len());
                 self.since = Instant::now();
@@ -234,7 +234,7 @@ impl Client {
     }
 }
 
-fn send(socket: &Connection, reply: Reply, descriptors: &[OwnedFd]) -> Result<(), Errno> {
+fn send_descriptors(socket: &Connection, reply: Reply, descriptors: &[OwnedFd]) -> Result<(), Errno> {
     let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_IN_A_MESSAGE))];
     let mut control = SendAncillaryBuffer::new(&mut space);
@@ -245,13 +245,14 @@ fn send(socket: &Connection, reply: Reply, descriptors: &[OwnedFd]) -> Result<()
     sendmsg(socket, &[IoSlice::new(&reply.to_bytes())], &mut control, flags).map(|_| ())
 }
 
-/// The body of the thread.
+/// Serves clients until the server is dropped: the body of the serving thread.
 pub(super) fn serve(shared: &ServerShared) {
     let listener = &shared.listener.socket;
     let mut clients: Vec<Client> = Vec::new();
     loop {
         let mut watched = vec![PollFd::new(&shared.wake, PollFlags::IN), PollFd::new(listener, PollFlags::IN)];
-        // A half-closed connection is always ready, so draining ones are polled by time instead.
+        // A half-closed connection is always ready, so draining clients are polled by time
+        // instead.
         let polled = clients.iter().filter(|client| !matches!(client.state, ClientState::Draining { .. }));
         watched.extend(polled.map(|client| PollFd::new(&client.socket, PollFlags::IN)));
         let now = Instant::now();
@@ -270,14 +271,15 @@ pub(super) fn serve(shared: &ServerShared) {
             return;
         }
         if polled.is_err_and(|errno| errno != Errno::INTR) {
-            // Out of memory; there may be some again in a moment.
+            // Out of memory: retry after a pause.
             thread::sleep(Duration::from_millis(10));
             continue;
         }
         let mut ready = ready.into_iter();
         let (is_woken, has_connections) = (ready.next() == Some(true), ready.next() == Some(true));
         if is_woken {
-            // One read resets the counter. There is something to read, or another wake-up follows.
+            // One read resets the counter. If the read is interrupted, the next poll returns at
+            // once.
             let _ = rustix::io::read(&shared.wake, &mut [0; 8]);
         }
         let limits = shared.limits();
@@ -319,13 +321,13 @@ pub(super) fn serve(shared: &ServerShared) {
     }
 }
 
-/// Accepts connections, but not all at once, so that existing ones are served in between.
+/// Accepts connections, but not all at once, so that existing clients are served in between.
 fn admit(shared: &ServerShared, limits: ClientLimits, clients: &mut Vec<Client>) {
     for _ in 0..ADMITTED_AT_ONCE {
         let socket = match accept_with(&shared.listener.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
             Ok(socket) => socket,
             Err(Errno::INTR | Errno::CONNABORTED) => continue,
-            // Strangers are dropped first.
+            // Out of descriptors: close a connection, preferably one of a user who may not attach.
             Err(Errno::MFILE | Errno::NFILE) if make_room(clients, |client| !client.allowed) || make_room(clients, |_| true) => {
                 shared.refused.fetch_add(1, Ordering::Relaxed);
                 continue;
@@ -333,14 +335,14 @@ fn admit(shared: &ServerShared, limits: ClientLimits, clients: &mut Vec<Client>)
             Err(Errno::AGAIN) => return,
             Err(_) => {
                 // No descriptors, no memory, or a system call filter. The connection stays in the
-                // queue; without a pause, this thread would spin.
+                // backlog; without a pause, this thread would spin.
                 thread::sleep(Duration::from_millis(10));
                 return;
             }
         };
         let socket = Connection::new(socket, shared.closer.clone());
         let Ok(user) = user_of(&socket) else {
-            // Without knowing the user, closing the connection is the only answer.
+            // The limits are per user, so a client of an unknown user is not served.
             shared.refused.fetch_add(1, Ordering::Relaxed);
             continue;
         };
@@ -354,7 +356,7 @@ fn admit(shared: &ServerShared, limits: ClientLimits, clients: &mut Vec<Client>)
     }
 }
 
-/// Closes the connections that have not been accepted, and any to come.
+/// Closes connections that were not accepted yet, and refuses new ones.
 fn close_pending(shared: &ServerShared) {
     let listener = &shared.listener.socket;
     // If this fails, they are closed with the listener.
@@ -364,14 +366,15 @@ fn close_pending(shared: &ServerShared) {
     }
 }
 
-/// Closes the oldest of these connections of the user who has the most of them; `false` if there
-/// is none. Connections with descriptors in flight are kept, because they keep count of those.
-fn make_room(clients: &mut Vec<Client>, of: impl Fn(&Client) -> bool) -> bool {
-    let of = |client: &Client| of(client) && client.unreceived() == 0;
+/// Of the connections that `may_close` selects, closes the oldest one of the user with the most of
+/// them. Returns `false` if it selects none. Connections with descriptors in flight are kept,
+/// because they track those descriptors.
+fn make_room(clients: &mut Vec<Client>, may_close: impl Fn(&Client) -> bool) -> bool {
+    let may_close = |client: &Client| may_close(client) && client.unreceived() == 0;
     let mut by_user: HashMap<u32, usize> = HashMap::new();
-    clients.iter().filter(|client| of(client)).for_each(|client| *by_user.entry(client.user).or_default() += 1);
+    clients.iter().filter(|client| may_close(client)).for_each(|client| *by_user.entry(client.user).or_default() += 1);
     let most = by_user.into_iter().max_by_key(|&(_, count)| count).map(|(user, _)| user);
-    let oldest = clients.iter().position(|client| of(client) && Some(client.user) == most);
+    let oldest = clients.iter().position(|client| may_close(client) && Some(client.user) == most);
     let Some(oldest) = oldest else { return false };
     clients.remove(oldest).refuse(Status::Busy, 0);
     true
@@ -382,7 +385,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn limits_of_all_users_leave_room_for_others() {
+    fn limits_leave_descriptors_for_the_rest_of_the_process() {
         for descriptors in [16, 64, 128, 1024, 1 << 20] {
             for users in [1, 2, 3, 10, 100] {
                 let limits = ClientLimits::new(descriptors, users);
@@ -397,7 +400,7 @@ mod tests {
     }
 
     #[test]
-    fn every_wait_for_a_client_has_a_deadline() {
+    fn only_draining_clients_have_no_deadline() {
         let (socket, _other) = rustix::net::socketpair(
             rustix::net::AddressFamily::UNIX,
             rustix::net::SocketType::SEQPACKET,
@@ -416,10 +419,12 @@ mod tests {
             let mut begun = now;
             client.state = ClientState::Receiving { published: Arc::clone(&published), next: 0, unreceived, begun };
             assert_eq!(client.deadline(), Some(now + PATIENCE));
-            // The client makes progress, but has taken too long.
+            // The client makes progress, but the transfer takes too long.
             begun = now - TRANSFER_LIMIT;
             client.state = ClientState::Receiving { published: Arc::clone(&published), next: 0, unreceived, begun };
             assert_eq!(client.deadline(), Some(now));
         }
+        client.state = ClientState::Draining { unreceived: 3 };
+        assert_eq!(client.deadline(), None);
     }
 }

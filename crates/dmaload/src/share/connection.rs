@@ -1,14 +1,14 @@
-//! A server's end of a connection, which closes without waiting for what its client has sent.
+//! A server's end of a connection, which closes without waiting for descriptors from the client.
 //!
-//! A message from any sender can carry descriptors of any kind. A server wants none: they are
-//! closed by the thread that receives the message or closes the connection. The last close of a
-//! socket with `SO_LINGER` (`socket(7)`) takes as long as its creator chose, and that of a file
+//! A message from any sender can carry descriptors of any kind. A server uses none of them: they
+//! are closed on the thread that receives the message or closes the connection. The last close of
+//! a socket with `SO_LINGER` (`socket(7)`) takes as long as its creator chose, and that of a file
 //! can wait for its file system. Therefore:
 //!
 //! - Since Linux 6.16, a socket can refuse descriptors (`SO_PASSRIGHTS`, `unix(7)`): sending them
 //!   fails.
-//! - On older kernels, a message is peeked at (`MSG_PEEK`) before it is received. A connection
-//!   with a message that carries descriptors is handed to a thread that does nothing else
+//! - On older kernels, a message is peeked at (`MSG_PEEK`) before it is received. If the message
+//!   carries descriptors, the connection is handed to a thread that only closes connections
 //!   ([`SlowCloser`]).
 #![allow(unsafe_code)]
 
@@ -24,8 +24,8 @@ use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, Shutdown, recv, r
 /// yet. On architectures with other numbers (Alpha, MIPS, PA-RISC, SPARC), the kernel reports an
 /// unknown option.
 const SO_PASSRIGHTS: libc::c_int = 83;
-/// Maximum number of threads that may hang while closing what clients have sent. Further
-/// connections wait.
+/// Maximum number of threads that can be blocked closing descriptors from clients. Further
+/// connections queue.
 const CLOSERS_MAX: usize = 16;
 
 /// Makes a listening socket, and all connections to it, refuse descriptors. Returns whether the
@@ -40,12 +40,12 @@ pub(super) fn refuse_descriptors(listener: BorrowedFd<'_>) -> bool {
     result == 0
 }
 
-/// See the module documentation.
+/// A connection to a client; see the module documentation.
 #[derive(Debug)]
 pub(super) struct Connection {
-    /// Only `None` inside `drop`.
+    /// `None` only inside `drop`.
     socket: Option<OwnedFd>,
-    /// `None` if the kernel refuses descriptors.
+    /// `None` if the kernel refuses descriptors from clients.
     closer: Option<Arc<SlowCloser>>,
 }
 
@@ -69,8 +69,8 @@ impl Connection {
 
     /// Whether closing the connection would close descriptors sent by the client.
     fn holds_descriptors(&self) -> bool {
-        // After the shutdown nothing more arrives, so this sees everything. The client still
-        // receives what it has not received yet.
+        // Nothing arrives after the shutdown, so the loop sees every message. The client can still
+        // receive messages that were already sent.
         let _ = shutdown(self, Shutdown::Both);
         loop {
             match carries_descriptors(self.as_fd()) {
@@ -97,7 +97,7 @@ fn carries_descriptors(socket: BorrowedFd<'_>) -> Result<bool, Errno> {
 
 impl AsFd for Connection {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_ref().expect("the socket is taken out by the drop alone").as_fd()
+        self.socket.as_ref().expect("only `drop` takes the socket").as_fd()
     }
 }
 
@@ -105,13 +105,13 @@ impl Drop for Connection {
     fn drop(&mut self) {
         let Some(closer) = self.closer.take() else { return };
         if self.holds_descriptors() {
-            let socket = self.socket.take().expect("the socket is taken out by the drop alone");
+            let socket = self.socket.take().expect("only `drop` takes the socket");
             closer.close_later(socket);
         }
     }
 }
 
-/// Threads that close connections whose close may take long.
+/// Threads that close connections whose close can block.
 #[derive(Debug, Default)]
 pub(super) struct SlowCloser {
     queue: Mutex<Queue>,
@@ -145,8 +145,8 @@ impl SlowCloser {
         let body = move || closer.run();
         // Not joined, because that would mean waiting for clients.
         if thread::Builder::new().name("dmaload-close".to_owned()).spawn(body).is_err() {
-            // The socket waits for a thread started by another connection, or for the process to
-            // exit.
+            // The socket stays queued until another connection starts a thread, or the process
+            // exits.
             self.queue().threads -= 1;
         }
     }
@@ -168,7 +168,7 @@ impl SlowCloser {
         }
     }
 
-    /// Marks the end: threads exit once they have closed all remaining connections.
+    /// Shuts down: threads exit once they have closed all queued connections.
     pub(super) fn close(&self) {
         self.queue().closed = true;
         self.changed.notify_all();

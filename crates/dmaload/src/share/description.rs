@@ -1,5 +1,5 @@
-//! Describes an image to another process: its files and tensors, and the place of each segment in
-//! which memory.
+//! Describes an image to another process: its files, its tensors, and where each segment lies in
+//! which allocation.
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -13,19 +13,19 @@ use crate::model::{DType, TensorInfo, TensorMap};
 use crate::plan::select::{ChosenTensor, ChosenTensors, Rows, TensorSlice};
 use crate::plan::tensors::FileTensors;
 
-/// See the module documentation. A parsed description is consistent in itself; comparing it to the
-/// sizes of the memories is up to their holder.
+/// See the module documentation. A parsed description is consistent; comparing it to the sizes of
+/// the allocations is up to the caller.
 #[derive(Debug)]
 pub(super) struct Description {
     pub(super) process: u32,
     pub(super) route: String,
-    /// The page sizes that its loader found. A process that maps the memory sees smaller pages
-    /// until all of it is touched.
+    /// The page sizes that the loader found. A process that maps the memory sees smaller pages
+    /// until it has touched all of it.
     pub(super) pages: PageCount,
     pub(super) dma_bufs: bool,
     pub(super) files: Vec<DescribedFile>,
     pub(super) segments: Vec<SegmentPlace>,
-    /// The number of memories.
+    /// The number of allocations.
     pub(super) memories: usize,
 }
 
@@ -93,13 +93,14 @@ impl Description {
     pub(super) fn parse(json: &[u8]) -> Result<Self, String> {
         let value: Value = serde_json::from_slice(json).map_err(|error| format!("its description is not JSON: {error}"))?;
         let wrong = |what: &str| format!("invalid description: {what}");
-        let number = |key: &str| value.get(key).and_then(Value::as_u64).ok_or_else(|| wrong(key));
-        let array = |key: &str| value.get(key).and_then(Value::as_array).ok_or_else(|| wrong(key));
-        let files = array("files")?.iter().map(file).collect::<Option<Vec<_>>>().ok_or_else(|| wrong("files"))?;
-        let memories = usize::try_from(number("memories")?).map_err(|_| wrong("memories"))?;
+        let malformed = |key: &str| wrong(&format!("{key:?} is missing or malformed"));
+        let number = |key: &str| value.get(key).and_then(Value::as_u64).ok_or_else(|| malformed(key));
+        let array = |key: &str| value.get(key).and_then(Value::as_array).ok_or_else(|| malformed(key));
+        let files = array("files")?.iter().map(parse_file).collect::<Option<Vec<_>>>().ok_or_else(|| malformed("files"))?;
+        let memories = usize::try_from(number("memories")?).map_err(|_| malformed("memories"))?;
         let mut segments: Vec<SegmentPlace> = Vec::new();
         for value in array("segments")? {
-            let place = segment(value).ok_or_else(|| wrong("segments"))?;
+            let place = parse_segment(value).ok_or_else(|| malformed("segments"))?;
             let before = segments.last().map_or(0, |before| before.memory + 1);
             let in_order = place.memory == before || segments.last().is_some_and(|before| before.memory == place.memory);
             let bytes = files.get(place.file).map_or(0, |file: &DescribedFile| file.bytes);
@@ -110,18 +111,18 @@ impl Description {
             segments.push(place);
         }
         if segments.last().map_or(0, |last| last.memory + 1) != memories {
-            return Err(wrong("wrong number of memories"));
+            return Err(wrong("the number of allocations is wrong"));
         }
         Ok(Description {
-            process: u32::try_from(number("process")?).map_err(|_| wrong("process"))?,
+            process: u32::try_from(number("process")?).map_err(|_| malformed("process"))?,
             pages: {
-                // These are only displayed.
-                let told = |name: &str| value.get(name).and_then(Value::as_u64).unwrap_or(0);
-                let seen_bytes = told("seen_bytes");
-                PageCount { seen_bytes, huge_bytes: told("huge_bytes").min(seen_bytes) }
+                // Only displayed, so a missing number is harmless.
+                let number_or_zero = |name: &str| value.get(name).and_then(Value::as_u64).unwrap_or(0);
+                let seen_bytes = number_or_zero("seen_bytes");
+                PageCount { seen_bytes, huge_bytes: number_or_zero("huge_bytes").min(seen_bytes) }
             },
-            route: value.get("route").and_then(Value::as_str).ok_or_else(|| wrong("route"))?.to_owned(),
-            dma_bufs: value.get("dma_bufs").and_then(Value::as_bool).ok_or_else(|| wrong("dma_bufs"))?,
+            route: value.get("route").and_then(Value::as_str).ok_or_else(|| malformed("route"))?.to_owned(),
+            dma_bufs: value.get("dma_bufs").and_then(Value::as_bool).ok_or_else(|| malformed("dma_bufs"))?,
             files,
             segments,
             memories,
@@ -129,8 +130,9 @@ impl Description {
     }
 }
 
-/// Whether a segment can come after another one: in the same span it must continue in the file,
-/// and in the same memory it must continue there.
+/// Whether segment `after` can follow `before`. In the same span, it must continue the range of
+/// the file, at the start of the next allocation. In another span, it can share the allocation,
+/// past the end of `before`.
 fn can_follow(before: &SegmentPlace, after: &SegmentPlace) -> bool {
     let end = before.memory_offset.checked_add(before.memory_bytes);
     let continues = before.span == after.span;
@@ -140,16 +142,16 @@ fn can_follow(before: &SegmentPlace, after: &SegmentPlace) -> bool {
     (!continues || in_file) && in_memory && at_start && (continues || after.span > before.span)
 }
 
-fn numbers(value: &Value) -> Option<Vec<u64>> {
+fn parse_numbers(value: &Value) -> Option<Vec<u64>> {
     value.as_array()?.iter().map(Value::as_u64).collect()
 }
 
-fn dimensions(value: &Value) -> Option<Vec<usize>> {
+fn parse_dimensions(value: &Value) -> Option<Vec<usize>> {
     value.as_array()?.iter().map(|dim| usize::try_from(dim.as_u64()?).ok()).collect()
 }
 
-fn segment(value: &Value) -> Option<SegmentPlace> {
-    let [file, span, memory, memory_offset, memory_bytes, start, end] = *numbers(value)? else { return None };
+fn parse_segment(value: &Value) -> Option<SegmentPlace> {
+    let [file, span, memory, memory_offset, memory_bytes, start, end] = *parse_numbers(value)? else { return None };
     let index = |number: u64| usize::try_from(number).ok();
     let page = dmabuf::page_bytes() as u64;
     let aligned = memory_offset.is_multiple_of(page) && memory_bytes.is_multiple_of(page);
@@ -163,21 +165,21 @@ fn segment(value: &Value) -> Option<SegmentPlace> {
     })
 }
 
-fn file(value: &Value) -> Option<DescribedFile> {
+fn parse_file(value: &Value) -> Option<DescribedFile> {
     let (path, bytes) = (value.get("path")?.as_str()?, value.get("bytes")?.as_u64()?);
     let tensors = match value.get("tensors")? {
         Value::Null => None,
-        tensors => Some(Arc::new(file_tensors(tensors.as_array()?, bytes)?)),
+        tensors => Some(Arc::new(parse_tensors(tensors.as_array()?, bytes)?)),
     };
-    let [start, end] = *numbers(value.get("part")?)? else { return None };
+    let [start, end] = *parse_numbers(value.get("part")?)? else { return None };
     (start <= end && end <= bytes).then_some(DescribedFile { path: Arc::new(path.into()), bytes, part: start..end, tensors })
 }
 
-fn file_tensors(values: &[Value], file_bytes: u64) -> Option<FileTensors> {
-    let read = values.iter().map(|value| tensor(value, file_bytes)).collect::<Option<Vec<_>>>()?;
+fn parse_tensors(values: &[Value], file_bytes: u64) -> Option<FileTensors> {
+    let read = values.iter().map(|value| parse_tensor(value, file_bytes)).collect::<Option<Vec<_>>>()?;
     let infos = read.iter().map(|(info, _)| info.clone()).collect();
     let map = TensorMap::from_tensors(infos).ok()?;
-    // In the order in which they were received, which is not that of the map.
+    // In the order received, which can differ from that of the map.
     let list = read.into_iter().enumerate().map(|(class, (info, part))| {
         let position = map.get_index_of(&info.name)?;
         Some(ChosenTensor { position, class, part })
@@ -186,13 +188,13 @@ fn file_tensors(values: &[Value], file_bytes: u64) -> Option<FileTensors> {
     Some(FileTensors { map: Arc::new(map), chosen: Some(Arc::new(chosen)) })
 }
 
-fn tensor(value: &Value, file_bytes: u64) -> Option<(TensorInfo, TensorSlice)> {
+fn parse_tensor(value: &Value, file_bytes: u64) -> Option<(TensorInfo, TensorSlice)> {
     let name = value.get("name")?.as_str()?.to_owned();
     let dtype: DType = value.get("dtype")?.as_str()?.parse().ok()?;
     let [whole, start, end] = value.get("of")?.as_array()?.as_slice() else { return None };
-    let (whole, start, end) = (dimensions(whole)?, start.as_u64()?, end.as_u64()?);
-    let shape = dimensions(value.get("shape")?)?;
-    let [first, first_end, stride_bytes, count] = *numbers(value.get("rows")?)? else { return None };
+    let (whole, start, end) = (parse_dimensions(whole)?, start.as_u64()?, end.as_u64()?);
+    let shape = parse_dimensions(value.get("shape")?)?;
+    let [first, first_end, stride_bytes, count] = *parse_numbers(value.get("rows")?)? else { return None };
     let bytes_of = |shape: &[usize]| {
         let elements = shape.iter().try_fold(1_u64, |product, &dim| product.checked_mul(dim as u64))?;
         dtype.bytes_of(elements)
@@ -214,7 +216,7 @@ fn tensor(value: &Value, file_bytes: u64) -> Option<(TensorInfo, TensorSlice)> {
 mod tests {
     use super::*;
 
-    fn described(segments: &str) -> String {
+    fn describe_segments(segments: &str) -> String {
         format!(
             r#"{{"process":1,"route":"buffered","dma_bufs":false,"memories":2,"segments":{segments},
             "files":[{{"path":"a","bytes":12000,"part":[0,12000],"tensors":[{{"name":"t","dtype":"BF16","of":[[2,4],8,24],"shape":[2,2],"rows":[8,12,8,2]}}]}}]}}"#
@@ -225,14 +227,14 @@ mod tests {
 
     #[test]
     fn valid_description_parses() {
-        let description = Description::parse(described(GOOD).as_bytes()).unwrap();
+        let description = Description::parse(describe_segments(GOOD).as_bytes()).unwrap();
         assert_eq!((description.memories, description.segments.len(), description.process), (2, 2, 1));
         let tensors = description.files[0].tensors.as_ref().unwrap();
         assert_eq!(tensors.part_at(0).unwrap().rows, Rows { first: 8..12, stride_bytes: 8, count: 2 });
     }
 
     #[test]
-    fn description_with_out_of_bounds_access_is_refused() {
+    fn inconsistent_description_is_refused() {
         for segments in [
             "[]",
             "[[0,0,0,0,8192,0,8193],[0,0,1,0,4096,8192,12000]]",
@@ -245,20 +247,20 @@ mod tests {
             "[[0,0,0,18446744073709547520,8192,0,8192],[0,0,1,0,4096,8192,12000]]",
             "[[1,0,0,0,8192,0,8192],[1,0,1,0,4096,8192,12000]]",
             "[[0,0,0,0,8191,0,8191],[0,0,1,0,4096,8191,12000]]",
-            // Memories that are skipped or repeated.
+            // Allocations that are skipped or repeated.
             "[[0,0,1,0,8192,0,8192]]",
             "[[0,0,0,0,4096,0,99],[0,1,1,0,4096,0,99],[0,2,0,4096,4096,0,99],[0,3,1,4096,4096,0,99]]",
-            // More bytes than memory, none, and fewer than none.
+            // File ranges that are longer than their memory, empty, or reversed.
             "[[0,0,0,0,4096,0,8192],[0,0,1,0,4096,8192,12000]]",
             "[[0,0,0,0,8192,0,8192],[0,0,1,0,4096,8192,8192]]",
             "[[0,0,0,0,8192,0,8192],[0,0,1,0,4096,8192,8000]]",
-            // A span that is repeated, and one with two segments in a memory.
+            // A repeated span, and a span with two segments in one allocation.
             "[[0,1,0,0,8192,0,8192],[0,0,1,0,4096,8192,12000]]",
             "[[0,0,0,0,4096,0,4096],[0,0,0,4096,4096,4096,8192],[0,1,1,0,4096,0,99]]",
             // Not page-aligned.
             "[[0,0,0,100,8192,0,8192],[0,0,1,0,4096,8192,12000]]",
         ] {
-            assert!(Description::parse(described(segments).as_bytes()).is_err(), "{segments}");
+            assert!(Description::parse(describe_segments(segments).as_bytes()).is_err(), "{segments}");
         }
         for (from, to) in [
             ("[8,12,8,2]", "[8,12,9223372036854775807,3]"),
@@ -281,13 +283,13 @@ mod tests {
             ),
             ("\"shape\":[2,2],\"rows\":[8,12,8,2]", "\"shape\":[0,2],\"rows\":[8,8,0,0]"),
         ] {
-            let text = described(GOOD).replace(from, to);
-            assert!(text != described(GOOD) && Description::parse(text.as_bytes()).is_err(), "{to}");
+            let text = describe_segments(GOOD).replace(from, to);
+            assert!(text != describe_segments(GOOD) && Description::parse(text.as_bytes()).is_err(), "{to}");
         }
         // A span that continues in another file.
         let two_files = |segments: &str| {
             let other = r#""files":[{"path":"b","bytes":12000,"part":[0,12000],"tensors":null},"#;
-            described(segments).replace("\"files\":[", other)
+            describe_segments(segments).replace("\"files\":[", other)
         };
         Description::parse(two_files(GOOD).as_bytes()).unwrap();
         let segments = "[[0,0,0,0,8192,0,8192],[1,0,1,0,4096,8192,12000]]";

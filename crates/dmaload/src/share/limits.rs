@@ -2,15 +2,15 @@
 
 use super::protocol::DESCRIPTORS_IN_A_MESSAGE;
 
-/// Maximum simultaneous connections of users who may attach; fewer if the process may have few
-/// descriptors.
+/// Maximum simultaneous connections of users who may attach; fewer if the process's limit of open
+/// files is low.
 const CONNECTIONS_LIMIT: usize = 256;
 
-/// Maximum simultaneous connections of users who may not attach, and only get that answer.
+/// Maximum simultaneous connections of users who may not attach, and only receive a refusal.
 const STRANGERS_LIMIT: usize = 16;
 
 /// Maximum number of a user's clients with descriptors in flight. More than one, so that a slow
-/// client does not hold up the others.
+/// client does not block the user's other clients.
 const RECEIVERS_LIMIT: usize = 4;
 
 /// The limits of one server.
@@ -27,9 +27,9 @@ pub(super) struct ClientLimits {
 }
 
 impl ClientLimits {
-    /// Computes the limits for a process that may have `descriptors` descriptors, with `users`
-    /// users who may attach. The kernel allows a user as many in flight; half of that is left for
-    /// other senders.
+    /// Computes the limits for a process that may open `descriptors` descriptors, when `users`
+    /// users may attach. The kernel allows the server's user as many descriptors in flight; half
+    /// are left for that user's other processes.
     pub(super) fn new(descriptors: usize, users: usize) -> Self {
         ClientLimits {
             connections: CONNECTIONS_LIMIT.min(descriptors / 2).max(1),

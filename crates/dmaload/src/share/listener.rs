@@ -1,21 +1,21 @@
-//! A listening socket at a path whose folders other users may change while the socket is created
+//! A listening socket at a path whose folders other users can change while the socket is created
 //! or removed.
 //!
-//! The owner of a folder can replace any name in it at any time, even by a symbolic link to
+//! The owner of a folder can replace any file in it at any time, even with a symbolic link to
 //! another user's file. So the path is resolved once, to its folder, and everything after that
 //! uses descriptors:
 //!
 //! 1. A private folder is created next to the socket: `.NAME.dmaload`, mode 0700, owned by this
 //!    user. Others cannot change its contents, whatever they do to its name. It is locked
-//!    (`flock`), and serves as the lock for all servers at this path.
-//! 2. In there, the socket is bound, given its mode, and made to listen.
+//!    (`flock`), which excludes all other servers at this path.
+//! 2. The socket is bound in this folder, gets its mode, and starts to listen.
 //! 3. It is moved to its place, which fails if that is occupied. An existing file is replaced only
 //!    if it is a socket that refuses connections.
 //!
 //! When the server ends, the socket is removed under the same lock, and only if its inode is this
 //! server's: another server may have taken the path in the meantime.
 //!
-//! Requires procfs or permission to `unshare(CLONE_FS)`, because there is no `bindat`. The path
+//! Requires procfs or permission to `unshare(CLONE_FS)`, because Linux has no `bindat`. The path
 //! can be longer than the 107 bytes that fit into a socket address.
 #![allow(unsafe_code)]
 
@@ -47,7 +47,7 @@ const FRESH: &str = "socket";
 /// The name in the private folder of a file that was moved away from the socket's place.
 const TAKEN: &str = "taken";
 
-/// Identifies a file. While a socket is open, its inode is not reused.
+/// A file's device and inode number. While a socket is open, its inode number is not reused.
 type SocketIdentity = (u64, u64);
 
 /// A listening socket and its place.
@@ -59,7 +59,7 @@ pub(super) struct Listener {
     identity: SocketIdentity,
 }
 
-/// What [`Listener::bind`] has just done; tests change the folder at that point.
+/// A step that [`Listener::bind`] has completed; tests change the folder after each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum BindStep {
     MadeFolder,
@@ -83,14 +83,15 @@ impl Listener {
         let private = PrivateFolder::enter(&folder, &name)?;
         after(BindStep::MadeFolder);
         let socket = new_socket().map_err(cannot("create a socket"))?;
-        // The mode at creation, minus the umask, which belongs to the whole process.
+        // The mode that the file gets when the socket is bound, minus the umask. The umask belongs
+        // to the whole process, so it can't be changed here.
         fchmod(&socket, mode).map_err(cannot("set the mode of a socket"))?;
         private.bind(&socket).map_err(cannot("bind a socket"))?;
         after(BindStep::Bound);
         let file = openat(&private.fd, FRESH, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty());
-        let file = file.map_err(cannot("find the socket that was bound"))?;
-        let found = fstat(&file).map_err(cannot("find the socket that was bound"))?;
-        // Only a file system that lies shows something else in a private folder.
+        let file = file.map_err(cannot("find the bound socket"))?;
+        let found = fstat(&file).map_err(cannot("find the bound socket"))?;
+        // Only a malicious file system can show another file in a private folder.
         if !is_socket(&found) || found.st_uid != geteuid().as_raw() {
             return Err("cannot bind a socket: this file system shows another file in its place".to_owned());
         }
@@ -162,7 +163,7 @@ fn cannot(what: &'static str) -> impl Fn(Errno) -> String {
 }
 
 fn identity(found: &Stat) -> SocketIdentity {
-    #[allow(clippy::useless_conversion, reason = "their types depend on the architecture")]
+    #[allow(clippy::useless_conversion, reason = "the types of these fields depend on the architecture")]
     (found.st_dev.into(), found.st_ino.into())
 }
 
@@ -187,7 +188,7 @@ fn proc_path(file: &OwnedFd) -> String {
     format!("/proc/self/fd/{}", file.as_raw_fd())
 }
 
-/// Whether [`proc_path`] works: procfs is mounted and belongs to this process.
+/// Whether [`proc_path`] works: procfs is mounted, for the PID namespace of this process.
 fn has_proc(file: &OwnedFd) -> bool {
     fstat(file).is_ok_and(|own| stat(proc_path(file)).is_ok_and(|seen| identity(&seen) == identity(&own)))
 }
@@ -243,7 +244,7 @@ impl<'a> PrivateFolder<'a> {
                         return Ok(private);
                     }
                 }
-                // The server that held it has removed it.
+                // The server that held the folder has removed it.
                 Err(Errno::NOENT) => {}
                 Err(errno) => return Err(format!("cannot use {name:?} next to the socket: {}", describe(errno))),
             }
@@ -254,7 +255,7 @@ impl<'a> PrivateFolder<'a> {
         }
     }
 
-    /// Removes sockets left behind by a server that was killed at this point.
+    /// Removes sockets left behind by a server that was killed while it held the folder.
     fn clear(&self) -> Result<(), String> {
         for name in [FRESH, TAKEN] {
             match statat(&self.fd, name, AtFlags::SYMLINK_NOFOLLOW) {
@@ -279,7 +280,8 @@ impl<'a> PrivateFolder<'a> {
 
     /// Moves the new socket to its place.
     fn move_socket_to_place(&self) -> Result<(), String> {
-        // To fail, several servers would have to be killed one after another in the meantime.
+        // Each retry removes a dead socket, so all fail only if other servers keep being killed
+        // meanwhile.
         for _ in 0..8 {
             match self.move_to_place(FRESH) {
                 Ok(()) => return Ok(()),
@@ -296,7 +298,8 @@ impl<'a> PrivateFolder<'a> {
     /// Moves a file from the private folder to the socket's place.
     fn move_to_place(&self, name: &str) -> Result<(), Errno> {
         match renameat_with(&self.fd, name, self.parent, self.socket, RenameFlags::NOREPLACE) {
-            // Not every file system supports this, but creating a link replaces nothing either.
+            // Not every file system supports this flag. A hard link does not replace a file
+            // either.
             Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
                 linkat(&self.fd, name, self.parent, self.socket, AtFlags::empty())?;
                 unlinkat(&self.fd, name, AtFlags::empty())
@@ -305,10 +308,10 @@ impl<'a> PrivateFolder<'a> {
         }
     }
 
-    /// Identifies the dead socket in the socket's place; `None` if there is nothing.
+    /// Identifies a dead socket in the socket's place; `None` if the place is free.
     ///
     /// # Errors
-    /// What else is there.
+    /// A reason, if anything but a dead socket has the place.
     fn find_dead_socket(&self) -> Result<Option<SocketIdentity>, String> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = match openat(self.parent, self.socket, flags, Mode::empty()) {
@@ -329,27 +332,27 @@ impl<'a> PrivateFolder<'a> {
         };
         match connected {
             Err(Errno::CONNREFUSED) => Ok(Some(identity(&found))),
-            // The listener has another type, or its queue is full.
+            // The listener has another socket type, or its backlog is full.
             Ok(()) | Err(Errno::PROTOTYPE | Errno::AGAIN) => Err("another process is listening there".to_owned()),
             Err(errno) => Err(cannot("check whether another process is listening there")(errno)),
         }
     }
 
     /// Removes the file in the socket's place if it is `expected`. The file is checked after it
-    /// has been moved into the private folder, so that nothing else can be removed, even if
-    /// programs that ignore the lock change the place.
+    /// was moved into the private folder, so no other file can be removed, even if programs that
+    /// ignore the lock replace it.
     fn remove_if(&self, expected: SocketIdentity) -> Result<(), String> {
         match renameat(self.parent, self.socket, &self.fd, TAKEN) {
             Ok(()) => {}
             Err(Errno::NOENT) => return Ok(()),
             Err(errno) => return Err(cannot("move the existing file away")(errno)),
         }
-        let found = statat(&self.fd, TAKEN, AtFlags::SYMLINK_NOFOLLOW).map_err(cannot("inspect the file that was there"))?;
+        let found = statat(&self.fd, TAKEN, AtFlags::SYMLINK_NOFOLLOW).map_err(cannot("inspect the moved file"))?;
         if identity(&found) == expected {
             return unlinkat(&self.fd, TAKEN, AtFlags::empty()).map_err(cannot("remove a socket"));
         }
         self.move_to_place(TAKEN).map_err(|errno| {
-            format!("cannot move back what another process put there, so it is now in {:?}: {}", self.name, describe(errno))
+            format!("cannot move back another process's file, which is now in {:?}: {}", self.name, describe(errno))
         })
     }
 }

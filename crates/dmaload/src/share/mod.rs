@@ -15,9 +15,9 @@
 //! Sharing **dma-bufs** lets every recipient write to them, so it must be enabled explicitly
 //! ([`ServerOptions::dma_bufs`]).
 //!
-//! Both sides ask the kernel who the other one is (`SO_PEERCRED`): clients must belong to the
-//! server's own user or one that it allows, and servers to the client's own user, root, or one
-//! that it trusts. In a user namespace, the overflow id stands for all unmapped users, and is
+//! Both sides check the peer's credentials (`SO_PEERCRED`): clients must belong to the server's
+//! own user or to a user that it allows, and servers to the client's own user, to root, or to a
+//! user that it trusts. In a user namespace, the overflow id stands for all unmapped users, and is
 //! trusted only if listed explicitly. A client sends one message of at most
 //! [`REQUEST_LIMIT_BYTES`]; one that sends anything else, or nothing for [`PATIENCE`], is
 //! disconnected. One thread serves all clients and never waits for any of them; what a user's
@@ -29,13 +29,13 @@
 //! have attached keep their memory.
 //!
 //! The protocol (version 1, `SOCK_SEQPACKET`): the client sends `dmaload\0`, the version and the
-//! operation (`u32` each, little-endian), and the name of an image (empty for the only one). The
-//! server answers with `dmaload\0`, the version, a status, the total number of descriptors and the
-//! number in this message. Further messages of the same form follow until all descriptors are
-//! sent, each after the client has confirmed the previous one with one byte. The first descriptor
-//! is a sealed memfd that describes the image in JSON; the others are its memories in order. A
-//! refusal carries no descriptors; where they help, the names of the server's images follow, each
-//! terminated by a zero byte.
+//! operation (`u32` each, little-endian), and the name of an image (empty to request a server's
+//! only image). The server answers with `dmaload\0`, the version, a status, the total number of
+//! descriptors and the number in this message. Further messages of the same form follow until all
+//! descriptors are sent, each after the client has confirmed the previous one with one byte. The
+//! first descriptor is a sealed memfd that describes the image in JSON; the others are its
+//! allocations, in order. A refusal carries no descriptors; if the requested name is unknown or
+//! ambiguous, the names of the server's images follow the refusal, each terminated by a zero byte.
 
 mod client;
 mod clients;

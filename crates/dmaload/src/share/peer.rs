@@ -8,7 +8,7 @@ use std::os::fd::AsFd;
 
 /// The kernel's default for `/proc/sys/kernel/overflowuid`.
 const DEFAULT_OVERFLOW_USER: u32 = 65534;
-/// The number of user ids: the last number is not a user.
+/// The number of user ids: `u32::MAX` is not a valid one.
 const ALL_USERS: u64 = u32::MAX as u64;
 
 /// Determines which ids stand for a single user. In a user namespace that does not map every user,
@@ -30,7 +30,7 @@ impl Users {
 
     fn parse(uid_map: &str, overflow: &str) -> Self {
         // Ranges do not overlap, so the sum of their lengths shows whether all users are mapped. A
-        // nested namespace can only map what its parent does.
+        // nested namespace can map only ids that its parent maps.
         let length = |line: &str| line.split_ascii_whitespace().nth(2).and_then(|length| length.parse::<u64>().ok()).unwrap_or(0);
         let mapped = uid_map.lines().map(length).fold(0, u64::saturating_add);
         let overflow = overflow.trim().parse().unwrap_or(DEFAULT_OVERFLOW_USER);

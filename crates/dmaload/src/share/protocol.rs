@@ -6,9 +6,9 @@ const MAGIC: [u8; 8] = *b"dmaload\0";
 pub(super) const VERSION: u32 = 1;
 /// The operation that requests an image.
 const ATTACH: u32 = 1;
-/// Descriptors per message; the kernel allows 253 (`SCM_MAX_FD`).
+/// Maximum number of descriptors in a message; the kernel allows 253 (`SCM_MAX_FD`).
 pub(super) const DESCRIPTORS_IN_A_MESSAGE: usize = 64;
-/// More than any image has: segments of 2 MiB for 128 GiB.
+/// Maximum number of descriptors of an image: enough for 128 GiB in segments of 2 MiB.
 pub(super) const DESCRIPTORS_LIMIT: usize = 1 << 16;
 pub(super) const REPLY_BYTES: usize = 24;
 /// Maximum length in bytes of the names that follow a refusal.
@@ -18,7 +18,7 @@ pub(super) const NAMES_LIMIT_BYTES: usize = 1024;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Status {
     Ok,
-    /// The request has another version, or is not a request.
+    /// The message is not a request, or a request of another version.
     Malformed,
     /// The server has no image of that name, or none at all; `all` is the number of its images,
     /// and their names follow.
@@ -30,7 +30,8 @@ pub(super) enum Status {
     Several,
     /// The server has not published an image yet.
     NotYet,
-    /// Other connections of the client's user use up what that user may have.
+    /// The client's user has reached its limits, or the server needed the connection for another
+    /// client.
     Busy,
 }
 
@@ -39,8 +40,8 @@ impl Status {
         [Status::Ok, Status::Malformed, Status::NoSuchImage, Status::NotAllowed, Status::Several, Status::NotYet, Status::Busy];
 }
 
-/// A client's request for an image.
-pub(super) fn request(name: &str) -> Vec<u8> {
+/// Encodes a client's request for an image.
+pub(super) fn encode_request(name: &str) -> Vec<u8> {
     [&MAGIC[..], &VERSION.to_le_bytes(), &ATTACH.to_le_bytes(), name.as_bytes()].concat()
 }
 
@@ -55,8 +56,8 @@ pub(super) fn parse_request(message: &[u8]) -> Option<&str> {
     str::from_utf8(name).ok()
 }
 
-/// Appends names to a refusal, as many as fit.
-pub(super) fn with_names<'a>(reply: Reply, names: impl IntoIterator<Item = &'a str>) -> Vec<u8> {
+/// Encodes a refusal, followed by as many names as fit.
+pub(super) fn encode_with_names<'a>(reply: Reply, names: impl IntoIterator<Item = &'a str>) -> Vec<u8> {
     let mut message = reply.to_bytes().to_vec();
     for name in names {
         if message.len() + name.len() + 1 > REPLY_BYTES + NAMES_LIMIT_BYTES {
@@ -102,11 +103,11 @@ impl Reply {
         let mut numbers = fields.as_chunks::<4>().0.iter().map(|field| u32::from_le_bytes(*field));
         let (version, status, all, here) = (numbers.next()?, numbers.next()?, numbers.next()?, numbers.next()?);
         let status = *Status::ALL.get(status as usize)?;
-        let is_right = match status {
+        let is_valid = match status {
             Status::Ok => names.is_empty() && here <= all && all as usize <= DESCRIPTORS_LIMIT,
             _ => names.len() <= NAMES_LIMIT_BYTES && here == 0,
         };
-        (version == VERSION && is_right).then_some(Reply { status, all, here })
+        (version == VERSION && is_valid).then_some(Reply { status, all, here })
     }
 }
 
@@ -117,9 +118,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn messages_round_trip_and_nothing_else_parses(name in "\\PC{0,40}", all in 0u32..1000, here in 0u32..1000, noise: Vec<u8>) {
-            let asked = request(&name);
-            prop_assert_eq!(parse_request(&asked), Some(name.as_str()));
+        fn messages_round_trip_and_noise_is_refused(name in "\\PC{0,40}", all in 0u32..1000, here in 0u32..1000, noise: Vec<u8>) {
+            let request = encode_request(&name);
+            prop_assert_eq!(parse_request(&request), Some(name.as_str()));
             for status in Status::ALL {
                 let here = if status == Status::Ok { here } else { 0 };
                 let reply = Reply { status, all: all.max(here), here };
@@ -133,8 +134,8 @@ mod tests {
         }
 
         #[test]
-        fn damaged_message_is_refused_or_a_different_one(at in 0usize..64, byte: u8, cut in 0usize..64) {
-            let mut message = request("name");
+        fn damaged_message_is_refused_or_consistent(at in 0usize..64, byte: u8, cut in 0usize..64) {
+            let mut message = encode_request("name");
             let len = message.len();
             message[at % len] = byte;
             let _ = parse_request(&message[..cut.min(len)]);
@@ -148,7 +149,7 @@ mod tests {
         #[test]
         fn names_after_a_refusal_are_parsed(names in proptest::collection::vec("[^\0]{1,40}", 0..50)) {
             let reply = Reply { status: Status::Several, all: 50, here: 0 };
-            let message = with_names(reply, names.iter().map(String::as_str));
+            let message = encode_with_names(reply, names.iter().map(String::as_str));
             prop_assert_eq!(Reply::parse(&message), Some(reply));
             let read = parse_names(&message);
             prop_assert_eq!(&read[..], &names[..read.len()]);
@@ -183,7 +184,7 @@ mod tests {
 
     #[test]
     fn each_field_of_a_request_is_checked() {
-        let good = request("name");
+        let good = encode_request("name");
         assert_eq!(parse_request(&good), Some("name"));
         for at in 0..16 {
             let mut damaged = good.clone();
@@ -191,12 +192,12 @@ mod tests {
             assert_eq!(parse_request(&damaged), None, "byte {at}");
             assert_eq!(parse_request(&good[..at]), None, "{at} bytes");
         }
-        assert_eq!(parse_request(&request("")), Some(""));
+        assert_eq!(parse_request(&encode_request("")), Some(""));
         assert_eq!(parse_request(&[&good[..], &[0xff]].concat()), None, "a name that is not UTF-8");
     }
 
     #[test]
     fn overlong_request_is_refused() {
-        assert_eq!(parse_request(&request(&"n".repeat(REQUEST_LIMIT_BYTES))), None);
+        assert_eq!(parse_request(&encode_request(&"n".repeat(REQUEST_LIMIT_BYTES))), None);
     }
 }

@@ -13,7 +13,7 @@ use super::description::describe;
 use super::limits::ClientLimits;
 use super::listener::Listener;
 use super::peer::Users;
-use super::protocol::{DESCRIPTORS_LIMIT, Reply, Status, parse_request, with_names};
+use super::protocol::{DESCRIPTORS_LIMIT, Reply, Status, encode_with_names, parse_request};
 use crate::error::{Error, Result};
 use crate::load::image::Image;
 use crate::memory::segment::Segment;
@@ -23,15 +23,15 @@ use crate::support::errno;
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct ServerOptions {
-    /// Ids of users, besides the server's own, that may attach. The socket then accepts
-    /// connections from all users, and the kernel is asked who each one is.
+    /// Ids of users, besides the server's own, that may attach. If this list is not empty, every
+    /// user can connect to the socket, and the server checks each peer's credentials.
     ///
     /// In a user namespace that does not map every user, all unmapped users appear as the overflow
     /// id (usually 65534, `nobody`). A client with that id is refused, even if the server has it
     /// as well, unless the id is in this list: that allows *every* unmapped user.
     pub allowed_users: Vec<u32>,
-    /// Whether to share dma-bufs, for clients with devices. **Whoever has a dma-buf can write to
-    /// it.** Default: only memfds, sealed against writing.
+    /// Whether to share dma-bufs, for clients with devices. **Every client can write to a dma-buf
+    /// that it receives.** By default, only memfds are shared, sealed against writes.
     pub dma_bufs: bool,
 }
 
@@ -51,11 +51,14 @@ impl ServerOptions {
     }
 }
 
+/// Maximum number of allocations of a shared image, whose description takes another descriptor.
+const ALLOCATIONS_LIMIT: usize = DESCRIPTORS_LIMIT - 1;
+
 #[derive(Debug)]
 pub(super) struct ServerShared {
     pub(super) socket: PathBuf,
     pub(super) listener: Listener,
-    /// `None` if the kernel refuses descriptors.
+    /// `None` if the kernel refuses descriptors from clients.
     pub(super) closer: Option<Arc<SlowCloser>>,
     pub(super) options: ServerOptions,
     pub(super) users: Users,
@@ -73,10 +76,10 @@ pub(super) struct Images {
     pub(super) closed: bool,
 }
 
-/// What clients receive.
+/// An image as clients receive it.
 #[derive(Debug)]
 pub(super) struct Published {
-    /// The description, followed by the memories.
+    /// The description, followed by the allocations.
     pub(super) descriptors: Vec<OwnedFd>,
 }
 
@@ -85,34 +88,41 @@ impl ServerShared {
         self.images.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Wakes the thread to handle a change.
+    /// Wakes the serving thread to handle a change.
     pub(super) fn wake(&self) {
-        // It fails only if the counter is full, and then the thread is awake.
+        // The write fails only if the counter is full, and then the thread is already being woken.
         let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
     }
 
-    /// Collects an image's descriptors.
+    /// Collects an image's descriptors. Unless dma-bufs are shared, prevents writes to its memory.
     pub(super) fn prepare(&self, image: &Image) -> Result<Published> {
-        let no_room = |errno: Errno| refuse(&self.socket, format!("cannot duplicate a descriptor: {}", errno.describe()));
+        let cannot = |what: &str, errno: Errno| refuse(&self.socket, format!("cannot {what}: {}", errno.describe()));
+        let undescribed = |errno| cannot("create the image's description", errno);
         let json = describe(image, self.options.dma_bufs);
-        let description = Memfd::create("dmaload-description", json.len()).map_err(|error| no_room(error.errno))?;
+        let description = Memfd::create("dmaload-description", json.len()).map_err(|error| undescribed(error.errno))?;
         let mut rest = json.as_bytes();
         let mut at = 0;
         while !rest.is_empty() {
-            let written = rustix::io::pwrite(&description, rest, at).map_err(|errno| no_room(errno::from_rustix(errno)))?;
+            let written = rustix::io::pwrite(&description, rest, at).map_err(|errno| undescribed(errno::from_rustix(errno)))?;
             rest = rest.get(written..).unwrap_or_default();
             at += written as u64;
         }
-        description.seal_against_writes().map_err(|error| no_room(error.errno))?;
-        if image.report().memories >= DESCRIPTORS_LIMIT {
-            return Err(refuse(&self.socket, format!("{} segments are too many to share", image.report().memories)));
+        description.seal_against_writes().map_err(|error| undescribed(error.errno))?;
+        let allocations = image.report().memories;
+        if allocations > ALLOCATIONS_LIMIT {
+            let reason = format!(
+                "cannot share an image of {allocations} allocations: the limit is {ALLOCATIONS_LIMIT}; load it in larger segments"
+            );
+            return Err(refuse(&self.socket, reason));
         }
         if !self.options.dma_bufs {
-            // Seals the memory that clients will read against writing by any other means.
+            // Keeps dma-bufs of this memory from being handed out, because they could be written
+            // to.
             image.segments().iter().try_for_each(Segment::prevent_hand_out)?;
         }
         let own = |fd: BorrowedFd<'_>| {
-            fd.try_clone_to_owned().map_err(|error| no_room(Errno::from_io_error(&error).unwrap_or(Errno::EMFILE)))
+            fd.try_clone_to_owned()
+                .map_err(|error| cannot("duplicate a descriptor", Errno::from_io_error(&error).unwrap_or(Errno::EMFILE)))
         };
         let mut descriptors = vec![own(description.as_fd())?];
         for (index, segment) in image.segments().iter().enumerate() {
@@ -129,7 +139,7 @@ impl ServerShared {
         Ok(Published { descriptors })
     }
 
-    /// The requested image, or the answer that refuses it.
+    /// Finds the requested image. The error is the refusal to send.
     pub(super) fn find_image(&self, request: &[u8]) -> Result<Arc<Published>, (Status, Vec<u8>)> {
         let refuse = |status| (status, Reply { status, all: 0, here: 0 }.to_bytes().to_vec());
         let name = parse_request(request).ok_or_else(|| refuse(Status::Malformed))?;
@@ -148,7 +158,7 @@ impl ServerShared {
         let status = if several { Status::Several } else { Status::NoSuchImage };
         let mut names: Vec<&str> = images.by_name.keys().map(String::as_str).collect();
         names.sort_unstable();
-        Err((status, with_names(Reply { status, all: count(names.len()), here: 0 }, names)))
+        Err((status, encode_with_names(Reply { status, all: count(names.len()), here: 0 }, names)))
     }
 
     pub(super) fn is_allowed(&self, user: u32) -> bool {
@@ -167,5 +177,32 @@ pub(super) fn refuse(socket: &Path, reason: impl Into<String>) -> Error {
 }
 
 pub(super) fn count(len: usize) -> u32 {
-    u32::try_from(len).expect("an image has fewer than 65536 descriptors, and a server fewer images than memory has bytes")
+    u32::try_from(len).expect("an image has at most 65536 descriptors, and a server fewer than 2^32 images")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::route::Route;
+    use crate::share::Server;
+    use crate::share::client::make_report;
+    use crate::share::description::Description;
+
+    #[test]
+    fn image_with_too_many_allocations_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let server = Server::bind(folder.path().join("socket"), ServerOptions::default()).unwrap();
+        let empty = br#"{"process":1,"route":"buffered","dma_bufs":false,"memories":0,"segments":[],"files":[]}"#;
+        let description = Description::parse(empty).unwrap();
+        let image = |allocations| {
+            let report = make_report(Path::new(""), &description, Route::Buffered, &[], allocations, "memfd", Duration::ZERO);
+            Image::new(Vec::new(), Vec::new(), report)
+        };
+        server.publish("largest", image(65_535)).unwrap();
+        let error = server.publish("too large", image(65_536)).unwrap_err().to_string();
+        let expected = "cannot share an image of 65536 allocations: the limit is 65535; load it in larger segments";
+        assert!(error.ends_with(expected), "{error}");
+    }
 }

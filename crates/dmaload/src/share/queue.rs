@@ -8,12 +8,12 @@ use rustix::io::Errno;
 use rustix::ioctl::{Getter, Opcode, ioctl};
 
 /// `SIOCOUTQ`, from `linux/sockios.h`; the same number as `TIOCOUTQ`.
-#[allow(clippy::cast_possible_truncation, reason = "operations have 32 bits")]
+#[allow(clippy::cast_possible_truncation, reason = "ioctl numbers have 32 bits")]
 const SIOCOUTQ: Opcode = libc::TIOCOUTQ as Opcode;
 
-/// Whether a message sent here is still in the other side's queue. It leaves the queue when it is
-/// received, with its descriptors, or when the other side is closed; closing one direction of the
-/// connection changes nothing.
+/// Whether a message sent through `socket` is still in the peer's receive queue. The message
+/// leaves the queue, with its descriptors, when it is received or the peer closes its socket;
+/// shutting down one direction of the connection does not remove it.
 pub(super) fn is_unreceived(socket: impl AsFd) -> Result<bool, Errno> {
     // SAFETY: `SIOCOUTQ` writes one `int`.
     let query = unsafe { Getter::<SIOCOUTQ, c_int>::new() };

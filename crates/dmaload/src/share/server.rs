@@ -1,5 +1,4 @@
-//! The server side, with which a service publishes images. One thread serves the clients, see
-//! [`super::clients`].
+//! The server side, which publishes images. One thread serves all clients: see [`super::clients`].
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -31,11 +30,11 @@ pub struct Server {
 
 impl Server {
     /// Listens at a path, which can be of any length. Replaces an existing socket that refuses
-    /// connections, but nothing else. Only the server's user may connect, unless others are
+    /// connections, but no other file. Only the server's user may connect, unless others are
     /// allowed.
     ///
     /// This is safe in a folder that another user owns: see `share/listener.rs`. While a server is
-    /// created or removed, its folder also contains an entry named `.NAME.dmaload`.
+    /// created or removed, the socket's folder also contains an entry named `.NAME.dmaload`.
     ///
     /// Clients that connect before the first image is published wait for it, for at most
     /// [`super::PATIENCE`].
@@ -50,13 +49,13 @@ impl Server {
         let failed = |what: &str, errno: Errno| refuse(path, format!("cannot {what}: {}", errno::describe(errno)));
         let wake =
             eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|errno| failed("create an eventfd", errno))?;
-        // The kernel identifies each connection's user; the mode only keeps others from asking in
-        // vain.
+        // Each connection's credentials are checked in any case. The mode only keeps users who
+        // would be refused from connecting.
         let mode = Mode::from_raw_mode(if options.allowed_users.is_empty() { 0o600 } else { 0o666 });
         let listener = Listener::bind(path, mode).map_err(|reason| refuse(path, reason))?;
         let closer = (!refuse_descriptors(listener.socket.as_fd())).then(Arc::default);
-        // Queried once here, so that a system call filter causes an error now rather than clients
-        // that are never served.
+        // A trial query: if a system call filter refuses it, binding fails, rather than all
+        // clients later.
         is_unreceived(&listener.socket).map_err(|errno| failed("check what clients have received", errno))?;
         let shared = Arc::new(ServerShared {
             socket: path.to_owned(),
@@ -100,9 +99,9 @@ impl Server {
             images.any_yet = true;
             images.by_name.insert(name.to_owned(), (image, published))
         };
-        // Clients may be waiting for it.
+        // Clients may be waiting for this image.
         self.shared.wake();
-        // Outside the lock, because it may be the last owner of gigabytes.
+        // Dropped outside the lock, because this may free gigabytes.
         drop(before);
         Ok(())
     }
@@ -138,7 +137,8 @@ impl Drop for Server {
         if let Some(closer) = &self.shared.closer {
             closer.close();
         }
-        // The thread has exited, so this drops the listener, which removes its socket.
+        // The thread has exited, so dropping `shared` drops the listener, which removes its
+        // socket.
     }
 }
 
@@ -164,31 +164,31 @@ mod tests {
     use super::*;
 
     /// A TCP socket whose last close takes as long as its other end chooses, and that end.
-    fn lingering() -> (OwnedFd, TcpStream) {
+    fn connect_lingering() -> (OwnedFd, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut sender = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (receiver, _) = listener.accept().unwrap();
         sockopt::set_socket_linger(&sender, Some(Duration::from_secs(600))).unwrap();
         sender.set_nonblocking(true).unwrap();
-        // Nothing reads this, so eventually it is not even sent.
+        // The other end does not read, so the buffers fill up and bytes stay unsent.
         while sender.write(&[0; 1 << 16]).is_ok() {}
         (sender.into(), receiver)
     }
 
-    /// Sends a message with a descriptor that soon only the message holds.
-    fn send_with(socket: &OwnedFd, message: &[u8], descriptor: OwnedFd) -> Result<(), Errno> {
+    /// Sends a message with a descriptor and closes this process's copy of the descriptor.
+    fn send_with_descriptor(socket: &OwnedFd, message: &[u8], descriptor: OwnedFd) -> Result<(), Errno> {
         let descriptors = [descriptor.as_fd()];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         assert!(control.push(SendAncillaryMessage::ScmRights(&descriptors)));
         let sent = sendmsg(socket, &[IoSlice::new(message)], &mut control, SendFlags::NOSIGNAL).map(|_| ());
-        // If the message is already gone, this is the last close.
+        // If the message was already dropped, this is the last close, which blocks.
         thread::spawn(move || drop(descriptor));
         sent
     }
 
     #[test]
-    fn client_that_sends_slow_descriptors_delays_no_other() {
+    fn client_sending_slow_descriptors_does_not_delay_others() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");
         let connect = || {
@@ -198,20 +198,20 @@ mod tests {
             sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(Duration::from_secs(20))).unwrap();
             socket
         };
-        // With the kernel's own behavior, and as before Linux 6.16.
+        // With this kernel's behavior, and with that of kernels before Linux 6.16.
         for refuse in [refuse_descriptors, |_: BorrowedFd<'_>| false] {
             let server = Server::bind_with(&path, ServerOptions::default(), refuse).unwrap();
             let is_refused = server.shared.closer.is_none();
             let mut others = Vec::new();
-            // Repeated, because the server's close has to come last.
+            // Repeated, because only if the server's close comes last can it block.
             for (before, ends) in [(0, true), (0, false), (1, true), (1, false)].repeat(10) {
-                let (descriptor, other) = lingering();
+                let (descriptor, other) = connect_lingering();
                 others.push(other);
                 let socket = connect();
                 for _ in 0..before {
                     send_bytes(&socket, b"not a request", SendFlags::NOSIGNAL).unwrap();
                 }
-                // Clients that the server answers first, so that this side closes before it does.
+                // Keeps the server busy with other clients, so that this side closes first.
                 let _busy: Vec<_> = (0..16)
                     .map(|_| {
                         let socket = connect();
@@ -220,7 +220,7 @@ mod tests {
                     })
                     .collect();
                 // The server may have closed the connection after the first message.
-                let sent = send_with(&socket, b"not a request", descriptor);
+                let sent = send_with_descriptor(&socket, b"not a request", descriptor);
                 assert!(!is_refused || sent == Err(Errno::PERM) || before > 0, "{sent:?}");
                 assert!(is_refused || before > 0 || sent.is_ok(), "{sent:?}");
                 if !ends {
@@ -232,17 +232,18 @@ mod tests {
                 let answer = rustix::net::recv(&socket, &mut [0; 64][..], rustix::net::RecvFlags::empty());
                 assert!(matches!(answer, Ok((1.., _))), "refused {is_refused}, {before} before, ends {ends}: {answer:?}");
             }
-            // Connections that were never accepted don't delay the end of the server either.
-            let (descriptor, other) = lingering();
+            // Connections that were never accepted don't delay the server's shutdown either.
+            let (descriptor, other) = connect_lingering();
             others.push(other);
             let socket = connect();
-            let _ = send_with(&socket, b"not a request", descriptor);
+            let _ = send_with_descriptor(&socket, b"not a request", descriptor);
             let (ended, end) = std::sync::mpsc::channel();
             thread::spawn(move || {
                 drop(server);
                 ended.send(())
             });
-            end.recv_timeout(Duration::from_secs(20)).unwrap_or_else(|_| panic!("refused {is_refused}: the server ends"));
+            end.recv_timeout(Duration::from_secs(20))
+                .unwrap_or_else(|_| panic!("refused {is_refused}: the server did not shut down"));
         }
     }
 }

@@ -1,4 +1,4 @@
-//! A cursor over the beginning of a file, which may need to be longer.
+//! A cursor over the beginning of a file. Reading past its end reports how many bytes are needed.
 
 use std::ops::Range;
 
@@ -29,14 +29,14 @@ impl<'a> Cursor<'a> {
         Cursor { start, position: 0, file_bytes }
     }
 
-    /// How far the file has been read.
+    /// The offset of the next byte to read.
     pub(super) fn position(&self) -> u64 {
         self.position as u64
     }
 
     /// Bytes that were already read.
     pub(super) fn already_read(&self, range: Range<u64>) -> &'a [u8] {
-        self.start.get(to_usize(range.start)..to_usize(range.end)).expect("it was read already")
+        self.start.get(to_usize(range.start)..to_usize(range.end)).expect("the cursor has passed this range")
     }
 
     pub(super) fn fault(&self, offset: u64, reason: impl Into<String>) -> Stop {
@@ -76,7 +76,7 @@ impl<'a> Cursor<'a> {
         self.array(what).map(u64::from_le_bytes)
     }
 
-    /// Reads a name: short, and UTF-8.
+    /// Reads a string, which must be UTF-8 and within the limit.
     pub(super) fn text(&mut self, what: &'static str) -> Result<&'a str, Stop> {
         let at = self.position();
         let bytes = self.u64(what)?;

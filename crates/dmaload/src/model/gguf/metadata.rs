@@ -1,5 +1,5 @@
-//! Keys and values of a GGUF file. They are kept as they are in the file and decoded on access, so
-//! that a hostile array can't grow in memory.
+//! Keys and values of a GGUF file. They stay encoded, as in the file, and are decoded on access,
+//! so a hostile array takes no more memory than in the file.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -65,7 +65,7 @@ impl Kind {
         Kind::ALL.get(usize::try_from(number).ok()?).copied()
     }
 
-    /// The size of a value; `None` if the file states it for each value.
+    /// The size of a value in bytes; `None` if the file states it for each value.
     fn bytes(self) -> Option<u64> {
         match self {
             Kind::U8 | Kind::I8 | Kind::Bool => Some(1),
@@ -80,7 +80,7 @@ impl Kind {
 /// A metadata value.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
-#[allow(missing_docs, reason = "the names say all")]
+#[allow(missing_docs, reason = "the names are self-explanatory")]
 pub enum Value<'a> {
     U8(u8),
     I8(i8),
@@ -133,7 +133,7 @@ impl fmt::Debug for Array<'_> {
     }
 }
 
-/// Fits on a line: long arrays show only their length.
+/// Formats the value for one line: long arrays show only their length and type.
 impl fmt::Display for Value<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const SHOWN: u64 = 8;
@@ -233,7 +233,7 @@ impl fmt::Debug for GgufMetadata {
     }
 }
 
-/// Takes a value from the front; `None` at the end.
+/// Decodes the value at the front of `bytes` and removes it; `None` at the end.
 fn next_value<'a>(kind: Kind, bytes: &mut &'a [u8]) -> Option<Value<'a>> {
     fn front<const N: usize>(bytes: &mut &[u8]) -> Option<[u8; N]> {
         let (front, rest) = bytes.split_first_chunk()?;
@@ -261,7 +261,7 @@ fn next_value<'a>(kind: Kind, bytes: &mut &'a [u8]) -> Option<Value<'a>> {
         Kind::Array => {
             let kind = Kind::from_number(u32::from_le_bytes(front(bytes)?))?;
             let len = u64::from_le_bytes(front(bytes)?);
-            // The header was checked, so the cursor only has to stop at its end.
+            // The header was already checked, so this only finds the end of the array.
             let mut cursor = Cursor::new(bytes, bytes.len() as u64);
             skip_array(&mut cursor, kind, len, 0).ok()?;
             let (own, rest) = bytes.split_at_checked(usize::try_from(cursor.position()).ok()?)?;
@@ -318,8 +318,9 @@ fn skip(cursor: &mut Cursor<'_>, kind: Kind, depth: u32) -> Result<(), Stop> {
             let at = cursor.position();
             let number = cursor.u32("the type of an array")?;
             let len = cursor.u64("the length of an array")?;
-            let of = Kind::from_number(number).ok_or_else(|| cursor.fault(at, format!("an array of unknown type {number}")))?;
-            skip_array(cursor, of, len, depth)
+            let element =
+                Kind::from_number(number).ok_or_else(|| cursor.fault(at, format!("an array has the unknown type {number}")))?;
+            skip_array(cursor, element, len, depth)
         }
     }
 }
@@ -327,12 +328,15 @@ fn skip(cursor: &mut Cursor<'_>, kind: Kind, depth: u32) -> Result<(), Stop> {
 fn skip_array(cursor: &mut Cursor<'_>, kind: Kind, len: u64, depth: u32) -> Result<(), Stop> {
     let at = cursor.position();
     if let Some(bytes) = kind.bytes() {
-        let all = len.checked_mul(bytes).ok_or_else(|| cursor.fault(at, format!("an array of {len} values")))?;
+        let all = len
+            .checked_mul(bytes)
+            .ok_or_else(|| cursor.fault(at, format!("an array of {len} values is larger than any file")))?;
         return cursor.bytes(all, "an array").map(|_| ());
     }
     if depth >= DEPTH_LIMIT {
         return Err(cursor.fault(at, format!("arrays are nested more than {DEPTH_LIMIT} deep")));
     }
-    // Each array takes at least the 8 bytes of its length, so a wrong count ends with the bytes.
+    // Each string or array takes at least the 8 bytes of its length, so an excessive count reaches
+    // the end of the file.
     (0..len).try_for_each(|_| skip(cursor, kind, depth + 1))
 }

@@ -82,12 +82,12 @@ fn values_are_decoded_on_access() {
     let Some(Value::Array(nested)) = metadata.get("nested") else { panic!() };
     let Some(Value::Array(inner)) = nested.iter().next() else { panic!() };
     assert_eq!(inner.iter().filter_map(|value| value.as_u64()).collect::<Vec<_>>(), [1, 2, 3]);
-    let told: Vec<_> = metadata.iter().map(|(key, value)| format!("{key}={value}")).collect();
-    assert_eq!(told[2..4], ["tokens=2 values of type String", "nested=1 values of type Array"]);
+    let shown: Vec<_> = metadata.iter().map(|(key, value)| format!("{key}={value}")).collect();
+    assert_eq!(shown[2..4], ["tokens=2 values of type String", "nested=1 values of type Array"]);
 }
 
 #[test]
-fn partial_header_asks_for_more_bytes() {
+fn partial_header_requests_more_bytes() {
     let file = good();
     let header_end = file.len() - 129 - 20;
     let mut have = 0;
@@ -130,7 +130,7 @@ fn violations_of_the_format_are_reported() {
 }
 
 #[test]
-fn wrong_counts_end_with_the_file() {
+fn excessive_counts_and_nesting_are_refused() {
     let mut file = [&MAGIC[..], &3u32.to_le_bytes()].concat();
     file.extend(u64::MAX.to_le_bytes());
     file.extend(u64::MAX.to_le_bytes());
@@ -167,7 +167,7 @@ proptest::proptest! {
 }
 
 #[test]
-fn newest_block_types_have_their_sizes() {
+fn newest_block_types_have_the_right_sizes() {
     for (kind, dtype, elements, bytes) in [(40, DType::NVFP4, 64, 36), (41, DType::Q1_0, 128, 18), (42, DType::Q2_0, 64, 18)] {
         let whole = file(3, &[], &[entry("t", &[elements * 3, 2], kind, 0)], 6 * bytes);
         let map = map(&whole);

@@ -1,8 +1,9 @@
 //! Parses the JSON of a header.
 //!
-//! `serde_json` does the tokenizing. The visitors here see each key as it is read, so that none
-//! can replace an earlier one, and check each tensor as soon as its entry ends. Faults other than
-//! JSON errors go through [`Reader::refuse`], because `serde`'s errors carry only text.
+//! `serde_json` does the tokenizing. The visitors here see each key as it is read, so a duplicate
+//! can't silently replace an earlier key, and they check each tensor as soon as its entry ends.
+//! Faults other than JSON errors go through [`Reader::refuse`], because `serde`'s errors carry
+//! only text.
 
 use std::fmt;
 
@@ -31,8 +32,8 @@ pub(super) struct Contents {
     pub(super) metadata: SafetensorsMetadata,
 }
 
-/// Parses a header whose tensors are in the `data_bytes` bytes that begin at `data_begin` in the
-/// file.
+/// Parses a header. The bytes of its tensors are the `data_bytes` bytes from offset `data_begin`
+/// of the file.
 pub(super) fn read(json: &str, data_begin: u64, data_bytes: u64) -> Result<Contents, ModelError> {
     let unpadded = json.trim_end_matches(WHITESPACE);
     let mut reader = Reader::new(data_begin, data_bytes);
@@ -62,9 +63,10 @@ struct Reader {
     tensors: Vec<TensorInfo>,
     /// `Some` once the key has been read, even if its value was null.
     metadata: Option<StringPairs>,
-    /// The numbers of the current list, which are then copied at their final size.
+    /// The numbers of the current list. A buffer for all lists, from which each is copied at its
+    /// final size.
     numbers: Vec<u64>,
-    /// Where parsing stopped, if it did.
+    /// The value being parsed, for error messages.
     place: ValuePlace,
     fault: Option<ModelError>,
     /// The first tensor that ends past the end of the file, its end, and the largest end of all.
@@ -72,7 +74,7 @@ struct Reader {
     past_end: Option<(String, u64, u64)>,
 }
 
-/// Which value was being read when an error came from `serde_json`.
+/// The value that was being read when `serde_json` reported an error.
 enum ValuePlace {
     Header,
     Tensor { tensor: String, key: Option<&'static str> },
@@ -446,7 +448,7 @@ struct NumbersSeed<'a> {
 }
 
 impl NumbersSeed<'_> {
-    /// Takes the next number, if it is valid and there is room for it.
+    /// Appends a number, if it is valid and the list may be that long.
     fn push_number<E: Error>(&mut self, number: Number) -> Result<(), E> {
         let tensor = || self.tensor.to_owned();
         let numbers = &mut self.reader.numbers;

@@ -1,4 +1,4 @@
-//! One test for each fault, next to the valid file it is derived from.
+//! Tests of valid headers, and of each fault.
 
 use super::*;
 use crate::model::DType;
@@ -9,7 +9,7 @@ fn parse_with(json: impl AsRef<[u8]>, data_bytes: u64) -> Result<TensorMap, Mode
     parse(json, 8 + json.len() as u64 + data_bytes)
 }
 
-/// The error of a header followed by 16 bytes of data.
+/// Returns the error of a header followed by 16 bytes of data.
 #[track_caller]
 fn refused(json: impl AsRef<[u8]>) -> ModelError {
     parse_with(json, 16).expect_err("a faulty header was accepted")
@@ -40,11 +40,11 @@ fn t() -> String {
     "t".to_owned()
 }
 
-mod accepts {
+mod valid_headers {
     use super::*;
 
     #[test]
-    fn tensor_with_its_range_in_the_file() {
+    fn tensor_gets_its_range_in_the_file() {
         let json = tensor("BF16", "[2,4]", "[0,16]");
         let map = parse_with(&json, 16).unwrap();
         let begin = 8 + json.len() as u64;
@@ -55,12 +55,12 @@ mod accepts {
     }
 
     #[test]
-    fn no_tensors_at_all() {
+    fn header_without_tensors_is_valid() {
         assert!(parse_with("{}", 0).unwrap().is_empty());
     }
 
     #[test]
-    fn padding_and_inner_whitespace() {
+    fn padding_and_inner_whitespace_are_accepted() {
         for json in ["{}        ", "{ \n\t\r}  ", "{}\n", "{} \t \r\n", " {}", "\n\t{}\n"] {
             let map = parse_with(json, 0).unwrap();
             assert_eq!(map.header_bytes(), json.len() as u64);
@@ -68,7 +68,7 @@ mod accepts {
     }
 
     #[test]
-    fn tensors_in_any_order_and_empty_ones_anywhere() {
+    fn tensors_can_be_in_any_order_and_empty_ones_anywhere() {
         let json = bytes(&[("last", 8, 16), ("b", 8, 8), ("first", 0, 8), ("a", 8, 8), ("end", 16, 16)]);
         let map = parse_with(json, 16).unwrap();
         let names: Vec<_> = map.iter().map(|t| t.name.as_str()).collect();
@@ -76,7 +76,7 @@ mod accepts {
     }
 
     #[test]
-    fn scalars_empty_shapes_and_parts_of_bytes() {
+    fn scalars_empty_tensors_and_sub_byte_types_are_accepted() {
         assert!(parse_with(tensor("F64", "[]", "[0,8]"), 8).is_ok());
         assert!(parse_with(tensor("F64", "[3,0,2]", "[0,0]"), 0).is_ok());
         assert!(parse_with(tensor("F4", "[3,2]", "[0,3]"), 3).is_ok());
@@ -84,19 +84,19 @@ mod accepts {
     }
 
     #[test]
-    fn keys_of_an_entry_in_any_order_and_escaped() {
+    fn keys_of_an_entry_can_be_in_any_order_and_escaped() {
         let json = one(r#""data_offsets":[0,4],"sh\u0061pe":[1],"dtype":"F\u00332""#);
         assert_eq!(parse_with(json, 4).unwrap().get("t").unwrap().dtype, DType::F32);
     }
 
     #[test]
-    fn names_empty_or_escaped() {
+    fn names_can_be_empty_or_escaped() {
         let map = parse_with(bytes(&[("", 0, 1), (r"\u00e4\n", 1, 2)]), 2).unwrap();
         assert!(map.get("").is_some() && map.get("ä\n").is_some());
     }
 
     #[test]
-    fn metadata_in_header_order() {
+    fn metadata_keeps_its_order() {
         let map = parse_with(r#"{"__metadata__":{"z":"1","a\u0062":"","c":"\"{"}}"#, 0).unwrap();
         let pairs: Vec<_> = map.metadata().iter().collect();
         assert_eq!(pairs, [("z", "1"), ("ab", ""), ("c", "\"{")]);
@@ -104,23 +104,23 @@ mod accepts {
     }
 
     #[test]
-    fn metadata_null_as_mlx_writes_it() {
+    fn null_metadata_is_accepted() {
         let map = parse_with(r#"{"__metadata__":null}"#, 0).unwrap();
         assert!(map.metadata().is_empty());
     }
 
     #[test]
-    fn as_many_dimensions_as_the_limit() {
+    fn as_many_dimensions_as_the_limit_are_accepted() {
         let ones = vec!["1"; RANK_LIMIT].join(",");
         assert!(parse_with(tensor("U8", &format!("[{ones}]"), "[0,1]"), 1).is_ok());
     }
 }
 
-mod prefix {
+mod length_prefix {
     use super::*;
 
     #[test]
-    fn lengths_at_their_bounds() {
+    fn header_length_is_checked_at_its_bounds() {
         let file = 8 + HEADER_LIMIT_BYTES;
         assert_eq!(parse_prefix(2_u64.to_le_bytes(), 10), Ok(2));
         assert_eq!(parse_prefix(HEADER_LIMIT_BYTES.to_le_bytes(), file), Ok(HEADER_LIMIT_BYTES));
@@ -140,7 +140,7 @@ mod prefix {
     }
 
     #[test]
-    fn parse_enforces_them_too() {
+    fn parse_checks_the_header_length_too() {
         assert_eq!(parse(b"", 100), Err(ModelError::HeaderTooSmall { header_bytes: 0 }));
         let error = ModelError::HeaderPastEnd { header_bytes: 2, file_bytes: 9 };
         assert_eq!(parse(b"{}", 9), Err(error));
@@ -192,24 +192,24 @@ mod sniffing {
     }
 }
 
-mod refuses_text {
+mod text_faults {
     use super::*;
 
     #[test]
-    fn that_does_not_begin_with_a_brace() {
+    fn header_without_an_opening_brace_is_refused() {
         for (json, found) in [(" []", b'['), ("[]", b'['), ("\u{feff}{}", 0xef)] {
             assert_eq!(refused(json), ModelError::NotAnObject { found });
         }
     }
 
     #[test]
-    fn that_is_not_utf8() {
+    fn header_that_is_not_utf8_is_refused() {
         assert_eq!(refused(b"{\"\xff\":1}"), ModelError::InvalidUtf8 { offset: 2 });
         assert_eq!(refused(b"{\"\xed\xa0\x80\":1}"), ModelError::InvalidUtf8 { offset: 2 });
     }
 
     #[test]
-    fn that_is_not_json() {
+    fn header_that_is_not_json_is_refused() {
         for (json, at) in [
             ("{]", 2),
             ("{\"t\"", 4),
@@ -228,7 +228,7 @@ mod refuses_text {
     }
 
     #[test]
-    fn followed_by_anything_but_whitespace() {
+    fn bytes_after_the_json_are_refused() {
         for (json, offset, found) in [("{}\0\0", 2, 0), ("{}  {}", 4, b'{'), ("{\n}\n x", 5, b'x')] {
             let error = ModelError::BytesAfterJson { offset, found };
             assert_eq!(refused(json), error, "{json:?}");
@@ -236,7 +236,7 @@ mod refuses_text {
     }
 
     #[test]
-    fn nested_too_deeply_without_reading_it() {
+    fn deep_nesting_is_refused_early() {
         let deep = "[".repeat(1_000_000);
         for json in [format!("{{\"t\":{deep}"), one(&format!("\"shape\":[{deep}")), one(&format!("\"dtype\":{deep}"))] {
             match refused(json) {
@@ -247,20 +247,20 @@ mod refuses_text {
             }
         }
         let objects = "{\"a\":".repeat(1_000_000);
-        // The value of an unknown key is skipped, until the header ends.
+        // The value of an unknown key is skipped, so the end of the header comes first.
         assert!(matches!(refused(format!("{{\"t\":{objects}")), ModelError::NotJson { .. }));
         let metadata = format!("{{\"__metadata__\":{{\"a\":{deep}");
         assert!(matches!(refused(metadata), ModelError::MetadataNotString { .. }));
     }
 }
 
-mod refuses_keys {
+mod key_faults {
     use super::*;
 
     const WHOLE: &str = r#""dtype":"U8","shape":[16],"data_offsets":[0,16]"#;
 
     #[test]
-    fn missing() {
+    fn missing_key_is_refused() {
         for (entry, key) in [
             (r#""shape":[16],"data_offsets":[0,16]"#, "dtype"),
             (r#""dtype":"U8","data_offsets":[0,16]"#, "shape"),
@@ -271,7 +271,7 @@ mod refuses_keys {
     }
 
     #[test]
-    fn but_skips_unknown_ones() {
+    fn unknown_key_is_skipped() {
         for key in ["strides", "Shape", ""] {
             for value in ["1", r#"{"dtype":"F32","data_offsets":[[[0,1]]]}"#] {
                 let map = parse_with(one(&format!(r#"{WHOLE},"{key}":{value}"#)), 16).unwrap();
@@ -281,17 +281,17 @@ mod refuses_keys {
     }
 
     #[test]
-    fn twice_in_an_entry_even_with_the_same_value() {
-        for (key, again) in
+    fn duplicate_key_is_refused_even_with_the_same_value() {
+        for (key, duplicate) in
             [("dtype", r#""dtype":"U8""#), ("shape", r#""sh\u0061pe":[16]"#), ("data_offsets", r#""data_offsets":[0,16]"#)]
         {
-            let error = refused(one(&format!("{WHOLE},{again}")));
+            let error = refused(one(&format!("{WHOLE},{duplicate}")));
             assert_eq!(error, ModelError::DuplicateKey { tensor: t(), key });
         }
     }
 
     #[test]
-    fn twice_as_tensors_even_escaped_or_empty() {
+    fn duplicate_tensor_is_refused_even_if_escaped_or_empty() {
         for json in [
             bytes(&[("t", 0, 8), ("t", 8, 16)]),
             bytes(&[("t", 0, 16), ("t", 0, 16)]),
@@ -302,7 +302,7 @@ mod refuses_keys {
     }
 
     #[test]
-    fn twice_as_metadata() {
+    fn duplicate_metadata_is_refused() {
         for json in [r#"{"__metadata__":{},"__metadata__":{}}"#, r#"{"__metadata__":null,"__metadat\u0061__":null}"#] {
             assert_eq!(refused(json), ModelError::DuplicateMetadata);
         }
@@ -311,11 +311,11 @@ mod refuses_keys {
     }
 }
 
-mod refuses_values {
+mod value_faults {
     use super::*;
 
     #[test]
-    fn of_another_type() {
+    fn value_of_the_wrong_type_is_refused() {
         for (json, key) in [
             (r#"{"t":1}"#.to_owned(), None),
             (r#"{"t":null}"#.to_owned(), None),
@@ -339,7 +339,7 @@ mod refuses_values {
     }
 
     #[test]
-    fn of_metadata_that_are_not_strings() {
+    fn metadata_that_is_not_a_string_is_refused() {
         for value in ["1", "null", "{}", "[\"a\"]", "true"] {
             let error = refused(format!(r#"{{"__metadata__":{{"a":"b","k":{value}}}}}"#));
             assert!(matches!(&error, ModelError::MetadataNotString { key, .. } if key == "k"), "{error:?}");
@@ -351,7 +351,7 @@ mod refuses_values {
     }
 
     #[test]
-    fn of_unknown_dtypes() {
+    fn unknown_dtype_is_refused() {
         for found in ["F128", "bf16", ""] {
             let error = ModelError::UnknownDType { tensor: t(), found: found.to_owned() };
             assert_eq!(refused(tensor(found, "[16]", "[0,16]")), error);
@@ -359,7 +359,7 @@ mod refuses_values {
     }
 
     #[test]
-    fn that_are_not_counts() {
+    fn number_that_is_not_a_count_is_refused() {
         for (number, found) in [
             ("-1", "-1"),
             ("-0", "-0.0"),
@@ -379,14 +379,14 @@ mod refuses_values {
     }
 
     #[test]
-    fn of_shapes_without_end() {
+    fn shape_above_the_rank_limit_is_refused() {
         let ones = vec!["1"; RANK_LIMIT + 1].join(",");
         let json = tensor("U8", &format!("[{ones}]"), "[0,1]");
         assert_eq!(refused(json), ModelError::RankTooLarge { tensor: t() });
     }
 
     #[test]
-    fn of_offsets_that_are_not_two() {
+    fn wrong_number_of_offsets_is_refused() {
         for (offsets, found) in [("[]", 0), ("[0]", 1), ("[0,16,16]", 3), ("[0,16,0,0]", 3)] {
             let error = ModelError::OffsetCount { tensor: t(), found };
             assert_eq!(refused(tensor("U8", "[16]", offsets)), error);
@@ -394,11 +394,11 @@ mod refuses_values {
     }
 }
 
-mod refuses_layouts {
+mod layout_faults {
     use super::*;
 
     #[test]
-    fn that_overflow() {
+    fn overflowing_shape_is_refused() {
         for (dtype, shape) in [
             (DType::U8, vec![1 << 32, 1 << 32]),
             (DType::U8, vec![1 << 61]),
@@ -411,20 +411,20 @@ mod refuses_layouts {
     }
 
     #[test]
-    fn that_end_within_a_byte() {
+    fn tensor_that_ends_within_a_byte_is_refused() {
         let json = tensor("F4", "[3,11]", "[0,16]");
         let (dtype, shape) = (DType::F4, vec![3, 11]);
         assert_eq!(refused(json), ModelError::PartialByte { tensor: t(), dtype, shape, bits: 132 });
     }
 
     #[test]
-    fn whose_offsets_are_reversed() {
+    fn reversed_offsets_are_refused() {
         let error = ModelError::OffsetsReversed { tensor: t(), begin: 16, end: 0 };
         assert_eq!(refused(tensor("U8", "[16]", "[16,0]")), error);
     }
 
     #[test]
-    fn that_end_past_the_file() {
+    fn tensor_past_the_end_of_the_file_is_refused() {
         for end in [17, u64::MAX] {
             let error = ModelError::PastEnd { tensor: t(), end, data_bytes: 16, missing_bytes: end - 16 };
             assert_eq!(refused(tensor("U8", "[17]", &format!("[0,{end}]"))), error);
@@ -432,7 +432,7 @@ mod refuses_layouts {
     }
 
     #[test]
-    fn whose_length_differs_from_shape_and_dtype() {
+    fn length_that_contradicts_shape_and_dtype_is_refused() {
         for (shape, expected) in [(vec![3], 12), (vec![5], 20), (vec![0], 0), (vec![], 4)] {
             let json = tensor("F32", &format!("{shape:?}"), "[0,16]");
             let dtype = DType::F32;
@@ -442,7 +442,7 @@ mod refuses_layouts {
     }
 
     #[test]
-    fn that_overlap() {
+    fn overlapping_tensors_are_refused() {
         for (tensors, first_end, second_begin) in [
             ([("a", 0, 10), ("b", 6, 16)], 10, 6),
             ([("b", 1, 16), ("a", 0, 16)], 16, 1),
@@ -463,7 +463,7 @@ mod refuses_layouts {
     }
 
     #[test]
-    fn with_holes() {
+    fn holes_between_tensors_are_refused() {
         for (tensors, begin, end) in
             [(vec![("a", 0, 4), ("b", 8, 16)], 4, 8), (vec![("b", 1, 16)], 0, 1), (vec![("a", 0, 4), ("b", 5, 5)], 4, 5)]
         {
@@ -475,7 +475,7 @@ mod refuses_layouts {
     }
 
     #[test]
-    fn with_bytes_after_the_last_tensor() {
+    fn bytes_after_the_last_tensor_are_refused() {
         for (json, covered) in [("{}".to_owned(), 0), (bytes(&[("a", 0, 15)]), 15)] {
             let data_end = 8 + json.len() as u64 + covered;
             let file_bytes = 8 + json.len() as u64 + 16;

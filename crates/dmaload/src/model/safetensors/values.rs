@@ -4,7 +4,8 @@ use std::{borrow::Cow, fmt};
 
 use serde::de::{Deserialize, DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 
-/// The value of an unknown key: read with the crate's limits on numbers and nesting, and dropped.
+/// The value of an unknown key. It is parsed, so that serde_json's limits on numbers and nesting
+/// apply, and then dropped.
 pub(super) struct Skipped;
 
 impl<'de> Deserialize<'de> for Skipped {
@@ -55,8 +56,8 @@ impl<'de> Visitor<'de> for Skipped {
     }
 }
 
-/// Reads a string, borrowed if the header has it without escapes. The field says in errors what
-/// was expected.
+/// Reads a string, borrowed if the header has it without escapes. The field names the expected
+/// value in error messages.
 pub(super) struct Text(pub(super) &'static str);
 
 impl<'de> DeserializeSeed<'de> for Text {
@@ -83,7 +84,7 @@ impl<'de> Visitor<'de> for Text {
     }
 }
 
-/// A JSON number: a non-negative integer, or the text of any other.
+/// A JSON number: a non-negative integer, or any other number as text.
 pub(super) enum Number {
     Count(u64),
     Other(String),

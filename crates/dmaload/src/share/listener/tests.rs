@@ -4,11 +4,11 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt, symlink};
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::PathBuf;
 
-fn own() -> Mode {
+fn owner_only() -> Mode {
     Mode::from_raw_mode(0o600)
 }
 
-fn all() -> Mode {
+fn everyone() -> Mode {
     Mode::from_raw_mode(0o666)
 }
 
@@ -16,7 +16,7 @@ fn mode_of(path: &Path) -> u32 {
     fs::symlink_metadata(path).unwrap().permissions().mode() & 0o7777
 }
 
-fn names(folder: &Path) -> Vec<String> {
+fn list_names(folder: &Path) -> Vec<String> {
     let mut names: Vec<_> =
         fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
@@ -27,14 +27,14 @@ fn is_served(path: &Path) -> bool {
     connect_to(&new_socket().unwrap(), path).is_ok()
 }
 
-fn dead_socket(path: &Path) {
+fn create_dead_socket(path: &Path) {
     let socket = new_socket().unwrap();
     bind(&socket, &SocketAddrUnix::new(path).unwrap()).unwrap();
 }
 
-/// What the owner of a folder can do to any name in it.
-fn steal(folder: &Path, target: &Path) {
-    for (number, name) in names(folder).into_iter().enumerate() {
+/// Replaces each file in a folder with a link, as the owner of the folder can.
+fn replace_with_links(folder: &Path, target: &Path) {
+    for (number, name) in list_names(folder).into_iter().enumerate() {
         if !name.starts_with("stolen") {
             fs::rename(folder.join(&name), folder.join(format!("stolen{number}{name}"))).unwrap();
             symlink(target, folder.join(&name)).unwrap();
@@ -47,7 +47,7 @@ fn steal(folder: &Path, target: &Path) {
 
 #[test]
 fn folder_owner_cannot_redirect_anything_at_any_step() {
-    for mode in [own(), all()] {
+    for mode in [owner_only(), everyone()] {
         for thief_at in [BindStep::MadeFolder, BindStep::Bound, BindStep::Found, BindStep::Ready, BindStep::Placed] {
             for target_is_folder in [false, true] {
                 let place = tempfile::tempdir().unwrap();
@@ -63,7 +63,7 @@ fn folder_owner_cannot_redirect_anything_at_any_step() {
                 let listener = Listener::bind_step_by_step(&folder.join("socket"), mode, &mut |step| {
                     steps.push(step);
                     if step == thief_at {
-                        steal(&folder, target);
+                        replace_with_links(&folder, target);
                     }
                 });
                 assert!(steps.contains(&thief_at), "{steps:?}");
@@ -71,14 +71,14 @@ fn folder_owner_cannot_redirect_anything_at_any_step() {
                 drop(listener);
                 let case = format!("{mode:?} {thief_at:?} {target_is_folder} {bound}");
                 assert_eq!((mode_of(&victim), mode_of(&victims)), (0o600, 0o700), "{case}");
-                assert_eq!(names(&victims), ["secret"], "{case}");
+                assert_eq!(list_names(&victims), ["secret"], "{case}");
                 assert_eq!(fs::read_to_string(&victim).unwrap(), "kept", "{case}");
             }
         }
     }
 }
 
-/// A file system that lies shows other files in the private folder.
+/// Simulates a malicious file system, which shows other files in the private folder.
 #[test]
 fn file_in_place_of_the_bound_socket_is_left_alone() {
     let place = tempfile::tempdir().unwrap();
@@ -89,8 +89,8 @@ fn file_in_place_of_the_bound_socket_is_left_alone() {
         |victim, fresh| symlink(victim, fresh).unwrap(),
         |victim, fresh| fs::hard_link(victim, fresh).unwrap(),
         |_, fresh| {
-            dead_socket(fresh);
-            // Owned by another user, if possible.
+            create_dead_socket(fresh);
+            // A socket of another user, if this process can create one.
             if geteuid().is_root() {
                 std::os::unix::fs::chown(fresh, Some(12345), None).unwrap();
             } else {
@@ -99,7 +99,7 @@ fn file_in_place_of_the_bound_socket_is_left_alone() {
         },
     ];
     for (lie, lie_at) in lies.into_iter().flat_map(|lie| [(lie, BindStep::Bound), (lie, BindStep::Found)]) {
-        let mode = all();
+        let mode = everyone();
         let listener = Listener::bind_step_by_step(&place.path().join("socket"), mode, &mut |step| {
             if step == lie_at {
                 let fresh = place.path().join(".socket.dmaload").join(FRESH);
@@ -111,13 +111,13 @@ fn file_in_place_of_the_bound_socket_is_left_alone() {
         assert_eq!((mode_of(&victim), fs::read_to_string(&victim).unwrap().as_str()), (0o600, "kept"));
         drop(listener);
         let _ = fs::remove_file(place.path().join("socket"));
-        assert_eq!(names(place.path()), ["secret"]);
+        assert_eq!(list_names(place.path()), ["secret"]);
     }
 }
 
 #[test]
 fn socket_has_its_mode_before_it_is_in_its_place() {
-    for mode in [own(), all()] {
+    for mode in [owner_only(), everyone()] {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");
         let mut seen = Vec::new();
@@ -133,9 +133,9 @@ fn socket_has_its_mode_before_it_is_in_its_place() {
         });
         assert_eq!(seen.len(), 2);
         assert_eq!(seen.last(), Some(&(BindStep::Ready, mode.as_raw_mode() & !0o022)));
-        assert_eq!(names(folder.path()), ["socket"]);
+        assert_eq!(list_names(folder.path()), ["socket"]);
         drop(listener.unwrap());
-        assert_eq!(names(folder.path()), [""; 0]);
+        assert_eq!(list_names(folder.path()), [""; 0]);
     }
 }
 
@@ -143,12 +143,12 @@ fn socket_has_its_mode_before_it_is_in_its_place() {
 fn only_dead_sockets_are_replaced() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
-    dead_socket(&at("seqpacket"));
+    create_dead_socket(&at("seqpacket"));
     drop(UnixListener::bind(at("stream")).unwrap());
     drop(UnixDatagram::bind(at("datagram")).unwrap());
     for name in ["seqpacket", "stream", "datagram", "none"] {
         Listener::check(&at(name)).unwrap();
-        let listener = Listener::bind(&at(name), own()).unwrap();
+        let listener = Listener::bind(&at(name), owner_only()).unwrap();
         assert!(is_served(&at(name)), "{name}");
         drop(listener);
         assert!(!at(name).exists(), "{name}");
@@ -157,28 +157,28 @@ fn only_dead_sockets_are_replaced() {
     fs::create_dir(at("folder")).unwrap();
     symlink(at("file"), at("link")).unwrap();
     symlink(at("nothing"), at("dangling")).unwrap();
-    rustix::fs::mknodat(rustix::fs::CWD, at("fifo"), FileType::Fifo, own(), 0).unwrap();
+    rustix::fs::mknodat(rustix::fs::CWD, at("fifo"), FileType::Fifo, owner_only(), 0).unwrap();
     let alive = (
         UnixListener::bind(at("alive stream")).unwrap(),
         UnixDatagram::bind(at("alive datagram")).unwrap(),
-        Listener::bind(&at("alive"), own()).unwrap(),
+        Listener::bind(&at("alive"), owner_only()).unwrap(),
     );
     symlink(at("alive"), at("link to alive")).unwrap();
-    let before = names(folder.path());
+    let before = list_names(folder.path());
     for name in &before {
         let expected = if name.starts_with("alive") { "another process is listening there" } else { "not a socket" };
-        for refused in [Listener::bind(&at(name), own()).map(|_| ()), Listener::check(&at(name))] {
+        for refused in [Listener::bind(&at(name), owner_only()).map(|_| ()), Listener::check(&at(name))] {
             let reason = refused.unwrap_err();
             assert!(reason.contains(expected), "{name}: {reason}");
         }
     }
-    assert_eq!(names(folder.path()), before);
+    assert_eq!(list_names(folder.path()), before);
     assert!(is_served(&at("alive")) && fs::symlink_metadata(at("fifo")).unwrap().file_type().is_fifo());
     drop(alive);
 }
 
 #[test]
-fn server_that_ends_leaves_the_socket_of_the_next_one() {
+fn dropped_server_does_not_remove_its_successors_socket() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("socket");
     type Change = fn(&Path);
@@ -186,48 +186,47 @@ fn server_that_ends_leaves_the_socket_of_the_next_one() {
         |path| fs::remove_file(path).unwrap(),
         |path| fs::rename(path, path.with_file_name("moved")).unwrap(),
         |path| {
-            dead_socket(&path.with_file_name("dead"));
+            create_dead_socket(&path.with_file_name("dead"));
             fs::rename(path.with_file_name("dead"), path).unwrap();
         },
     ];
     for change in changes {
-        let first = Listener::bind(&path, own()).unwrap();
+        let first = Listener::bind(&path, owner_only()).unwrap();
         change(&path);
-        let second = Listener::bind(&path, own()).unwrap();
+        let second = Listener::bind(&path, owner_only()).unwrap();
         drop(first);
         assert!(is_served(&path));
         drop(second);
         assert!(!path.exists());
         let _ = fs::remove_file(path.with_file_name("moved"));
     }
-    let first = Listener::bind(&path, own()).unwrap();
+    let first = Listener::bind(&path, owner_only()).unwrap();
     fs::remove_file(&path).unwrap();
     fs::write(&path, "kept").unwrap();
     drop(first);
     assert_eq!(fs::read_to_string(&path).unwrap(), "kept");
 }
 
-/// In each round two servers end while two others take the place. In any order, the last one bound
-/// remains.
+/// In each round, a server stops while another one binds, and two servers race for a dead socket.
 #[test]
-fn servers_that_end_and_begin_at_once_keep_the_last_one() {
+fn racing_servers_leave_exactly_one_socket() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("socket");
     for _ in 0..100 {
-        let first = Listener::bind(&path, own()).unwrap();
+        let first = Listener::bind(&path, owner_only()).unwrap();
         fs::remove_file(&path).unwrap();
         let second = thread::scope(|scope| {
-            let second = scope.spawn(|| Listener::bind(&path, own()));
+            let second = scope.spawn(|| Listener::bind(&path, owner_only()));
             drop(first);
             second.join().unwrap()
         });
         assert!(is_served(&path));
         drop(second.unwrap());
-        // Two servers find a dead socket at once; one gets its place.
-        dead_socket(&path);
+        // Two servers find a dead socket at once. One of them replaces it.
+        create_dead_socket(&path);
         let both = thread::scope(|scope| {
-            let other = scope.spawn(|| Listener::bind(&path, own()));
-            (Listener::bind(&path, own()), other.join().unwrap())
+            let other = scope.spawn(|| Listener::bind(&path, owner_only()));
+            (Listener::bind(&path, owner_only()), other.join().unwrap())
         });
         assert!(is_served(&path));
         let one = match both {
@@ -238,7 +237,7 @@ fn servers_that_end_and_begin_at_once_keep_the_last_one() {
             both => panic!("{both:?}"),
         };
         drop(one);
-        assert_eq!(names(folder.path()), [""; 0]);
+        assert_eq!(list_names(folder.path()), [""; 0]);
     }
 }
 
@@ -248,7 +247,8 @@ fn unexpected_file_is_put_back() {
     let path = place.path().join("socket");
     let (folder, name) = open_folder(&path).unwrap();
     let private = PrivateFolder::enter(&folder, &name).unwrap();
-    let makers: [fn(&Path); 3] = [dead_socket, |path| fs::write(path, "kept").unwrap(), |path| fs::create_dir(path).unwrap()];
+    let makers: [fn(&Path); 3] =
+        [create_dead_socket, |path| fs::write(path, "kept").unwrap(), |path| fs::create_dir(path).unwrap()];
     for make in makers {
         make(&path);
         let before = identity(&stat(&path).unwrap());
@@ -273,12 +273,12 @@ fn private_folder_is_taken_over_only_from_killed_servers() {
         fs::set_permissions(&private, fs::Permissions::from_mode(mode)).unwrap();
     };
     make(0o700);
-    dead_socket(&private.join(FRESH));
-    dead_socket(&private.join(TAKEN));
-    drop(Listener::bind(&path, own()).unwrap());
-    assert_eq!(names(folder.path()), [""; 0]);
+    create_dead_socket(&private.join(FRESH));
+    create_dead_socket(&private.join(TAKEN));
+    drop(Listener::bind(&path, owner_only()).unwrap());
+    assert_eq!(list_names(folder.path()), [""; 0]);
     let refused = |expected: &str| {
-        let reason = Listener::bind(&path, all()).unwrap_err();
+        let reason = Listener::bind(&path, everyone()).unwrap_err();
         assert!(reason.contains(expected), "{reason}");
         assert!(!path.exists());
     };
@@ -325,18 +325,18 @@ fn one_server_at_a_time_holds_the_private_folder() {
 }
 
 #[test]
-fn long_paths_and_their_limits() {
+fn long_path_works_until_its_name_exceeds_the_limit() {
     let folder = tempfile::tempdir().unwrap();
     let deep = folder.path().join("d".repeat(200)).join("e".repeat(200));
     fs::create_dir_all(&deep).unwrap();
     let path = deep.join("n".repeat(240));
-    let listener = Listener::bind(&path, all()).unwrap();
+    let listener = Listener::bind(&path, everyone()).unwrap();
     assert!(is_served(&path) && mode_of(&path) == 0o666);
-    assert!(Listener::bind(&path, own()).unwrap_err().contains("another process is listening there"));
+    assert!(Listener::bind(&path, owner_only()).unwrap_err().contains("another process is listening there"));
     drop(listener);
     assert!(!path.exists());
     let refused = |path: PathBuf, expected: &str| {
-        let reason = Listener::bind(&path, own()).unwrap_err();
+        let reason = Listener::bind(&path, owner_only()).unwrap_err();
         assert!(reason.contains(expected), "{reason}");
     };
     refused(deep.join("n".repeat(250)), "ENAMETOOLONG");
@@ -346,19 +346,19 @@ fn long_paths_and_their_limits() {
     refused(deep.join("missing").join("socket"), "ENOENT");
 }
 
-/// As [`Listener::bind`] does without procfs.
+/// Binds as [`Listener::bind`] does without procfs.
 #[test]
 fn separate_thread_binds_in_another_folder() {
     let folder = tempfile::tempdir().unwrap();
     let opened = open(folder.path(), OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).unwrap();
     let before = std::env::current_dir().unwrap();
     let socket = new_socket().unwrap();
-    fchmod(&socket, all()).unwrap();
+    fchmod(&socket, everyone()).unwrap();
     let address = SocketAddrUnix::new("here").unwrap();
     run_in_folder(&opened, || bind(&socket, &address)).unwrap();
     assert_eq!(mode_of(&folder.path().join("here")), 0o666, "the umask of that thread is empty");
     assert_eq!(std::env::current_dir().unwrap(), before);
     let file = folder.path().join("file");
     fs::write(&file, "").unwrap();
-    assert_ne!(mode_of(&file), 0o666, "the umask of the process is as it was");
+    assert_ne!(mode_of(&file), 0o666, "the umask of the process is unchanged");
 }
