@@ -201,7 +201,7 @@ impl Mapping {
     /// Prevents processes that are forked later from inheriting the mapping.
     ///
     /// After a fork, both processes share private pages copy-on-write. Whichever process writes
-    /// first gets a copy, so data that a device writes later may land in the other process's page.
+    /// first gets a copy, so data that a device writes later can land in the other process's page.
     /// open(2) requires this call, or a shared mapping, for `O_DIRECT` reads in processes that
     /// fork. Since Linux 5.10 a fork copies pinned pages, such as those of registered buffers;
     /// direct reads pin their pages since 6.3.
@@ -275,7 +275,7 @@ impl Drop for Mapping {
         let mut taken = self.range.taken();
         let address = self.address().as_ptr().cast::<c_void>();
         // SAFETY: this mapping is the only owner of these addresses. Reserving them again unmaps
-        // the pages and keeps other mappings out of the place.
+        // the pages and prevents other mappings from taking the addresses.
         let reserved = unsafe { mmap_anonymous(address, self.bytes, ProtFlags::empty(), reserved_flags() | MapFlags::FIXED) };
         // If that fails (too many mappings), the pages stay until the whole range is dropped.
         if reserved.is_ok() {

@@ -1,4 +1,4 @@
-//! Populates a mapping before a device writes to it.
+//! Populates a mapping before data is read into it.
 //!
 //! The page size determines the cost of everything that follows (populating, pinning, the number
 //! of block requests), so 2 MiB pages are worth some effort. `MADV_COLLAPSE` (Linux 6.1 or later,
@@ -44,7 +44,7 @@ pub struct Populated {
     pub refused: Option<crate::Errno>,
 }
 
-/// Maximum number of attempts to collapse: an attempt can fail temporarily (a page under
+/// Maximum number of attempts to collapse extents. An attempt can fail temporarily (a page under
 /// migration, a contended lock).
 const COLLAPSE_TRIES: usize = 3;
 
@@ -52,8 +52,8 @@ impl Mapping {
     /// Puts pages under `part` of this mapping (byte offsets, multiples of the page size), so
     /// later accesses cause no page faults. `memory` must be the memory that backs the mapping.
     ///
-    /// Under a read-only mapping ([`crate::Memfd::from_sealed`]), it maps the existing pages of
-    /// the file, whatever their size, and writes nothing (`MADV_POPULATE_READ`, Linux 5.14 or
+    /// A read-only mapping ([`crate::Memfd::from_sealed`]) is populated with the existing pages of
+    /// its file, whatever their size; nothing is written (`MADV_POPULATE_READ`, Linux 5.14 or
     /// later).
     ///
     /// # Errors
@@ -162,8 +162,8 @@ impl Area<'_> {
                     memfd.allocate(extent as u64, page_bytes() as u64);
                 }
             }
-            // Faulting in one page of an extent already brings a huge page where faults can;
-            // otherwise it is the page that a collapse needs.
+            // Faulting in one page of an extent yields a huge page if the kernel allows that. If
+            // not, the page is the one that collapsing needs.
             Memory::Anonymous | Memory::DmaBuf(_) => {
                 for extent in extents.clone().step_by(HUGE_PAGE_BYTES) {
                     let _ = self.advise(extent..extent + page_bytes(), Advice::LinuxPopulateWrite);

@@ -2,7 +2,7 @@
 //! processes.
 //!
 //! A control character would reach a terminal as a command, a line break would forge a log line,
-//! and invisible marks that reverse the text direction make one name look like another. All of
+//! and invisible marks that reverse the text direction can make one name look like another. All of
 //! these are written as escapes (`\n`, `\u{1b}`, `\u{202e}`), and bytes that are not UTF-8 as
 //! `\xff`.
 //!
@@ -55,7 +55,7 @@ pub fn shell<P: AsRef<Path> + ?Sized>(path: &P) -> impl fmt::Display {
     })
 }
 
-/// Whether a terminal would interpret this character, or not show it.
+/// Whether a terminal would interpret or hide this character.
 #[must_use]
 pub fn is_hidden(c: char) -> bool {
     c.is_control()

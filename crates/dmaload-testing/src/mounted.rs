@@ -57,7 +57,7 @@ pub fn on_loop_device(at: &Path, kind: &str, mkfs: &[&str], options: &str) -> Re
     mount(kind, options, image, at)
 }
 
-/// Mounts a tmpfs at `at`. `size` is the value of its mount option: `64m`.
+/// Mounts a tmpfs at `at`. `size` is the value of its mount option, such as `64m`.
 ///
 /// # Errors
 /// The reason, as `mount` printed it.

@@ -214,7 +214,7 @@ pub enum ModelError {
     OffsetCount {
         /// The tensor's name.
         tensor: String,
-        /// The number of numbers found; counting stops at 3.
+        /// How many numbers were found; counting stops at 3.
         found: usize,
     },
 
@@ -387,7 +387,7 @@ pub enum ModelError {
     },
 
     /// A file with the name of a model is empty.
-    #[error("the file is empty: its download has not begun, or nothing could be written")]
+    #[error("the file is empty: its download did not begin, or nothing could be written")]
     Empty,
 
     /// The parts of a split GGUF model contradict each other, or one contradicts its name.
@@ -469,7 +469,7 @@ impl ModelError {
         }
     }
 
-    /// Whether the file may be something else entirely, because not even its beginning is that of
+    /// Whether the file may be something else entirely, because even its beginning is not that of
     /// a model.
     pub(crate) fn may_be_foreign(&self) -> bool {
         match self {
@@ -495,7 +495,7 @@ fn display_version(version: u32) -> u32 {
     if is_big_endian(version) { version.swap_bytes() } else { version }
 }
 
-/// Whether ggml once had a type with this number and has removed it.
+/// Whether ggml has removed the type with this number.
 fn is_removed_gguf_type(number: u32) -> bool {
     matches!(number, 4 | 5 | 31..=33 | 36..=38)
 }

@@ -1,5 +1,5 @@
-//! Recognizes files that are in the place of a model: Git LFS pointers, error pages, archives, and
-//! other formats.
+//! Recognizes files found in place of a model: Git LFS pointers, error pages, archives, and other
+//! formats.
 //!
 //! Used only after a file was refused as a model, so that the error can say what to do.
 
@@ -16,7 +16,7 @@ pub(crate) const LOOKED_AT_BYTES: usize = 4096;
 /// Maximum number of characters to quote in a message.
 const SHOWN_CHARS: usize = 60;
 
-/// Something other than a model, in the place of one.
+/// A kind of file found in place of a model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ForeignFile {
@@ -58,7 +58,7 @@ pub enum ForeignFile {
         /// The name of the format, with its article.
         format: &'static str,
     },
-    /// An array file of another format.
+    /// A file of arrays in another format.
     OtherFormat {
         /// The name of the format, with its article.
         format: &'static str,
@@ -175,8 +175,8 @@ fn recognize_magic(start: &[u8]) -> Option<ForeignFile> {
     }
 }
 
-/// Recognizes pages and messages that are not UTF-8 (but Latin-1 or UTF-16), or that contain
-/// control characters, by their beginning, which is ASCII in every encoding.
+/// Recognizes pages and messages in Latin-1 or UTF-16, or with control characters, by their
+/// beginning, which consists of ASCII characters in each case.
 fn recognize_markup(start: &[u8]) -> Option<ForeignFile> {
     let text: Vec<u8> = match start {
         [0xff, 0xfe, rest @ ..] | [0xfe, 0xff, 0, rest @ ..] | [0, rest @ ..] => rest.iter().step_by(2).copied().collect(),
@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn foreign_files_in_the_place_of_a_model_are_recognized() {
+    fn files_found_in_place_of_a_model_are_recognized() {
         let lfs = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345678901\n";
         let mut big_endian = 2_u64.to_be_bytes().to_vec();
         big_endian.extend(b"{}");

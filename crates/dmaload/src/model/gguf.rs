@@ -7,7 +7,7 @@
 //! not a whole number of blocks.
 //!
 //! The length of the header is not known in advance, so [`parse`] takes the beginning of the file
-//! and may ask for more of it. Memory and time are bounded by the header's length, at most
+//! and can request more of it. Memory and time are bounded by the header's length, at most
 //! [`HEADER_LIMIT_BYTES`]: a count in the file is trusted only once the bytes that it counts have
 //! been read.
 
@@ -90,8 +90,8 @@ fn read_alignment(cursor: &Cursor<'_>, metadata: &GgufMetadata) -> Result<u64, S
     }
 }
 
-/// Reads one entry of the list of tensors. Its range is relative to the data, until
-/// [`place_tensors`].
+/// Reads one entry of the list of tensors. Its range is relative to the data until
+/// [`place_tensors`] makes it absolute.
 fn read_tensor(cursor: &mut Cursor<'_>, alignment: u64) -> Result<TensorInfo, Stop> {
     let at = cursor.position();
     let name = cursor.text("a tensor's name")?.to_owned();

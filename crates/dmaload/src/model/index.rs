@@ -117,7 +117,7 @@ impl Index {
     pub fn is_meant(json: &[u8]) -> bool {
         match serde_json::from_slice::<HashMap<String, IgnoredAny>>(json) {
             Ok(keys) => keys.contains_key("weight_map"),
-            // A value other than an object.
+            // A data error means well-formed JSON that is not an object.
             Err(error) => !error.is_data(),
         }
     }

@@ -1,6 +1,6 @@
 //! Looks up tensors and keys by name.
 
-/// Positions in a list, sorted by the names there.
+/// Positions in a list, sorted by the names at these positions.
 ///
 /// Compared to a hash map, it needs no second copy of the names, gives a hostile header no hash
 /// collisions to exploit, and finds duplicates as neighbors.

@@ -6,7 +6,7 @@ pub(crate) struct PartName<'a> {
     /// Everything before the number, including the separator: `model-`. May be empty.
     stem: &'a str,
     digits: &'a str,
-    /// `-of-` or `_of_`, in either case.
+    /// `-of-` or `_of_`, in lower, upper or title case.
     of: &'a str,
     count_digits: &'a str,
     /// Everything after the count: `.safetensors`, `.fp16.safetensors`.

@@ -14,8 +14,8 @@
 //! - more than [`RANK_LIMIT`] dimensions.
 //!
 //! Like the crate, it accepts `"__metadata__": null`, which MLX writes, skips unknown keys in a
-//! tensor's entry, and allows any JSON whitespace around the header, although the README wants `{`
-//! first and only spaces last.
+//! tensor's entry, and allows any JSON whitespace around the header, although the README requires
+//! `{` first and only spaces last.
 //!
 //! Memory and time are bounded by the header: parsing takes a small multiple of its length, and no
 //! more than `n log n` comparisons of names. A value of the wrong type is refused where it begins,
@@ -45,7 +45,7 @@ pub enum Sniff {
         /// The length of the JSON header, which begins at byte 8.
         header_bytes: u64,
     },
-    /// Not a safetensors file, and nothing claims that it is one.
+    /// Not a safetensors file, and neither its name nor its content claims that it is one.
     Not {
         /// The rule that it violates.
         why: ModelError,
@@ -65,14 +65,15 @@ pub enum Sniff {
 /// A file *looks* like safetensors if its byte 8 is `{` and its first 8 bytes are a length from 2
 /// to [`HEADER_LIMIT_BYTES`]. Then:
 ///
-/// | looks like it | header fits the file | named so | verdict |
+/// | looks like safetensors | header fits the file | named `.safetensors` | verdict |
 /// |---|---|---|---|
 /// | yes | yes | –   | [`Sniff::Safetensors`] |
 /// | yes | no  | –   | [`Sniff::Broken`]: most likely cut short |
 /// | no  | –   | yes | [`Sniff::Broken`], unless byte 8 is whitespace, which JSON allows there |
 /// | no  | –   | no  | [`Sniff::Not`] |
 ///
-/// Fewer than 9 bytes of a longer file are also [`Sniff::Broken`], because they say nothing.
+/// Fewer than 9 bytes of a longer file are also [`Sniff::Broken`], because they do not determine
+/// the format.
 ///
 /// So a damaged model is an error rather than a raw file. As a consequence, a raw file with such a
 /// beginning is also an error until it is explicitly loaded as raw. That is rare (five of the nine
@@ -89,7 +90,7 @@ pub fn sniff(first: &[u8], file_bytes: u64, named_safetensors: bool) -> Sniff {
 
 /// Whether a fault found by [`check_start`] rules out a raw load, whatever the file's name.
 fn indicates_safetensors(error: &ModelError) -> bool {
-    // Too few bytes from the caller say nothing about the file, so "raw" would be a guess.
+    // Too few bytes from the caller do not determine the format, so "raw" would be a guess.
     matches!(error, ModelError::HeaderPastEnd { .. } | ModelError::StartTooShort { .. })
 }
 

@@ -1,6 +1,6 @@
 //! The thread that serves a server's clients. It never waits for any of them.
 //!
-//! What a client can hold is bounded per user, and nothing that a client says is trusted:
+//! What clients can hold is bounded per user, and nothing that a client sends is trusted:
 //!
 //! - Descriptors in flight over a Unix socket count against the *server's* user until they are
 //!   received, even if the connection is closed in the meantime. Above the server's limit of open
@@ -95,8 +95,8 @@ impl Client {
         }
     }
 
-    /// Whether no event signals that the client can continue: it waits for other clients of its
-    /// user, or only the kernel knows.
+    /// Whether the client has to be polled, because no event signals that it can continue: it
+    /// waits for its user's other clients, or for the kernel to report receipt.
     fn is_polled_by_time(&self) -> bool {
         match self.state {
             ClientState::Receiving { unreceived, .. } => unreceived == 0,
@@ -130,7 +130,7 @@ impl Client {
     fn drain(&mut self) -> ClientStep {
         let unreceived = self.unreceived();
         // Only a system call filter can make this fail. Without the kernel's answer, the
-        // descriptors keep counting.
+        // descriptors still count as in flight.
         if unreceived > 0 && is_unreceived(&self.socket).unwrap_or(true) {
             self.state = ClientState::Draining { unreceived };
             return ClientStep::Wait;

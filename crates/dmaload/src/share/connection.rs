@@ -1,4 +1,4 @@
-//! A server's end of a connection, which closes without waiting for descriptors from the client.
+//! A server's end of a connection. Closing it never waits for descriptors that the client sent.
 //!
 //! A message from any sender can carry descriptors of any kind. A server uses none of them: they
 //! are closed on the thread that receives the message or closes the connection. The last close of

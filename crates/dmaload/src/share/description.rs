@@ -1,5 +1,5 @@
-//! Describes an image to another process: its files, its tensors, and where each segment lies in
-//! which allocation.
+//! Describes an image to another process: its files, its tensors, and the allocation and offset of
+//! each segment.
 
 use std::ops::Range;
 use std::path::PathBuf;

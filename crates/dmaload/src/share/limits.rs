@@ -1,4 +1,4 @@
-//! Limits on what clients may hold.
+//! Limits on connections, and on descriptors in flight to clients.
 
 use super::protocol::DESCRIPTORS_IN_A_MESSAGE;
 

@@ -40,7 +40,7 @@ use crate::support::foreign;
 /// How long a server waits while another one is created or removed at the same path, which takes a
 /// millisecond.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
-/// Maximum number of connections that wait to be accepted.
+/// Maximum number of connections waiting to be accepted.
 const BACKLOG: i32 = 128;
 /// The socket's name in the private folder before it is moved to its place.
 const FRESH: &str = "socket";
@@ -59,7 +59,7 @@ pub(super) struct Listener {
     identity: SocketIdentity,
 }
 
-/// A step that [`Listener::bind`] has completed; tests change the folder after each.
+/// A completed step of [`Listener::bind`]. Tests change the folder after each step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum BindStep {
     MadeFolder,
@@ -292,13 +292,13 @@ impl<'a> PrivateFolder<'a> {
                 self.remove_if(dead)?;
             }
         }
-        Err("cannot move the socket to its place: something else keeps appearing there".to_owned())
+        Err("cannot move the socket to its place: other sockets keep appearing there".to_owned())
     }
 
     /// Moves a file from the private folder to the socket's place.
     fn move_to_place(&self, name: &str) -> Result<(), Errno> {
         match renameat_with(&self.fd, name, self.parent, self.socket, RenameFlags::NOREPLACE) {
-            // Not every file system supports this flag. A hard link does not replace a file
+            // On file systems that do not support this flag, a hard link does not replace a file
             // either.
             Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
                 linkat(&self.fd, name, self.parent, self.socket, AtFlags::empty())?;
@@ -311,7 +311,7 @@ impl<'a> PrivateFolder<'a> {
     /// Identifies a dead socket in the socket's place; `None` if the place is free.
     ///
     /// # Errors
-    /// A reason, if anything but a dead socket has the place.
+    /// A reason, if anything but a dead socket occupies the place.
     fn find_dead_socket(&self) -> Result<Option<SocketIdentity>, String> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = match openat(self.parent, self.socket, flags, Mode::empty()) {
@@ -368,7 +368,7 @@ impl Drop for PrivateFolder<'_> {
     }
 }
 
-/// Takes the lock; returns whether it was free.
+/// Tries to take the lock, and returns whether that succeeded.
 fn lock(fd: &OwnedFd) -> Result<bool, String> {
     match flock(fd, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(true),

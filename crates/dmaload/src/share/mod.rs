@@ -7,10 +7,10 @@
 //!                                                             └─► client: …
 //! ```
 //!
-//! The shared memory is the memfds of the image's segments. They are sealed against writing, so
-//! the bytes stay the same for all processes. A client maps them and gets an
-//! [`Image`](crate::Image) like the server's, with its tensors. The memory lives as long as any
-//! process uses it, even longer than the server.
+//! A server shares the memfds of the image's segments, sealed against writes, so the bytes stay
+//! the same for all processes. A client maps them and gets an [`Image`](crate::Image) like the
+//! server's, with its tensors. The memory lives as long as any process uses it, even longer than
+//! the server.
 //!
 //! Sharing **dma-bufs** lets every recipient write to them, so it must be enabled explicitly
 //! ([`ServerOptions::dma_bufs`]).
@@ -59,7 +59,7 @@ pub use server::Server;
 pub const REQUEST_LIMIT_BYTES: usize = 512;
 
 /// How long a server waits for a client's request, and for a client to receive its descriptors.
-/// Also how long a client may wait for the first image, or while its user's other clients are
+/// Also how long a client can wait for the first image, or while its user's other clients are
 /// being served.
 pub const PATIENCE: Duration = Duration::from_secs(5);
 

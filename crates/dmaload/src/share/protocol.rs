@@ -164,8 +164,8 @@ mod tests {
         for (at, number, what) in [
             (8, 2, "another version"),
             (12, 7, "an unknown status"),
-            (16, 1, "more in this message than in all"),
-            (20, 4, "more in this message than in all"),
+            (16, 1, "more descriptors in this message than in total"),
+            (20, 4, "more descriptors in this message than in total"),
             (16, 1 + (1 << 16), "too many descriptors"),
         ] {
             let mut bytes = good.to_bytes();

@@ -22,7 +22,7 @@ use crate::load::image::Image;
 use crate::support::errno;
 
 /// Shares images with other processes; see [the module](super). Dropping it stops sharing; clients
-/// keep what they have received.
+/// keep the images that they have received.
 pub struct Server {
     shared: Arc<ServerShared>,
     thread: Option<thread::JoinHandle<()>>,
@@ -54,8 +54,8 @@ impl Server {
         let mode = Mode::from_raw_mode(if options.allowed_users.is_empty() { 0o600 } else { 0o666 });
         let listener = Listener::bind(path, mode).map_err(|reason| refuse(path, reason))?;
         let closer = (!refuse_descriptors(listener.socket.as_fd())).then(Arc::default);
-        // A trial query: if a system call filter refuses it, binding fails, rather than all
-        // clients later.
+        // A trial query, so that a system call filter that refuses it makes `bind` fail instead of
+        // every client.
         is_unreceived(&listener.socket).map_err(|errno| failed("check what clients have received", errno))?;
         let shared = Arc::new(ServerShared {
             socket: path.to_owned(),
@@ -163,7 +163,8 @@ mod tests {
 
     use super::*;
 
-    /// A TCP socket whose last close takes as long as its other end chooses, and that end.
+    /// Returns a TCP socket whose last close blocks until its other end has read everything, and
+    /// that other end.
     fn connect_lingering() -> (OwnedFd, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut sender = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
@@ -203,7 +204,7 @@ mod tests {
             let server = Server::bind_with(&path, ServerOptions::default(), refuse).unwrap();
             let is_refused = server.shared.closer.is_none();
             let mut others = Vec::new();
-            // Repeated, because only if the server's close comes last can it block.
+            // Repeated, because the server's close can block only if it is the last one.
             for (before, ends) in [(0, true), (0, false), (1, true), (1, false)].repeat(10) {
                 let (descriptor, other) = connect_lingering();
                 others.push(other);

@@ -9,7 +9,7 @@ use crate::support::convert::to_usize;
 /// Why reading stopped.
 #[derive(Debug)]
 pub(super) enum Stop {
-    /// This many bytes of the file are needed, counted from its first one.
+    /// The number of bytes needed, counted from the start of the file.
     More(u64),
     Fault(ModelError),
 }
@@ -34,7 +34,7 @@ impl<'a> Cursor<'a> {
         self.position as u64
     }
 
-    /// Bytes that were already read.
+    /// Returns bytes that were already read.
     pub(super) fn already_read(&self, range: Range<u64>) -> &'a [u8] {
         self.start.get(to_usize(range.start)..to_usize(range.end)).expect("the cursor has passed this range")
     }

@@ -24,7 +24,7 @@ const METADATA_KEY: &str = "__metadata__";
 /// The whitespace characters of JSON.
 pub(super) const WHITESPACE: [char; 4] = [' ', '\t', '\n', '\r'];
 
-/// The contents of a header, where each tensor is checked by itself but not against the others.
+/// The contents of a header. Each tensor was checked by itself, but not against the others.
 #[derive(Debug)]
 pub(super) struct Contents {
     /// In header order.
@@ -63,8 +63,8 @@ struct Reader {
     tensors: Vec<TensorInfo>,
     /// `Some` once the key has been read, even if its value was null.
     metadata: Option<StringPairs>,
-    /// The numbers of the current list. A buffer for all lists, from which each is copied at its
-    /// final size.
+    /// A buffer for the numbers of the current list, from which they are copied at their final
+    /// size.
     numbers: Vec<u64>,
     /// The value being parsed, for error messages.
     place: ValuePlace,

@@ -155,7 +155,7 @@ mod sniffing {
     }
 
     #[test]
-    fn file_that_looks_like_safetensors_is_one() {
+    fn file_that_looks_like_safetensors_is_accepted() {
         for named in [false, true] {
             assert_eq!(sniff(&first(2, b'{'), 10, named), Sniff::Safetensors { header_bytes: 2 });
             assert_eq!(sniff(&first(2, b'{')[..9], 10, named), Sniff::Safetensors { header_bytes: 2 });
@@ -171,7 +171,7 @@ mod sniffing {
     }
 
     #[test]
-    fn other_files_are_raw_unless_named_otherwise() {
+    fn other_files_are_raw_unless_named_safetensors() {
         let cases = [
             (first(2, b'['), 10, ModelError::NotAnObject { found: b'[' }),
             (first(1, b'{'), 10, ModelError::HeaderTooSmall { header_bytes: 1 }),
@@ -247,7 +247,7 @@ mod text_faults {
             }
         }
         let objects = "{\"a\":".repeat(1_000_000);
-        // The value of an unknown key is skipped, so the end of the header comes first.
+        // The value of an unknown key is skipped, but only down to serde_json's limit on nesting.
         assert!(matches!(refused(format!("{{\"t\":{objects}")), ModelError::NotJson { .. }));
         let metadata = format!("{{\"__metadata__\":{{\"a\":{deep}");
         assert!(matches!(refused(metadata), ModelError::MetadataNotString { .. }));

@@ -56,8 +56,8 @@ impl<'de> Visitor<'de> for Skipped {
     }
 }
 
-/// Reads a string, borrowed if the header has it without escapes. The field names the expected
-/// value in error messages.
+/// Reads a string, borrowed if the header contains it without escapes. The field names the
+/// expected value in error messages.
 pub(super) struct Text(pub(super) &'static str);
 
 impl<'de> DeserializeSeed<'de> for Text {
