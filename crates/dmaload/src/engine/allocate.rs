@@ -27,12 +27,13 @@ use crate::telemetry::report::Way;
 /// A batch's allocation, and the sink that populates it if its pages are not present.
 type Prepared = (Arc<Backing>, Option<Arc<dyn Sink>>);
 
-/// Freeing takes up to half a second per GiB.
+/// How long to wait for the reaper to free dropped memory. Freeing takes up to half a second per
+/// GiB.
 const FREEING_TIME: Duration = Duration::from_secs(10);
 
 impl Engine {
-    /// Populates a batch's memory, or prepares to, opens its files, and passes its pieces to the
-    /// ring thread. The permit is returned on drop, whatever happens.
+    /// Opens a batch's files, gets its memory, and passes its pieces to the ring thread. If any of
+    /// this fails, the load fails. The permit is returned on drop in every case.
     pub(super) fn allocate(
         self: &Arc<Self>,
         load: &Arc<LoadShared>,
@@ -59,7 +60,7 @@ impl Engine {
     ) -> Result<()> {
         let mut sources = Vec::with_capacity(allocation.parts.len());
         for part in &allocation.parts {
-            // With many files, there is no need to open the rest.
+            // The remaining files of an ended load need not be opened.
             if load.is_over() {
                 return Ok(());
             }
@@ -76,9 +77,9 @@ impl Engine {
             let files = u64::from(part.small);
             let mut permit = permit.split(Need { bytes: piece.memory_bytes, files, ..Need::default() });
             if part.small && piece.file_offset + piece.bytes >= part.identity.bytes {
-                // A file stays open until it is checked, and checks may lag behind reads. Only its
-                // last piece holds it: a file that waits for another batch must not make that
-                // batch wait.
+                // A file stays open until it is checked, which may be long after its reads, so the
+                // file itself holds a permit. Only its last piece adds that permit: a file whose
+                // next piece is in a later batch must not make that batch wait.
                 file.hold(permit.split(Need { files, ..Need::default() }));
             }
             let (offset, bytes) = (to_usize(piece.memory_offset), to_usize(piece.memory_bytes));
@@ -89,8 +90,9 @@ impl Engine {
                 Way::Direct | Way::Buffered => route,
             };
             if route == Route::UringBuffered {
-                // Threads do this before each read; the ring thread must not wait for it. If it
-                // fails, these bytes are no worse off.
+                // Threads settle a range before they read it. The ring thread must not block, so
+                // its ranges are settled here. A failure is ignored: these bytes are then read as
+                // they would be without settling.
                 let _ = file.settle(&(piece.file_offset..piece.file_offset + piece.bytes));
             }
             let spec = FileSpec {
@@ -108,7 +110,7 @@ impl Engine {
         Ok(())
     }
 
-    /// Gets the batch's memory, populated or with the sink that will populate it.
+    /// Gets the batch's memory: either populated, or with the sink that will populate it.
     fn memory_for(
         self: &Arc<Self>,
         load: &Arc<LoadShared>,
@@ -119,7 +121,7 @@ impl Engine {
         let about = allocation.allocated();
         if way == Way::Staged && !self.facts.allocates_at_once {
             let (backing, grant) = self.get_backing(load, heap, allocation)?;
-            // Each extent asks for its own grant when it is populated.
+            // Each extent requests its own grant when it is populated.
             drop(grant);
             if !backing.is_reused() {
                 let batch = &allocation.batch;
@@ -152,8 +154,9 @@ impl Engine {
         Ok((backing, populated))
     }
 
-    /// Gets the batch's allocation: an existing one, one from the pool, or a new one; with the
-    /// grant for the memory that this batch is about to take.
+    /// Gets the batch's allocation (an existing one, one from the pool, or a new one) and the
+    /// grant for the memory that this batch is about to take. The grant is `None` if the batch
+    /// takes no new memory.
     fn get_backing(
         &self,
         load: &LoadShared,
@@ -197,8 +200,8 @@ impl Engine {
                     load.heap()
                 )));
             }
-            // Ends when the segment is exported. A dma-buf that never is gets closed with the
-            // access open, which is allowed.
+            // The access ends when the segment is exported. A dma-buf that is never exported is
+            // closed with the access open, which is allowed.
             dma_buf.begin_cpu_access(Access::ReadWrite).map_err(refused)?;
         }
         let mapping = allocation.range.map(&memory, at, bytes).map_err(refused)?;
@@ -223,8 +226,8 @@ impl Engine {
         grant(wanted_bytes, make_room).map_err(|seen| self.out_of_memory(wanted_bytes, seen))
     }
 
-    /// Frees the pool, and waits for the reaper to free dropped segments; returns whether there
-    /// was anything to free.
+    /// Empties the pool, and waits for the reaper to free dropped segments; returns whether there
+    /// was any memory to free.
     fn make_room(&self) -> bool {
         let trimmed = self.reaper.trim_pool(0);
         self.reaper.wait_until_idle(FREEING_TIME) || trimmed > 0
@@ -245,13 +248,13 @@ impl Engine {
     }
 }
 
-/// The limit that caused a refusal: one that leaves less memory than was requested. `None` if
-/// there was another cause.
-fn at_limit(error: &dmabuf::Error, look: impl Fn() -> Option<Headroom>) -> Option<Headroom> {
+/// The limit that caused a refusal: one that leaves less memory than was requested. `None` if the
+/// refusal has another cause.
+fn at_limit(error: &dmabuf::Error, measure: impl Fn() -> Option<Headroom>) -> Option<Headroom> {
     if error.errno != Errno::ENOMEM {
         return None;
     }
-    look().filter(|seen| seen.available_bytes < error.bytes as u64)
+    measure().filter(|seen| seen.available_bytes < error.bytes as u64)
 }
 
 /// A part of a batch, with its file open.
@@ -263,7 +266,8 @@ struct OpenPart {
     cached: CachedChunks,
 }
 
-/// The way that a batch is read. One that is wholly in the page cache needs no memory ahead of it.
+/// Chooses how a batch is read. A batch that is wholly in the page cache is copied like a staged
+/// one, so its memory need not be populated ahead.
 fn batch_way(load: &LoadShared, allocation: &Allocation, sources: &[OpenPart]) -> Way {
     if sources.iter().any(|source| !source.cached.is_empty()) {
         load.cannot_measure();
@@ -274,9 +278,11 @@ fn batch_way(load: &LoadShared, allocation: &Allocation, sources: &[OpenPart]) -
     if cached { Way::Staged } else { allocation.way }
 }
 
-/// Opens the part's file if necessary, and checks that it is the file that was planned.
+/// Opens the part's file if it is not open yet, and checks that the file has not changed since the
+/// load was planned.
 fn open_part(load: &LoadShared, part: &BatchPart) -> Result<OpenPart> {
-    // No lock is held: a server may never answer, and this emits events.
+    // No lock is held here: opening may wait forever for a server, and recording a fallback emits
+    // an event.
     let file = part.file.get_or_make(|| {
         let file = OpenFile::open(&part.path)?;
         file.check_unchanged(&part.identity)?;
@@ -290,8 +296,8 @@ fn open_part(load: &LoadShared, part: &BatchPart) -> Result<OpenPart> {
     })?;
     let start = load.route_of(part.file_index);
     let route = if file.direct_refused().is_some() && start.is_direct() { Route::Buffered } else { start };
-    // What is observed in staging must go there; what is read through the page cache is copied
-    // from it anyway.
+    // Bytes that are observed in staging must pass through it, and buffered reads copy from the
+    // page cache anyway.
     let takes_cached = load.options.takes_cached() && !load.is_observed_in_staging() && route.is_direct();
     let piece = &part.piece;
     let range = piece.file_offset..piece.file_offset + piece.bytes;
@@ -312,7 +318,11 @@ mod tests {
         };
         let refused = |errno| dmabuf::Error::new("populate memory", 1000, errno);
         assert_eq!(at_limit(&refused(Errno::ENOMEM), have(999)).map(|seen| seen.available_bytes), Some(999));
-        assert_eq!(at_limit(&refused(Errno::ENOMEM), have(1000)), None, "the addresses or the mappings are used up");
+        assert_eq!(
+            at_limit(&refused(Errno::ENOMEM), have(1000)),
+            None,
+            "enough memory is available, so the refusal has another cause"
+        );
         assert_eq!(at_limit(&refused(Errno::ENOMEM), || None), None);
         assert_eq!(at_limit(&refused(Errno::EMFILE), have(0)), None);
     }

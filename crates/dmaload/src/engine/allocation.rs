@@ -1,4 +1,4 @@
-//! What a load plans for a file, and what is needed to allocate a batch.
+//! A load's plan for each file, and the data needed to allocate a batch.
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -22,20 +22,20 @@ pub(crate) struct FilePlan {
     /// The part of the file that is the model.
     pub(crate) part: Range<u64>,
     pub(crate) tensors: Option<Arc<FileTensors>>,
-    /// How many bytes will be read, and how many of these were asked for.
+    /// How many bytes will be read, and how many of them were requested.
     pub(crate) read_bytes: u64,
     pub(crate) wanted_bytes: u64,
-    /// The route its reads start at; for a small file, the one to open it for.
+    /// The route that its reads start at; for a small file, the route that it is to be opened for.
     pub(crate) route: Route,
     /// A small file is opened when its batch is allocated, and its header is parsed from its
     /// memory.
     pub(crate) small: bool,
-    /// Already open; if not, opened when its first piece is allocated.
+    /// The open file; `None` if the file is opened only when its first piece is allocated.
     pub(crate) open: Option<Arc<OpenFile>>,
 }
 
-/// What is needed to allocate a batch. Batches of one allocation share its cell, and pieces of one
-/// file share the file's; the first to need a cell fills it.
+/// The data needed to allocate a batch. Batches of one allocation share its `memory` cell, and
+/// pieces of one file share its `file` cell; the first one that needs a cell's value sets it.
 #[derive(Debug)]
 pub(crate) struct Allocation {
     pub(crate) batch: Batch,
@@ -47,13 +47,13 @@ pub(crate) struct Allocation {
     pub(crate) parts: Vec<BatchPart>,
 }
 
-/// What was populated: a batch, or a part of one.
+/// A populated batch, or a populated part of one.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Allocated {
-    /// The file and the segment at its start.
+    /// The file and the segment that its first byte belongs to.
     pub(crate) file_index: usize,
     pub(crate) segment: usize,
-    /// Bytes of the files.
+    /// How many of its bytes come from files.
     pub(crate) bytes: u64,
     pub(crate) memory_bytes: u64,
 }
@@ -85,7 +85,7 @@ pub(crate) struct BatchPart {
     pub(crate) file: Arc<OnceValue<Arc<OpenFile>>>,
 }
 
-/// What a load needs to know about the heap.
+/// The heap's properties, queried once when the engine starts.
 #[derive(Debug)]
 pub(crate) struct HeapFacts {
     pub(crate) name: Arc<str>,

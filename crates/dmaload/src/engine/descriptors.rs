@@ -6,19 +6,19 @@ use dmabuf::Limit;
 
 use crate::plan::BATCH_FILES;
 
-/// How many small files may be open at once, over all loads.
-pub(super) fn files() -> u64 {
+/// The maximum number of small files open at once, across all loads.
+pub(super) fn max_open_files() -> u64 {
     files_within(limit())
 }
 
-/// How many files one batch may have.
-pub(super) fn batch_files() -> usize {
-    usize::try_from(files() / 4).unwrap_or(usize::MAX).clamp(1, BATCH_FILES)
+/// The maximum number of files in one batch.
+pub(super) fn max_batch_files() -> usize {
+    usize::try_from(max_open_files() / 4).unwrap_or(usize::MAX).clamp(1, BATCH_FILES)
 }
 
-/// How many allocations with a descriptor a load may have.
-pub(super) fn memories() -> u64 {
-    // Without procfs, assume more than a process usually has open.
+/// The maximum number of allocations with a descriptor in one load.
+pub(super) fn max_allocations() -> u64 {
+    // Without procfs, assume more descriptors than a process usually has open.
     let open = fs::read_dir("/proc/self/fd").map_or(64, |entries| entries.count() as u64);
     memories_within(limit(), open)
 }
@@ -27,14 +27,14 @@ fn limit() -> u64 {
     Limit::OpenFiles.current().unwrap_or(u64::MAX)
 }
 
-/// Each file takes two descriptors. If there are few descriptors, a quarter of them is for files.
+/// Each file takes two descriptors. If descriptors are scarce, a quarter of them is for files.
 fn files_within(limit: u64) -> u64 {
     let most = 4 * BATCH_FILES as u64;
     if limit < 4 * most { (limit / 8).max(1) } else { most }
 }
 
-/// Leaves room for files, for the descriptors open now, and for those that the process may still
-/// open itself.
+/// Leaves room for files, for the descriptors that are open now, and for those that the process
+/// may open later.
 fn memories_within(limit: u64, open: u64) -> u64 {
     limit.saturating_sub(2 * files_within(limit)).saturating_sub(open) / 4 * 3
 }

@@ -10,8 +10,8 @@ use crate::model::index::Index;
 use crate::plan::tensors::FileTensors;
 use crate::telemetry::report::Report;
 
-/// An event for the consumer of a load. Their order: the files, if the load is kept; segments; the
-/// end or an error.
+/// An event for the consumer of a load. Events arrive in this order: the files, if the load keeps
+/// its segments; segments; the end or an error.
 #[derive(Debug)]
 pub(crate) enum Event {
     /// The files were opened or inspected.
@@ -36,8 +36,8 @@ pub(crate) struct LoadFile {
     /// The part of the file that is the model.
     pub(crate) part: Range<u64>,
     pub(crate) tensors: Option<Arc<FileTensors>>,
-    /// Whether `tensors` is final. The headers of small files are read with their bytes, so their
-    /// tensors are known only with their first segment.
+    /// Whether `tensors` is final. The headers of small files are read with their other bytes, so
+    /// their tensors become known only with their first segment.
     pub(crate) is_known: bool,
     /// Whether any byte of the file is read.
     pub(crate) has_segments: bool,
@@ -51,7 +51,7 @@ pub(crate) struct LoadFile {
 pub struct Progress {
     /// Bytes to load; 0 until the files are opened.
     pub planned_bytes: u64,
-    /// Bytes that have memory.
+    /// Bytes whose memory is allocated and populated.
     pub allocated_bytes: u64,
     /// Bytes that were read.
     pub read_bytes: u64,

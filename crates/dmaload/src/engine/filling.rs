@@ -1,9 +1,9 @@
 //! Memory that is populated by the threads that fill it.
 //!
-//! Staged reads need no memory ahead of them. So a copier takes an extent, populates it, and
-//! copies the staged bytes while both are in its cache. Populating ahead would zero memory that
-//! has left the cache by the time its bytes arrive, which costs a third of the speed on virtual
-//! disks.
+//! Staged reads do not need populated memory. Instead, a copier claims an extent, populates it,
+//! and copies the staged bytes while both are in its cache. Populating ahead would zero memory
+//! that has left the cache by the time its bytes arrive, which costs a third of the speed on
+//! virtual disks.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,8 +22,8 @@ use crate::memory::backing::Backing;
 use crate::memory::buffer::{Fault, Sink, Write};
 use crate::support::once_value::OnceValue;
 
-/// How much is populated at once: a huge page, or as many small ones as a processor can keep in
-/// its cache together with their bytes.
+/// How much is populated at once: a huge page, or as many small pages as fit into a processor's
+/// cache together with the staged bytes.
 pub(super) fn extent_bytes(pages: Pages) -> usize {
     if pages == Pages::Small { SMALL_EXTENT_BYTES } else { dmabuf::HUGE_PAGE_BYTES }
 }
@@ -45,7 +45,7 @@ pub(super) struct Filling {
     /// allocation.
     extents: Vec<OnceValue<()>>,
     about: Allocated,
-    /// How many of the batch's bytes were not yet counted as allocated.
+    /// How many of the batch's bytes are not yet counted as allocated.
     uncounted_bytes: AtomicU64,
 }
 
@@ -74,7 +74,8 @@ impl Filling {
         }
     }
 
-    /// The index of the extent that contains `at`, and its part that belongs to the batch.
+    /// The index of the extent that contains `at`, and the part of the extent that belongs to the
+    /// batch.
     fn extent_at(&self, at: usize) -> (usize, Range<usize>) {
         let number = at / self.extent_bytes;
         let start = number * self.extent_bytes;
@@ -82,9 +83,9 @@ impl Filling {
         (number - first, start.max(self.batch.start)..(start + self.extent_bytes).min(self.batch.end))
     }
 
-    /// Populates an extent. On failure, leaves the error with the load.
+    /// Populates an extent. On failure, records the error in the load.
     fn populate_extent(&self, extent: Range<usize>) -> std::result::Result<(), Errno> {
-        // The load, or the engine, is over.
+        // The load or the engine has ended.
         let (Some(load), Some(heap)) = (self.load.upgrade(), self.heap.upgrade()) else { return Err(Errno::CANCELED) };
         let populated = self.populate(&load, &heap, extent);
         if let Err(error) = populated {
@@ -125,9 +126,10 @@ impl Sink for Filling {
         while done < bytes {
             let (number, extent) = self.extent_at(offset + done);
             let here = extent.end.min(offset + bytes) - (offset + done);
-            let slot = self.extents.get(number).expect("each place of the batch is in one of its extents");
+            let slot = self.extents.get(number).expect("the extents cover the batch");
             slot.get_or_make(|| self.populate_extent(extent)).map_err(Fault::Memory)?;
-            // SAFETY: within the place, to which the caller guarantees exclusive access.
+            // SAFETY: this part lies within `offset..offset + bytes`, to which the caller
+            // guarantees exclusive access.
             let part = unsafe { self.backing.unfilled(offset + done, here) };
             match write(part) {
                 Ok(written) => {
@@ -137,7 +139,8 @@ impl Sink for Filling {
                     }
                 }
                 Err(errno) if done == 0 => return Err(Fault::Read(errno)),
-                // The bytes so far count; the next attempt to get the rest returns the error.
+                // Report the bytes written so far; if the error persists, the caller's next
+                // attempt returns it.
                 Err(_) => break,
             }
         }

@@ -1,4 +1,5 @@
-//! Keeps an engine running: starts its threads, starts and abandons loads, and shuts down.
+//! The guard that keeps an engine running. Starts its threads, starts and abandons loads, and
+//! shuts down.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, AtomicUsize};
@@ -30,8 +31,8 @@ use crate::support::foreign;
 use crate::support::id::LoadId;
 use crate::telemetry::metrics::Metrics;
 
-/// Keeps an engine running; held by loaders and loads. The threads end after the last one is
-/// dropped.
+/// Keeps an engine running; held by loaders and loads. The engine's threads end after the last
+/// guard is dropped.
 #[derive(Debug)]
 pub(crate) struct Guard {
     pub(super) engine: Arc<Engine>,
@@ -49,7 +50,8 @@ impl Guard {
     /// Starts the threads.
     ///
     /// # Errors
-    /// [`Error::Config`]; [`Error::Start`] when no thread or descriptor can be obtained.
+    /// [`Error::Config`] for invalid settings; [`Error::Start`] if a thread or a descriptor could
+    /// not be created; [`Error::Panicked`] if the heap panicked.
     pub(crate) fn start(settings: Settings, heap: Arc<dyn Heap>, notes: Vec<String>) -> Result<Arc<Self>> {
         settings.check(&settings.load)?;
         let no_thread = |error: io::Error| {
@@ -82,7 +84,7 @@ impl Guard {
             jobs: Jobs::new(
                 settings.window_bytes,
                 settings.memory_limit_bytes,
-                descriptors::files(),
+                descriptors::max_open_files(),
                 settings.max_open_loads,
                 settings.allocators(),
             ),
@@ -147,10 +149,10 @@ impl Guard {
     }
 
     /// Starts a load; if the request or the options are invalid, the load fails with that error.
-    /// `keep` says whether all of it will be in memory at once.
+    /// `keep` says whether the load keeps all of its segments in memory at once.
     pub(crate) fn load(
         self: &Arc<Self>,
-        asked: Result<Vec<Input>>,
+        inputs: Result<Vec<Input>>,
         options: LoadOptions,
         keep: bool,
     ) -> (Arc<Outbox>, Arc<LoadShared>) {
@@ -158,21 +160,21 @@ impl Guard {
         let outbox = Arc::default();
         let events = Announcer::new(&outbox);
         let checked = engine.settings.check(&options);
-        let (asked, checked) = asked.map_or_else(|error| (Vec::new(), Err(error)), |asked| (asked, checked));
+        let (inputs, checked) = inputs.map_or_else(|error| (Vec::new(), Err(error)), |inputs| (inputs, checked));
         let id = engine.jobs.next_id();
-        let shared = Arc::new(LoadShared::new(id, options, keep, asked, &engine.facts, Arc::clone(&engine.counters), events));
+        let shared = Arc::new(LoadShared::new(id, options, keep, inputs, &engine.facts, Arc::clone(&engine.counters), events));
         let submit = || engine.jobs.submit(id, Arc::clone(&shared));
         if let Err(error) = checked.and_then(|()| submit().then_some(()).ok_or_else(|| engine.end_reason())) {
-            // The load holds nothing yet and is not registered anywhere, so its consumer gets the
-            // error here.
+            // The load holds nothing yet and is not registered anywhere, so this thread delivers
+            // the error to its consumer.
             let mut remains = vec![shared.fail(error)];
             assert_eq!(shared.deliver(&mut remains), HandOverStatus::Over, "a load that has failed is over");
         }
         (outbox, shared)
     }
 
-    /// Records that the consumer of a stream has taken a segment, so that its load may allocate as
-    /// much again.
+    /// Records that the consumer of a stream has taken a segment, so its load may allocate that
+    /// many bytes more.
     pub(crate) fn consumed(&self, load: LoadId, bytes: u64) {
         self.engine.jobs.update_accounts(|scheduler| scheduler.consumed(&load, bytes));
     }
@@ -186,8 +188,8 @@ impl Guard {
         self.engine.jobs.defer_drop(DropKey::Files(load.id), load);
     }
 
-    /// Ends all loads and threads, and leaks what is still in flight at the deadline. Starts with
-    /// the call, not with the first poll.
+    /// Ends all loads and threads, and leaks the memory of reads that are still in flight at the
+    /// deadline. Starts when called, not when first polled.
     pub(crate) fn shutdown(&self) -> impl Future<Output = Result<(), Leaked>> + Send + use<> {
         let engine = Arc::clone(&self.engine);
         engine.close();
@@ -195,11 +197,11 @@ impl Guard {
         let waiting = Arc::clone(&engine);
         let body = move || {
             let left = waiting.wait_for_threads();
-            // This wakes the caller's task; a panic of its waker has no consequence here.
+            // Sending wakes the caller's task. A panic in its waker is ignored.
             foreign::discard(foreign::call(|| done.send(left)));
         };
         if thread::Builder::new().name("dmaload-close".to_owned()).spawn(body).is_err() {
-            // Without a thread to wait for it, the deadline counts as passed.
+            // Without a thread that can wait, treat the deadline as passed.
             engine.ring.give_up();
         }
         async move { answer.await.unwrap_or_else(|_| engine.left_now()) }

@@ -6,8 +6,8 @@ use crate::error::{Error, Result};
 use crate::memory::heap::Heap;
 use crate::support::foreign::{self, Foreign};
 
-/// The heap, which may be the caller's code. Held by workers and by what callers hold, so that no
-/// other thread drops it.
+/// The heap, which may be the caller's code. Held by the caller's handles and by threads that may
+/// run the caller's code; never by the ring thread or the teller.
 #[derive(Debug, Clone)]
 pub(crate) struct HeapCode(Arc<Foreign<Arc<dyn Heap>>>);
 
@@ -27,7 +27,7 @@ impl HeapCode {
         HeapCode(Arc::new(Foreign::new(heap)))
     }
 
-    /// The heap, for use on the caller's own thread.
+    /// Returns the heap, for use on the caller's own thread.
     pub(super) fn heap(&self) -> &dyn Heap {
         &***self.0
     }
@@ -36,10 +36,10 @@ impl HeapCode {
         WeakHeap(Arc::downgrade(&self.0))
     }
 
-    /// Calls the heap, without holding a lock.
+    /// Calls the heap, which must not happen under a lock.
     ///
     /// # Errors
-    /// [`Error::Panicked`].
+    /// [`Error::Panicked`] if the heap panicked.
     pub(crate) fn call<T>(&self, name: &str, call: impl FnOnce(&dyn Heap) -> T) -> Result<T> {
         let code = || format!("heap {name}");
         foreign::call(|| call(&***self.0)).map_err(|message| Error::Panicked { code: code(), message })

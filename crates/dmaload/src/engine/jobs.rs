@@ -1,13 +1,13 @@
-//! Hands jobs to worker threads, which wait here: the scheduler and its loads, under one lock.
+//! The job queue: the scheduler and its loads under one lock, and the workers that wait for jobs.
 //!
-//! A change that may make a job possible wakes one worker, and a worker that got a job wakes the
-//! next, since there may be more jobs than the one it was woken for. `tests` tries every
-//! interleaving of this, with loom.
+//! A change that may make a job available wakes one worker. A worker that got a job wakes the
+//! next, since more jobs may be available than the one it was woken for. The loom tests in `tests`
+//! try every interleaving.
 //!
-//! Workers also drop what finished loads leave behind. Since that closes files, only one worker at
-//! a time does so for each load. A thread that sleeps in [`Jobs::watch`] finds workers that have
-//! waited too long for files (see [`super::workers`]), and silent file systems while loads wait
-//! for places.
+//! Workers also drop the files and memory of finished loads. Dropping closes files, which may
+//! block, so at most one worker does it for each load. A thread that sleeps in [`Jobs::watch`]
+//! finds workers that have waited too long for files (see [`super::workers`]) and, while loads
+//! wait to be opened, silent file systems.
 
 use std::any::Any;
 use std::collections::{HashMap, VecDeque};
@@ -21,12 +21,12 @@ use crate::support::foreign;
 use crate::support::id::LoadId;
 use crate::support::sync::{Condvar, Mutex, MutexGuard};
 
-/// How often to check for silent file systems while loads wait for others to end. One is
-/// recognised at the second check; by then a batch of 16 MiB arrives even from a server of 3
-/// MiB/s.
+/// How often to check for silent file systems while loads wait for others to end. A file system is
+/// found silent at the second check; between two checks, a batch of 16 MiB arrives even from a
+/// server that delivers 3 MiB/s.
 const SILENCE_CHECK_INTERVAL: Duration = Duration::from_secs(5);
 
-/// See the module. `T` is a load.
+/// The job queue; see the module documentation. `T` is a load.
 #[derive(Debug)]
 pub(super) struct Jobs<T> {
     schedule: Mutex<Schedule<T>>,
@@ -35,14 +35,14 @@ pub(super) struct Jobs<T> {
     watch: Condvar,
 }
 
-/// What the watch has found.
+/// The findings of [`Jobs::watch`].
 #[derive(Debug)]
 pub(super) struct WatchReport {
     /// The tasks of workers that have become stalled.
     pub(super) stalled: Vec<Task>,
     /// Workers to start in place of stalled ones.
     pub(super) substitutes: Vec<WorkerId>,
-    /// All workers are stalled, and no more may be started.
+    /// All workers are stalled, and no more can be started.
     pub(super) is_exhausted: bool,
 }
 
@@ -55,7 +55,7 @@ struct Schedule<T> {
     refusing: bool,
     /// Hands out no more jobs.
     closing: bool,
-    /// The ring thread has ended, or is no longer waited for: workers may end.
+    /// The ring thread has ended, or a shutdown no longer waits for it: workers may end.
     finished: bool,
     drop_queue: DropQueue,
     workers: Workers,
@@ -64,7 +64,7 @@ struct Schedule<T> {
     since: Instant,
     /// How many bytes each worker is allocating.
     allocating: HashMap<WorkerId, u64>,
-    /// One more worker is wanted and not yet started.
+    /// One more worker is wanted and not started yet.
     growing: bool,
     /// The watching thread sleeps until a worker waits for a file or loads lack places.
     watch_sleeps: bool,
@@ -88,12 +88,12 @@ impl DropKey {
     }
 }
 
-/// What workers have to drop.
+/// Values that workers have to drop.
 #[derive(Debug, Default)]
 struct DropQueue {
-    /// Includes parts that a worker is busy with, which may be empty at the moment.
+    /// Includes parts that a worker is dropping; those may be empty.
     parts: HashMap<DropKey, Vec<Box<dyn Any + Send>>>,
-    /// The parts that no worker is busy with.
+    /// The parts that no worker is dropping, in the order in which they are taken.
     order: VecDeque<DropKey>,
 }
 
@@ -106,15 +106,16 @@ impl DropQueue {
         part.push(what);
     }
 
-    /// Takes everything from a part that no worker is busy with, if there is one. Must be followed
-    /// by [`Self::dropped`].
+    /// Takes all values of a part that no worker is dropping, if such a part exists. The caller
+    /// must call [`Self::dropped`] afterwards.
     fn take(&mut self) -> Option<(DropKey, Vec<Box<dyn Any + Send>>)> {
         let left = self.order.pop_front()?;
         let part = self.parts.get_mut(&left).expect("a part is kept until it is dropped");
         Some((left, std::mem::take(part)))
     }
 
-    /// Records that what was taken is dropped, so that another worker may take the rest.
+    /// Records that the values taken from a part were dropped, so another worker may take those
+    /// added since.
     fn dropped(&mut self, left: DropKey) {
         if self.parts.get(&left).expect("a part is kept until it is dropped").is_empty() {
             self.parts.remove(&left);
@@ -209,7 +210,7 @@ impl<T: Clone> Jobs<T> {
         self.changed.notify_one();
     }
 
-    /// Updates the memory accounts.
+    /// Updates the scheduler's memory accounts.
     pub(super) fn update_accounts(&self, change: impl FnOnce(&mut Scheduler<LoadId>)) {
         change(&mut self.schedule().scheduler);
         self.changed.notify_one();
@@ -233,12 +234,13 @@ impl<T: Clone> Jobs<T> {
         schedule.scheduler.forget(&id);
         let load = schedule.loads.remove(&id);
         drop(schedule);
-        // Its waiting batch may have held up others.
+        // The load's waiting batch may have held up others.
         self.changed.notify_one();
         load
     }
 
-    /// Has a worker drop this: the caller must not close a load's files or unmap its addresses.
+    /// Has a worker drop `what`, because the caller must not close a load's files or unmap its
+    /// addresses.
     pub(super) fn defer_drop(&self, left: DropKey, what: impl Send + 'static) {
         self.schedule().drop_queue.push(left, Box::new(what));
         self.changed.notify_one();
@@ -248,20 +250,20 @@ impl<T: Clone> Jobs<T> {
         self.schedule().loads.get(&id).cloned()
     }
 
-    /// Whether a load still has anything to do.
+    /// Whether a load is still scheduled.
     pub(super) fn knows(&self, id: LoadId) -> bool {
         self.schedule().loads.contains_key(&id)
     }
 
-    /// Accepts no new loads; returns those there are.
+    /// Stops accepting new loads; returns the current ones.
     pub(super) fn refuse_loads(&self) -> Vec<T> {
         let mut schedule = self.schedule();
         schedule.refusing = true;
         schedule.loads.values().cloned().collect()
     }
 
-    /// Drops what was left for workers that have ended. What a worker is still busy with is left
-    /// to it.
+    /// Drops the values that workers did not drop before they ended. A part that a worker is still
+    /// dropping is left to that worker.
     pub(super) fn drop_deferred(&self) {
         loop {
             let taken = self.schedule().drop_queue.take();
@@ -271,8 +273,8 @@ impl<T: Clone> Jobs<T> {
         }
     }
 
-    /// Hands out no more jobs. The workers stay until [`Self::finish`], to drop what the ring
-    /// thread releases last.
+    /// Stops handing out jobs. The workers stay until [`Self::finish`], to drop the last files and
+    /// memory that the ring thread releases.
     pub(super) fn close(&self) {
         let mut schedule = self.schedule();
         schedule.refusing = true;
@@ -281,8 +283,8 @@ impl<T: Clone> Jobs<T> {
         self.changed.notify_all();
     }
 
-    /// Lets the workers end, since nothing more has to be dropped. Returns `false` if they already
-    /// may.
+    /// Lets the workers end once nothing is left to drop. Returns `false` if a previous call
+    /// already did.
     pub(super) fn finish(&self) -> bool {
         let first = !std::mem::replace(&mut self.schedule().finished, true);
         self.changed.notify_all();
@@ -305,7 +307,7 @@ impl<T: Clone> Jobs<T> {
         self.schedule().workers.leave(worker);
     }
 
-    /// Records that a worker makes progress and is about to wait for a file.
+    /// Records that a worker made progress and is about to wait for a file.
     pub(super) fn proceed(&self, worker: WorkerId) {
         let mut schedule = self.schedule();
         let resumed = schedule.workers.proceed(worker, Instant::now());
@@ -329,7 +331,8 @@ impl<T: Clone> Jobs<T> {
         }
     }
 
-    /// Waits until workers are stalled or substitutes are missing; `None` when workers may end.
+    /// Waits until workers have become stalled or substitutes are missing; `None` when workers may
+    /// end.
     pub(super) fn watch(&self) -> Option<WatchReport> {
         let mut schedule = self.schedule();
         while !schedule.finished {
@@ -356,7 +359,7 @@ impl<T: Clone> Jobs<T> {
         if schedule.next_silence_check(now) == Some(Duration::ZERO) {
             schedule.silence_checked_at = now;
             if schedule.scheduler.find_silent_file_systems() {
-                // Other loads may be opened in their places.
+                // Loads of silent file systems no longer count as open, so others may be opened.
                 self.changed.notify_one();
             }
         }
@@ -365,7 +368,7 @@ impl<T: Clone> Jobs<T> {
             schedule.scheduler.stall(task.load, task.is_open);
         }
         if !stalled.is_empty() {
-            // Others may have waited for these loads.
+            // Other loads may have waited for the stalled ones.
             self.changed.notify_one();
         }
         let missing = if schedule.finished { 0 } else { schedule.workers.missing() };
@@ -373,14 +376,14 @@ impl<T: Clone> Jobs<T> {
         WatchReport { stalled, substitutes, is_exhausted: schedule.workers.is_exhausted() }
     }
 
-    /// Bytes of the window in use: pieces being populated, and those that the ring thread has.
+    /// Bytes of the window in use: pieces being populated, and pieces that the ring thread holds.
     pub(super) fn window_taken_bytes(&self) -> u64 {
         self.schedule().scheduler.window_taken_bytes()
     }
 
-    /// Does to the scheduler what a load does that is forgotten between two of its steps.
+    /// Simulates a load that is forgotten between two of its steps.
     #[cfg(test)]
-    pub(super) fn leave_behind(&self, gone: LoadId, need: Need) {
+    pub(super) fn simulate_forgotten_load(&self, gone: LoadId, need: Need) {
         let mut schedule = self.schedule();
         schedule.scheduler.file_read(gone, 0);
         schedule.scheduler.memory_read(gone, 0);
@@ -397,7 +400,7 @@ impl<T: Clone> Jobs<T> {
         (schedule.scheduler.window_taken_bytes(), schedule.scheduler.open_loads())
     }
 
-    /// Returns a worker to start, if one more would make allocating faster.
+    /// Returns an additional worker to start, if that would speed up allocating.
     pub(super) fn hire_more(&self) -> Option<WorkerId> {
         let mut schedule = self.schedule();
         let wanted = !schedule.closing && schedule.growing && schedule.workers.missing() > 0;
@@ -405,8 +408,8 @@ impl<T: Clone> Jobs<T> {
         wanted.then(|| schedule.workers.hire())
     }
 
-    /// Waits for a job. Returns `None` when the worker should end: there are no more jobs, or too
-    /// many workers.
+    /// Waits for a job. Returns `None` when the worker should end, because no more jobs will come
+    /// or too many workers exist.
     pub(super) fn next(&self, worker: WorkerId) -> Option<(Job<LoadId>, T)> {
         let mut schedule = self.schedule();
         schedule.end_task(worker);
@@ -418,7 +421,7 @@ impl<T: Clone> Jobs<T> {
                 schedule.workers.begin(worker, Task { load: left.load(), is_open: false }, Some(Instant::now()));
                 self.wake_watch(&mut schedule);
                 drop(schedule);
-                // Other loads may have left something, too.
+                // Other parts may be waiting, too.
                 self.changed.notify_one();
                 part.into_iter().for_each(foreign::discard);
                 schedule = self.schedule();
@@ -436,12 +439,13 @@ impl<T: Clone> Jobs<T> {
             match schedule.scheduler.next() {
                 Some(job) => {
                     let Some(load) = schedule.loads.get(job.load()).cloned() else {
-                        // The load was just forgotten; return what the job took.
+                        // The load was just forgotten; return the permits that the job took.
                         schedule.scheduler.decline(&job);
                         continue;
                     };
                     let is_open = matches!(job, Job::Open(_));
-                    // A batch gets its memory first, so the worker does not wait for files yet.
+                    // A worker that allocates a batch reports each file with `proceed` before it
+                    // opens the file.
                     let at_files_since = (is_open || matches!(job, Job::Check(..))).then(Instant::now);
                     schedule.workers.begin(worker, Task { load: *job.load(), is_open }, at_files_since);
                     if let Job::Allocate(_, _, need) = &job {
@@ -459,15 +463,14 @@ impl<T: Clone> Jobs<T> {
         }
         schedule.workers.leave(worker);
         drop(schedule);
-        // The wake-up may have been meant for another worker.
+        // Pass the wake-up on: it may have been meant for another worker.
         self.changed.notify_one();
         None
     }
 }
 
 impl<T> Schedule<T> {
-    /// How long until the next check is due; `None` if nothing has to be checked until something
-    /// changes.
+    /// How long until the next check is due; `None` if no check is needed until something changes.
     fn next_check(&self, now: Instant) -> Option<Duration> {
         self.workers.next_check(now).into_iter().chain(self.next_silence_check(now)).min()
     }

@@ -1,8 +1,8 @@
-//! The queue of the teller: what the ring thread and the workers find out reaches consumers, and
-//! subscribers of `tracing`, through it. So the caller's code runs neither on the ring thread nor
-//! under a lock, and each load's segments go out in order without one.
+//! The teller's queue. Events from the ring thread and the workers reach consumers, and
+//! subscribers of `tracing`, through it. Therefore the caller's code runs neither on the ring
+//! thread nor under a lock, and each load's segments are handed over in order without a lock.
 //!
-//! A slow waker delays what other loads are told, but no read and no allocation.
+//! A slow waker delays the events of other loads, but not their reads and allocations.
 
 use std::collections::VecDeque;
 use std::io;
@@ -18,21 +18,21 @@ use crate::support::id::LoadId;
 /// A message for the teller.
 #[derive(Debug)]
 pub(super) enum Message<E> {
-    /// The ring thread did this. The buffers were already returned.
+    /// An output of the ring thread, whose buffer was already released.
     Ring(Output<()>),
-    /// A load may have segments to hand over, or its end.
+    /// A load may have segments to hand over, or may have ended.
     Deliver(Arc<LoadShared>),
     /// The ring failed, and a new one replaces it.
     RingBroke { errno: Errno, leaked_bytes: u64 },
-    /// Workers wait for files of these loads, whose servers do not answer. `is_exhausted` if that
-    /// is true of all workers that may be started.
+    /// Workers wait for files of these loads, whose servers do not answer. `is_exhausted` says
+    /// whether that is true of all workers that may be started.
     Stalled { loads: Vec<LoadId>, is_exhausted: bool },
-    /// No thread could be started in place of one of these.
+    /// No substitute could be started for a stalled worker.
     NoSubstitute { error: io::Error },
-    /// The ring thread has ended, by itself or with this panic. Its reference to the engine is
-    /// dropped by the teller.
+    /// The ring thread has ended: normally, or with the panic message `panic`. The teller drops
+    /// its reference to the engine.
     RingEnded { engine: Arc<E>, panic: Option<String> },
-    /// Makes the thread panic, as a broken invariant would.
+    /// Makes the teller panic, as a broken invariant would.
     #[cfg(test)]
     Panic,
 }
@@ -40,7 +40,7 @@ pub(super) enum Message<E> {
 #[derive(Debug)]
 struct MailboxState<E> {
     messages: VecDeque<Message<E>>,
-    /// The thread ends after the messages that are queued.
+    /// Closed to new messages: the teller ends after those already queued.
     closed: bool,
     ended: bool,
 }
@@ -73,7 +73,7 @@ impl<E> Mailbox<E> {
         }
         drop(queue);
         self.changed.notify_all();
-        // Drop the remaining messages without the lock.
+        // Drop rejected messages without the lock.
         drop(messages);
     }
 
@@ -97,7 +97,7 @@ impl<E> Mailbox<E> {
         self.changed.notify_all();
     }
 
-    /// Records that the thread has ended.
+    /// Records that the teller has ended.
     pub(super) fn end(&self) {
         let mut queue = self.queue();
         (queue.closed, queue.ended) = (true, true);
@@ -105,7 +105,7 @@ impl<E> Mailbox<E> {
         self.changed.notify_all();
     }
 
-    /// Waits for the thread to end, or until the time is up; returns whether it has ended.
+    /// Waits until the teller has ended or the time is up; returns whether it has ended.
     pub(super) fn wait_until_ended(&self, timeout: Duration) -> bool {
         let waited = self.changed.wait_timeout_while(self.queue(), timeout, |queue| !queue.ended);
         waited.unwrap_or_else(PoisonError::into_inner).0.ended

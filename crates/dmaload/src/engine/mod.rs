@@ -1,4 +1,4 @@
-//! The engine: what all loads of a loader share, and the threads that work for them.
+//! The engine: the state that all loads of a loader share, and the threads that work for them.
 //!
 //! ```text
 //!   workers (allocator threads)  open and plan ──► allocate and populate ──► check at the end
@@ -15,15 +15,15 @@
 //! never on the ring thread. Panics in it are caught at the call (see
 //! [`crate::support::foreign`]).
 //!
-//! The engine decides which job is next and starts the threads for it. It makes no reads itself:
+//! The engine decides which job is next and starts the threads for it. It does no I/O itself:
 //! [`crate::files`] opens files, [`crate::memory`] allocates, and [`crate::ring`] reads. It
-//! requires threads and one eventfd; anything else may be refused, and a load then reports what it
+//! requires threads and one eventfd. Any other feature may be refused; a load then reports that it
 //! did without.
 //!
-//! Shutdown: the engine closes with its last [`Guard`], or when asked to. Running loads fail, the
+//! Shutdown: the engine closes with its last [`Guard`], or on request. Running loads fail, the
 //! ring thread drains its reads and ends, then the workers end, then the teller, which informs the
-//! consumers. Past the deadline, what is in flight is leaked, and threads that hang are left
-//! behind ([`Leaked`]).
+//! consumers. At the deadline, memory of reads still in flight is leaked, and threads that hang
+//! are left behind ([`Leaked`]).
 
 mod allocate;
 mod allocation;
@@ -74,7 +74,7 @@ use crate::support::foreign;
 use crate::support::id::LoadId;
 use crate::telemetry::metrics::LoadCounters;
 
-/// See the module.
+/// See the module documentation.
 #[derive(Debug)]
 pub(crate) struct Engine {
     /// Without the default options' verifier and observer: they are the caller's code, and any
@@ -86,7 +86,7 @@ pub(crate) struct Engine {
     reaper: Reaper,
     ring: RingThread<PieceBuffer<WindowPermit>>,
     mailbox: Arc<Mailbox<Engine>>,
-    /// Why there are no more loads, if one of our threads has panicked.
+    /// Why no more loads are accepted, if one of our threads has panicked.
     broken: OnceLock<Error>,
     jobs: Jobs<Arc<LoadShared>>,
     choices: Mutex<Choices>,
@@ -95,11 +95,11 @@ pub(crate) struct Engine {
     /// How many of the ring's threads were left behind.
     left_threads: AtomicUsize,
     counters: Arc<LoadCounters>,
-    /// Ends the watch on memory pressure, if there is one.
+    /// Ends the thread that watches memory pressure, if it exists.
     stop_watch: Option<OwnedFd>,
 }
 
-/// A permit of the window, returned when it is dropped.
+/// A permit of the window, returned on drop.
 #[derive(Debug)]
 pub(crate) struct WindowPermit {
     engine: Arc<Engine>,
@@ -111,7 +111,7 @@ impl WindowPermit {
     /// Splits off the part for one piece of a batch.
     ///
     /// # Panics
-    /// When the part is larger than the permit.
+    /// If the part is larger than the permit.
     fn split(&mut self, part: Need) -> WindowPermit {
         let left = |all: u64, part: u64| all.checked_sub(part).expect("a batch has a permit for each of its pieces");
         let (bytes, files) = (left(self.need.bytes, part.bytes), left(self.need.files, part.files));
@@ -130,7 +130,7 @@ impl Drop for WindowPermit {
     }
 }
 
-/// Memory taken from the budget for a batch; returned when dropped, unless it was charged to an
+/// Bytes taken from the budget for a batch; returned on drop, unless they were charged to an
 /// allocation.
 #[derive(Debug)]
 struct BudgetPermit {
@@ -181,7 +181,8 @@ impl Engine {
         started
     }
 
-    /// Frees the pool when memory is short, if the kernel reports that.
+    /// Starts a thread that empties the pool when memory is short, if the kernel reports memory
+    /// pressure.
     fn watch_pressure(self: &Arc<Self>) {
         let Some(pressure) = pressure::open() else { return };
         let own = Arc::clone(self);
@@ -189,14 +190,14 @@ impl Engine {
             if let Some(stop) = &own.stop_watch {
                 pressure::watch(&pressure, stop, || {
                     let freed = own.reaper.trim_pool(0);
-                    foreign::emit(|| tracing::info!(freed, "memory is short: the pool is freed"));
+                    foreign::emit(|| tracing::info!(freed, "memory is short: emptied the pool"));
                 });
             }
             own.thread_has_ended();
         };
         let started = self.start_counted(|| thread::Builder::new().name("dmaload-psi".to_owned()).spawn(body).map(|_| ()));
         if let Err(error) = started {
-            foreign::emit(|| tracing::debug!(%error, "cannot start a thread that watches memory pressure for the pool"));
+            foreign::emit(|| tracing::debug!(%error, "cannot start the thread that empties the pool when memory is short"));
         }
     }
 
@@ -208,7 +209,7 @@ impl Engine {
         self.threads.end(&self.mailbox);
     }
 
-    /// Why there are no more loads.
+    /// Why no more loads are accepted.
     fn end_reason(&self) -> Error {
         self.broken.get().cloned().unwrap_or(Error::ShutDown)
     }
@@ -220,8 +221,8 @@ impl Engine {
         for load in &loads {
             self.defer_drop(load.id, [load.fail(self.end_reason())]);
         }
-        // If it was the scheduler that panicked, it may panic again. The loads have failed; the
-        // rest must still be done.
+        // If the scheduler has panicked, it may panic again here. The loads have already failed,
+        // and the remaining steps must still be done.
         let _ = foreign::call(|| loads.iter().for_each(|load| self.abandon(load)));
         self.mailbox.push(loads.iter().cloned().map(Message::Deliver));
         for load in loads {
@@ -240,13 +241,13 @@ impl Engine {
         let mut threads = self.threads.wait(self.settings.shutdown_timeout);
         if threads > 0 {
             self.ring.give_up();
-            // The ring thread needs a moment to end; a worker that hangs in the kernel is left
-            // alone.
+            // The ring thread needs a moment to end. A worker that hangs in the kernel is left
+            // behind.
             threads = self.threads.wait(Duration::from_secs(1));
         }
         let mut held_bytes = 0;
         if threads > 0 && self.jobs.finish() {
-            // The ring thread hangs and keeps its pieces. The workers need not wait for it.
+            // The ring thread hangs and keeps its pieces. Workers need not wait for it.
             held_bytes = self.jobs.window_taken_bytes();
             threads = self.threads.wait(Duration::from_millis(100));
         }
@@ -256,10 +257,11 @@ impl Engine {
         self.report_left(held_bytes, threads)
     }
 
-    /// What has not ended yet, for a shutdown without a thread that could wait.
+    /// Reports the threads that have not ended yet, for a shutdown without a thread that could
+    /// wait.
     fn left_now(&self) -> Result<(), Leaked> {
         let threads = self.threads.wait(Duration::ZERO);
-        // The ring thread may still have pieces.
+        // The ring thread may still hold pieces.
         let held_bytes = if self.jobs.is_finished() { 0 } else { self.jobs.window_taken_bytes() };
         self.report_left(held_bytes, threads + usize::from(!self.mailbox.wait_until_ended(Duration::ZERO)))
     }
@@ -272,7 +274,7 @@ impl Engine {
         }
     }
 
-    /// Has a worker drop what a load has left.
+    /// Has a worker drop the remains of a load.
     fn defer_drop(&self, load: LoadId, remains: impl IntoIterator<Item = DeferredDrop>) {
         for (memory, files) in remains.into_iter().map(DeferredDrop::parts) {
             self.jobs.defer_drop(DropKey::Memory(load), memory);
@@ -300,7 +302,7 @@ impl Engine {
         self.queue_delivery(load);
     }
 
-    /// Has the teller deliver what has become complete, or the failure.
+    /// Has the teller deliver segments that have become complete, or the failure.
     fn queue_delivery(&self, load: &Arc<LoadShared>) {
         self.mailbox.push([Message::Deliver(Arc::clone(load))]);
     }

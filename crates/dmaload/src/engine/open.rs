@@ -1,5 +1,5 @@
-//! The first job of a load: opens its large files and reads their headers, inspects its small
-//! ones, and plans.
+//! The first job of a load: opens large files and reads their headers, inspects small files, and
+//! plans.
 
 use std::fs;
 use std::sync::Arc;
@@ -32,8 +32,8 @@ use crate::support::errno;
 use crate::support::foreign;
 use crate::telemetry::report::Way;
 
-/// How many files of a load stay open from planning on. The others are reopened for their first
-/// batch: a load of thousands of files must stay within the limit of open files.
+/// How many files of a load stay open after planning. The others are reopened for their first
+/// batch, so a load of thousands of files stays within the open-file limit.
 const KEPT_OPEN: usize = 8;
 
 impl Engine {
@@ -50,8 +50,8 @@ impl Engine {
         let largest_bytes = plan.memories.iter().map(|memory| memory.bytes).max().unwrap_or(0);
         let reserved_bytes = if load.keep { memory_bytes } else { largest_bytes };
         let limit_bytes = self.settings.memory_limit_bytes;
-        // A consumer that streams tensors holds all allocations of one until its last byte is
-        // read.
+        // A consumer that streams tensors holds all allocations of a tensor until the tensor's
+        // last byte is read.
         let tensor_bytes = if load.keep { 0 } else { largest_tensor(&plan, &files) };
         let reserved_bytes = if tensor_bytes <= limit_bytes { reserved_bytes.max(tensor_bytes) } else { reserved_bytes };
         if tensor_bytes > limit_bytes {
@@ -86,23 +86,24 @@ impl Engine {
         }
     }
 
-    /// Decides which way the batches of a load are read, or that the load measures the ways.
+    /// Decides how the batches of a load are read: in one fixed way, or in several ways that the
+    /// load measures.
     fn begin_choosing(&self, load: &LoadShared, plan: &Plan, files: &[FilePlan]) -> Choosing {
         let LoadOptions { route, prefer, .. } = load.options;
         if route.is_some() || load.is_observed_in_staging() || prefer == Prefer::Cpu {
             let start = load.starting_route();
-            // A ring needs populated memory, also for reads through the page cache.
+            // A ring needs populated memory, even for reads through the page cache.
             let direct = start < Route::Bounce || start == Route::UringBuffered && !load.is_observed_in_staging();
             return Choosing::fixed(if direct { Way::Direct } else { Way::Staged });
         }
-        // Memory that is allocated at once is ahead of any read. Reads find out whether it can be
-        // pinned.
+        // This heap populates memory when it allocates it, so memory is always ready before its
+        // reads. Whether it can be pinned shows when it is read into.
         if self.facts.allocates_at_once {
             return Choosing::fixed(Way::Direct);
         }
         let mut mounts = files.iter().map(|file| file.identity.mount());
         let Some(mount) = mounts.next() else { return Choosing::fixed(Way::Direct) };
-        // The files of one file system are all alike.
+        // One open file suffices: all files of a file system have the same restrictions.
         let open = files.iter().find_map(|file| file.open.as_ref());
         let may_be_slow = open.is_some_and(|file| file.ring_refused.is_some());
         let buffered = may_be_slow
@@ -118,15 +119,15 @@ impl Engine {
         choices.begin(load.id, mount, ways, &batches, |other| !self.jobs.knows(other))
     }
 
-    /// The most memory that a stream allocates ahead of its consumer: a full window beside a
-    /// segment that waits for its last reads; or half of the available memory, if that is less.
+    /// The most memory that a stream allocates ahead of its consumer: a full window plus a segment
+    /// that waits for its last reads, or half of the available memory if that is less.
     fn ahead_bytes(&self, largest_bytes: u64) -> u64 {
         let usual = self.settings.window_bytes.saturating_add(largest_bytes);
         headroom().map_or(usual, |seen| usual.min(seen.available_bytes / 2))
     }
 
-    /// Refuses loads that can't fit, from the lengths alone: a file may claim any length, but
-    /// planning it has a cost.
+    /// Refuses loads that can't fit, based on the lengths alone: a file may claim any length, and
+    /// the cost of planning grows with it.
     fn check_size(&self, load: &LoadShared, shape: Shape, spans: &[Span], alignments: &[u64]) -> Result<Shape> {
         let length = |span: &Span| span.range.end - span.range.start;
         let memory = |span: &Span| {
@@ -145,11 +146,11 @@ impl Engine {
             Layout::Segmented | Layout::Tensors | Layout::Single => memory(span),
         };
         let at_once = if load.keep { memory_bytes } else { spans.iter().map(largest).max().unwrap_or(0) };
-        // Memory from the pool may be reused; if the sizes do not match, each allocation checks
-        // for itself.
+        // Assume that memory from the pool can be reused. If its sizes do not match, each
+        // allocation checks the headroom again.
         self.check_headroom(at_once.saturating_sub(self.reaper.pooled_bytes()))?;
         let mut shape = shape;
-        // For very long files, use larger batches, as long as they are no larger than a segment.
+        // For very long files, use larger batches, up to the size of a segment.
         while shape.count_pieces(spans.iter().map(length)) > MOST_PIECES && shape.batch_bytes < shape.segment_bytes {
             shape.batch_bytes = shape.batch_bytes.saturating_mul(2).min(shape.segment_bytes);
         }
@@ -174,17 +175,18 @@ fn plan_all(engine: &Engine, load: &LoadShared, limit: Option<SizeLimit>) -> Res
     let (settings, allocates_at_once) = (&engine.settings, engine.facts.allocates_at_once);
     let (share_bytes, memory_limit_bytes) = (settings.share_bytes(), settings.memory_limit_bytes);
     let options = &load.options;
-    // If an allocation's pages come all at once, the window has to count all of it. (Not for a
-    // single allocation per file: it may be larger than the window, and then could not be loaded.)
+    // If the heap populates a whole allocation at once, the window must count all of it. This
+    // excludes the layout `single`, whose allocation may be larger than the window and then could
+    // never be loaded.
     let at_once = allocates_at_once && options.layout != Layout::Single;
-    // Lets several proceed at the same time.
+    // Lets several allocations proceed at the same time.
     let part_of_window = at_once.then_some(settings.window_bytes / 8);
-    // A stream needs several segments in the available memory.
+    // Several segments of a stream must fit into the available memory.
     let part_of_room = if load.keep { None } else { headroom().map(|seen| seen.available_bytes / 8) };
     let limits = limit.as_ref().map(|limit| limit.bytes).into_iter().chain(share_bytes).chain(part_of_window);
     let limits = limits.chain(part_of_room).min();
     let mut selector = if options.select.is_partial() { Some(Selector::new(&options.select)?) } else { None };
-    let Found { sources, notes } = expand::find_files(&load.asked(), Choice::new(options, selector.as_ref()))?;
+    let Found { sources, notes } = expand::find_files(&load.inputs(), Choice::new(options, selector.as_ref()))?;
     notes.into_iter().for_each(|note| load.note(Some(note)));
     load.set_sources(sources);
     let mut segment_bytes = options.segment_bytes_within(limits);
@@ -192,9 +194,9 @@ fn plan_all(engine: &Engine, load: &LoadShared, limit: Option<SizeLimit>) -> Res
         segment_bytes = segments_for_descriptors(load, segment_bytes, limits, options.packed);
     }
     let batch_bytes = if at_once { segment_bytes } else { settings.batch_bytes().min(segment_bytes) };
-    // Files that need more than block alignment get allocations of their own.
+    // Files that must be aligned to more than a page get their own allocations.
     let packed = options.packed && options.importer.alignment_bytes <= dmabuf::page_bytes() as u64;
-    let batch_files = descriptors::batch_files();
+    let batch_files = descriptors::max_batch_files();
     let shape = Shape { layout: options.layout, segment_bytes, batch_bytes, packed, batch_files };
     let heap_most = limit.as_ref().map_or(u64::MAX, |limit| limit.bytes);
     let single_bytes = options.importer.max_segment_bytes.min(heap_most).min(memory_limit_bytes);
@@ -220,24 +222,25 @@ fn plan_all(engine: &Engine, load: &LoadShared, limit: Option<SizeLimit>) -> Res
         selector.check_all_matched()?;
         selector.notes().into_iter().for_each(|note| load.note(Some(note)));
     }
-    // The headers of small files are read later, and those of byte ranges never.
+    // The headers of small files are read later, and those of byte ranges are never read.
     let is_read = selector.as_ref().is_none_or(|selector| selector.needs_tensors() || selector.cuts_bytes());
     if is_read && !load.is_over() && !files.iter().any(|file| file.small) {
         let own = files.iter().map(|file| file.tensors.as_deref().map(|tensors| &*tensors.map));
         let maps = own.zip(&cuts).map(|(own, cut)| own.or(cut.as_ref()));
         load.check_whole(maps)?.into_iter().for_each(|note| load.note(Some(note)));
     }
-    // Read what was asked for first, first, whichever file it is in.
+    // Read the tensors that were requested first before the others, whichever files they are in.
     spans.sort_by_key(|span| span.class);
     let reserve = |bytes| match usize::try_from(bytes).unwrap_or(usize::MAX) {
         0 => Ok(None),
         bytes => AddressRange::reserve(bytes).map(Some).map_err(|error| load.memory_error(error)),
     };
     let alignments: Vec<_> = files.iter().map(|file| file.alignment_bytes).collect();
-    // Before reserving addresses: memory is the smaller limit, and its error has the numbers.
+    // Check memory before reserving addresses: memory is the tighter limit, and its error states
+    // numbers.
     let shape = engine.check_size(load, shape, &spans, &alignments)?;
-    // Files too large for the address space (sparse ones can be) are not worth a plan of their
-    // size.
+    // Reserve addresses once before planning: a plan for files that exceed the address space, as
+    // sparse ones can, would be enormous.
     reserve(spans.iter().fold(0, |sum: u64, span| sum.saturating_add(span.range.end - span.range.start)))?;
     let plan = Plan::new(&alignments, &spans, shape);
     let range = reserve(plan.memory_bytes)?;
@@ -253,10 +256,10 @@ fn plan_all(engine: &Engine, load: &LoadShared, limit: Option<SizeLimit>) -> Res
     Ok(Planned { plan, range, files, fallbacks })
 }
 
-/// A segment size that leaves a descriptor for each allocation: larger than `segment_bytes` if
-/// descriptors are few, with a note.
+/// Returns a segment size that leaves a descriptor for each allocation: if descriptors are scarce,
+/// one larger than `segment_bytes`, with a note.
 fn segments_for_descriptors(load: &LoadShared, segment_bytes: u64, most: Option<u64>, packed: bool) -> u64 {
-    // Anonymous memory needs none.
+    // Anonymous memory needs no descriptors.
     if load.heap() == AnonHeap::NAME {
         return segment_bytes;
     }
@@ -267,35 +270,35 @@ fn segments_for_descriptors(load: &LoadShared, segment_bytes: u64, most: Option<
         .iter()
         .filter_map(|source| length(source).or_else(|| fs::metadata(source.path.as_path()).ok().map(|about| about.len())))
         .collect();
-    let there = descriptors::memories();
+    let available = descriptors::max_allocations();
     let most = most.unwrap_or(u64::MAX).min(LARGEST_SEGMENT_BYTES);
     let mut larger = segment_bytes;
-    while memories(&lengths, larger, packed) > there && larger.saturating_mul(2) <= most {
+    while count_allocations(&lengths, larger, packed) > available && larger.saturating_mul(2) <= most {
         larger *= 2;
     }
     if larger > segment_bytes {
         load.note(Some(format!(
-            "segments of up to {larger} bytes instead of {segment_bytes}: descriptors suffice for only {there} allocations (ulimit -n)"
+            "segments of up to {larger} bytes instead of {segment_bytes}: the open-file limit (ulimit -n) allows only {available} allocations"
         )));
     }
     larger
 }
 
-/// How many allocations files of these lengths take, approximately.
-fn memories(lengths: &[u64], segment_bytes: u64, packed: bool) -> u64 {
+/// Estimates how many allocations files of these lengths take.
+fn count_allocations(lengths: &[u64], segment_bytes: u64, packed: bool) -> u64 {
     let shape = Shape { layout: Layout::Segmented, segment_bytes, batch_bytes: segment_bytes, packed, batch_files: 1 };
     let (small, large): (Vec<u64>, Vec<u64>) = lengths.iter().partition(|&&bytes| shape.shares_memory(bytes));
     let shared = small.into_iter().fold(0, u64::saturating_add);
-    // The next file may need a quarter of an allocation, which then stays empty.
+    // Up to a quarter of an allocation stays empty if the next file does not fit.
     shared.div_ceil(segment_bytes / 4 * 3) + shape.count_pieces(large.into_iter())
 }
 
-/// The most memory that a single tensor's allocations take.
+/// The most memory that the allocations of a single tensor take.
 fn largest_tensor(plan: &Plan, files: &[FilePlan]) -> u64 {
     let mut largest = 0;
     for (number, file) in files.iter().enumerate() {
         let Some(tensors) = &file.tensors else { continue };
-        // The segments of a file, in its order. Of segments that overlap, any will do.
+        // The file's segments in file order. Where segments overlap, any of them will do.
         let mut own: Vec<_> = plan.segments.iter().filter(|segment| segment.file == number).collect();
         own.sort_by_key(|segment| segment.file_range.start);
         for position in (0..tensors.len()).filter_map(|number| tensors.position_of(number)) {
@@ -336,8 +339,8 @@ fn begin_verifying(load: &LoadShared, files: &[FilePlan]) -> Result<()> {
     let (Some(verify), Some(observation)) = (&load.options.verify, &load.observation) else { return Ok(()) };
     let lengths: Vec<_> =
         load.sources().iter().zip(files).map(|(source, file)| (source.path.as_path(), file.identity.bytes)).collect();
-    let named = expand::named_among(&load.asked(), load.sources());
-    // This is the caller's code.
+    let named = expand::named_among(&load.inputs(), load.sources());
+    // The verifier is the caller's code.
     let begun = foreign::call(|| match named {
         Some(named) => {
             let observer = verify.0.begin_for(&lengths, named, load.options.format);
@@ -355,14 +358,14 @@ fn begin_verifying(load: &LoadShared, files: &[FilePlan]) -> Result<()> {
     Ok(())
 }
 
-/// A planned file. Its header was read if planning needs it.
+/// A planned file. Its header was read if planning needed it.
 #[derive(Debug)]
 struct PlannedFile {
     plan: FilePlan,
     spans: Vec<Span>,
     fallback: Option<Fallback>,
-    /// The tensors of a file whose bytes are cut: its plan has none, but the model must still be
-    /// whole.
+    /// The tensors of a file that is cut by byte range. Its plan has no tensors, but the model
+    /// must still be whole.
     cut: Option<TensorMap>,
 }
 
@@ -375,13 +378,14 @@ fn plan_file(
     route: Route,
 ) -> Result<PlannedFile> {
     let (options, path) = (&load.options, source.path.as_path());
-    // A file that can't be inspected can't be opened either, and the error of opening is clearer.
+    // A file that can't be inspected can't be opened either, and the error from opening is
+    // clearer.
     if selector.is_none()
         && source.part.is_none()
         && shape.layout != Layout::Tensors
         && let Ok((identity, alignment_bytes)) = identify(path)
         && shape.shares_memory(identity.bytes)
-        // A file whose length is reported as 0 may have bytes; opening it finds out.
+        // A file whose length is reported as 0 may not be empty; only opening it shows.
         && identity.bytes > 0
     {
         let bytes = identity.bytes;
@@ -401,7 +405,7 @@ fn plan_file(
     let file = OpenFile::open(path)?;
     let (bytes, alignment_bytes) = (file.identity.bytes, file.alignment_bytes);
     let FileRoute { route, fallback } = route_for(&file, index, 0, load, route)?;
-    // Nobody asked which tensors a range of bytes holds.
+    // A selection by byte range does not need to know the tensors in it.
     let wants_tensors = selector.as_ref().is_none_or(|selector| selector.needs_tensors());
     let part = source.part.clone().unwrap_or(0..bytes);
     if part.start > part.end || part.end > bytes {
@@ -420,7 +424,7 @@ fn plan_file(
         None
     };
     let identity = file.identity;
-    // For a cut by bytes, the tensors only tell which of them it splits.
+    // For a cut by byte range, the tensors are only used to note which of them it splits.
     let (map, cut) = if wants_tensors { (header.map(Arc::new), None) } else { (None, header) };
     let selected = match &mut selector {
         Some(selector) => selector.select_file(map.as_deref(), |name| source.owns(name), &part, bytes, alignment_bytes),
@@ -452,35 +456,38 @@ fn plan_file(
     Ok(PlannedFile { plan: planned, spans, fallback, cut })
 }
 
-/// The route that reads of a load start at: as requested, or bounce if it is observed in staging.
+/// The route at which a load's reads start: the requested one, or bounce if its bytes are observed
+/// in staging.
 fn starting_route(load: &LoadShared) -> Result<Route> {
     let options = &load.options;
     let route = load.starting_route();
-    if !load.is_observed_in_staging() || options.route.is_some_and(|asked| asked >= Route::Bounce) {
+    if !load.is_observed_in_staging() || options.route.is_some_and(|route| route >= Route::Bounce) {
         return Ok(route);
     }
     if options.strict {
         let why = "is uncached, so observed bytes go through staging";
         return Err(Error::Config(format!("the heap {} {why}: a strict load must request the route bounce", load.heap())));
     }
-    foreign::emit(|| tracing::info!(load = load.id.0, heap = load.heap(), "observed in staging: every read is bounced"));
+    foreign::emit(|| {
+        tracing::info!(load = load.id.0, heap = load.heap(), "bytes are observed in staging, so every read is bounced")
+    });
     Ok(route)
 }
 
-/// The best route for reads into staging: by a ring, unless a lower one was requested.
+/// The best route for reads into staging: through a ring, unless a lower one was requested.
 pub(super) fn staged_by(options: &LoadOptions) -> Route {
     options.route.filter(|&route| route < Route::Bounce).unwrap_or(Route::UringFixedDirect)
 }
 
-/// How a file is read.
+/// The route at which reads of a file start, and the fallback that led to it.
 #[derive(Debug)]
 pub(super) struct FileRoute {
     pub(super) route: Route,
     pub(super) fallback: Option<Fallback>,
 }
 
-/// The route that reads of this file start at: the load's; buffered if `O_DIRECT` was refused; or
-/// by threads if a ring must not read it.
+/// The route at which reads of this file start: the load's; buffered if `O_DIRECT` was refused; or
+/// by threads if a ring must not read the file.
 pub(super) fn route_for(file: &OpenFile, index: usize, offset: u64, load: &LoadShared, from: Route) -> Result<FileRoute> {
     let strict = load.options.strict;
     let staged_by = staged_by(&load.options);

@@ -1,8 +1,8 @@
 //! The events of a load for its consumers, in order, and the wakers of those that wait for them.
 //!
-//! Any number may wait, each for one thing ([`Interest`]). An event wakes only the waiters that it
-//! can satisfy. Whichever waiter is polled takes the events for all, so a waiter that is alive but
-//! no longer polled does not hold up the others.
+//! Any number of waiters may wait, each with one [`Interest`]. An event wakes only the waiters
+//! that it can satisfy. Whichever waiter is polled takes the events for all, so a waiter that is
+//! alive but no longer polled does not hold up the others.
 //!
 //! Wakers are the caller's code: they are cloned, called and dropped without the lock. If one
 //! panics, only its own waiter gets an error.
@@ -23,7 +23,7 @@ use crate::support::sync::{Mutex, MutexGuard, lock};
 pub(crate) enum Interest {
     /// The next event of any kind.
     AnyEvent,
-    /// The segment with this byte of a file.
+    /// The segment that contains this byte of a file.
     Byte { file_index: usize, offset: u64 },
     /// The end of the load.
     End,
@@ -52,7 +52,7 @@ impl Audience {
     }
 }
 
-/// The events that were not taken yet, and the waiters for more.
+/// The events that were not taken yet, and the waiters for further events.
 #[derive(Debug, Default)]
 pub(crate) struct Outbox {
     state: Mutex<OutboxState>,
@@ -61,7 +61,7 @@ pub(crate) struct Outbox {
 #[derive(Debug, Default)]
 struct OutboxState {
     events: VecDeque<Event>,
-    /// No more events come.
+    /// No more events will come.
     closed: bool,
     /// Sorted by interest, so that the waiters for a range of bytes are adjacent, then by waiter
     /// number.
@@ -94,8 +94,8 @@ impl OutboxState {
 }
 
 impl Outbox {
-    /// Takes the next event, if there is one. After the last one, [`Error::ShutDown`] if the load
-    /// ended without giving a reason.
+    /// Takes the next event, if one is queued. Once the load has ended and its events were taken,
+    /// every further call returns [`Error::ShutDown`].
     pub(crate) fn take(&self) -> Option<Event> {
         let mut state = self.state();
         let closed = state.closed;
@@ -111,7 +111,7 @@ impl Outbox {
         };
         for Registration { waker, panic } in woken {
             if let Err(message) = foreign::call(|| waker.wake_by_ref()) {
-                // The first panic counts; the others are woken nevertheless.
+                // Only the first panic is kept. The other waiters are woken nevertheless.
                 let _ = panic.set(message);
             }
         }
@@ -122,7 +122,7 @@ impl Outbox {
     }
 }
 
-/// The load's end of an [`Outbox`]. Dropping it ends the events.
+/// The sending half of an [`Outbox`]. Dropping it closes the outbox.
 #[derive(Debug)]
 pub(crate) struct Announcer(Arc<Outbox>);
 
@@ -161,8 +161,9 @@ impl Waiter {
         Waiter { outbox: Arc::clone(outbox), number, interest: None, panic: Arc::default() }
     }
 
-    /// Polls `look`, which takes the events that have arrived and either finds what it wants or
-    /// returns what it needs. In that case the task is woken when this arrives.
+    /// Polls `look`, which takes the events that have arrived and returns either its result or the
+    /// interest that it still has. In the latter case, the task is woken when a matching event
+    /// arrives.
     ///
     /// # Errors
     /// [`Error::Panicked`] if the waker of an earlier poll has panicked.
@@ -263,7 +264,7 @@ mod tests {
         model(|| {
             let outbox = Arc::default();
             let announcer = Announcer::new(&outbox);
-            // Kept alive, because dropping it wakes everyone.
+            // The announcer is kept alive, because dropping it wakes everyone.
             let sender = spawn(move || {
                 announce(&announcer, 0, 0..1);
                 announcer
@@ -273,7 +274,7 @@ mod tests {
             let look = || outbox.take().map(drop).ok_or(byte(0, 0));
             let polled = waiter.poll(&mut Context::from_waker(&waker), look);
             let _announcer = sender.join().unwrap();
-            assert!(polled.is_ready() || count.get() > 0, "it would sleep for ever");
+            assert!(polled.is_ready() || count.get() > 0, "the waiter would sleep forever");
         });
     }
 
@@ -308,10 +309,10 @@ mod tests {
                 if waiter.poll(&mut Context::from_waker(&waker), &mut look).is_ready() {
                     break;
                 }
-                // A task that was woken during its poll is polled again; any other one sleeps.
+                // A task that was woken during its poll is polled again; otherwise it sleeps.
                 if count.get() == before {
-                    announcer = Some(sender.take().expect("a second sleep has no end").join().unwrap());
-                    assert_ne!(count.get(), before, "it would sleep for ever");
+                    announcer = Some(sender.take().expect("the waiter would sleep forever").join().unwrap());
+                    assert_ne!(count.get(), before, "the waiter would sleep forever");
                 }
             }
             if let Some(sender) = sender {
@@ -340,7 +341,7 @@ mod tests {
         announcer.send(Event::Planned(Vec::new()));
         assert_eq!(counts(&waiters), [0, 1, 1, 0, 0, 1, 0]);
         announcer.send(Event::Failed(Error::ShutDown));
-        assert_eq!(counts(&waiters), [1; 7], "the end is for all that wait");
+        assert_eq!(counts(&waiters), [1; 7], "the end wakes all waiters");
     }
 
     #[test]

@@ -1,27 +1,26 @@
-//! The scheduler: decides which load is opened, allocated for or finished next, over all loads of
-//! a loader.
+//! The scheduler: decides which load is opened, allocated for or finished next, across all loads
+//! of a loader.
 //!
 //! Pure bookkeeping, driven by the worker threads under one lock. Loads take turns, one batch
-//! each, so a large one can't starve a small one. A load that has its share of the window (see
-//! [`crate::memory::window`]) is passed over. If a load that holds nothing of it finds no room, no
-//! other load overtakes it, so small ones can't starve a large one either. If its file system has
-//! its share, no load of that file system overtakes it, but loads of others may. The number of
-//! loads that are open at once is bounded; the others wait in order of arrival. Loads of a higher
-//! priority go first.
+//! each, so a large load can't starve a small one. A load that holds its share of the window (see
+//! [`crate::memory::window`]) is passed over. If a load that holds no part of the window finds no
+//! room, no other load overtakes it, so small loads can't starve a large one either. If its file
+//! system holds its share, only loads of other file systems may overtake it. The number of open
+//! loads is bounded; further loads wait in order of arrival. Loads of a higher priority go first.
 //!
 //! If memory is limited, a load starts when its reservation is free (see
-//! [`crate::memory::budget`]), in order of arrival; one that has its share is passed over until
-//! its consumer drops something. Even without a limit, a stream has a bounded amount of memory
-//! ahead of its consumer: one that is far ahead is passed over until its consumer takes a segment.
+//! [`crate::memory::budget`]), in order of arrival. A load that holds its share is passed over
+//! until its consumer drops memory. Even without a limit, the memory that a stream allocates ahead
+//! of its consumer is bounded: a stream that is far ahead is passed over until its consumer takes
+//! a segment.
 //!
-//! A load is *stalled* while one of its jobs waits for a file whose server does not answer. Until
-//! then it gets no further jobs that may wait for files, does not hold up others, and does not
-//! count as open if it is the opening that waits.
+//! A load is *stalled* while one of its jobs waits for a file whose server does not answer. A
+//! stalled load gets no further jobs that may wait for files, does not hold up others, and does
+//! not count as open if the waiting job opens it.
 //!
-//! A file system is *silent* while it holds permits of the window and none has been returned for a
-//! long time ([`Scheduler::find_silent_file_systems`]). Its loads don't count as open either, up
-//! to [`MOST_SILENT`] of them: otherwise they would keep all places from loads of other file
-//! systems.
+//! A file system is *silent* while it holds permits of the window and has not returned any for a
+//! long time ([`Scheduler::find_silent_file_systems`]). Up to [`MOST_SILENT`] of its loads don't
+//! count as open either: otherwise they would keep loads of other file systems from being opened.
 
 use std::collections::VecDeque;
 
@@ -35,28 +34,28 @@ use crate::plan::{BATCH_BYTES, BATCH_FILES};
 pub(crate) enum Job<L> {
     /// Open the files, read their headers, and plan.
     Open(L),
-    /// Allocate the batch of this number, for which the permit is taken.
+    /// Allocate the batch with this number, whose permit is already taken.
     Allocate(L, usize, Need),
-    /// Check that a file, all of whose reads are done, is still the one that was opened.
+    /// Check that a file whose reads are all done is still the one that was opened.
     Check(L, usize),
-    /// Finish an allocation that is full: move tensors in it, export it as a dma-buf.
+    /// Finish a full allocation: move tensors within it, export it as a dma-buf.
     Finish(L, usize),
-    /// Free this much memory of the pool, which the load waits for.
+    /// Free this many bytes of the pool, because the load waits for memory.
     MakeRoom(L, u64),
 }
 
-/// What a batch needs until it is full; the content of its permit.
+/// The resources that a batch holds until it is full; the contents of its permit.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Need {
-    /// Memory.
+    /// Bytes of the window.
     pub(crate) bytes: u64,
-    /// Files that are opened for it.
+    /// How many files are opened for it.
     pub(crate) files: u64,
-    /// What its load takes from the budget for it: the whole allocation with its first batch,
-    /// since memory from the pool comes as a whole.
+    /// Bytes that its load takes from the budget for it: the whole allocation with the first
+    /// batch, because memory from the pool comes in whole allocations.
     pub(crate) held_bytes: u64,
-    /// The file system it is read from. If small files of several share an allocation, that of the
-    /// first.
+    /// The file system that it is read from. If small files of several file systems share an
+    /// allocation, that of the first file.
     pub(crate) file_system: u64,
 }
 
@@ -71,22 +70,22 @@ impl<L> Job<L> {
     }
 }
 
-/// What a load was planned to take.
+/// The resources that a planned load needs.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct LoadNeeds {
-    /// What each batch takes, in order.
+    /// The needs of each batch, in order.
     pub(crate) batches: Vec<Need>,
     /// How much the load must be able to hold to make progress.
     pub(crate) reserved_bytes: u64,
     /// The most memory that may be ahead of the consumer: allocated and not taken yet. A larger
-    /// allocation is made only when it is the only one. `None` if the consumer keeps all of it
-    /// anyway.
+    /// allocation is made only while no other is ahead. `None` if the consumer keeps the whole
+    /// load anyway.
     pub(crate) ahead_bytes: Option<u64>,
     pub(crate) priority: Priority,
 }
 
 impl LoadNeeds {
-    /// The file system of the load, if its consumer keeps all of it.
+    /// The file system of the load, if its consumer keeps the whole load.
     fn kept_from(&self) -> Option<u64> {
         self.batches.first().filter(|_| self.ahead_bytes.is_none()).map(|need| need.file_system)
     }
@@ -97,11 +96,11 @@ struct LoadTurn<L> {
     load: L,
     demand: LoadNeeds,
     next: usize,
-    /// Memory ahead of its consumer.
+    /// Bytes that are allocated and that its consumer has not taken yet.
     ahead: u64,
-    /// Whether it has its reservation.
+    /// Whether its memory is reserved.
     admitted: bool,
-    /// Loads that came before it and are not opened yet.
+    /// Loads that arrived before it and are still being opened.
     waits_for: Vec<L>,
 }
 
@@ -113,35 +112,36 @@ impl<L> LoadTurn<L> {
     }
 }
 
-/// The most loads that do not count as open because their file systems are silent: each has open
-/// files.
+/// The maximum number of loads that do not count as open because their file systems are silent.
+/// Bounded, because each of them has open files.
 const MOST_SILENT: usize = 64;
 
-/// See the module.
+/// See the module documentation.
 #[derive(Debug)]
 pub(crate) struct Scheduler<L> {
     window: Window<L>,
     budget: Budget<L>,
-    /// Whether the pool was asked to make room and has not yet done so.
+    /// Whether a [`Job::MakeRoom`] was issued and no memory has been freed since.
     making_room: bool,
-    /// How many files may be open for batches that are not full. Counted like the window's bytes.
+    /// The files that may be open for batches that are not full, accounted for like the window's
+    /// bytes.
     files: Window<L>,
     max_open: usize,
     open: usize,
     waiting: VecDeque<L>,
     /// Loads that are being opened, in order of arrival.
     opening: Vec<L>,
-    /// Jobs that come before all others: a consumer waits for them.
+    /// Jobs that come before all others, because a consumer waits for them.
     urgent: VecDeque<Job<L>>,
     turns: VecDeque<LoadTurn<L>>,
     stalled: Vec<L>,
-    /// The stalled loads whose opening is what waits, even those that were forgotten.
+    /// The loads whose opening is stalled, including forgotten ones.
     stalled_opening: Vec<L>,
     /// Checks of stalled loads.
     parked: VecDeque<Job<L>>,
     /// File systems that have held permits since the last check and returned none.
     watched: Vec<u64>,
-    /// The file systems that were already watched at the check before.
+    /// The file systems that were already in `watched` at the previous check.
     silent: Vec<u64>,
 }
 
@@ -151,8 +151,8 @@ impl<L: Clone + PartialEq> Scheduler<L> {
             window: Window::new(window_bytes, BATCH_BYTES),
             budget: Budget::new(memory_bytes),
             making_room: false,
-            // Per load: loads that hold few files each must not keep one of their file system that
-            // needs many waiting.
+            // Shared by load, not by file system: loads that hold few files each must not starve a
+            // load of the same file system that needs many.
             files: Window::per_load(files, BATCH_FILES as u64),
             max_open,
             open: 0,
@@ -178,7 +178,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         let came_before = self.opening.iter().position(|other| *other == load).unwrap_or(0);
         let waits_for = self.opening.get(..came_before).unwrap_or_default().to_vec();
         self.remove_opening(&load);
-        // Loads that came later but were opened sooner wait for this one.
+        // Loads that arrived later but were opened sooner wait for this one.
         let later = |turn: &LoadTurn<L>| !turn.admitted && turn.waits_for.contains(&load);
         let at = self.turns.iter().position(later).unwrap_or(self.turns.len());
         self.turns.iter_mut().for_each(|turn| turn.waits_for.retain(|other| *other != load));
@@ -189,17 +189,17 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         self.opening.retain(|other| other != load);
     }
 
-    /// All pieces of this file are full.
+    /// Records that all pieces of this file are full, so it has to be checked.
     pub(crate) fn file_read(&mut self, load: L, file: usize) {
         self.urgent.push_back(Job::Check(load, file));
     }
 
-    /// All pieces of this allocation are full.
+    /// Records that all pieces of this allocation are full, so it has to be finished.
     pub(crate) fn memory_read(&mut self, load: L, memory: usize) {
         self.urgent.push_back(Job::Finish(load, memory));
     }
 
-    /// The next job, if there is one now.
+    /// Takes the next job, if one can start now.
     pub(crate) fn next(&mut self) -> Option<Job<L>> {
         while let Some(job) = self.urgent.pop_front() {
             if matches!(&job, Job::Check(load, _) if self.stalled.contains(load)) {
@@ -226,7 +226,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         self.open.saturating_sub(self.stalled_opening.len() + self.silent_loads())
     }
 
-    /// How many loads of silent file systems wait for permits or hold some.
+    /// How many loads of silent file systems hold permits or wait for some.
     fn silent_loads(&self) -> usize {
         if self.silent.is_empty() {
             return 0;
@@ -248,8 +248,8 @@ impl<L: Clone + PartialEq> Scheduler<L> {
     }
 
     /// Finds file systems that have held permits since the last call and returned none. Must be
-    /// called from time to time while [`Self::lacks_places`]. Returns whether more of them are
-    /// silent than before.
+    /// called periodically while [`Self::lacks_places`]. Returns whether the number of silent file
+    /// systems has grown.
     pub(crate) fn find_silent_file_systems(&mut self) -> bool {
         let mut holding: Vec<_> = self.window.holders().map(|(_, file_system)| file_system).collect();
         holding.sort_unstable();
@@ -260,8 +260,8 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         self.silent.len() > before
     }
 
-    /// Closes the accounts of loads whose last batch was handed out. Comes before others are
-    /// admitted, which may wait for that.
+    /// Closes the accounts of loads whose last batch was handed out. Must run before
+    /// [`Self::admit`], since other loads may wait for that.
     fn close_done(&mut self) {
         let is_done = |turn: &LoadTurn<L>| turn.next == turn.demand.batches.len();
         for done in self.turns.iter().filter(|turn| is_done(turn)) {
@@ -270,10 +270,10 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         self.turns.retain(|turn| !is_done(turn));
     }
 
-    /// Admits loads, in order, as long as their reservations are free.
+    /// Admits loads in order, while their reservations fit.
     fn admit(&mut self) {
-        // A load of each of these waits for what others of the file system have reserved; no load
-        // of the same file system overtakes it.
+        // File systems with a load that waits for memory reserved by others of the same file
+        // system. None of their other loads overtakes it.
         let mut waited_for = Vec::new();
         for priority in Priority::DOWN {
             for turn in self.turns.iter_mut().filter(|turn| !turn.admitted && turn.demand.priority == priority) {
@@ -290,18 +290,18 @@ impl<L: Clone + PartialEq> Scheduler<L> {
                 match admitted {
                     Admitted::Yes => turn.admitted = true,
                     Admitted::FileSystemAtShare => waited_for.extend(kept_from),
-                    // No load overtakes it.
+                    // No load overtakes one that does not fit.
                     Admitted::No => return,
                 }
             }
         }
     }
 
-    /// The next batch of the load whose turn it is.
+    /// Takes the next batch, from the load whose turn it is.
     fn next_batch(&mut self) -> Option<Job<L>> {
         let mut short = None;
-        // A load of each of these waits for what its file system holds; no load of the same file
-        // system overtakes it.
+        // File systems with a load that waits for permits held by others of the same file system.
+        // None of their other loads overtakes it.
         let mut waited_for = Vec::new();
         for priority in Priority::DOWN {
             let mut at = 0;
@@ -365,7 +365,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         }
     }
 
-    /// Records that none of this load's jobs waits any more.
+    /// Records that none of this load's jobs is stalled any more.
     pub(crate) fn resume(&mut self, load: &L) {
         self.stalled.retain(|other| other != load);
         self.stalled_opening.retain(|other| other != load);
@@ -374,7 +374,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         self.urgent.extend::<VecDeque<_>>(resumed);
     }
 
-    /// Undoes a job that will not be done: returns what was taken for it.
+    /// Undoes a job that will not be run: returns the permits taken for it.
     pub(crate) fn decline(&mut self, job: &Job<L>) {
         match job {
             Job::Open(_) => self.end(),
@@ -397,8 +397,8 @@ impl<L: Clone + PartialEq> Scheduler<L> {
             return Permitted::Yes;
         }
         self.window.give_back(load, need.file_system, need.bytes);
-        // A load that waits for files waits for others with many files, and need not hold up loads
-        // of large files.
+        // A load that finds no free file permits waits for other loads with many files, and need
+        // not hold up loads of large files.
         Permitted::LoadAtShare
     }
 
@@ -445,7 +445,8 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         self.making_room = false;
     }
 
-    /// Records that memory from the pool is reused, by a load that has taken as much.
+    /// Records that memory from the pool is reused by a load, which has already taken the bytes
+    /// from the budget.
     pub(crate) fn unpooled(&mut self, bytes: u64) {
         self.budget.unpool(bytes);
         self.making_room = false;
@@ -461,7 +462,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         self.open = self.open.saturating_sub(1);
     }
 
-    /// Whether there is nothing to do, now or later.
+    /// Whether no job is left, now or later.
     #[cfg(test)]
     pub(crate) fn is_idle(&self) -> bool {
         let done = |turn: &LoadTurn<L>| turn.next == turn.demand.batches.len();
@@ -473,7 +474,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         self.open
     }
 
-    /// How much memory has permits.
+    /// How many bytes of the window are taken.
     pub(crate) fn window_taken_bytes(&self) -> u64 {
         self.window.taken_bytes()
     }

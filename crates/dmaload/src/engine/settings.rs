@@ -11,14 +11,14 @@ use crate::ring::pace::{self, FIRST, Pace, most_allocators, most_copiers};
 use crate::ring::{RingLimits, StagingBudget};
 use crate::support::convert::to_usize;
 
-/// Default for memory that is allocated and not yet filled, over all loads.
+/// Default window: bytes that may be allocated and not yet filled, across all loads.
 pub(crate) const WINDOW_BYTES: u64 = 128 << 20;
-/// Default for reads in flight, over all loads.
+/// Default maximum number of reads in flight, across all loads.
 pub(crate) const QUEUE_DEPTH: usize = 44;
-/// Default staging at the start.
+/// Default initial size of staging.
 pub(crate) const STAGING_BYTES: u64 = 16 << 20;
-/// Fits into the caches of today's processors, and is the size of a huge page and of a default
-/// chunk.
+/// The size of a staging slot. It fits into the caches of today's processors, and is the size of a
+/// huge page and of a default chunk.
 const STAGING_SLOT_BYTES: u64 = 2 << 20;
 const CHUNK_STEP_BYTES: u64 = 64 << 10;
 
@@ -33,11 +33,11 @@ pub(crate) struct Settings {
     pub(crate) pool_bytes: u64,
     /// `u64::MAX` for no limit.
     pub(crate) memory_limit_bytes: u64,
-    /// The number at the start.
+    /// The initial number of threads.
     pub(crate) allocator_threads: usize,
     /// Whether the caller chose the number of allocators; if so, it does not grow.
     pub(crate) allocators_are_chosen: bool,
-    /// How many processors to assume.
+    /// The number of processors to assume.
     pub(crate) cores: usize,
     pub(crate) max_open_loads: usize,
     pub(crate) shutdown_timeout: Duration,
@@ -85,8 +85,8 @@ impl Settings {
         !self.staging_is_chosen
     }
 
-    /// How much memory an allocator populates at once. Less if more than [`FIRST`] allocators may
-    /// run at the same time: what they work on takes up the window, which must leave room for
+    /// How much memory an allocator populates at once. Smaller if more than [`FIRST`] allocators
+    /// may run at the same time: their batches take up the window, which must leave room for
     /// reads.
     pub(crate) fn batch_bytes(&self) -> u64 {
         if self.allocators().max_threads() > FIRST { BATCH_BYTES * 3 / 8 } else { BATCH_BYTES }

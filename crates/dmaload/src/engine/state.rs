@@ -1,5 +1,5 @@
-//! A load from the engine's side: what is planned and allocated, which segments are full and can
-//! be handed over ([`hand_over`]), and its report and events ([`reporting`]).
+//! A load as the engine sees it: its plan and allocations, the segments that are full and can be
+//! handed over ([`hand_over`]), and its report and events ([`reporting`]).
 
 mod hand_over;
 mod reporting;
@@ -37,16 +37,16 @@ use crate::telemetry::metrics::{LoadCounters, increment};
 use crate::telemetry::report::{Measured, Way};
 use crate::telemetry::trace::{TraceEvent, TraceKind};
 
-/// See the module.
+/// See the module documentation.
 #[derive(Debug)]
 pub(crate) struct LoadShared {
     pub(crate) id: LoadId,
     pub(crate) options: LoadOptions,
-    /// Whether all of it will be in memory at once.
+    /// Whether the load keeps all of its segments in memory at once.
     pub(crate) keep: bool,
-    /// The requested files and folders; emptied when the load is over, since it may hold open
-    /// files.
-    asked: Mutex<Arc<[Input]>>,
+    /// The requested files and folders. Emptied when the load is over, because they may include
+    /// open files.
+    inputs: Mutex<Arc<[Input]>>,
     /// The files, once they are known.
     sources: OnceLock<Vec<SourceFile>>,
     /// The load was dropped or has failed.
@@ -58,7 +58,8 @@ pub(crate) struct LoadShared {
     allocates_at_once: bool,
     heap_is_own: bool,
     pub(crate) observation: Option<Observation>,
-    /// The verifier's description of itself; set during planning, since it is the caller's code.
+    /// The verifier's description of itself. Set during planning, because it comes from the
+    /// caller's code.
     pub(crate) verified: OnceLock<String>,
     started: Instant,
     planned_bytes: AtomicU64,
@@ -67,9 +68,9 @@ pub(crate) struct LoadShared {
     /// Set if the largest tensor exceeds the loader's memory limit: segments can be streamed, but
     /// not this tensor.
     pub(crate) tensor_over_limit: OnceLock<Error>,
-    /// Why a thread that fills memory could not get any.
+    /// Why a thread that fills memory could not populate it.
     pub(crate) no_memory: OnceLock<Error>,
-    /// Which way its batches are read.
+    /// How its batches are read.
     choosing: Mutex<Choosing>,
     counters: Arc<LoadCounters>,
     /// The span `dmaload::load`, from the call to the end of the load; has `id`, `paths` and, at
@@ -85,18 +86,18 @@ struct LoadState {
     /// `None` when the load is over: finished, failed, or dropped. Dropping the last reference
     /// wakes the consumers.
     events: Option<Arc<Announcer>>,
-    /// Why the load has failed, until the consumer is told.
+    /// Why the load failed, until the error is delivered to the consumer.
     failed: Option<Error>,
     /// Whether the consumer has yet to receive the list of files.
     files_unsent: bool,
     plan: Plan,
-    /// Where its allocations are mapped; `None` for a load of no bytes.
+    /// The address range that its allocations are mapped in; `None` for a load without bytes.
     range: Option<Arc<AddressRange>>,
     files: Vec<FileState>,
     memories: Vec<MemoryState>,
     handed: usize,
     files_left: usize,
-    /// Set when the driver has forgotten the load.
+    /// Set when the driver has released the load.
     times: Option<Times>,
     allocating: BusyTime,
     first_segment: Option<Duration>,
@@ -116,14 +117,14 @@ struct FileState {
     planned: FilePlan,
     open: Arc<OnceValue<Arc<OpenFile>>>,
     pieces_left: usize,
-    /// The route its reads start at.
+    /// The route that its reads start at.
     start: Route,
     /// The lowest route that any of its bytes took.
     route: Route,
 }
 
-/// What a load that is over leaves behind. Dropping it closes files, which may take as long as
-/// their server likes.
+/// The remains of a load that is over, to be dropped by a worker. Dropping them closes files,
+/// which blocks for as long as their server takes.
 #[derive(Debug)]
 #[must_use]
 pub(crate) struct DeferredDrop {
@@ -132,7 +133,7 @@ pub(crate) struct DeferredDrop {
 }
 
 impl DeferredDrop {
-    /// Splits it into memory, which waits for no server, and files, which may.
+    /// Splits the remains into memory, whose drop waits for no server, and files, whose drop may.
     pub(crate) fn parts(self) -> (RemainingMemory, RemainingFiles) {
         (self.memory, self.files)
     }
@@ -148,24 +149,24 @@ pub(crate) struct RemainingMemory {
 #[derive(Debug)]
 pub(crate) struct RemainingFiles {
     _files: Vec<FileState>,
-    _asked: Arc<[Input]>,
+    _inputs: Arc<[Input]>,
 }
 
 #[derive(Debug)]
 struct MemoryState {
     cell: Arc<OnceValue<Arc<Backing>>>,
     pieces_left: usize,
-    /// How many files that end in it wait for their check.
+    /// How many files that end in this allocation are not checked yet.
     unchecked: usize,
     /// Its tensors have to be moved, or it has to be exported as a dma-buf.
     unfinished: bool,
     /// When its most recent bytes were read.
     full_at: Option<Instant>,
-    /// From its allocation until its last segment is handed over.
+    /// Covers the time from its allocation until its last segment is handed over.
     span: Foreign<Span>,
 }
 
-/// Stands for a span that has not begun, or has ended.
+/// Stands for a span that has not begun or has already ended.
 fn no_span() -> Foreign<Span> {
     Foreign::new(Span::none())
 }
@@ -204,7 +205,7 @@ impl LoadShared {
         id: LoadId,
         options: LoadOptions,
         keep: bool,
-        asked: Vec<Input>,
+        inputs: Vec<Input>,
         heap: &HeapFacts,
         counters: Arc<LoadCounters>,
         events: Announcer,
@@ -212,7 +213,7 @@ impl LoadShared {
         let observed = options.observer.is_some() || options.verify.is_some();
         let watch = observed.then(|| Arc::new(Watch::new(options.observer.clone())));
         increment(&counters.started);
-        let span = tracing::info_span!("load", load = id.0, paths = asked.len(), bytes = Empty, error = Empty);
+        let span = tracing::info_span!("load", load = id.0, paths = inputs.len(), bytes = Empty, error = Empty);
         LoadShared {
             id,
             tensor_over_limit: OnceLock::new(),
@@ -224,7 +225,7 @@ impl LoadShared {
             verified: OnceLock::new(),
             options,
             keep,
-            asked: Mutex::new(asked.into()),
+            inputs: Mutex::new(inputs.into()),
             sources: OnceLock::new(),
             abandoned: Arc::default(),
             heap: Arc::clone(&heap.name),
@@ -289,15 +290,16 @@ impl LoadShared {
         &self.heap
     }
 
-    /// Whether its bytes are observed in staging, so that every read must go there.
+    /// Whether its bytes are observed in staging, which every read must then go through.
     pub(crate) fn is_observed_in_staging(&self) -> bool {
         self.observation.as_ref().is_some_and(|observation| observation.staged)
     }
 
-    /// The route that it starts at: as requested, or bounce if it is observed in staging.
+    /// The route at which its reads start: the requested one, or bounce if its bytes are observed
+    /// in staging.
     pub(crate) fn starting_route(&self) -> Route {
-        let asked = self.options.route.unwrap_or(Route::UringFixedDirect);
-        if self.is_observed_in_staging() { asked.max(Route::Bounce) } else { asked }
+        let requested = self.options.route.unwrap_or(Route::UringFixedDirect);
+        if self.is_observed_in_staging() { requested.max(Route::Bounce) } else { requested }
     }
 
     /// Whether the load is over.
@@ -305,8 +307,8 @@ impl LoadShared {
         self.abandoned.load(Ordering::Acquire) || self.state().is_over()
     }
 
-    /// Takes the plan and its address range; returns how many pieces it has, and what each batch
-    /// needs. Without pieces the load is complete, and [`Self::deliver`] ends it.
+    /// Sets the plan and its address range; returns the number of pieces and the needs of each
+    /// batch. A load without pieces is complete, and [`Self::deliver`] ends it.
     pub(crate) fn set_plan(
         &self,
         plan: Plan,
@@ -316,7 +318,7 @@ impl LoadShared {
     ) -> (usize, Vec<Need>) {
         let mut state = self.state();
         if state.is_over() {
-            // The load failed in the meantime, and holds nothing any more.
+            // The load has ended in the meantime, and must not hold anything.
             return (0, Vec::new());
         }
         self.counters.fallbacks.fetch_add(fallbacks.len() as u64, Ordering::Relaxed);
@@ -374,13 +376,13 @@ impl LoadShared {
         *self.choosing() = choosing;
     }
 
-    /// Stops measuring: some of it comes from the page cache, so batch times say nothing about
+    /// Stops measuring: some bytes come from the page cache, so batch times say nothing about
     /// storage.
     pub(crate) fn cannot_measure(&self) {
         self.choosing().stop_measuring();
     }
 
-    /// Which way a batch is read.
+    /// How a batch is read.
     fn way(&self, batch: usize) -> Way {
         self.choosing().way(batch)
     }
@@ -391,8 +393,8 @@ impl LoadShared {
         self.choosing().record_queued(batch, self.started.elapsed());
     }
 
-    /// Records that a piece is full. Returns the mount and the measurement when that has just
-    /// become known.
+    /// Records that a piece is full. Returns the mount and the measurement if this piece completes
+    /// the measurement.
     pub(crate) fn measure(&self, piece: usize) -> Option<(u64, Measured)> {
         let (batch, bytes, mount) = {
             let state = self.state();
@@ -408,7 +410,7 @@ impl LoadShared {
         self.choosing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What is needed to allocate this batch; `None` when the load is over.
+    /// The data needed to allocate this batch; `None` when the load is over.
     pub(crate) fn allocation(&self, number: usize) -> Option<Allocation> {
         if self.is_over() {
             return None;
@@ -447,7 +449,7 @@ impl LoadShared {
         })
     }
 
-    /// Begins the span of an allocation's segments with its first batch.
+    /// Begins the span of an allocation's segments, when its first batch is allocated.
     fn begin_memory(&self, batch: usize) {
         let planned = {
             let state = self.state();
@@ -464,7 +466,7 @@ impl LoadShared {
         let span = foreign::call(|| tracing::debug_span!(parent: parent, "segment", load = self.id.0, segment, segments, bytes));
         // A subscriber that panics does not affect loads.
         let mut span = span.map_or_else(|_| no_span(), Foreign::new);
-        // If two workers race, the second one's span is dropped, without the lock.
+        // If two workers race, the second worker's span is dropped, without the lock.
         if let Some(memory) = self.state().memories.get_mut(number).filter(|memory| memory.span.is_none()) {
             std::mem::swap(&mut memory.span, &mut span);
         }
@@ -478,8 +480,8 @@ impl LoadShared {
         }
     }
 
-    /// The route that reads of a file start at. (If it has stepped down since, the driver knows;
-    /// and that parts of it took another way says nothing about the others.)
+    /// The route that reads of a file start at. Only the driver knows later steps down, and the
+    /// route of one part says nothing about the other parts.
     pub(crate) fn route_of(&self, file_index: usize) -> Route {
         self.state().files.get(file_index).map_or(self.starting_route(), |file| file.start)
     }
@@ -492,7 +494,7 @@ impl LoadShared {
     pub(crate) fn end_allocating(&self, part: &Allocated, start: Instant, populated: Option<(&Populated, bool)>) {
         let mut state = self.state();
         state.allocating.end(self.started.elapsed());
-        // The attempt failed: there is nothing to count.
+        // The attempt failed, so there is nothing to count.
         let Some((populated, reused)) = populated else { return };
         self.allocated_bytes.fetch_add(part.bytes, Ordering::Relaxed);
         if self.options.trace {
@@ -510,7 +512,11 @@ impl LoadShared {
         drop(state);
         if let Some(errno) = refused.map(Errno::describe) {
             foreign::emit(|| {
-                tracing::warn!(load = self.id.0, errno, "not all of the memory is on 2 MiB pages: small pages are slower");
+                tracing::warn!(
+                    load = self.id.0,
+                    errno,
+                    "some of the memory is on small pages, which are slower than 2 MiB pages"
+                );
             });
         }
     }
@@ -524,19 +530,19 @@ impl LoadShared {
             increment(&self.counters.failed);
             state.failed = Some(error);
         }
-        // Full segments that were not handed over are dropped; those being filled belong to the
-        // driver.
+        // Full segments that were not handed over are dropped. Those that are being filled belong
+        // to the driver.
         self.take_remains(&mut state)
     }
 
-    /// What a load that has delivered its end leaves behind; `None` before that.
+    /// Takes the remains of a load that has delivered its end; `None` before that.
     pub(crate) fn take_remains_if_over(&self) -> Option<DeferredDrop> {
         let mut state = self.state();
         state.events.is_none().then(|| self.take_remains(&mut state))
     }
 
     fn take_remains(&self, state: &mut LoadState) -> DeferredDrop {
-        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut inputs = self.inputs.lock().unwrap_or_else(PoisonError::into_inner);
         DeferredDrop {
             memory: RemainingMemory {
                 _memories: std::mem::take(&mut state.memories),
@@ -545,15 +551,15 @@ impl LoadShared {
             },
             files: RemainingFiles {
                 _files: std::mem::take(&mut state.files),
-                _asked: std::mem::replace(&mut *asked, Arc::new([])),
+                _inputs: std::mem::replace(&mut *inputs, Arc::new([])),
             },
         }
     }
 
-    /// What was requested. While this is held, files that the caller passed open stay open: their
-    /// paths refer to descriptors.
-    pub(crate) fn asked(&self) -> Arc<[Input]> {
-        Arc::clone(&self.asked.lock().unwrap_or_else(PoisonError::into_inner))
+    /// The requested files and folders. While the caller holds them, files that were passed as
+    /// descriptors stay open: their paths refer to the descriptors.
+    pub(crate) fn inputs(&self) -> Arc<[Input]> {
+        Arc::clone(&self.inputs.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Records that the load was dropped, before or after its end.

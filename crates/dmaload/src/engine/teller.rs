@@ -27,9 +27,9 @@ impl Engine {
             for message in messages {
                 let ring_ended = matches!(message, Message::RingEnded { .. });
                 let Err(message) = foreign::call(|| self.handle(message)) else { continue };
-                // A broken invariant: no load may wait for a thread whose state is unknown. This
-                // thread continues, to deliver the end of the loads. Only once, since what
-                // panicked may panic again at each load's end.
+                // A broken invariant: no load may wait for a thread whose state is unknown, so all
+                // loads fail. This thread continues, to deliver their ends. It closes the engine
+                // only once, because the code that panicked may panic again for each load.
                 if !std::mem::replace(&mut broke, true) {
                     let error = bug_error("the teller thread", message);
                     foreign::emit(|| tracing::error!(%error, "all loads fail"));
@@ -42,7 +42,7 @@ impl Engine {
                 }
             }
         }
-        // All workers have ended that can.
+        // All workers have ended, except those that hang.
         self.jobs.drop_deferred();
         self.mailbox.end();
     }
@@ -60,14 +60,19 @@ impl Engine {
             }),
             Message::Stalled { loads, is_exhausted } => foreign::emit(|| {
                 for load in loads {
-                    tracing::warn!(load = load.0, "a file keeps a worker waiting: its load waits, and another worker takes over");
+                    tracing::warn!(
+                        load = load.0,
+                        "a file's server does not answer: the load waits, and another worker takes over"
+                    );
                 }
                 if is_exhausted {
-                    tracing::error!("all workers wait for files, and {MOST_SUBSTITUTES} have been replaced: no load proceeds");
+                    tracing::error!(
+                        "all workers wait for files, and {MOST_SUBSTITUTES} were already replaced: no load can proceed"
+                    );
                 }
             }),
             Message::NoSubstitute { error } => {
-                foreign::emit(|| tracing::warn!(%error, "cannot start a thread in place of a worker that waits for a file"));
+                foreign::emit(|| tracing::warn!(%error, "cannot start a thread to replace a worker that waits for a file"));
             }
             Message::RingEnded { engine, panic } => {
                 if let Some(message) = panic {
@@ -76,12 +81,12 @@ impl Engine {
                     // Keeps the first reason, if this thread has already panicked.
                     let _ = self.broken.set(error);
                 }
-                // Loads are left only after a panic or past a deadline; they must not wait
+                // Loads remain only after a panic or a missed deadline. They must not wait
                 // forever.
                 self.close();
-                // Workers drop what was left to them before they end.
+                // Workers empty the drop queue before they end.
                 self.jobs.finish();
-                // This is not the last reference: this thread has one.
+                // This is not the last reference: the teller holds another one.
                 drop(engine);
             }
             #[cfg(test)]
@@ -109,7 +114,7 @@ impl Engine {
         }
     }
 
-    /// Records what the ring thread did for a load.
+    /// Records an output of the ring thread.
     fn record_output(&self, load: &LoadShared, output: Output<()>) {
         match output {
             Output::PieceFull { load: id, piece, route, buffer: () } => {
@@ -148,7 +153,7 @@ impl Engine {
         }
     }
 
-    /// Hands over what a load has. Only the teller does this, which keeps the order.
+    /// Delivers what a load has ready. Only the teller does this, which keeps the order.
     fn deliver(&self, load: &Arc<LoadShared>) {
         let mut remains = Vec::new();
         let delivered = foreign::call(|| load.deliver(&mut remains));
@@ -165,12 +170,12 @@ impl Engine {
         }
         if over {
             self.forget(load.id);
-            // Drop what the load no longer needs, however long its consumer keeps it.
+            // Drop the remains now, because the consumer may keep its handle for a long time.
             self.defer_drop(load.id, load.take_remains_if_over());
         }
     }
 
-    /// Leaves a load to a worker if this is its last reference.
+    /// Leaves dropping a load to a worker if this is the last reference.
     pub(super) fn release_load(&self, load: Arc<LoadShared>) {
         if let Some(load) = Arc::into_inner(load) {
             self.jobs.defer_drop(DropKey::Files(load.id), load);
@@ -187,7 +192,7 @@ impl Events<PieceBuffer<WindowPermit>> for Engine {
 
     fn on_released_files(&self, files: Vec<(LoadId, Arc<OpenFile>)>) {
         for (load, file) in files {
-            // The holder of another reference closes the file.
+            // If other references exist, the last holder closes the file.
             if let Some(file) = Arc::into_inner(file) {
                 self.jobs.defer_drop(DropKey::Files(load), file);
             }

@@ -9,58 +9,59 @@ use crate::memory::heap;
 use crate::options::load::LoadOptions;
 
 #[test]
-fn job_of_a_forgotten_load_loses_no_worker_and_no_permit() {
+fn job_of_forgotten_load_frees_its_worker_and_permits() {
     let guard = Guard::start(Settings::default(), Arc::new(crate::memory::heap::AnonHeap::default()), Vec::new()).unwrap();
     let gone = LoadId(u64::MAX);
     let window_bytes = guard.settings().window_bytes;
     for _ in 0..8 {
-        guard.engine.jobs.leave_behind(gone, Need { bytes: window_bytes, files: 1, ..Need::default() });
+        guard.engine.jobs.simulate_forgotten_load(gone, Need { bytes: window_bytes, files: 1, ..Need::default() });
     }
     let empty = tempfile::NamedTempFile::new().unwrap();
     let mut events = Segments::start(&guard, Ok(vec![Input::Path(empty.path().to_owned())]), LoadOptions::default(), true);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
     // A valid load without segments.
     let next = runtime.block_on(async { tokio::time::timeout(Duration::from_secs(20), events.next()).await });
-    assert!(next.expect("the workers are still there").is_none());
-    // The worker tells the consumer about the end before it tells the scheduler.
+    assert!(next.expect("the workers still run").is_none());
+    // The worker informs the consumer of the end before it informs the scheduler.
     let taken = || guard.engine.jobs.taken();
     let deadline = Instant::now() + Duration::from_secs(20);
     while taken() != (0, 0) {
-        assert!(Instant::now() < deadline, "permits and places that were never returned: {:?}", taken());
+        assert!(Instant::now() < deadline, "permits or places were never returned: {:?}", taken());
         thread::sleep(Duration::from_millis(1));
     }
 }
 
 fn block_on<T>(future: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-    runtime.block_on(async { tokio::time::timeout(Duration::from_secs(20), future).await.expect("it ends") })
+    runtime.block_on(async { tokio::time::timeout(Duration::from_secs(20), future).await.expect("the future completes in time") })
 }
 
-/// A broken invariant of the driver: no load hangs, each says why, and what was in flight is
-/// counted.
+/// A broken invariant of the driver: no load hangs, and each one reports the reason.
 #[test]
 fn ring_thread_panic_fails_all_loads_with_its_message() {
-    fails_all_loads("the ring thread", |engine| engine.ring.panic());
+    assert_panic_fails_all_loads("the ring thread", |engine| engine.ring.panic());
 }
 
-/// The thread that delivers the end of the loads is the one that panics.
+/// The thread that panics is the one that delivers the ends of loads.
 #[test]
 fn teller_panic_fails_all_loads_with_its_message() {
-    fails_all_loads("the teller thread", |engine| engine.mailbox.push([Message::Panic]));
-    // Repeatedly.
-    fails_all_loads("the teller thread", |engine| engine.mailbox.push([Message::Panic, Message::Panic, Message::Panic]));
+    assert_panic_fails_all_loads("the teller thread", |engine| engine.mailbox.push([Message::Panic]));
+    // The same with several panics.
+    assert_panic_fails_all_loads("the teller thread", |engine| {
+        engine.mailbox.push([Message::Panic, Message::Panic, Message::Panic])
+    });
 }
 
 #[test]
 fn first_of_two_panics_is_the_reason() {
-    fails_all_loads("the teller thread", |engine| {
+    assert_panic_fails_all_loads("the teller thread", |engine| {
         engine.mailbox.push([Message::Panic]);
         engine.ring.panic();
     });
 }
 
-fn fails_all_loads(thread: &str, panic: impl FnOnce(&Engine)) {
-    // Keeps the loads from finishing before the panic.
+fn assert_panic_fails_all_loads(thread: &str, panic: impl FnOnce(&Engine)) {
+    // Blocks allocations, to keep the loads from finishing before the panic.
     #[derive(Debug, Default)]
     struct HeldHeap(Mutex<bool>, Condvar);
     impl heap::HeapHooks for HeldHeap {

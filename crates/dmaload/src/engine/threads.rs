@@ -17,13 +17,13 @@ impl Threads {
         self.count.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts a thread that is started.
+    /// Counts a thread that is about to start.
     pub(super) fn start(&self) {
         *self.count() += 1;
     }
 
-    /// Counts a thread that has ended or was not started. After the last one, the teller delivers
-    /// what is left, and ends.
+    /// Records that a thread has ended or could not be started. After the last one, the teller
+    /// delivers the remaining messages, and ends.
     pub(super) fn end<E>(&self, mailbox: &Mailbox<E>) {
         let left = {
             let mut count = self.count();
@@ -36,21 +36,21 @@ impl Threads {
         }
     }
 
-    /// Waits until all have ended, or the time is up; returns how many are left.
+    /// Waits until all threads have ended or the time is up; returns how many are left.
     pub(super) fn wait(&self, timeout: Duration) -> usize {
         let waited = self.changed.wait_timeout_while(self.count(), timeout, |count| *count > 0);
         *waited.unwrap_or_else(PoisonError::into_inner).0
     }
 }
 
-/// What a shutdown had to leave behind at its deadline.
+/// The memory and threads that a shutdown had to leave behind at its deadline.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{bytes} bytes that reads in flight may still write to were leaked on purpose; {threads} threads have not ended")]
 #[non_exhaustive]
 pub struct Leaked {
     /// How many bytes were leaked.
     pub bytes: u64,
-    /// Threads that hang in the kernel or in the caller's code (a heap, a verifier, an observer),
-    /// and end once that returns.
+    /// How many threads hang in the kernel or in the caller's code (a heap, a verifier, an
+    /// observer). They end once that returns.
     pub threads: usize,
 }

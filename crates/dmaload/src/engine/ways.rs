@@ -1,6 +1,6 @@
 //! Chooses between direct, staged and buffered reads by measuring each on a part of a load.
 //!
-//! On a virtual disk, the host copies into the memory that is read into, and staging that stays in
+//! On a virtual disk, the host copies into the destination of a read, and staging that stays in
 //! the processor's cache is a third faster. A real drive writes to cold memory just as fast, and
 //! direct reads save the copy. Only measuring tells the two apart.
 //!
@@ -20,16 +20,16 @@ use crate::telemetry::report::{Measured, Way};
 /// Smaller loads are not measured: the gain must be worth the cost.
 pub(crate) const MEASURED_BYTES_MIN: u64 = 512 << 20;
 /// How much is read in each way. On small pages, direct reads wait for memory and are rarely
-/// faster, so less of the load is risked for them.
+/// faster, so less of the load is spent on them.
 const PHASE_BYTES: u64 = 96 << 20;
 const SMALL_PAGES_PHASE_BYTES: u64 = 48 << 20;
-/// How much faster a way must be than the expected one.
+/// The ratio by which a way must be faster than the expected one to be chosen.
 const MARGIN: f64 = 1.03;
-/// A file system's first, second, fourth … load is measured, and from then on every one of this
-/// many.
+/// After a file system was first measured, its loads 1, 2, 4, 8 and 16 are measured again, and
+/// then every load whose number is a multiple of this.
 const MEASURE_EVERY: u64 = 32;
 
-/// The ways that a load may be read.
+/// The ways in which a load may be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Ways {
     /// The way used before anything was measured.
@@ -44,16 +44,16 @@ impl Ways {
     }
 }
 
-/// A load's batches, read in different ways until it is known which is the fastest.
+/// The measurement of a load: its first batches are read in different ways, to find the fastest.
 #[derive(Debug)]
 pub(crate) struct Trial {
     phase_bytes: u64,
     expected: Way,
-    /// In order.
+    /// The ways, in the order in which they are measured.
     phases: Vec<(Way, Phase)>,
 }
 
-/// The progress of the batches of one way.
+/// The progress of the batches that are read in one way.
 #[derive(Debug, Default)]
 struct Phase {
     /// Their total size, and how much of it is full.
@@ -61,13 +61,13 @@ struct Phase {
     full_bytes: u64,
     /// When its first batch was queued for reading.
     queued_at: Option<Duration>,
-    /// When all earlier phases had ended, and how much was full by then.
+    /// When all earlier phases had ended, and how much of this one was full by then.
     alone: Option<(Duration, u64)>,
     ended: Option<Duration>,
 }
 
 impl Phase {
-    /// Records that `bytes` more are full.
+    /// Records that `bytes` more bytes are full.
     fn record_full(&mut self, bytes: u64, now: Duration) {
         self.full_bytes += bytes;
         if self.full_bytes == self.bytes {
@@ -75,10 +75,10 @@ impl Phase {
         }
     }
 
-    /// The rate, once all of the phase is full.
+    /// The rate in bytes per second, once all of the phase is full.
     fn rate(&self) -> Option<f64> {
-        // If most of it was full before it was alone, the time it shared with the other way
-        // counts, too: it was at least that fast.
+        // If most of the phase was full before it ran alone, also count the time that it shared
+        // with earlier phases: it was at least that fast.
         let alone = self.alone.filter(|&(_, before)| before <= self.bytes / 2);
         let (begun, before) = alone.or(self.queued_at.map(|queued_at| (queued_at, 0)))?;
         let took = self.ended?.saturating_sub(begun).as_secs_f64();
@@ -91,8 +91,8 @@ impl Phase {
 impl Trial {
     fn new(ways: Ways, pages: Pages) -> Self {
         let phase_bytes = if pages == Pages::Small { SMALL_PAGES_PHASE_BYTES } else { PHASE_BYTES };
-        // Direct comes first: at the start of a load, no memory is prepared ahead, which would
-        // make it seem faster.
+        // Direct comes first: memory prepared ahead would make it seem faster, and at the start of
+        // a load none is.
         let tried = [Way::Direct, Way::Staged, Way::Buffered].into_iter().filter(|&way| ways.allows(way));
         Trial { phase_bytes, expected: ways.expected, phases: tried.map(|way| (way, Phase::default())).collect() }
     }
@@ -106,7 +106,7 @@ impl Trial {
         self.phase(start) < self.phases.len()
     }
 
-    /// The way of the batch that starts at byte `start` of the load, before a decision.
+    /// The way of the batch that starts at byte `start` of the load, until a way is chosen.
     fn way(&self, start: u64) -> Way {
         self.phases.get(self.phase(start)).or(self.phases.last()).map_or(self.expected, |&(way, _)| way)
     }
@@ -150,7 +150,7 @@ impl Trial {
     }
 }
 
-/// The fastest way, unless the expected one is about as fast.
+/// Returns the fastest way, or the expected one if it is about as fast.
 fn choose_way(expected: Way, rates: impl Iterator<Item = (Way, f64)> + Clone) -> Way {
     let expected_rate = rates.clone().find(|&(way, _)| way == expected).map_or(0.0, |(_, rate)| rate);
     let fastest = rates.max_by(|(_, one), (_, other)| one.total_cmp(other));
@@ -192,7 +192,7 @@ impl Choosing {
     /// The way of a batch that is about to be prepared.
     pub(crate) fn way(&self, batch: usize) -> Way {
         match (self.known, &self.trial, self.starts.get(batch)) {
-            // A batch of the trial keeps its way, so that it is measured.
+            // A batch of the trial keeps its way, because it is measured.
             (_, Some(trial), Some(&start)) if trial.measures(start) => trial.way(start),
             (Some(way), ..) => way,
             (None, Some(trial), Some(&start)) => trial.way(start),
@@ -217,8 +217,7 @@ impl Choosing {
         }
     }
 
-    /// Records that bytes of a batch are full. Returns the measurement when it has just become
-    /// known.
+    /// Records that bytes of a batch are full. Returns the measurement if they complete it.
     pub(crate) fn record_full(&mut self, batch: usize, bytes: u64, now: Duration) -> Option<Measured> {
         if self.known.is_some() {
             return None;
@@ -230,19 +229,19 @@ impl Choosing {
     }
 }
 
-/// What a loader has learned about each file system.
+/// The fastest known way for each file system, as a loader has measured it.
 #[derive(Debug)]
 pub(crate) struct Choices {
     pages: Pages,
     mounts: HashMap<u64, KnownWay>,
-    /// The load that is being measured; a second one would disturb it.
+    /// The load that is being measured. Measuring a second one would disturb it.
     trying: Option<LoadId>,
 }
 
 #[derive(Debug)]
 struct KnownWay {
     way: Way,
-    /// How many loads could have been measured.
+    /// How many loads could have been measured again.
     loads: u64,
 }
 
@@ -258,15 +257,15 @@ impl Choices {
     }
 
     /// The ways for loads from a file system, with the one expected to be faster. On small pages,
-    /// populating is slow, so nothing should wait for it; on large ones, direct reads cost less. A
-    /// server that may be slow to answer needs more reads in flight than staging has room for.
+    /// populating is slow, so reads should not wait for it; on large pages, direct reads cost
+    /// less. A server that may answer slowly needs more reads in flight than staging has room for.
     pub(crate) fn ways(&self, may_be_slow: bool, buffered: bool) -> Ways {
         let expected = if self.pages == Pages::Small && !may_be_slow { Way::Staged } else { Way::Direct };
         Ways { expected, buffered }
     }
 
-    /// Decides how to read a load whose batches have these sizes. `is_over` tells whether a load
-    /// is over; it is asked about the one that is being measured.
+    /// Decides how to read a load whose batches have these sizes. `is_over` is called with the
+    /// load that is being measured, and says whether it is over.
     pub(crate) fn begin(
         &mut self,
         load: LoadId,
@@ -277,7 +276,7 @@ impl Choices {
     ) -> Choosing {
         let way = self.mounts.get(&mount).map_or(ways.expected, |known| known.way);
         if !ways.allows(way) {
-            // It could only measure less than what is already known.
+            // A measurement without the known fastest way must not replace it.
             return Choosing::fixed(ways.expected);
         }
         if batches.iter().sum::<u64>() < MEASURED_BYTES_MIN || self.trying.is_some_and(|other| !is_over(other)) {
@@ -293,7 +292,7 @@ impl Choices {
         Choosing::measured(Ways { expected: way, ..ways }, self.pages, batches)
     }
 
-    /// Records what a load has measured.
+    /// Records the measurement of a load.
     pub(crate) fn record(&mut self, load: LoadId, mount: u64, measured: &Measured) {
         if self.trying == Some(load) {
             self.trying = None;
@@ -310,9 +309,9 @@ mod tests {
     const BATCH: u64 = 16 << 20;
     const MOUNT: u64 = 7;
 
-    /// A load of 1 GiB whose batches are prepared `ahead` of the full ones, on a device and
-    /// copiers of these speeds in MiB/s. Returns its measurement, and how many batches went each
-    /// way.
+    /// Simulates a load of 1 GiB that prepares up to `ahead` batches before they are full, with
+    /// direct and staged reads at these speeds in MiB/s. Returns its measurement, and how many
+    /// batches were read in each way.
     fn load(choices: &mut Choices, number: u64, direct: u64, staged: u64, ahead: usize) -> (Option<Measured>, [usize; 2]) {
         let ways = local(choices);
         let (measured, [direct, staged, buffered]) = load_by(choices, number, ways, [direct, staged, 1], ahead);
@@ -379,7 +378,7 @@ mod tests {
                     assert!((rate.unwrap() / expected - 1.0).abs() < 0.01, "{measured:?}");
                 }
                 assert!(batches[fastest] >= 64 - 2 * 6 - 4, "{batches:?}");
-                // The fourth load uses what is known, and is measured again.
+                // The fourth load uses the known way without measuring.
                 (2..4).for_each(|number| _ = load_by(&mut choices, number, ways, speeds, 4));
                 let (measured, batches) = load_by(&mut choices, 4, ways, speeds, 4);
                 assert_eq!((measured, batches[fastest]), (None, 64));
@@ -425,13 +424,13 @@ mod tests {
     fn measurements_are_remembered_and_repeated_now_and_then() {
         let mut choices = Choices::new(Pages::Auto);
         assert_eq!(load(&mut choices, 0, 1900, 2600, 6).0.unwrap().chosen, Way::Staged);
-        let looked: Vec<_> = (1..=100).filter(|&number| load(&mut choices, number, 1900, 2600, 6).0.is_some()).collect();
-        assert_eq!(looked, [1, 2, 4, 8, 16, 32, 64, 96]);
+        let measured: Vec<_> = (1..=100).filter(|&number| load(&mut choices, number, 1900, 2600, 6).0.is_some()).collect();
+        assert_eq!(measured, [1, 2, 4, 8, 16, 32, 64, 96]);
         // All other loads use the known way from the start.
         assert_eq!(load(&mut choices, 101, 1900, 2600, 6), (None, [0, 64]));
         // The machine has changed.
         let becomes = (102..140).find(|&number| load(&mut choices, number, 2600, 1900, 6).1 == [64, 0]);
-        assert_eq!(becomes, Some(129), "known to be slower from the next look on");
+        assert_eq!(becomes, Some(129), "the change is noticed by the next measurement");
     }
 
     #[test]
@@ -445,15 +444,15 @@ mod tests {
         assert!(begin(&mut choices, LoadId(4), MOUNT, &large, |_| true).trial.is_some(), "load 2 has failed");
     }
 
-    /// A load goes on long after it was measured; others must not wait for its end.
+    /// A load continues long after it was measured; others must not wait for its end.
     #[test]
-    fn trial_is_over_when_both_ways_are_measured() {
+    fn trial_is_over_when_all_ways_are_measured() {
         let mut choices = Choices::new(Pages::Auto);
         let measured = load(&mut choices, 1, 1900, 2600, 6).0.expect("1 GiB is enough");
         let large = vec![BATCH; 64];
         let other_mount = begin(&mut choices, LoadId(2), MOUNT + 1, &large, |_| false);
-        assert!(other_mount.trial.is_some(), "load 1 goes on, and its trial is over");
-        // What another load learns does not end this load's trial.
+        assert!(other_mount.trial.is_some(), "load 1 continues, but its trial is over");
+        // The measurement of another load does not end this load's trial.
         choices.record(LoadId(1), MOUNT, &measured);
         assert!(begin(&mut choices, LoadId(3), MOUNT, &large, |_| false).trial.is_none());
     }
@@ -476,9 +475,9 @@ mod tests {
         assert_eq!(choosing.way(0), Way::Staged);
     }
 
-    /// Pieces of a batch may become full in any order, and some of a phase may never do so.
+    /// Batches may become full in any order, and some may never become full.
     #[test]
-    fn phase_that_never_ends_decides_nothing() {
+    fn unfinished_phase_decides_nothing() {
         let mut choices = Choices::new(Pages::Auto);
         let batches = vec![BATCH; 64];
         let mut choosing = begin(&mut choices, LoadId(1), MOUNT, &batches, |_| true);
@@ -487,7 +486,7 @@ mod tests {
             assert_eq!(choosing.record_full(batch, BATCH, Duration::from_millis(64 - batch as u64)), None);
         }
         assert_eq!(choosing.way(63), Way::Staged);
-        // The staged batches were full first, although storage was reading both.
+        // The staged batches were full first, although storage was reading both kinds.
         let measured = choosing.record_full(0, BATCH, Duration::from_millis(100)).unwrap();
         assert_eq!(measured.chosen, Way::Staged);
         assert!(measured.staged_bytes_per_second > 1.5 * measured.direct_bytes_per_second, "{measured:?}");

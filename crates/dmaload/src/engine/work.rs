@@ -1,5 +1,5 @@
-//! The worker threads, which do the scheduled jobs, and the thread that replaces workers that wait
-//! for a server.
+//! The worker threads, which run the scheduled jobs, and the thread that replaces workers that
+//! wait for a server.
 
 use std::io;
 use std::sync::Arc;
@@ -30,8 +30,7 @@ impl Engine {
         started
     }
 
-    /// The body of the thread that starts workers in place of those that wait for a server that
-    /// does not answer.
+    /// The body of the thread that starts substitutes for stalled workers.
     pub(super) fn watch(self: Arc<Self>, heap: HeapCode) {
         let mut refused = false;
         while let Some(WatchReport { stalled, substitutes, is_exhausted }) = self.jobs.watch() {
@@ -43,7 +42,7 @@ impl Engine {
                 let loads = stalled.into_iter().map(|task| task.load).collect();
                 self.mailbox.push([Message::Stalled { loads, is_exhausted }]);
             }
-            // Starting is retried each time, but reported once.
+            // A failed start is retried each time, but reported once.
             if let Some(error) = error.filter(|_| !refused) {
                 refused = true;
                 self.mailbox.push([Message::NoSubstitute { error }]);
@@ -62,9 +61,9 @@ impl Engine {
                 // The watching thread retries.
                 foreign::emit(|| tracing::debug!(%error, "cannot start another worker"));
             }
-            // Keeps the files that the caller passed open until the job is done, even if the load
-            // ends meanwhile.
-            let open = load.asked();
+            // Keeps files that the caller passed as descriptors open until the job is done, even
+            // if the load ends in the meantime.
+            let open = load.inputs();
             let is_open = matches!(job, Job::Open(_));
             let done = foreign::call(|| match job {
                 Job::Open(_) => self.open(&load, &heap),
@@ -81,11 +80,11 @@ impl Engine {
                 Job::Finish(_, memory) => self.finish(&load, &heap, memory),
             });
             if let Err(message) = done {
-                // Not from a heap or a verifier: their panics are caught where they are called.
-                // Unwinding has released what the job held.
+                // A bug of ours: panics of heaps and verifiers are caught where they are called.
+                // Unwinding has released the permits that the job held.
                 self.fail(&load, bug_error("a worker thread", message));
                 if is_open {
-                    // The load was not yet announced to the ring, which would have ended it; free
+                    // The load was not announced to the ring yet, so no event of the ring frees
                     // its place.
                     self.jobs.end();
                 }
@@ -132,9 +131,9 @@ impl Engine {
         let Some((backing, moves)) = load.full_memory(number) else { return };
         let start = Instant::now();
         for slot in &moves {
-            // SAFETY: all pieces of the allocation have come back from the driver, so it is filled
-            // and nothing writes to it; its segments are not created before
-            // `record_finished_memory`, so nothing reads it.
+            // SAFETY: the driver has returned all pieces of the allocation, so it is filled and
+            // nothing writes to it. Its segments are created only after `record_finished_memory`,
+            // so nothing reads it.
             unsafe { backing.move_down(slot) };
         }
         let export = |memory: &Memory| {

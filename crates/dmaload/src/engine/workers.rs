@@ -3,10 +3,10 @@
 //! A worker that opens, checks or closes a file waits for that file's server (FUSE, a network file
 //! system), which may never answer. A worker that has waited longer than [`STALLED_AFTER`] is
 //! *stalled*: it no longer counts, so another one takes its place, and its load gets no further
-//! jobs until the server has answered. So a load whose server hangs holds the workers that it has
-//! by then, and no others. When a stalled worker resumes, a surplus one ends.
+//! jobs until the server has answered. Thus a load whose server hangs keeps the workers that it
+//! already has, and takes no others. When a stalled worker resumes, a surplus one ends.
 //!
-//! Each file of a batch counts as progress: a batch of hundreds of files is not stalled.
+//! Each file of a batch counts as progress, so a batch of hundreds of files is not stalled.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -17,28 +17,28 @@ use crate::support::id::LoadId;
 /// wrongly considered stalled only costs an extra thread for a while.
 pub(super) const STALLED_AFTER: Duration = Duration::from_secs(1);
 
-/// The same while another worker is already stalled: if one load waits for a server, others may
-/// wait for it, too, and are found one after the other.
+/// The same while another worker is already stalled: others may wait for the same server, and are
+/// found one after the other.
 const NEXT_STALLED_AFTER: Duration = Duration::from_millis(100);
 
-/// When to retry starting a worker.
+/// How long to wait before starting a worker is retried.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
 
-/// The most workers that replace stalled ones; each costs a stack. By default a loader has no more
-/// loads open than that.
+/// The maximum number of workers that replace stalled ones; each costs a stack. The default limit
+/// of open loads per loader is the same.
 pub(super) const MOST_SUBSTITUTES: usize = 64;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct WorkerId(u64);
 
 impl WorkerId {
-    /// Counts the workers of a loader from 0.
+    /// The worker's number within its loader, from 0.
     pub(super) fn number(self) -> u64 {
         self.0
     }
 }
 
-/// What a worker is doing.
+/// The current task of a worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Task {
     pub(super) load: LoadId,
@@ -54,7 +54,7 @@ struct Worker {
     stalled: bool,
 }
 
-/// See the module.
+/// See the module documentation.
 #[derive(Debug)]
 pub(super) struct Workers {
     /// The target number of workers, besides those that are stalled.
@@ -89,13 +89,13 @@ impl Workers {
         id
     }
 
-    /// How many workers may be hired in place of stalled ones.
+    /// How many workers are missing and may be hired.
     pub(super) fn missing(&self) -> usize {
         let most = (self.wanted + MOST_SUBSTITUTES).saturating_sub(self.workers.len());
         (self.wanted + self.stalled()).saturating_sub(self.workers.len()).min(most)
     }
 
-    /// Whether stalled workers hold all places.
+    /// Whether all workers that may exist are stalled.
     pub(super) fn is_exhausted(&self) -> bool {
         self.stalled() >= self.wanted + MOST_SUBSTITUTES
     }
@@ -108,13 +108,13 @@ impl Workers {
     /// Removes a worker that ends or could not be started.
     pub(super) fn leave(&mut self, id: WorkerId) {
         let worker = self.workers.remove(&id).expect("a worker leaves once");
-        assert!(worker.task.is_none(), "a worker leaves when it has nothing to do");
+        assert!(worker.task.is_none(), "a worker that leaves has no task");
     }
 
-    /// Begins a task, which waits for files from `at_files_since` on.
+    /// Begins a task. If it waits for a file, it has done so since `at_files_since`.
     pub(super) fn begin(&mut self, id: WorkerId, task: Task, at_files_since: Option<Instant>) {
         let worker = self.worker(id);
-        assert!(worker.task.is_none(), "a worker does one thing at a time");
+        assert!(worker.task.is_none(), "a worker has one task at a time");
         *worker = Worker { task: Some(task), at_files_since, stalled: false };
     }
 
@@ -125,7 +125,7 @@ impl Workers {
         let worker = self.worker(id);
         worker.at_files_since = Some(now);
         let was_stalled = std::mem::take(&mut worker.stalled);
-        let task = worker.task.expect("a worker makes progress with something");
+        let task = worker.task.expect("a worker makes progress with a task");
         self.resumed(was_stalled.then_some(task))
     }
 
@@ -147,7 +147,8 @@ impl Workers {
         if self.stalled() > 0 { NEXT_STALLED_AFTER } else { STALLED_AFTER }
     }
 
-    /// How long until the next check is due; `None` if none is before a worker waits for a file.
+    /// How long until the next check is due; `None` if no check is needed before a worker waits
+    /// for a file.
     pub(super) fn next_check(&self, now: Instant) -> Option<Duration> {
         let patience = self.patience();
         let waiting = self.workers.values().filter(|worker| !worker.stalled).filter_map(|worker| worker.at_files_since);
@@ -194,19 +195,19 @@ mod tests {
         let third = workers.hire();
         assert_eq!((workers.missing(), workers.is_overstaffed()), (1, false));
         workers.hire();
-        assert_eq!(workers.next_check(late), None, "those that are stalled are known");
+        assert_eq!(workers.next_check(late), None, "the stalled workers were already found");
         workers.begin(third, task(8), Some(late));
-        assert_eq!(workers.next_check(late), Some(NEXT_STALLED_AFTER), "there are servers that do not answer");
+        assert_eq!(workers.next_check(late), Some(NEXT_STALLED_AFTER), "a server does not answer, so patience is shorter");
         assert_eq!(workers.end(third), None);
-        assert_eq!(workers.end(first), None, "the other one is still stalled with this load");
+        assert_eq!(workers.end(first), None, "the second worker is still stalled with this load");
         assert!(workers.is_overstaffed());
         workers.leave(first);
         assert!(!workers.is_overstaffed());
-        assert_eq!(workers.proceed(second, late), Some(LoadId(7)), "it goes on with its job");
+        assert_eq!(workers.proceed(second, late), Some(LoadId(7)), "the last stalled worker of load 7 makes progress");
         assert!(workers.is_overstaffed());
         workers.leave(third);
         assert!(!workers.is_overstaffed());
-        assert_eq!(workers.end(second), None, "it was not stalled any more");
+        assert_eq!(workers.end(second), None, "the worker was no longer stalled");
         assert_eq!(workers.next_check(late), None);
     }
 
@@ -217,7 +218,7 @@ mod tests {
         let now = Instant::now();
         workers.begin(worker, task(1), None);
         assert_eq!(workers.next_check(now), None);
-        assert_eq!(workers.find_stalled(now + 100 * STALLED_AFTER), [], "it allocates memory");
+        assert_eq!(workers.find_stalled(now + 100 * STALLED_AFTER), [], "the worker allocates memory");
         assert_eq!(workers.proceed(worker, now + 100 * STALLED_AFTER), None);
         assert_eq!(workers.find_stalled(now + 100 * STALLED_AFTER), []);
         assert_eq!(workers.find_stalled(now + 101 * STALLED_AFTER), [task(1)]);

@@ -9,18 +9,19 @@
 //! ```
 //!
 //! The bytes of an observed load are observed in file order: each full piece or, on uncached
-//! memory, each chunk while it is in staging. Until then they hold their piece's permit or their
-//! slot. This can't deadlock, since reads of an observed load are issued in file order, including
-//! retries: of the chunks that hold slots, the first in that order waits for no other.
+//! memory, each chunk while it is in staging. Until they are observed, they hold their piece's
+//! permit or their slot. This can't deadlock, because reads of an observed load, including
+//! retries, are issued in file order: among the chunks that hold slots, the first one waits for no
+//! other.
 //!
 //! Chunks in the page cache are copied from there, by the threads that copy from staging. Such a
-//! chunk takes its turn like any other, in file order. If it has been evicted by then, it is read
-//! from storage.
+//! chunk takes its turn like any other, in file order. If it was evicted in the meantime, it is
+//! read from storage.
 //!
 //! Memory: a piece's buffer is moved in with [`Driver::enqueue_piece`], and leaves with
-//! [`Output::PieceFull`] or is dropped here; either only happens when no read into it is in
+//! [`Output::PieceFull`] or is dropped here; either happens only when no read into it is in
 //! flight. A load that failed or was abandoned keeps its buffers here until its last read has
-//! completed. If the kernel itself fails, what is in flight is leaked.
+//! completed. If the kernel itself fails, buffers with reads in flight are leaked.
 //!
 //! The driver makes no system calls and reads no clock: it reaches the outside only through
 //! [`Kernel`].
@@ -39,7 +40,7 @@ use std::sync::atomic::Ordering;
 
 use rustix::io::Errno;
 
-use entry::{InFlight, LoadEntry, PieceEntry, Step, Unobserved, chunks_of};
+use entry::{InFlight, LoadEntry, PieceEntry, Step, Unobserved, split_into_chunks};
 
 use super::kernel::{Completion, Kernel};
 use super::known::Known;
@@ -66,7 +67,7 @@ const PIECE: &str = "a piece stays while it has chunks in flight or queued, or i
 /// A load stays until its last piece is gone.
 const LOAD: &str = "a load stays while it has pieces";
 
-/// See the module.
+/// See the module documentation.
 #[derive(Debug)]
 pub(crate) struct Driver<K: Kernel, B: PieceMemory> {
     kernel: K,
@@ -76,10 +77,10 @@ pub(crate) struct Driver<K: Kernel, B: PieceMemory> {
     pieces: Slots<PieceEntry<K::File, B>>,
     /// Reads, and the copies and observations that follow them.
     reads: Slots<InFlight>,
-    /// Which loads hold these, and for which file systems.
+    /// Which loads have operations in flight, and for which file systems.
     in_flight: Holders<LoadId>,
     buffer_slots: Vec<u16>,
-    /// Which loads' pieces are registered.
+    /// Which loads have registered pieces.
     registered: Holders<LoadId>,
     staging: Staging<K::Staging>,
     /// The pace of the threads that copy.
@@ -89,7 +90,7 @@ pub(crate) struct Driver<K: Kernel, B: PieceMemory> {
     known: Known,
     completions: Vec<Completion>,
     outputs: Vec<Output<B>>,
-    /// Files of pieces that have left.
+    /// Files of pieces that were output or dropped.
     released: Vec<(LoadId, K::File)>,
     counters: Arc<ReadCounters>,
 }
@@ -137,13 +138,13 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         &mut self.kernel
     }
 
-    /// Operations that the kernel has.
+    /// How many operations are in flight.
     #[cfg(test)]
     pub(crate) fn in_flight(&self) -> usize {
         self.reads.len()
     }
 
-    /// Staging slots that are held.
+    /// How many staging slots are in use.
     #[cfg(test)]
     pub(crate) fn staging_taken(&self) -> usize {
         self.staging.taken()
@@ -154,13 +155,14 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         std::mem::take(&mut self.outputs)
     }
 
-    /// Takes the files of pieces that have left. These may be the last references, and closing a
-    /// file may wait for its server, so the caller must have another thread drop them.
+    /// Takes the files of pieces that were output or dropped. These may be the last references,
+    /// and closing a file may wait for its server, so the caller must have another thread drop
+    /// them.
     pub(crate) fn take_released(&mut self) -> Vec<(LoadId, K::File)> {
         std::mem::take(&mut self.released)
     }
 
-    /// Begins a load, whose pieces are about to come.
+    /// Begins a load, whose pieces are enqueued later.
     pub(crate) fn begin(&mut self, spec: LoadSpec) {
         let entry = LoadEntry {
             pieces_left: spec.pieces,
@@ -190,8 +192,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         self.turns.push_back(id);
     }
 
-    /// Takes an allocated piece to fill. A piece of a load that has failed or was abandoned is
-    /// dropped immediately.
+    /// Enqueues an allocated piece, to be filled. A piece of a load that has failed or was
+    /// abandoned is dropped immediately.
     pub(crate) fn enqueue_piece(&mut self, id: LoadId, number: usize, piece: Piece, mut file: FileSpec<K::File>, buffer: B) {
         assert_eq!(buffer.bytes() as u64, piece.memory_bytes, "a piece comes with the memory that was planned for it");
         let Some(load) = self.loads.get_mut(&id).filter(|load| !load.ended) else { return self.released.push((id, file.handle)) };
@@ -201,7 +203,6 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         let refused = if file.route.uses_ring() { self.kernel.ring().err() } else { None };
         self.kernel.attach(&file.handle);
         let chunk_bytes = load.spec.chunk_bytes;
-        // A direct read takes whole blocks; the planned memory has room for them.
         let route = file.route;
         let (strict, mount) = (load.spec.strict, file.mount);
         let token = self.pieces.insert(PieceEntry {
@@ -226,30 +227,30 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
                 load.next_position += bytes;
                 let entry = self.pieces.get_mut(token).expect(PIECE);
                 entry.position = position;
-                load.chunks.extend(chunks_of(token, entry, chunk_bytes));
+                load.chunks.extend(split_into_chunks(token, entry, chunk_bytes));
             }
         } else {
             let entry = self.pieces.get_mut(token).expect(PIECE);
-            load.chunks.extend(chunks_of(token, entry, chunk_bytes));
+            load.chunks.extend(split_into_chunks(token, entry, chunk_bytes));
         }
         if let Some(errno) = refused {
-            // The ring was refused, and so all its routes: a single step, to the first route
-            // without a ring.
+            // The ring was refused, and with it all of its routes: a single step leads to the
+            // first route without a ring.
             self.step_down(token, route, route.without_ring(), Attempt::SetUpRing, errno, piece.file_offset);
-            // A strict load has failed, and is gone.
+            // A strict load has failed, and may be gone.
             if let Some(load) = self.loads.get_mut(&id) {
                 load.staging_reported = true;
             }
         }
-        // A strict load tries for itself, so that it fails for the real reason.
+        // A strict load always tries, so it fails for the real reason.
         let known = if strict { None } else { self.known.refusal(mount, route, self.kernel.now()) };
         if let Some((to, attempt, errno)) = known {
             self.step_down(token, route, to, attempt, errno, piece.file_offset);
         }
     }
 
-    /// Gives up a load: nothing new is submitted, and what it holds is released when its last read
-    /// has completed.
+    /// Abandons a load: no further reads are submitted, and its memory and files are released when
+    /// its last read has completed.
     pub(crate) fn abandon(&mut self, id: LoadId) {
         if let Some(load) = self.loads.get_mut(&id) {
             if !std::mem::replace(&mut load.ended, true) {
@@ -266,8 +267,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         }
     }
 
-    /// Issues reads while there are any and the depth allows it: in turns, and leaving part of the
-    /// depth to file systems and loads that have none in flight.
+    /// Issues queued chunks up to the queue depth. Loads take turns, and part of the depth is left
+    /// to file systems and loads that have nothing in flight.
     pub(crate) fn issue(&mut self) {
         let mut passed = 0;
         while self.reads.len() < self.depth && passed < self.turns.len() {
@@ -296,8 +297,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     /// Submits reads to the kernel, optionally waits, and handles completions.
     ///
     /// # Errors
-    /// The kernel's error when it can't be used any more; only [`Self::give_up`] may be called
-    /// then.
+    /// The kernel's error, if the kernel can't be used any more. Only [`Self::give_up`] may be
+    /// called then.
     pub(crate) fn turn(&mut self, wait: bool) -> Result<(), Errno> {
         self.kernel.submit(wait)?;
         let mut completions = std::mem::take(&mut self.completions);
@@ -321,7 +322,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         for token in self.pieces.tokens() {
             let mut entry = self.pieces.remove(token).expect(PIECE);
             if entry.in_flight == 0 {
-                // Without this, a ring that is never closed would keep its pages pinned.
+                // Without this, a ring that is never closed would keep the buffer's pages pinned.
                 self.unregister(&mut entry);
                 self.released.push((entry.load, entry.file.handle));
             } else {
@@ -332,7 +333,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
             }
         }
         leaked += self.staging.clear(&mut self.kernel, &mut self.buffer_slots);
-        // What is still registered stays so with the ring that is given up.
+        // Leaked buffers stay registered with the ring that is given up.
         self.registered = Holders::new();
         self.pace.stop();
         let now = self.kernel.now();
@@ -551,7 +552,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
 }
 
 impl<K: Kernel, B: PieceMemory> Drop for Driver<K, B> {
-    /// Only a panic gets here with reads in flight; what they may write to is leaked.
+    /// Reads are in flight here only after a panic; memory that they may write to is leaked.
     fn drop(&mut self) {
         if !self.reads.is_empty() {
             self.give_up(Failure::Kernel { errno: Errno::CANCELED });

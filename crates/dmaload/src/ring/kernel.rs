@@ -76,7 +76,8 @@ pub(crate) trait Kernel {
     /// The time since some fixed moment.
     fn now(&self) -> Duration;
 
-    /// Why there is no io_uring; if so, reads must not use its routes.
+    /// Whether io_uring is available. If not, returns the kernel's error, and reads must not use
+    /// routes of the ring.
     fn ring(&self) -> Result<(), Errno>;
 
     /// How many buffers can be registered at once.
@@ -85,25 +86,26 @@ pub(crate) trait Kernel {
     /// Pins memory for [`Route::UringFixedDirect`].
     fn register_buffer(&mut self, slot: u16, address: NonNull<u8>, bytes: usize) -> Result<(), Errno>;
 
-    /// Unpins memory. No read into it is in flight.
+    /// Unpins memory. Must not be called while a read into it is in flight.
     fn unregister_buffer(&mut self, slot: u16);
 
     /// Announces reads from this file.
     fn attach(&mut self, file: &Self::File);
 
-    /// No read from this file is in flight, and none comes until it is attached again.
+    /// Records that no read from this file is in flight, and that none follows until the file is
+    /// attached again.
     fn detach(&mut self, file: &Self::File);
 
     /// Queues a read.
     ///
     /// # Safety
-    /// The memory at `read.address` must stay valid for writes until the read's completion was
-    /// reaped, or forever if that never happens.
+    /// The memory at `read.address` must stay valid for writes until the read's completion is
+    /// reaped, or forever if it never is.
     #[allow(unsafe_code)]
     unsafe fn read(&mut self, file: &Self::File, read: Read);
 
-    /// Takes back those reads of this load that were not started. They complete like others, with
-    /// an error.
+    /// Cancels the reads of this load that were not started. They complete like others, with an
+    /// error.
     fn cancel(&mut self, _: LoadId) {}
 
     /// Allocates `bytes` bytes of populated memory that can be pinned.
@@ -113,8 +115,8 @@ pub(crate) trait Kernel {
     /// [`Fault::Memory`].
     ///
     /// # Safety
-    /// Until the completion was reaped, or forever if that never happens: both places stay mapped
-    /// for `bytes` bytes and don't overlap, nothing writes to the first, and nothing accesses the
+    /// Until the completion is reaped, or forever if it never is: both places stay mapped for
+    /// `bytes` bytes and don't overlap, nothing writes to the first, and nothing accesses the
     /// second.
     #[allow(unsafe_code)]
     unsafe fn copy(&mut self, copy: StagedCopy);
@@ -123,26 +125,26 @@ pub(crate) trait Kernel {
     fn set_copiers(&mut self, threads: usize);
 
     /// Has another thread copy from the page cache, without waiting for storage. Completes like a
-    /// read. If there are fewer bytes than requested, or [`Fault::Read`], the rest was evicted
-    /// from the cache.
+    /// read. Fewer bytes than requested, or [`Fault::Read`], mean that the rest was evicted from
+    /// the cache.
     ///
     /// # Safety
-    /// Until the completion was reaped, or forever if that never happens: the place stays mapped
-    /// for that many bytes, and nothing else reads or writes it.
+    /// Until the completion is reaped, or forever if it never is: the place stays mapped for that
+    /// many bytes, and nothing else reads or writes it.
     #[allow(unsafe_code)]
     unsafe fn read_cached(&mut self, file: &Self::File, read: CachedRead);
 
-    /// Has another thread, never this one, run the observer. Completes like a read; after an error
-    /// the watch has the verdict.
+    /// Has another thread, never this one, run the observer. Completes like a read; after an
+    /// error, the watch holds the verdict.
     ///
     /// # Safety
-    /// Until the completion was reaped, or forever if that never happens, the bytes stay mapped
-    /// and nothing writes to them. All of them are initialised.
+    /// Until the completion is reaped, or forever if it never is, the bytes stay mapped and
+    /// nothing writes to them. All of them are initialised.
     #[allow(unsafe_code)]
     unsafe fn observe(&mut self, request: ObserveRequest);
 
-    /// Whether this thread did copies itself because no other could be started, so that reads wait
-    /// for them.
+    /// Whether this thread copied by itself, because no other thread could be started. Reads then
+    /// wait for copies.
     fn lacks_threads(&self) -> bool;
 
     /// How many of its own threads are busy.
@@ -150,8 +152,8 @@ pub(crate) trait Kernel {
         0
     }
 
-    /// Submits queued operations. With `wait`, returns when there is a completion or the thread is
-    /// woken. An error means that this kernel can't be used any more; what was queued may be in
+    /// Submits queued operations. With `wait`, blocks until a completion is available or the
+    /// thread is woken. After an error this kernel is unusable; queued operations may be in
     /// flight.
     fn submit(&mut self, wait: bool) -> Result<(), Errno>;
 

@@ -1,4 +1,4 @@
-//! What is known about the heap's memory and about file systems, so that later loads need not try
+//! Remembers what the heap's memory and file systems have refused, so later loads need not try
 //! again.
 
 use std::collections::HashMap;
@@ -26,16 +26,16 @@ enum Pinnable {
     },
 }
 
-/// What reads from a file system have shown.
+/// What is known about reads from a file system.
 #[derive(Debug)]
 enum Mount {
     /// Direct reads work; a file that refuses them is an exception.
     Direct,
-    /// Reads by routes better than `to` were refused; remembered until then.
+    /// Reads by routes better than `to` were refused. This is forgotten after `until`.
     Refused { to: Route, errno: Errno, until: Duration },
 }
 
-/// See the module.
+/// See the module documentation.
 #[derive(Debug, Default)]
 pub(super) struct Known {
     memory: Pinnable,
@@ -69,8 +69,8 @@ impl Known {
         }
     }
 
-    /// The refusal that is known for reads by this route, with the lowest route that follows from
-    /// it.
+    /// The known refusal that concerns reads by this route, with the route to step down to. If
+    /// several do, the lowest route counts.
     pub(super) fn refusal(&self, mount: u64, route: Route, now: Duration) -> Option<(Route, Attempt, Errno)> {
         let memory = match self.memory {
             Pinnable::No { attempt, errno, until } if now < until => Some((Route::Bounce, attempt, errno)),

@@ -1,11 +1,12 @@
 //! The real kernel: io_uring where it is allowed, threads that `pread` where it is not.
 //!
-//! Requires `IORING_OP_READ` (Linux 5.6). Uses if available, found by trying: `SINGLE_ISSUER` with
-//! `DEFER_TASKRUN` (6.1; completions are processed when this thread asks, instead of interrupting
-//! it), and sparse tables of registered buffers and files (5.19). Not used, since measurements
-//! showed no gain: `SQPOLL` (2.7 times the CPU), `IOPOLL` (most devices are not set up for it).
+//! Requires `IORING_OP_READ` (Linux 5.6 or later). Tries these features, and uses them if
+//! available: `SINGLE_ISSUER` with `DEFER_TASKRUN` (6.1 or later; completions are processed on
+//! request, instead of interrupting this thread), and sparse tables of registered buffers and
+//! files (5.19 or later). Not used, since measurements showed no gain: `SQPOLL` (2.7 times the CPU
+//! time), `IOPOLL` (most devices are not set up for it).
 //!
-//! Closing a ring does not end its reads, so it is closed only when none is in flight (see
+//! Closing a ring does not end its reads, so a ring is closed only when none is in flight (see
 //! [`super::driver`]).
 #![allow(unsafe_code)]
 
@@ -32,14 +33,14 @@ use crate::route::Route;
 use crate::support::errno;
 use crate::support::id::LoadId;
 
-/// Registered buffers at a time. A piece is registered from its first read to its last, and reads
-/// are issued piece after piece, so the queue depth bounds how many are needed.
+/// Maximum number of registered buffers. A piece is registered from its first read to its last,
+/// and reads are issued piece after piece, so the queue depth bounds how many are needed.
 const BUFFER_SLOTS: u16 = 512;
 const FILE_SLOTS: u32 = 64;
 /// No read has this token: its slot index would be 2^32 - 1.
 const WAKE_USER_DATA: u64 = u64::MAX;
 
-/// See the module.
+/// See the module documentation.
 pub(crate) struct LinuxKernel {
     started: Instant,
     wake: Arc<Wake>,
@@ -96,7 +97,8 @@ impl Kernel for LinuxKernel {
     }
 
     fn attach(&mut self, file: &Arc<OpenFile>) {
-        // The ring must not hold a file that it never reads: releasing it may close it.
+        // The ring must not hold a file that it never reads: releasing the ring's reference may
+        // close the file.
         if let Ok(ring) = &mut self.ring
             && file.ring_refused.is_none()
         {
@@ -115,7 +117,7 @@ impl Kernel for LinuxKernel {
     unsafe fn read(&mut self, file: &Arc<OpenFile>, read: Read) {
         match &mut self.ring {
             Ok(ring) if read.route.uses_ring() && file.ring_refused_to(read.route).is_none() => ring.read(file, &read),
-            // SAFETY: the caller's guarantee is the same.
+            // SAFETY: the caller upholds the same contract.
             _ => unsafe { self.readers.read(Arc::clone(file), read) },
         }
     }
@@ -130,7 +132,7 @@ impl Kernel for LinuxKernel {
     }
 
     unsafe fn copy(&mut self, copy: StagedCopy) {
-        // SAFETY: the caller's guarantee is the same.
+        // SAFETY: the caller upholds the same contract.
         unsafe { self.copiers.copy(copy) };
     }
 
@@ -139,12 +141,12 @@ impl Kernel for LinuxKernel {
     }
 
     unsafe fn read_cached(&mut self, file: &Arc<OpenFile>, read: CachedRead) {
-        // SAFETY: the caller's guarantee is the same.
+        // SAFETY: the caller upholds the same contract.
         unsafe { self.copiers.read_cached(Arc::clone(file), read) };
     }
 
     unsafe fn observe(&mut self, request: ObserveRequest) {
-        // SAFETY: the caller's guarantee is the same.
+        // SAFETY: the caller upholds the same contract.
         unsafe { self.observers.observe(request) };
     }
 
@@ -211,15 +213,15 @@ struct Ring {
     ring: IoUring,
     /// Entries that are not in the submission queue yet.
     queue: Vec<squeue::Entry>,
-    /// Whether the kernel is polling the eventfd.
+    /// Whether the ring is polling the eventfd.
     armed: bool,
     buffers: Result<(), Errno>,
     files: FileTable,
     uncached: Uncached,
 }
 
-/// Reads through the page cache that should leave nothing in it (`RWF_DONTCACHE`, Linux 6.14),
-/// where supported.
+/// Reads through the page cache that should leave nothing in it (`RWF_DONTCACHE`, Linux 6.14 or
+/// later), where supported.
 #[derive(Debug, Default)]
 struct Uncached {
     /// Reads in flight with the flag: their user data, and the file system's number.
@@ -238,8 +240,8 @@ impl Uncached {
         libc::RWF_DONTCACHE
     }
 
-    /// What a completion means to the driver: a refused flag becomes EAGAIN, so that the read is
-    /// retried without it.
+    /// Translates the result of a completion for the driver: a refused flag becomes EAGAIN, so the
+    /// read is retried without the flag.
     fn interpret(&mut self, user_data: u64, result: Result<usize, Errno>) -> Result<usize, Errno> {
         match (self.in_flight.remove(&user_data), result) {
             (Some(mount), Err(Errno::OPNOTSUPP)) => {
@@ -257,8 +259,8 @@ impl Ring {
         let ring = set_up(entries)?;
         let buffers = ring.submitter().register_buffers_sparse(u32::from(BUFFER_SLOTS)).map_err(|error| errno(&error));
         let files = FileTable::new(&ring);
-        // If this fails (before Linux 5.15) there are fewer threads, and reads may wait for each
-        // other.
+        // If this fails (before Linux 5.15), the kernel uses fewer threads, and reads may wait for
+        // each other.
         let _ = set_kernel_threads(&ring, depth);
         let mut ring = Ring { ring, queue: Vec::new(), armed: false, buffers, files, uncached: Uncached::default() };
         // Detects kernels that set up rings but refuse to enter them (a seccomp profile).
@@ -272,7 +274,8 @@ impl Ring {
             let fd = types::Fd(file.descriptor(read.route).as_raw_fd());
             let flags = self.uncached.flags(user_data, file.identity.mount());
             let entry = opcode::Read::new(fd, read.address.as_ptr(), length(read)).offset(read.offset).rw_flags(flags);
-            // Straight to a kernel thread: this thread neither waits for a server nor copies.
+            // `ASYNC` passes the read to a kernel thread at once, so this thread neither waits for
+            // a server nor copies.
             entry.build().flags(squeue::Flags::ASYNC).user_data(user_data)
         } else {
             self.files.entry(file, read)
@@ -284,7 +287,7 @@ impl Ring {
         let vector = libc_iovec(address, bytes);
         // SAFETY: the memory stays mapped while it is registered: the driver unregisters a buffer
         // before it releases it, or leaks both. One slot per call, since the kernel may accept
-        // only some of several without saying so.
+        // only some of several without reporting it.
         unsafe { self.ring.submitter().register_buffers_update(u32::from(slot), &[vector], None) }.map_err(|error| errno(&error))
     }
 
@@ -299,8 +302,8 @@ impl Ring {
                 let mut submission = self.ring.submission();
                 let room = (submission.capacity() - submission.len()).min(self.queue.len());
                 for entry in self.queue.drain(..room) {
-                    // SAFETY: what the entry points to stays valid until its completion: the
-                    // eventfd as long as the ring, a read's memory by the guarantee of the caller
+                    // SAFETY: the memory and the descriptor of an entry stay valid until its
+                    // completion: the eventfd as long as the ring, a read's memory by the contract
                     // of `Kernel::read`.
                     let pushed = unsafe { submission.push(&entry) };
                     assert!(pushed.is_ok(), "there was room");
@@ -317,8 +320,8 @@ impl Ring {
             match self.ring.submit_and_wait(want) {
                 Ok(_) if self.queue.is_empty() || room == 0 => return Ok(()),
                 Ok(_) => {}
-                // Interrupted, or the kernel lacks something until completions are taken. The
-                // caller does that next, and queued entries stay queued.
+                // Interrupted, or the kernel lacks a resource until completions are reaped. The
+                // caller reaps them next, and queued entries stay queued.
                 Err(error) => match errno(&error) {
                     Errno::INTR | Errno::AGAIN | Errno::BUSY | Errno::TIME => return Ok(()),
                     errno => return Err(errno),
@@ -344,7 +347,7 @@ impl Ring {
 
 /// Registered files: reads by table index save the kernel a look-up and a reference count.
 struct FileTable {
-    /// File → its slot, if it got one, and the number of pieces that use it.
+    /// By file: its slot, if it has one, and the number of pieces that use it.
     slots: HashMap<u64, (Option<u32>, usize)>,
     free: Vec<u32>,
     refused: Option<Errno>,
@@ -409,11 +412,11 @@ fn length(read: &Read) -> u32 {
     u32::try_from(read.bytes).expect("a read covers at most one piece: 16 MiB, or a segment")
 }
 
-/// Allows as many kernel threads for this thread's rings as there are reads in flight, so that no
-/// read waits for another one's server. The default is four for each CPU.
+/// Allows as many kernel threads for this thread's rings as reads can be in flight, so no read
+/// waits for another one's server. The default is four for each CPU.
 fn set_kernel_threads(ring: &IoUring, depth: usize) -> Result<(), Errno> {
     let threads = u32::try_from(depth).expect("settings allow 4096 reads at most");
-    // 0 keeps the limit for other files, those that are not regular.
+    // 0 keeps the limit for files that are not regular.
     ring.submitter().register_iowq_max_workers(&mut [threads, 0]).map_err(|error| errno(&error))
 }
 
@@ -435,10 +438,11 @@ const WAYS: [fn(&mut io_uring::Builder); 3] = [
     },
 ];
 
-/// Tries the ways to set up a ring in order; EINVAL means that the kernel does not know one.
+/// Tries the ways to set up a ring in order; EINVAL means that the kernel does not know a flag.
 fn set_up(entries: u32) -> Result<IoUring, Errno> {
     let mut refused = Errno::INVAL;
-    // The first way does its work while waiting, which does not happen under valgrind.
+    // The first way processes completions while the thread waits, which it does not do under
+    // valgrind.
     for way in WAYS.into_iter().skip(usize::from(cfg!(dmaload_valgrind))) {
         match build(way, entries) {
             Ok(ring) => return Ok(ring),
@@ -470,15 +474,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn refused_uncached_reads_are_retried_without_asking_again() {
+    fn refused_uncached_reads_are_retried_without_the_flag() {
         let mut uncached = Uncached::default();
         let (one, other) = (7, 8);
         assert_eq!([1, 2].map(|read| uncached.flags(read, one)), [libc::RWF_DONTCACHE; 2]);
         assert_eq!(uncached.flags(3, other), libc::RWF_DONTCACHE);
-        // Both are retried, though the first one already showed it.
+        // Both reads are retried, although the first one already showed the refusal.
         assert_eq!([1, 2].map(|read| uncached.interpret(read, Err(Errno::OPNOTSUPP))), [Err(Errno::AGAIN); 2]);
         assert_eq!(uncached.flags(1, one), 0);
-        // For a read without the flag, it is an error like any other.
+        // For a read without the flag, the refusal is an error like any other.
         assert_eq!(uncached.interpret(1, Err(Errno::OPNOTSUPP)), Err(Errno::OPNOTSUPP));
         assert_eq!((uncached.interpret(3, Ok(5)), uncached.flags(3, other)), (Ok(5), libc::RWF_DONTCACHE));
         assert_eq!(uncached.interpret(3, Err(Errno::IO)), Err(Errno::IO));

@@ -10,7 +10,7 @@ use crate::route::{Attempt, Fallback, Route};
 use crate::support::id::LoadId;
 use crate::telemetry::trace::TraceKind;
 
-/// What the driver needs to know about a load before its first piece.
+/// The properties of a load that the driver needs before its first piece.
 #[derive(Debug, Clone)]
 pub(crate) struct LoadSpec {
     pub(crate) id: LoadId,
@@ -27,9 +27,9 @@ pub(crate) struct LoadSpec {
 pub(crate) struct FileSpec<F> {
     pub(crate) handle: F,
     pub(crate) index: usize,
-    /// The best route that opening it allows.
+    /// The best route that it may be read by.
     pub(crate) route: Route,
-    /// The best route for reads into staging, if there are any.
+    /// The best route for its reads into staging.
     pub(crate) staged_by: Route,
     /// Identifies its file system.
     pub(crate) mount: u64,
@@ -42,8 +42,8 @@ pub(crate) struct FileSpec<F> {
 /// An event for the thread around the driver.
 #[derive(Debug)]
 pub(crate) enum Output<B> {
-    /// A piece has all its bytes. `route` is the lowest by which any of them came from storage, if
-    /// any did.
+    /// All bytes of a piece were read. `route` is the lowest route by which any of them came from
+    /// storage; `None` if none did.
     PieceFull { load: LoadId, piece: usize, route: Option<Route>, buffer: B },
     /// Something else happened to a load.
     Event { load: LoadId, event: LoadEvent },
@@ -54,20 +54,20 @@ pub(crate) enum Output<B> {
 pub(crate) enum LoadEvent {
     /// A step down the ladder was taken.
     SteppedDown { fallback: Fallback },
-    /// There is less staging than the load may use, so fewer of its reads are in flight. Reported
-    /// once.
+    /// Less staging could be allocated than the load may use, so fewer of its reads are in flight.
+    /// Reported once.
     LessStaging { bytes: u64, errno: Errno },
     /// No thread could be started for the load's copies, so reads wait for them. Reported once.
     NoThread,
     /// A read failed, and is retried once.
     Retried { retried: Retried },
-    /// Something was done for a piece; only if the load is traced.
+    /// An operation on a piece was timed; only if the load is traced.
     Traced { piece: usize, span: TimedSpan },
     /// The load can't be finished. Reported once; its memory is released when its last read has
     /// completed.
     Failed { failure: Failure },
-    /// The driver has no buffer of this load any more, and never will. Includes its observer,
-    /// since dropping that may run the caller's code.
+    /// The driver has released the load and all of its buffers. Returns the load's observer,
+    /// because dropping it may run the caller's code.
     Gone { times: Times, observation: Option<Observation> },
 }
 
@@ -80,7 +80,7 @@ impl<B> Output<B> {
         }
     }
 
-    /// The load that this is about.
+    /// The load that the output concerns.
     pub(crate) fn load(&self) -> LoadId {
         match *self {
             Output::PieceFull { load, .. } | Output::Event { load, .. } => load,
@@ -97,7 +97,7 @@ pub(crate) struct Retried {
     pub(crate) errno: Errno,
 }
 
-/// Something that was done, in the kernel's time.
+/// An operation on a piece, timed by the kernel's clock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct TimedSpan {
     pub(crate) kind: TraceKind,
@@ -106,16 +106,16 @@ pub(crate) struct TimedSpan {
     pub(crate) bytes: u64,
 }
 
-/// How long the parts of a load took.
+/// How long a load was reading and copying.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Times {
-    /// While at least one read was in flight.
+    /// The time during which at least one read was in flight.
     pub(crate) reading: Duration,
-    /// While at least one copy from staging was under way.
+    /// The time during which at least one copy from staging was running.
     pub(crate) copying: Duration,
-    /// While at least one copy from the page cache was under way.
+    /// The time during which at least one copy from the page cache was running.
     pub(crate) from_cache: Duration,
-    /// How many bytes these copied.
+    /// How many bytes were copied from the page cache.
     pub(crate) cached_bytes: u64,
 }
 
@@ -128,11 +128,11 @@ pub(crate) enum Failure {
     Ended { file: usize, offset: u64, route: Route },
     /// A route was refused, and the load is strict or there is no lower one.
     Refused { file: usize, offset: u64, route: Route, attempt: Attempt, errno: Errno },
-    /// The observer says that these bytes are wrong.
+    /// The observer rejected these bytes.
     Rejected { file: usize, offset: u64, bytes: u64 },
-    /// There is no memory to stage reads in.
+    /// No staging could be allocated.
     Staging { bytes: u64, errno: Errno },
-    /// There is no memory for what was read.
+    /// The memory for these bytes could not be populated.
     Memory { bytes: u64, errno: Errno },
     /// The ring failed.
     Kernel { errno: Errno },

@@ -8,13 +8,13 @@
 //!            └─ pool    a few threads: pread without io_uring, copies from staging, observers
 //! ```
 //!
-//! Reads open files into memory that others have allocated. Opens no files, allocates nothing but
-//! staging, and never runs the caller's code on its thread. Requires io_uring (Linux 5.6) for the
-//! routes by ring; where that is refused, threads `pread`.
+//! The ring reads open files into memory that the engine allocated. It opens no files, allocates
+//! only staging, and never runs the caller's code on its thread. It requires io_uring (Linux 5.6
+//! or later) for the routes by ring; where io_uring is refused, threads read with `pread`.
 //!
 //! Shutdown: the thread ends once it was closed and the driver has no load left, that is, after
-//! the last completion. Past the deadline of a shutdown it leaks what is in flight and ends at
-//! once.
+//! the last completion. At the deadline of a shutdown, it leaks memory of reads in flight and ends
+//! at once.
 
 mod driver;
 mod kernel;

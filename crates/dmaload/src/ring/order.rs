@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 pub(super) struct InOrder<T> {
     /// Where the next item starts.
     next: u64,
-    /// Whether an item was taken and is not done.
+    /// Whether an item was taken and is not done yet.
     busy: bool,
     waiting: BTreeMap<u64, (u64, T)>,
 }

@@ -1,24 +1,24 @@
-//! Decides how many threads a kind of work gets: more as long as they are busy and one more makes
-//! it faster.
+//! Decides how many threads a kind of work gets. Threads are added while they are busy and one
+//! more makes the work faster.
 //!
 //! Copiers and allocators start with [`FIRST`] threads. At the end of each *epoch* (a number of
-//! jobs) the pace checks what waited for what. If the threads were busy for nine tenths of the
+//! jobs), the pace checks what limited the work. If the threads were busy for nine tenths of the
 //! time, the work waits for them: one more thread is tried for an epoch, and kept if the rate rose
-//! by a quarter of what it would rise by without any other limit. Otherwise the device, the
-//! processor or the memory bus is the limit: the thread is withdrawn, and not tried again for a
-//! while. Threads that are not busy are withdrawn one by one.
+//! by at least a quarter of what the thread would add without any other limit. Otherwise the
+//! device, the processor or the memory bus is the limit: the thread is withdrawn, and not tried
+//! again for a while. Threads that are not busy are withdrawn one by one.
 //!
 //! Threads that read wait for storage or for a server rather than for the processor, and each file
 //! system has its own pace for them. They start with [`FIRST_READERS`], and double where copiers
-//! would grow by one: a server that takes 20 ms per answer needs 32 threads, and growing one by
-//! one would take gigabytes to get there.
+//! would grow by one: a server that takes 20 ms per answer needs 32 threads, and adding threads
+//! one by one would take gigabytes of reads.
 //!
 //! Pure bookkeeping: it starts no threads and reads no clock. The engine and the simulator both
 //! follow it.
 
 use std::time::Duration;
 
-/// Threads at the start. Two copiers keep a device of 9 GiB/s busy, two allocators one of 18
+/// Initial number of threads. Two copiers keep a device of 9 GiB/s busy, two allocators one of 18
 /// GiB/s.
 pub(crate) const FIRST: usize = 2;
 
@@ -29,19 +29,19 @@ const MOST_COPIERS: usize = 16;
 /// Maximum number of threads that allocate: at 9 GiB/s each, enough for 72 GiB/s.
 const MOST_ALLOCATORS: usize = 8;
 
-/// Threads that read for one load at the start: enough for a local device with large reads, where
-/// four threads reached the device's limit, and one an eighth of it.
+/// Initial number of threads that read for one load. Enough for a local device with large reads:
+/// four threads reached the device's limit, and one thread an eighth of it.
 pub(crate) const FIRST_READERS: usize = 4;
 
 /// Maximum number of threads that read for one load: as many reads as a load may have in flight by
 /// default.
 pub(crate) const MOST_READERS: usize = 32;
 
-/// Maximum number of epochs without a trial. After a trial without gain there are none for one
-/// epoch, after each further one for twice as many.
+/// Maximum number of epochs without a trial. After a trial without gain, the next epoch has none;
+/// after each further one, twice as many epochs have none.
 const REST_EPOCHS_MAX: u32 = 16;
 
-/// Jobs after a pause that are not measured: an empty window fills as fast as threads can
+/// How many jobs after a pause are not measured: an empty window fills as fast as threads can
 /// allocate, whatever the device does.
 const FILLING_JOBS: usize = 5;
 
@@ -61,12 +61,12 @@ pub(crate) fn more_staging_slots(copiers: usize) -> usize {
     copiers.saturating_sub(FIRST) * 2
 }
 
-/// Processors that this process may use.
+/// The number of processors that this process may use.
 pub(crate) fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
-/// A stretch of work that is measured.
+/// A number of jobs whose rate is measured.
 #[derive(Debug, Clone, Copy)]
 struct Epoch {
     began: Duration,
@@ -93,7 +93,7 @@ struct PaceTrial {
     rate: u64,
 }
 
-/// See the module.
+/// See the module documentation.
 #[derive(Debug, Clone)]
 pub(crate) struct Pace {
     growth: Growth,
@@ -102,7 +102,7 @@ pub(crate) struct Pace {
     threads: usize,
     /// Jobs that are running or waiting for a thread.
     jobs: usize,
-    /// Until when the epoch's `busy` is counted.
+    /// The time up to which the epoch's `busy` is counted.
     counted: Duration,
     epoch: Option<Epoch>,
     trial: Option<PaceTrial>,
@@ -184,14 +184,14 @@ impl Pace {
         std::mem::replace(&mut self.threads, threads) != threads
     }
 
-    /// Records that a queued job will not be done; it says nothing about the speed of others.
+    /// Records that a queued job will not run; it says nothing about the speed of others.
     pub(crate) fn withdraw(&mut self, now: Duration) {
         self.count(now);
         self.jobs = self.jobs.checked_sub(1).expect("a job is withdrawn once");
     }
 
-    /// Discards the current epoch, since there is nothing to do for now: its rate would include
-    /// the pause.
+    /// Discards the current epoch when no work is left for now, because its rate would include the
+    /// pause.
     pub(crate) fn pause(&mut self) {
         self.epoch = None;
     }
@@ -267,7 +267,7 @@ fn jobs_of_epoch(threads: usize) -> usize {
     3 * threads.max(4)
 }
 
-/// In bytes per second.
+/// The rate in bytes per second.
 fn rate(bytes: u64, time: Duration) -> u64 {
     let nanoseconds = time.as_nanos().max(1);
     u64::try_from(u128::from(bytes) * 1_000_000_000 / nanoseconds).unwrap_or(u64::MAX)
@@ -280,9 +280,9 @@ mod tests {
     const MS: Duration = Duration::from_millis(1);
 
     /// Simulates a machine on which up to `useful` threads help and each job takes a thread a
-    /// millisecond. There is work for `load` percent of the time. Returns the most threads there
-    /// ever were, and the final number.
-    fn settles(pace: &mut Pace, useful: usize, load: u32, epochs: usize) -> (usize, usize) {
+    /// millisecond. Work is available for `load` percent of the time. Returns the maximum number
+    /// of threads, and the final one.
+    fn simulate_pace(pace: &mut Pace, useful: usize, load: u32, epochs: usize) -> (usize, usize) {
         let mut now = pace.counted;
         let mut most = pace.threads();
         for _ in 0..epochs * 12 {
@@ -301,20 +301,20 @@ mod tests {
     #[test]
     fn threads_are_added_while_they_help_else_withdrawn() {
         for useful in [2, 3, 5, 8] {
-            let (most, _) = settles(&mut Pace::new(2, 16), useful, 100, 200);
-            assert_eq!(most, useful + 1, "one is tried");
+            let (most, _) = simulate_pace(&mut Pace::new(2, 16), useful, 100, 200);
+            assert_eq!(most, useful + 1, "one more thread is tried");
         }
-        assert_eq!(settles(&mut Pace::new(2, 4), 8, 100, 50), (4, 4), "up to the bound");
+        assert_eq!(simulate_pace(&mut Pace::new(2, 4), 8, 100, 50), (4, 4), "up to the bound");
     }
 
     #[test]
     fn idle_threads_are_withdrawn() {
         let mut pace = Pace::new(2, 16);
-        assert_eq!(settles(&mut pace, 16, 50, 50), (2, 2));
-        let (most, last) = settles(&mut pace, 6, 100, 50);
+        assert_eq!(simulate_pace(&mut pace, 16, 50, 50), (2, 2));
+        let (most, last) = simulate_pace(&mut pace, 6, 100, 50);
         assert!(most == 7 && last >= 6, "{most} {last}");
         // Now the device is slower.
-        let (_, last) = settles(&mut pace, 6, 1, 50);
+        let (_, last) = simulate_pace(&mut pace, 6, 1, 50);
         assert_eq!(last, 2);
     }
 
@@ -322,7 +322,7 @@ mod tests {
     fn pauses_do_not_count_as_slowness() {
         let mut pace = Pace::new(2, 16);
         for _ in 0..100 {
-            settles(&mut pace, 16, 100, 1);
+            simulate_pace(&mut pace, 16, 100, 1);
             pace.pause();
         }
         assert_eq!(pace.threads(), 16);
@@ -331,20 +331,20 @@ mod tests {
     #[test]
     fn withdrawn_jobs_do_not_affect_the_pace() {
         let mut pace = Pace::for_readers();
-        let threads = settles(&mut pace, 100, 100, 3).1;
+        let threads = simulate_pace(&mut pace, 100, 100, 3).1;
         let now = pace.counted;
         (0..100).for_each(|_| pace.begin(now));
         (0..100).for_each(|_| pace.withdraw(now + 100 * MS));
         assert!(pace.is_idle());
         assert_eq!(pace.threads(), threads);
         pace.pause();
-        assert_eq!(settles(&mut pace, 100, 100, 50).1, 32, "and none is held against more threads");
+        assert_eq!(simulate_pace(&mut pace, 100, 100, 50).1, 32, "withdrawn jobs do not count against more threads");
     }
 
     #[test]
     fn fixed_pace_stays_and_can_restart() {
         let mut pace = Pace::fixed(2);
-        assert_eq!(settles(&mut pace, 16, 100, 50), (2, 2));
+        assert_eq!(simulate_pace(&mut pace, 16, 100, 50), (2, 2));
         pace.begin(MS);
         pace.stop();
         pace.begin(2 * MS);
@@ -356,12 +356,12 @@ mod tests {
         for (useful, expected_most, expected_last) in [(1, 8, 4), (4, 8, 4), (6, 16, 8), (8, 16, 8), (20, 32, 32), (100, 32, 32)]
         {
             // Long enough that no trial is running at the end.
-            let (most, last) = settles(&mut Pace::for_readers(), useful, 100, 400);
+            let (most, last) = simulate_pace(&mut Pace::for_readers(), useful, 100, 400);
             assert_eq!((most, last), (expected_most, expected_last), "{useful} help");
         }
     }
 
-    /// A load should be fast before it is over, so the first 128 reads must be enough.
+    /// A load should become fast early, so the first 128 reads must suffice.
     #[test]
     fn maximum_readers_are_reached_within_a_few_reads() {
         let mut pace = Pace::for_readers();
@@ -379,8 +379,8 @@ mod tests {
     #[test]
     fn idle_readers_are_halved() {
         let mut pace = Pace::for_readers();
-        assert_eq!(settles(&mut pace, 100, 100, 50), (32, 32));
-        assert_eq!(settles(&mut pace, 100, 1, 50), (32, FIRST_READERS));
+        assert_eq!(simulate_pace(&mut pace, 100, 100, 50), (32, 32));
+        assert_eq!(simulate_pace(&mut pace, 100, 1, 50), (32, FIRST_READERS));
         assert!(pace.is_idle());
     }
 

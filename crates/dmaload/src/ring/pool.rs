@@ -1,9 +1,9 @@
-//! Work beside the ring thread: reads without io_uring, by `pread(2)`, copies from staging, and
-//! observations.
+//! Threads for work that must not block the ring thread: reads without io_uring, by `pread(2)`,
+//! copies from staging and from the page cache, and observations.
 //!
 //! Threads start on demand and end with the pool. They are not joined, since one that hangs in a
-//! dead disk would make the caller hang, too. The driver owns what they write to and keeps it
-//! until the completion arrives.
+//! dead disk would make the caller hang, too. The driver owns the memory that they write to, and
+//! keeps it until the completion arrives.
 #![allow(unsafe_code)]
 
 use std::collections::{HashMap, VecDeque};
@@ -24,12 +24,12 @@ use crate::route::Route;
 use crate::support::foreign;
 use crate::support::id::LoadId;
 
-/// Threads that read for all loads: at most [`MOST_READERS`] for one load, and three quarters for
-/// all loads of one file system.
+/// Maximum number of threads that read for all loads. At most [`MOST_READERS`] of them read for
+/// one load, and three quarters for all loads of one file system.
 pub(crate) const READERS: usize = 2 * MOST_READERS;
-/// How many file systems have their number of readers remembered.
+/// The number of file systems above which the paces of idle ones are forgotten.
 const MOUNTS: usize = 64;
-/// Threads that run observers; each load is observed by one at a time.
+/// Maximum number of threads that run observers; each load is observed by one at a time.
 pub(crate) const OBSERVERS: usize = 2;
 
 #[derive(Debug)]
@@ -40,7 +40,7 @@ enum PoolJob {
     Observe(ObserveRequest),
 }
 
-// SAFETY: it points to memory that the driver keeps until the job's completion is reaped.
+// SAFETY: a job points to memory that the driver keeps until the job's completion is reaped.
 unsafe impl Send for PoolJob {}
 
 #[derive(Debug)]
@@ -110,8 +110,7 @@ impl Queues {
         self.paces.get(&file.identity.mount()).map_or(FIRST_READERS, Pace::threads)
     }
 
-    /// Whether there are more reads that may start, including this one, than threads that wait for
-    /// a job.
+    /// Whether more reads may start, including this one, than threads wait for a job.
     fn lacks_a_thread(&self, file: &OpenFile, read: &Read) -> bool {
         let queued =
             self.jobs.iter().filter_map(|job| if let PoolJob::Read(file, read) = job { Some((&**file, read)) } else { None });
@@ -136,7 +135,7 @@ impl Queues {
         self.jobs.push_back(job);
     }
 
-    /// Completes the queued reads of this load with an error; returns whether there were any.
+    /// Completes the queued reads of this load with an error; returns whether any were queued.
     fn cancel(&mut self, load: LoadId) -> bool {
         let is_own = |job: &PoolJob| matches!(job, PoolJob::Read(_, read) if read.load == load);
         let (own, others): (VecDeque<_>, _) = std::mem::take(&mut self.jobs).into_iter().partition(is_own);
@@ -191,7 +190,7 @@ impl PoolShared {
     }
 }
 
-/// See the module.
+/// See the module documentation.
 #[derive(Debug)]
 pub(crate) struct ThreadPool {
     shared: Arc<PoolShared>,
@@ -229,7 +228,7 @@ impl ThreadPool {
         }
     }
 
-    /// Takes back the queued reads of this load: they might wait for threads whose reads never
+    /// Cancels the queued reads of this load: they might wait for threads whose reads never
     /// complete.
     pub(crate) fn cancel(&self, load: LoadId) {
         if self.shared.queues().cancel(load) {
@@ -237,8 +236,8 @@ impl ThreadPool {
         }
     }
 
-    /// Queues a copy. If no thread can be started, does it immediately, unless it would run a
-    /// heap's code, which the caller must not do; then it is refused.
+    /// Queues a copy. If no thread can be started, copies immediately on the calling thread. If
+    /// that would run a heap's code, which the calling thread must not do, the copy fails.
     ///
     /// # Safety
     /// As for [`super::kernel::Kernel::copy`].
@@ -257,7 +256,8 @@ impl ThreadPool {
         }
     }
 
-    /// Queues a copy from the page cache. If no thread can be started, it copies nothing.
+    /// Queues a copy from the page cache. If no thread can be started, it completes without
+    /// copying anything.
     ///
     /// # Safety
     /// As for [`super::kernel::Kernel::read_cached`].
@@ -270,8 +270,8 @@ impl ThreadPool {
         }
     }
 
-    /// Queues an observation. If no thread can be started, it is refused: the caller must not run
-    /// observers, which are the library user's code.
+    /// Queues an observation. If no thread can be started, the bytes are rejected: the calling
+    /// thread must not run observers, which are the caller's code.
     ///
     /// # Safety
     /// As for [`super::kernel::Kernel::observe`].
@@ -279,7 +279,7 @@ impl ThreadPool {
         if self.start_thread_for_any() {
             self.queue(PoolJob::Observe(request));
         } else {
-            let completion = Completion { token: request.token, result: Err(request.watch.no_thread().into()) };
+            let completion = Completion { token: request.token, result: Err(request.watch.reject_unobserved().into()) };
             self.shared.queues().done.push(completion);
             self.shared.wake.wake();
         }
@@ -290,7 +290,7 @@ impl ThreadPool {
     pub(crate) fn set_max_threads(&mut self, threads: usize) {
         self.threads_max = threads;
         self.shared.queues().busy_max = threads;
-        // There may be jobs for threads that had to wait.
+        // Threads that had to wait may take a job now.
         self.shared.changed.notify_all();
     }
 
@@ -299,8 +299,8 @@ impl ThreadPool {
         self.shared.changed.notify_one();
     }
 
-    /// Starts a thread for one more job that any thread may take, unless there are enough. Returns
-    /// whether there is any thread.
+    /// Starts a thread for one more job that any thread may take, unless enough threads are idle.
+    /// Returns whether the pool has any thread.
     fn start_thread_for_any(&mut self) -> bool {
         let lacks_a_thread = {
             let queues = self.shared.queues();
@@ -309,7 +309,7 @@ impl ThreadPool {
         self.start_thread(lacks_a_thread)
     }
 
-    /// Starts a thread if one is needed and allowed. Returns whether there is any thread.
+    /// Starts a thread if one is needed and allowed. Returns whether the pool has any thread.
     fn start_thread(&mut self, lacks_one: bool) -> bool {
         let (shared, threads) = (Arc::clone(&self.shared), self.threads_max);
         let name = format!("dmaload-{}-{}", self.name, self.threads);
@@ -405,7 +405,7 @@ fn do_job(job: PoolJob) -> Completion {
 
 fn pread(file: &OpenFile, read: &Read) -> Completion {
     if read.route == Route::Buffered {
-        // If this fails, these bytes are no worse off.
+        // A failure is ignored: these bytes are then read as they would be without settling.
         let _ = file.settle(&(read.offset..read.offset + read.bytes as u64));
     }
     let pread = |buffer: &mut [MaybeUninit<u8>], offset| {
@@ -425,7 +425,7 @@ fn pread(file: &OpenFile, read: &Read) -> Completion {
                 at += bytes as u64;
                 Ok(bytes)
             };
-            // SAFETY: the memory is that of the place, for which the driver guarantees the same.
+            // SAFETY: this is the place's memory, for which the driver guarantees the same.
             unsafe { sink.fill_with(*offset, read.bytes, &mut next) }
         }
     };
@@ -443,7 +443,8 @@ fn copy_staged(copy: &StagedCopy) -> Completion {
         left = later;
         Ok(part.len())
     };
-    // SAFETY: the driver guarantees that nothing reads or writes the place until then.
+    // SAFETY: the driver guarantees that nothing reads or writes the place until this copy's
+    // completion is reaped.
     let result = unsafe { copy.to.sink.fill_with(copy.to.offset, copy.bytes, &mut next) };
     Completion { token: copy.token, result }
 }

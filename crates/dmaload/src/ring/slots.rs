@@ -1,8 +1,8 @@
 //! Slots with generations: the numbers that travel through the kernel as `user_data` and come
 //! back.
 //!
-//! A token packs an index and a generation. A reused slot has a new generation, so a completion
-//! that comes late, or twice, matches no entry instead of another read's.
+//! A token packs an index and a generation. A reused slot has a new generation, so a late or
+//! duplicate completion matches no entry, rather than another read's.
 
 use crate::support::convert::to_usize;
 
@@ -28,7 +28,7 @@ impl Token {
     }
 }
 
-/// The index of an entry: there are fewer than four billion, see [`Slots::insert`].
+/// Converts the index of an entry, which fits into 32 bits (see [`Slots::insert`]).
 fn narrow(index: usize) -> u32 {
     u32::try_from(index).expect("the index of an entry has 32 bits")
 }

@@ -1,8 +1,8 @@
 //! The staging buffers of [`Route::Bounce`]: a budget of equal slots, allocated on first use and
 //! then reused.
 //!
-//! The slots are small, so that copies find their bytes in the processor's cache, and there are
-//! several, so that reads and copies overlap.
+//! The slots are small, so copies find their bytes in the processor's cache. Several slots let
+//! reads and copies overlap.
 
 use rustix::io::Errno;
 
@@ -12,7 +12,7 @@ use crate::memory::window::{Held, may_have_one};
 use crate::route::{Attempt, Route};
 use crate::support::id::LoadId;
 
-/// How much staging there may be.
+/// The maximum size of staging.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct StagingBudget {
     pub(crate) slot_bytes: usize,
@@ -22,7 +22,7 @@ pub(crate) struct StagingBudget {
 impl StagingBudget {
     /// How many slots may be read into at once. Not all of them, or copies would wait for reads
     /// and reads for copies: a device works on all its reads and finishes them at about the same
-    /// time, so there must be slots for the next ones while these are copied. (With half of a
+    /// time, so slots for the next reads must be free while these are copied. (With half of a
     /// load's slots, loads reached 0.93 of a virtual disk's limit; with all of them, 0.57.)
     fn reads(self) -> u64 {
         (self.slots as u64 * 3 / 4).max(1)
@@ -40,7 +40,7 @@ struct StagingBuffer<S> {
     buffer: S,
     /// Its slot in the table of registered buffers.
     buffer_slot: Option<u16>,
-    /// The load that holds it, and the file system of the file.
+    /// The load that holds it, and the file system of the load's file.
     taken_by: Option<(LoadId, u64)>,
     /// Whether a read into it is in flight.
     reading: bool,
@@ -54,7 +54,7 @@ pub(crate) struct StagingStep {
     pub(crate) errno: Errno,
 }
 
-/// See the module.
+/// See the module documentation.
 #[derive(Debug)]
 pub(crate) struct Staging<S> {
     budget: StagingBudget,
@@ -73,7 +73,7 @@ impl<S: Buffer> Staging<S> {
         self.budget.slots
     }
 
-    /// Changes the number of slots. Existing ones beyond it stay, but are not used at the same
+    /// Changes the number of slots. Surplus slots stay allocated, but are not used at the same
     /// time.
     pub(crate) fn set_slots(&mut self, slots: usize) {
         self.budget.slots = slots;
@@ -83,8 +83,8 @@ impl<S: Buffer> Staging<S> {
         self.budget.slot_bytes
     }
 
-    /// How many of the slots that match `counts` are taken, and how many of these this load and
-    /// this file system hold.
+    /// How many of the slots that match `counts` are taken, and how many of those are held by this
+    /// load and by this file system.
     fn held(&self, load: LoadId, file_system: u64, counts: impl Fn(&StagingBuffer<S>) -> bool) -> (u64, Held) {
         let (mut taken, mut held) = (0, Held::default());
         for slot in self.slots.iter().filter(|slot| counts(slot)) {
@@ -97,11 +97,11 @@ impl<S: Buffer> Staging<S> {
     }
 
     /// Takes a slot for a file of this file system; `None` if the budget is used up, or the load
-    /// or the file system has its share. The share does not limit a load that `waits` for this
-    /// slot with everything it holds.
+    /// or the file system holds its share. With `waits`, all slots that the load holds wait for
+    /// this one, so its share does not limit it.
     ///
     /// # Errors
-    /// When there is no memory for even one slot.
+    /// If not even one slot can be allocated.
     pub(crate) fn take<K: Kernel<Staging = S>>(
         &mut self,
         load: LoadId,
@@ -127,7 +127,7 @@ impl<S: Buffer> Staging<S> {
                     self.slots.push(StagingBuffer { buffer, buffer_slot: None, taken_by: None, reading: false });
                 }
                 Err(errno) if self.slots.is_empty() => return Err(errno),
-                // The existing ones must do.
+                // Continue with the existing slots.
                 Err(errno) => self.short = Some(errno),
             }
         }
@@ -142,7 +142,7 @@ impl<S: Buffer> Staging<S> {
 
     /// Registers a slot that was taken, if necessary; returns the reason if it can't be read into
     /// by the best route. Tried again for each load, since the limit of locked memory depends on
-    /// what others hold.
+    /// what else is locked.
     pub(crate) fn register<K: Kernel<Staging = S>>(
         &mut self,
         slot: StagingSlot,
@@ -154,7 +154,7 @@ impl<S: Buffer> Staging<S> {
         }
         let registered = self.slots.iter().filter(|slot| slot.buffer_slot.is_some()).count();
         let slot = Some(self.slots.get_mut(slot.0).expect(SLOT)).filter(|slot| slot.buffer_slot.is_none())?;
-        // One entry of the table stays for pieces. If none is free for staging, unregistered reads
+        // One entry of the table is reserved for pieces. If no other is free, unregistered reads
         // are used for now; nothing was refused.
         let place = if registered + 1 < usize::from(kernel.buffer_slots()) { buffer_slots.pop() } else { None }?;
         match kernel.register_buffer(place, slot.buffer.address(), slot.buffer.bytes()) {
@@ -169,8 +169,7 @@ impl<S: Buffer> Staging<S> {
         }
     }
 
-    /// How much staging there is, and why there is no more, if more was wanted and could not be
-    /// allocated.
+    /// How much staging exists, and why no more could be allocated; `None` if nothing was refused.
     pub(crate) fn shortage(&self) -> Option<(u64, Errno)> {
         let bytes = self.slots.iter().map(|slot| slot.buffer.bytes() as u64).sum();
         self.short.map(|errno| (bytes, errno))

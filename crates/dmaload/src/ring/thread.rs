@@ -28,7 +28,7 @@ use crate::telemetry::metrics::ReadCounters;
 pub(crate) struct RingLimits {
     /// Reads, copies and observations in flight.
     pub(crate) depth: usize,
-    /// Staging at the start.
+    /// The initial staging.
     pub(crate) staging: StagingBudget,
     pub(crate) copiers: Pace,
     pub(crate) staging_grows: bool,
@@ -37,21 +37,21 @@ pub(crate) struct RingLimits {
 /// Callbacks of the ring thread to the engine. All calls come from that thread; they must not
 /// block, and must not run the caller's code.
 pub(crate) trait Events<B>: Send + Sync + 'static {
-    /// These outputs came, in this order.
+    /// Takes outputs of the driver, in order.
     fn on_outputs(&self, outputs: Vec<Output<B>>);
-    /// These loads have released these files, which another thread must close.
+    /// Takes files that these loads have released, which another thread must close.
     fn on_released_files(&self, files: Vec<(LoadId, Arc<OpenFile>)>);
-    /// The ring failed and leaked this much; a new one replaces it.
+    /// Reports that the ring failed and leaked this many bytes; a new ring replaces it.
     fn on_ring_failure(&self, errno: Errno, leaked_bytes: u64);
-    /// The thread ends, by itself or with this panic, and leaves `left` behind. Takes the thread's
-    /// reference to the engine, which must not be dropped here.
+    /// Reports that the thread ends, normally or with this panic, and leaves `left` behind. Takes
+    /// the thread's reference to the engine, which must not be dropped here.
     fn on_end(self: Arc<Self>, left: LeftBehind, panic: Option<String>);
 }
 
-/// What was given up.
+/// The memory and threads that the ring thread left behind.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct LeftBehind {
-    /// Leaked memory, which reads may still write to.
+    /// Bytes of leaked memory, which reads may still write to.
     pub(crate) bytes: u64,
     /// Threads that had not ended.
     pub(crate) threads: usize,
@@ -98,7 +98,7 @@ impl<B: PieceMemory + Send + 'static> RingThread<B> {
     /// Creates a handle to a thread that is not started yet.
     ///
     /// # Errors
-    /// When no eventfd can be created (EMFILE).
+    /// If no eventfd can be created (EMFILE).
     pub(crate) fn new() -> Result<Self, Errno> {
         let wake = Arc::new(Wake::new()?);
         let (closing, giving_up) = (AtomicBool::new(false), AtomicBool::new(false));
@@ -111,7 +111,7 @@ impl<B: PieceMemory + Send + 'static> RingThread<B> {
     /// Starts the thread.
     ///
     /// # Errors
-    /// When no thread can be started.
+    /// If no thread can be started.
     pub(crate) fn start(&self, limits: RingLimits, started: Instant, events: Arc<impl Events<B>>) -> io::Result<()> {
         let shared = Arc::clone(&self.shared);
         let body = move || {
@@ -124,8 +124,8 @@ impl<B: PieceMemory + Send + 'static> RingThread<B> {
                 Command::Panic => None,
             });
             events.on_released_files(files.collect());
-            // A panic is a broken invariant of the driver, whose drop has leaked what was in
-            // flight.
+            // A panic is a broken invariant of the driver, whose drop has leaked memory of reads
+            // in flight.
             let bytes = shared.counters.leaked_bytes.load(Ordering::Relaxed);
             let threads = ran.as_ref().copied().unwrap_or(0);
             events.on_end(LeftBehind { bytes, threads }, ran.err());
@@ -138,12 +138,12 @@ impl<B: PieceMemory + Send + 'static> RingThread<B> {
         &self.shared.counters
     }
 
-    /// Announces a load. To give it up, set `abandoned` and wake the thread.
+    /// Announces a load. To abandon it, set `abandoned` and wake the thread.
     pub(crate) fn begin(&self, spec: LoadSpec, abandoned: Arc<AtomicBool>) {
         self.send(Command::Begin(spec, abandoned));
     }
 
-    /// Passes on a piece to fill.
+    /// Passes a piece to the driver, to be filled.
     pub(crate) fn enqueue_piece(&self, load: LoadId, number: usize, piece: Piece, file: FileSpec<Arc<OpenFile>>, buffer: B) {
         self.send(Command::Piece { load, number, piece, file, buffer });
     }
@@ -165,7 +165,7 @@ impl<B: PieceMemory + Send + 'static> RingThread<B> {
         self.send(Command::Panic);
     }
 
-    /// Makes the thread leak what is in flight, and end.
+    /// Makes the thread leak memory of reads in flight, and end.
     pub(crate) fn give_up(&self) {
         self.shared.giving_up.store(true, Ordering::Release);
         self.wake();
@@ -187,8 +187,9 @@ impl<B: PieceMemory + Send + 'static> RingThread<B> {
     }
 }
 
-/// Runs until the last load has ended or the thread is told to give up. Returns how many threads
-/// are still in reads that never came back.
+/// Runs until the last load has ended after [`RingThread::close`], or until
+/// [`RingThread::give_up`]. Returns how many threads were still busy for kernels that were given
+/// up.
 fn run<B: PieceMemory>(shared: &RingShared<B>, limits: &RingLimits, started: Instant, events: &impl Events<B>) -> usize {
     let depth = limits.depth;
     let new_kernel = || LinuxKernel::new(depth, started, Arc::clone(&shared.wake));
@@ -214,7 +215,7 @@ fn run<B: PieceMemory>(shared: &RingShared<B>, limits: &RingLimits, started: Ins
             driver.abandon(load);
         }
         driver.issue();
-        // Before the outputs: a load that has ended holds no files.
+        // Files come before the outputs: a load whose end is reported holds no files.
         let released = driver.take_released();
         if !released.is_empty() {
             events.on_released_files(released);

@@ -24,7 +24,7 @@ impl Wake {
         let _ = rustix::io::read(&self.0, &mut [0u8; 8]);
     }
 
-    /// Waits without a ring.
+    /// Blocks until the thread is woken, without a ring.
     pub(crate) fn wait(&self) {
         let _ = poll(&mut [PollFd::new(&self.0, PollFlags::IN)], None);
         self.clear();

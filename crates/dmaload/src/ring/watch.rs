@@ -1,4 +1,4 @@
-//! Runs the observers of a load on its bytes as they land, and keeps their verdict.
+//! Runs the observers of a load on its bytes as they arrive, and keeps their verdict.
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -7,7 +7,7 @@ use rustix::io::Errno;
 use crate::options::observer::{OBSERVER, Observer, ObserverOption, Rejection, VERIFIER};
 use crate::support::foreign;
 
-/// Why observed bytes may not be shown.
+/// Why bytes were rejected.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Verdict {
     Rejected(Rejection),
@@ -16,7 +16,8 @@ pub(crate) enum Verdict {
         code: &'static str,
         message: String,
     },
-    /// No thread could be started for it, and the ring thread never runs the caller's code.
+    /// No thread could be started for the observers, and the ring thread never runs the caller's
+    /// code.
     NoThread,
 }
 
@@ -40,10 +41,10 @@ impl Watch {
         assert!(set.is_ok(), "a load is planned once");
     }
 
-    /// Passes some bytes to the observers.
+    /// Passes bytes to the observers.
     ///
     /// # Errors
-    /// EBADMSG when one rejects them; [`Self::verdict`] says why.
+    /// EBADMSG if an observer rejects them; [`Self::verdict`] says why.
     pub(crate) fn observe(&self, file_index: usize, offset: u64, bytes: &[u8]) -> Result<(), Errno> {
         let verifier = self.verifier.get().map(|verifier| (VERIFIER, verifier));
         let observer = self.observer.as_ref().map(|observer| (OBSERVER, observer));
@@ -60,7 +61,7 @@ impl Watch {
 
     /// Rejects bytes because no thread could be started to observe them; returns the error of
     /// [`Self::observe`].
-    pub(crate) fn no_thread(&self) -> Errno {
+    pub(crate) fn reject_unobserved(&self) -> Errno {
         self.refuse(Verdict::NoThread)
     }
 
@@ -80,6 +81,7 @@ impl Watch {
 #[derive(Debug, Clone)]
 pub(crate) struct Observation {
     pub(crate) watch: Arc<Watch>,
-    /// In staging, which every read then goes through; otherwise in the pieces' memory.
+    /// Whether bytes are observed in staging, which every read then goes through; otherwise they
+    /// are observed in the pieces' memory.
     pub(crate) staged: bool,
 }

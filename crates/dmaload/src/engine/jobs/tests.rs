@@ -13,8 +13,8 @@ fn next(jobs: &Jobs<Arc<()>>) -> Option<(Job<LoadId>, Arc<()>)> {
     next
 }
 
-/// A load of this many batches, each as large as the window, so that each waits for the permit of
-/// the one before.
+/// Submits and opens a load of `batches` batches, each as large as the window, so each waits for
+/// the permit of the one before it.
 fn opened(jobs: &Jobs<Arc<()>>, batches: usize) -> LoadId {
     let id = jobs.next_id();
     assert!(jobs.submit(id, Arc::new(())));
@@ -23,8 +23,8 @@ fn opened(jobs: &Jobs<Arc<()>>, batches: usize) -> LoadId {
     id
 }
 
-/// An allocator thread with the ring thread behind it: takes permits and returns them, until there
-/// are no more jobs.
+/// Acts as a worker and as the ring thread behind it: takes permits and returns them until no more
+/// jobs come.
 fn worker(jobs: &Jobs<Arc<()>>) -> usize {
     let mut done = 0;
     let worker = jobs.hire();
@@ -47,7 +47,7 @@ fn waiting_worker_gets_a_returned_permit() {
     model(|| {
         let jobs = Arc::new(Jobs::new(1, u64::MAX, 1, 1, Pace::fixed(3)));
         let id = opened(&jobs, 2);
-        // A permit is out; nothing can proceed before it is returned.
+        // The whole window is taken, so the second batch waits until the permit is returned.
         let Some((Job::Allocate(_, 0, need), _)) = next(&jobs) else { panic!("the first batch fits") };
         let waiting = {
             let jobs = Arc::clone(&jobs);
@@ -67,7 +67,7 @@ fn two_workers_finish_all_jobs_and_end() {
             let jobs = Arc::clone(&jobs);
             spawn(move || worker(&jobs))
         });
-        // The ring thread does this when all is read; then the workers are no longer needed.
+        // In production, the ring thread schedules the check after the last read.
         jobs.schedule_follow_ups(id, FollowUpJobs { check: Some(0), finish: None });
         loop {
             let left = {
@@ -103,7 +103,7 @@ fn load_forgotten_while_its_batch_is_taken_delays_no_other() {
         };
         jobs.give_back(first, need);
         forgetting.join().unwrap();
-        assert_eq!(waiting.join().unwrap(), Some(true), "its next batch, or the other load's");
+        assert_eq!(waiting.join().unwrap(), Some(true), "the worker gets the next batch of this load or of the other one");
     });
 }
 
@@ -113,8 +113,8 @@ fn forgetting_a_load_that_did_not_fit_frees_a_smaller_one() {
         let jobs = Arc::new(Jobs::new(2, u64::MAX, 1, 3, Pace::fixed(3)));
         opened(&jobs, 1);
         assert!(matches!(next(&jobs), Some((Job::Allocate(_, 0, _), _))));
-        // One byte stays taken: the batch of the large load does not fit, and no load overtakes
-        // it.
+        // One of the two bytes stays taken, so the large load's batch does not fit, and no load
+        // overtakes it.
         let large = opened(&jobs, 0);
         jobs.opened(large, LoadNeeds { batches: vec![Need { bytes: 2, ..Need::default() }], ..LoadNeeds::default() });
         let small = opened(&jobs, 1);
@@ -136,10 +136,10 @@ fn deferred_drops_while_closing_precede_the_end_of_workers() {
             spawn(move || assert!(next(&jobs).is_none()))
         });
         jobs.close();
-        // Workers that don't wait have ended by then.
+        // Gives workers that wrongly do not wait the time to end.
         #[cfg(not(dmaload_loom))]
         std::thread::sleep(std::time::Duration::from_millis(1));
-        // The ring thread does this with the files of the last load.
+        // In production, the ring thread does this with the files of the last load.
         let file = std::sync::Arc::new(());
         jobs.defer_drop(DropKey::Files(LoadId(1)), std::sync::Arc::clone(&file));
         assert!(jobs.finish() && !jobs.finish());
@@ -167,12 +167,13 @@ fn files_of_a_load_are_dropped_by_one_worker_at_a_time() {
         for worker in workers {
             worker.join().unwrap();
         }
-        assert_eq!(seen.1.load(Ordering::SeqCst), 2, "each once, and alone");
+        assert_eq!(seen.1.load(Ordering::SeqCst), 2, "both values were dropped, one at a time");
         assert!(jobs.schedule().drop_queue.parts.is_empty());
     });
 }
 
-/// Counts the values that were dropped while no other was being dropped.
+/// Counts, in the second number, the values that were dropped while no other value was being
+/// dropped.
 struct Closes(Arc<(AtomicUsize, AtomicUsize)>);
 
 impl Drop for Closes {
@@ -185,7 +186,7 @@ impl Drop for Closes {
     }
 }
 
-/// The file server may or may not answer while the watch finds the worker stalled.
+/// The file server may or may not answer before the watch finds the worker stalled.
 #[test]
 fn stalled_workers_are_replaced_without_losing_jobs() {
     model(|| {
@@ -250,9 +251,9 @@ fn busy_allocators_get_another_one_up_to_the_bound() {
             break second;
         }
         done += 1;
-        assert!(done < 80, "it is always busy");
+        assert!(done < 80, "the worker is always busy, so another one should be hired");
     };
-    assert!(done >= 12, "nothing was measured yet: {done}");
+    assert!(done >= 12, "hired after only {done} batches, before anything was measured");
     assert_eq!((jobs.hire_more(), jobs.schedule().workers.missing()), (None, 0));
     assert!(matches!(jobs.next(second), Some((Job::Allocate(..), _))));
 }

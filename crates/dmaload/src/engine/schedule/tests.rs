@@ -12,7 +12,7 @@ fn demand_from(file_system: u64, batches: &[u64]) -> LoadNeeds {
     LoadNeeds { batches: batches.iter().map(|&bytes| need_from(file_system, bytes)).collect(), ..LoadNeeds::default() }
 }
 
-/// Loads that are opened, each from a file system.
+/// A scheduler with these loads opened; each is a number, a file system and batches.
 fn opened_from(window: u64, loads: &[(u32, u64, &[u64])]) -> Scheduler<u32> {
     let mut scheduler = Scheduler::new(window, u64::MAX, 100, 64);
     for &(load, file_system, batches) in loads {
@@ -74,7 +74,7 @@ fn window_is_never_exceeded_and_no_load_overtakes() {
 }
 
 #[test]
-fn loads_of_one_file_system_take_turns_and_delay_no_other() {
+fn loads_of_one_file_system_take_turns_and_do_not_delay_others() {
     let mut scheduler = opened_from(160, &[(1, 1, &[40]), (2, 1, &[40]), (3, 1, &[2]), (4, 2, &[40])]);
     assert_eq!(loads(&mut scheduler), [1, 2, 3, 4]);
     for (load, file_system, bytes) in [(5, 1, 40), (6, 1, 1), (7, 2, 1)] {
@@ -83,7 +83,7 @@ fn loads_of_one_file_system_take_turns_and_delay_no_other() {
         scheduler.opened(load, demand_from(file_system, &[bytes]));
     }
     scheduler.give_back(&4, need_from(2, 40));
-    assert_eq!(loads(&mut scheduler), [7], "load 6 would fit, and does not overtake load 5");
+    assert_eq!(loads(&mut scheduler), [7], "load 6 would fit, but does not overtake load 5");
     scheduler.give_back(&2, need_from(1, 40));
     assert_eq!(loads(&mut scheduler), [5, 6]);
 }
@@ -112,18 +112,19 @@ fn loads_of_a_silent_file_system_always_leave_room() {
 fn silent_loads_do_not_count_as_open() {
     let mut scheduler = Scheduler::new(80, u64::MAX, 100, 20);
     (0..22).for_each(|load| scheduler.submit(load));
-    assert_eq!(loads(&mut scheduler).len(), 20, "all places");
+    assert_eq!(loads(&mut scheduler).len(), 20, "all places are taken");
     (0..20).for_each(|load| scheduler.opened(load, demand_from(1, &[10, 10])));
     assert_eq!(loads(&mut scheduler).len(), 6);
     assert!(scheduler.lacks_places());
-    assert!(!scheduler.find_silent_file_systems(), "they have only begun");
+    assert!(!scheduler.find_silent_file_systems(), "file system 1 has only just taken permits");
     scheduler.give_back(&0, need_from(1, 10));
-    assert!(!scheduler.find_silent_file_systems(), "something came");
+    assert!(!scheduler.find_silent_file_systems(), "file system 1 has returned a permit");
     assert_eq!(loads(&mut scheduler), [6]);
     assert!(scheduler.find_silent_file_systems());
     assert_eq!(drain(&mut scheduler), [20, 21].map(Job::Open));
-    assert!(!scheduler.find_silent_file_systems(), "those are known");
-    // They count again once something arrives: now two more count than may be open.
+    assert!(!scheduler.find_silent_file_systems(), "file system 1 was already silent");
+    // The silent loads count again once a permit is returned: now two more loads count than may be
+    // open.
     scheduler.submit(22);
     scheduler.give_back(&1, need_from(1, 10));
     assert!(scheduler.lacks_places());
@@ -157,7 +158,7 @@ fn number_of_loads_not_counted_as_open_is_bounded() {
 }
 
 #[test]
-fn kept_loads_of_a_silent_file_system_leave_memory() {
+fn kept_loads_of_silent_file_system_leave_memory_for_others() {
     let mut scheduler = Scheduler::new(80, 160, 100, 64);
     for load in 0..22 {
         scheduler.submit(load);
@@ -165,7 +166,11 @@ fn kept_loads_of_a_silent_file_system_leave_memory() {
         let file_system = if load < 20 { 1 } else { 2 };
         scheduler.opened(load, LoadNeeds { reserved_bytes: 20, ..demand_from(file_system, &[10, 10]) });
     }
-    assert_eq!(loads(&mut scheduler), [0, 1, 2, 3, 4, 5, 20], "three quarters of the memory, and of the window");
+    assert_eq!(
+        loads(&mut scheduler),
+        [0, 1, 2, 3, 4, 5, 20],
+        "file system 1 gets three quarters of the memory and of the window"
+    );
     scheduler.give_back(&20, need_from(2, 10));
     assert_eq!(loads(&mut scheduler), [20]);
     scheduler.give_back(&20, need_from(2, 10));
@@ -178,7 +183,7 @@ fn load_that_holds_permits_and_does_not_fit_is_passed_over() {
     let mut scheduler = opened(25, &[(1, &[10, 20]), (2, &[1, 1])]);
     let jobs = drain(&mut scheduler);
     let one = [Job::Allocate(1, 0, need(10)), Job::Allocate(2, 0, need(1)), Job::Allocate(2, 1, need(1))];
-    assert_eq!(jobs, one, "its own reads make room for it, or nothing does");
+    assert_eq!(jobs, one, "load 1 waits for its own reads, so it must not hold up load 2");
 }
 
 #[test]
@@ -187,22 +192,22 @@ fn stream_waits_for_its_consumer_without_blocking_others() {
     for (load, ahead_bytes) in [(1, Some(25)), (2, None)] {
         scheduler.submit(load);
         assert_eq!(scheduler.next(), Some(Job::Open(load)));
-        // Allocations of two batches each, which the first batch pays for; and one that is larger
-        // than the bound.
+        // Allocations of two batches each, charged with the first batch. The last allocation is
+        // larger than the bound.
         let part = |held_bytes| Need { bytes: 5, held_bytes, ..Need::default() };
         let batches = vec![part(10), part(0), part(10), part(0), part(40), part(0)];
         scheduler.opened(load, LoadNeeds { batches, ahead_bytes, ..LoadNeeds::default() });
     }
-    let of = |jobs: &[Job<u32>], load| jobs.iter().filter(|job| *job.load() == load).count();
+    let count_of = |jobs: &[Job<u32>], load| jobs.iter().filter(|job| *job.load() == load).count();
     let jobs = drain(&mut scheduler);
-    assert_eq!((of(&jobs, 1), of(&jobs, 2)), (4, 6));
+    assert_eq!((count_of(&jobs, 1), count_of(&jobs, 2)), (4, 6));
     scheduler.give_back(&1, need(20));
-    assert_eq!(drain(&mut scheduler), [], "a segment that is read is not yet taken");
+    assert_eq!(drain(&mut scheduler), [], "the consumer has not taken the segments that were read");
     scheduler.consumed(&1, 10);
     assert_eq!(drain(&mut scheduler), [], "an allocation is still ahead");
     scheduler.consumed(&1, 10);
     let jobs = drain(&mut scheduler);
-    assert_eq!(of(&jobs, 1), 2, "an allocation above the bound is made alone");
+    assert_eq!(count_of(&jobs, 1), 2, "an allocation above the bound is made while no other is ahead");
     scheduler.consumed(&1, 40);
     scheduler.consumed(&3, 10);
 }
@@ -221,9 +226,9 @@ fn load_that_waits_for_files_does_not_block_others() {
     assert_eq!(drain(&mut scheduler), [Job::Allocate(2, 0, many)]);
 }
 
-/// Loads of one file system with a few files each do not keep one waiting that needs many.
+/// Loads with few files each do not starve a load of the same file system that needs many.
 #[test]
-fn load_of_many_files_gets_them_beside_its_file_system() {
+fn load_of_many_files_is_not_starved_by_its_file_system() {
     let mut scheduler = Scheduler::new(u64::MAX, u64::MAX, 256, 64);
     let need = |files| Need { bytes: 1, files, held_bytes: 1, file_system: 7 };
     for (load, batches) in [(1, vec![need(8); 1000]), (2, vec![need(8); 1000]), (3, vec![need(64)])] {
@@ -231,7 +236,7 @@ fn load_of_many_files_gets_them_beside_its_file_system() {
         assert_eq!(scheduler.next(), Some(Job::Open(load)));
         scheduler.opened(load, LoadNeeds { batches, ..LoadNeeds::default() });
         if load == 2 {
-            // These two have as many as they may have.
+            // Loads 1 and 2 hold as many files as they may.
             assert!(drain(&mut scheduler).len() > 16);
         }
     }
@@ -255,7 +260,7 @@ fn load_with_hanging_reads_leaves_room_for_others() {
     }
     assert_eq!(others.iter().filter(|&&load| load == 2).count(), 5);
     assert_eq!(others.len(), 10);
-    assert_eq!(scheduler.window_taken_bytes(), 60, "load 1 finally has three quarters of it");
+    assert_eq!(scheduler.window_taken_bytes(), 60, "load 1 ends up with three quarters of the window");
 }
 
 #[test]
@@ -266,7 +271,7 @@ fn open_files_stay_within_their_limit() {
     let need = Need { bytes: 1, files: 2, ..Need::default() };
     scheduler.opened(1, LoadNeeds { batches: vec![need; 2], ..LoadNeeds::default() });
     assert_eq!(drain(&mut scheduler), [Job::Allocate(1, 0, need)]);
-    assert_eq!(scheduler.window_taken_bytes(), 1, "a batch that did not fit holds nothing");
+    assert_eq!(scheduler.window_taken_bytes(), 1, "a batch that did not fit holds no permits");
     scheduler.give_back(&1, need);
     assert_eq!(drain(&mut scheduler), [Job::Allocate(1, 1, need)]);
 }
@@ -295,7 +300,7 @@ fn forgotten_load_gets_no_more_jobs() {
 }
 
 #[test]
-fn a_stalled_load_gets_no_job_that_may_wait_for_files() {
+fn stalled_load_gets_no_job_that_may_wait_for_files() {
     let mut scheduler = opened(100, &[(1, &[10, 10]), (2, &[10])]);
     scheduler.file_read(1, 0);
     scheduler.file_read(2, 0);
@@ -311,7 +316,7 @@ fn a_stalled_load_gets_no_job_that_may_wait_for_files() {
     let checks = [0, 1, 2].map(|file| Job::Check(1, file));
     let batches = [0, 1].map(|batch| Job::Allocate(1, batch, need(10)));
     assert_eq!(drain(&mut scheduler), [&checks[..], &batches].concat());
-    // A forgotten load leaves nothing behind.
+    // A forgotten load leaves no jobs behind.
     scheduler.stall(1, false);
     scheduler.file_read(1, 3);
     assert_eq!(drain(&mut scheduler), []);
@@ -330,7 +335,7 @@ fn stalled_opening_does_not_block_later_loads() {
     assert_eq!(drain(&mut scheduler), [Job::Open(2)]);
     scheduler.opened(2, demand(&[10], 10, Priority::Normal));
     assert_eq!(drain(&mut scheduler), [Job::Allocate(2, 0, need(10))]);
-    // Whether or not the load is still wanted.
+    // The same holds after the stalled load was forgotten.
     scheduler.forget(&1);
     scheduler.end();
     assert_eq!(drain(&mut scheduler), [Job::Open(3)]);
@@ -352,9 +357,9 @@ fn load_at_its_share_is_passed_over_without_blocking() {
         scheduler.opened(load, demand(&[10, 10, 10], 10, Priority::Normal));
     }
     let taken: Vec<_> = drain(&mut scheduler).iter().map(|job| (*job.load(), matches!(job, Job::Allocate(..)))).collect();
-    assert_eq!(taken, [(1, true), (2, true), (3, true)], "half of the limit is for later loads");
+    assert_eq!(taken, [(1, true), (2, true), (3, true)], "half of the limit is reserved for later loads");
     scheduler.freed(&2, 10, 0);
-    assert_eq!(drain(&mut scheduler), [Job::Allocate(2, 1, need(10))], "its own consumer has dropped something");
+    assert_eq!(drain(&mut scheduler), [Job::Allocate(2, 1, need(10))], "the consumer of load 2 has dropped a segment");
     scheduler.forget(&1);
     assert_eq!(drain(&mut scheduler), [], "load 1's memory is still held");
     scheduler.freed(&1, 10, 0);
@@ -372,7 +377,7 @@ fn loads_wait_for_reservations_in_order_and_the_pool_yields() {
     }
     assert_eq!(drain(&mut scheduler), [Job::Allocate(1, 0, need(30))], "load 3 does not overtake load 2");
     scheduler.pooled(&1, 30);
-    assert_eq!(drain(&mut scheduler), [Job::Allocate(3, 0, need(5)), Job::MakeRoom(2, 15)].map(|job| job), "once");
+    assert_eq!(drain(&mut scheduler), [Job::Allocate(3, 0, need(5)), Job::MakeRoom(2, 15)], "the request is made once");
     scheduler.freed(&1, 0, 30);
     assert_eq!(drain(&mut scheduler), [Job::Allocate(2, 0, need(20))]);
     assert_eq!(scheduler.memory_bytes(), 25);

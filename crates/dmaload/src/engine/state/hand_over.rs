@@ -1,11 +1,11 @@
-//! Hands over what is full.
+//! Hands over full segments.
 //!
-//! Workers and the teller record what has become complete; only the teller hands it over
-//! ([`LoadShared::deliver`]).
+//! Workers and the teller record full pieces and checked files; only the teller hands segments
+//! over ([`LoadShared::deliver`]).
 //!
-//! Segments are handed over in order, and those that share an allocation together, since a holder
-//! of the allocation sees all of it. The last segment of a file waits until the file was checked:
-//! if the file changed while it was read, the load fails instead.
+//! Segments are handed over in order. Those that share an allocation are handed over together,
+//! because a holder of the allocation sees all of it. The last segment of a file waits until the
+//! file was checked: if the file changed while it was read, the load fails instead.
 #![allow(unsafe_code)]
 
 use std::ops::Range;
@@ -44,9 +44,9 @@ pub(crate) struct WholeFile {
 
 impl AsRef<[u8]> for WholeFile {
     fn as_ref(&self) -> &[u8] {
-        // SAFETY: `LoadShared::whole_file` creates this only for files whose pieces have all come
-        // back from the driver: their part of the memory is filled, and nothing writes to it
-        // before it is handed over, which happens after its file's check.
+        // SAFETY: `LoadShared::whole_file` creates this only for files whose pieces were all
+        // returned by the driver, so their part of the memory is filled. Nothing writes to it
+        // before it is handed over, which happens only after its file's check.
         unsafe { self.backing.filled(self.range.clone()) }
     }
 }
@@ -61,17 +61,17 @@ pub(crate) struct FollowUpJobs {
     pub(crate) finish: Option<usize>,
 }
 
-/// The result of handing over.
+/// The state of a load after [`LoadShared::deliver`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum HandOverStatus {
-    /// There is more to come.
+    /// The load has not delivered its end yet.
     Going,
     /// The load has delivered its end, or was already over.
     Over,
 }
 
 impl LoadShared {
-    /// Records that a piece holds its bytes.
+    /// Records that all bytes of a piece were read.
     pub(crate) fn record_full_piece(&self, number: usize, route: Option<Route>) -> FollowUpJobs {
         let mut state = self.state();
         if state.is_over() {
@@ -97,7 +97,7 @@ impl LoadShared {
         FollowUpJobs { check: read.then_some(file_index), finish: finish.then_some(memory_index) }
     }
 
-    /// A full allocation that has to be finished, and what to move in it; `None` when the load is
+    /// A full allocation that has to be finished, and the moves within it; `None` when the load is
     /// over.
     pub(crate) fn full_memory(&self, number: usize) -> Option<(Arc<Backing>, Vec<Move>)> {
         let state = self.state();
@@ -133,8 +133,8 @@ impl LoadShared {
         }
     }
 
-    /// Takes the file to check, and its identity at the start; `None` when the load is over. The
-    /// file is closed when the caller drops it.
+    /// Takes the file to check, and its identity when the load was planned; `None` when the load
+    /// is over. The file is closed when the caller drops it.
     pub(crate) fn take_file(&self, index: usize) -> Option<(Arc<OpenFile>, Identity)> {
         let (cell, identity) = {
             let state = self.state();
@@ -172,8 +172,8 @@ impl LoadShared {
     /// Records that a file has not changed; `tensors` are those found in its memory.
     ///
     /// # Errors
-    /// With the last of several small files: those of [`LoadShared::check_whole`], which could not
-    /// be called before.
+    /// With the last file of a load that has small files, those of [`LoadShared::check_whole`],
+    /// which could not run before.
     pub(crate) fn record_checked_file(&self, index: usize, tensors: Option<Arc<TensorMap>>) -> Result<()> {
         let mut state = self.state();
         if state.is_over() {
@@ -186,7 +186,7 @@ impl LoadShared {
             let chosen = ChosenTensors::owned(&map, |name| source.owns(name)).map(Arc::new);
             file.planned.tensors = Some(Arc::new(FileTensors { map, chosen }));
         }
-        // Before its segments are shown: a finished load is whole.
+        // This check comes before the last segments are handed over: a finished load is whole.
         if state.files_left == 0 && state.files.iter().any(|file| file.planned.small) {
             let maps = state.files.iter().map(|file| file.planned.tensors.as_deref().map(|tensors| &*tensors.map));
             let notes = self.check_whole(maps)?;
@@ -198,17 +198,16 @@ impl LoadShared {
         Ok(())
     }
 
-    /// Records that the driver has forgotten the load, with the times it took to read.
+    /// Records that the driver has released the load, and the times that the driver measured.
     pub(crate) fn record_times(&self, times: Times) {
         self.state().times = Some(times);
     }
 
-    /// Hands over what is complete and next in order; after the last segment, or a failure, the
+    /// Hands over complete segments in order. After the last segment or a failure, delivers the
     /// end.
     ///
     /// Only one thread at a time may call this, which keeps the order. It wakes the consumer, so
-    /// it holds no lock while doing so. If the load fails here, what it leaves is added to
-    /// `remains`.
+    /// it holds no lock meanwhile. If the load fails here, its remains are added to `remains`.
     pub(crate) fn deliver(&self, remains: &mut Vec<DeferredDrop>) -> HandOverStatus {
         loop {
             // A separate statement: the lock must be released before anything is sent or dropped.
@@ -310,11 +309,11 @@ impl LoadShared {
         }
     }
 
-    /// The segment whose turn it is, if its allocation is ready, and whether it is the last one in
-    /// it.
+    /// The next segment in order, if its allocation is ready, and whether it is the last one in
+    /// that allocation.
     ///
     /// # Errors
-    /// Its memfd could not be sealed against writes, so its bytes can't be lent.
+    /// If its memfd could not be sealed against writes, so that its bytes must not be shown.
     fn next_segment(&self, state: &LoadState) -> Result<Option<(Segment, bool)>, dmabuf::Error> {
         let index = state.handed;
         let Some(planned) = state.plan.segments.get(index) else { return Ok(None) };
@@ -324,14 +323,14 @@ impl LoadShared {
         }
         let file = &state.files.get(planned.file).expect("a segment belongs to a planned file").planned;
         let sharing = &state.plan.memories.get(planned.memory).expect("every allocation was planned").segments;
-        // After the last one, the allocation belongs to the consumer alone.
+        // After its last segment, the allocation belongs to the consumer alone.
         let last = index + 1 == sharing.end;
         let backing = if last { memory.cell.take() } else { memory.cell.get() };
         let backing = backing.expect("an allocation that is ready exists until its last segment is handed over");
         if index == sharing.start {
             self.seal(&backing)?;
-            // Only once: the consumer of the first segment may hand it out before the second one
-            // is made.
+            // Only with the first segment: its consumer may hand out the memory before the second
+            // segment is created.
             backing.allow_reuse();
             backing.allow_fork();
         }
@@ -347,10 +346,10 @@ impl LoadShared {
             memory_offset: to_usize(planned.memory_offset),
             memory_bytes: to_usize(planned.memory_bytes),
         };
-        // SAFETY: `pieces_left` of its allocation is 0, so the driver has returned every piece of
-        // it: all bytes were read, and no read is in flight. Pieces drop their reference to the
-        // backing without reading it, and the cell's is only used for segments like this one. A
-        // memfd is sealed, or one of our own heaps created it; anything else that refers to the
+        // SAFETY: `pieces_left` of the allocation is 0, so the driver has returned all of its
+        // pieces: all bytes were read, and no read is in flight. Pieces drop their reference to
+        // the backing without reading it, and the cell's reference is only used for segments like
+        // this one. A memfd is sealed, or one of our own heaps created it; any other holder of the
         // memory is bound by the contract of `Heap`.
         Ok(Some((unsafe { Segment::new(place, Arc::clone(&self.heap), backing) }, last)))
     }
@@ -358,8 +357,8 @@ impl LoadShared {
     /// Seals a memfd against writes, before any segment in it is shown.
     ///
     /// # Errors
-    /// It can't be sealed, so another holder of its descriptor could write to the bytes that are
-    /// lent.
+    /// If it can't be sealed, so another holder of its descriptor could write to bytes that are
+    /// shown.
     fn seal(&self, backing: &Backing) -> Result<(), dmabuf::Error> {
         let Some(memfd) = backing.memfd() else { return Ok(()) };
         match memfd.seal_against_writes() {
@@ -371,14 +370,14 @@ impl LoadShared {
     }
 }
 
-/// Whether a memfd that could not be sealed may be shown: one from our own heaps, which keep no
-/// second descriptor, on a kernel before 5.1, which has no such seal. EINVAL also stands for a
-/// file that does not support seals at all.
+/// Whether a memfd that could not be sealed may be shown. This requires one of our own heaps,
+/// which keep no second descriptor, and a kernel before Linux 5.1, which lacks this seal. EINVAL
+/// alone is not enough: files that do not support seals at all return it, too.
 fn may_stay_unsealed(errno: Errno, heap_is_own: bool, kernel_seals_writes: impl FnOnce() -> bool) -> bool {
     heap_is_own && errno == Errno::EINVAL && !kernel_seals_writes()
 }
 
-/// What [`LoadShared::deliver`] has to do without the lock.
+/// The next step of [`LoadShared::deliver`], to be taken without the lock.
 enum DeliveryStep {
     Nothing,
     Over,

@@ -1,4 +1,4 @@
-//! Reports on a load: events on the way, its error, and the final report with its notes.
+//! A load's reports: events while it runs, its error, and the final report with its notes.
 
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
@@ -26,7 +26,8 @@ use crate::telemetry::trace::{TraceEvent, TraceKind};
 
 /// The smallest amount read through the page cache that is reported.
 const PAGE_CACHE_NOTE_BYTES: u64 = 1 << 30;
-/// A dying disk causes thousands of retries; the first ones say enough.
+/// How many retries are noted individually. A dying disk causes thousands; the first ones tell
+/// enough.
 const RETRIES_NOTED_MAX: usize = 8;
 
 impl LoadShared {
@@ -51,15 +52,15 @@ impl LoadShared {
         let errno = errno::describe(errno);
         foreign::emit(|| {
             let errno = errno.as_str();
-            tracing::warn!(load = self.id.0, bytes, errno, "no memory for more staging: fewer reads at once");
+            tracing::warn!(load = self.id.0, bytes, errno, "no memory for more staging: fewer reads are in flight");
         });
         let note = format!("no memory for more than {bytes} bytes of staging ({errno}): fewer reads were in flight at once");
         self.state().notes.push(note);
     }
 
-    /// Notes that no thread could be started for its copies.
+    /// Notes that no thread could be started for the load's copies.
     pub(crate) fn note_missing_thread(&self) {
-        let note = "no thread could be started beside the ring thread: reads waited for copies";
+        let note = "no thread could be started for copies: reads waited for the ring thread to copy";
         foreign::emit(|| tracing::warn!(load = self.id.0, "{note}"));
         self.state().notes.push(note.to_owned());
     }
@@ -82,7 +83,8 @@ impl LoadShared {
         }
     }
 
-    /// Records something the ring thread did for a piece; its clock started at `epoch`.
+    /// Records an operation of the ring thread on a piece. The ring thread's clock started at
+    /// `epoch`.
     pub(crate) fn record_trace(&self, number: usize, span: TimedSpan, epoch: Instant) {
         let mut state = self.state();
         if state.is_over() {
@@ -107,7 +109,7 @@ impl LoadShared {
         TraceEvent { kind, start: since(start), end: since(end), file_index, segment, bytes }
     }
 
-    /// Fails the load for a reason that the driver gave.
+    /// Fails the load with the driver's reason.
     pub(crate) fn fail_for(&self, failure: Failure) -> DeferredDrop {
         let path = |file: usize| self.path(file).map(|path| path.as_ref().clone()).unwrap_or_default();
         let error = match failure {
@@ -181,8 +183,8 @@ impl LoadShared {
         }
         if let Some(shard) = self.options.select.shard {
             let Shard { rank, world_size, dim } = shard;
-            let of = dim.map_or("the bytes of each file".to_owned(), |dim| format!("each tensor along dimension {dim}"));
-            notes.push(format!("this is part {rank} of {world_size} of {of}"));
+            let whole = dim.map_or("the bytes of each file".to_owned(), |dim| format!("each tensor along dimension {dim}"));
+            notes.push(format!("this is part {rank} of {world_size} of {whole}"));
         }
         if let Some(cached_bytes) = filled_cache_bytes(state) {
             notes.push(format!(
@@ -191,7 +193,7 @@ impl LoadShared {
             ));
         }
         if self.allocates_at_once && self.options.layout == Layout::Single {
-            notes.push("the memory of a whole file was one allocation, so nothing was read while it was being made".to_owned());
+            notes.push("each file had a single allocation, so its reads began only after all of it was allocated".to_owned());
         }
         notes
     }
@@ -229,7 +231,7 @@ impl LoadShared {
             notes: self.notes(state),
             layout: self.options.layout,
             route: state.files.iter().map(|file| file.route).max().unwrap_or(self.starting_route()),
-            fallbacks: merged(&state.fallbacks),
+            fallbacks: merge_fallbacks(&state.fallbacks),
             measured: state.measured,
             verified: self.verified.get().cloned(),
             trace: std::mem::take(&mut state.trace),
@@ -245,8 +247,9 @@ pub(super) fn filled_cache_bytes(state: &LoadState) -> Option<u64> {
     (cached_bytes >= PAGE_CACHE_NOTE_BYTES).then_some(cached_bytes)
 }
 
-/// Before Linux 6.7 this is expensive, so it runs once per load rather than once per piece.
-/// Segments that were dropped by then are not counted.
+/// Counts huge pages by `/proc/self/smaps`, for kernels before Linux 6.7. This is expensive, so it
+/// runs once per load rather than once per piece. Segments that were dropped by then are not
+/// counted.
 fn pages_by_smaps(range: Option<&AddressRange>) -> PageCount {
     let mut pages = PageCount::default();
     if let Some(range) = range {
@@ -256,8 +259,8 @@ fn pages_by_smaps(range: Option<&AddressRange>) -> PageCount {
     pages
 }
 
-/// Merges the same step of many files into one, without a file.
-fn merged(fallbacks: &[Fallback]) -> Vec<Fallback> {
+/// Merges equal steps of several files into one that names no file.
+fn merge_fallbacks(fallbacks: &[Fallback]) -> Vec<Fallback> {
     let mut merged: Vec<Fallback> = Vec::new();
     let mut seen = HashMap::new();
     for fallback in fallbacks {

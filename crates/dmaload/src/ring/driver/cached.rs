@@ -32,7 +32,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         unsafe { self.kernel.read_cached(&entry.file.handle, CachedRead { token, to, bytes, offset }) };
     }
 
-    /// Completes a copy from the page cache. What was evicted in the meantime is read from
+    /// Completes a copy from the page cache. Bytes that were evicted in the meantime are read from
     /// storage, starting at a block boundary, as direct reads must.
     pub(super) fn complete_cached(&mut self, id: LoadId, chunk: Chunk, route: Route, result: Result<usize, Fault>) {
         let wanted = chunk.range.end - chunk.range.start;

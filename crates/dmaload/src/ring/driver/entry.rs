@@ -1,4 +1,4 @@
-//! The driver's records of loads, of their pieces, and of what is in flight for them.
+//! The driver's records of loads, their pieces and their operations in flight.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Range;
@@ -22,7 +22,7 @@ pub(super) struct PieceEntry<F, B> {
     pub(super) file: FileSpec<F>,
     pub(super) buffer: B,
     pub(super) buffer_slot: Option<u16>,
-    /// Chunks that are not complete, in flight or not.
+    /// Chunks that are not complete, whether in flight or queued.
     pub(super) chunks_left: usize,
     pub(super) in_flight: usize,
     /// The lowest route by which any of its bytes came from storage, if any did.
@@ -45,7 +45,7 @@ pub(super) struct Chunk {
     /// How many times in a row a read returned less than a block, or was interrupted.
     pub(super) parts_of_a_block: u32,
     pub(super) interruptions: u32,
-    /// It failed, and is retried once with no other read of its load in flight.
+    /// Whether it failed and is retried once, with no other read of its load in flight.
     pub(super) alone: bool,
 }
 
@@ -59,7 +59,7 @@ impl Chunk {
         Chunk::new(self.piece, self.position, self.range.start + bytes..self.range.end)
     }
 
-    pub(super) fn at(&self) -> u64 {
+    pub(super) fn start_position(&self) -> u64 {
         self.position + self.range.start
     }
 }
@@ -89,7 +89,7 @@ pub(super) enum Step {
     Observed,
 }
 
-/// Something to observe when its turn comes.
+/// Bytes to observe when their turn comes.
 #[derive(Debug)]
 pub(super) enum Unobserved {
     Piece(Token),
@@ -132,13 +132,13 @@ impl LoadEntry {
     /// Whether the next chunk has to be read alone.
     fn next_is_alone(&self) -> bool {
         match (self.alone.front(), self.chunks.front()) {
-            // In file order, see the module.
-            (Some(alone), Some(other)) if self.is_observed() => alone.at() < other.at(),
+            // Observed loads are read in file order: see the driver's module documentation.
+            (Some(alone), Some(other)) if self.is_observed() => alone.start_position() < other.start_position(),
             (alone, _) => alone.is_some(),
         }
     }
 
-    /// The piece of the next chunk, whether or not that can be read now.
+    /// The piece of the next chunk, whether or not the chunk can be read now.
     pub(super) fn next_piece(&self) -> Option<Token> {
         let queue = if self.next_is_alone() { &self.alone } else { &self.chunks };
         queue.front().map(|chunk| chunk.piece)
@@ -154,12 +154,13 @@ impl LoadEntry {
         if alone { self.alone.pop_front() } else { self.chunks.pop_front() }
     }
 
-    /// Queues a chunk that was not (completely) read before all others; for an observed load, in
+    /// Queues a chunk that was not (completely) read ahead of all others; for an observed load, in
     /// file order.
     pub(super) fn requeue(&mut self, chunk: Chunk) {
         let ordered = self.is_observed();
         let queue = if chunk.alone { &mut self.alone } else { &mut self.chunks };
-        let before = if ordered { queue.iter().take_while(|other| other.at() < chunk.at()).count() } else { 0 };
+        let before =
+            if ordered { queue.iter().take_while(|other| other.start_position() < chunk.start_position()).count() } else { 0 };
         queue.insert(before, chunk);
     }
 
@@ -178,7 +179,7 @@ impl LoadEntry {
 }
 
 /// Splits a piece into chunks.
-pub(super) fn chunks_of<F, B>(token: Token, entry: &mut PieceEntry<F, B>, chunk_bytes: u64) -> Vec<Chunk> {
+pub(super) fn split_into_chunks<F, B>(token: Token, entry: &mut PieceEntry<F, B>, chunk_bytes: u64) -> Vec<Chunk> {
     let chunk =
         |(number, range)| Chunk { cached: entry.file.cached.contains(number), ..Chunk::new(token, entry.position, range) };
     let chunks: Vec<_> = split(0..entry.piece.bytes, chunk_bytes).enumerate().map(chunk).collect();

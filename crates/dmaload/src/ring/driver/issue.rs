@@ -16,7 +16,7 @@ use crate::support::errno;
 use crate::support::id::LoadId;
 use crate::telemetry::trace::TraceKind;
 
-/// Where a read goes.
+/// The destination of a read.
 pub(super) struct Destination {
     pub(super) buffer_slot: Option<u16>,
     pub(super) address: NonNull<u8>,
@@ -36,7 +36,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         let staged = load.spec.observation.as_ref().is_some_and(|observed| observed.staged);
         match entry.file.route {
             Route::Bounce => self.issue_staged(id, chunk),
-            // A load observed in staging uses it on every route.
+            // A load that is observed in staging uses staging on every route.
             Route::UringBuffered | Route::Buffered if staged => self.issue_staged(id, chunk),
             // A ring can't populate memory.
             Route::UringBuffered if !entry.buffer.is_populated() => self.issue_staged(id, chunk),
@@ -78,10 +78,11 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         }
     }
 
-    /// Issues another chunk in place of one for which there is no buffer slot. If that was evicted
-    /// from the page cache, a piece behind it may already hold a slot until its last chunk. Chunks
-    /// of such pieces go first, or neither would ever proceed; those that are read alone, once
-    /// nothing is in flight. Returns `false` if there are none.
+    /// Issues another chunk in place of one for which no buffer slot is free: a chunk of a piece
+    /// that already holds a slot. Such a piece may come later in the file, if the first chunk was
+    /// evicted from the page cache, and it keeps its slot until its last chunk, so otherwise
+    /// neither would ever proceed. A chunk that is read alone is taken only if nothing is in
+    /// flight. Returns `false` if no such chunk exists.
     pub(super) fn issue_registered_instead(&mut self, id: LoadId, chunk: Chunk) -> bool {
         let load = self.loads.get_mut(&id).expect(LOAD);
         let mut has_slot = |other: &Chunk| self.pieces.get_mut(other.piece).expect(PIECE).buffer_slot.is_some();
@@ -125,7 +126,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         let token = self.reads.insert(in_flight);
         let read = Read { token, load: id, route: by, buffer_slot, address, bytes, offset, place };
         // SAFETY: the address is in the piece's buffer or in a staging slot. The piece entry owns
-        // the buffer and is not removed before its `in_flight` is 0 again, and the slot stays
+        // the buffer and is removed only after its `in_flight` is 0 again, and the slot stays
         // taken until then; that happens only in `complete`. `give_up` leaks both instead.
         unsafe { self.kernel.read(&entry.file.handle, read) };
         let load = self.loads.get_mut(&id).expect(LOAD);

@@ -13,13 +13,13 @@ use crate::support::convert::to_usize;
 use crate::support::id::LoadId;
 
 impl<K: Kernel, B: PieceMemory> Driver<K, B> {
-    /// Lets the observer see what is next in file order, if that is ready and no other observation
+    /// Starts the next observation in file order, if its bytes are ready and no other observation
     /// is in flight.
     pub(super) fn observe_next(&mut self, id: LoadId) {
         let load = self.loads.get_mut(&id).expect(LOAD);
         let observation = load.spec.observation.as_ref().expect("only observed loads have observations");
         let watch = Arc::clone(&observation.watch);
-        // The next one in file order is not ready, or another is being observed.
+        // The next bytes in file order are not ready, or others are being observed.
         let Some(unobserved) = load.unobserved.take() else { return };
         let token = match &unobserved {
             Unobserved::Piece(token) => *token,
@@ -48,7 +48,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     }
 
     /// Queues the observation of a finished copy from staging. Bytes beyond the last whole block
-    /// of a direct read are not included: they are read again with the rest.
+    /// of a direct read are not observed yet: they are read again with the rest.
     pub(super) fn queue_observation(&mut self, id: LoadId, chunk: Chunk, route: Route, slot: StagingSlot, bytes: usize) {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let counted = progress(&chunk, bytes as u64, route, entry.file.alignment_bytes);
@@ -57,7 +57,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
             self.advance(chunk, route, bytes as u64);
             return;
         }
-        let position = chunk.at();
+        let position = chunk.start_position();
         let load = self.loads.get_mut(&id).expect(LOAD);
         load.unobserved.insert(position, counted, Unobserved::Staged { chunk, route, slot, bytes: to_usize(counted) });
         self.observe_next(id);

@@ -1,5 +1,5 @@
-//! What follows a read: reading the rest of a short one, a retry, a lower route, or the failure of
-//! the load.
+//! Handles the results of reads: continues after short ones, retries, steps down, or fails the
+//! load.
 
 use rustix::io::Errno;
 
@@ -46,7 +46,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
             self.requeue(id, chunk);
         } else {
             // Only a buffered read can tell whether the file ends here. The kernel returned no
-            // error, so the step is reported with the one that reading on from within a block
+            // error, so the step is reported with EINVAL, which a direct read from within a block
             // would return.
             let piece = chunk.piece;
             self.requeue(id, chunk);
@@ -107,8 +107,9 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         self.loads.get_mut(&id).expect(LOAD).requeue(chunk);
     }
 
-    /// Steps down, since `from` was refused to the file of this piece: from now on all of its
-    /// reads use `to` or a lower route. What the ring refuses, it refuses to all files.
+    /// Steps down, because `from` was refused for the file of this piece: from now on all of its
+    /// reads use `to` or a lower route. Refusals by the ring or by memory concern all files of the
+    /// load.
     pub(super) fn step_down(&mut self, piece: Token, from: Route, to: Route, attempt: Attempt, errno: Errno, offset: u64) {
         let entry = self.pieces.get_mut(piece).expect(PIECE);
         let (id, file) = (entry.load, entry.file.index);
@@ -119,7 +120,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         }
         let mount = entry.file.mount;
         let file_index = match attempt {
-            // What memory refuses, it refuses to all files.
+            // Memory that can't be pinned concerns all files.
             Attempt::Read if errno == Errno::FAULT => None,
             Attempt::SetUpRing | Attempt::RegisterBuffer | Attempt::RegisterStaging => None,
             Attempt::OpenDirect

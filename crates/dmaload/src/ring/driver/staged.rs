@@ -15,8 +15,9 @@ use crate::support::id::LoadId;
 impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     /// Issues a read into staging. Returns `false` if no slot is available.
     pub(super) fn issue_staged(&mut self, id: LoadId, mut chunk: Chunk) -> bool {
-        // Everything else that an observed load holds waits for this chunk, the first that was not
-        // observed, so it does not count against the load.
+        // If nothing of an observed load is in flight, this chunk is the first that was not
+        // observed, and all slots that the load holds wait for it. They do not count against the
+        // load then.
         let load = self.loads.get(&id).expect(LOAD);
         let waits = load.is_observed() && load.in_flight == 0;
         let file_system = self.pieces.get_mut(chunk.piece).expect(PIECE).file.mount;
@@ -69,8 +70,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         true
     }
 
-    /// Registers a slot for a load that wants that; reports, once, if it can't be done. Returns
-    /// `false` if the load is strict, and so fails.
+    /// Registers a slot if the load wants registered staging; reports once if that is refused.
+    /// Returns `false` if the load has failed, because it is strict.
     pub(super) fn register_staging(&mut self, id: LoadId, chunk: &Chunk, slot: StagingSlot) -> bool {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let (file, offset, wanted) = (entry.file.index, entry.piece.file_offset + chunk.range.start, entry.file.staged_by);
@@ -99,7 +100,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         true
     }
 
-    /// Starts the copy of what was read into staging to its place.
+    /// Starts the copy of bytes from staging to their place.
     pub(super) fn start_copy(&mut self, id: LoadId, chunk: Chunk, route: Route, slot: StagingSlot, bytes: usize) {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let (staging, _) = self.staging.get(slot);
@@ -111,9 +112,9 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         self.in_flight.take(&id, entry.file.mount, 1);
         let since = self.kernel.now();
         let token = self.reads.insert(InFlight { chunk, route, step: Step::Copied(slot), since });
-        // SAFETY: both are that long (asserted above) and belong to different mappings. As for
-        // reads, neither is released or accessed before the completion, and nothing else reads
-        // into a taken slot.
+        // SAFETY: both buffers have `bytes` bytes there (asserted above) and belong to different
+        // mappings. As for reads, neither is released or accessed before the completion, and
+        // nothing else reads into a taken slot.
         unsafe { self.kernel.copy(StagedCopy { token, from, to, bytes }) };
         self.report_missing_thread(id);
         let load = self.loads.get_mut(&id).expect(LOAD);
@@ -122,7 +123,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         self.pace.begin(self.kernel.now());
     }
 
-    /// Reports, once, that there is no thread for work beside reads.
+    /// Reports, once, that no thread could be started for copies.
     pub(super) fn report_missing_thread(&mut self, id: LoadId) {
         if let Some(load) = self.loads.get_mut(&id).filter(|load| !load.no_thread_reported)
             && self.kernel.lacks_threads()

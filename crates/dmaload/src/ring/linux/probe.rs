@@ -1,4 +1,4 @@
-//! Probes what io_uring allows here, on a ring like the loader's.
+//! Probes which io_uring features are allowed here, on a ring like the loader's.
 
 use dmabuf::{Errno, Pages};
 
@@ -7,15 +7,15 @@ use crate::memory::buffer::Buffer;
 use crate::ring::wake::Wake;
 use crate::support::errno;
 
-/// The size of a piece: what a load registers at a time.
+/// The size of a piece, which is what a load registers at a time.
 pub(crate) const REGISTER_BYTES_MAX: usize = 16 << 20;
 
 pub(crate) const REGISTER_BYTES_MIN: usize = 64 << 10;
 
-/// What io_uring allows here.
+/// Which io_uring features are allowed here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct IoUring {
-    /// Setting up a ring and entering it. If this is refused, so is all the rest.
+    /// Setting up a ring and entering it. If this is refused, all other features are, too.
     pub setup: Result<(), Errno>,
     /// `SINGLE_ISSUER` with `DEFER_TASKRUN`: completions are processed in batches.
     pub deferred_task_run: Result<(), Errno>,
@@ -24,7 +24,8 @@ pub struct IoUring {
     pub buffer_table: Result<(), Errno>,
     /// A sparse table of registered files: no look-up per read.
     pub file_table: Result<(), Errno>,
-    /// Registering 16 MiB, a piece of a load. ENOMEM means the limit of locked memory.
+    /// Registering 16 MiB, the largest piece of a load. ENOMEM means that the limit of locked
+    /// memory is too low.
     pub register: Result<(), Errno>,
     /// The largest multiple of 64 KiB, up to 16 MiB, that could be registered; 0 if none.
     pub registrable_bytes: u64,
@@ -44,7 +45,7 @@ impl IoUring {
     }
 }
 
-/// Tries what the engine would use, on a ring like the engine's.
+/// Tries the features that the engine would use, on a ring like the engine's.
 pub(crate) fn probe() -> rustix::io::Result<IoUring> {
     let wake = Wake::new()?;
     let mut ring = Ring::new(1, &wake)?;
@@ -80,7 +81,8 @@ fn largest_registrable(ring: &mut Ring) -> (u64, Result<(), Errno>) {
     if whole.is_ok() {
         return (REGISTER_BYTES_MAX as u64, whole);
     }
-    // In steps: this many are possible, and this many are not.
+    // In multiples of `REGISTER_BYTES_MIN`: the largest known to succeed, and the smallest known
+    // to fail.
     let (mut possible, mut impossible) = (0, REGISTER_BYTES_MAX / REGISTER_BYTES_MIN);
     while possible + 1 < impossible {
         let middle = possible.midpoint(impossible);

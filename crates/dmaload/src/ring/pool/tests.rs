@@ -20,7 +20,7 @@ impl Sink for ArraySink {
     }
 }
 
-/// Blocks each copy until it is released, and counts those that are blocked.
+/// Blocks each copy until it is released, and counts the blocked ones.
 #[derive(Debug, Default)]
 struct CopyGate {
     held: Mutex<(usize, usize)>,
@@ -66,7 +66,7 @@ fn concurrent_copies_are_bounded_and_all_are_done() {
     let mut copy = |pool: &mut ThreadPool| {
         let to = Place { sink: Arc::clone(&gate) as Arc<dyn Sink>, offset: 0 };
         let copy = StagedCopy { token: slots.insert(()), from: NonNull::from(&from).cast(), to, bytes: 64 };
-        // SAFETY: the place stays until all are done, and nothing is written.
+        // SAFETY: both places outlive all copies, and the sink writes nothing.
         unsafe { pool.copy(copy) };
     };
     (0..4).for_each(|_| copy(&mut pool));
@@ -78,7 +78,7 @@ fn concurrent_copies_are_bounded_and_all_are_done() {
     gate.release(4);
     gate.wait_until_held(1);
     std::thread::sleep(std::time::Duration::from_millis(20));
-    assert_eq!((gate.held.lock().unwrap().0, pool.threads), (1, 4), "the others wait");
+    assert_eq!((gate.held.lock().unwrap().0, pool.threads), (1, 4), "only one thread copies, and the other three wait");
     gate.release(4);
     let mut done = Vec::new();
     while done.len() < 8 {
@@ -109,7 +109,7 @@ fn copy_without_threads_is_done_inline_and_reported() {
     }
 }
 
-/// A place whose memory is populated by a heap.
+/// A sink whose memory would be populated by a heap.
 #[derive(Debug)]
 struct HeapSink;
 

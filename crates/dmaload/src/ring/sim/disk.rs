@@ -1,4 +1,4 @@
-//! The files of the simulated disk, and what is wrong with them.
+//! The files of the simulated disk, and their faults.
 
 use std::ops::Range;
 use std::rc::Rc;
@@ -6,12 +6,12 @@ use std::rc::Rc;
 use rustix::io::Errno;
 
 pub(super) const BLOCK: u64 = 4096;
-/// What memory holds before anything is read into it. No file contains this byte.
+/// The byte that fills memory before anything is read into it. No file contains this byte.
 pub(super) const POISON: u8 = 0xEE;
-/// What a device writes between the end of a file and the end of its last block.
+/// The byte that a device writes between the end of a file and the end of its last block.
 pub(super) const BEYOND_END: u8 = 0xBB;
 
-/// A file whose bytes follow from its number.
+/// A file whose bytes are computed from its number.
 #[derive(Debug, Clone)]
 pub(super) struct SimFile {
     pub(super) number: u64,
@@ -24,11 +24,11 @@ pub(super) struct SimFile {
 pub(super) struct FileFaults {
     /// Range in which every read fails, and the error that it fails with.
     pub(super) bad: Option<(Range<u64>, Errno)>,
-    /// Error of every direct read.
+    /// The error of every direct read.
     pub(super) no_direct: Option<Errno>,
-    /// Error of every read by io_uring.
+    /// The error of every read by io_uring.
     pub(super) no_ring: Option<Errno>,
-    /// Whether reads never complete.
+    /// Whether its reads never complete.
     pub(super) hangs: bool,
 }
 
@@ -38,8 +38,8 @@ impl SimFile {
     }
 }
 
-/// The byte at `offset` in the file with this number: never zero and never poison, so that
-/// neither memory that was zeroed nor memory that was not written passes for a file's bytes.
+/// The byte at `offset` in the file with this number. It is never zero and never poison, so
+/// neither zeroed memory nor memory that was not written to passes for a file's bytes.
 pub(super) fn byte_of(number: u64, offset: u64) -> u8 {
     let mixed = (offset ^ number << 40).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
     let byte = (mixed & 0xFF) as u8;

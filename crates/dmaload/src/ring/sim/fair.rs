@@ -24,7 +24,7 @@ use crate::route::Route;
 use crate::support::id::LoadId;
 
 const PIECES: usize = 24;
-/// More than the pieces of a load.
+/// More than a load has pieces.
 const ENOUGH: u16 = 1000;
 
 /// The resources that loads share.
@@ -93,7 +93,7 @@ impl FairMachine {
         self.scheduler.submit(LoadId(number));
     }
 
-    /// Runs until nothing changes any more; returns the loads that are complete.
+    /// Runs until nothing changes any more; returns the complete loads.
     fn run(&mut self) -> Vec<LoadId> {
         let mut idle = 0;
         while idle < 100 {
@@ -162,7 +162,7 @@ impl FairMachine {
         }
     }
 
-    /// Does what a shutdown does past its deadline.
+    /// Gives up, as a shutdown does at its deadline.
     fn give_up(mut self) {
         self.driver.give_up(Failure::Kernel { errno: rustix::io::Errno::TIMEDOUT });
         self.driver.kernel().complete_late();
@@ -198,20 +198,20 @@ fn two_silent_file_systems_do_not_stop_a_third() {
             for number in 0..2 * loads {
                 machine.submit(number, number / loads, hung_by, true);
             }
-            assert_eq!(machine.run(), [], "{hung_by}: they hang");
+            assert_eq!(machine.run(), [], "loads by {hung_by} hang");
             let others = [20, 21, 22].map(LoadId);
             for other in others {
                 machine.submit(other.0, 2, others_by, false);
             }
-            let case = format!("by {others_by} beside {loads} that hang by {hung_by} from each of two, of {shared:?}");
+            let case =
+                format!("by {others_by}, beside {loads} hanging loads by {hung_by} of each of two file systems, with {shared:?}");
             assert_eq!(machine.run(), others, "{case}");
             machine.give_up();
         }
     }
 }
 
-/// The same when all start at once, the silent ones first, with as many from one file system as a
-/// loader has open.
+/// The same when all loads start at once, the silent ones first, with many from one file system.
 #[test]
 fn loads_that_start_beside_many_silent_ones_proceed() {
     for (shared, hung_by, others_by) in each_case(each_scarce(8, 8, 8, 8)) {
@@ -223,29 +223,31 @@ fn loads_that_start_beside_many_silent_ones_proceed() {
         for other in others {
             machine.submit(other.0, 1, others_by, false);
         }
-        assert_eq!(machine.run(), others, "by {others_by} beside many that hang by {hung_by}, of {shared:?}");
+        assert_eq!(machine.run(), others, "by {others_by}, beside many hanging loads by {hung_by}, with {shared:?}");
         machine.give_up();
     }
 }
 
-/// If there are many of a resource, a silent load leaves one to others of its own file system.
+/// If a resource is not too scarce, a silent load leaves a share of it to other loads of its file
+/// system.
 #[test]
 fn silent_load_leaves_a_share_to_its_file_system() {
     // Of 22 slots, 16 may be read into at once.
     for (shared, hung_by, others_by) in each_case(each_scarce(16, 16, 22, 16)) {
         let mut machine = FairMachine::new(3, shared, &Faults::none());
         machine.submit(0, 0, hung_by, true);
-        assert_eq!(machine.run(), [], "{hung_by}: it hangs");
+        assert_eq!(machine.run(), [], "a load by {hung_by} hangs");
         let others = [1, 2, 3].map(LoadId);
         for other in others {
             machine.submit(other.0, 0, others_by, false);
         }
-        assert_eq!(machine.run(), others, "by {others_by} beside one that hangs by {hung_by}, of {shared:?}");
+        assert_eq!(machine.run(), others, "by {others_by}, beside a hanging load by {hung_by}, with {shared:?}");
         machine.give_up();
     }
 }
 
-/// Healthy loads never deadlock, however scarce the resources, and whichever of them are observed.
+/// Healthy loads never deadlock, however scarce the resources are and whichever loads are
+/// observed.
 #[test]
 fn many_loads_of_one_file_system_all_finish() {
     for seed in 0..50 {
@@ -255,7 +257,7 @@ fn many_loads_of_one_file_system_all_finish() {
         let faults = Faults { short_per_mille: 200, interrupted_per_mille: 200, ..Faults::none() };
         let mut machine = FairMachine::new(seed, shared, &faults);
         let all: Vec<_> = (0..16).map(LoadId).collect();
-        // Loads that are observed in staging use it on every route.
+        // Loads that are observed in staging use staging on every route.
         machine.observed = all.iter().copied().filter(|load| (load.0 + seed).is_multiple_of(3)).collect();
         for load in &all {
             let route = if machine.observed.contains(load) {
@@ -265,12 +267,12 @@ fn many_loads_of_one_file_system_all_finish() {
             };
             machine.submit(load.0, 0, route, false);
         }
-        assert_eq!(machine.run(), all, "seed {seed}, of {shared:?}");
+        assert_eq!(machine.run(), all, "seed {seed}, with {shared:?}");
     }
 }
 
-/// What an observed load has in staging waits for an earlier chunk, which may have to be retried:
-/// its slot must not go to other loads permanently.
+/// The staged chunks of an observed load wait for an earlier chunk, which may have to be retried:
+/// other loads must not take its slot permanently.
 #[test]
 fn observed_load_proceeds_beside_hanging_ones() {
     let faults = Faults { short_per_mille: 300, interrupted_per_mille: 300, ..Faults::none() };

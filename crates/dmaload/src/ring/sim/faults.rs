@@ -1,14 +1,14 @@
-//! What the simulated kernel refuses, interrupts and loses. Faults of a single file are its own:
-//! see [`super::disk::FileFaults`].
+//! The faults of the simulated kernel: operations that it refuses, interrupts or never completes.
+//! For faults of single files see [`super::disk::FileFaults`].
 
 use rustix::io::Errno;
 
 /// Rates are per thousand of the operations that they name.
 #[derive(Debug, Clone)]
 pub(super) struct Faults {
-    /// Why io_uring cannot be set up.
+    /// The error of setting up io_uring.
     pub(super) ring: Option<Errno>,
-    /// Error of the registrations that are refused.
+    /// The error of refused registrations.
     pub(super) register: Option<Errno>,
     /// Registrations refused with `register`.
     pub(super) register_per_mille: u64,
@@ -20,19 +20,19 @@ pub(super) struct Faults {
     pub(super) collateral_per_mille: u64,
     /// Submissions that fail after the kernel took part of the queue.
     pub(super) breaks_per_mille: u64,
-    /// Reads that return no bytes before the end of the file.
+    /// Reads that return no bytes although the file has not ended.
     pub(super) nothing_per_mille: u64,
     /// Reads that never complete.
     pub(super) hangs_per_mille: u64,
-    /// Buffers that can be registered at once.
+    /// How many buffers can be registered at once.
     pub(super) buffer_slots: u16,
     /// Whether the heap's memory can be pinned neither by registration nor by a direct read.
     pub(super) unpinnable: bool,
     /// Whether no thread can be started for copies and observations.
     pub(super) no_threads: bool,
-    /// Staging buffers that can be allocated.
+    /// How many staging buffers can be allocated.
     pub(super) staging: usize,
-    /// Pieces without pages for which allocation fails when they are filled.
+    /// Pieces without pages that can't be populated when they are filled.
     pub(super) no_memory_per_mille: u64,
     /// Cached chunks that are evicted, wholly or in part, before they are copied.
     pub(super) evicted_per_mille: u64,

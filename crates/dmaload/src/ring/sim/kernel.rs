@@ -1,5 +1,5 @@
 //! A kernel that is a list of operations in flight. It completes them in any order and in any way
-//! that the real one may, and checks each request for what the driver must never ask for.
+//! that the real one may, and checks that the driver makes only valid requests.
 #![allow(unsafe_code)]
 
 use std::cell::{Cell, RefCell};
@@ -43,14 +43,14 @@ pub(super) struct SimKernel {
     /// Queued by the driver and not yet submitted.
     queued: Vec<SimInFlight>,
     in_flight: Vec<SimInFlight>,
-    /// In flight, and completed only by [`SimKernel::complete_late`].
+    /// Operations in flight that are completed only by [`SimKernel::complete_late`].
     hung: Vec<SimInFlight>,
     done: Vec<Completion>,
-    /// Time that the disk takes for one read. It does one at a time.
+    /// The time that the disk takes for one read. It does one at a time.
     service: Duration,
-    /// Time that a copy takes.
+    /// The time that a copy takes.
     pub(super) copying: Duration,
-    /// When each copier is free. If empty, each copy has a copier of its own.
+    /// When each copier is free. If empty, each copy has its own copier.
     pub(super) copiers: Vec<Duration>,
     disk_free_at: Duration,
     attached: BTreeMap<u64, usize>,
@@ -86,7 +86,7 @@ impl SimKernel {
         }
     }
 
-    /// Lifts the limit that registrations were refused for.
+    /// Lifts the limit because of which registrations were refused.
     pub(super) fn allow_registration(&mut self) {
         self.faults.register = None;
     }
@@ -162,7 +162,7 @@ impl SimKernel {
     }
 
     fn complete_read(&mut self, file: &SimFile, read: &Read) -> Result<usize, Fault> {
-        // A sink without memory refuses before anything is read.
+        // A sink that can't populate its memory fails before anything is read.
         if let Some(place) = &read.place {
             // SAFETY: the driver guarantees that this place is valid, and nothing is written
             // there.
@@ -212,7 +212,7 @@ impl SimKernel {
         unsafe { read.to.sink.fill_with(read.to.offset, read.bytes, &mut write) }
     }
 
-    /// Does a read: writes the bytes that come, or says why none do.
+    /// Performs a read: writes the bytes that it returns, or fails.
     fn perform(&mut self, file: &SimFile, read: &Read) -> Result<usize, Errno> {
         let refused = match read.route {
             Route::Buffered => None,
@@ -244,15 +244,15 @@ impl SimKernel {
         if self.in_flight.iter().any(neighbour) && self.random.chance(self.faults.collateral_per_mille) {
             return Err(Errno::IO);
         }
-        let there = file.bytes.min(wanted.end).saturating_sub(wanted.start);
-        let short = there > 0 && self.random.chance(self.faults.short_per_mille);
-        let bytes = if short { 1 + self.random.below(there) } else { there };
+        let available = file.bytes.min(wanted.end).saturating_sub(wanted.start);
+        let short = available > 0 && self.random.chance(self.faults.short_per_mille);
+        let bytes = if short { 1 + self.random.below(available) } else { available };
         for at in 0..bytes {
             write(read, at, file.byte(wanted.start + at));
         }
         // A device writes whole blocks, so beyond the end of the file it writes what the disk
         // holds.
-        if read.route.is_direct() && bytes == there {
+        if read.route.is_direct() && bytes == available {
             for at in bytes..(bytes.next_multiple_of(BLOCK)).min(read.bytes as u64) {
                 write(read, at, BEYOND_END);
             }
@@ -261,7 +261,7 @@ impl SimKernel {
     }
 }
 
-/// The token that reserves a copy's source, which no read may write to meanwhile either.
+/// The token that reserves a copy's source, which no read may write to in the meantime either.
 fn source_token(copy: &StagedCopy) -> u64 {
     !copy.token.user_data()
 }
@@ -306,13 +306,13 @@ impl Kernel for SimKernel {
             return Err(Errno::FAULT);
         }
         let before = self.memory.borrow_mut().registered.insert(slot, start..start + bytes);
-        assert_eq!(before, None, "slot {slot} is used while it is taken");
+        assert_eq!(before, None, "slot {slot} is registered twice");
         Ok(())
     }
 
     fn unregister_buffer(&mut self, slot: u16) {
         let mut memory = self.memory.borrow_mut();
-        let range = memory.registered.remove(&slot).expect("only what is registered is unregistered");
+        let range = memory.registered.remove(&slot).expect("only registered buffers are unregistered");
         assert!(!memory.is_written_to(&range), "unregistered while a read is in flight");
     }
 
@@ -321,7 +321,7 @@ impl Kernel for SimKernel {
     }
 
     fn detach(&mut self, file: &SimFile) {
-        let count = self.attached.get_mut(&file.number).expect("only what is attached is detached");
+        let count = self.attached.get_mut(&file.number).expect("only attached files are detached");
         *count -= 1;
         if *count == 0 {
             self.attached.remove(&file.number);
@@ -346,13 +346,13 @@ impl Kernel for SimKernel {
         assert_eq!(
             memory.is_unpopulated(start),
             read.place.is_some(),
-            "only threads that populate it read into memory without pages"
+            "memory without pages is filled only by threads that populate it"
         );
         assert!(read.place.as_ref().is_none_or(|place| memory.address_of(place) == start && read.route == Route::Buffered));
         assert_eq!(read.buffer_slot.is_some(), read.route == Route::UringFixedDirect);
         if let Some(slot) = read.buffer_slot {
             let registered = memory.registered.get(&slot).expect("the buffer is registered");
-            assert!(registered.start <= range.start && range.end <= registered.end, "a read leaves its registered buffer");
+            assert!(registered.start <= range.start && range.end <= registered.end, "a read exceeds its registered buffer");
         }
         assert!(!memory.is_written_to(&range), "two reads in flight write to the same memory");
         memory.begin_use(read.token.user_data(), range);
@@ -387,7 +387,7 @@ impl Kernel for SimKernel {
     }
 
     fn set_copiers(&mut self, _: usize) {
-        // Every copy has a thread of its own here.
+        // Every copy has its own thread in the simulator.
     }
 
     unsafe fn read_cached(&mut self, file: &SimFile, read: CachedRead) {

@@ -20,7 +20,7 @@ const BLOCK_BYTES: usize = 4096;
 /// The owner of staging, which belongs to no load.
 const STAGING: LoadId = LoadId(u64::MAX);
 
-/// Which memory exists and who writes to it. The kernel and the buffers share it.
+/// The existing memory and the operations that use it. The kernel and the buffers share it.
 #[derive(Debug, Default)]
 pub(super) struct Memory {
     /// Memory that operations in flight may write to or read from, by token.
@@ -100,13 +100,13 @@ pub(super) struct SimBuffer {
 struct SimSink {
     address: NonNull<u8>,
     bytes: usize,
-    /// Why no block can be populated.
+    /// The error of populating a block, if it fails.
     refuses: Option<Errno>,
 }
 
 // SAFETY: the simulator runs on one thread.
 unsafe impl Send for SimSink {}
-// SAFETY: as above.
+// SAFETY: the simulator runs on one thread.
 unsafe impl Sync for SimSink {}
 
 impl Sink for SimSink {
@@ -120,7 +120,7 @@ impl Sink for SimSink {
             let here = (BLOCK_BYTES - (offset + done) % BLOCK_BYTES).min(bytes - done);
             let start = self.address.as_ptr().wrapping_add(offset + done).cast();
             // SAFETY: the block is within the buffer. The caller guarantees that the buffer stays
-            // allocated and that nothing else accesses these bytes meanwhile.
+            // allocated and that nothing else accesses these bytes in the meantime.
             let part = unsafe { std::slice::from_raw_parts_mut(start, here) };
             let written = write(part).map_err(Fault::Read)?;
             done += written;
@@ -152,7 +152,8 @@ impl SimBuffer {
         buffer
     }
 
-    /// A buffer without pages. They are populated as it is filled, or refused with `refuses`.
+    /// Creates a buffer without pages. They are populated as it is filled, or refused with
+    /// `refuses`.
     pub(super) fn unpopulated(load: LoadId, bytes: u64, memory: &Rc<RefCell<Memory>>, refuses: Option<Errno>) -> Self {
         let mut buffer = Self::new(load, bytes, memory);
         buffer.unregister_sink();
@@ -163,7 +164,7 @@ impl SimBuffer {
         buffer
     }
 
-    /// Staging, which the window does not count.
+    /// Creates a staging buffer, which the window does not count.
     pub(super) fn staging(bytes: usize, memory: &Rc<RefCell<Memory>>) -> SimStaging {
         let buffer = Self::new(STAGING, bytes as u64, memory);
         let mut shared = memory.borrow_mut();
@@ -182,8 +183,7 @@ impl SimBuffer {
 
     pub(super) fn contents(&self) -> &[u8] {
         assert!(!self.memory.borrow().is_written_to(&self.range()), "bytes are accessed while a read may write to them");
-        // SAFETY: the memory has that many bytes, initialised with poison, and nothing writes to
-        // it.
+        // SAFETY: the memory has `bytes` bytes, initialised with poison, and nothing writes to it.
         unsafe { std::slice::from_raw_parts(self.address.as_ptr(), self.bytes) }
     }
 
@@ -238,7 +238,7 @@ impl Drop for SimBuffer {
         *memory.unfilled_by(self.load) -= self.bytes as u64;
         memory.live_buffers -= 1;
         drop(memory);
-        // SAFETY: allocated in `new` with the same layout, and freed only here.
+        // SAFETY: the memory was allocated in `new` with the same layout, and is freed only here.
         unsafe { dealloc(self.address.as_ptr(), layout(self.bytes)) };
     }
 }
@@ -248,8 +248,8 @@ impl Drop for SimBuffer {
 pub(super) struct SimStaging(SimBuffer);
 
 impl SimStaging {
-    /// Counts the buffer as a piece's again, because its own drop and leak subtract it.
-    fn count_again(&self) {
+    /// Adds the buffer to the unfilled bytes, because its drop and its leak subtract it.
+    fn count_as_unfilled(&self) {
         let range = self.0.range();
         let mut memory = self.0.memory.borrow_mut();
         memory.staging.retain(|other| *other != range);
@@ -257,7 +257,7 @@ impl SimStaging {
     }
 }
 
-// SAFETY: as for the buffer in it.
+// SAFETY: the buffer inside upholds the contract.
 unsafe impl Buffer for SimStaging {
     fn address(&self) -> NonNull<u8> {
         self.0.address()
@@ -268,8 +268,8 @@ unsafe impl Buffer for SimStaging {
     }
 
     fn leak(self) {
-        self.count_again();
-        // SAFETY: `self` is forgotten, so the buffer in it is moved out once.
+        self.count_as_unfilled();
+        // SAFETY: `self` is forgotten, so the buffer inside is moved out only once.
         let buffer = unsafe { std::ptr::read(&raw const self.0) };
         std::mem::forget(self);
         buffer.leak();
@@ -278,6 +278,6 @@ unsafe impl Buffer for SimStaging {
 
 impl Drop for SimStaging {
     fn drop(&mut self) {
-        self.count_again();
+        self.count_as_unfilled();
     }
 }

@@ -1,8 +1,8 @@
-//! The seeded simulator: the real driver and scheduler on a kernel that does whatever a kernel
-//! may.
+//! The seeded simulator: the real driver and scheduler on a kernel that does anything a real
+//! kernel may do.
 //!
 //! ```text
-//!   worlds     many seeds, and what came of their loads
+//!   worlds     many seeds, and the outcomes of their loads
 //!    └─ world      one seed: loads, faults, cancellations; checked at its end
 //!        └─ kernel     what is in flight, and how it completes
 //!            ├─ disk       files, and their faults
@@ -11,9 +11,9 @@
 //!   fair, overlap, remember, scaling    single properties, in virtual time
 //! ```
 //!
-//! It runs on one thread, and one seed makes every choice: which read completes next, how short it
-//! is, what is refused, when a load is cancelled. A failure prints its seed, which fails again in
-//! the same way. Time is a number that the simulator moves.
+//! It runs on one thread, and the seed determines every choice: which read completes next, how
+//! short it is, what is refused, when a load is cancelled. A failure prints its seed, which
+//! reproduces it. Time is a number that the simulator advances.
 //!
 //! `DMALOAD_SIM_SEEDS=50000` runs more seeds, from `DMALOAD_SIM_FROM` on; `DMALOAD_SIM_SEED=17`
 //! replays one.

@@ -1,5 +1,5 @@
-//! The main point of the design: allocating and reading take as long as the longer of the two, not
-//! as long as both.
+//! The main point of the design: allocating and reading together take as long as the longer of the
+//! two, not as long as both in sequence.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -38,9 +38,9 @@ struct TimedMachine {
     copiers: usize,
 }
 
-/// Loads a file of 24 pieces with one allocator that takes `allocating` per piece and a disk that
-/// takes `reading` per piece. Returns how long it took, and how many pieces the allocator was
-/// ahead at most.
+/// Simulates loading a file of 24 pieces with one allocator that takes `allocating` per piece and
+/// a disk that takes `reading` per piece. Returns how long it took, and how many pieces the
+/// allocator was ahead at most.
 fn simulate(window_pieces: u64, allocating: Duration, reading: Duration) -> (Duration, u64) {
     simulate_route(Route::UringFixedDirect, window_pieces, allocating, reading, Duration::ZERO)
 }
@@ -113,7 +113,7 @@ fn simulate_machine(machine: &TimedMachine) -> (Duration, u64, usize) {
         }
         driver.kernel().complete_due();
         driver.turn(false).unwrap();
-        // Completions make room for what is issued at the same moment.
+        // Completions make room for reads that are issued at the same moment.
         driver.issue();
         driver.turn(false).unwrap();
         most_reads = most_reads.max(driver.kernel().reads_in_flight());
@@ -156,14 +156,14 @@ fn bounced_reads_copies_and_allocation_all_overlap() {
     for (allocating, reading, copying) in [(10, 10, 10), (3, 10, 5), (10, 3, 5), (1, 10, 10)] {
         let (total, _) = simulate_route(Route::Bounce, 4, allocating * MS, reading * MS, copying * MS);
         let longest = allocating.max(reading).max(copying);
-        // Each piece passes through all three, but only the longest one limits the rate.
+        // Each piece passes through all three phases, but only the longest one limits the rate.
         assert_eq!(total, ((PIECES - 1) * longest + allocating + reading + copying) * MS, "{allocating} {reading} {copying}");
     }
 }
 
-/// Staged reads whose copiers also populate: `copying` covers both. Returns how long they took,
-/// and how many were in flight at most.
-fn staged(slots: usize, reading: Duration, copying: Duration) -> (Duration, usize) {
+/// Simulates staged reads whose copiers also populate: `copying` covers both. Returns how long the
+/// load took, and how many reads were in flight at most.
+fn simulate_staged(slots: usize, reading: Duration, copying: Duration) -> (Duration, usize) {
     let machine = TimedMachine {
         route: Route::Bounce,
         pieces: PIECES,
@@ -186,7 +186,7 @@ fn reads_overlap_with_copies_that_populate() {
         // the first two reads.
         let disk = PIECES * reading + copying;
         let copiers = PIECES / 2 * copying + 2 * reading;
-        let (total, _) = staged(8, reading * MS, copying * MS);
+        let (total, _) = simulate_staged(8, reading * MS, copying * MS);
         assert_eq!(total, disk.max(copiers) * MS, "reading {reading} ms, copying {copying} ms");
     }
 }
@@ -196,8 +196,8 @@ fn reads_overlap_with_copies_that_populate() {
 #[test]
 fn some_staging_is_left_for_copies() {
     for (slots, most) in [(1, 1), (2, 1), (4, 3), (8, 4), (16, 9)] {
-        let (_, most_reads) = staged(slots, 10 * MS, MS);
-        assert_eq!(most_reads, most, "of {slots} slots one load reads into {most} at once");
+        let (_, most_reads) = simulate_staged(slots, 10 * MS, MS);
+        assert_eq!(most_reads, most, "of {slots} slots, one load reads into {most} at once");
     }
 }
 
@@ -209,8 +209,8 @@ fn window_of_one_piece_prevents_overlap() {
 
 #[test]
 fn allocator_stays_within_the_window() {
-    // With room for four or more, the window reserves some for other file systems; with room for
-    // 16 or more, one for other loads.
+    // A window of four pieces or more reserves some for other file systems; one of 16 or more also
+    // reserves a piece for other loads.
     for (window, most) in [(1, 1), (2, 2), (3, 3), (4, 3), (8, 6), (16, 11)] {
         // The disk is so slow that only the window limits the allocator.
         let (_, most_ahead) = simulate(window, MS, 1000 * MS);

@@ -1,4 +1,4 @@
-//! What memory or a file system refuses is tried once and remembered for later loads; each of them
+//! A refusal by memory or a file system is met once and remembered for later loads, each of which
 //! still reports it.
 
 use std::cell::{Cell, RefCell};
@@ -126,11 +126,11 @@ fn unpinnable_memory_is_tried_once() {
     let expected = [(Route::UringFixedDirect, Route::Bounce, Attempt::RegisterBuffer, Errno::FAULT)];
     let first = machine.load(0, None, false);
     assert_eq!((first.steps(), first.refusals), (expected.to_vec(), 1));
-    // On another mount, too: it is the memory that refuses.
+    // The same on another mount, because the memory is the cause.
     let second = machine.load(1, None, false);
-    assert_eq!((second.steps(), second.refusals), (expected.to_vec(), 0), "known, and reported");
+    assert_eq!((second.steps(), second.refusals), (expected.to_vec(), 0), "the refusal is known, and still reported");
     let strict = machine.load(0, None, true);
-    assert_eq!(strict.refusals, 1, "a strict load tries for itself");
+    assert_eq!(strict.refusals, 1, "a strict load always tries");
     assert!(matches!(strict.failure, Some(Failure::Refused { attempt: Attempt::RegisterBuffer, errno: Errno::FAULT, .. })));
 }
 
@@ -141,15 +141,15 @@ fn mount_without_direct_reads_is_tried_once() {
     assert!(first.refusals > 0 && first.steps().last().unwrap().1 == Route::Buffered);
     let second = machine.load(7, Some(Errno::INVAL), false);
     let known = [(Route::UringFixedDirect, Route::Buffered, Attempt::Read, Errno::INVAL)];
-    assert_eq!((second.steps(), second.refusals), (known.to_vec(), 0), "known, and reported");
+    assert_eq!((second.steps(), second.refusals), (known.to_vec(), 0), "the refusal is known, and still reported");
     let other = machine.load(8, None, false);
-    assert_eq!(other.steps(), [], "another mount is not concerned");
+    assert_eq!(other.steps(), [], "another mount is not affected");
     let strict = machine.load(7, Some(Errno::INVAL), true);
     assert!(strict.refusals > 0 && matches!(strict.failure, Some(Failure::Refused { .. })));
 }
 
 #[test]
-fn buffered_and_direct_reads_imply_nothing_of_each_other() {
+fn buffered_and_direct_refusals_are_independent() {
     let mut machine = RefusingMachine::new(Faults::none());
     // Direct reads were refused on this mount.
     assert!(machine.load(7, Some(Errno::INVAL), false).refusals > 0);
@@ -168,7 +168,7 @@ fn unusual_file_does_not_affect_its_mount() {
     let mut machine = RefusingMachine::new(Faults::none());
     assert_eq!(machine.load(7, None, false).steps(), []);
     assert!(!machine.load(7, Some(Errno::INVAL), false).steps().is_empty());
-    assert_eq!(machine.load(7, None, false).steps(), [], "direct reads have worked there");
+    assert_eq!(machine.load(7, None, false).steps(), [], "direct reads have worked on this mount");
 }
 
 #[test]
@@ -183,19 +183,19 @@ fn truncated_file_does_not_affect_its_mount() {
 #[test]
 fn known_refusals_expire() {
     let mut machine = RefusingMachine::new(Faults { unpinnable: true, ..Faults::none() });
-    let minute = Duration::from_secs(61);
+    let over_a_minute = Duration::from_secs(61);
     assert_eq!([0, 1].map(|_| machine.load(0, None, false).refusals), [1, 0]);
-    machine.clock.set(machine.clock.get() + minute);
+    machine.clock.set(machine.clock.get() + over_a_minute);
     assert_eq!([0, 1].map(|_| machine.load(0, None, false).refusals), [1, 0]);
 
     let mut machine = RefusingMachine::new(Faults::none());
     assert!(machine.load(7, Some(Errno::INVAL), false).refusals > 0);
-    machine.clock.set(machine.clock.get() + minute);
-    assert_eq!(machine.load(7, None, false).steps(), [], "the first file was unusual");
+    machine.clock.set(machine.clock.get() + over_a_minute);
+    assert_eq!(machine.load(7, None, false).steps(), [], "the refusal was forgotten");
 }
 
 #[test]
-fn refused_staging_buffer_is_tried_again_by_the_next_load() {
+fn staging_registration_is_retried_by_the_next_load() {
     let mut machine = RefusingMachine::new(Faults {
         unpinnable: true,
         register: Some(Errno::NOMEM),

@@ -1,13 +1,13 @@
-//! Fast devices and many processors, in virtual time: how close the engine comes to the limit of
-//! the machine, and with how many threads.
+//! Fast devices and many processors, in virtual time: how close the engine comes to the machine's
+//! limit, and with how many threads.
 //!
-//! The machine is a model of flows. Each processor zeroes or copies at [`PASS`]; if there are more
-//! threads than processors, they share them. A device works on all of its reads at once, each
+//! The machine is modelled by flows. Each processor zeroes or copies at [`PASS`]; if there are
+//! more threads than processors, they share them. A device works on all of its reads at once, each
 //! after [`LATENCY`], and finishes them at about the same time. The memory bus moves [`BUS`]; if
 //! more is demanded, all its users slow down equally. The driver, scheduler, window, staging and
 //! both paces are the engine's, with its defaults; only the kernel is simulated.
 //!
-//! The costs are fixed; none is for tuning:
+//! The costs are fixed, and not tuned:
 //!
 //! | path | processor, passes per byte | bus, bytes per byte |
 //! |---|---|---|
@@ -50,7 +50,7 @@ const BUS: f64 = 100.0 * GIB;
 const LATENCY: f64 = 100e-6;
 const CALL: f64 = 2e-6;
 const REGISTER: f64 = 20e-6;
-/// An allocator's work on a batch besides its pages.
+/// The time that an allocator spends on a batch, apart from its pages.
 const PREPARE: f64 = 20e-6;
 const DEVICES: [f64; 4] = [3.0, 14.0, 28.0, 50.0];
 const CORES: [usize; 5] = [2, 4, 8, 16, 32];
@@ -66,12 +66,12 @@ enum Path {
 }
 
 impl Path {
-    /// Passes of a processor over each byte.
+    /// How many passes a processor makes over each byte.
     fn passes(self) -> f64 {
         if self == Path::Direct { 1.0 } else { 2.0 }
     }
 
-    /// Memory traffic per byte that the processor causes; the device causes 1.
+    /// The memory traffic per byte that the processor causes; the device causes 1.
     fn traffic(self) -> f64 {
         if self == Path::StagedOutOfCache { 3.0 } else { 1.0 }
     }
@@ -87,7 +87,7 @@ struct CpuTask {
     work: Work,
     /// When its thread can start.
     from: f64,
-    /// Bytes that are left.
+    /// Bytes that are left to process.
     left: f64,
     bytes: u64,
     /// Passes and traffic per byte.
@@ -173,8 +173,8 @@ impl FlowMachine {
         for transfer in self.transfers.iter_mut().filter(|transfer| transfer.from <= now) {
             transfer.left -= (next - now) * device;
         }
-        // A hundredth of a byte: less than any real remainder, and more than rounding errors.
         self.now = next + 1e-12;
+        // A hundredth of a byte is less than any real remainder, and more than rounding errors.
         for task in self.tasks.extract_if(.., |task| task.left < 0.01) {
             match task.work {
                 Work::Batch(load, number) => self.batches.push((load, number)),
@@ -210,7 +210,7 @@ impl Untouched {
 
 impl Drop for Untouched {
     fn drop(&mut self) {
-        // SAFETY: allocated in `new` with the same layout.
+        // SAFETY: the memory was allocated in `new` with the same layout.
         unsafe { dealloc(self.address.as_ptr(), Allocation::from_size_align(self.bytes, 4096).unwrap()) };
     }
 }
@@ -226,7 +226,7 @@ unsafe impl Buffer for Untouched {
     }
 
     fn leak(self) {
-        unreachable!("nothing fails here")
+        unreachable!("no read fails in this model")
     }
 }
 
@@ -245,7 +245,7 @@ struct Nowhere;
 
 impl Sink for Nowhere {
     unsafe fn fill_with(&self, _: usize, _: usize, _: &mut Write<'_>) -> Result<usize, Fault> {
-        unreachable!("copies take time here, and move nothing")
+        unreachable!("copies only take time in this model")
     }
 
     fn runs_foreign_code(&self) -> bool {
@@ -308,11 +308,11 @@ impl Kernel for FlowKernel {
     }
 
     unsafe fn read_cached(&mut self, (): &(), _: CachedRead) {
-        unreachable!("nothing is cached here")
+        unreachable!("nothing is cached in this model")
     }
 
     unsafe fn observe(&mut self, _: ObserveRequest) {
-        unreachable!("nothing is observed here")
+        unreachable!("nothing is observed in this model")
     }
 
     fn lacks_threads(&self) -> bool {
@@ -339,12 +339,12 @@ struct Outcome {
     allocators: usize,
 }
 
-fn whole(threads: f64) -> usize {
+fn round_up(threads: f64) -> usize {
     (1..).find(|&whole| whole as f64 >= threads).expect("there is always a larger number")
 }
 
-/// Loads one large file, or as many bytes in several simultaneous loads from one file system, with
-/// the engine's defaults.
+/// Simulates loading one large file, or as many bytes in several simultaneous loads from one file
+/// system, with the engine's defaults.
 fn load(path: Path, device: f64, cores: usize, loads: usize) -> Outcome {
     let machine = Rc::new(RefCell::new(FlowMachine {
         path,
@@ -400,7 +400,7 @@ fn load(path: Path, device: f64, cores: usize, loads: usize) -> Outcome {
             let bytes = usize::try_from(piece.memory_bytes).unwrap();
             driver.enqueue_piece(id, number, piece, spec, Untouched::new(bytes, path == Path::Direct));
         }
-        // The ring thread handles what arrives while it is busy when it is done.
+        // The ring thread handles completions and pieces only when it is not busy.
         if machine.borrow().ring_until <= now {
             driver.turn(false).unwrap();
             driver.issue();
@@ -443,11 +443,11 @@ fn threads_and_staging_grow_to_the_machines_limit() {
             for cores in CORES {
                 let Outcome { rate, copiers, allocators } = load(path, device, cores, 1);
                 let limit = path.limit(device, cores);
-                // The number of threads that the limit needs for their passes alone. If the bus is
-                // the limit, which slows down threads as well as the device, it takes one more to
-                // get the same share of it.
+                // The number of threads whose passes reach the limit. If the bus is the limit, it
+                // slows down threads as well as the device, so one more thread is needed for the
+                // same share.
                 let of_bus = usize::from(limit >= BUS / (1.0 + path.traffic()));
-                let needed = (whole(limit * path.passes() / PASS) + of_bus).min(cores);
+                let needed = (round_up(limit * path.passes() / PASS) + of_bus).min(cores);
                 let used = if path == Path::Direct { allocators } else { copiers };
                 let share = rate / limit;
                 let row = format!(
@@ -463,11 +463,11 @@ fn threads_and_staging_grow_to_the_machines_limit() {
         }
     }
     eprintln!("{table}");
-    assert_eq!(wrong, Vec::<String>::new(), "of {table}");
+    assert_eq!(wrong, Vec::<String>::new(), "{table}");
 }
 
-/// Together they hold no more of any resource than one load would: that must be enough for all of
-/// them.
+/// Together, the loads hold no more of any resource than a single load would: that must suffice
+/// for all of them.
 #[test]
 fn many_loads_of_one_file_system_are_as_fast_as_one() {
     for path in [Path::Direct, Path::StagedInCache] {
@@ -483,6 +483,6 @@ fn many_loads_of_one_file_system_are_as_fast_as_one() {
 #[test]
 fn thread_bounds_suffice_for_the_fastest_device() {
     assert!(most_copiers(32) as f64 * PASS / 2.0 >= 50.0 * GIB && most_allocators(32) as f64 * PASS >= 50.0 * GIB);
-    assert_eq!([1, 2].map(most_copiers), [2, 2], "as before");
-    assert_eq!([1, 2].map(most_allocators), [1, 2], "as before");
+    assert_eq!([1, 2].map(most_copiers), [2, 2], "small machines keep the initial number");
+    assert_eq!([1, 2].map(most_allocators), [1, 2], "small machines have one allocator for each processor");
 }

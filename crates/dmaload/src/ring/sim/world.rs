@@ -31,16 +31,16 @@ use crate::route::Route;
 use crate::support::id::LoadId;
 use crate::telemetry::metrics::ReadCounters;
 
-/// What memory of a load takes from the window. There are two file systems, and a load may have
-/// files on both; its memory counts for one of them.
+/// The permit for memory of a load. There are two file systems, and a load may have files on both;
+/// its memory counts for one of them.
 fn need(load: LoadId, bytes: u64) -> Need {
     Need { bytes, file_system: load.0 % 2, ..Need::default() }
 }
 
-/// Turns without a completion after which a shutdown passes its deadline.
+/// The number of turns without a completion after which a shutdown reaches its deadline.
 const PATIENCE: u32 = 200;
 
-/// A batch whose memory is being allocated. It holds a permit of `bytes`.
+/// A batch whose memory is being allocated. It holds a permit of `bytes` bytes.
 struct Allocating {
     load: LoadId,
     batch: usize,
@@ -62,7 +62,7 @@ pub(super) struct World {
     abandon_per_mille: u64,
     pub(super) leaked_bytes: u64,
     counters: Arc<ReadCounters>,
-    /// Whether the ring broke or a shutdown passed its deadline.
+    /// Whether the ring broke or a shutdown reached its deadline.
     broken: bool,
     staging: StagingBudget,
 }
@@ -156,7 +156,7 @@ impl World {
             window_bytes,
             depth,
             scheduler: Scheduler::new(window_bytes, u64::MAX, 1, 1 + usize::try_from(random.below(3)).unwrap()),
-            // With even seeds staging grows with the threads that copy, while slots are taken.
+            // With even seeds, staging grows with the number of copiers while slots are taken.
             driver: Driver::new(kernel, depth, staging)
                 .with_counters(Arc::clone(&counters))
                 .with_pace(Pace::new(1, MOST_COPIERS), seed.is_multiple_of(2)),
@@ -215,7 +215,7 @@ impl World {
             unpopulated_per_mille: *random.pick(&[0, 0, 300, 1000]),
             // As in the engine: a load observed in staging copies nothing from the page cache.
             cached_per_mille: if staged { 0 } else { *random.pick(&[0, 0, 300, 700, 1000]) },
-            asked_cached_bytes: 0,
+            cacheable_bytes: 0,
             cached_bytes: 0,
             chunk_bytes: (1 + random.below(3)) * BLOCK,
             files,
@@ -235,7 +235,8 @@ impl World {
         self.scheduler.submit(id);
     }
 
-    /// Runs until every load is over and checks the end. Panics where an invariant breaks.
+    /// Runs until every load is over, then checks the final state. Panics if an invariant is
+    /// broken.
     pub(super) fn run(&mut self) {
         let (mut steps, mut stuck) = (0, 0);
         while !self.loads.values().all(SimLoad::is_over) {
@@ -256,14 +257,17 @@ impl World {
             }
             let unfilled = self.memory.borrow().unfilled_bytes();
             let ahead: u64 = unfilled + self.allocating.iter().map(|allocating| allocating.bytes).sum::<u64>();
-            assert!(ahead <= self.window_bytes, "{ahead} bytes ahead, the window has {}", self.window_bytes);
+            assert!(ahead <= self.window_bytes, "{ahead} bytes are ahead, but the window has {}", self.window_bytes);
             let staged = self.memory.borrow().staging.len();
             assert!(
                 staged <= self.staging.slots + more_staging_slots(MOST_COPIERS),
-                "{staged} staging buffers, the budget has {:?}",
+                "{staged} staging buffers exceed the budget {:?}",
                 self.staging
             );
-            assert!(self.driver.kernel().reads_in_flight() <= self.depth || self.broken, "deeper than the queue depth");
+            assert!(
+                self.driver.kernel().reads_in_flight() <= self.depth || self.broken,
+                "more reads are in flight than the queue depth allows"
+            );
         }
         for allocating in std::mem::take(&mut self.allocating) {
             self.give_back(allocating.load, allocating.bytes);
@@ -320,8 +324,8 @@ impl World {
             let end = |number: usize| (chunk(number) + load.chunk_bytes).min(piece.bytes);
             let count = usize::try_from(piece.bytes.div_ceil(load.chunk_bytes)).unwrap();
             let chosen = CachedChunks::collect(count, |number| end(number) <= bytes && self.random.chance(load.cached_per_mille));
-            let asked = (0..count).filter(|&number| chosen.contains(number)).map(|number| end(number) - chunk(number));
-            load.asked_cached_bytes += asked.sum::<u64>();
+            let cacheable = (0..count).filter(|&number| chosen.contains(number)).map(|number| end(number) - chunk(number));
+            load.cacheable_bytes += cacheable.sum::<u64>();
             cached.insert(number, chosen);
         }
         // As in the engine: either all pieces of a batch have pages, or none has.
@@ -350,7 +354,7 @@ impl World {
         for (number, piece, spec, buffer) in parts {
             let before = self.memory.borrow().live_buffers;
             self.driver.enqueue_piece(id, number, piece, spec, buffer);
-            // The driver drops the buffer of a load that is over; its permit comes back at once.
+            // The driver drops the buffer of a load that is over, whose permit returns at once.
             if self.memory.borrow().live_buffers < before {
                 self.sync_window();
             }
@@ -362,7 +366,8 @@ impl World {
         self.scheduler.give_back(&load, need(load, bytes));
     }
 
-    /// Gives back the permits of buffers that were dropped, counted by the bytes still allocated.
+    /// Returns the permits of dropped buffers, as computed from the bytes that are still
+    /// allocated.
     fn sync_window(&mut self) {
         let ids: Vec<_> = self.loads.keys().copied().collect();
         for id in ids {
@@ -382,7 +387,8 @@ impl World {
             self.leaked_bytes += self.driver.give_up(Failure::Kernel { errno });
             let calmer = Faults { breaks_per_mille: 0, ..self.faults.clone() };
             self.broken = true;
-            // A dead ring's reads may go on writing. Here they are forgotten with their memory.
+            // Reads of a dead ring may continue to write. The simulator forgets them together with
+            // their leaked memory.
             self.act_on_outputs();
             // Memory that was not in flight was freed while registered with the dead ring, whose
             // table the new kernel clears.
@@ -392,8 +398,8 @@ impl World {
         self.act_on_outputs();
     }
 
-    /// As the engine past a shutdown's deadline: ends every load, and leaks what reads may still
-    /// write to.
+    /// Does what the engine does at a shutdown's deadline: ends every load, and leaks memory that
+    /// reads may still write to.
     fn shut_down(&mut self) {
         let unbegun: Vec<_> = self.loads.iter().filter(|(_, load)| !load.begun).map(|(&id, _)| id).collect();
         for id in unbegun {
@@ -405,7 +411,7 @@ impl World {
         self.leaked_bytes += self.driver.give_up(Failure::Kernel { errno: Errno::TIMEDOUT });
         self.broken = true;
         self.act_on_outputs();
-        // Late completions write into that memory, which must still be allocated.
+        // Late completions write into the leaked memory, which must still be allocated.
         self.driver.kernel().complete_late();
     }
 
@@ -455,7 +461,7 @@ impl World {
                     let slots = usize::try_from(bytes).unwrap() / self.staging.slot_bytes;
                     assert!(
                         slots == self.faults.staging && slots < self.staging.slots + more_staging_slots(MOST_COPIERS),
-                        "{slots} slots, and nothing was refused"
+                        "{slots} slots, but no allocation was refused"
                     );
                 }
                 Output::Event { load: id, event: LoadEvent::SteppedDown { fallback } } => {

@@ -1,9 +1,9 @@
-//! Runs many seeded worlds, and checks that between them everything happened at least once.
+//! Runs many seeded worlds, and checks that every outcome occurs in at least one of them.
 
 use super::world::World;
 use crate::ring::message::Failure;
 
-/// How many loads ended in which way.
+/// How many loads had each outcome.
 #[derive(Debug, Default)]
 struct Outcomes {
     complete: u64,
@@ -26,7 +26,7 @@ impl Outcomes {
         let mut outcomes = Outcomes { leaked_bytes: world.leaked_bytes, ..Outcomes::default() };
         for load in world.loads.values() {
             outcomes.from_cache += u64::from(load.cached_bytes > 0);
-            outcomes.evicted += u64::from(load.cached_bytes < load.asked_cached_bytes && load.failure.is_none());
+            outcomes.evicted += u64::from(load.cached_bytes < load.cacheable_bytes && load.failure.is_none());
             outcomes.stepped_down += u64::from(!load.refused.is_empty());
             *match load.failure {
                 None if load.full.iter().all(|&full| full) => &mut outcomes.complete,
@@ -87,7 +87,7 @@ fn run_world(seed: u64) -> Outcomes {
 }
 
 fn number_from(variable: &str) -> Option<u64> {
-    std::env::var(variable).ok().map(|text| text.parse().expect("a number"))
+    std::env::var(variable).ok().map(|text| text.parse().expect("the variable holds a number"))
 }
 
 #[test]
@@ -98,13 +98,13 @@ fn every_world_fills_right_bytes_and_reports_failures() {
     }
     let (from, count) = (number_from("DMALOAD_SIM_FROM").unwrap_or(0), number_from("DMALOAD_SIM_SEEDS").unwrap_or(2_000));
     let mut outcomes = Outcomes::default();
-    // Once a standstill: a chunk to be read alone held the only buffer slot, and a chunk before it
-    // waited for that slot.
+    // A regression test: this world once stood still, because a chunk to be read alone held the
+    // only buffer slot, and an earlier chunk waited for that slot.
     run_world(48_760);
     for seed in from..from + count {
         outcomes.add(run_world(seed));
     }
     println!("{count} worlds from seed {from} on: {outcomes:?}");
-    // Worlds in which nothing goes wrong would test nothing.
-    assert!(count < 2_000 || outcomes.all_happened(), "something never happened: {outcomes:?}");
+    // Worlds without faults would test nothing.
+    assert!(count < 2_000 || outcomes.all_happened(), "an outcome never occurred: {outcomes:?}");
 }

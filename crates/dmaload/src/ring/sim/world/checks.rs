@@ -1,4 +1,4 @@
-//! What must hold at the end of every world, whatever went wrong in it.
+//! The checks at the end of every world, which hold whatever went wrong in it.
 
 use std::sync::atomic::Ordering;
 
@@ -21,13 +21,13 @@ impl World {
             match load.failure {
                 None if load.abandoned => {}
                 None => {
-                    assert!(complete, "{id:?} is gone without a failure, and not complete");
-                    assert!(!load.must_fail(), "{id:?} must fail and did not");
+                    assert!(complete, "{id:?} is gone without a failure, but not complete");
+                    assert!(!load.must_fail(), "{id:?} must fail, but did not");
                     // Chunks that were cached and not evicted were copied from the cache.
                     let taken = load.cached_bytes;
-                    assert!(taken <= load.asked_cached_bytes, "{id:?}: {taken} bytes from the cache, which holds fewer");
+                    assert!(taken <= load.cacheable_bytes, "{id:?}: {taken} bytes from the cache, which holds fewer");
                     let threads = !self.faults.no_threads && self.faults.evicted_per_mille == 0;
-                    assert!(!threads || taken == load.asked_cached_bytes, "{id:?}: cached chunks were read from storage");
+                    assert!(!threads || taken == load.cacheable_bytes, "{id:?}: cached chunks were read from storage");
                     self.check_staging_report(load);
                     let beside = (load.bounced || load.observed.is_some()) && !load.plan.pieces.is_empty();
                     assert!(!load.no_thread || self.faults.no_threads, "{id:?}: threads could be started");
@@ -50,13 +50,13 @@ impl World {
         assert_eq!(memory.unfilled_bytes(), 0, "all memory is freed except what was leaked on purpose");
         assert_eq!(memory.leaked_bytes, self.leaked_bytes, "every leaked byte was reported");
         let counted = self.counters.leaked_bytes.load(Ordering::Relaxed);
-        assert_eq!(counted, self.leaked_bytes, "a shutdown after a panic reports these, too");
+        assert_eq!(counted, self.leaked_bytes, "the counter, which a shutdown after a panic reports, has all leaked bytes");
         assert_eq!(self.scheduler.window_taken_bytes(), 0, "all permits were returned");
         drop(memory);
         assert!(self.broken || self.driver.kernel().is_clean(), "everything is unregistered and detached");
     }
 
-    /// Reads into staging report what keeps them from the best route.
+    /// Checks that reads into staging report why they do not use the best route.
     fn check_staging_report(&self, load: &SimLoad) {
         if !load.bounced || self.broken {
             return;
@@ -69,7 +69,7 @@ impl World {
         }
     }
 
-    /// A failure names a fault that the world has, and its place.
+    /// Checks that a failure names a fault that the world has, and its place.
     fn check_failure(&self, load: &SimLoad, failure: Failure) {
         let file = |index: usize| &load.files[index];
         match failure {

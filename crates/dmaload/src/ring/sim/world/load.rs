@@ -1,4 +1,4 @@
-//! One load of a simulated world: what it asks for, and what has become of it.
+//! One load of a simulated world: its request and its outcome.
 
 use std::sync::{Arc, Mutex};
 
@@ -13,16 +13,16 @@ pub(crate) struct SimLoad {
     pub(crate) observed: Option<(Arc<SimObserver>, Observation)>,
     pub(crate) start: Route,
     pub(crate) strict: bool,
-    /// Pieces per thousand that come without pages, and are filled from staging at every route.
+    /// Pieces per thousand that come without pages, and are filled from staging on every route.
     pub(crate) unpopulated_per_mille: u64,
     /// Chunks per thousand that are in the page cache.
     pub(crate) cached_per_mille: u64,
     /// Bytes of the chunks that the driver may copy from the page cache.
-    pub(crate) asked_cached_bytes: u64,
-    /// Bytes that it did copy from there.
+    pub(crate) cacheable_bytes: u64,
+    /// Bytes that the driver has copied from the page cache.
     pub(crate) cached_bytes: u64,
     pub(crate) chunk_bytes: u64,
-    /// Each with its planned length.
+    /// The files, each with its planned length.
     pub(crate) files: Vec<(SimFile, u64)>,
     pub(crate) plan: Plan,
     pub(crate) full: Vec<bool>,
@@ -58,7 +58,8 @@ impl SimLoad {
         (self.plan.segments[piece.segment].file, piece)
     }
 
-    /// Whether its files have a fault that no route avoids. The page cache may hold a bad block.
+    /// Whether its files have a fault that no route avoids. A bad block does not count if the page
+    /// cache may hold it.
     pub(crate) fn must_fail(&self) -> bool {
         self.files.iter().any(|(file, planned)| {
             let bad = file.faults.bad.as_ref().is_some_and(|(range, _)| range.start < planned.next_multiple_of(BLOCK));
@@ -78,7 +79,7 @@ impl SimLoad {
     }
 }
 
-/// Checks every byte that it sees, and that they come in file order.
+/// Checks every byte that it observes, and that bytes arrive in file order.
 pub(crate) struct SimObserver {
     /// Number and planned length of each file.
     files: Vec<(u64, u64)>,
