@@ -4,10 +4,10 @@
 //! next, since more jobs may be available than the one it was woken for. The loom tests in `tests`
 //! try every interleaving.
 //!
-//! Workers also drop the files and memory of finished loads. Dropping closes files, which may
-//! block, so at most one worker does it for each load. A thread that sleeps in [`Jobs::watch`]
-//! finds workers that have waited too long for files (see [`super::workers`]) and, while loads
-//! wait to be opened, silent file systems.
+//! Workers also drop the files and memory of finished loads. Closing a file may block, so at most
+//! one worker at a time closes a load's files. A thread that sleeps in [`Jobs::watch`] finds
+//! workers that have waited too long for files (see [`super::workers`]) and, while loads wait to
+//! be opened, silent file systems.
 
 use std::any::Any;
 use std::collections::{HashMap, VecDeque};
@@ -71,7 +71,7 @@ struct Schedule<T> {
     silence_checked_at: Instant,
 }
 
-/// A part of what a load leaves behind; each part is dropped by one worker at a time.
+/// A part of a load's remains. At most one worker at a time drops from each part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum DropKey {
     /// Its files, whose closing may wait for a server.
@@ -251,7 +251,7 @@ impl<T: Clone> Jobs<T> {
     }
 
     /// Whether a load is still scheduled.
-    pub(super) fn knows(&self, id: LoadId) -> bool {
+    pub(super) fn is_scheduled(&self, id: LoadId) -> bool {
         self.schedule().loads.contains_key(&id)
     }
 

@@ -116,7 +116,7 @@ impl Engine {
             return Choosing::fixed(ways.expected);
         }
         let batches: Vec<_> = plan.batches.iter().map(|batch| batch.bytes).collect();
-        choices.begin(load.id, mount, ways, &batches, |other| !self.jobs.knows(other))
+        choices.begin(load.id, mount, ways, &batches, |other| !self.jobs.is_scheduled(other))
     }
 
     /// The most memory that a stream allocates ahead of its consumer: a full window plus a segment
@@ -229,7 +229,7 @@ fn plan_all(engine: &Engine, load: &LoadShared, limit: Option<SizeLimit>) -> Res
         let maps = own.zip(&cuts).map(|(own, cut)| own.or(cut.as_ref()));
         load.check_whole(maps)?.into_iter().for_each(|note| load.note(Some(note)));
     }
-    // Read the tensors that were requested first before the others, whichever files they are in.
+    // Read spans in the requested order of their classes, whichever files they are in.
     spans.sort_by_key(|span| span.class);
     let reserve = |bytes| match usize::try_from(bytes).unwrap_or(usize::MAX) {
         0 => Ok(None),
@@ -385,7 +385,7 @@ fn plan_file(
         && shape.layout != Layout::Tensors
         && let Ok((identity, alignment_bytes)) = identify(path)
         && shape.shares_memory(identity.bytes)
-        // A file whose length is reported as 0 may not be empty; only opening it shows.
+        // A file whose length is reported as 0 may still have contents; only opening it shows.
         && identity.bytes > 0
     {
         let bytes = identity.bytes;

@@ -239,12 +239,12 @@ mod tests {
         }
     }
 
-    fn counting() -> (Arc<Count>, Waker) {
+    fn counting_waker() -> (Arc<Count>, Waker) {
         let count = Arc::new(Count::default());
         (Arc::clone(&count), Waker::from(count))
     }
 
-    fn byte(file_index: usize, offset: u64) -> Interest {
+    fn byte_interest(file_index: usize, offset: u64) -> Interest {
         Interest::Byte { file_index, offset }
     }
 
@@ -269,9 +269,9 @@ mod tests {
                 announce(&announcer, 0, 0..1);
                 announcer
             });
-            let (count, waker) = counting();
+            let (count, waker) = counting_waker();
             let mut waiter = Waiter::new(&outbox);
-            let look = || outbox.take().map(drop).ok_or(byte(0, 0));
+            let look = || outbox.take().map(drop).ok_or(byte_interest(0, 0));
             let polled = waiter.poll(&mut Context::from_waker(&waker), look);
             let _announcer = sender.join().unwrap();
             assert!(polled.is_ready() || count.get() > 0, "the waiter would sleep forever");
@@ -280,7 +280,7 @@ mod tests {
 
     /// The first event decides which second one is needed.
     #[test]
-    fn waiter_that_changes_its_interest_misses_no_event() {
+    fn waiter_that_changes_its_interest_sees_all_events() {
         model(|| {
             let outbox = Arc::default();
             let announcer = Announcer::new(&outbox);
@@ -291,7 +291,7 @@ mod tests {
             });
             let mut sender = Some(sender);
             let mut announcer = None;
-            let (count, waker) = counting();
+            let (count, waker) = counting_waker();
             let mut waiter = Waiter::new(&outbox);
             let mut taken = 0;
             let mut look = || {
@@ -300,7 +300,7 @@ mod tests {
                 }
                 match taken {
                     0 => Err(Interest::AnyEvent),
-                    1 => Err(byte(1, 7)),
+                    1 => Err(byte_interest(1, 7)),
                     _ => Ok(()),
                 }
             };
@@ -327,8 +327,16 @@ mod tests {
     fn event_wakes_only_waiters_that_it_can_satisfy() {
         let outbox = Arc::default();
         let announcer = Announcer::new(&outbox);
-        let interests = [byte(1, 9), byte(1, 10), byte(1, 19), byte(1, 20), byte(0, 15), Interest::AnyEvent, Interest::End];
-        let mut waiters = interests.map(|interest| (interest, Waiter::new(&outbox), counting()));
+        let interests = [
+            byte_interest(1, 9),
+            byte_interest(1, 10),
+            byte_interest(1, 19),
+            byte_interest(1, 20),
+            byte_interest(0, 15),
+            Interest::AnyEvent,
+            Interest::End,
+        ];
+        let mut waiters = interests.map(|interest| (interest, Waiter::new(&outbox), counting_waker()));
         for (interest, waiter, (_, waker)) in &mut waiters {
             sleep(waiter, *interest, waker);
         }
@@ -349,13 +357,13 @@ mod tests {
     fn waiter_has_at_most_one_registration() {
         let outbox = Arc::default();
         let announcer = Announcer::new(&outbox);
-        let ((first, first_waker), (second, second_waker)) = (counting(), counting());
+        let ((first, first_waker), (second, second_waker)) = (counting_waker(), counting_waker());
         let (mut moved, mut found, mut dropped) = (Waiter::new(&outbox), Waiter::new(&outbox), Waiter::new(&outbox));
-        sleep(&mut moved, byte(0, 0), &second_waker);
-        sleep(&mut moved, byte(0, 1), &first_waker);
-        sleep(&mut found, byte(0, 0), &second_waker);
+        sleep(&mut moved, byte_interest(0, 0), &second_waker);
+        sleep(&mut moved, byte_interest(0, 1), &first_waker);
+        sleep(&mut found, byte_interest(0, 0), &second_waker);
         assert!(found.poll(&mut Context::from_waker(&second_waker), || Ok(())).is_ready());
-        sleep(&mut dropped, byte(0, 0), &second_waker);
+        sleep(&mut dropped, byte_interest(0, 0), &second_waker);
         drop(dropped);
         announce(&announcer, 0, 0..1);
         assert_eq!([first.get(), second.get()], [0, 0]);
@@ -376,11 +384,11 @@ mod tests {
         }
         let outbox = Arc::default();
         let announcer = Announcer::new(&outbox);
-        let (count, waker) = counting();
+        let (count, waker) = counting_waker();
         let mut waiters = [Waiter::new(&outbox), Waiter::new(&outbox), Waiter::new(&outbox)];
-        sleep(&mut waiters[0], byte(0, 0), &waker);
-        sleep(&mut waiters[1], byte(0, 0), &Waker::from(Arc::new(Panics)));
-        sleep(&mut waiters[2], byte(0, 0), &waker);
+        sleep(&mut waiters[0], byte_interest(0, 0), &waker);
+        sleep(&mut waiters[1], byte_interest(0, 0), &Waker::from(Arc::new(Panics)));
+        sleep(&mut waiters[2], byte_interest(0, 0), &waker);
         announce(&announcer, 0, 0..1);
         assert_eq!(count.get(), 2);
         let polled = waiters.map(|mut waiter| waiter.poll(&mut Context::from_waker(&waker), || Ok(())));
@@ -394,10 +402,10 @@ mod tests {
     fn dropping_the_announcer_ends_every_wait() {
         let outbox = Arc::default();
         let announcer = Announcer::new(&outbox);
-        let (count, waker) = counting();
+        let (count, waker) = counting_waker();
         let mut waiters = [Waiter::new(&outbox), Waiter::new(&outbox)];
         assert!(outbox.take().is_none());
-        sleep(&mut waiters[0], byte(0, 0), &waker);
+        sleep(&mut waiters[0], byte_interest(0, 0), &waker);
         sleep(&mut waiters[1], Interest::End, &waker);
         drop(announcer);
         assert_eq!(count.get(), 2);

@@ -406,7 +406,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
     pub(crate) fn consumed(&mut self, load: &L, bytes: u64) {
         // A load whose last batch was handed out has no turn any more.
         if let Some(turn) = self.turns.iter_mut().find(|turn| turn.load == *load) {
-            turn.ahead = turn.ahead.checked_sub(bytes).expect("a consumer takes what was allocated");
+            turn.ahead = turn.ahead.checked_sub(bytes).expect("a consumer takes only allocated memory");
         }
     }
 

@@ -1,4 +1,4 @@
-//! Counts the threads that have not ended, and what a shutdown leaves behind.
+//! Counts the threads that have not ended, and reports what a shutdown leaves behind.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;

@@ -387,7 +387,7 @@ mod tests {
     }
 
     #[test]
-    fn load_that_must_not_be_buffered_keeps_what_is_known() {
+    fn load_that_must_not_be_buffered_keeps_the_known_way() {
         let mut choices = Choices::new(Pages::Auto);
         let (may, strict) = (choices.ways(true, true), choices.ways(true, false));
         assert_eq!(load_by(&mut choices, 1, may, [100, 200, 900], 4).0.unwrap().chosen, Way::Buffered);
@@ -406,10 +406,10 @@ mod tests {
                 assert_eq!(measured.chosen, Way::Staged);
                 assert!((measured.staged_bytes_per_second / (2600.0 * 1048576.0) - 1.0).abs() < 0.01, "{measured:?}");
                 assert!((measured.direct_bytes_per_second / (1900.0 * 1048576.0) - 1.0).abs() < 0.01, "{measured:?}");
-                assert!(direct <= 6 && direct + staged == 64, "{direct} batches went the slow way");
+                assert!(direct <= 6 && direct + staged == 64, "{direct} batches were read in the slower way");
                 let (measured, [direct, staged]) = load(&mut Choices::new(pages), 1, 2600, 1900, ahead);
                 assert_eq!(measured.unwrap().chosen, Way::Direct);
-                assert!(direct + staged == 64 && staged <= 6 + ahead, "{staged} batches went the slow way");
+                assert!(direct + staged == 64 && staged <= 6 + ahead, "{staged} batches were read in the slower way");
             }
         }
     }
@@ -446,7 +446,7 @@ mod tests {
 
     /// A load continues long after it was measured; others must not wait for its end.
     #[test]
-    fn trial_is_over_when_all_ways_are_measured() {
+    fn trial_ends_when_all_ways_are_measured() {
         let mut choices = Choices::new(Pages::Auto);
         let measured = load(&mut choices, 1, 1900, 2600, 6).0.expect("1 GiB is enough");
         let large = vec![BATCH; 64];

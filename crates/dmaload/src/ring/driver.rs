@@ -272,9 +272,9 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     pub(crate) fn issue(&mut self) {
         let mut passed = 0;
         while self.reads.len() < self.depth && passed < self.turns.len() {
-            let id = self.turns.pop_front().expect("there are more turns than were passed");
+            let id = self.turns.pop_front().expect("more loads have turns than were passed over");
             self.turns.push_back(id);
-            let load = self.loads.get_mut(&id).expect("a load that has gone has no turn");
+            let load = self.loads.get_mut(&id).expect("a load that is gone has no turn");
             let may_read = load.next_piece().is_some_and(|piece| {
                 let file_system = self.pieces.get_mut(piece).expect(PIECE).file.mount;
                 self.in_flight.may_have_one(self.depth as u64, &id, file_system)
@@ -353,9 +353,9 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     }
 
     /// Replaces a kernel that failed, after [`Self::give_up`]. The old one is leaked: closing it
-    /// would not end the reads that it holds.
+    /// would not end its reads.
     pub(crate) fn replace_kernel(&mut self, kernel: K) {
-        assert_eq!(self.reads.len() + self.pieces.len(), 0, "give_up comes first");
+        assert_eq!(self.reads.len() + self.pieces.len(), 0, "`give_up` was called before");
         self.buffer_slots = (0..kernel.buffer_slots()).rev().collect();
         std::mem::forget(std::mem::replace(&mut self.kernel, kernel));
         self.kernel.set_copiers(self.pace.threads());
@@ -455,8 +455,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         // SAFETY: `tail.start` is the length of the piece's bytes, which is at most that of its
         // buffer.
         let after = unsafe { entry.buffer.address().add(tail.start) };
-        // SAFETY: from there to its end the buffer is valid for writes, and no read into it is in
-        // flight.
+        // SAFETY: from `after` to its end, the buffer is valid for writes, and no read into it is
+        // in flight.
         unsafe { after.write_bytes(0, tail.len()) };
         let (id, position, bytes) = (entry.load, entry.position, entry.piece.bytes);
         let registered = entry.buffer_slot.take();

@@ -306,7 +306,7 @@ impl Ring {
                     // completion: the eventfd as long as the ring, a read's memory by the contract
                     // of `Kernel::read`.
                     let pushed = unsafe { submission.push(&entry) };
-                    assert!(pushed.is_ok(), "there was room");
+                    assert!(pushed.is_ok(), "the submission queue has room");
                 }
                 room
             };

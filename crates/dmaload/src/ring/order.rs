@@ -36,7 +36,7 @@ impl<T> InOrder<T> {
 
     /// Records that the item that was taken is done.
     pub(super) fn finish(&mut self) {
-        assert!(self.busy, "nothing was taken");
+        assert!(self.busy, "an item is finished only after it was taken");
         self.busy = false;
     }
 

@@ -304,7 +304,7 @@ mod tests {
             let (most, _) = simulate_pace(&mut Pace::new(2, 16), useful, 100, 200);
             assert_eq!(most, useful + 1, "one more thread is tried");
         }
-        assert_eq!(simulate_pace(&mut Pace::new(2, 4), 8, 100, 50), (4, 4), "up to the bound");
+        assert_eq!(simulate_pace(&mut Pace::new(2, 4), 8, 100, 50), (4, 4), "threads are added up to the bound");
     }
 
     #[test]
@@ -357,7 +357,7 @@ mod tests {
         {
             // Long enough that no trial is running at the end.
             let (most, last) = simulate_pace(&mut Pace::for_readers(), useful, 100, 400);
-            assert_eq!((most, last), (expected_most, expected_last), "{useful} help");
+            assert_eq!((most, last), (expected_most, expected_last), "up to {useful} threads help");
         }
     }
 

@@ -97,8 +97,7 @@ impl Queues {
         job
     }
 
-    /// Whether one more of `threads` threads may read for this load, given those that are
-    /// `reading`.
+    /// Whether one more of `threads` threads may read for this load, given the reads in `reading`.
     fn may_read(&self, reading: &Holders<LoadId>, file: &OpenFile, read: &Read, threads: usize) -> bool {
         let file_system = file.identity.mount();
         let held = reading.held_by(&read.load, file_system).by_load;
@@ -197,7 +196,7 @@ pub(crate) struct ThreadPool {
     name: &'static str,
     threads: usize,
     threads_max: usize,
-    /// Whether the caller did a copy, for lack of a thread.
+    /// Whether a copy found no thread, so that the calling thread did or refused it.
     copied_inline: bool,
 }
 
@@ -320,7 +319,7 @@ impl ThreadPool {
         self.threads > 0
     }
 
-    /// Whether the caller did a copy, for lack of a thread.
+    /// Whether a copy found no thread, so that the calling thread did or refused it.
     pub(crate) fn lacks_threads(&self) -> bool {
         self.copied_inline
     }

@@ -52,7 +52,7 @@ impl<T> Slots<T> {
             *place = Some(entry);
             return Token::new(index, *generation);
         }
-        let index = u32::try_from(self.entries.len()).expect("fewer than four billion entries in flight");
+        let index = u32::try_from(self.entries.len()).expect("fewer than four billion entries are in flight");
         self.entries.push((0, Some(entry)));
         Token::new(index, 0)
     }

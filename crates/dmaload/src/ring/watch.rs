@@ -73,7 +73,7 @@ impl Watch {
     /// Why bytes were rejected.
     pub(crate) fn verdict(&self) -> Verdict {
         let verdict = self.verdict.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        verdict.expect("a failed observation has left its verdict")
+        verdict.expect("a failed observation stores its verdict")
     }
 }
 

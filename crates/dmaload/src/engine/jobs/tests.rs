@@ -15,7 +15,7 @@ fn next(jobs: &Jobs<Arc<()>>) -> Option<(Job<LoadId>, Arc<()>)> {
 
 /// Submits and opens a load of `batches` batches, each as large as the window, so each waits for
 /// the permit of the one before it.
-fn opened(jobs: &Jobs<Arc<()>>, batches: usize) -> LoadId {
+fn open_load(jobs: &Jobs<Arc<()>>, batches: usize) -> LoadId {
     let id = jobs.next_id();
     assert!(jobs.submit(id, Arc::new(())));
     assert!(matches!(next(jobs), Some((Job::Open(_), _))));
@@ -25,7 +25,7 @@ fn opened(jobs: &Jobs<Arc<()>>, batches: usize) -> LoadId {
 
 /// Acts as a worker and as the ring thread behind it: takes permits and returns them until no more
 /// jobs come.
-fn worker(jobs: &Jobs<Arc<()>>) -> usize {
+fn run_worker(jobs: &Jobs<Arc<()>>) -> usize {
     let mut done = 0;
     let worker = jobs.hire();
     while let Some((job, _load)) = jobs.next(worker) {
@@ -46,7 +46,7 @@ fn worker(jobs: &Jobs<Arc<()>>) -> usize {
 fn waiting_worker_gets_a_returned_permit() {
     model(|| {
         let jobs = Arc::new(Jobs::new(1, u64::MAX, 1, 1, Pace::fixed(3)));
-        let id = opened(&jobs, 2);
+        let id = open_load(&jobs, 2);
         // The whole window is taken, so the second batch waits until the permit is returned.
         let Some((Job::Allocate(_, 0, need), _)) = next(&jobs) else { panic!("the first batch fits") };
         let waiting = {
@@ -62,10 +62,10 @@ fn waiting_worker_gets_a_returned_permit() {
 fn two_workers_finish_all_jobs_and_end() {
     model(|| {
         let jobs = Arc::new(Jobs::new(1, u64::MAX, 1, 1, Pace::fixed(3)));
-        let id = opened(&jobs, 1);
+        let id = open_load(&jobs, 1);
         let workers = [(); 2].map(|()| {
             let jobs = Arc::clone(&jobs);
-            spawn(move || worker(&jobs))
+            spawn(move || run_worker(&jobs))
         });
         // In production, the ring thread schedules the check after the last read.
         jobs.schedule_follow_ups(id, FollowUpJobs { check: Some(0), finish: None });
@@ -87,12 +87,12 @@ fn two_workers_finish_all_jobs_and_end() {
 }
 
 #[test]
-fn load_forgotten_while_its_batch_is_taken_delays_no_other() {
+fn forgetting_a_load_whose_batch_is_taken_blocks_no_worker() {
     model(|| {
         let jobs = Arc::new(Jobs::new(1, u64::MAX, 1, 2, Pace::fixed(3)));
-        let first = opened(&jobs, 2);
+        let first = open_load(&jobs, 2);
         let Some((Job::Allocate(_, 0, need), _)) = next(&jobs) else { panic!("the first batch fits") };
-        opened(&jobs, 1);
+        open_load(&jobs, 1);
         let waiting = {
             let jobs = Arc::clone(&jobs);
             spawn(move || next(&jobs).map(|(job, _)| matches!(job, Job::Allocate(..))))
@@ -111,13 +111,13 @@ fn load_forgotten_while_its_batch_is_taken_delays_no_other() {
 fn forgetting_a_load_that_did_not_fit_frees_a_smaller_one() {
     model(|| {
         let jobs = Arc::new(Jobs::new(2, u64::MAX, 1, 3, Pace::fixed(3)));
-        opened(&jobs, 1);
+        open_load(&jobs, 1);
         assert!(matches!(next(&jobs), Some((Job::Allocate(_, 0, _), _))));
         // One of the two bytes stays taken, so the large load's batch does not fit, and no load
         // overtakes it.
-        let large = opened(&jobs, 0);
+        let large = open_load(&jobs, 0);
         jobs.opened(large, LoadNeeds { batches: vec![Need { bytes: 2, ..Need::default() }], ..LoadNeeds::default() });
-        let small = opened(&jobs, 1);
+        let small = open_load(&jobs, 1);
         let waiting = {
             let jobs = Arc::clone(&jobs);
             spawn(move || next(&jobs).map(|(job, _)| *job.load()))
@@ -191,7 +191,7 @@ impl Drop for Closes {
 fn stalled_workers_are_replaced_without_losing_jobs() {
     model(|| {
         let jobs = Arc::new(Jobs::<Arc<()>>::new(1, u64::MAX, 1, 2, Pace::fixed(1)));
-        let id = opened(&jobs, 0);
+        let id = open_load(&jobs, 0);
         let stalls = jobs.hire();
         jobs.schedule_follow_ups(id, FollowUpJobs { check: Some(0), finish: None });
         assert!(matches!(jobs.next(stalls), Some((Job::Check(_, 0), _))));
@@ -235,7 +235,7 @@ fn stalled_workers_are_replaced_without_losing_jobs() {
 
 #[cfg(not(dmaload_loom))]
 #[test]
-fn busy_allocators_get_another_one_up_to_the_bound() {
+fn busy_allocators_get_help_up_to_the_bound() {
     let jobs = Jobs::new(u64::MAX, u64::MAX, 1, 1, Pace::new(1, 2));
     let first = jobs.hire();
     assert_eq!(jobs.hire_more(), None);

@@ -219,7 +219,7 @@ impl LoadShared {
                 DeliveryStep::Segment { segment, waited, events, span } => {
                     self.counters.after_kernel.add(waited);
                     let (index, file, bytes) = (segment.index(), segment.file_index(), segment.len());
-                    let waited_us = u64::try_from(waited.as_micros()).expect("less than half a million years");
+                    let waited_us = u64::try_from(waited.as_micros()).expect("the wait is shorter than half a million years");
                     foreign::emit(|| {
                         tracing::debug!(parent: &*self.span, load = self.id.0, segment = index, file, bytes, waited_us, "segment handed over");
                     });

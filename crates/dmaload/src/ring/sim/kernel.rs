@@ -292,7 +292,7 @@ impl Kernel for SimKernel {
     }
 
     fn register_buffer(&mut self, slot: u16, address: NonNull<u8>, bytes: usize) -> Result<(), Errno> {
-        assert!(self.faults.ring.is_none(), "registered without a ring");
+        assert!(self.faults.ring.is_none(), "a buffer is registered without a ring");
         assert!(slot < self.faults.buffer_slots);
         if let Some(errno) = self.faults.register
             && self.random.chance(self.faults.register_per_mille)
@@ -313,7 +313,7 @@ impl Kernel for SimKernel {
     fn unregister_buffer(&mut self, slot: u16) {
         let mut memory = self.memory.borrow_mut();
         let range = memory.registered.remove(&slot).expect("only registered buffers are unregistered");
-        assert!(!memory.is_written_to(&range), "unregistered while a read is in flight");
+        assert!(!memory.is_written_to(&range), "a buffer is unregistered while a read into it is in flight");
     }
 
     fn attach(&mut self, file: &SimFile) {

@@ -140,7 +140,7 @@ impl SimBuffer {
     pub(super) fn new(load: LoadId, bytes: u64, memory: &Rc<RefCell<Memory>>) -> Self {
         let layout = layout(usize::try_from(bytes).unwrap());
         // SAFETY: the layout has a size above zero.
-        let address = NonNull::new(unsafe { alloc(layout) }).expect("memory for a test");
+        let address = NonNull::new(unsafe { alloc(layout) }).expect("the test has enough memory");
         // SAFETY: the memory was just allocated with this size.
         unsafe { address.as_ptr().write_bytes(POISON, layout.size()) };
         *memory.borrow_mut().unfilled_by(load) += bytes;
@@ -194,7 +194,7 @@ impl SimBuffer {
 }
 
 fn layout(bytes: usize) -> Layout {
-    Layout::from_size_align(bytes, BLOCK_BYTES).expect("a valid layout")
+    Layout::from_size_align(bytes, BLOCK_BYTES).expect("the layout is valid")
 }
 
 // SAFETY: the memory stays allocated until the drop, and only `contents` shows it, after checking

@@ -203,7 +203,7 @@ impl Untouched {
     fn new(bytes: usize, populated: bool) -> Self {
         let layout = Allocation::from_size_align(bytes, 4096).unwrap();
         // SAFETY: the layout has a size above zero.
-        let address = NonNull::new(unsafe { alloc(layout) }).expect("memory for a test");
+        let address = NonNull::new(unsafe { alloc(layout) }).expect("the test has enough memory");
         Untouched { address, bytes, populated }
     }
 }
@@ -340,7 +340,7 @@ struct Outcome {
 }
 
 fn round_up(threads: f64) -> usize {
-    (1..).find(|&whole| whole as f64 >= threads).expect("there is always a larger number")
+    (1..).find(|&whole| whole as f64 >= threads).expect("some integer is large enough")
 }
 
 /// Simulates loading one large file, or as many bytes in several simultaneous loads from one file

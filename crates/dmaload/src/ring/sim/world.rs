@@ -69,12 +69,12 @@ pub(super) struct World {
 
 const MOST_COPIERS: usize = 4;
 
-fn staging(random: &mut Random) -> StagingBudget {
+fn random_staging(random: &mut Random) -> StagingBudget {
     let slots = 1 + usize::try_from(random.below(4)).unwrap();
     StagingBudget { slot_bytes: usize::try_from((1 + random.below(2)) * BLOCK).unwrap(), slots }
 }
 
-fn shape(random: &mut Random) -> Shape {
+fn random_shape(random: &mut Random) -> Shape {
     let layout = *random.pick(&[Layout::Segmented, Layout::Single]);
     let (batch_pages, batches) = (1 + random.below(4), *random.pick(&[1, 2, 3, 8]));
     Shape {
@@ -87,7 +87,7 @@ fn shape(random: &mut Random) -> Shape {
 }
 
 /// A file and its planned length.
-fn file(random: &mut Random, number: u64, calm: bool) -> (SimFile, u64) {
+fn random_file(random: &mut Random, number: u64, calm: bool) -> (SimFile, u64) {
     let pages = random.below(14);
     let planned = match random.below(4) {
         0 => pages * BLOCK,
@@ -146,7 +146,7 @@ impl World {
         let clock = Rc::default();
         let depth = *random.pick(&[1, 2, 8, 32]);
         let window_bytes = (4 + random.below(12)) * BLOCK;
-        let staging = staging(&mut random);
+        let staging = random_staging(&mut random);
         let kernel = SimKernel::new(random.next(), faults.clone(), &memory, &clock, Duration::ZERO);
         let counters = Arc::default();
         let mut world = World {
@@ -179,9 +179,9 @@ impl World {
     fn add_load(&mut self, id: LoadId, calm: bool) {
         let random = &mut self.random;
         let count = *random.pick(&[1, 2, 3, 8]);
-        let files: Vec<_> = (0..count).map(|number| file(random, id.0 * 100 + number, calm)).collect();
+        let files: Vec<_> = (0..count).map(|number| random_file(random, id.0 * 100 + number, calm)).collect();
         let spans: Vec<_> = files.iter().enumerate().map(|(file, &(_, bytes))| Span::whole(file, bytes)).collect();
-        let plan = Plan::new(&vec![BLOCK; files.len()], &spans, shape(random));
+        let plan = Plan::new(&vec![BLOCK; files.len()], &spans, random_shape(random));
         let start = *random.pick(&[
             Route::UringFixedDirect,
             Route::UringFixedDirect,
