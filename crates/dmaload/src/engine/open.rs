@@ -469,7 +469,7 @@ fn starting_route(load: &LoadShared) -> Result<Route> {
         return Err(Error::Config(format!("the heap {} {why}: a strict load must request the route bounce", load.heap())));
     }
     foreign::emit(|| {
-        tracing::info!(load = load.id.0, heap = load.heap(), "bytes are observed in staging, so every read is bounced")
+        tracing::info!(load = load.id.0, heap = load.heap(), "bytes are observed in staging, so every read is bounced");
     });
     Ok(route)
 }

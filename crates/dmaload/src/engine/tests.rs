@@ -48,7 +48,7 @@ fn teller_panic_fails_all_loads_with_its_message() {
     assert_panic_fails_all_loads("the teller thread", |engine| engine.mailbox.push([Message::Panic]));
     // The same with several panics.
     assert_panic_fails_all_loads("the teller thread", |engine| {
-        engine.mailbox.push([Message::Panic, Message::Panic, Message::Panic])
+        engine.mailbox.push([Message::Panic, Message::Panic, Message::Panic]);
     });
 }
 
