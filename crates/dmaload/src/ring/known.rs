@@ -70,7 +70,7 @@ impl Known {
     }
 
     /// The known refusal that concerns reads by this route, with the route to step down to. If
-    /// several do, the lowest route counts.
+    /// several do, returns the one with the lowest route.
     pub(super) fn refusal(&self, mount: u64, route: Route, now: Duration) -> Option<(Route, Attempt, Errno)> {
         let memory = match self.memory {
             Pinnable::No { attempt, errno, until } if now < until => Some((Route::Bounce, attempt, errno)),

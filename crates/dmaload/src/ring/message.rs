@@ -14,7 +14,7 @@ use crate::telemetry::trace::TraceKind;
 #[derive(Debug, Clone)]
 pub(crate) struct LoadSpec {
     pub(crate) id: LoadId,
-    /// Number of pieces over all files.
+    /// The number of pieces in all files.
     pub(crate) pieces: usize,
     pub(crate) chunk_bytes: u64,
     pub(crate) strict: bool,

@@ -14,7 +14,7 @@
 //! one by one would take gigabytes of reads.
 //!
 //! Pure bookkeeping: it starts no threads and reads no clock. The engine and the simulator both
-//! follow it.
+//! use it.
 
 use std::time::Duration;
 
@@ -261,7 +261,7 @@ impl Epoch {
     }
 }
 
-/// The number of jobs in an epoch: several per thread, so that jobs that cross its ends matter
+/// The number of jobs in an epoch: several per thread, so jobs that cross its boundaries matter
 /// little.
 fn jobs_of_epoch(threads: usize) -> usize {
     3 * threads.max(4)

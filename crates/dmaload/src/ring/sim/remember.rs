@@ -1,5 +1,5 @@
-//! A refusal by memory or a file system is met once and remembered for later loads, each of which
-//! still reports it.
+//! Refusals by memory or a file system are remembered, so later loads do not try again, but still
+//! report them.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;

@@ -1,4 +1,4 @@
-//! The checks at the end of every world, which hold whatever went wrong in it.
+//! The invariants that must hold at the end of every world, whatever went wrong in it.
 
 use std::sync::atomic::Ordering;
 
