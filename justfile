@@ -72,7 +72,7 @@ doc:
         cargo doc --no-deps -p dmaload -p dmabuf --features dmaload/verify
     .ci/public-types
 
-# Checks licences and sources of all dependencies (needs cargo-deny).
+# Checks licenses and sources of all dependencies (needs cargo-deny).
 [group('checks')]
 deny:
     cargo deny --config deny.toml check licenses bans sources
