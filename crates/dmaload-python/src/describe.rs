@@ -1,4 +1,4 @@
-//! What headers say, as dictionaries.
+//! Converts headers to dictionaries.
 
 use dmaload::Inspected;
 use dmaload::model::TensorMap;
@@ -6,7 +6,7 @@ use dmaload::model::gguf::Value;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 
-/// One dictionary for each file.
+/// A list with a dictionary for each file.
 pub(crate) fn headers(py: Python<'_>, headers: Vec<Inspected>) -> PyResult<Py<PyAny>> {
     let files = PyList::empty(py);
     for Inspected { path, file_bytes, tensors, .. } in headers {
@@ -26,7 +26,7 @@ pub(crate) fn headers(py: Python<'_>, headers: Vec<Inspected>) -> PyResult<Py<Py
     Ok(files.into_any().unbind())
 }
 
-/// What a file says of itself: strings of safetensors, values of all types of GGUF.
+/// The metadata of a file: strings in safetensors, values of all types in GGUF.
 pub(crate) fn metadata(py: Python<'_>, map: &TensorMap) -> PyResult<Py<PyDict>> {
     let pairs = PyDict::new(py);
     match map.gguf() {

@@ -1,8 +1,9 @@
-//! DLPack: memory of the CPU in a capsule, as <https://dmlc.github.io/dlpack/latest/> lays it out.
+//! Exports CPU memory in DLPack capsules: see <https://dmlc.github.io/dlpack/latest/>.
 //!
-//! A capsule owns a structure, which owns the memory. Who consumes it renames it, and calls the
-//! structure's deleter when done, on any thread, attached to the interpreter or not: so the
-//! deleter touches nothing of Python's. A capsule that is not consumed calls it when it goes.
+//! A capsule owns a structure, which owns the memory. The consumer renames the capsule, and calls
+//! the structure's deleter when it is done, on any thread, attached to the interpreter or not.
+//! Therefore the deleter uses no Python objects. If a capsule is not consumed, its destructor
+//! calls the deleter.
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, c_void};
@@ -18,10 +19,10 @@ use crate::layout::Elements;
 use crate::memory::Memory;
 use crate::process::{Owned, detached};
 
-/// `kDLCPU`, and the number of the device.
+/// `kDLCPU`, and the device's number.
 pub(crate) const CPU: (i32, i32) = (1, 0);
 
-/// The version that is exported. Types of fewer than 16 bits have codes of their own since 1.1.
+/// The exported version. It is the first with codes for floats of fewer than 16 bits.
 const VERSION: (u32, u32) = (1, 1);
 
 const VERSIONED: &CStr = c"dltensor_versioned";
@@ -74,14 +75,14 @@ struct Versioned {
     tensor: RawTensor,
 }
 
-/// What the structure points to.
+/// The data that the structure points to.
 struct Context {
     shape: Vec<i64>,
     strides: Vec<i64>,
     _memory: Arc<Owned<Memory>>,
 }
 
-/// The type's code, bits and lanes, and the first version that knows it; `None` for blocks.
+/// The type's code, bits and lanes, and the first version that has it; `None` for block types.
 fn data_type(dtype: DType) -> Option<(DataType, (u32, u32))> {
     let (before, now) = ((0, 0), VERSION);
     let (code, bits, since) = match dtype {
@@ -112,7 +113,7 @@ fn data_type(dtype: DType) -> Option<(DataType, (u32, u32))> {
     Some((DataType { code, bits, lanes: 1 }, since))
 }
 
-/// A capsule with a tensor's memory.
+/// Returns a capsule with a tensor's memory.
 pub(crate) fn export(
     py: Python<'_>,
     dtype: DType,
@@ -121,8 +122,8 @@ pub(crate) fn export(
     max_version: Option<(u32, u32)>,
     copy: Option<bool>,
 ) -> Result<Py<PyAny>, Raised> {
-    // Whoever names a version of 1 or later takes the structure that has one, and ignores what it
-    // does not know.
+    // A consumer that passes version 1 or later accepts the versioned structure, and ignores flags
+    // that it does not know.
     let is_versioned = max_version.is_some_and(|(major, _)| major >= 1);
     let (data_type, elements) = match data_type(dtype) {
         Some((known, since)) => {
@@ -170,14 +171,14 @@ pub(crate) fn export(
         let deleter = Some(delete_versioned as unsafe extern "C" fn(*mut Versioned));
         let managed = Box::into_raw(Box::new(Versioned { major, minor, context, deleter, flags, tensor: described }));
         capsule(py, managed.cast(), VERSIONED, destroy_versioned, || {
-            // SAFETY: no capsule has it, so this is its only owner.
+            // SAFETY: creating the capsule failed, so nothing else owns `managed`.
             unsafe { delete_versioned(managed) };
         })
     } else {
         let deleter = Some(delete_unversioned as unsafe extern "C" fn(*mut Unversioned));
         let managed = Box::into_raw(Box::new(Unversioned { tensor: described, context, deleter }));
         capsule(py, managed.cast(), UNVERSIONED, destroy_unversioned, || {
-            // SAFETY: as above.
+            // SAFETY: creating the capsule failed, so nothing else owns `managed`.
             unsafe { delete_unversioned(managed) };
         })
     }
@@ -190,9 +191,9 @@ fn capsule(
     destructor: unsafe extern "C" fn(*mut PyObject),
     or_else: impl FnOnce(),
 ) -> Result<Py<PyAny>, Raised> {
-    // SAFETY: the pointer is not null, and the name lives for ever.
+    // SAFETY: `managed` is not null, and `name` is static.
     let capsule = unsafe { ffi::PyCapsule_New(managed, name.as_ptr(), Some(destructor)) };
-    // SAFETY: it is a new reference, or null with an exception set.
+    // SAFETY: `PyCapsule_New` returns a new reference, or null with an exception set.
     unsafe { Bound::from_owned_ptr_or_err(py, capsule) }.map(Bound::unbind).map_err(|error| {
         or_else();
         Raised::Python(error)
@@ -200,50 +201,50 @@ fn capsule(
 }
 
 /// # Safety
-/// The structure must be one that [`export`] has made; it is gone afterwards.
+/// [`export`] must have created the structure. It must not be used afterwards.
 unsafe extern "C" fn delete_versioned(managed: *mut Versioned) {
-    // SAFETY: it came from `Box::into_raw` in `export`, and is taken back once.
+    // SAFETY: `managed` came from `Box::into_raw` in `export`, and is freed once.
     let managed = unsafe { Box::from_raw(managed) };
-    // SAFETY: so did its context.
+    // SAFETY: its context also came from `Box::into_raw` in `export`, and is freed once.
     drop(unsafe { Box::from_raw(managed.context.cast::<Context>()) });
 }
 
 /// # Safety
-/// As [`delete_versioned`].
+/// The same as for [`delete_versioned`].
 unsafe extern "C" fn delete_unversioned(managed: *mut Unversioned) {
-    // SAFETY: it came from `Box::into_raw` in `export`, and is taken back once.
+    // SAFETY: `managed` came from `Box::into_raw` in `export`, and is freed once.
     let managed = unsafe { Box::from_raw(managed) };
-    // SAFETY: so did its context.
+    // SAFETY: its context also came from `Box::into_raw` in `export`, and is freed once.
     drop(unsafe { Box::from_raw(managed.context.cast::<Context>()) });
 }
 
-/// The structure in a capsule that was not consumed; null in one that was renamed.
+/// The structure of a capsule that was not consumed; null if a consumer has renamed the capsule.
 ///
 /// # Safety
-/// It must be a capsule, which the interpreter is destroying.
+/// `capsule` must be a capsule that the interpreter is destroying.
 unsafe fn unconsumed(capsule: *mut PyObject, name: &'static CStr) -> *mut c_void {
-    // SAFETY: it is a capsule, and a name is compared.
+    // SAFETY: `capsule` is a capsule, and the call only compares its name.
     if unsafe { ffi::PyCapsule_IsValid(capsule, name.as_ptr()) } == 0 {
         return ptr::null_mut();
     }
-    // SAFETY: it has this name, as was just found.
+    // SAFETY: the capsule has this name, as checked above.
     unsafe { ffi::PyCapsule_GetPointer(capsule, name.as_ptr()) }
 }
 
 unsafe extern "C" fn destroy_versioned(capsule: *mut PyObject) {
-    // SAFETY: the interpreter calls it for the capsule that it was given for.
+    // SAFETY: the interpreter calls this function with the capsule that it destroys.
     let managed = unsafe { unconsumed(capsule, VERSIONED) };
     if !managed.is_null() {
-        // SAFETY: no consumer has taken it, so the capsule still owns it.
+        // SAFETY: no consumer has renamed the capsule, so the capsule still owns the structure.
         unsafe { delete_versioned(managed.cast()) };
     }
 }
 
 unsafe extern "C" fn destroy_unversioned(capsule: *mut PyObject) {
-    // SAFETY: as above.
+    // SAFETY: the interpreter calls this function with the capsule that it destroys.
     let managed = unsafe { unconsumed(capsule, UNVERSIONED) };
     if !managed.is_null() {
-        // SAFETY: as above.
+        // SAFETY: no consumer has renamed the capsule, so the capsule still owns the structure.
         unsafe { delete_unversioned(managed.cast()) };
     }
 }

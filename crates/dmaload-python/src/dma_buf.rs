@@ -1,4 +1,4 @@
-//! Descriptors of dma-bufs, for importers.
+//! Hands descriptors of dma-bufs to importers.
 
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
 use std::sync::Mutex;
@@ -9,18 +9,18 @@ use crate::errors::{Failure, Raised, guarded};
 use crate::process::lock;
 use crate::tensor::Tensor;
 
-/// A descriptor of a dma-buf, and where in it bytes of a tensor are.
+/// A descriptor of a dma-buf, and the range of a tensor's bytes in it.
 ///
-/// It owns the descriptor, and closes it when it goes, or by `close()`, or at the end of a `with`.
-/// The dma-buf lives as long as anybody has a descriptor, an import or a mapping of it.
+/// It owns the descriptor, and closes it when it is destroyed, in `close()`, or at the end of a
+/// `with` block. The dma-buf lives as long as a descriptor, an import or a mapping of it exists.
 #[pyclass(frozen, module = "dmaload")]
 #[derive(Debug)]
 pub(crate) struct DmaBuf {
     fd: Mutex<Option<OwnedFd>>,
-    /// Where the bytes begin in the dma-buf.
+    /// The offset of the bytes in the dma-buf.
     #[pyo3(get)]
     offset: usize,
-    /// How many bytes they are.
+    /// The number of bytes.
     #[pyo3(get)]
     length: usize,
 }
@@ -31,17 +31,17 @@ fn closed() -> Failure {
 
 #[pymethods]
 impl DmaBuf {
-    /// The descriptor, which stays this object's.
+    /// The descriptor. This object keeps owning it.
     fn fileno(&self, py: Python<'_>) -> PyResult<i32> {
         guarded(py, || Ok(lock(&self.fd).as_ref().ok_or_else(closed)?.as_raw_fd()))
     }
 
-    /// The descriptor, which is the caller's to close from now on.
+    /// The descriptor. The caller owns it from now on, and must close it.
     fn detach(&self, py: Python<'_>) -> PyResult<i32> {
         guarded(py, || Ok(lock(&self.fd).take().ok_or_else(closed)?.into_raw_fd()))
     }
 
-    /// Closes the descriptor, unless that was done or it was detached.
+    /// Closes the descriptor, unless it was already closed or detached.
     fn close(&self) {
         drop(lock(&self.fd).take());
     }
@@ -62,7 +62,7 @@ impl DmaBuf {
     }
 }
 
-/// The dma-bufs that a tensor lies in, in order.
+/// The dma-bufs that contain a tensor's bytes, in order.
 #[pyfunction]
 pub(crate) fn dma_bufs(py: Python<'_>, tensor: &Bound<'_, Tensor>) -> PyResult<Vec<DmaBuf>> {
     guarded(py, || {

@@ -1,7 +1,7 @@
-//! Errors as Python's exceptions, with the same words. Panics, too.
+//! Converts errors and panics to Python exceptions with the same text.
 //!
-//! The classes are Python's own (`dmaload/_errors.py`): several have two bases, which a class that
-//! is made here cannot have.
+//! The classes are defined in Python (`dmaload/_errors.py`), since several have two bases, which a
+//! class defined in Rust cannot have.
 
 use std::any::Any;
 use std::ffi::OsString;
@@ -10,10 +10,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use dmaload::{Error, ErrorKind};
 use pyo3::prelude::*;
 
-/// Where the exceptions are defined.
+/// The module that defines the exceptions.
 const MODULE: &str = "dmaload._errors";
 
-/// What an exception is made of.
+/// The class and the attributes of an exception.
 #[derive(Debug, Clone)]
 pub(crate) struct Failure {
     class: &'static str,
@@ -25,22 +25,22 @@ pub(crate) struct Failure {
 }
 
 impl Failure {
-    /// Without errno, file and hint.
+    /// A failure without errno, file, hint and offset.
     pub(crate) fn new(class: &'static str, message: impl Into<String>) -> Self {
         Failure { class, message: message.into(), errno: None, filename: None, hint: None, offset: None }
     }
 
-    /// An option that makes no sense.
+    /// An invalid option.
     pub(crate) fn config(message: impl Into<String>) -> Self {
         Failure::new("ConfigError", message)
     }
 
-    /// Memory that arrays cannot have as they asked for it.
+    /// Memory that cannot be exported as requested.
     pub(crate) fn export(message: impl Into<String>) -> Self {
         Failure::new("ExportError", message)
     }
 
-    /// Something that Rust code does not expect, and that happened in it.
+    /// A panic of Rust code.
     pub(crate) fn panicked(payload: &(dyn Any + Send)) -> Self {
         let message = payload.downcast_ref::<&str>().map(|text| (*text).to_owned());
         let message = message.or_else(|| payload.downcast_ref::<String>().cloned());
@@ -48,12 +48,12 @@ impl Failure {
         Failure::new("PanickedError", format!("dmaload panicked: {message}"))
     }
 
-    /// The same with an errno and a file.
+    /// Sets the errno and the file.
     pub(crate) fn about(self, errno: i32, filename: impl Into<OsString>) -> Self {
         Failure { errno: Some(errno), filename: Some(filename.into()), ..self }
     }
 
-    /// Of memory that neither DLPack nor the buffer protocol may have.
+    /// The library's refusal to export memory by DLPack or the buffer protocol.
     pub(crate) fn of_export(error: &Error) -> Self {
         let class = match error.kind() {
             ErrorKind::Unsupported | ErrorKind::InUse | ErrorKind::Placement => "ExportError",
@@ -62,7 +62,7 @@ impl Failure {
         Failure { class, ..Failure::from(error) }
     }
 
-    /// The exception. Where that can't be made, the reason why is raised instead.
+    /// The exception, or the error that creating it raised.
     pub(crate) fn into_exception(self, py: Python<'_>) -> PyErr {
         let make = || {
             let Failure { class, message, errno, filename, hint, offset } = self;
@@ -96,7 +96,7 @@ impl From<Error> for Failure {
     }
 }
 
-/// The name of a kind's class. A kind that is new here is an `Error`, as every one is.
+/// The name of a kind's class: `Error`, the base class, for kinds that are not listed.
 fn class_of(kind: ErrorKind) -> &'static str {
     match kind {
         ErrorKind::Config => "ConfigError",
@@ -124,7 +124,7 @@ fn class_of(kind: ErrorKind) -> &'static str {
     }
 }
 
-/// Runs a function that Python has called: failures and panics become exceptions.
+/// Runs the body of a function that Python calls, and converts failures and panics to exceptions.
 pub(crate) fn guarded<T>(py: Python<'_>, body: impl FnOnce() -> Result<T, Raised>) -> PyResult<T> {
     match catch_unwind(AssertUnwindSafe(body)) {
         Ok(Ok(value)) => Ok(value),
@@ -134,7 +134,7 @@ pub(crate) fn guarded<T>(py: Python<'_>, body: impl FnOnce() -> Result<T, Raised
     }
 }
 
-/// Why a function that Python has called did not work.
+/// The error of a function that Python calls.
 #[derive(Debug)]
 pub(crate) enum Raised {
     Failure(Failure),

@@ -1,4 +1,4 @@
-//! Headers of models, and tensors of files whose header is known already: for `dmaload.safe_open`.
+//! Reads headers, and tensors of files whose header is known: for `dmaload.safe_open`.
 
 use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -28,14 +28,14 @@ async fn headers(path: PathBuf, format: Format) -> Answer {
     Ok(Outcome::Headers(inspect_model(path, format).await?))
 }
 
-/// A tensor that a header describes: its name, its type, its shape, and where it is in its file.
+/// A tensor in a header: its name, type, shape, and start and end in the file.
 type Described = (String, String, Vec<usize>, u64, u64);
 
 fn dtype(name: &str) -> Result<DType, Failure> {
     name.parse().map_err(|error: dmaload::model::ParseDTypeError| Failure::config(error.to_string()))
 }
 
-/// Another descriptor of an open file of Python's.
+/// Duplicates the descriptor of a file that Python has opened.
 fn duplicate(fd: i32) -> Result<OwnedFd, Failure> {
     let failed = |errno: i32, reason: String| {
         Failure::new("IoError", format!("cannot duplicate the descriptor of the file: {reason}")).about(errno, "")
@@ -49,13 +49,13 @@ fn duplicate(fd: i32) -> Result<OwnedFd, Failure> {
 
 #[allow(unsafe_code)]
 fn borrowed<'a>(fd: i32) -> BorrowedFd<'a> {
-    // SAFETY: it is not -1, and the package keeps the file open during the call. A number that is
-    // no open file is an error of the call that it is used in.
+    // SAFETY: `fd` is not -1, and the package keeps the file open during the call. If the number
+    // is not an open file, the system call that uses it fails.
     unsafe { BorrowedFd::borrow_raw(fd) }
 }
 
-/// Reads a small tensor of an open file through the page cache, into memory of its own: a load
-/// would take longer, and a mapping each.
+/// Reads a small tensor of an open file through the page cache into newly allocated memory. A load
+/// would take longer, and would need a mapping for each tensor.
 #[pyfunction]
 pub(crate) fn read_small(py: Python<'_>, fd: i32, described: Described) -> PyResult<Tensor> {
     guarded(py, || {

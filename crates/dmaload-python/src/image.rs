@@ -1,4 +1,4 @@
-//! What was loaded: tensors by their names.
+//! Loaded models: tensors by name.
 
 use std::collections::HashSet;
 use std::ffi::OsString;
@@ -13,25 +13,24 @@ use crate::errors::{Failure, Raised, guarded};
 use crate::process::{Owned, lock};
 use crate::tensor::{Part, Tensor};
 
-/// A loaded model: a mapping from the names of its tensors to these.
+/// A loaded model: a read-only mapping from names to tensors.
 ///
-/// It is a read-only mapping. The memory lives as long as the image, any of its tensors, or any
-/// array that was made of one.
+/// The memory lives as long as the image, any of its tensors, or any array made from one of them.
 #[pyclass(frozen, mapping, module = "dmaload")]
 #[derive(Debug)]
 pub(crate) struct Image {
-    /// `None` once it was closed.
+    /// `None` once the image was closed.
     image: Mutex<Option<Owned<dmaload::Image>>>,
-    /// In file order, or in the order in which they were asked for.
+    /// In file order, or in the requested order.
     names: Vec<String>,
-    /// The tensors that were looked up, so that each is one object, with one memory.
+    /// The tensors that were looked up: each name has only one object, with one memory.
     tensors: Py<PyDict>,
 }
 
 impl Image {
     pub(crate) fn new(py: Python<'_>, image: dmaload::Image) -> Self {
         let mut seen = HashSet::new();
-        // Files that the caller named one by one may have tensors of one name.
+        // Files that the caller named one by one may have tensors of the same name.
         let names = image.tensors().map(|tensor| tensor.name().to_owned()).filter(|name| seen.insert(name.clone()));
         let names = names.collect();
         Image { image: Mutex::new(Some(Owned::new(image))), names, tensors: PyDict::new(py).unbind() }
@@ -43,7 +42,7 @@ impl Image {
             return Ok(known.unbind());
         }
         let tensor = Py::new(py, Tensor::of(self.image()?.tensor(name)?))?;
-        // Of two threads that look it up at once, both get the one that came first.
+        // If two threads look it up at the same time, both get the first one's tensor.
         let known = tensors.call_method1("setdefault", (name, tensor))?;
         Ok(known.unbind())
     }
@@ -89,7 +88,7 @@ impl Image {
         self.keys(py)?.try_iter()
     }
 
-    /// The names: in file order, or in the order in which they were asked for.
+    /// The names, in file order or in the requested order.
     fn keys<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
         PyList::new(py, &self.names)
     }
@@ -110,8 +109,8 @@ impl Image {
         })
     }
 
-    /// What the files say of themselves: strings of safetensors, values of all types of GGUF. Of
-    /// several files, the first that has a key counts.
+    /// The metadata of the files: strings in safetensors, values of all types in GGUF. If several
+    /// files have a key, the first file's value counts.
     fn metadata<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         guarded(py, || {
             let all = PyDict::new(py);
@@ -128,8 +127,8 @@ impl Image {
         guarded(py, || Ok(self.image()?.files().iter().map(|file| file.path().as_os_str().to_owned()).collect()))
     }
 
-    /// All bytes of a file, as a tensor of `U8` that has the file's path for its name. For files
-    /// of raw bytes, which have no tensors.
+    /// All bytes of a file, as a `U8` tensor named after the file's path. For raw files, which
+    /// have no tensors.
     #[pyo3(signature = (index=0))]
     fn file(&self, py: Python<'_>, index: usize) -> PyResult<Tensor> {
         guarded(py, || {
@@ -148,12 +147,12 @@ impl Image {
         })
     }
 
-    /// What happened during the load, by the names that the command's JSON has.
+    /// The report of the load, with the field names of the command's JSON.
     fn report<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         guarded(py, || Ok(report(py, self.image()?.report())?))
     }
 
-    /// Lets go of the memory. Tensors, and arrays that were made of them, keep theirs.
+    /// Releases the memory. Tensors, and arrays made from them, keep theirs.
     fn close(&self, py: Python<'_>) {
         self.tensors.bind(py).clear();
         let image = lock(&self.image).take();

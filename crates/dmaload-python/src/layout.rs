@@ -1,22 +1,23 @@
-//! How arrays see the bytes of a tensor: pure.
+//! Shapes and strides of a tensor's elements or bytes. Pure.
 
 use dmaload::model::DType;
 
-/// Elements that array libraries know, or bytes.
+/// Elements of a type that array libraries have, or bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Elements {
     pub(crate) shape: Vec<usize>,
-    /// The size of one.
+    /// The size of an element.
     pub(crate) bytes: usize,
 }
 
 impl Elements {
-    /// Those of a tensor's own type.
+    /// Elements of the tensor's own type.
     pub(crate) fn of(dtype: DType, shape: &[usize]) -> Self {
         Elements { shape: shape.to_vec(), bytes: dtype.element_bytes().unwrap_or(1) }
     }
 
-    /// Bytes. The last dimension counts them, or all of it is one where rows are no whole blocks.
+    /// Bytes. The last dimension counts them; if rows are not whole blocks, there is only one
+    /// dimension.
     pub(crate) fn as_bytes(dtype: DType, shape: &[usize]) -> Self {
         let (block, block_bytes) = (dtype.block_elements(), dtype.block_bytes());
         let shape = match shape.split_last() {
@@ -28,12 +29,13 @@ impl Elements {
         Elements { shape, bytes: 1 }
     }
 
-    /// The distances in elements between neighbours in each dimension.
+    /// The stride of each dimension, in elements.
     pub(crate) fn strides(&self) -> Vec<usize> {
         let mut stride = 1_usize;
         let of_dimension = |&length: &usize| {
             let own = stride;
-            // Of an empty tensor they mean nothing; of any other they are within its memory.
+            // Strides of an empty tensor have no meaning. Those of any other are within its
+            // memory.
             stride = stride.saturating_mul(length.max(1));
             own
         };
@@ -43,7 +45,7 @@ impl Elements {
     }
 }
 
-/// The bytes of a tensor whose header was checked.
+/// The size of a tensor whose header was checked, in bytes.
 pub(crate) fn bytes_of(dtype: DType, shape: &[usize]) -> usize {
     if shape.contains(&0) {
         return 0;

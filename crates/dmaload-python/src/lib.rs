@@ -1,21 +1,23 @@
-//! The native part of the Python package `dmaload`: the library for Python, as `dmaload._native`.
+//! The native module `dmaload._native` of the Python package `dmaload`.
 //!
 //! ```text
 //!   python/dmaload ──► loading (load, stream, attach, header) ──► image ──► tensor ──► memory
-//!        │                 │ waits detached, a little at a time            │ buffer, dlpack
+//!        │                 │ waits detached, in short intervals            │ buffer, dlpack
 //!        └─► errors        └──► waiting: a parked thread, or an event loop's eventfd
 //! ```
 //!
-//! - **No thread of Rust's attaches to the interpreter.** Threads of Python's wait here, detached
-//!   and for a moment at a time, and loop in Python, where signals and exceptions are handled. An
-//!   event loop is woken by a descriptor ([`waiting`]). So nothing here can run while the
-//!   interpreter is gone, and none of the loader's threads ever waits for Python code.
-//! - **No reference is made to memory that Python has.** It is handed out by the library
-//!   (`dmaload::PrivateMemory`), as an address ([`memory`]).
-//! - **A forked child never touches what its parent's threads have** ([`process`]).
+//! - **No Rust thread attaches to the interpreter.** Python threads wait here, detached and for a
+//!   short time, and loop in Python, which handles signals and exceptions. A descriptor wakes an
+//!   event loop ([`waiting`]). So this code never runs without an interpreter, and none of the
+//!   loader's threads waits for Python code.
+//! - **Rust holds no reference to memory that Python can write to.** The library hands it out as
+//!   an
+//!   address (`dmaload::PrivateMemory`, [`memory`]).
+//! - **A forked child never uses objects that need its parent's threads** ([`process`]).
 //! - **No panic crosses into Python**: each becomes a `dmaload.PanickedError` ([`errors`]).
 //!
-//! What is here is private to the package; its interface, with its documentation, is Python.
+//! This module is private to the package. The public interface and its documentation are in
+//! Python.
 
 mod command;
 mod describe;
@@ -32,7 +34,7 @@ mod process;
 mod tensor;
 mod waiting;
 
-/// What the package imports.
+/// The names that the package imports.
 #[pyo3::pymodule(gil_used = false)]
 mod _native {
     #[pymodule_export]

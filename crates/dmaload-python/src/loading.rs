@@ -1,4 +1,4 @@
-//! What is under way: loads, streams of tensors, and whatever else of the library is waited for.
+//! Operations in progress: loads, streams of tensors, and other futures of the library.
 
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -19,19 +19,19 @@ use crate::process::{Owned, detached, lock};
 use crate::tensor::{self, Part};
 use crate::waiting::{Hub, Parked};
 
-/// What comes of it.
+/// The result of an operation.
 #[derive(Debug)]
 pub(crate) enum Outcome {
     Image(Image),
     Tensor(dmaload::Tensor),
-    /// A tensor whose place in its file was known before.
+    /// A tensor whose position in the file was already known.
     Part(Part),
     Headers(Vec<Inspected>),
-    /// A stream has ended.
+    /// The end of a stream.
     End,
 }
 
-/// What came, or why not.
+/// A result, or the reason for its failure.
 pub(crate) type Answer = Result<Outcome, Failure>;
 
 /// A future of the library.
@@ -41,18 +41,18 @@ enum Origin {
     Load(Load),
     Stream(Tensors),
     Future(Work),
-    /// It was closed, or has ended.
+    /// Closed, or ended.
     Nothing,
 }
 
 struct State {
     source: Origin,
-    /// What has come and was not taken.
+    /// The result that was not taken yet.
     ready: Option<Answer>,
     progress: Progress,
 }
 
-/// Something that is under way. Dropping or closing it cancels it.
+/// An operation in progress. Dropping or closing it cancels the operation.
 #[pyclass(frozen, module = "dmaload._native")]
 pub(crate) struct Loading(Owned<Mutex<State>>);
 
@@ -71,7 +71,7 @@ impl Loading {
 }
 
 impl State {
-    /// Whether something can be taken; else the waker is woken when that may be.
+    /// Returns whether a result can be taken. If not, wakes the waker when that may have changed.
     fn poll(&mut self, waker: &Waker) -> bool {
         if self.ready.is_some() {
             return true;
@@ -96,13 +96,13 @@ impl State {
             }
         };
         let Poll::Ready(answer) = answer else { return false };
-        // A stream goes on; everything else gives one answer.
+        // A stream continues after a tensor; all other operations have one result.
         let goes_on = matches!((&self.source, &answer), (Origin::Stream(_), Ok(Outcome::Tensor(_))));
         let source = if goes_on { None } else { Some(std::mem::replace(&mut self.source, Origin::Nothing)) };
         self.ready = Some(match (source, answer) {
             (Some(Origin::Load(load)), Ok(_)) => Self::image(load, &mut context),
             (Some(Origin::Stream(_) | Origin::Future(_)), Ok(Outcome::End)) => {
-                // Asked again, it has ended again.
+                // Later calls report the end again.
                 self.source = Origin::Future(Box::pin(async { Ok(Outcome::End) }));
                 Ok(Outcome::End)
             }
@@ -111,7 +111,7 @@ impl State {
         true
     }
 
-    /// Ready when all segments are there. The load keeps them.
+    /// Ready when all segments are loaded. The load keeps them.
     fn poll_load(load: &mut Load, context: &mut Context<'_>) -> Poll<Result<(), Failure>> {
         loop {
             match std::task::ready!(Pin::new(&mut *load).poll_next(context)) {
@@ -125,14 +125,14 @@ impl State {
     fn image(load: Load, context: &mut Context<'_>) -> Answer {
         match load.into_future().as_mut().poll(context) {
             Poll::Ready(image) => Ok(Outcome::Image(image?)),
-            Poll::Pending => unreachable!("a load that has given its last segment has ended"),
+            Poll::Pending => unreachable!("a load ends with its last segment"),
         }
     }
 }
 
 #[pymethods]
 impl Loading {
-    /// Waits until something can be taken, for at most so many seconds; whether it can.
+    /// Waits until a result can be taken, for at most `seconds`. Returns whether it can be taken.
     fn wait(&self, py: Python<'_>, seconds: f64) -> PyResult<bool> {
         guarded(py, || {
             let state = self.state()?;
@@ -154,7 +154,8 @@ impl Loading {
         })
     }
 
-    /// Whether something can be taken; else the hub gets this number when that may be.
+    /// Returns whether a result can be taken. If not, the hub gets `key` when that may have
+    /// changed.
     fn poll(&self, py: Python<'_>, hub: &Hub, key: u64) -> PyResult<bool> {
         guarded(py, || {
             let state = self.state()?;
@@ -163,7 +164,7 @@ impl Loading {
         })
     }
 
-    /// What has come: an image, a tensor, headers; `None` at the end of a stream.
+    /// Takes the result: an image, a tensor or headers; `None` at the end of a stream.
     fn take(&self, py: Python<'_>) -> PyResult<Option<Py<PyAny>>> {
         guarded(py, || {
             let state = self.state()?;
@@ -179,7 +180,7 @@ impl Loading {
         })
     }
 
-    /// How many bytes were read, and how many there are to read: 0 until the files were opened.
+    /// Bytes read, and bytes to read. Both are 0 until the files are opened.
     fn progress(&self, py: Python<'_>) -> PyResult<(u64, u64)> {
         guarded(py, || {
             let state = self.state()?;
@@ -195,7 +196,7 @@ impl Loading {
         })
     }
 
-    /// Cancels it, if it has not ended. In a forked child it does nothing.
+    /// Cancels the operation if it has not ended. Does nothing in a forked child.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         guarded(py, || {
             if let Ok(state) = self.state() {
@@ -210,7 +211,7 @@ impl Loading {
     }
 }
 
-/// Starts a load that gives an image.
+/// Starts a load of an image.
 #[pyfunction]
 pub(crate) fn start_load(py: Python<'_>, paths: Vec<PathBuf>, keywords: Keywords) -> PyResult<Loading> {
     guarded(py, || {
@@ -222,7 +223,7 @@ pub(crate) fn start_load(py: Python<'_>, paths: Vec<PathBuf>, keywords: Keywords
     })
 }
 
-/// Starts a load that gives tensors as they come, and keeps none.
+/// Starts a stream of tensors, which keeps none.
 #[pyfunction]
 pub(crate) fn start_stream(py: Python<'_>, paths: Vec<PathBuf>, keywords: Keywords) -> PyResult<Loading> {
     guarded(py, || {
@@ -234,7 +235,7 @@ pub(crate) fn start_stream(py: Python<'_>, paths: Vec<PathBuf>, keywords: Keywor
     })
 }
 
-/// Starts to attach to an image of another process.
+/// Starts attaching to an image of another process.
 #[pyfunction]
 pub(crate) fn start_attach(py: Python<'_>, socket: PathBuf, name: Option<String>, trusted_users: Vec<u32>) -> PyResult<Loading> {
     guarded(py, || {

@@ -1,6 +1,6 @@
-//! Memory that Python may write to: the library's own, handed out, or a copy.
+//! Memory that Python may write to: private memory of the library, or a copy.
 //!
-//! It is known by its address alone. No reference to its bytes is made once Python can have it.
+//! It is represented by its address. Once Python can access it, no reference to its bytes exists.
 #![allow(unsafe_code)]
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
@@ -10,13 +10,13 @@ use dmaload::PrivateMemory;
 
 use crate::errors::Failure;
 
-/// What consumers of DLPack like best, and more than any element needs.
+/// The alignment that DLPack recommends. No element needs more.
 const ALIGNMENT: usize = 256;
 
 /// See the module.
 #[derive(Debug)]
 pub(crate) enum Memory {
-    /// Without a copy.
+    /// Memory of a load, without a copy.
     Private(PrivateMemory),
     Copied(Copied),
 }
@@ -36,26 +36,27 @@ impl Memory {
         }
     }
 
-    /// A copy of it. If Python writes to it meanwhile, bytes may be partly old and new.
+    /// Copies the memory. If Python writes to it at the same time, the copy may mix old and new
+    /// bytes.
     pub(crate) fn copy(&self) -> Result<Memory, Failure> {
         let copy = Copied::new(self.len())?;
-        // SAFETY: both are mapped and have that many bytes, the copy is nobody else's, and no
-        // reference to the bytes of either exists.
+        // SAFETY: both regions are mapped and have `self.len()` bytes, only this function has the
+        // copy's address, and no reference to the bytes of either exists.
         unsafe { copy.address.as_ptr().copy_from_nonoverlapping(self.address().as_ptr(), self.len()) };
         Ok(Memory::Copied(copy))
     }
 }
 
-/// Memory of the allocator.
+/// Memory from the global allocator.
 #[derive(Debug)]
 pub(crate) struct Copied {
     address: NonNull<u8>,
     layout: Layout,
 }
 
-// SAFETY: it owns its memory, which belongs to no thread.
+// SAFETY: `Copied` owns its memory, which is not tied to a thread.
 unsafe impl Send for Copied {}
-// SAFETY: as above; nothing shared is read or written through `&Copied`.
+// SAFETY: `&Copied` gives access only to the address and the length, which do not change.
 unsafe impl Sync for Copied {}
 
 impl Copied {
@@ -65,15 +66,15 @@ impl Copied {
         if bytes == 0 {
             return Ok(Copied { address: NonNull::dangling(), layout });
         }
-        // SAFETY: the layout is not of size 0.
+        // SAFETY: the layout's size is not 0.
         let address = unsafe { alloc_zeroed(layout) };
         NonNull::new(address).map(|address| Copied { address, layout }).ok_or_else(refused)
     }
 
-    /// Memory with the bytes that `fill` writes into it.
+    /// Allocates memory that `fill` fills.
     pub(crate) fn filled(bytes: usize, fill: impl FnOnce(&mut [u8]) -> Result<(), Failure>) -> Result<Self, Failure> {
         let copy = Copied::new(bytes)?;
-        // SAFETY: it is that long and zeroed, and known to this function alone until it returns.
+        // SAFETY: the memory has `bytes` zeroed bytes, and only this function has its address.
         fill(unsafe { std::slice::from_raw_parts_mut(copy.address.as_ptr(), bytes) })?;
         Ok(copy)
     }
@@ -82,7 +83,7 @@ impl Copied {
 impl Drop for Copied {
     fn drop(&mut self) {
         if self.layout.size() > 0 {
-            // SAFETY: it was allocated with this layout, and is freed once.
+            // SAFETY: the memory was allocated with this layout, and is freed once.
             unsafe { dealloc(self.address.as_ptr(), self.layout) };
         }
     }

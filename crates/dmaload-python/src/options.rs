@@ -1,4 +1,4 @@
-//! The keywords of `dmaload.load` as options of the library.
+//! Converts the keywords of `dmaload.load` to the library's options.
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -11,10 +11,10 @@ use pyo3::prelude::*;
 use crate::errors::Failure;
 use crate::process::{Process, build};
 
-/// With a limit of memory, a segment is at most one of so many parts of it.
+/// Under a memory limit, a segment is at most the limit divided by this.
 const MEMORY_PARTS: usize = 4;
 
-/// What `dmaload.load` takes, already of the right types.
+/// The keywords of `dmaload.load`, with converted types.
 #[derive(Debug, FromPyObject)]
 #[pyo3(from_item_all)]
 pub(crate) struct Keywords {
@@ -30,11 +30,10 @@ pub(crate) struct Keywords {
 }
 
 impl Keywords {
-    /// The loader that is to load, and how.
+    /// Returns the loader and the load's options.
     ///
     /// # Errors
-    /// For options that make no sense; when a manifest cannot be read; when no loader can be
-    /// started.
+    /// Fails if an option is invalid, a manifest cannot be read, or no loader can be started.
     pub(crate) fn resolve(self) -> Result<(Loader, LoadOptions), Failure> {
         let mut options = LoadOptions::new().allow_missing(self.allow_missing);
         if let Some(tensors) = self.tensors {
@@ -58,18 +57,18 @@ impl Keywords {
         let heap: HeapChoice = self.heap.parse().map_err(Failure::config)?;
         let loader = match self.memory_limit {
             None => Process::current().loader(&heap)?,
-            // The limit is this load's, so no other may count against it.
+            // The limit is for this load only, so it gets its own loader.
             Some(bytes) => build(Loader::builder().memory_limit_bytes(bytes).max_open_loads(MEMORY_PARTS), &heap)?,
         };
         Ok((loader, options))
     }
 }
 
-/// As the command's `--verify` takes it.
+/// Adds a manifest or checksum, with the syntax of the command's `--verify`.
 fn verified(options: LoadOptions, text: &str) -> Result<LoadOptions, Failure> {
     let against: Against = text.parse().map_err(Failure::config)?;
     against.apply_to(options).map_err(|error| {
-        // The command's error tells the errno by name alone.
+        // The command's error has the errno only by name, in its text.
         let errno = match &against {
             Against::Manifest(path) => File::open(path).err().and_then(|error| error.raw_os_error()),
             Against::Digest(_) => None,

@@ -1,12 +1,12 @@
-//! What there is once in a process: its loaders, and the gate before the interpreter's end.
+//! The state of a process: its loaders, and the gate that closes when the interpreter exits.
 //!
-//! A forked child has the memory of its parent and none of its threads, and locks may be held by
-//! threads that it does not have. So the child gets a state of its own, and whatever belongs to
-//! the parent is neither waited for nor dropped there ([`Owned`]).
+//! A forked child has its parent's memory but only one thread, and locks may be held by threads
+//! that do not exist in the child. Therefore the child gets its own state, and neither waits for
+//! nor drops objects of the parent ([`Owned`]).
 //!
-//! While the interpreter ends, a thread that attaches to it is ended by it (before Python 3.14),
-//! which must not happen below frames of Rust's. So each thread that comes back from waiting here
-//! passes a gate, which [`before_exit`] closes: those that come later stay detached for good.
+//! While the interpreter exits, it ends threads that attach to it (before Python 3.14), which must
+//! not happen below Rust frames. Therefore each thread passes a gate before it attaches again
+//! after waiting. [`before_exit`] closes the gate, and later threads stay detached forever.
 #![allow(unsafe_code)]
 
 use std::mem::ManuallyDrop;
@@ -23,11 +23,11 @@ use pyo3::prelude::*;
 
 use crate::errors::Failure;
 
-/// The state of the process that made it.
+/// The state of the process that created it.
 #[derive(Debug)]
 pub(crate) struct Process {
     id: u32,
-    /// One for each heap that was asked for, by its name.
+    /// One loader for each heap that was used, by the heap's name.
     loaders: Mutex<Vec<(String, Loader)>>,
     gate: Mutex<Gate>,
     passed: Condvar,
@@ -35,27 +35,27 @@ pub(crate) struct Process {
 
 #[derive(Debug, Default)]
 struct Gate {
-    /// Threads that have passed, and are not attached yet.
+    /// Number of threads that have passed the gate and are not attached yet.
     attaching: usize,
-    /// The thread that ends the interpreter. It alone attaches from then on.
+    /// The thread in which the interpreter exits. Only this thread may attach from then on.
     exiting: Option<ThreadId>,
 }
 
-/// The state of the process that looked last. Never freed.
+/// The state of the process that last called [`Process::current`]. Never freed.
 static CURRENT: AtomicPtr<Process> = AtomicPtr::new(ptr::null_mut());
 
-/// A lock under which nothing can be left half-changed.
+/// Locks a mutex, ignoring poisoning: no critical section leaves its data inconsistent.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Process {
-    /// This process' state: after a fork the child makes its own.
+    /// The state of this process. After a fork, the child creates its own.
     pub(crate) fn current() -> &'static Process {
         let id = std::process::id();
         loop {
             let found = CURRENT.load(Ordering::Acquire);
-            // SAFETY: it is null or came from `Box::into_raw` below and is never freed.
+            // SAFETY: `found` is null, or was leaked from a `Box` below and is never freed.
             if let Some(process) = unsafe { found.as_ref() }
                 && process.id == id
             {
@@ -67,16 +67,16 @@ impl Process {
             if CURRENT.compare_exchange(found, new, Ordering::AcqRel, Ordering::Acquire).is_ok() {
                 return new;
             }
-            // Another thread was first. What was leaked is a hundred bytes, once.
+            // Another thread was faster. This leaks about a hundred bytes, once.
         }
     }
 
-    /// Whether it is this process' state.
+    /// Whether this state belongs to the current process.
     pub(crate) fn is_current(&self) -> bool {
         ptr::eq(self, Process::current())
     }
 
-    /// The loader for this heap, which all loads without a limit of memory share.
+    /// The loader for this heap, which all loads without a memory limit share.
     pub(crate) fn loader(&self, heap: &HeapChoice) -> Result<Loader, Failure> {
         let name = heap.to_string();
         let mut loaders = lock(&self.loaders);
@@ -88,7 +88,8 @@ impl Process {
         Ok(loader)
     }
 
-    /// A thread is about to attach to the interpreter. It waits for ever while that ends.
+    /// Called before a thread attaches to the interpreter. Blocks forever if the interpreter
+    /// exits.
     fn before_attach(&self) {
         let mut gate = lock(&self.gate);
         while gate.exiting.is_some_and(|thread| thread != thread::current().id()) {
@@ -99,13 +100,13 @@ impl Process {
         gate.attaching += 1;
     }
 
-    /// It has attached.
+    /// Called after a thread has attached to the interpreter.
     fn after_attach(&self) {
         lock(&self.gate).attaching -= 1;
         self.passed.notify_all();
     }
 
-    /// Lets no other thread attach from now on, and waits for those that are about to.
+    /// Keeps other threads from attaching, and waits for those that have passed the gate.
     fn close(&self) {
         let mut gate = lock(&self.gate);
         gate.exiting = Some(thread::current().id());
@@ -115,15 +116,14 @@ impl Process {
     }
 }
 
-/// A loader for this heap.
+/// Builds a loader for this heap.
 pub(crate) fn build(builder: LoaderBuilder, heap: &HeapChoice) -> Result<Loader, Failure> {
     let (heap, reason) = heap.open(Pages::Auto)?;
     let builder = reason.into_iter().fold(builder, LoaderBuilder::note);
     Ok(builder.heap(heap).build()?)
 }
 
-/// Does work that may wait, detached from the interpreter: other threads of Python's run
-/// meanwhile.
+/// Runs work that may block, detached from the interpreter, so other Python threads can run.
 pub(crate) fn detached<T: Send>(py: Python<'_>, work: impl FnOnce() -> T + Send) -> T {
     let process = Process::current();
     let result = py.detach(|| {
@@ -135,8 +135,8 @@ pub(crate) fn detached<T: Send>(py: Python<'_>, work: impl FnOnce() -> T + Send)
     result.unwrap_or_else(|payload| resume_unwind(payload))
 }
 
-/// A value of one process. A child that was forked from it can look at it, and leaks it where it
-/// would be dropped: its drop may need locks and threads that the child does not have.
+/// A value that belongs to one process. A forked child can read it, and leaks it instead of
+/// dropping it: the drop may need locks and threads that the child does not have.
 #[derive(Debug)]
 pub(crate) struct Owned<T> {
     process: &'static Process,
@@ -148,7 +148,7 @@ impl<T> Owned<T> {
         Owned { process: Process::current(), value: ManuallyDrop::new(value) }
     }
 
-    /// The value, for what needs the threads that it was made with.
+    /// The value, for operations that need the threads of the process that created it.
     ///
     /// # Errors
     /// `ForkedError` in a forked child.
@@ -175,20 +175,20 @@ impl<T> Deref for Owned<T> {
 impl<T> Drop for Owned<T> {
     fn drop(&mut self) {
         if self.process.is_current() {
-            // SAFETY: this is the drop of its owner, which does not look at it any more.
+            // SAFETY: the owner is being dropped, so `value` is not used again.
             unsafe { ManuallyDrop::drop(&mut self.value) };
         }
     }
 }
 
-/// Called by a child that Python has forked, before it runs anything else. Its process id tells
-/// that, too, unless it has the same one in a PID namespace of its own.
+/// Called in a child that Python has forked, before the child runs other code. The process id also
+/// shows the fork, unless the child has the same id in another PID namespace.
 #[pyfunction]
 pub(crate) fn after_fork_in_child() {
     CURRENT.store(ptr::null_mut(), Ordering::Release);
 }
 
-/// Called when the interpreter is about to end.
+/// Called before the interpreter exits.
 #[pyfunction]
 pub(crate) fn before_exit(py: Python<'_>) {
     let process = Process::current();

@@ -1,4 +1,4 @@
-//! A tensor as Python has it: what it is, its memory, and the protocols by which arrays share it.
+//! The Python class of a tensor, and the protocols through which arrays share its memory.
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, c_int, c_void};
@@ -18,11 +18,11 @@ use crate::layout::{Elements, bytes_of};
 use crate::memory::{Copied, Memory};
 use crate::process::{Owned, detached, lock};
 
-/// A tensor: its name, its type, its shape, and its bytes in memory that Python may write to.
+/// A tensor: its name, type and shape, and its bytes in memory that Python may write to.
 ///
-/// Arrays are made of it without a copy: by `numpy()`, `torch()`, DLPack (`np.from_dlpack`,
-/// `torch.from_dlpack`), or the buffer protocol (`memoryview`). Each keeps the memory, and all of
-/// one tensor have the same.
+/// `numpy()`, `torch()`, DLPack (`np.from_dlpack`, `torch.from_dlpack`) and the buffer protocol
+/// (`memoryview`) create arrays without a copy. All arrays of a tensor share its memory and keep
+/// it alive.
 #[pyclass(frozen, module = "dmaload")]
 #[derive(Debug)]
 pub(crate) struct Tensor {
@@ -31,20 +31,20 @@ pub(crate) struct Tensor {
     shape: Vec<usize>,
     bytes: usize,
     source: Owned<Source>,
-    /// Made when it is first exported.
+    /// Created by the first export.
     memory: Mutex<Option<Arc<Owned<Memory>>>>,
 }
 
-/// Where its bytes are.
+/// Where a tensor's bytes are.
 #[derive(Debug)]
 enum Source {
     Tensor(dmaload::Tensor),
     Part(ImageFile, Range<u64>),
-    /// In its memory alone.
+    /// Only in [`Tensor::memory`].
     Memory,
 }
 
-/// Bytes of a loaded file that are a tensor.
+/// A tensor in the bytes of a loaded file.
 #[derive(Debug)]
 pub(crate) struct Part {
     pub(crate) name: String,
@@ -74,7 +74,7 @@ impl Tensor {
         Tensor { name, dtype, shape, bytes, source: Owned::new(Source::Memory), memory }
     }
 
-    /// The library's tensor, for its descriptors.
+    /// The library's tensor, which has descriptors.
     pub(crate) fn loaded(&self) -> Option<&dmaload::Tensor> {
         match &*self.source {
             Source::Tensor(tensor) => Some(tensor),
@@ -82,7 +82,7 @@ impl Tensor {
         }
     }
 
-    /// Its memory, which is always the same.
+    /// The tensor's memory: the same for each call.
     pub(crate) fn memory(&self, py: Python<'_>) -> Result<Arc<Owned<Memory>>, Failure> {
         match &*self.source {
             Source::Tensor(tensor) if !tensor.is_contiguous() => detached(py, || self.memory_or_make()),
@@ -100,13 +100,13 @@ impl Tensor {
             Source::Tensor(tensor) if !tensor.is_contiguous() => Memory::Copied(gathered(tensor)?),
             Source::Tensor(tensor) => Memory::Private(tensor.private_memory().map_err(of_export)?),
             Source::Part(file, range) => Memory::Private(file.private_memory(range.clone()).map_err(of_export)?),
-            Source::Memory => unreachable!("it was made with its memory"),
+            Source::Memory => unreachable!("such tensors are created with their memory"),
         };
         assert_eq!(made.len(), self.bytes, "a tensor's memory has the bytes of its shape");
         Ok(Arc::clone(memory.insert(Arc::new(Owned::new(made)))))
     }
 
-    /// What the buffer protocol calls an element, if it has a name for it.
+    /// The buffer protocol's format of an element, if it has one.
     fn format(&self) -> Option<&'static CStr> {
         Some(match self.dtype {
             DType::Bool => c"?",
@@ -127,7 +127,7 @@ impl Tensor {
     }
 }
 
-/// A rank's rows, which are apart in memory, put together.
+/// Copies a rank's rows, which are not contiguous, into one region.
 fn gathered(tensor: &dmaload::Tensor) -> Result<Copied, Failure> {
     if tensor.parts().iter().any(|part| part.segment.has_dma_buf()) {
         return Err(Failure::new("ExportError", "a dma-buf is exported by its descriptor alone: see dmaload.dma_buf"));
@@ -146,22 +146,22 @@ fn gathered(tensor: &dmaload::Tensor) -> Result<Copied, Failure> {
     })
 }
 
-/// What a `Py_buffer` points to, beside the bytes.
+/// The data that a `Py_buffer` points to, except the bytes.
 struct Shown {
     shape: Vec<Py_ssize_t>,
     strides: Vec<Py_ssize_t>,
-    /// The bytes outlive the tensor, should a consumer hold the buffer and not its owner.
+    /// Keeps the bytes alive even if a consumer holds the buffer without its owner.
     _memory: Arc<Owned<Memory>>,
 }
 
-/// Lengths as the interpreter counts them.
+/// Converts a length to the interpreter's type.
 fn signed(length: usize) -> Py_ssize_t {
-    Py_ssize_t::try_from(length).expect("no memory is longer")
+    Py_ssize_t::try_from(length).expect("memory is not longer than isize::MAX")
 }
 
 #[pymethods]
 impl Tensor {
-    /// Its name.
+    /// The name.
     #[getter]
     fn name(&self) -> &str {
         &self.name
@@ -173,48 +173,49 @@ impl Tensor {
         self.dtype.name()
     }
 
-    /// The lengths of its dimensions, outermost first.
+    /// The lengths of the dimensions, outermost first.
     #[getter(shape)]
     fn shape_tuple<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
         PyTuple::new(py, &self.shape)
     }
 
-    /// How many bytes it has.
+    /// The number of bytes.
     #[getter]
     fn nbytes(&self) -> usize {
         self.bytes
     }
 
-    /// The elements in a block of its type: 1 for most, 2 for `F4`, 256 for `Q4_K`.
+    /// Elements in a block of the type: 1 for most types, 2 for `F4`, 256 for `Q4_K`.
     #[getter]
     fn block_elements(&self) -> usize {
         self.dtype.block_elements()
     }
 
-    /// The bytes of a block of its type.
+    /// Bytes in a block of the type.
     #[getter]
     fn block_bytes(&self) -> usize {
         self.dtype.block_bytes()
     }
 
-    /// A NumPy array of its memory, without a copy. Types that NumPy lacks are those of
-    /// `ml_dtypes`; `F4` and the `F6` types, which that has one to a byte, are unpacked into a
-    /// copy. Blocks of GGUF are bytes.
+    /// A NumPy array that shares the memory. Types that NumPy lacks use `ml_dtypes`. `F4` and the
+    /// `F6` types are unpacked into a copy, since `ml_dtypes` stores each element in a byte. GGUF
+    /// blocks are bytes.
     fn numpy(slf: Bound<'_, Self>) -> PyResult<Bound<'_, PyAny>> {
         slf.py().import("dmaload._convert")?.call_method1("to_numpy", (slf,))
     }
 
-    /// A torch tensor of its memory, without a copy. `F4` is `torch.float4_e2m1fn_x2`, two to an
-    /// element. Blocks of GGUF, and types that torch lacks, are bytes.
+    /// A torch tensor that shares the memory. `F4` is `torch.float4_e2m1fn_x2`, with two values in
+    /// each element. GGUF blocks, and types that torch lacks, are bytes. Elements that are not
+    /// aligned in the file are copied.
     fn torch(slf: Bound<'_, Self>) -> PyResult<Bound<'_, PyAny>> {
         slf.py().import("dmaload._convert")?.call_method1("to_torch", (slf,))
     }
 
-    /// The DLPack protocol: a capsule with its memory, writable.
+    /// The DLPack protocol: returns a capsule with the writable memory.
     ///
-    /// With `max_version` it is of version 1.1 (`dltensor_versioned`), else of the version before
-    /// these had numbers. `copy=True` copies; so do elements that are not aligned to their size,
-    /// which is refused under `copy=False`.
+    /// If `max_version` is 1.0 or later, the capsule has version 1.1 (`dltensor_versioned`),
+    /// otherwise the unversioned structure. `copy=True` copies. Elements that are not aligned to
+    /// their size are also copied, or refused with `copy=False`.
     #[pyo3(signature = (*, stream=None, max_version=None, dl_device=None, copy=None))]
     fn __dlpack__(
         &self,
@@ -235,17 +236,17 @@ impl Tensor {
         })
     }
 
-    /// The device of its memory, as DLPack counts them: the CPU.
+    /// The DLPack device of the memory: the CPU.
     fn __dlpack_device__(&self) -> (i32, i32) {
         dlpack::CPU
     }
 
     /// # Safety
-    /// The interpreter calls it with a buffer to be filled.
+    /// Only for the interpreter, which passes a buffer to fill.
     unsafe fn __getbuffer__(slf: Bound<'_, Self>, view: *mut Py_buffer, flags: c_int) -> PyResult<()> {
         let py = slf.py();
-        // SAFETY: the interpreter's view is there to be filled. Without an owner it holds nothing,
-        // should this fail.
+        // SAFETY: the interpreter passes a valid, writable view. Without an owner, the view holds
+        // no reference if this function fails.
         unsafe { (*view).obj = ptr::null_mut() };
         guarded(py, || {
             let this = slf.get();
@@ -254,7 +255,7 @@ impl Tensor {
             let of = if format.is_some() { Elements::of } else { Elements::as_bytes };
             let elements = of(this.dtype, &this.shape);
             let strides = elements.strides().into_iter().map(|stride| {
-                // Without elements, strides mean nothing, and may be any number.
+                // Strides of an empty tensor have no meaning, so they may be any number.
                 signed(stride.saturating_mul(elements.bytes).min(isize::MAX.unsigned_abs()))
             });
             let (strides, item_bytes, shape) = (strides.collect(), elements.bytes, elements.shape);
@@ -265,7 +266,7 @@ impl Tensor {
             if asked(ffi::PyBUF_F_CONTIGUOUS) && !asked(ffi::PyBUF_ANY_CONTIGUOUS) && shown.shape.len() > 1 {
                 return Err(Failure::export("its rows are contiguous, and columns were asked for").into());
             }
-            // The C API wants null where there are no dimensions.
+            // The C API expects null pointers if there are no dimensions.
             let (shape, strides) = match dimensions {
                 0 => (ptr::null_mut(), ptr::null_mut()),
                 _ => (shown.shape.as_mut_ptr(), shown.strides.as_mut_ptr()),
@@ -283,19 +284,19 @@ impl Tensor {
                 internal: Box::into_raw(shown).cast::<c_void>(),
                 obj: slf.clone().into_ptr(),
             };
-            // SAFETY: the interpreter's view is there to be filled, with whatever it has in it
-            // before.
+            // SAFETY: the interpreter passes a valid, writable view; its old content needs no
+            // drop.
             unsafe { view.write(filled) };
             Ok::<_, Raised>(())
         })
     }
 
     /// # Safety
-    /// The interpreter calls it once with a buffer that `__getbuffer__` has filled.
+    /// Only for the interpreter, which calls it once for each buffer that `__getbuffer__` filled.
     unsafe fn __releasebuffer__(&self, view: *mut Py_buffer) {
-        // SAFETY: as above; the field is the box's.
+        // SAFETY: `view` is a buffer that `__getbuffer__` filled, so it is valid.
         let internal = unsafe { (*view).internal };
-        // SAFETY: it came from `Box::into_raw` in `__getbuffer__`, and is taken back once.
+        // SAFETY: `internal` came from `Box::into_raw` in `__getbuffer__`, and is freed once.
         drop(unsafe { Box::from_raw(internal.cast::<Shown>()) });
     }
 

@@ -1,8 +1,8 @@
-//! Waiting for the library's futures: on a thread that sleeps, or in an event loop.
+//! Waits for the library's futures, on a blocked thread or in an event loop.
 //!
-//! The library wakes tasks on a thread of its own, which must not wait for the interpreter. So a
-//! waker here unparks a thread, or notes a number and writes to an eventfd that an event loop
-//! watches ([`Hub`]); neither needs the interpreter.
+//! The library wakes tasks on its own thread, which must not wait for the interpreter. Therefore a
+//! waker either unparks a thread, or records a key and writes to an eventfd that an event loop
+//! watches ([`Hub`]). Neither needs the interpreter.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,7 +17,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use crate::errors::{Failure, guarded};
 use crate::process::lock;
 
-/// Wakes a thread that waits in [`Parked::sleep_until`].
+/// Wakes a thread that is blocked in [`Parked::sleep_until`].
 #[derive(Debug)]
 pub(crate) struct Parked {
     thread: Thread,
@@ -25,12 +25,12 @@ pub(crate) struct Parked {
 }
 
 impl Parked {
-    /// For this thread.
+    /// A waker for the calling thread.
     pub(crate) fn new() -> Arc<Self> {
         Arc::new(Parked { thread: thread::current(), is_woken: AtomicBool::new(false) })
     }
 
-    /// Sleeps until it is woken; `false` when the deadline passes before.
+    /// Blocks until woken. Returns `false` if the deadline passes first.
     pub(crate) fn sleep_until(&self, deadline: Instant) -> bool {
         while !self.is_woken.swap(false, Ordering::Acquire) {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -54,8 +54,8 @@ impl Wake for Parked {
     }
 }
 
-/// What an event loop watches: a descriptor that becomes readable when something that it waits for
-/// was woken, and the numbers of these.
+/// Wakes tasks of an event loop: a descriptor that becomes readable when a future was woken, and
+/// the keys of the woken futures.
 #[pyclass(frozen, module = "dmaload._native")]
 #[derive(Debug)]
 pub(crate) struct Hub(Arc<Shared>);
@@ -67,7 +67,7 @@ struct Shared {
 }
 
 impl Hub {
-    /// Wakes the event loop for this number.
+    /// A waker that wakes the event loop with this key.
     pub(crate) fn waker(&self, key: u64) -> Waker {
         Waker::from(Arc::new(HubWaker { hub: Arc::clone(&self.0), key }))
     }
@@ -92,9 +92,9 @@ impl Hub {
         self.0.event.as_raw_fd()
     }
 
-    /// The numbers that were woken since the last call. The descriptor is not readable any more.
+    /// Returns the keys that were woken since the last call, and makes the descriptor unreadable.
     fn drain(&self) -> Vec<u64> {
-        // Before the list is taken: what comes later makes it readable again.
+        // Read before the list is taken: later wakes make the descriptor readable again.
         let _ = rustix::io::read(&self.0.event, &mut [0_u8; 8]);
         std::mem::take(&mut lock(&self.0.woken))
     }
@@ -112,7 +112,7 @@ impl Wake for HubWaker {
 
     fn wake_by_ref(self: &Arc<Self>) {
         lock(&self.hub.woken).push(self.key);
-        // It fails only when the counter is full, and then the descriptor is readable.
+        // Fails only if the counter is full; then the descriptor is readable anyway.
         let _ = rustix::io::write(&self.hub.event, &1_u64.to_ne_bytes());
     }
 }
