@@ -1,16 +1,17 @@
-"""Loads model files of gigabytes from storage straight into memory, without the page cache.
+"""Loads large model files straight from storage into memory, bypassing the page cache.
 
     import dmaload
 
     image = dmaload.load("model.safetensors")
     print(image["lm_head.weight"].torch())
 
-``load`` gives an :class:`Image`, a mapping from names to tensors; ``stream`` gives the tensors as
-they come. Both have twins for asyncio. ``safe_open``, ``dmaload.torch.load_file`` and
-``dmaload.numpy.load_file`` take the place of those of ``safetensors``. Files are safetensors or
-GGUF, alone, in several parts, or in folders with an index.
+``load`` returns an :class:`Image`, a mapping from names to tensors; ``stream`` yields tensors as
+they arrive. Both have asyncio versions. ``safe_open``, ``dmaload.torch.load_file`` and
+``dmaload.numpy.load_file`` replace those of ``safetensors``. Files are safetensors or GGUF: single
+files, several parts, or folders with an index.
 
-The memory is this process' own, and writable: arrays are made of it without a copy, and keep it.
+The memory is private to this process and writable. Arrays share it without a copy and keep it
+alive.
 """
 
 import atexit as _atexit
@@ -99,20 +100,19 @@ __all__ = [
 
 
 def dma_buf(tensor: Tensor) -> list[DmaBuf]:
-    """The descriptors of the dma-bufs that a tensor lies in, in order, for importers.
+    """Returns the descriptors of the dma-bufs that contain a tensor, in order, for importers.
 
     The tensor must have been loaded with ``heap="dma-buf"``, ``"udmabuf"`` or ``"dma-heap:NAME"``.
-    Each :class:`DmaBuf` owns its descriptor, and says where in the dma-buf its bytes begin
-    (``offset``) and how many they are (``length``). Most tensors lie in one; a large one may lie
-    in several.
+    Each :class:`DmaBuf` owns its descriptor; ``offset`` and ``length`` are the range of the
+    tensor's bytes in the dma-buf. Most tensors are in one dma-buf; a large one may be in several.
 
-    Raises :class:`UnsupportedError` for memory that has no dma-bufs.
+    Raises :class:`UnsupportedError` for memory without dma-bufs.
     """
     return _native.dma_bufs(tensor)
 
 
 _Mapping.register(Image)
-# A child that was forked has none of the loader's threads: it starts anew.
+# A forked child has none of the loader's threads, so it needs new state.
 _os.register_at_fork(after_in_child=_native.after_fork_in_child)
-# Threads that still wait for loads then are not let back into an interpreter that ends.
+# Keeps threads that are still waiting for loads from attaching to an exiting interpreter.
 _atexit.register(_native.before_exit)

@@ -10,12 +10,12 @@ from . import _native
 
 
 def main() -> int:
-    """Runs the command with the arguments of this process, and returns its exit status."""
-    # The command has no use for an exception: it ends by the signal, as any other program.
+    """Runs the command with this process's arguments, and exits with its status."""
+    # Like any other program, the command is ended by the signal, not by an exception.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     status = _native.run_command(["dmaload", *sys.argv[1:]], [sys.executable, "-m", "dmaload"])
     sys.stdout.flush()
-    # Nothing of Python's is left to be done.
+    # Skips the interpreter's exit, which has nothing left to do.
     os._exit(status)
 
 

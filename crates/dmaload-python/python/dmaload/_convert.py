@@ -1,4 +1,4 @@
-"""Tensors as arrays of NumPy and of torch, which are imported when they are first needed."""
+"""Converts tensors to NumPy and torch arrays. Both packages are imported on first use."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _ML_DTYPES = {
     "F6_E3M2": "float6_e3m2fn",
 }
 
-# Less than a byte each: how many bits.
+# Types with elements of less than a byte, and their bits.
 _SUB_BYTE = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
 _TORCH = {
@@ -80,13 +80,16 @@ def _numpy_dtype(name: str) -> Any:
         import ml_dtypes
     except ModuleNotFoundError as error:
         raise UnsupportedError(
-            f"NumPy has no {name}: install ml_dtypes, which has, or take the bytes by the buffer protocol"
+            f"NumPy has no {name}: install ml_dtypes, which has it, or use the buffer protocol to get bytes"
         ) from error
     return numpy.dtype(getattr(ml_dtypes, _ML_DTYPES[name]))
 
 
 def _byte_shape(tensor: Tensor) -> tuple[int, ...]:
-    """The shape of a tensor's blocks as bytes: rows are whole blocks, the last length in bytes."""
+    """Returns the shape of a tensor as bytes: the last dimension counts bytes.
+
+    If rows are not whole blocks, the only dimension is all bytes.
+    """
     shape, block = tensor.shape, tensor.block_elements
     if not shape or shape[-1] % block:
         return (tensor.nbytes,)
@@ -99,7 +102,7 @@ def to_numpy(tensor: Tensor) -> numpy.ndarray[Any, Any]:
 
     dtype = _numpy_dtype(tensor.dtype)
     if tensor.nbytes == 0:
-        # The buffer is asked for, so that memory that can't be exported is refused here, too.
+        # Requests the buffer, so memory that cannot be exported is refused here too.
         memoryview(tensor).release()
         shape = tensor.shape if dtype is not None else _byte_shape(tensor)
         return numpy.empty(shape, numpy.uint8 if dtype is None else dtype)
@@ -111,7 +114,7 @@ def to_numpy(tensor: Tensor) -> numpy.ndarray[Any, Any]:
 
 
 def _unpacked(tensor: Tensor, bits: int) -> numpy.ndarray[Any, Any]:
-    """Elements of less than a byte in a byte each. The first has the lowest bits."""
+    """Unpacks elements of less than a byte into bytes. The first element has the lowest bits."""
     import numpy
 
     packed = numpy.frombuffer(tensor, numpy.uint8)
@@ -127,7 +130,7 @@ def _unpacked(tensor: Tensor, bits: int) -> numpy.ndarray[Any, Any]:
 
 @cache
 def _torch_dtype(name: str) -> Any:
-    """The type; ``None`` for blocks and for what this torch lacks."""
+    """Returns torch's type, or ``None`` for blocks and for types that this torch lacks."""
     import torch
 
     return getattr(torch, _TORCH.get(name, ""), None)
@@ -150,6 +153,6 @@ def to_torch(tensor: Tensor) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype)
     made = torch.frombuffer(tensor, dtype=torch.uint8)
     if dtype.itemsize > 1 and made.data_ptr() % min(dtype.itemsize, 8):
-        # Its file has it at an odd place, which other code of torch's does not expect.
+        # torch expects aligned elements, and these are not aligned in their file.
         made = made.clone()
     return made.view(dtype).reshape(shape)

@@ -1,7 +1,7 @@
-"""What can go wrong: one class for each kind of error, all of them :class:`Error`.
+"""The exceptions: one subclass of :class:`Error` for each kind of error.
 
-Where Python has an exception for it, the class is that, too: ``except FileNotFoundError`` finds a
-file that is not there.
+If Python has an exception for the kind, the class is also a subclass of that exception:
+``except FileNotFoundError`` catches a missing file.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ import os as _os
 
 
 class Error(Exception):
-    """Why a load, or anything else of this package, did not work.
+    """The base class of all exceptions of this package.
 
-    Its text says what was tried, on which file and where, with the errno by name. Its attributes:
+    The text states what was tried, on which file and where, and the errno by name. Attributes:
 
-    - ``errno``: what the kernel answered, as a number of module ``errno``, or ``None``.
-    - ``filename``: the file, folder, device or socket that it is about, or ``None``.
-    - ``hint``: what can be done about it, or ``None``. It is a note of the exception, too, so that
-      it is under the traceback.
-    - ``offset``: where in the file the bytes begin that it is about, or ``None``.
+    - ``errno``: the kernel's error, as in the module ``errno``, or ``None``.
+    - ``filename``: the affected file, folder, device or socket, or ``None``.
+    - ``hint``: what to do, or ``None``. It is also a note of the exception, so tracebacks show it.
+    - ``offset``: the start of the affected bytes in the file, or ``None``.
     """
 
     errno: int | None
@@ -27,7 +26,7 @@ class Error(Exception):
     offset: int | None
 
     def __new__(cls, message: str = "", *_rest: object, **_named: object) -> Error:
-        # OSError makes something else of several arguments; MemoryError makes its own kind only.
+        # OSError interprets several arguments; MemoryError.__new__ creates only MemoryErrors.
         return (OSError if issubclass(cls, OSError) else Exception).__new__(cls, message)
 
     def __init__(
@@ -57,19 +56,19 @@ class Error(Exception):
 
 
 class ConfigError(Error, ValueError):
-    """An option makes no sense, or contradicts another one. Nothing was read."""
+    """An option is invalid or contradicts another option. Nothing was read."""
 
 
 class InvalidInputError(Error, ValueError):
-    """Not loadable in this way: not a regular file, or it has nothing that was asked for."""
+    """The input is not a regular file, or has none of the requested data."""
 
 
 class NotFoundError(Error, FileNotFoundError):
-    """There is no such file, or no model in the folder."""
+    """The file does not exist, or the folder has no model."""
 
 
 class NotInManifestError(Error, LookupError):
-    """The manifest that the load was to be verified by does not know this file."""
+    """The manifest does not list this file."""
 
 
 class TensorNotFoundError(Error, KeyError):
@@ -77,7 +76,7 @@ class TensorNotFoundError(Error, KeyError):
 
 
 class NotLoadedError(Error, KeyError):
-    """The model has the tensor, and it was not asked for when the model was loaded."""
+    """The model has the tensor, but it was not loaded."""
 
 
 class AmbiguousError(Error, LookupError):
@@ -85,15 +84,15 @@ class AmbiguousError(Error, LookupError):
 
 
 class PermissionDeniedError(Error, PermissionError):
-    """This user may not open the file, or have the memory."""
+    """This user may not open the file or allocate the memory."""
 
 
 class IoError(Error, OSError):
-    """The kernel or the storage failed: ``errno`` says how."""
+    """The kernel or the storage failed: see ``errno``."""
 
 
 class InvalidModelError(Error, ValueError):
-    """The file is not a model of its format, or breaks the format's rules."""
+    """The file is not a model, or violates its format."""
 
 
 class IncompleteError(NotFoundError):
@@ -101,15 +100,15 @@ class IncompleteError(NotFoundError):
 
 
 class ChangedError(Error):
-    """The file is not what it was when it was opened. Load it again when nothing writes to it."""
+    """The file changed after it was opened. Load it again when nothing writes to it."""
 
 
 class CorruptError(Error):
-    """The bytes are not those that were expected: see ``verify``."""
+    """The bytes do not match their checksum: see ``verify``."""
 
 
 class OutOfMemoryError(Error, MemoryError):
-    """The machine, or this process' memory cgroup, has too little memory for it."""
+    """The machine, or this process's memory cgroup, has too little memory."""
 
 
 class OverLimitError(Error, MemoryError):
@@ -121,31 +120,31 @@ class TooLargeError(Error):
 
 
 class DeviceError(Error, OSError):
-    """No dma-buf can be had: a device is missing, or may not be opened."""
+    """Dma-bufs are not available: a device is missing, or may not be opened."""
 
 
 class UnsupportedError(Error):
-    """The kernel, the file system or the heap can't do what was required."""
+    """The kernel, the file system or the heap does not support what the call requires."""
 
 
 class ExportError(UnsupportedError, BufferError):
-    """The memory can't be exported by DLPack or the buffer protocol as it was asked for."""
+    """The memory cannot be exported by DLPack or the buffer protocol as requested."""
 
 
 class PlacementError(Error):
-    """A tensor does not lie in memory as it was asked for."""
+    """A tensor cannot be placed in memory as required."""
 
 
 class InUseError(Error):
-    """Memory that was handed out can't be lent, and the other way round."""
+    """Memory that was handed out cannot be viewed, and viewed memory cannot be handed out."""
 
 
 class ShareError(Error, OSError):
-    """A server of shared images, or the way to it, failed."""
+    """A server of shared images, or its socket, failed."""
 
 
 class PanickedError(Error, RuntimeError):
-    """Code of dmaload panicked: a defect, which is to be reported."""
+    """Code of dmaload panicked. Please report this bug."""
 
 
 class ShutDownError(Error, RuntimeError):
@@ -153,8 +152,8 @@ class ShutDownError(Error, RuntimeError):
 
 
 class ClosedError(Error, ValueError):
-    """It was closed before."""
+    """The object was closed."""
 
 
 class ForkedError(Error, RuntimeError):
-    """It is a load of the process that this one was forked from."""
+    """The load belongs to the process that this process was forked from."""

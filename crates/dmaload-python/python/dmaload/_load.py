@@ -1,4 +1,4 @@
-"""Loading: as a whole or as a stream, on a thread that waits or in an event loop."""
+"""Loads models, as a whole or as a stream, on a blocked thread or in an event loop."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Paths: TypeAlias = "Path | Sequence[Path]"
 Shard: TypeAlias = "tuple[int, int] | tuple[int, int, int | None]"
 Progress: TypeAlias = "Callable[[int, int], object]"
 
-# How long a thread waits at once, in seconds: then Python handles signals. What is waited for ends
-# the wait at once.
+# How long a thread blocks at a time, in seconds: between waits, Python handles signals. A result
+# ends the wait immediately.
 _TICK = 0.05
 
 
@@ -44,11 +44,12 @@ def _keywords(
     if shard is not None:
         numbers = tuple(shard)
         if len(numbers) not in (2, 3) or not all(n is None or isinstance(n, int) and n >= 0 for n in numbers):
-            raise ConfigError(f"shard must be (rank, world_size) or (rank, world_size, dim), and is {shard!r}")
-        # Tensors are cut, not the bytes of files, which have no tensors then.
+            raise ConfigError(f"shard must be (rank, world_size) or (rank, world_size, dim), not {shard!r}")
+        # Without a dimension, the library would cut the bytes of files, which then have no
+        # tensors.
         shard = (numbers[0], numbers[1], numbers[2] if len(numbers) == 3 else 0)
     if memory_limit is not None and not 0 <= memory_limit < 1 << 64:
-        raise ConfigError(f"memory_limit is a number of bytes, below 2**64, and not {memory_limit}")
+        raise ConfigError(f"memory_limit must be a number of bytes from 0 to 2**64 - 1, not {memory_limit}")
     return {
         "tensors": None if tensors is None else list(tensors),
         "shard": shard,
@@ -63,7 +64,7 @@ def _keywords(
 
 
 def wait(loading: _native.Loading, progress: Progress | None = None) -> Any:
-    """What comes of it. This thread sleeps; an exception, such as Ctrl-C, cancels it."""
+    """Blocks until the result is available. An exception (Ctrl-C) cancels the operation."""
     try:
         while not loading.wait(_TICK):
             if progress is not None:
@@ -77,13 +78,13 @@ def wait(loading: _native.Loading, progress: Progress | None = None) -> Any:
 
 
 class _EventLoop:
-    """Wakes tasks of one event loop, as long as any of them waits."""
+    """Wakes tasks of one event loop. It exists as long as any task waits."""
 
     _all: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _EventLoop] = weakref.WeakKeyDictionary()
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.hub = _native.Hub()
-        # A coroutine that was abandoned may end while another loop runs, or none.
+        # An abandoned coroutine may end while another loop, or no loop, is running.
         self._loop = weakref.ref(loop)
         self._waiting: dict[int, asyncio.Future[None]] = {}
         self._next = 0
@@ -115,7 +116,7 @@ class _EventLoop:
                 future.set_result(None)
 
     async def wait(self, loading: _native.Loading, progress: Progress | None) -> None:
-        """Waits until something can be taken."""
+        """Waits until a result can be taken."""
         while True:
             key, future = self._next, asyncio.get_running_loop().create_future()
             self._next += 1
@@ -165,22 +166,22 @@ def load(
 
     - ``tensors``: names or patterns (``model.layers.{0..3}.*``); nothing else is read.
     - ``shard``: ``(rank, world_size)`` or ``(rank, world_size, dim)``: one rank's part of each
-      tensor, cut along dimension 0 or ``dim``. Parts along another dimension than 0 are copied
-      together when they are first looked at.
-    - ``memory_limit``: the most bytes that this load may have in memory.
-    - ``progress``: called with the bytes that were read and the bytes to read, now and then and at
-      the end, by the thread that waits. What it raises cancels the load.
-    - ``verify``: the path of a manifest, or ``sha256:HEX`` of the one file (or ``blake3:``,
-      ``crc32c:``, ``xxh3:``).
+    tensor, cut along dimension 0 or ``dim``. Parts along a dimension other than 0 are copied when
+    they are first accessed.
+    - ``memory_limit``: the maximum number of bytes that this load may have in memory.
+    - ``progress``: a function that the waiting thread calls with the bytes read and the bytes to
+      read, repeatedly and at the end. An exception from it cancels the load.
+    - ``verify``: the path of a manifest, or the checksum of a single file: ``sha256:HEX`` (or
+    ``blake3:``, ``crc32c:``, ``xxh3:``).
     - ``format``: ``auto``, ``safetensors``, ``gguf`` or ``raw``.
     - ``heap``: ``anon``; ``memfd`` for memory that other processes can map; ``dma-buf``,
-      ``udmabuf`` or ``dma-heap:NAME`` for dma-bufs.
+    ``udmabuf`` or ``dma-heap:NAME`` for dma-bufs.
     - ``route``: the route to start at, or ``auto``.
-    - ``cache``: ``auto`` copies what the page cache has from there, ``bypass`` reads all from
-      storage.
-    - ``allow_missing``: load what is there of a model of which files are missing.
+    - ``cache``: ``auto`` copies cached bytes from the page cache, ``bypass`` reads all bytes from
+    storage.
+    - ``allow_missing``: load the existing files of a model with missing files.
 
-    Other threads run meanwhile. Ctrl-C cancels it.
+    Other threads run during the load. Ctrl-C cancels it.
 
     Raises subclasses of :class:`Error`.
     """
@@ -202,7 +203,7 @@ async def load_async(
     cache: str | None = None,
     allow_missing: bool = False,
 ) -> Image:
-    """Does the same as :func:`load`, in an event loop of asyncio, which it does not block.
+    """Like :func:`load`, in an asyncio event loop, which it does not block.
 
     Cancelling the task cancels the load. ``progress`` is called by the event loop's thread.
     """
@@ -211,10 +212,10 @@ async def load_async(
 
 
 class Stream(Iterator["tuple[str, Tensor]"]):
-    """The tensors of a load as they come, with their names. Made by :func:`stream`.
+    """An iterator over the names and tensors of a load as they arrive. Created by :func:`stream`.
 
-    It keeps none. The load is ahead of its consumer by a bounded number of bytes. Closing it, or
-    leaving its ``with``, cancels the load; tensors that were given stay.
+    It keeps no tensors. The load is ahead of its consumer by a bounded number of bytes. Closing
+    the stream, or leaving its ``with`` block, cancels the load; yielded tensors stay valid.
     """
 
     def __init__(self, loading: _native.Loading, progress: Progress | None) -> None:
@@ -231,11 +232,11 @@ class Stream(Iterator["tuple[str, Tensor]"]):
         return tensor.name, tensor
 
     def progress(self) -> tuple[int, int]:
-        """How many bytes were read, and how many there are to read."""
+        """Returns the bytes read and the bytes to read."""
         return self._loading.progress()
 
     def close(self) -> None:
-        """Cancels the load, if it has not ended."""
+        """Cancels the load if it has not ended."""
         self._loading.close()
 
     def __enter__(self) -> Stream:
@@ -259,11 +260,11 @@ def stream(
     cache: str | None = None,
     allow_missing: bool = False,
 ) -> Stream:
-    """Gives the tensors of a model as they come, each with its name, while the rest is read.
+    """Yields the names and tensors of a model as they arrive, while the rest is read.
 
-    They come in file order, or in the order of ``tensors``. With ``memory_limit``, and where the
-    consumer drops what it has used, models larger than memory can be streamed. The other options
-    are those of :func:`load`.
+    Tensors arrive in file order, or in the order of ``tensors``. With ``memory_limit``, a consumer
+    that drops used tensors can stream models larger than memory. The other options are those of
+    :func:`load`.
     """
     keywords = _keywords(tensors, shard, memory_limit, verify, format, heap, route, cache, allow_missing)
     return Stream(_native.start_stream(_paths(paths), keywords), progress)
@@ -283,9 +284,9 @@ async def stream_async(
     cache: str | None = None,
     allow_missing: bool = False,
 ) -> AsyncIterator[tuple[str, Tensor]]:
-    """Does the same as :func:`stream`, for ``async for``.
+    """Like :func:`stream`, for ``async for``.
 
-    The load begins with the first tensor that is asked for. Closing the iterator cancels it.
+    The load begins when the first tensor is requested. Closing the iterator cancels it.
     """
     keywords = _keywords(tensors, shard, memory_limit, verify, format, heap, route, cache, allow_missing)
     loading = _native.start_stream(_paths(paths), keywords)

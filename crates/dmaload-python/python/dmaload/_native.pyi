@@ -1,4 +1,4 @@
-"""The native part of the package. Private, but for `Image`, `Tensor` and `DmaBuf`."""
+"""The native part of the package. Private, except `Image`, `Tensor` and `DmaBuf`."""
 
 from collections.abc import Iterator
 from types import TracebackType
@@ -12,7 +12,7 @@ VERSION: str
 _Described = tuple[str, str, list[int], int, int]
 
 class Tensor:
-    """A tensor: its name, its type, its shape, and its bytes in memory that may be written to."""
+    """A tensor: its name, type and shape, and its bytes in writable memory."""
 
     @property
     def name(self) -> str: ...
@@ -40,7 +40,7 @@ class Tensor:
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 class Image:
-    """A loaded model: a mapping from the names of its tensors to these."""
+    """A loaded model: a read-only mapping from names to tensors."""
 
     def __getitem__(self, name: str) -> Tensor: ...
     def __contains__(self, name: object) -> bool: ...
@@ -64,7 +64,7 @@ class Image:
     ) -> None: ...
 
 class DmaBuf:
-    """A descriptor of a dma-buf, and where in it bytes of a tensor are."""
+    """A descriptor of a dma-buf, and the range of a tensor's bytes in it."""
 
     @property
     def offset(self) -> int: ...

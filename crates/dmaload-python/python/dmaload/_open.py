@@ -1,4 +1,4 @@
-"""Single tensors, and slices of them, of models of which only the headers are read."""
+"""Opens models by reading only their headers, and reads single tensors and slices."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ._native import Tensor
 
 Index: TypeAlias = "int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]"
 
-# Up to here reading takes less time than starting a load.
+# Reading up to this size takes less time than starting a load.
 _SMALL_BYTES = 256 << 10
 
 _FRAMEWORKS = {"pt": "pt", "torch": "pt", "pytorch": "pt", "np": "np", "numpy": "np"}
 
 
 class _Entry(NamedTuple):
-    """A tensor, as the header of file number ``file`` describes it."""
+    """The entry of a tensor in the header of file number ``file``."""
 
     file: int
     name: str
@@ -36,7 +36,7 @@ class _Entry(NamedTuple):
 
 
 class _Identity(NamedTuple):
-    """What changes when a file is replaced or written to."""
+    """Attributes that change when a file is replaced or written to."""
 
     device: int
     inode: int
@@ -68,7 +68,7 @@ def _close(files: list[_File]) -> None:
 
 
 def _is_same(file: _File) -> bool:
-    """Whether its path still names it, and nothing has written to it."""
+    """Returns whether the path still refers to the file, and nothing has written to it."""
     try:
         return _Identity.of(os.stat(file.path)) == file.identity == _Identity.of(os.fstat(file.descriptor))
     except OSError:
@@ -79,13 +79,13 @@ def _headers(path: str, format: str | None) -> list[dict[str, Any]]:
     headers: list[dict[str, Any]] = wait(_native.read_header(path, format))
     for header in headers:
         if header["format"] is None:
-            # Says what is wrong with it.
+            # Raises an error that describes the problem.
             wait(_native.read_header(header["path"], "safetensors"))
     return headers
 
 
 def _opened(path: str, format: str | None) -> tuple[list[dict[str, Any]], list[_File]]:
-    """The headers of a model's files, and these files, open: what a header says is about them."""
+    """Returns the headers of a model's files, and the open files that the headers describe."""
     files: list[_File] = []
     try:
         if os.path.isfile(path) and os.access(path, os.R_OK):
@@ -93,28 +93,29 @@ def _opened(path: str, format: str | None) -> tuple[list[dict[str, Any]], list[_
         headers = _headers(path, format)
         if [header["path"] for header in headers] == [file.path for file in files] and all(map(_is_same, files)):
             return headers, files
-        # Several files, which are known only now: their headers are read again, from what is open.
+        # The model has several files, which are known only now. Opens them and reads headers
+        # again.
         _close(files)
         files.extend(_open(header["path"]) for header in headers)
         if _headers(path, format) == headers and all(map(_is_same, files)):
             return headers, files
-        raise ChangedError(f"{path}: was changed while it was opened", filename=path)
+        raise ChangedError(f"{path}: changed while it was being opened", filename=path)
     except BaseException:
         _close(files)
         raise
 
 
-class safe_open:  # noqa: N801, the name that programs know
-    """Opens a model for single tensors, in the place of ``safetensors.safe_open``.
+class safe_open:  # noqa: N801, the name that safetensors uses
+    """Opens a model to read single tensors. Replaces ``safetensors.safe_open``.
 
-    - ``filename``: a file of safetensors or GGUF, or a folder or an index of several.
+    - ``filename``: a safetensors or GGUF file, a folder, or an index.
     - ``framework``: ``"pt"`` for torch, ``"np"`` or ``"numpy"`` for NumPy.
-    - ``device``: where torch is to have the tensors.
-    - ``format``: ``safetensors`` or ``gguf``, where it is not to be found out.
+    - ``device``: the torch device of the tensors.
+    - ``format``: ``safetensors`` or ``gguf``. Detected by default.
 
-    Only the headers are read, and of each tensor only its bytes; of slices along the first
-    dimension only their rows. The files stay open: what replaces one of them is not seen, and one
-    that is written to raises :class:`ChangedError`.
+    Opening reads only the headers. Each tensor reads only its own bytes, and a slice only the rows
+    that it needs of the first dimension. The files stay open: replacing one has no effect, and
+    writing to one makes reads raise :class:`ChangedError`.
 
         with dmaload.safe_open("model.safetensors", framework="np") as model:
             for name in model.keys():
@@ -130,10 +131,10 @@ class safe_open:  # noqa: N801, the name that programs know
         backend: str | None = None,
         format: str | None = None,
     ) -> None:
-        # The way to read is ours to choose.
+        # Accepted for compatibility; this package chooses how to read.
         del backend
         if framework not in _FRAMEWORKS:
-            raise ConfigError(f"framework {framework!r} is not known: pt and numpy are")
+            raise ConfigError(f"unknown framework {framework!r}: use pt or numpy")
         self._framework = _FRAMEWORKS[framework]
         self._device = device
         if self._framework == "np" and str(device) != "cpu":
@@ -155,19 +156,19 @@ class safe_open:  # noqa: N801, the name that programs know
         self._finalizer()
 
     def keys(self) -> list[str]:
-        """The names of all tensors, sorted."""
+        """Returns the names of all tensors, sorted."""
         self._check_open()
         return sorted(self._entries)
 
     def offset_keys(self) -> list[str]:
-        """The names of all tensors, in the order in which they are in their files."""
+        """Returns the names of all tensors, in file order."""
         self._check_open()
         return list(self._entries)
 
     def metadata(self) -> dict[str, Any] | None:
-        """What the files say of themselves; ``None`` where they say nothing.
+        """Returns the metadata of the files, or ``None`` if there is none.
 
-        That of several files is put together, and the first file that has a key counts.
+        If several files have a key, the first file's value counts.
         """
         self._check_open()
         merged: dict[str, Any] = {}
@@ -176,12 +177,12 @@ class safe_open:  # noqa: N801, the name that programs know
         return merged or None
 
     def get_tensor(self, name: str) -> Any:
-        """The tensor of this name, of which nothing else is read."""
+        """Reads the tensor of this name, and nothing else."""
         entry = self._entry(name)
         return self._convert(self._read(entry, entry.start, entry.end, entry.shape))
 
     def get_tensors(self) -> dict[str, Any]:
-        """All tensors by their names, loaded at once."""
+        """Loads all tensors, and returns them by name."""
         self._check_open()
         with load(self._path, format=self._format) as image:
             for file in self._files:
@@ -190,7 +191,7 @@ class safe_open:  # noqa: N801, the name that programs know
             return {name: self._convert(image[name]) for name in self._entries}
 
     def get_slice(self, name: str) -> SafeSlice:
-        """The tensor of this name, to be cut by ``[...]``: only what is needed of it is read."""
+        """Returns a slice of the named tensor, whose ``[...]`` reads only the rows it needs."""
         return SafeSlice(self, self._entry(name))
 
     def _check_open(self) -> None:
@@ -206,13 +207,13 @@ class safe_open:  # noqa: N801, the name that programs know
 
     def _changed(self, file: _File) -> ChangedError:
         return ChangedError(
-            f"{file.path}: was changed since it was opened",
+            f"{file.path}: changed since it was opened",
             filename=file.path,
             hint="open it again when nothing writes to it",
         )
 
     def _read(self, entry: _Entry, start: int, end: int, shape: tuple[int, ...]) -> Tensor:
-        """These bytes of a file, as a tensor of this shape."""
+        """Reads these bytes of a file as a tensor of this shape."""
         self._check_open()
         file = self._files[entry.file]
         described = (entry.name, entry.dtype, list(shape), start, end)
@@ -220,7 +221,7 @@ class safe_open:  # noqa: N801, the name that programs know
             tensor = _native.read_small(file.descriptor, described)
         else:
             tensor = wait(_native.start_read(file.descriptor, described))
-        # Read before it was looked at, so a change of what was read shows.
+        # Checked after the read, so a change during the read is detected.
         if _Identity.of(os.fstat(file.descriptor)) != file.identity:
             raise self._changed(file)
         return tensor
@@ -233,10 +234,10 @@ class safe_open:  # noqa: N801, the name that programs know
 
 
 class SafeSlice:
-    """A tensor of which parts are read. Made by :meth:`safe_open.get_slice`.
+    """A tensor of which parts can be read. Created by :meth:`safe_open.get_slice`.
 
-    ``[...]`` takes integers, slices with positive steps, and an ellipsis. Rows of the first
-    dimension that are not asked for are not read; of the other dimensions, all is.
+    ``[...]`` takes integers, slices with positive steps, and an ellipsis. It reads only the
+    requested rows of the first dimension, but all of the other dimensions.
     """
 
     def __init__(self, model: safe_open, entry: _Entry) -> None:
@@ -244,11 +245,11 @@ class SafeSlice:
         self._entry = entry
 
     def get_shape(self) -> list[int]:
-        """The lengths of the dimensions, outermost first."""
+        """Returns the lengths of the dimensions, outermost first."""
         return list(self._entry.shape)
 
     def get_dtype(self) -> str:
-        """The type of the elements, as safetensors or ggml spell it."""
+        """Returns the type of the elements, as safetensors or ggml spell it."""
         return self._entry.dtype
 
     def __getitem__(self, index: Index) -> Any:
@@ -257,7 +258,7 @@ class SafeSlice:
         shape, start, end = entry.shape, entry.start, entry.end
         inner = math.prod(shape[1:])
         if items and shape[0] and inner and inner % entry.block_elements == 0:
-            # Rows are whole bytes: the others need not be read.
+            # Rows are whole bytes, so other rows need not be read.
             first = items[0]
             if isinstance(first, int):
                 rows, items[0] = range(first, first + 1), 0
@@ -270,7 +271,7 @@ class SafeSlice:
             shape = (high - low, *shape[1:])
         whole = self._model._convert(self._model._read(entry, start, end, shape))
         if tuple(whole.shape) != shape:
-            # Bytes in the place of elements: rows of whole bytes can be cut, and nothing else.
+            # Elements were converted to bytes, so only whole rows can be selected.
             rows = len(shape) - 1 if len(whole.shape) == len(shape) else 0
             for item, length in zip(items[rows:], shape[rows:], strict=True):
                 if not isinstance(item, slice) or item.indices(length) != (0, length, 1):
@@ -284,32 +285,32 @@ class SafeSlice:
         return cut.contiguous()
 
     def _expanded(self, index: Index) -> list[int | slice]:
-        """An integer or a slice for each dimension."""
+        """Expands an index to an integer or a slice for each dimension."""
         shape, name = self._entry.shape, self._entry.name
         given = list(index) if isinstance(index, tuple) else [index]
         if sum(item is Ellipsis for item in given) > 1:
-            raise InvalidInputError(f'tensor "{name}": an index has one ellipsis at most')
+            raise InvalidInputError(f'tensor "{name}": an index can have only one ellipsis')
         if Ellipsis in given:
             at = given.index(Ellipsis)
             given[at : at + 1] = [slice(None)] * (len(shape) - len(given) + 1)
         if len(given) > len(shape):
-            raise InvalidInputError(f'tensor "{name}" has {len(shape)} dimensions, and the index {len(given)}')
+            raise InvalidInputError(f'tensor "{name}" has {len(shape)} dimensions, but the index has {len(given)}')
         given += [slice(None)] * (len(shape) - len(given))
         items: list[int | slice] = []
         for dimension, (item, length) in enumerate(zip(given, shape, strict=True)):
             if isinstance(item, slice):
                 if item.step is not None and item.step < 1:
-                    message = f'tensor "{name}": the step of a slice must be positive, and is {item.step}'
+                    message = f'tensor "{name}": the step of a slice must be positive, not {item.step}'
                     raise InvalidInputError(message)
                 items.append(item)
                 continue
             try:
                 position = item.__index__()  # type: ignore[union-attr]
             except AttributeError:
-                message = f'tensor "{name}": an index has integers, slices and an ellipsis, and not {item!r}'
+                message = f'tensor "{name}": an index consists of integers, slices and an ellipsis, not {item!r}'
                 raise InvalidInputError(message) from None
             if not -length <= position < length:
-                message = f'tensor "{name}": index {position} is out of dimension {dimension}, which has {length}'
+                message = f'tensor "{name}": index {position} is out of range: dimension {dimension} has {length}'
                 raise IndexError(message)
             items.append(position % length)
         return items

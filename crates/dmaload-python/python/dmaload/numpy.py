@@ -1,4 +1,4 @@
-"""Models as NumPy arrays, in the place of ``safetensors.numpy``."""
+"""Loads models as NumPy arrays. Replaces ``safetensors.numpy``."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["load_file"]
 
 
 def load_file(filename: Paths, **options: Any) -> dict[str, numpy.ndarray[Any, Any]]:
-    """All tensors of a file, a folder or several files as arrays, by their names.
+    """Loads all tensors of a file, a folder or several files as arrays by name.
 
-    Their memory is what the device wrote into: private and writable, without a copy. ``BF16``,
-    ``F8_…`` and smaller types are those of ``ml_dtypes``. Blocks of GGUF are bytes, of which the
-    last dimension has as many as its blocks have.
+    The arrays share the loaded memory, which is private and writable. ``BF16``, ``F8_…`` and
+    smaller types use ``ml_dtypes``; types of less than a byte are unpacked into a copy. GGUF
+    blocks are bytes, which the last dimension counts.
 
     ``options`` are those of :func:`dmaload.load`.
     """

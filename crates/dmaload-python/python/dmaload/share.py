@@ -1,4 +1,4 @@
-"""Models that another process has loaded, without a copy."""
+"""Attaches to models that another process has loaded, without a copy."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def _start(socket: _load.Path, name: str | None, trusted_users: Iterable[int]) -
 def attach(socket: _load.Path, name: str | None = None, *, trusted_users: Iterable[int] = ()) -> Image:
     """Attaches to an image of the server at this socket (``dmaload serve SOCKET MODEL``).
 
-    - ``name``: that of the image; the server's only one without.
-    - ``trusted_users``: numbers of users besides one's own and root whose servers are trusted not
-      to change the bytes.
+    - ``name``: the name of the image, if the server has several.
+    - ``trusted_users``: user ids, in addition to one's own and root's, whose servers are trusted
+      not to change the bytes.
 
-    The memory is the server's, and is copied page by page where it is written to: what is written
-    here, no other process sees. Dma-bufs are not exported as arrays; see :func:`dmaload.dma_buf`.
+    The memory is shared with the server. A page is copied when it is written to, so no other
+    process sees the change. Dma-bufs are not exported as arrays; see :func:`dmaload.dma_buf`.
 
     Raises :class:`dmaload.ShareError`.
     """
@@ -31,5 +31,5 @@ def attach(socket: _load.Path, name: str | None = None, *, trusted_users: Iterab
 
 
 async def attach_async(socket: _load.Path, name: str | None = None, *, trusted_users: Iterable[int] = ()) -> Image:
-    """Does the same as :func:`attach`, in an event loop of asyncio, which it does not block."""
+    """Like :func:`attach`, in an asyncio event loop, which it does not block."""
     return await _load._wait_async(_start(socket, name, trusted_users))

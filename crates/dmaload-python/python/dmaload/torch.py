@@ -1,4 +1,4 @@
-"""Models as torch tensors, in the place of ``safetensors.torch``."""
+"""Loads models as torch tensors. Replaces ``safetensors.torch``."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["load_file"]
 
 
 def load_file(filename: Paths, device: Any = "cpu", **options: Any) -> dict[str, torch.Tensor]:
-    """All tensors of a file, a folder or several files as torch tensors, by their names.
+    """Loads all tensors of a file, a folder or several files as torch tensors by name.
 
-    On the CPU their memory is what the device wrote into: private and writable, without a copy.
-    For other devices each is copied there.
+    On the CPU, tensors share the loaded memory, which is private and writable. For other devices,
+    each tensor is copied.
 
     ``options`` are those of :func:`dmaload.load`.
     """
