@@ -72,9 +72,10 @@ doc:
         cargo doc --no-deps -p dmaload -p dmabuf --features dmaload/verify
     .ci/public-types
 
-# Checks licenses and sources of all dependencies (needs cargo-deny).
+# Checks licenses and sources of all dependencies, also their texts (needs cargo-deny).
 [group('checks')]
 deny:
+    .ci/licenses
     cargo deny --config deny.toml check licenses bans sources
 
 # Packages the published crates, and builds them from their packages.

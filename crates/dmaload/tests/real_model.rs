@@ -28,11 +28,10 @@ async fn real_model_tensors_match_the_safetensors_crate() {
                 assert_eq!(tensor.dtype().to_string(), expected.dtype().to_string(), "{name}");
                 assert_eq!(tensor.shape(), expected.shape(), "{name}");
                 assert_same(&tensor.bytes().unwrap(), expected.data(), name);
-                let parts: Vec<u8> = tensor
-                    .parts()
-                    .iter()
-                    .flat_map(|part| part.segment.bytes().unwrap().slice(part.offset..part.offset + part.len))
-                    .collect();
+                let mut parts = Vec::with_capacity(expected.data().len());
+                for part in tensor.parts() {
+                    parts.extend_from_slice(&part.segment.bytes().unwrap()[part.offset..part.offset + part.len]);
+                }
                 assert_same(&parts, expected.data(), &format!("the parts of {name}"));
             }
         }

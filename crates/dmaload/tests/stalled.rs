@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use attributes::attributes;
 use common::{assert_same, folder, random_bytes};
+use dmaload::heap::{HeapError, HeapHooks, Hooked, MemfdHeap};
 use dmaload::{Error, Format, Image, Load, LoadOptions, Loader, LoaderBuilder};
 use dmaload_testing::served::{ServedFolder, folder_to_serve};
 use fuser::{
@@ -444,6 +445,30 @@ async fn shutdown_counts_each_hanging_worker() {
         hanging.resume();
         wait_for_threads(0, &what);
     }
+}
+
+/// Delays every allocation by more than a worker may wait for a file.
+#[derive(Debug)]
+struct SlowMemory;
+
+impl HeapHooks for SlowMemory {
+    fn before_allocate(&self, _: usize) -> Result<(), HeapError> {
+        std::thread::sleep(Duration::from_millis(1500));
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn slow_memory_is_not_reported_as_a_silent_file() {
+    let Some(_alone) = run_alone().await else { return };
+    let plain = Plain::new();
+    // Small files are opened just before their memory is allocated.
+    let heap = Hooked::new(MemfdHeap::default(), SlowMemory);
+    let loader = loader(1).heap(heap).build().unwrap();
+    let image = loader.load(&plain.files[1..]).await.unwrap();
+    assert_image(&image, &plain.bytes, "small files");
+    assert_eq!(REPLACED.load(Ordering::SeqCst), 0);
+    loader.shutdown().await.unwrap();
 }
 
 #[tokio::test]

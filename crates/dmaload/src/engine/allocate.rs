@@ -64,9 +64,10 @@ impl Engine {
             if load.is_over() {
                 return Ok(());
             }
-            self.jobs.proceed(worker);
+            self.jobs.begin_file(worker);
             sources.push(open_part(load, part)?);
         }
+        self.jobs.end_files(worker);
         let way = batch_way(load, allocation, &sources);
         let (backing, filling) = self.memory_for(load, heap, allocation, way)?;
         advance.charge(&backing);
@@ -93,6 +94,7 @@ impl Engine {
                 // Threads settle a range before they read it. The ring thread must not block, so
                 // its ranges are settled here. A failure is ignored: these bytes are then read as
                 // they would be without settling.
+                self.jobs.begin_file(worker);
                 let _ = file.settle(&(piece.file_offset..piece.file_offset + piece.bytes));
             }
             let spec = FileSpec {

@@ -308,9 +308,18 @@ impl<T: Clone> Jobs<T> {
     }
 
     /// Records that a worker made progress and is about to wait for a file.
-    pub(super) fn proceed(&self, worker: WorkerId) {
+    pub(super) fn begin_file(&self, worker: WorkerId) {
+        self.proceed(worker, Some(Instant::now()));
+    }
+
+    /// Records that a worker no longer waits for files: its task continues with memory.
+    pub(super) fn end_files(&self, worker: WorkerId) {
+        self.proceed(worker, None);
+    }
+
+    fn proceed(&self, worker: WorkerId, at_files_since: Option<Instant>) {
         let mut schedule = self.schedule();
-        let resumed = schedule.workers.proceed(worker, Instant::now());
+        let resumed = schedule.workers.proceed(worker, at_files_since);
         self.wake_watch(&mut schedule);
         if let Some(load) = resumed {
             schedule.scheduler.resume(&load);

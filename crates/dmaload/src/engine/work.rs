@@ -90,7 +90,7 @@ impl Engine {
                 }
             }
             // These may be the last references to files.
-            self.jobs.proceed(worker);
+            self.jobs.begin_file(worker);
             foreign::discard(open);
             foreign::discard(load);
         }

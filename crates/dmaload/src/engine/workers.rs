@@ -118,12 +118,12 @@ impl Workers {
         *worker = Worker { task: Some(task), at_files_since, stalled: false };
     }
 
-    /// Records progress of a worker, which may now wait for the next file. Returns its load if
-    /// that is no longer stalled.
+    /// Records progress of a worker, which from `at_files_since` on may wait for the next file, or
+    /// is done with files. Returns its load if that is no longer stalled.
     #[must_use]
-    pub(super) fn proceed(&mut self, id: WorkerId, now: Instant) -> Option<LoadId> {
+    pub(super) fn proceed(&mut self, id: WorkerId, at_files_since: Option<Instant>) -> Option<LoadId> {
         let worker = self.worker(id);
-        worker.at_files_since = Some(now);
+        worker.at_files_since = at_files_since;
         let was_stalled = std::mem::take(&mut worker.stalled);
         let task = worker.task.expect("a worker makes progress with a task");
         self.resumed(was_stalled.then_some(task))
@@ -203,7 +203,7 @@ mod tests {
         assert!(workers.is_overstaffed());
         workers.leave(first);
         assert!(!workers.is_overstaffed());
-        assert_eq!(workers.proceed(second, late), Some(LoadId(7)), "the last stalled worker of load 7 makes progress");
+        assert_eq!(workers.proceed(second, Some(late)), Some(LoadId(7)), "the last stalled worker of load 7 makes progress");
         assert!(workers.is_overstaffed());
         workers.leave(third);
         assert!(!workers.is_overstaffed());
@@ -219,9 +219,12 @@ mod tests {
         workers.begin(worker, task(1), None);
         assert_eq!(workers.next_check(now), None);
         assert_eq!(workers.find_stalled(now + 100 * STALLED_AFTER), [], "the worker allocates memory");
-        assert_eq!(workers.proceed(worker, now + 100 * STALLED_AFTER), None);
+        assert_eq!(workers.proceed(worker, Some(now + 100 * STALLED_AFTER)), None);
         assert_eq!(workers.find_stalled(now + 100 * STALLED_AFTER), []);
         assert_eq!(workers.find_stalled(now + 101 * STALLED_AFTER), [task(1)]);
+        assert_eq!(workers.proceed(worker, None), Some(LoadId(1)), "its files are open");
+        assert_eq!(workers.next_check(now), None);
+        assert_eq!(workers.find_stalled(now + 200 * STALLED_AFTER), [], "the worker allocates memory");
     }
 
     #[test]
