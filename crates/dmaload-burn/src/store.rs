@@ -1,4 +1,4 @@
-//! [`LoadStore`]: the snapshots of a load that is under way.
+//! [`LoadStore`]: the snapshots of a load in progress.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -16,10 +16,11 @@ use burn_tensor::{AllocationProperty, BoolStore, Bytes, DType, TensorData};
 use dmaload::model::TensorInfo;
 use dmaload::{Format, Load, LoadOptions, Loader, Report, inspect_model_blocking};
 
-/// A model that is being read, as burn's `ModuleStore`. Dropping it cancels the load; tensors that
-/// were given stay.
+/// A model that is being loaded, as burn's `ModuleStore`. Dropping it cancels the load; tensors
+/// that were already returned stay valid.
 ///
-/// Not to be used on a worker of an async runtime: filling a module waits for its bytes.
+/// Do not use it on a worker of an async runtime: filling a module blocks until its bytes are
+/// loaded.
 pub struct LoadStore {
     load: Arc<Load>,
     snapshots: BTreeMap<String, TensorSnapshot>,
@@ -32,18 +33,18 @@ impl LoadStore {
     /// this returns.
     ///
     /// # Errors
-    /// Those of [`dmaload::inspect_model_blocking`]; what fails later is said when a module is
+    /// Those of [`dmaload::inspect_model_blocking`]. Later errors are reported when a module is
     /// filled, and by [`Self::finish`].
     pub fn load(loader: &Loader, path: impl Into<PathBuf>) -> dmaload::Result<Self> {
         Self::load_with(loader, path, loader.load_options())
     }
 
-    /// The same by options: in the order of [`LoadOptions::tensors`], for example. Headers are
-    /// inspected without them. Tensors of a rank's part ([`LoadOptions::shard`]) are refused when
-    /// a module asks for them.
+    /// Like [`Self::load`], with options, such as the order of [`LoadOptions::tensors`]. The
+    /// headers are inspected without the options. With [`LoadOptions::shard`], tensors are refused
+    /// when a module requests them.
     ///
     /// # Errors
-    /// As [`Self::load`].
+    /// Those of [`Self::load`].
     pub fn load_with(loader: &Loader, path: impl Into<PathBuf>, options: LoadOptions) -> dmaload::Result<Self> {
         let path = path.into();
         let files = inspect_model_blocking(&path, Format::Auto)?;
@@ -53,29 +54,30 @@ impl LoadStore {
         Ok(LoadStore { load, snapshots, adapter: Box::new(IdentityAdapter), allows_partial: false })
     }
 
-    /// Converts what the file has to what burn's modules have: `PyTorchToBurnAdapter`, for
-    /// example. That copies what it changes.
+    /// Converts the file's tensors for burn's modules, for example with `PyTorchToBurnAdapter`.
+    /// Tensors that the adapter changes are copied.
     #[must_use]
     pub fn with_adapter(mut self, adapter: impl ModuleAdapter + 'static) -> Self {
         self.adapter = Box::new(adapter);
         self
     }
 
-    /// Leaves tensors of the module as they are that the model does not have, rather than failing
-    /// with [`Error::Missing`]. Default: false.
+    /// Leaves the module's tensors unchanged that the model does not have, instead of failing with
+    /// [`Error::Missing`]. Default: false.
     #[must_use]
     pub fn allow_partial(mut self, allow: bool) -> Self {
         self.allows_partial = allow;
         self
     }
 
-    /// Waits for the rest of the load, and lets go of it; tensors that were given stay.
+    /// Waits for the rest of the load, and releases it; tensors that were already returned stay
+    /// valid.
     ///
-    /// A file that changes while it is read is found out at its end. Whoever has all tensors of it
-    /// has passed that check; a module that needs only some has passed it with this.
+    /// A change to a file during its load is detected when the whole file was read. A module that
+    /// uses only some of a file's tensors relies on this call for that check.
     ///
     /// # Errors
-    /// Whatever made the load fail; [`Error::InUse`] while a snapshot of it is kept elsewhere.
+    /// The error of the load, or [`Error::InUse`] if a snapshot still exists elsewhere.
     pub fn finish(self) -> Result<Report, Error> {
         drop(self.snapshots);
         let load = Arc::into_inner(self.load).ok_or(Error::InUse)?;
@@ -87,7 +89,7 @@ impl LoadStore {
 impl ModuleStore for LoadStore {
     type Error = Error;
 
-    /// Always fails: a load can't be written to.
+    /// Always fails, since a load cannot be written to.
     fn collect_from<B: Backend, M: ModuleSnapshot<B>>(&mut self, _module: &M) -> Result<(), Error> {
         Err(Error::ReadOnly)
     }
@@ -123,19 +125,19 @@ impl fmt::Debug for LoadStore {
     }
 }
 
-/// Why a store could not do what it was asked for.
+/// An error of a [`LoadStore`].
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Error {
     /// The load failed.
     Load(dmaload::Error),
-    /// burn refused tensors: its own words.
+    /// burn refused tensors. Contains burn's message.
     Refused(String),
-    /// The module has tensors that the model has not: burn's own words.
+    /// The module has tensors that the model does not have. Contains burn's message.
     Missing(String),
-    /// A snapshot of the load is kept elsewhere.
+    /// A snapshot of the load still exists elsewhere.
     InUse,
-    /// A load can't be written to.
+    /// A load cannot be written to.
     ReadOnly,
 }
 
@@ -166,31 +168,31 @@ impl From<dmaload::Error> for Error {
     }
 }
 
-/// A tensor of the load, which waits for its bytes when burn asks for its data.
+/// A tensor of the load. It waits for its bytes when burn requests the data.
 fn snapshot(load: &Arc<Load>, tensor: &TensorInfo) -> TensorSnapshot {
     let (load, name, shape) = (Arc::clone(load), tensor.name.clone(), tensor.shape.clone());
     let dtype = burn_type(tensor.dtype);
-    let unknown = format!("cannot give tensor {name:?}: burn has no type {}", tensor.dtype);
+    let unknown = format!("cannot load tensor {name:?}: burn has no type {}", tensor.dtype);
     let data = {
         let shape = shape.clone();
         move || {
             let dtype = dtype.ok_or_else(|| TensorSnapshotError::DataError(unknown.clone()))?;
             let io_error = |error: dmaload::Error| TensorSnapshotError::IoError(error.to_string());
             let tensor = load.tensor_blocking(&name).map_err(io_error)?;
-            // burn trusts shape and type: a rank's part, or another file in the place of the one
-            // that was inspected, would let it read past the end.
+            // burn trusts shape and type, so with a rank's part, or a file that replaced the
+            // inspected one, it would read past the end.
             if tensor.shape() != &shape[..] || burn_type(tensor.dtype()) != Some(dtype) {
                 let message = format!(
-                    "cannot give tensor {name:?}: {:?} of {} was loaded, and the file's header said {shape:?} of {dtype:?}",
+                    "cannot load tensor {name:?}: {:?} of {} was loaded, but the file's header has {shape:?} of {dtype:?}",
                     tensor.shape(),
                     tensor.dtype()
                 );
                 return Err(TensorSnapshotError::DataError(message));
             }
             let bytes = tensor.bytes().map_err(io_error)?;
-            // A `bool` of another value is undefined behaviour.
+            // A `bool` with any other value is undefined behavior.
             if matches!(dtype, DType::Bool(_)) && bytes.iter().any(|&byte| byte > 1) {
-                let message = format!("cannot give tensor {name:?}: it has values other than 0 and 1");
+                let message = format!("cannot load tensor {name:?}: it has values other than 0 and 1");
                 return Err(TensorSnapshotError::DataError(message));
             }
             let shared = Bytes::from_shared(bytes, AllocationProperty::Other);
@@ -198,7 +200,7 @@ fn snapshot(load: &Arc<Load>, tensor: &TensorInfo) -> TensorSnapshot {
         }
     };
     let path = tensor.name.split('.').map(str::to_owned).collect();
-    // burn wants a type before the data are asked for; the closure refuses unknown ones.
+    // burn needs a type before it requests the data; the closure refuses unknown types.
     TensorSnapshot::from_closure(Rc::new(data), dtype.unwrap_or(DType::U8), shape.into(), path, Vec::new(), ParamId::new())
 }
 
@@ -229,7 +231,7 @@ impl Wake for Unpark {
     }
 }
 
-/// Polls a future on this thread, which sleeps in between.
+/// Blocks this thread until the future is ready.
 fn block_on<T>(future: impl Future<Output = T>) -> T {
     let mut future = pin!(future);
     let waker = Waker::from(Arc::new(Unpark(thread::current())));

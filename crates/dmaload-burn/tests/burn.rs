@@ -1,4 +1,4 @@
-//! Modules filled from a load, beside burn's own safetensors store.
+//! Compares modules filled from a load with those of burn's own safetensors store.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 use std::path::{Path, PathBuf};
@@ -54,11 +54,11 @@ fn loader() -> Loader {
     Loader::builder().load_options(LoadOptions::new().segment_bytes(SEGMENT)).build().unwrap()
 }
 
-/// A model as burn saves it, of random numbers.
+/// Saves a model of random numbers with burn.
 fn saved(folder: &Path) -> PathBuf {
     let path = folder.join("model.safetensors");
     Model::<Cpu>::new(&DEVICE).save_into(&mut SafetensorsStore::from_file(&path)).unwrap();
-    // Written anew, and out of the page cache.
+    // Rewritten, and evicted from the page cache.
     file(folder, "model.safetensors", &std::fs::read(&path).unwrap())
 }
 
@@ -68,7 +68,7 @@ fn outputs(model: &Model<Cpu>) -> Vec<u32> {
     values.into_iter().map(f32::to_bits).collect()
 }
 
-/// Where the numbers of a parameter lie.
+/// The address of a parameter's numbers.
 fn address<const D: usize>(parameter: &Param<Tensor<Cpu, D>>) -> usize {
     match parameter.val().into_primitive().tensor() {
         NdArrayTensor::F32(storage) => storage.view().as_ptr().addr(),
@@ -77,17 +77,17 @@ fn address<const D: usize>(parameter: &Param<Tensor<Cpu, D>>) -> usize {
 }
 
 #[test]
-fn module_is_filled_as_by_burns_own_store() {
+fn module_equals_that_of_burns_own_store() {
     let folder = folder();
     let path = saved(folder.path());
     let mut theirs = Model::<Cpu>::new(&DEVICE);
     theirs.load_from(&mut SafetensorsStore::from_file(&path)).unwrap();
     for from_pytorch in [false, true] {
         let mut ours = Model::<Cpu>::new(&DEVICE);
-        assert_ne!(outputs(&ours), outputs(&theirs), "two models of other random numbers");
+        assert_ne!(outputs(&ours), outputs(&theirs), "the models have different random numbers");
         let mut store = LoadStore::load(&loader(), &path).unwrap();
         if from_pytorch {
-            // Of its layout: linear layers are transposed, and norms have other names.
+            // In PyTorch's layout, linear layers are transposed and norms have other names.
             store = store.with_adapter(PyTorchToBurnAdapter).allow_partial(true);
             let mut own = SafetensorsStore::from_file(&path).with_from_adapter(PyTorchToBurnAdapter).allow_partial(true);
             theirs.load_from(&mut own).unwrap();
@@ -121,7 +121,7 @@ fn parameters_are_the_loaded_memory_and_keep_it_alive() {
     store.finish().unwrap();
     assert_eq!(address(&model.layers[1].weight), loaded, "it was copied");
     assert!(loader.memory_bytes() > 0);
-    // A tensor that is changed is copied first; what is loaded stays.
+    // Changing a tensor copies it first, so the loaded memory stays unchanged.
     let before = outputs(&model);
     let changed = model.layers[1].weight.val().add_scalar(1.0);
     assert_ne!(changed.into_primitive().tensor().into_address(), loaded);
@@ -148,7 +148,7 @@ impl IntoAddress for NdArrayTensor {
     }
 }
 
-/// Lets the bytes of a load pass up to a place, and the rest once it is open.
+/// An observer that holds back the bytes of a load from an offset on, until it is opened.
 #[derive(Debug)]
 struct Gate {
     offset: u64,
@@ -165,7 +165,7 @@ impl Observer for Gate {
     }
 }
 
-/// A file of two tensors, the first of which is there before the second.
+/// Writes a file of two tensors, of which the first arrives before the second.
 fn two(folder: &Path) -> PathBuf {
     let bytes = 3 << 20;
     let header = format!(
@@ -178,13 +178,13 @@ fn two(folder: &Path) -> PathBuf {
 }
 
 #[test]
-fn snapshots_give_their_data_while_the_rest_is_read() {
+fn snapshots_return_data_while_the_rest_is_read() {
     let folder = folder();
     let path = two(folder.path());
     let loader = loader();
     let gate = Arc::new(Gate { offset: 2 * SEGMENT, is_open: Mutex::new(false), opened: Condvar::new() });
     let options = loader.load_options().observer(gate.clone());
-    // Snapshots stay on the thread that made them.
+    // Snapshots stay on the thread that created them.
     let (sender, receiver) = mpsc::channel();
     let filling = thread::spawn(move || {
         let mut store = LoadStore::load_with(&loader, &path, options).unwrap();
@@ -207,7 +207,7 @@ fn snapshots_give_their_data_while_the_rest_is_read() {
 }
 
 #[test]
-fn errors_say_what_burn_or_the_load_said() {
+fn errors_contain_the_message_of_burn_or_the_load() {
     let folder = folder();
     let header = r#"{"w":{"dtype":"F8_E4M3","shape":[4],"data_offsets":[0,4]}}"#;
     let path = file(folder.path(), "f8.safetensors", &safetensors(header.as_bytes(), &[0; 4]));
@@ -215,7 +215,7 @@ fn errors_say_what_burn_or_the_load_said() {
     let mut store = LoadStore::load(&loader, &path).unwrap();
     assert_eq!(store.keys().unwrap(), ["w"]);
     let unknown = store.get_snapshot("w").unwrap().unwrap().to_data().unwrap_err().to_string();
-    assert!(unknown.contains(r#"cannot give tensor "w": burn has no type F8_E4M3"#), "{unknown}");
+    assert!(unknown.contains(r#"cannot load tensor "w": burn has no type F8_E4M3"#), "{unknown}");
     let mut model = Model::<Cpu>::new(&DEVICE);
     assert!(matches!(model.load_from(&mut store), Err(Error::Missing(_))));
     assert!(matches!(model.save_into(&mut store), Err(Error::ReadOnly)));
@@ -223,19 +223,19 @@ fn errors_say_what_burn_or_the_load_said() {
     assert_eq!(missing.kind(), ErrorKind::NotFound);
 }
 
-/// burn reads as much as the header's shape says, whatever there is.
+/// burn reads as many bytes as the header's shape implies, even if fewer were loaded.
 #[test]
-fn part_of_a_rank_is_refused() {
+fn ranks_part_is_refused() {
     let folder = folder();
     let options = LoadOptions::new().shard(Shard { rank: 1, world_size: 2, dim: Some(0) });
     let mut store = LoadStore::load_with(&loader(), two(folder.path()), options).unwrap();
     let refused = store.get_snapshot("a").unwrap().unwrap().to_data().unwrap_err().to_string();
-    assert!(refused.contains("was loaded, and the file's header said"), "{refused}");
+    assert!(refused.contains("was loaded, but the file's header has"), "{refused}");
 }
 
-/// The page's program is the one that the crate's documentation compiles.
+/// The program in docs/adopt.md is the one that the crate's documentation compiles.
 #[test]
-fn page_shows_the_program_of_the_crates_documentation() {
+fn adopt_page_shows_the_crates_example() {
     let documented: String = include_str!("../src/lib.rs")
         .lines()
         .skip_while(|line| *line != "//! ```no_run")

@@ -1,4 +1,4 @@
-//! The tensors of a load, converted as they arrive and given by name.
+//! Converts the tensors of a load as they arrive, and returns them by name.
 //!
 //! ```text
 //!   dmaload::Tensors ──► a thread: convert, drop the original ──► a map by name ──► callers
@@ -18,10 +18,10 @@ use std::thread::{self, Thread};
 
 use dmaload::{Errno, Error, LoadRequest, Report, Result, Tensor, Tensors};
 
-/// At most 15 bytes are kept of a thread's name.
+/// The kernel keeps at most 15 bytes of a thread's name.
 const THREAD: &str = "dmaload-candle";
 
-/// What has arrived of a load, by name.
+/// The arrived tensors of a load, by name.
 pub(crate) struct Arrivals<T> {
     shared: Arc<Shared<T>>,
     thread: Thread,
@@ -34,19 +34,19 @@ struct Shared<T> {
 }
 
 struct State<T> {
-    /// Each tensor that has arrived, or why it is of no use.
+    /// Each tensor that has arrived, or the reason why it could not be converted.
     tensors: HashMap<String, std::result::Result<T, String>>,
     end: Option<Result<Report>>,
 }
 
-/// Why a tensor was not given.
+/// Why a tensor is not available.
 #[derive(Debug)]
 pub(crate) enum Missing {
-    /// It has arrived and could not be converted.
+    /// The tensor has arrived, but could not be converted.
     Unusable(String),
-    /// The load failed before it arrived.
+    /// The load failed before the tensor arrived.
     Failed(Error),
-    /// The load has ended without it.
+    /// The load has ended without the tensor.
     NotLoaded,
 }
 
@@ -64,7 +64,7 @@ impl<T: Clone + Send + 'static> Arrivals<T> {
     /// Starts the load.
     ///
     /// # Errors
-    /// [`Error::Start`] when no thread can be started.
+    /// Fails with [`Error::Start`] if no thread can be started.
     pub(crate) fn start(
         load: LoadRequest,
         convert: impl Fn(&Tensor) -> std::result::Result<T, String> + Send + 'static,
@@ -73,7 +73,7 @@ impl<T: Clone + Send + 'static> Arrivals<T> {
         let shared = Arc::new(Shared { state, changed: Condvar::new(), is_cancelled: AtomicBool::new(false) });
         let own = Arc::clone(&shared);
         let started = thread::Builder::new().name(THREAD.to_owned()).spawn(move || {
-            // Conversions run outside of the lock, and no state of theirs is used after a panic.
+            // Conversions run outside the lock, and their state is not used after a panic.
             let taken = catch_unwind(AssertUnwindSafe(|| take_all(load.tensors(), &own, convert)));
             own.end(taken.unwrap_or_else(|panic| Err(Error::Panicked { code: THREAD.to_owned(), message: message(&*panic) })));
         });
@@ -84,10 +84,11 @@ impl<T: Clone + Send + 'static> Arrivals<T> {
         Ok(Arrivals { shared, thread: thread.thread().clone() })
     }
 
-    /// The tensor of this name, as soon as it has arrived. The caller's thread sleeps until then.
+    /// Returns the tensor of this name. Blocks the caller's thread until the tensor arrives.
     ///
     /// # Errors
-    /// [`Missing`] says why there is none, at the end of the load at the latest.
+    /// [`Missing`] is the reason why the tensor is not available. Returned at the end of the load
+    /// at the latest.
     pub(crate) fn wait(&self, name: &str) -> std::result::Result<T, Missing> {
         let mut state = self.shared.lock();
         loop {
@@ -102,17 +103,17 @@ impl<T: Clone + Send + 'static> Arrivals<T> {
         }
     }
 
-    /// Lets go of a tensor that has arrived.
+    /// Releases a tensor that has arrived.
     pub(crate) fn remove(&self, name: &str) {
         let removed = self.shared.lock().tensors.remove(name);
-        // Freed outside of the lock.
+        // Freed outside the lock.
         drop(removed);
     }
 
-    /// The report, once the load has ended. The caller's thread sleeps until then.
+    /// Returns the report. Blocks the caller's thread until the load ends.
     ///
     /// # Errors
-    /// Whatever made the load fail.
+    /// The error of the load.
     pub(crate) fn finish(&self) -> Result<Report> {
         let mut state = self.shared.lock();
         loop {
@@ -145,7 +146,7 @@ impl<T> Shared<T> {
 
     fn add(&self, name: &str, tensor: std::result::Result<T, String>) {
         let before = self.lock().tensors.insert(name.to_owned(), tensor);
-        assert!(before.is_none(), "a load gives each name once: {name}");
+        assert!(before.is_none(), "a load yields each name only once: {name}");
         self.changed.notify_all();
     }
 
@@ -163,7 +164,7 @@ impl Wake for Unpark {
     }
 }
 
-/// Takes the tensors of a load until it ends, or nobody wants them any more.
+/// Takes the tensors of a load until it ends or is cancelled.
 fn take_all<T>(
     mut tensors: Tensors,
     shared: &Shared<T>,
@@ -175,7 +176,7 @@ fn take_all<T>(
         if shared.is_cancelled.load(Ordering::Acquire) {
             return Err(Error::ShutDown);
         }
-        // Dropping the future loses no tensor, and keeps the waker.
+        // Dropping the future loses no tensor, and the waker stays registered.
         let next = pin!(tensors.next()).poll(&mut context);
         match next {
             Poll::Pending => thread::park(),

@@ -1,4 +1,4 @@
-//! GGUF: quantized tensors by name, and a reader for candle's quantized models.
+//! Provides GGUF as quantized tensors by name, and as a reader for candle's quantized models.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -14,13 +14,14 @@ use dmaload::{Format, LoadOptions, Loader, Report, Tensor, inspect_blocking};
 
 use crate::arrivals::Arrivals;
 use crate::headers::{self, Named};
-use crate::weights::not_given;
+use crate::weights::unavailable;
 
 /// The tensors of a GGUF model as candle's `QTensor`s by name, while they are read. Cheap to
 /// clone.
 ///
-/// Each is given as soon as its last byte is there, after one copy; a thread that asks for it
-/// sleeps until then. Split files are one model. Dropping the last clone cancels the load.
+/// Each tensor is copied once, and is available as soon as its last byte is loaded; requesting it
+/// blocks the thread until then. Split files are one model. Dropping the last clone cancels the
+/// load.
 ///
 /// ```no_run
 /// # fn load(loader: &dmaload::Loader) -> anyhow::Result<()> {
@@ -46,16 +47,16 @@ impl QTensors {
     /// Starts to load a GGUF model. Its headers are read before this returns.
     ///
     /// # Errors
-    /// Those of [`dmaload::inspect_model_blocking`]; what fails later is said by the tensors, and
-    /// by [`Self::finish`].
+    /// Those of [`dmaload::inspect_model_blocking`]. Later errors are reported by the requested
+    /// tensors and by [`Self::finish`].
     pub fn load(loader: &Loader, path: impl Into<PathBuf>, device: &Device) -> dmaload::Result<Self> {
         Self::load_with(loader, path, loader.load_options(), device)
     }
 
-    /// The same by options: in the order of [`LoadOptions::tensors`], for example.
+    /// Like [`Self::load`], with options, such as the order of [`LoadOptions::tensors`].
     ///
     /// # Errors
-    /// As [`Self::load`].
+    /// Those of [`Self::load`].
     pub fn load_with(loader: &Loader, path: impl Into<PathBuf>, options: LoadOptions, device: &Device) -> dmaload::Result<Self> {
         let paths = [path.into()];
         let named = headers::read(&paths)?;
@@ -66,48 +67,48 @@ impl QTensors {
         Ok(QTensors(Arc::new(GgufState { named, arrivals })))
     }
 
-    /// The tensor of this name, as soon as its bytes are there.
+    /// Returns the tensor of this name. Blocks the caller's thread until its bytes are loaded.
     ///
     /// # Errors
-    /// `CannotFindTensor`, at once, where the model has none of this name; a message where its
-    /// type is unknown to candle, the load's options left it out, or the load failed.
+    /// `CannotFindTensor`, immediately, if the model does not have the tensor; a message if candle
+    /// does not have its type, the load's options left it out, or the load failed.
     pub fn get(&self, name: &str) -> Result<Arc<QTensor>> {
         if !self.contains(name) {
             return Err(Error::CannotFindTensor { path: name.to_owned() }.bt());
         }
-        self.0.arrivals.wait(name).map_err(|missing| not_given(name, &missing))
+        self.0.arrivals.wait(name).map_err(|missing| unavailable(name, &missing))
     }
 
-    /// Whether the model has it, by its headers: known before it has arrived.
+    /// Whether the model's headers list the tensor. Known before the tensor arrives.
     pub fn contains(&self, name: &str) -> bool {
         self.0.named.contains_key(name)
     }
 
-    /// The names of all tensors of the model, in no order.
+    /// The names of all tensors of the model, in arbitrary order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.0.named.keys().map(String::as_str)
     }
 
-    /// Waits for the rest of the load, and lets go of the tensors: see
+    /// Waits for the rest of the load, and releases the tensors: see
     /// [`Weights::finish`](crate::Weights::finish).
     ///
     /// # Errors
-    /// Whatever made the load fail.
+    /// The error of the load.
     pub fn finish(self) -> dmaload::Result<Report> {
         self.0.arrivals.finish()
     }
 }
 
-/// Copies a tensor's blocks to where candle wants them: the one copy.
+/// Copies a tensor's blocks to the device: the only copy.
 fn convert(tensor: &Tensor, device: &Device) -> Result<QTensor> {
     let dtype = block_type(tensor.dtype())?;
     let bytes = tensor.bytes().map_err(Error::wrap)?;
-    // candle asserts the alignment of these, too.
+    // candle also asserts the alignment of empty tensors.
     if bytes.is_empty() {
         candle_core::bail!("it has no elements")
     }
-    // candle asserts it. Files are mapped at multiples of a page, and GGUF aligns to 32 bytes by
-    // default, and to 8 at least.
+    // candle asserts this alignment. Files are mapped at multiples of a page, and GGUF aligns
+    // tensors to 32 bytes by default, and to at least 8.
     if !bytes.as_ptr().addr().is_multiple_of(align_of::<f32>()) {
         candle_core::bail!("its bytes begin at {}, which is not a multiple of 4", tensor.file_range().start)
     }
@@ -135,7 +136,7 @@ fn block_type(dtype: dmaload::model::DType) -> Result<GgmlDType> {
     })
 }
 
-/// A GGUF file as candle's quantized models take it: a reader, whose tensors come from a load.
+/// A reader of a GGUF file for candle's quantized models. The bytes of tensors come from a load.
 ///
 /// ```no_run
 /// # fn load(loader: &dmaload::Loader) -> anyhow::Result<()> {
@@ -144,7 +145,7 @@ fn block_type(dtype: dmaload::model::DType) -> Result<GgmlDType> {
 /// use candle_transformers::models::quantized_llama::ModelWeights;
 /// use dmaload_candle::GgufReader;
 ///
-/// // As candle's models ask for them.
+/// // The order in which candle's models request tensors.
 /// let wanted = ["token_embd.*", "output*", "*"];
 /// let options = loader.load_options().tensors(wanted);
 /// let mut reader = GgufReader::open(loader, "model.gguf", options)?;
@@ -153,35 +154,36 @@ fn block_type(dtype: dmaload::model::DType) -> Result<GgmlDType> {
 /// # }
 /// ```
 ///
-/// A read of a tensor sleeps until its last byte is there. dmaload's memory of a tensor is
-/// dropped when it was read to its end. candle makes two copies of each, of which one stays; of
-/// tensors that the load is ahead of the model, dmaload's memory stays until the model asks for
-/// them. **A loader whose memory limit these tensors reach waits for ever**: set no limit, or load
-/// in the model's order ([`LoadOptions::tensors`]). A rank's part ([`LoadOptions::shard`]) is an
-/// error when a tensor is read.
+/// Reading from a tensor blocks until its last byte is loaded. dmaload's memory of a tensor is
+/// dropped when it was read to its end. candle makes two copies of each tensor, of which it keeps
+/// one. If the load is ahead of the model, tensors stay in dmaload's memory until the model reads
+/// them. **If such tensors reach the loader's memory limit, the load waits forever**: set no
+/// limit, or load in the model's order ([`LoadOptions::tensors`]). With [`LoadOptions::shard`],
+/// reading a tensor is an error.
 ///
-/// The header is read when this is opened. What lies outside of tensors, and what is read a second
-/// time, comes from the file itself, through the page cache, unless that has changed.
+/// The header is read when the reader is opened. Bytes outside of tensors, and bytes that are read
+/// a second time, come from the file through the page cache; if the file has changed, that is an
+/// error.
 #[derive(Debug)]
 pub struct GgufReader {
     file: File,
     path: PathBuf,
     identity: Identity,
     header: Vec<u8>,
-    /// By where they begin.
+    /// By their start in the file.
     tensors: BTreeMap<u64, Unread>,
     arrivals: Arrivals<Tensor>,
     position: u64,
 }
 
-/// A tensor of which dmaload's memory is there, or will be.
+/// A tensor that was not read to its end yet.
 #[derive(Debug)]
 struct Unread {
     name: String,
     end: u64,
 }
 
-/// Which file it is, and in which state.
+/// Identifies a file and its version.
 #[derive(Debug, PartialEq, Eq)]
 struct Identity {
     device: u64,
@@ -202,10 +204,10 @@ impl Identity {
 }
 
 impl GgufReader {
-    /// Opens a file and starts to load it. candle reads no split files.
+    /// Opens a file and starts to load it. candle does not read split files.
     ///
     /// # Errors
-    /// What opening or reading it gives, [`dmaload::Error`] included, as
+    /// Errors of opening and reading the file; a [`dmaload::Error`] is wrapped in an
     /// [`io::Error`].
     pub fn open(loader: &Loader, path: impl AsRef<Path>, options: LoadOptions) -> io::Result<Self> {
         let path = path.as_ref().to_owned();
@@ -224,16 +226,16 @@ impl GgufReader {
         Ok(GgufReader { file, path, identity, header, tensors: tensors.collect(), arrivals, position: 0 })
     }
 
-    /// Waits for the rest of the load, and lets go of the file: see
+    /// Waits for the rest of the load, and closes the file: see
     /// [`Weights::finish`](crate::Weights::finish).
     ///
     /// # Errors
-    /// Whatever made the load fail.
+    /// The error of the load.
     pub fn finish(self) -> dmaload::Result<Report> {
         self.arrivals.finish()
     }
 
-    /// Reads from the file itself, and no further than `end`.
+    /// Reads from the file itself, up to `end`.
     fn read_file(&self, buffer: &mut [u8], end: u64) -> io::Result<usize> {
         let bytes = room(buffer, end - self.position);
         let read = self.file.read_at(&mut buffer[..bytes], self.position)?;
@@ -246,7 +248,7 @@ impl GgufReader {
     }
 }
 
-/// How many of `bytes` fit into a buffer.
+/// The number of bytes, of `bytes`, that fit into a buffer.
 fn room(buffer: &[u8], bytes: u64) -> usize {
     usize::try_from(bytes).map_or(buffer.len(), |bytes| bytes.min(buffer.len()))
 }
@@ -263,12 +265,12 @@ impl Read for GgufReader {
                 self.tensors.range(..=position).next_back().filter(|(_, unread)| position < unread.end)
             {
                 let tensor =
-                    self.arrivals.wait(&unread.name).map_err(|missing| io::Error::other(not_given(&unread.name, &missing)))?;
-                // A rank's part, or another file in its place, would shift all that follows.
+                    self.arrivals.wait(&unread.name).map_err(|missing| io::Error::other(unavailable(&unread.name, &missing)))?;
+                // A rank's part, or a replaced file, would shift all following bytes.
                 if tensor.file_range() != (start..unread.end) {
                     let (name, range) = (&unread.name, tensor.file_range());
                     let message = format!(
-                        "cannot give tensor {name:?}: bytes {range:?} of the file were loaded, not all of {start}..{}",
+                        "cannot load tensor {name:?}: bytes {range:?} of the file were loaded, not all of {start}..{}",
                         unread.end
                     );
                     return Err(io::Error::new(ErrorKind::InvalidData, message));
@@ -278,7 +280,7 @@ impl Read for GgufReader {
                 let bytes = room(buffer, rest.len() as u64);
                 buffer[..bytes].copy_from_slice(&rest[..bytes]);
                 if bytes == rest.len() {
-                    let unread = self.tensors.remove(&start).expect("it was found there");
+                    let unread = self.tensors.remove(&start).expect("the entry was found above");
                     self.arrivals.remove(&unread.name);
                 }
                 bytes
@@ -300,7 +302,7 @@ impl Seek for GgufReader {
         };
         let position = base.checked_add_signed(by);
         self.position =
-            position.ok_or_else(|| io::Error::new(ErrorKind::InvalidInput, "cannot seek to before the file's begin"))?;
+            position.ok_or_else(|| io::Error::new(ErrorKind::InvalidInput, "cannot seek to before the start of the file"))?;
         Ok(self.position)
     }
 }

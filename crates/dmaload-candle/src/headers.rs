@@ -1,4 +1,4 @@
-//! The headers of a model's files: which tensors there will be, before any has arrived.
+//! Reads the headers of a model's files, to know its tensors before they arrive.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -9,16 +9,17 @@ use dmaload::{Error, Format, Inspected, Result, inspect_model_blocking};
 /// The tensors of a model by name, as its headers describe them.
 pub(crate) type Named = HashMap<String, TensorInfo>;
 
-/// Reads the headers of these files, and nothing else of them.
+/// Reads only the headers of these files.
 ///
 /// # Errors
-/// Those of [`inspect_model_blocking`]; [`Error::AmbiguousTensor`] where two files have a tensor
-/// of one name.
+/// Those of [`inspect_model_blocking`], and [`Error::AmbiguousTensor`] if two files have a tensor
+/// of the same name.
 pub(crate) fn read(paths: &[PathBuf]) -> Result<Named> {
     let mut files: Vec<Inspected> = Vec::new();
     for path in paths {
         for found in inspect_model_blocking(path, Format::Auto)? {
-            // A part of a split model stands for all parts, so two of them name each file twice.
+            // A part of a split model stands for all parts, so two parts would list each file
+            // twice.
             if files.iter().all(|known| known.path != found.path) {
                 files.push(found);
             }

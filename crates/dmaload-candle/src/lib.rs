@@ -1,8 +1,8 @@
 //! Models for [candle](candle_core), built while [`dmaload`] reads them.
 //!
-//! candle's own loader maps the file and copies each tensor when the model asks for it, so
-//! building waits for page faults. Here one thread takes each tensor as soon as its last byte is
-//! there and makes a candle tensor of it, while the rest is read and the model is being built:
+//! candle's own loader maps the file and copies each tensor when the model requests it, so
+//! building waits for page faults. In this crate, a thread converts each tensor to a candle tensor
+//! as soon as its last byte is loaded, while the rest is read and the model is being built:
 //!
 //! ```no_run
 //! use candle_core::{DType, Device};
@@ -19,23 +19,24 @@
 //! }
 //! ```
 //!
-//! - [`Weights`] is safetensors (a file, a folder with an index, several files) behind candle's
-//!   `VarBuilder`.
-//! - [`QTensors`] is GGUF as `QTensor`s by name.
-//! - [`GgufReader`] is a GGUF file to candle's quantized models, which take a reader.
+//! - [`Weights`] provides safetensors (a file, a folder with an index, several files) through
+//!   candle's `VarBuilder`.
+//! - [`QTensors`] provides the tensors of a GGUF model as `QTensor`s by name.
+//! - [`GgufReader`] is a reader of a GGUF file, for candle's quantized models.
 //!
 //! # Memory
 //!
-//! candle's CPU tensors own their memory, as a `Vec`, so one copy of each tensor stays. dmaload's
-//! memory of a tensor is dropped right after that copy, and the load is ahead of the copies by
-//! its window only: the peak is the model, the window ([`dmaload::LoaderBuilder::window_bytes`],
-//! 128 MiB by default) and two segments of 64 MiB. A [`dmaload::Load`] would hold the whole file
-//! beside the model until its end, so [`dmaload::Tensors`] is what this crate is made of.
+//! candle's CPU tensors own their memory as a `Vec`, so each tensor is copied once. dmaload's
+//! memory of a tensor is dropped after that copy, and the load is ahead of the copies by at most
+//! its window. The peak is the model, the window ([`dmaload::LoaderBuilder::window_bytes`], 128
+//! MiB by default), two segments of 64 MiB, and staging (16 MiB). This crate uses
+//! [`dmaload::Tensors`], since a [`dmaload::Load`] would hold the whole file in memory until its
+//! end.
 //!
 //! # Order
 //!
-//! Tensors arrive in file order. A model that first asks for what the file has last waits for all
-//! of it. Where the order is known, ask for it: that costs nothing.
+//! Tensors arrive in file order. A model that first requests the file's last tensor waits for the
+//! whole file. If the model's order is known, set it; that costs nothing:
 //!
 //! ```no_run
 //! # use candle_core::{DType, Device};
@@ -47,17 +48,16 @@
 //! # }
 //! ```
 //!
-//! # What candle does not allow
+//! # Limits
 //!
-//! - Tensors without a copy: `CpuStorage` is made of `Vec`s, which must come from Rust's
-//!   allocator.
-//! - A quantized `VarBuilder` that is filled while the file is read: the fields of
+//! - Tensors are copied: `CpuStorage` consists of `Vec`s, which must come from Rust's allocator.
+//! - A quantized `VarBuilder` cannot be filled while the file is read: the fields of
 //!   `candle_transformers::quantized_var_builder::VarBuilder` (0.11) are private, and its two
-//!   constructors take a path, or the bytes of the whole file. Of an image these are there
-//!   without a copy, so `VarBuilder::from_gguf_buffer(&image.files()[0].bytes()?, &device)`
-//!   works; it holds the file beside the model until it returns.
-//! - Types that candle does not have, such as `BOOL` or `IQ4_XS`: an error, when such a tensor is
-//!   asked for.
+//!   constructors take a path or the bytes of the whole file. An image has these bytes without a
+//!   copy, so `VarBuilder::from_gguf_buffer(&image.files()[0].bytes()?, &device)` works, but holds
+//!   the file and the model in memory until it returns.
+//! - Requesting a tensor of a type that candle does not have, such as `BOOL` or `IQ4_XS`, is an
+//!   error.
 
 mod arrivals;
 mod gguf;
@@ -67,7 +67,7 @@ mod weights;
 pub use gguf::{GgufReader, QTensors};
 pub use weights::Weights;
 
-/// The snippets of docs/adopt.md that are about candle, as tests.
+/// The candle programs in docs/adopt.md, compiled as doc tests.
 #[cfg(doctest)]
 #[doc = include_str!("../../../docs/adopt.md")]
 mod adopt {}

@@ -1,4 +1,4 @@
-//! Safetensors behind candle's `VarBuilder`.
+//! Provides safetensors through candle's `VarBuilder`.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -13,11 +13,11 @@ use crate::headers::{self, Named};
 
 /// The weights of a model, as candle's tensors, while they are read. Cheap to clone.
 ///
-/// Each tensor is given as soon as its last byte is there; a thread that asks for it sleeps until
-/// then. It is kept until the last clone and the last `VarBuilder` of it are dropped, so a tensor
-/// that is asked for twice is the same memory. Dropping them cancels the load.
+/// Each tensor is available as soon as its last byte is loaded; requesting it blocks the thread
+/// until then. Tensors are kept until the last clone and the last `VarBuilder` are dropped, so
+/// requesting a tensor twice returns the same memory. Dropping all of them cancels the load.
 ///
-/// Not to be asked on a worker of an async runtime: build the model in `spawn_blocking`.
+/// Do not request tensors on a worker of an async runtime: build the model in `spawn_blocking`.
 #[derive(Debug, Clone)]
 pub struct Weights(Arc<Inner>);
 
@@ -36,20 +36,20 @@ impl Weights {
     /// those of [`Self::var_builder`].
     ///
     /// # Errors
-    /// Those of [`dmaload::inspect_model_blocking`]; what fails later is said by the tensors, and
-    /// by [`Self::finish`].
+    /// Those of [`dmaload::inspect_model_blocking`]. Later errors are reported by the requested
+    /// tensors and by [`Self::finish`].
     pub fn load(loader: &Loader, path: impl Into<PathBuf>, dtype: DType, device: &Device) -> dmaload::Result<Self> {
         Self::load_with(loader, [path], loader.load_options(), dtype, device)
     }
 
-    /// The same by options, and of several files, such as the shards of a model.
+    /// Like [`Self::load`], with options, and for several files, such as the shards of a model.
     ///
-    /// A tensor that the options leave out ([`LoadOptions::tensors`]) is an error when it is asked
-    /// for, at the end of the load.
+    /// Requesting a tensor that the options leave out ([`LoadOptions::tensors`]) is an error,
+    /// which is returned at the end of the load.
     ///
     /// # Errors
-    /// As [`Self::load`]; [`dmaload::Error::AmbiguousTensor`] where two of the files have a tensor
-    /// of one name.
+    /// Those of [`Self::load`], and [`dmaload::Error::AmbiguousTensor`] if two of the files have a
+    /// tensor of the same name.
     pub fn load_with<P: Into<PathBuf>>(
         loader: &Loader,
         paths: impl IntoIterator<Item = P>,
@@ -70,18 +70,18 @@ impl Weights {
         VarBuilder::from_backend(Box::new(self.clone()), self.0.dtype, self.0.device.clone())
     }
 
-    /// The names of all tensors of the model, in no order.
+    /// The names of all tensors of the model, in arbitrary order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.0.named.keys().map(String::as_str)
     }
 
-    /// Waits for the rest of the load, and lets go of the weights.
+    /// Waits for the rest of the load, and releases the weights.
     ///
-    /// A file that changes while it is read is found out at its end. Whoever has all tensors of it
-    /// has passed that check; a model that needs only some has passed it with this.
+    /// A change to a file during its load is detected when the whole file was read. A model that
+    /// uses only some of a file's tensors relies on this call for that check.
     ///
     /// # Errors
-    /// Whatever made the load fail.
+    /// The error of the load.
     pub fn finish(self) -> dmaload::Result<Report> {
         self.0.arrivals.finish()
     }
@@ -101,31 +101,30 @@ impl SimpleBackend for Weights {
         if !self.0.named.contains_key(name) {
             return Err(Error::CannotFindTensor { path: name.to_owned() }.bt());
         }
-        let tensor = self.0.arrivals.wait(name).map_err(|missing| not_given(name, &missing))?;
+        let tensor = self.0.arrivals.wait(name).map_err(|missing| unavailable(name, &missing))?;
         tensor.to_device(device)?.to_dtype(dtype)
     }
 
-    /// Whether the model has it, by its headers: known before it has arrived.
+    /// Whether the model's headers list the tensor. Known before the tensor arrives.
     fn contains_tensor(&self, name: &str) -> bool {
         self.0.named.contains_key(name)
     }
 }
 
-pub(crate) fn not_given(name: &str, missing: &Missing) -> Error {
-    Error::Msg(format!("cannot give tensor {name:?}: {missing}")).bt()
+pub(crate) fn unavailable(name: &str, missing: &Missing) -> Error {
+    Error::Msg(format!("cannot load tensor {name:?}: {missing}")).bt()
 }
 
-/// Copies a tensor to where candle wants it: the one copy.
+/// Copies a tensor to the device: the only copy.
 ///
-/// What the model asks for as `dtype` is made of it at once where no bit is lost by that, so that
-/// it is not kept in two types. Where bits are lost, the original is kept, because it may be
-/// asked for in a third type.
+/// If no bits are lost, the tensor is converted to `dtype` immediately, so it is not kept in two
+/// types. Otherwise the original is kept, since the model may request it in a third type.
 fn convert(tensor: &dmaload::Tensor, dtype: DType, device: &Device) -> Result<Tensor> {
-    // A rank's part along another dimension than the first is not contiguous.
+    // A rank's part along a dimension other than the first is not contiguous.
     let bytes =
         if tensor.is_contiguous() { tensor.bytes().map_err(Error::wrap)? } else { tensor.to_vec().map_err(Error::wrap)?.into() };
     let own = match tensor.dtype() {
-        // As candle's own loader does: it has no 16-bit unsigned integers.
+        // Like candle's own loader: candle has no 16-bit unsigned integers.
         dmaload::model::DType::U16 => {
             let wide: Vec<u32> = bytes.chunks_exact(2).map(|pair| u32::from(u16::from_le_bytes([pair[0], pair[1]]))).collect();
             return Tensor::from_vec(wide, tensor.shape(), device);
@@ -153,11 +152,11 @@ fn convert(tensor: &dmaload::Tensor, dtype: DType, device: &Device) -> Result<Te
     if is_widened(own, dtype) { copy.to_dtype(dtype) } else { Ok(copy) }
 }
 
-/// Whether every value of a type is one of the other, which is larger.
+/// Whether `to` is a larger type that can represent every value of `from`.
 fn is_widened(from: DType, to: DType) -> bool {
     match from {
-        // candle 0.11 recurses without end when it converts this to F64, so only a model that asks
-        // for F64 should see that.
+        // candle 0.11 recurses endlessly when it converts this type to F64, so the conversion is
+        // left to models that request F64.
         DType::F8E4M3 => matches!(to, DType::F16 | DType::BF16 | DType::F32),
         DType::F16 | DType::BF16 => matches!(to, DType::F32 | DType::F64),
         DType::F32 => to == DType::F64,

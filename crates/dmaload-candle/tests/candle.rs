@@ -1,4 +1,4 @@
-//! Weights and quantized tensors of a load, beside those of candle's own loaders.
+//! Compares weights and quantized tensors of a load with those of candle's own loaders.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 use std::collections::HashMap;
@@ -31,7 +31,7 @@ fn folder() -> tempfile::TempDir {
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
 }
 
-/// A safetensors file of these tensors: name, type, shape and bits of an element.
+/// Writes a safetensors file of these tensors: name, type, shape, and bits of an element.
 fn model(folder: &Path, name: &str, tensors: &[(&str, &str, &[usize], usize)], seed: u64) -> PathBuf {
     let (mut entries, mut data) = (Vec::new(), Vec::new());
     for ((name, dtype, shape, bits), seed) in tensors.iter().zip(seed..) {
@@ -43,14 +43,14 @@ fn model(folder: &Path, name: &str, tensors: &[(&str, &str, &[usize], usize)], s
     file(folder, name, &safetensors(format!("{{{}}}", entries.join(",")).as_bytes(), &data))
 }
 
-/// A model of some MiB, larger than a segment, in F32.
+/// Writes an F32 model of a few MiB, which is larger than a segment.
 fn layers(folder: &Path) -> PathBuf {
     let names = ["a", "b", "c", "d", "e", "f"];
     let tensors = names.map(|name| (name, "F32", &[500usize, 600][..], 32));
     model(folder, "layers.safetensors", &tensors, 1)
 }
 
-/// Everything a tensor holds, as it lies in memory.
+/// Type, shape and bytes of a tensor.
 fn bits(tensor: &Tensor) -> (DType, Vec<usize>, Vec<u8>) {
     let flat = tensor.flatten_all().unwrap();
     let bytes = |values: Vec<Vec<u8>>| values.concat();
@@ -69,19 +69,19 @@ fn bits(tensor: &Tensor) -> (DType, Vec<usize>, Vec<u8>) {
         DType::F16 => of!(half::f16),
         DType::F32 => of!(f32),
         DType::F64 => of!(f64),
-        // F8 is compared by its values, which are all there are.
+        // F8 is compared by its values, each of which has only one bit pattern.
         DType::F8E4M3 => return bits(&tensor.to_dtype(DType::F32).unwrap()),
         other => panic!("{other:?} has no values on the CPU"),
     };
     (tensor.dtype(), tensor.dims().to_vec(), values)
 }
 
-/// candle's own loader, of the bytes of a file.
+/// candle's own loader for the bytes of a file.
 fn own(path: &Path, dtype: DType) -> VarBuilder<'static> {
     VarBuilder::from_buffered_safetensors(std::fs::read(path).unwrap(), dtype, &CPU).unwrap()
 }
 
-/// Of an error's text; the backtrace follows where one is asked for.
+/// The first line of an error's text. A backtrace may follow.
 fn first_line(error: candle_core::Error) -> String {
     error.to_string().lines().next().unwrap().to_owned()
 }
@@ -91,7 +91,7 @@ fn loader() -> Loader {
     Loader::builder().load_options(options).build().unwrap()
 }
 
-/// Lets the bytes of a load pass up to a place, and the rest once it is open.
+/// An observer that holds back the bytes of a load from an offset on, until it is opened.
 #[derive(Debug)]
 struct Gate {
     offset: u64,
@@ -119,7 +119,7 @@ impl Observer for Gate {
     }
 }
 
-/// Runs something that must not take long, on a thread of its own.
+/// Runs `run` on another thread, and fails if it takes too long.
 fn in_time<T: Send + 'static>(what: &str, run: impl FnOnce() -> T + Send + 'static) -> T {
     let (sender, receiver) = mpsc::channel();
     thread::spawn(move || sender.send(run()));
@@ -127,7 +127,7 @@ fn in_time<T: Send + 'static>(what: &str, run: impl FnOnce() -> T + Send + 'stat
 }
 
 #[test]
-fn every_type_is_as_candles_own_loader_reads_it() {
+fn every_type_equals_that_of_candles_loader() {
     let folder = folder();
     let types = [
         ("u8", "U8", &[3, 5][..], 8),
@@ -144,15 +144,14 @@ fn every_type_is_as_candles_own_loader_reads_it() {
         ("scalar", "F32", &[], 32),
         ("empty", "F32", &[0, 4], 32),
     ];
-    // Odd lengths in between, so that most begin where their type does not want them.
+    // Odd lengths in between leave most tensors unaligned for their type.
     let path = model(folder.path(), "types.safetensors", &types, 7);
     for dtype in [DType::F32, DType::BF16, DType::F64] {
         let weights = Weights::load(&loader(), &path, dtype, &CPU).unwrap();
         let (ours, theirs) = (weights.var_builder(), own(&path, dtype));
-        // candle 0.11 recurses without end when it makes F64 of F8.
+        // candle 0.11 recurses endlessly when it converts F8 to F64.
         for (name, _, shape, _) in types.into_iter().filter(|&(name, ..)| (name, dtype) != ("f8", DType::F64)) {
-            // NaNs of random bits stay NaNs; of which bits is the processor's affair when they
-            // are converted.
+            // Conversions keep NaNs, but their bits depend on the processor.
             let raw = |weights: &VarBuilder<'_>, as_type| bits(&weights.get_unchecked_dtype(name, as_type).unwrap());
             let is_float = name.starts_with('f') || name.starts_with("bf") || name == "scalar";
             let finite = |(dtype, shape, bytes): (DType, Vec<usize>, Vec<u8>)| {
@@ -175,7 +174,7 @@ fn every_type_is_as_candles_own_loader_reads_it() {
 }
 
 #[test]
-fn tensor_asked_for_twice_is_one_memory() {
+fn tensor_requested_twice_is_the_same_memory() {
     let folder = folder();
     let path = layers(folder.path());
     let weights = Weights::load(&loader(), &path, DType::F32, &CPU).unwrap();
@@ -191,7 +190,7 @@ fn tensor_asked_for_twice_is_one_memory() {
 }
 
 #[test]
-fn tensors_are_given_while_the_rest_is_read() {
+fn tensors_arrive_while_the_rest_is_read() {
     let folder = folder();
     let path = layers(folder.path());
     let loader = loader();
@@ -199,7 +198,7 @@ fn tensors_are_given_while_the_rest_is_read() {
     let options = loader.load_options().observer(gate.clone());
     let weights = Weights::load_with(&loader, [&path], options, DType::F32, &CPU).unwrap();
     let vb = weights.var_builder();
-    // What is there, and what is nowhere, without waiting for the rest.
+    // Arrived tensors and missing names do not wait for the rest.
     let early = in_time("the first tensor", {
         let vb = vb.clone();
         move || {
@@ -210,7 +209,7 @@ fn tensors_are_given_while_the_rest_is_read() {
         }
     });
     assert_eq!(bits(&early), bits(&own(&path, DType::F32).get((500, 600), "a").unwrap()));
-    // What is held back is waited for.
+    // A tensor that is held back blocks its caller.
     let (sender, receiver) = mpsc::channel();
     let waiting = thread::spawn({
         let vb = vb.clone();
@@ -228,7 +227,7 @@ fn tensors_are_given_while_the_rest_is_read() {
 }
 
 #[test]
-fn errors_name_the_tensor_and_only_when_it_is_asked_for() {
+fn errors_name_the_tensor_when_it_is_requested() {
     let folder = folder();
     let types = [("mask", "BOOL", &[8][..], 8), ("w", "F32", &[2, 3], 32)];
     let path = model(folder.path(), "mask.safetensors", &types, 3);
@@ -238,18 +237,18 @@ fn errors_name_the_tensor_and_only_when_it_is_asked_for() {
     let wrong = first_line(vb.get((3, 2), "w").unwrap_err());
     assert_eq!(wrong, "shape mismatch for w, expected: [3, 2], got: [2, 3]");
     let wrong = first_line(vb.get(8, "mask").unwrap_err());
-    assert_eq!(wrong, r#"cannot give tensor "mask": candle has no type BOOL"#);
-    // What was left out is not missing: it was not asked for.
+    assert_eq!(wrong, r#"cannot load tensor "mask": candle has no type BOOL"#);
+    // A tensor that the options leave out is not reported as missing from the model.
     let loader = loader();
     let options = loader.load_options().tensors(["w"]);
     let some = Weights::load_with(&loader, [&path], options, DType::F32, &CPU).unwrap();
     assert!(some.contains_tensor("mask") && some.var_builder().get((2, 3), "w").is_ok());
     let wrong = first_line(some.var_builder().get(8, "mask").unwrap_err());
-    assert_eq!(wrong, r#"cannot give tensor "mask": the load's options left it out"#);
+    assert_eq!(wrong, r#"cannot load tensor "mask": the load's options left it out"#);
 }
 
 #[test]
-fn failed_load_fails_callers_that_wait() {
+fn failed_load_fails_waiting_callers() {
     let folder = folder();
     let path = layers(folder.path());
     let loader = loader();
@@ -258,14 +257,14 @@ fn failed_load_fails_callers_that_wait() {
     let weights = Weights::load_with(&loader, [&path], options, DType::F32, &CPU).unwrap();
     let vb = weights.var_builder();
     vb.get((500, 600), "a").unwrap();
-    // Appended to, as by whoever writes it anew.
+    // Appends to the file, like a process that rewrites it.
     let longer = [std::fs::read(&path).unwrap(), vec![1; 4096]].concat();
     std::fs::write(&path, longer).unwrap();
     gate.open();
     let failed = in_time("the failure", move || vb.get((500, 600), "f").unwrap_err().to_string());
-    assert!(failed.starts_with(r#"cannot give tensor "f": "#) && failed.contains("layers.safetensors"), "{failed}");
+    assert!(failed.starts_with(r#"cannot load tensor "f": "#) && failed.contains("layers.safetensors"), "{failed}");
     assert_eq!(weights.finish().unwrap_err().kind(), ErrorKind::Changed);
-    // What can't even be opened fails the call.
+    // A file that cannot be opened fails the call.
     let missing = Weights::load(&loader, folder.path().join("none"), DType::F32, &CPU).unwrap_err();
     assert_eq!(missing.kind(), ErrorKind::NotFound);
 }
@@ -282,7 +281,7 @@ fn dropped_weights_cancel_the_load_and_free_its_memory() {
     vb.get((500, 600), "a").unwrap();
     drop(weights);
     thread::sleep(Duration::from_millis(50));
-    assert_eq!(loader.metrics().loads_dropped, 0, "the VarBuilder holds it, too");
+    assert_eq!(loader.metrics().loads_dropped, 0, "the VarBuilder also holds the load");
     drop(vb);
     gate.open();
     let begin = Instant::now();
@@ -293,7 +292,7 @@ fn dropped_weights_cancel_the_load_and_free_its_memory() {
 }
 
 #[test]
-fn files_are_one_model_and_names_in_two_are_refused() {
+fn files_form_one_model_and_duplicate_names_are_refused() {
     let folder = folder();
     let parts: Vec<PathBuf> = (0..3)
         .map(|part| {
@@ -339,7 +338,7 @@ fn rank_gets_its_shard_along_any_dimension() {
     }
 }
 
-/// A GGUF file of tensors of these block types, named by them, as candle writes it.
+/// Writes a GGUF file with candle. It has a tensor for each block type, named after the type.
 fn quantized(folder: &Path, types: &[GgmlDType]) -> PathBuf {
     let source = Tensor::from_raw_buffer(&random_bytes(512 * 1024, 5), DType::U32, &[256, 512], &CPU).unwrap();
     let source = (source.to_dtype(DType::F32).unwrap() / f64::from(u32::MAX)).unwrap();
@@ -368,7 +367,7 @@ const BLOCKS: [GgmlDType; 13] = [
 ];
 
 #[test]
-fn quantized_tensors_are_as_candles_own_reader_reads_them() {
+fn quantized_tensors_equal_those_of_candles_reader() {
     let folder = folder();
     let path = quantized(folder.path(), &BLOCKS);
     let loader = loader();
@@ -382,7 +381,7 @@ fn quantized_tensors_are_as_candles_own_reader_reads_them() {
     for dtype in BLOCKS {
         let name = format!("{dtype:?}");
         let expected = content.tensor(&mut file, &name, &CPU).unwrap();
-        // A second time it comes from the file.
+        // The second read comes from the file.
         let read = [(), ()].map(|()| through.tensor(&mut reader, &name, &CPU).unwrap());
         let by_name = tensors.get(&name).unwrap();
         for tensor in read.iter().chain([&*by_name]) {
@@ -396,7 +395,7 @@ fn quantized_tensors_are_as_candles_own_reader_reads_them() {
 }
 
 #[test]
-fn candles_quantized_var_builder_takes_an_image_without_a_copy() {
+fn candles_quantized_var_builder_accepts_an_image() {
     let folder = folder();
     let path = quantized(folder.path(), &[GgmlDType::Q4_0, GgmlDType::Q6K]);
     let load = loader().load(&path).start();
@@ -417,19 +416,19 @@ fn candles_quantized_var_builder_takes_an_image_without_a_copy() {
 }
 
 #[test]
-fn reader_gives_every_byte_of_the_file_in_any_order() {
+fn reader_returns_every_byte_in_any_order() {
     let folder = folder();
     let path = quantized(folder.path(), &[GgmlDType::Q4_0, GgmlDType::F32]);
     let expected = std::fs::read(&path).unwrap();
     let loader = loader();
     let mut reader = GgufReader::open(&loader, &path, loader.load_options()).unwrap();
     let mut all = Vec::new();
-    // Twice, backwards, and beyond the end.
+    // Reads the file twice, backwards, and beyond the end.
     for _ in 0..2 {
         all.clear();
         reader.rewind().unwrap();
         reader.read_to_end(&mut all).unwrap();
-        assert!(all == expected, "other bytes than the file's");
+        assert!(all == expected, "the bytes differ from the file's");
     }
     for start in (0..expected.len()).rev().step_by(77_777) {
         let mut some = vec![0; 1000.min(expected.len() - start)];
@@ -440,14 +439,14 @@ fn reader_gives_every_byte_of_the_file_in_any_order() {
     assert_eq!(reader.seek(SeekFrom::End(7)).unwrap(), expected.len() as u64 + 7);
     assert_eq!(reader.read(&mut [0; 9]).unwrap(), 0);
     assert!(reader.seek(SeekFrom::Current(i64::MIN)).is_err());
-    // What was read already comes from the file, if that is what it was.
+    // Bytes that were already read come from the file, unless it has changed.
     std::fs::write(&path, [&expected[..], &[0]].concat()).unwrap();
     reader.seek(SeekFrom::End(-9)).unwrap();
     let changed = reader.read(&mut [0; 9]).unwrap_err().to_string();
     assert!(changed.contains("it has changed since it was opened"), "{changed}");
 }
 
-/// A llama of two small layers, in Q4_0.
+/// Writes a llama with two small layers in Q4_0.
 fn llama(folder: &Path) -> PathBuf {
     let (embedding, heads, feed, vocabulary) = (64_usize, 4_u32, 128, 96);
     let norm = |name: String| (name, vec![embedding], GgmlDType::F32);
@@ -503,12 +502,12 @@ fn quantized_llama_through_the_reader_gives_the_same_logits() {
     let logits = |model: &mut ModelWeights| bits(&model.forward(&tokens, 0).unwrap());
     let (ours, theirs) = (logits(&mut ours), logits(&mut theirs));
     assert_eq!(ours, theirs);
-    assert!(ours.2.iter().any(|&byte| byte != 0), "logits of nothing");
+    assert!(ours.2.iter().any(|&byte| byte != 0), "all logits are zero");
 }
 
-/// The reader's offsets are the whole file's, so a part would shift what follows it.
+/// The reader's offsets refer to the whole file, so a part would shift all following bytes.
 #[test]
-fn reader_refuses_the_part_of_a_rank() {
+fn reader_refuses_a_ranks_part() {
     let folder = folder();
     let path = quantized(folder.path(), &[GgmlDType::F32]);
     let options = LoadOptions::new().shard(Shard { rank: 1, world_size: 2, dim: Some(0) });

@@ -1,5 +1,5 @@
-//! How much memory a model takes while it is built: itself, and what the load is ahead of it. The
-//! only test of its process, since that is measured.
+//! Measures the memory that building a model takes. The only test of its process, since it
+//! measures the whole process.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 use candle_core::{DType, Device};
@@ -32,19 +32,19 @@ fn peak_memory_is_the_model_and_the_window() {
     let (window, segment) = (16 * MIB, 8 * MIB);
     let options = LoadOptions::new().segment_bytes(segment);
     let loader = Loader::builder().window_bytes(window).load_options(options).build().unwrap();
-    // The peak begins anew.
+    // Resets the peak.
     std::fs::write("/proc/self/clear_refs", "5").unwrap();
     let before = status("VmRSS");
     let weights = Weights::load(&loader, &path, DType::F32, &Device::Cpu).unwrap();
     let vb = weights.var_builder();
-    // In the order that suits least: the last one first.
+    // In the worst order: the last tensor first.
     let tensors: Vec<_> = (0..TENSORS).rev().map(|number| vb.get((ROWS, ROWS), &format!("t{number}")).unwrap()).collect();
     drop(vb);
     weights.finish().unwrap();
     let peak = status("VmHWM") - before;
     let model = (TENSORS * tensor_bytes) as u64;
-    // The window, the segments that a tensor is in, staging (16 MiB), and what candle and the
-    // loader take themselves.
+    // The model, the window, the segments that hold a tensor, staging (16 MiB), and 16 MiB for
+    // candle and the loader themselves.
     let allowed = model + window + 2 * segment + 16 * MIB + 16 * MIB;
     eprintln!("peak {} MiB for a model of {} MiB", peak / MIB, model / MIB);
     assert!(peak >= model && peak <= allowed, "{} MiB at the peak, at most {} MiB allowed", peak / MIB, allowed / MIB);

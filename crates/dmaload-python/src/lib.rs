@@ -11,8 +11,7 @@
 //!   event loop ([`waiting`]). So this code never runs without an interpreter, and none of the
 //!   loader's threads waits for Python code.
 //! - **Rust holds no reference to memory that Python can write to.** The library hands it out as
-//!   an
-//!   address (`dmaload::PrivateMemory`, [`memory`]).
+//!   an address (`dmaload::PrivateMemory`, [`memory`]).
 //! - **A forked child never uses objects that need its parent's threads** ([`process`]).
 //! - **No panic crosses into Python**: each becomes a `dmaload.PanickedError` ([`errors`]).
 //!
