@@ -1,17 +1,17 @@
-//! How long it takes until the first layer of a model has run, and until the whole model has: on
-//! dmaload, and on candle's own loader, which maps the file.
+//! Measures the time until a model's first layer, and the whole model, have run: with dmaload, and
+//! with candle's own loader, which maps the file.
 //!
 //! ```text
 //! just candle-first-layer [FOLDER [PAIRS]]
 //! ```
 //!
 //! The model is a llama of candle's own (`candle_transformers::models::llama`) with synthetic
-//! weights, tied embeddings and 24 layers in F32: 1.4 GB. Each run is a process of its own, cold
-//! (the file is evicted from the page cache before it), and the clock starts before anything is
-//! opened and ends after a forward pass of eight tokens. *First layer* is the same model with one
-//! layer: its embedding, its norm and layer 0 are built and run. Runs of the two loaders
-//! alternate, and so does which of them is first; what is printed are medians of each, and the
-//! median of the ratios of a pair's two runs.
+//! weights, tied embeddings and 24 layers in F32: 1.4 GB. Each run is a separate process with a
+//! cold file, which is evicted from the page cache before the run. The clock starts before
+//! anything is opened and stops after a forward pass of eight tokens. *First layer* is the same
+//! model with only one layer: its embedding, its norm and layer 0 are built and run. Runs of the
+//! two loaders alternate, and so does their order within a pair. Prints the median of each loader,
+//! and the median of the ratios within a pair.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -53,7 +53,7 @@ fn config(layers: usize) -> Config {
     }
 }
 
-/// Names and shapes, in the order in which model hubs' files have them: by name.
+/// Names and shapes, sorted by name as in files from model hubs.
 fn tensors() -> Vec<(String, Vec<usize>)> {
     let mut tensors =
         vec![("model.embed_tokens.weight".to_owned(), vec![VOCABULARY, HIDDEN]), ("model.norm.weight".to_owned(), vec![HIDDEN])];
@@ -72,7 +72,7 @@ fn tensors() -> Vec<(String, Vec<usize>)> {
     tensors
 }
 
-/// Writes the model, of small numbers that are the same on every machine.
+/// Writes the model with small numbers that are the same on every machine.
 fn write_model(path: &Path) -> Result<()> {
     let (mut entries, mut begin) = (Vec::new(), 0);
     for (name, shape) in tensors() {
@@ -95,20 +95,20 @@ fn write_model(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// One measured run, in a process of its own: prints its seconds and the sum of the logits.
+/// Runs and measures one load in this process: prints its seconds and the sum of the logits.
 fn run(who: &str, layers: usize, path: &Path) -> Result<()> {
     let begin = Instant::now();
     let (dtype, device) = (DType::F32, Device::Cpu);
     let (vb, weights) = match who {
         "dmaload" => {
             let loader = Loader::new()?;
-            // As the model asks for them.
+            // In the order in which the model requests them.
             let options = loader.load_options().tensors(["model.embed_tokens.*", "model.norm.*", "*"]);
             let weights = Weights::load_with(&loader, [path], options, dtype, &device)?;
             (weights.var_builder(), Some(weights))
         }
         "candle" => (map(path, dtype, &device)?, None),
-        other => bail!("no loader {other:?}"),
+        other => bail!("unknown loader {other:?}"),
     };
     let config = config(layers);
     let model = Llama::load(vb, &config)?;
@@ -117,7 +117,7 @@ fn run(who: &str, layers: usize, path: &Path) -> Result<()> {
     let logits = model.forward(&tokens, 0, &mut cache)?;
     let sum = logits.sum_all()?.to_scalar::<f32>()?;
     println!("{} {:08x}", begin.elapsed().as_secs_f64(), sum.to_bits());
-    // Of the first layer the rest is not waited for.
+    // The run of the first layer does not wait for the rest.
     if let Some(weights) = weights.filter(|_| layers == LAYERS) {
         weights.finish()?;
     }
@@ -127,12 +127,12 @@ fn run(who: &str, layers: usize, path: &Path) -> Result<()> {
 /// candle's own loader.
 #[allow(unsafe_code)]
 fn map(path: &Path, dtype: DType, device: &Device) -> Result<VarBuilder<'static>> {
-    // SAFETY: nothing writes to the file while this process runs: the parent has written it, and
-    // waits.
+    // SAFETY: nothing writes to the file while this process runs: its parent has written the file
+    // and is waiting.
     Ok(unsafe { VarBuilder::from_mmaped_safetensors(&[path], dtype, device)? })
 }
 
-/// The seconds of a run, and the bits of what it computed.
+/// Starts a run, and returns its seconds and the bits of the sum of its logits.
 fn measure(who: &str, layers: usize, path: &Path) -> Result<(f64, String)> {
     fadvise(File::open(path)?, 0, None, Advice::DontNeed)?;
     let arguments: [OsString; 4] = ["--run".into(), who.into(), layers.to_string().into(), path.into()];
@@ -172,7 +172,7 @@ fn main() -> Result<()> {
                 seconds[usize::from(who == "candle")] = taken;
                 sums.push(sum);
             }
-            ensure!(sums[0] == sums[1], "the two computed different logits: {sums:?}");
+            ensure!(sums[0] == sums[1], "the loaders led to different logits: {sums:?}");
             ours.push(seconds[0]);
             theirs.push(seconds[1]);
             ratios.push(seconds[1] / seconds[0]);

@@ -1,7 +1,7 @@
-//! Runs MiniLM (a BERT of six layers) twice: built while dmaload reads the file, and by candle's
-//! own loader. The embeddings must be the same to the last bit.
+//! Runs MiniLM (a BERT with six layers) twice: built while dmaload reads the file, and built by
+//! candle's own loader. The embeddings must be equal bit by bit.
 //!
-//! `just candle` fetches the model and runs it.
+//! `just candle` downloads the model and runs this example.
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
@@ -10,7 +10,7 @@ use candle_transformers::models::bert::{BertModel, Config};
 use dmaload::Loader;
 use dmaload_candle::Weights;
 
-/// Of <https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2>.
+/// The configuration of <https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2>.
 const CONFIG: &str = r#"{
     "model_type": "bert", "vocab_size": 30522, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12,
     "intermediate_size": 1536, "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "max_position_embeddings": 512,
@@ -18,11 +18,10 @@ const CONFIG: &str = r#"{
     "position_embedding_type": "absolute", "use_cache": true, "classifier_dropout": null
 }"#;
 
-/// "the quick brown fox jumps over the lazy dog", as its tokenizer cuts it, between the marks of
-/// beginning and end.
+/// The tokens of "the quick brown fox jumps over the lazy dog", between start and end tokens.
 const TOKENS: [u32; 11] = [101, 1996, 4248, 2829, 4419, 14523, 2058, 1996, 13971, 3899, 102];
 
-/// The mean of the last layer, of length one, as the model's authors use it.
+/// The normalized mean of the last layer, as the model's authors use it.
 fn embedding(weights: VarBuilder<'_>) -> Result<Vec<f32>> {
     let config: Config = serde_json::from_str(CONFIG)?;
     let device = Device::Cpu;
@@ -36,7 +35,7 @@ fn embedding(weights: VarBuilder<'_>) -> Result<Vec<f32>> {
 }
 
 fn main() -> Result<()> {
-    let path = std::env::args().nth(1).context("the path of the model is missing: just candle fetches one")?;
+    let path = std::env::args().nth(1).context("the model's path is missing: `just candle` downloads a model and passes its path")?;
     let weights = Weights::load(&Loader::new()?, &path, DType::F32, &Device::Cpu)?;
     let ours = embedding(weights.var_builder())?;
     let report = weights.finish()?;
@@ -46,6 +45,6 @@ fn main() -> Result<()> {
     let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
     ensure!(bits(&ours) == bits(&theirs), "the embeddings differ: {:?} and {:?}", &ours[..4], &theirs[..4]);
     ensure!(ours.len() == 384 && ours.iter().any(|&value| value != 0.0), "the embedding is empty");
-    println!("{} numbers, the same to the last bit: {:?} …", ours.len(), &ours[..4]);
+    println!("{} numbers, equal bit by bit: {:?} …", ours.len(), &ours[..4]);
     Ok(())
 }

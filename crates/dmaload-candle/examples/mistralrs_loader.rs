@@ -1,11 +1,11 @@
-//! The function through which mistral.rs gets the weights of a model, on dmaload.
+//! Implements mistral.rs's function for loading weights with dmaload.
 //!
-//! mistral.rs (its `utils/varbuilder_utils.rs`) starts a thread for each file, copies every tensor
+//! mistral.rs (in `utils/varbuilder_utils.rs`) starts a thread for each file, copies every tensor
 //! out of a mapping, and waits in a loop until all threads have ended. This function has the same
-//! signature and returns at once: tensors arrive while mistral.rs builds its model.
+//! signature but returns immediately: tensors arrive while mistral.rs builds its model.
 //!
-//! The types of mistral.rs that are no part of candle stand here as they are used: `VarBuilder`
-//! for its `ShardedVarBuilder`, which is made of the same backend by `ShardedSafeTensors::wrap`.
+//! Types of mistral.rs that are not part of candle are replaced: `VarBuilder` stands for its
+//! `ShardedVarBuilder`, which `ShardedSafeTensors::wrap` creates from the same backend.
 //!
 //! `cargo run --example mistralrs_loader -- FILE…` loads all tensors of these files.
 
@@ -22,8 +22,8 @@ use regex::Regex;
 
 type ShardedVarBuilder = VarBuilder<'static>;
 
-/// Where mistral.rs wants a tensor. It says so once more when it asks for the tensor, and a tensor
-/// is put there then.
+/// The device on which mistral.rs wants a tensor. mistral.rs passes the device again when it
+/// requests the tensor, which is then moved there.
 enum DeviceForLoadTensor {
     Base,
     #[allow(dead_code, reason = "mistral.rs has it for models on several devices")]
@@ -58,7 +58,7 @@ fn from_mmaped_safetensors(
     Ok(VarBuilder::from_backend(Box::new(renamed), dtype, base_device.clone()))
 }
 
-/// The name by which mistral.rs asks for a tensor; `None` for one that it does not take.
+/// The name by which mistral.rs requests a tensor, or `None` for a tensor that it does not use.
 fn key(name: &str, adapter: Option<usize>) -> Option<String> {
     let mut key = name.replace("base_model.model.model", "model");
     if let Some(number) = adapter {
@@ -72,22 +72,22 @@ fn key(name: &str, adapter: Option<usize>) -> Option<String> {
     Some(key)
 }
 
-/// One loader for all models of the process: they share its memory limit, threads and queue.
+/// The process's only loader: all models share its memory limit, threads and queue.
 fn loader() -> Result<&'static Loader> {
     static LOADER: OnceLock<dmaload::Result<Loader>> = OnceLock::new();
     LOADER.get_or_init(Loader::new).as_ref().map_err(|error| Error::wrap(error.clone()))
 }
 
-/// Tensors of several loads by other names than their files have.
+/// Tensors of several loads, under names that differ from those in their files.
 #[derive(Default)]
 struct Renamed {
     loads: Vec<Weights>,
-    /// The number of a load, and the name in its file.
+    /// The index of a load, and the tensor's name in its file.
     tensors: HashMap<String, (usize, String)>,
 }
 
 impl Renamed {
-    /// Starts to load these tensors of a file, and nothing else of it.
+    /// Starts to load only these tensors of a file.
     fn add(&mut self, path: PathBuf, names: Vec<(String, String)>, dtype: DType, device: &Device) -> Result<()> {
         let loader = loader()?;
         let options = loader.load_options().tensor_names(names.iter().map(|(_, name)| name));
@@ -127,7 +127,7 @@ fn main() -> Result<()> {
     let base = Arc::new(|_| DeviceForLoadTensor::Base);
     let vb = from_mmaped_safetensors(paths, Vec::new(), Some(DType::F32), &Device::Cpu, Vec::new(), true, None, |_| true, base)?;
     for tensor in headers.iter().flat_map(|header| header.tensors.iter().flatten()) {
-        let key = key(&tensor.name, None).expect("a tensor of no adapter is taken");
+        let key = key(&tensor.name, None).expect("only tensors of adapters are skipped");
         vb.get(&*tensor.shape, &key)?;
     }
     println!("{} tensors", headers.iter().flat_map(|header| &header.tensors).map(|map| map.len()).sum::<usize>());
