@@ -1,5 +1,5 @@
-"""Checks a wheel by any interpreter, with nothing but the standard library, since one wheel is for
-each CPython from 3.11 on: `any_interpreter.py FOLDER`, where the wheel is unpacked.
+"""Checks an unpacked wheel with any interpreter and only the standard library, since one wheel
+supports CPython 3.11 and later: `any_interpreter.py FOLDER`.
 """
 
 import asyncio
@@ -54,4 +54,4 @@ with tempfile.TemporaryDirectory() as folder:
         assert error.filename == folder + "/missing"
     else:
         raise AssertionError("a missing file was loaded")
-    print(f"CPython {sys.version.split()[0]}: as it should be")
+    print(f"CPython {sys.version.split()[0]}: all checks passed")

@@ -1,4 +1,4 @@
-"""What the tests share: the command to compare with, separate processes, slow files."""
+"""Shared fixtures: the command to compare with, separate processes, slow files."""
 
 import json
 import os
@@ -27,22 +27,22 @@ class Finished:
 
 
 class Programs:
-    """Runs Python programs in separate processes, where what they do to themselves shows."""
+    """Runs Python programs in separate processes, so crashes and complaints are noticed."""
 
     def __init__(self, folder):
         self.folder = folder
 
     def command(self, text, *arguments):
-        # Development mode warns of leaked resources and checks the allocator.
+        # Development mode warns about leaked resources and checks memory allocators.
         preamble = f"import sys, logging; sys.path.insert(0, {str(HERE)!r})\n"
-        # asyncio warns of callbacks that take long, as all do on a busy machine.
+        # asyncio warns about slow callbacks, which are normal on a busy machine.
         preamble += "logging.getLogger('asyncio').setLevel('ERROR')\n"
         path = self.folder / "program.py"
         path.write_text(preamble + textwrap.dedent(text))
         return [sys.executable, "-X", "dev", "-W", "error", path, *map(str, arguments)]
 
     def run(self, text, *arguments, timeout=60, **keywords):
-        """Runs a program to its end. One that needs longer has failed."""
+        """Runs a program until it ends. Fails after the timeout."""
         done = subprocess.run(
             self.command(text, *arguments),
             capture_output=True,
@@ -54,14 +54,14 @@ class Programs:
         return Finished(done.returncode, done.stdout, done.stderr)
 
     def succeed(self, text, *arguments, timeout=60, **keywords):
-        """Runs a program that ends well and has nothing to complain of; gives what it prints."""
+        """Runs a program that must succeed without complaints, and returns its output."""
         done = self.run(text, *arguments, timeout=timeout, **keywords)
         assert (done.status, done.err) == (0, ""), done.out + done.err
         return done.out
 
     @contextmanager
     def start(self, text, *arguments, **keywords):
-        """Starts a program, and kills it with its children if it is still there in the end."""
+        """Starts a program. If it is still running at the end, kills it and its children."""
         process = subprocess.Popen(
             self.command(text, *arguments),
             stdin=subprocess.PIPE,
@@ -74,7 +74,7 @@ class Programs:
         try:
             yield process
         finally:
-            # Children that hang would hold the pipes open.
+            # Hanging children would keep the pipes open.
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
@@ -88,7 +88,7 @@ def programs(tmp_path):
 
 
 class SlowFile:
-    """A file whose bytes are held back, on a file system of its own."""
+    """A file on its own file system, which holds back bytes."""
 
     def __init__(self, server, path):
         self.server, self.path = server, path
@@ -103,9 +103,9 @@ class SlowFile:
 
 @pytest.fixture
 def slow_file(tmp_path):
-    """Makes files that are held back from an offset on."""
+    """Creates files whose bytes are held back from an offset on."""
     if os.geteuid() != 0 or not os.path.exists("/dev/fuse"):
-        pytest.skip("mounting a file system takes root and /dev/fuse")
+        pytest.skip("mounting a file system needs root and /dev/fuse")
     servers = []
 
     def make(source, held_from):
@@ -130,15 +130,15 @@ def slow_file(tmp_path):
 
 @pytest.fixture(scope="session")
 def command():
-    """The command, which the extension is compared with."""
+    """The command with which the extension is compared."""
     path = os.environ.get("DMALOAD_COMMAND")
-    assert path, "DMALOAD_COMMAND names no command to compare with; .ci/python sets it"
+    assert path, "DMALOAD_COMMAND must name the command to compare with; .ci/python sets it"
     return path
 
 
 @pytest.fixture(scope="session")
 def command_error(command):
-    """The error with which the command fails: its text and its hint."""
+    """Runs the command, which must fail, and returns its error text."""
 
     def error(*arguments):
         done = subprocess.run(
@@ -158,13 +158,13 @@ def command_error(command):
 def real_model():
     """The small real model of .ci/real-model.sh."""
     path = os.environ.get("DMALOAD_REAL_MODEL")
-    assert path, "DMALOAD_REAL_MODEL names no model; .ci/python sets it"
+    assert path, "DMALOAD_REAL_MODEL must name a model; .ci/python sets it"
     return Path(path)
 
 
 @pytest.fixture
 def disk(request, tmp_path):
-    """A folder on a disk, where a page cache is above a device, as a temporary one may not be."""
+    """A folder on a disk with a page cache. A temporary folder may be on tmpfs."""
     base = Path(os.environ.get("DMALOAD_DISK", REPOSITORY / "target")) / "python-files"
     folder = base / f"{os.getpid()}-{request.node.name[:60].replace('/', '_')}"
     folder.mkdir(parents=True)
@@ -174,14 +174,14 @@ def disk(request, tmp_path):
 
 @pytest.fixture
 def corpus():
-    """The kept inputs of the Rust tests, by format."""
+    """The corpus of the Rust tests, by format."""
     folder = REPOSITORY / "crates/dmaload/tests/corpus"
     return {each.name: sorted(each.iterdir()) for each in folder.iterdir()}
 
 
 @pytest.fixture(autouse=True)
 def no_test_hangs():
-    """A test that takes minutes has failed; the others still run."""
+    """Fails a test that takes minutes, so the other tests still run."""
 
     def stop(_signal, _frame):
         raise TimeoutError("the test took longer than 120 s")

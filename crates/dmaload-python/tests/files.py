@@ -1,4 +1,4 @@
-"""Model files, written byte by byte, so that no reader is checked by its own writer."""
+"""Writes model files byte by byte, so no reader is checked by its own writer."""
 
 import json
 import os
@@ -33,7 +33,7 @@ BITS = {
     "U64": 64,
 }
 
-# The names of NumPy and ml_dtypes.
+# The names in NumPy and ml_dtypes.
 NUMPY = {
     "BOOL": "bool",
     "F4": "float4_e2m1fn",
@@ -71,7 +71,7 @@ def numpy_dtype(dtype):
 
 @dataclass
 class Expected:
-    """A tensor as the file has it."""
+    """The contents of a tensor in the file."""
 
     dtype: str
     shape: tuple
@@ -88,7 +88,7 @@ def byte_size(dtype, shape):
 
 
 def tensor(dtype, shape, seed=1):
-    """A tensor of random bits; of truth values, 0 and 1."""
+    """Returns a tensor of random bits. Booleans are 0 or 1."""
     source = random.Random(f"{seed} {dtype} {shape}")
     data = source.randbytes(byte_size(dtype, shape))
     if dtype == "BOOL":
@@ -97,7 +97,7 @@ def tensor(dtype, shape, seed=1):
 
 
 def header(entries, metadata=None, pad=8):
-    """The header of a safetensors file, with its length in front."""
+    """Returns the header of a safetensors file, preceded by its length."""
     content = {} if metadata is None else {"__metadata__": metadata}
     content.update(entries)
     text = json.dumps(content, ensure_ascii=False).encode()
@@ -122,7 +122,7 @@ def write(path, tensors, metadata=None, pad=8):
 
 
 def write_index(folder, files):
-    """Writes a model of several files with its index; `files` maps names of files to tensors."""
+    """Writes a model of several files with its index; `files` maps file names to tensors."""
     weight_map = {}
     for name, tensors in files.items():
         write(Path(folder) / name, tensors)
@@ -134,7 +134,7 @@ def write_index(folder, files):
 
 
 def sharded(folder, seed=1):
-    """Three shards with an index; gives the folder and all tensors."""
+    """Writes three shards with an index. Returns the folder and all tensors."""
     files = {
         f"model-{number + 1:05}-of-00003.safetensors": {
             f"layers.{number}.{name}": tensor(dtype, shape, seed + number)
@@ -152,7 +152,7 @@ def sharded(folder, seed=1):
 
 
 def large(path, mib, seed=1):
-    """A model of F32 matrices of 1 MiB each, `t0`, `t1`, …; gives the tensors, too."""
+    """Writes F32 matrices of 1 MiB each, `t0`, `t1`, …. Returns the path and the tensors."""
     block = random.Random(seed).randbytes(1 << 20)
     tensors = {
         f"t{number}": Expected("F32", (512, 512), struct.pack("<Q", number) + block[8:])
@@ -162,7 +162,7 @@ def large(path, mib, seed=1):
 
 
 def sparse(path, tensors):
-    """A model of zeros that takes no room on the disk; `tensors` maps names to dtype and shape."""
+    """Writes a model of zeros without blocks on disk; `tensors` maps names to dtype and shape."""
     entries, at = {}, 0
     for name, (dtype, shape) in tensors.items():
         end = at + byte_size(dtype, shape)
@@ -176,7 +176,7 @@ def sparse(path, tensors):
 
 
 def random_file(path, seed):
-    """A file as the format allows: any types, ranks, names, padding and metadata."""
+    """Writes a random valid file: any types, ranks, names, padding and metadata."""
     source = random.Random(seed)
     tensors = {}
     for number in range(source.randrange(0, 20)):
@@ -185,7 +185,7 @@ def random_file(path, seed):
         if shape and source.random() < 0.1:
             shape[source.randrange(len(shape))] = 0
         if BITS[dtype] < 8:
-            # Whole bytes, and whole blocks of four elements.
+            # Ensures whole bytes and whole blocks of four elements.
             shape = [*shape, 8]
         name = source.choice(["w", "layer.é", "a b", "日本", "x" * 300, "\n\x1b[31m"]) + str(
             number

@@ -1,9 +1,9 @@
-"""A file system of one file, `model.safetensors`, whose bytes from an offset on come when the test
-lets them: `slow_files.py MOUNT_POINT SOURCE HELD_FROM`, as root.
+"""A FUSE file system with one file, `model.safetensors`, that holds back bytes from an offset on:
+`slow_files.py MOUNT_POINT SOURCE HELD_FROM`, as root.
 
-Says `mounted` on standard output when it is; `held` at the first read that it does not answer. A
-line on standard input answers all that is held, and from then on everything; the end of standard
-input unmounts. The kernel's side of the protocol: include/uapi/linux/fuse.h.
+Prints `mounted` when it is mounted, and `held` at the first read that it does not answer. After a
+line on standard input, it answers all held reads and all later ones; the end of standard input
+unmounts it. The protocol is defined in include/uapi/linux/fuse.h.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ LOOKUP, FORGET, GETATTR, OPEN, READ, STATFS, RELEASE = 1, 2, 3, 14, 15, 17, 18
 FLUSH, INIT, INTERRUPT, BATCH_FORGET = 25, 26, 36, 42
 ROOT, FILE = 1, 2
 MOST = 1 << 17
-# Ask the kernel for attributes each time, so that it never answers from what it knows.
+# Attributes expire immediately, so the kernel requests them each time.
 VALID = struct.pack("<QQII", 0, 0, 0, 0)
 
 
@@ -58,7 +58,7 @@ class Server:
         try:
             os.write(self.device, reply)
         except OSError as refused:
-            # The request was interrupted meanwhile.
+            # The request was interrupted in the meantime.
             if refused.errno != errno.ENOENT:
                 raise
 

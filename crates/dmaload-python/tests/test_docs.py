@@ -1,4 +1,4 @@
-"""Every Python snippet of docs/python.md runs as it stands, and prints what it says it prints."""
+"""Runs the Python snippets of docs/python.md, and compares their output with their comments."""
 
 import re
 import subprocess
@@ -15,7 +15,7 @@ FENCE = re.compile(r"^```(\w[^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def snippets(kind):
-    """Line numbers and texts of the page's snippets of a kind."""
+    """Returns the line numbers and texts of the page's snippets of a kind."""
     text = PAGE.read_text()
     return [
         pytest.param(found.group(2), id=f"line {text[: found.start()].count(chr(10)) + 1}")
@@ -24,18 +24,18 @@ def snippets(kind):
     ]
 
 
-# Snippets that need torch are run by `just python-torch`.
+# `just python-torch` runs the snippets that need torch.
 PYTHON, TORCH = snippets("python"), snippets("python torch")
 
 
 def prints(text):
-    """What the comments behind `print` say."""
+    """Returns the comments behind calls of `print`."""
     return re.findall(r"print\(.*\)  # (.*)$", text, re.MULTILINE)
 
 
 @pytest.fixture
 def place(tmp_path, command, monkeypatch):
-    """A folder with the files that the page speaks of."""
+    """A folder with the files that the page uses."""
     tensors = {
         "model.embed_tokens.weight": tensor("BF16", (64, 32)),
         "model.norm.weight": Expected(
@@ -60,11 +60,11 @@ def place(tmp_path, command, monkeypatch):
 
 
 def run(text, place, programs):
-    # A program that starts others has to be importable by them.
+    # Programs that start other processes must be importable there.
     found = programs.succeed(text, cwd=place).splitlines()
     lines = iter(found)
     for expected in prints(text):
-        assert expected in lines, f"{expected!r} is not printed, or not there: {found}"
+        assert expected in lines, f"{expected!r} is not printed, or not in order: {found}"
 
 
 @pytest.mark.parametrize("text", PYTHON)
@@ -72,13 +72,13 @@ def test_snippet(text, place, programs):
     run(text, place, programs)
 
 
-def test_the_page_has_snippets_that_say_what_they_print():
+def test_page_has_snippets_with_expected_output():
     assert len(PYTHON) >= 10
     assert len(TORCH) >= 1
     assert sum(len(prints(each.values[0])) for each in PYTHON) >= 10
 
 
-def test_the_page_names_every_public_thing():
+def test_page_mentions_every_public_name():
     import dmaload
 
     text = PAGE.read_text()
@@ -88,7 +88,7 @@ def test_the_page_names_every_public_thing():
         assert method in text
 
 
-def test_the_page_s_exceptions_are_those_of_the_package():
+def test_page_lists_the_packages_exceptions():
     import builtins
 
     import dmaload
@@ -105,7 +105,7 @@ def test_the_page_s_exceptions_are_those_of_the_package():
             assert found.__bases__ == (dmaload.Error,), name
 
 
-def test_lines_of_the_page_end_before_column_100():
+def test_lines_of_page_end_before_column_100():
     long = [
         number
         for number, line in enumerate(PAGE.read_text().splitlines(), 1)

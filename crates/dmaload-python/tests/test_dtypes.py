@@ -1,4 +1,4 @@
-"""Each type of the format, bit by bit, by each way out of a tensor."""
+"""Compares each type of the format bit by bit, after each conversion of a tensor."""
 
 import ctypes
 import struct
@@ -15,12 +15,12 @@ SHAPES = [(), (0,), (3, 0, 5), (1,), (7,), (5, 3), (2, 3, 4, 5)]
 
 
 def shapes(dtype):
-    """Shapes of whole bytes; of types smaller than a byte, of whole blocks of four elements."""
+    """Returns shapes of whole bytes and, for types below a byte, whole blocks of four elements."""
     return SHAPES if BITS[dtype] >= 8 else [(0,), (3, 0, 8), (8,), (5, 8), (2, 3, 4)]
 
 
 def elements(expected):
-    """Elements of less than a byte, one by one: the first has the lowest bits."""
+    """Unpacks elements of less than a byte. The first element has the lowest bits."""
     bits, data = BITS[expected.dtype], int.from_bytes(expected.data, "little")
     for number in range(len(expected.data) * 8 // bits):
         yield data >> number * bits & (1 << bits) - 1
@@ -28,14 +28,14 @@ def elements(expected):
 
 @pytest.fixture
 def everything(tmp_path):
-    """A file with each type in each shape."""
+    """Writes a file with each type in each shape."""
     tensors = {
         f"{dtype} {shape}": tensor(dtype, shape) for dtype in BITS for shape in shapes(dtype)
     }
     return write(tmp_path / "model.safetensors", tensors, {"format": "pt"}), tensors
 
 
-def test_all_types_have_their_names_shapes_and_bits(everything):
+def test_all_types_keep_names_shapes_and_bits(everything):
     path, tensors = everything
     image = dmaload.load(path)
     assert sorted(image) == sorted(tensors)
@@ -46,7 +46,7 @@ def test_all_types_have_their_names_shapes_and_bits(everything):
         assert memoryview(found).tobytes() == expected.data, name
 
 
-def test_numpy_arrays_have_the_type_and_the_bits(everything):
+def test_numpy_arrays_keep_type_and_bits(everything):
     path, tensors = everything
     image = dmaload.load(path)
     for name, expected in tensors.items():
@@ -67,7 +67,7 @@ def test_arrays_equal_those_of_safetensors(everything):
             try:
                 expected = oracle.get_tensor(name)
             except Exception:
-                # NumPy's side of safetensors lacks some types; their bits are compared elsewhere.
+                # safetensors lacks some types for NumPy. Other tests compare their bits.
                 assert tensors[name].dtype in ML_DTYPES, name
                 continue
             assert own[name].dtype == expected.dtype, name
@@ -77,7 +77,7 @@ def test_arrays_equal_those_of_safetensors(everything):
     assert compared >= len(SHAPES) * (len(NUMPY) - len(ML_DTYPES))
 
 
-def test_buffers_have_the_format_and_shape_of_numpy(everything):
+def test_buffers_have_numpys_format_and_shape(everything):
     path, tensors = everything
     image = dmaload.load(path)
     for name, expected in tensors.items():
@@ -93,7 +93,7 @@ def test_buffers_have_the_format_and_shape_of_numpy(everything):
             assert view.nbytes == len(expected.data), name
 
 
-def test_arrays_share_the_memory_of_the_tensor(tmp_path):
+def test_arrays_share_the_tensors_memory(tmp_path):
     path = write(tmp_path / "model.safetensors", {"w": tensor("F32", (4, 4))})
     found = dmaload.load(path)["w"]
     first, second = found.numpy(), numpy.asarray(memoryview(found))
@@ -105,8 +105,8 @@ def test_arrays_share_the_memory_of_the_tensor(tmp_path):
     assert second[0, 0] == 42
 
 
-def test_values_are_what_was_written(tmp_path):
-    """Through the whole way: known numbers, of a type that only ml_dtypes has, too."""
+def test_values_equal_those_written(tmp_path):
+    """End to end with known numbers, including a type that only ml_dtypes has."""
     numbers = [0.0, -1.5, 3.25, 448.0]
     from files import Expected
 
@@ -127,7 +127,7 @@ def test_values_are_what_was_written(tmp_path):
         assert image[name].numpy().tolist() == each.tolist(), name
 
 
-# DLPack, read from its memory: dlpack.h of version 1.
+# Structures of dlpack.h, version 1, to read DLPack's memory.
 
 CODES = {
     "BOOL": (6, 8),
@@ -198,7 +198,7 @@ def check_dlpack(found, expected, dl):
             assert list(dl.strides[: dl.ndim]) == strides[::-1]
 
 
-def test_dlpack_says_what_the_tensor_is(everything):
+def test_dlpack_describes_the_tensor(everything):
     path, tensors = everything
     image = dmaload.load(path)
     for name, expected in tensors.items():
@@ -211,17 +211,17 @@ def test_dlpack_says_what_the_tensor_is(everything):
         assert versioned.major == 1
         assert not versioned.flags & READ_ONLY, "private memory is writable"
         check_dlpack(found, expected, versioned.tensor)
-        # Importers from before version 1 ask for no version.
+        # Importers older than version 1 pass no version.
         old = found.__dlpack__()
         check_dlpack(found, expected, DLTensor.from_address(pointer_of(old, b"dltensor")))
 
 
-def test_dlpack_says_no_to_what_it_cannot_give(tmp_path):
+def test_dlpack_refuses_unsupported_exports(tmp_path):
     path = write(tmp_path / "model.safetensors", {"w": tensor("F32", (4,))})
     found = dmaload.load(path)["w"]
     with pytest.raises((BufferError, ValueError)):
         found.__dlpack__(dl_device=(2, 0))
-    # A stream is for devices with streams.
+    # Streams are only for devices that have streams.
     with pytest.raises((BufferError, ValueError, TypeError)):
         found.__dlpack__(stream=1)
     copied = numpy.from_dlpack(found, copy=True)

@@ -1,4 +1,4 @@
-"""Each error has its exception, with the words of the command."""
+"""Each error raises its exception, with the same text as the command's."""
 
 import asyncio
 import errno
@@ -16,7 +16,7 @@ from files import Expected, header, large, sharded, tensor, write
 
 
 def every_exception():
-    """The exceptions of the package."""
+    """Returns the exceptions of the package."""
     everything = vars(dmaload).values()
     return {
         each for each in everything if inspect.isclass(each) and issubclass(each, dmaload.Error)
@@ -24,10 +24,10 @@ def every_exception():
 
 
 def check(error):
-    """What holds of every exception of the package."""
+    """Checks the properties of every exception of the package."""
     assert isinstance(error, dmaload.Error), repr(error)
-    assert type(error) in every_exception(), "it has a name that programs can catch"
-    assert isinstance(error, Exception), "a panic is no Exception"
+    assert type(error) in every_exception(), "programs must be able to catch it by name"
+    assert isinstance(error, Exception), "pyo3's PanicException is not an Exception"
     assert error.errno is None or error.errno in errno.errorcode
     assert error.filename is None or isinstance(error.filename, str)
     assert error.hint is None or isinstance(error.hint, str)
@@ -44,7 +44,7 @@ def raised(use):
 
 
 def bad_files(folder):
-    """What lies in the place of models, by what is wrong with it."""
+    """Returns invalid files by name."""
     good = header({"w": {"dtype": "U8", "shape": [64], "data_offsets": [0, 64]}})
     entry = {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}
     return {
@@ -80,21 +80,21 @@ BAD = sorted(bad_files(None))
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_files_have_the_words_of_the_command(tmp_path, command_error, name):
+def test_bad_files_raise_the_commands_error(tmp_path, command_error, name):
     path = tmp_path / name
     path.write_bytes(bad_files(tmp_path)[name])
     error = raised(lambda: dmaload.load(path))
     assert str(error) == command_error("load", path)
     assert error.filename == str(path)
-    # By every door.
+    # The other functions raise the same error.
     assert str(raised(lambda: asyncio.run(dmaload.load_async(path)))) == str(error)
     assert str(raised(lambda: list(dmaload.stream(path)))) == str(error)
     assert str(raised(lambda: dmaload.safe_open(path, framework="numpy"))) == str(error)
     assert str(raised(lambda: dmaload.numpy.load_file(path))) == str(error)
 
 
-def test_the_kept_inputs_of_the_rust_tests(tmp_path, corpus, command):
-    """Each is refused with the command's words, or loaded by both."""
+def test_corpus_of_the_rust_tests(tmp_path, corpus, command):
+    """Each input is refused with the command's text, or loaded by both."""
     refused = 0
     for kind, suffix in [("safetensors", "safetensors"), ("gguf", "gguf")]:
         for source in corpus[kind]:
@@ -117,11 +117,11 @@ def test_the_kept_inputs_of_the_rust_tests(tmp_path, corpus, command):
 def json_text(text):
     import json
 
-    # As the command writes it: letters as they are.
+    # Like the command's JSON, which does not escape letters.
     return json.dumps(text, ensure_ascii=False)
 
 
-def test_bad_places_have_the_words_of_the_command(tmp_path, command_error):
+def test_bad_paths_raise_the_commands_error(tmp_path, command_error):
     fifo = tmp_path / "fifo.safetensors"
     os.mkfifo(fifo)
     (tmp_path / "empty-folder").mkdir()
@@ -151,7 +151,7 @@ def test_bad_places_have_the_words_of_the_command(tmp_path, command_error):
     assert len(dmaload.load(folder, allow_missing=True)) == 6
 
 
-def test_bad_options_have_the_words_of_the_command(tmp_path, command_error):
+def test_bad_options_raise_the_commands_error(tmp_path, command_error):
     path = write(tmp_path / "m.safetensors", {"w": tensor("U8", (64,)), "v": tensor("F4", (8,))})
     zeros = "sha256:" + "0" * 64
     for arguments, keywords in [
@@ -167,11 +167,11 @@ def test_bad_options_have_the_words_of_the_command(tmp_path, command_error):
             continue
         error = raised(lambda keywords=keywords: dmaload.load(path, **keywords))
         said = command_error("load", path, *arguments)
-        # The command names the file where the machine is what fails.
+        # For errors of the machine, the command also names the file.
         assert said in (str(error), f"{path}: {error}"), keywords
 
 
-def test_exceptions_are_a_small_tree(tmp_path):
+def test_each_kind_of_error_has_its_exception(tmp_path):
     tree = every_exception()
     assert 5 < len(tree) < 40
     assert all(each.__module__.split(".")[0] == "dmaload" for each in tree)
@@ -193,7 +193,7 @@ def test_exceptions_are_a_small_tree(tmp_path):
     assert len(set(found.values())) == len(kinds), found
 
 
-def test_a_missing_tensor_is_a_key_error(tmp_path):
+def test_missing_tensor_is_a_key_error(tmp_path):
     image = dmaload.load(write(tmp_path / "m.safetensors", {"w": tensor("U8", (64,))}))
     with pytest.raises(KeyError) as caught:
         image["no-such"]
@@ -203,7 +203,7 @@ def test_a_missing_tensor_is_a_key_error(tmp_path):
     assert "no-such" not in image
 
 
-def test_a_file_that_grows_meanwhile(disk):
+def test_file_that_grows_fails_its_load(disk):
     path, _ = large(disk / "model.safetensors", 64)
     stream = dmaload.stream(path, memory_limit=16 << 20)
     next(stream)
@@ -211,7 +211,7 @@ def test_a_file_that_grows_meanwhile(disk):
         file.write(b"more")
 
     def rest():
-        # Keeping a tensor would keep its memory from those that follow.
+        # Keeping a tensor would leave less memory for later ones.
         for _ in stream:
             pass
 
@@ -220,9 +220,9 @@ def test_a_file_that_grows_meanwhile(disk):
     assert "during the load" in str(error)
 
 
-def test_a_file_of_somebody_else_s(tmp_path, programs):
+def test_unreadable_file_is_a_permission_error(tmp_path, programs):
     if os.geteuid() != 0:
-        pytest.skip("only root is able to be another user")
+        pytest.skip("only root can become another user")
     path = write(tmp_path / "m.safetensors", {"w": tensor("U8", (64,))})
     path.chmod(0o600)
     for folder in [tmp_path, *tmp_path.parents][:-2]:
@@ -261,7 +261,7 @@ def test_a_file_of_somebody_else_s(tmp_path, programs):
         lambda path: dmaload.load(path)[5],
     ],
 )
-def test_arguments_of_a_wrong_type(tmp_path, use):
+def test_arguments_of_a_wrong_type_are_refused(tmp_path, use):
     path = write(tmp_path / "m.safetensors", {"w": tensor("U8", (64,))})
     with pytest.raises((TypeError, KeyError)):
         use(path)
@@ -284,7 +284,7 @@ def test_arguments_of_a_wrong_type(tmp_path, use):
     ],
     ids=str,
 )
-def test_values_that_make_no_sense(tmp_path, keywords):
+def test_invalid_values_are_refused(tmp_path, keywords):
     path = write(tmp_path / "m.safetensors", {"w": tensor("U8", (64,))})
     with pytest.raises((dmaload.Error, ValueError, OverflowError)) as caught:
         dmaload.load(path, **keywords)
@@ -292,8 +292,8 @@ def test_values_that_make_no_sense(tmp_path, keywords):
         check(caught.value)
 
 
-def test_damage_is_found_or_harmless(tmp_path):
-    """Damaged headers: an exception of the package, or a model."""
+def test_damage_is_detected_or_harmless(tmp_path):
+    """A damaged header raises an exception of the package, or still loads."""
     good = write(
         tmp_path / "good.safetensors",
         {"w": tensor("F32", (4, 4)), "v": Expected("U8", (16,), bytes(16))},
@@ -337,7 +337,7 @@ def test_errors_survive_pickling_and_copying(tmp_path):
         )
 
 
-def test_an_error_in_a_worker_reaches_its_parent(tmp_path):
+def test_error_in_a_worker_reaches_its_parent(tmp_path):
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 

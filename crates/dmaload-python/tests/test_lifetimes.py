@@ -1,4 +1,4 @@
-"""What lives how long, in processes of their own under `-X dev`: they end well and say nothing."""
+"""Lifetimes, tested in separate processes under `-X dev`, which must end without complaints."""
 
 import time
 
@@ -29,18 +29,18 @@ def digest():
 
 
 @pytest.mark.parametrize("heap", ["anon", "memfd"])
-def test_each_thing_outlives_what_it_came_from(model, programs, heap):
+def test_each_object_outlives_its_source(model, programs, heap):
     programs.succeed(
         CHECK
         + f"""
     image = dmaload.load(path, heap="{heap}", memory_limit=1 << 30)
-    # The image outlives its loader, which no one but the load knows.
+    # The image outlives its loader, which belongs to this load alone.
     gc.collect()
     found = image["w"]
     del image
     gc.collect()
     for _ in range(20):
-        # What is loaded meanwhile must not lie where the tensor does.
+        # Later loads must not reuse the tensor's memory.
         dmaload.load(path)["w"].numpy()[...] = 5
     check(found)
     view, array, exported = memoryview(found), found.numpy(), numpy.from_dlpack(found)
@@ -65,13 +65,13 @@ def test_each_thing_outlives_what_it_came_from(model, programs, heap):
 @pytest.mark.parametrize(
     "way", ["memoryview(found)", "found.numpy()", "numpy.from_dlpack(found)", "Unversioned(found)"]
 )
-def test_each_way_out_keeps_the_memory(model, programs, heap, way):
+def test_each_conversion_keeps_the_memory(model, programs, heap, way):
     programs.succeed(
         CHECK
         + f"""
     def Unversioned(found):
         class Old:
-            # As importers from before DLPack 1 ask.
+            # Importers older than DLPack 1 pass no version.
             __dlpack_device__ = lambda self: (1, 0)
             __dlpack__ = lambda self, **_: found.__dlpack__()
         return numpy.from_dlpack(Old())
@@ -89,7 +89,7 @@ def test_each_way_out_keeps_the_memory(model, programs, heap, way):
     )
 
 
-def test_things_that_are_left_to_the_interpreter_s_end(model, programs):
+def test_objects_can_live_until_the_interpreter_exits(model, programs):
     programs.succeed(
         CHECK
         + """
@@ -103,7 +103,7 @@ def test_things_that_are_left_to_the_interpreter_s_end(model, programs):
     part = file.get_slice("w")
 
     class Last:
-        # Destroyed while the interpreter ends.
+        # Destroyed while the interpreter exits.
         def __del__(self):
             check(array)
 
@@ -116,7 +116,7 @@ def test_things_that_are_left_to_the_interpreter_s_end(model, programs):
     )
 
 
-def test_a_stream_outlives_nothing_it_does_not_need(model, programs):
+def test_closed_stream_keeps_its_tensors_valid(model, programs):
     programs.succeed(
         CHECK
         + """
@@ -133,7 +133,7 @@ def test_a_stream_outlives_nothing_it_does_not_need(model, programs):
     except dmaload.ClosedError as error:
         assert "closed" in str(error)
     else:
-        raise AssertionError("a closed stream gives nothing")
+        raise AssertionError("a closed stream must not yield tensors")
     """,
         model,
         digest(),
@@ -182,7 +182,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_interpreter_ends_with_loads_in_flight(tmp_path, programs, slow_file, way):
+def test_interpreter_exits_with_loads_in_flight(tmp_path, programs, slow_file, way):
     path, _ = large(tmp_path / "large.safetensors", 4)
     slow = slow_file(path, 1 << 20)
     text = f"""
@@ -191,8 +191,8 @@ def test_the_interpreter_ends_with_loads_in_flight(tmp_path, programs, slow_file
     path = sys.argv[1]
 
     class Slow:
-        # Destroyed when the interpreter lets no other thread in: those that wait for a load have
-        # the time to try.
+        # Destroyed when the interpreter lets no other thread attach. Gives threads that wait for
+        # a load time to try.
         def __del__(self, sleep=time.sleep):
             sleep(0.3)
 

@@ -1,4 +1,4 @@
-"""Whose memory it is: writing to a tensor kills nothing and changes nothing of others'."""
+"""Ownership of memory: writing to a tensor neither crashes nor changes anything else."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ import pytest
 import dmaload
 from files import large, tensor, write
 
-# Writes past every flag, as torch does, which knows of no read-only tensors.
+# Writes despite read-only flags, like torch, which has no read-only tensors.
 OVERWRITE = """
     import ctypes, hashlib
     import dmaload, numpy
@@ -56,7 +56,7 @@ def test_writing_changes_neither_the_file_nor_another_load(tmp_path, programs, h
     assert sha256(path.read_bytes()) == before
 
 
-def test_numpy_writes_like_into_any_array(tmp_path):
+def test_numpy_can_write_to_loaded_arrays(tmp_path):
     path = write(tmp_path / "model.safetensors", {"w": tensor("F32", (300, 100))})
     for heap in ("anon", "memfd"):
         array = dmaload.load(path, heap=heap)["w"].numpy()
@@ -68,7 +68,7 @@ def test_numpy_writes_like_into_any_array(tmp_path):
 
 @pytest.fixture
 def served(tmp_path, command):
-    """A process that shares a model; gives its socket and the tensors."""
+    """Starts a process that shares a model. Returns its socket and the tensors."""
     path, tensors = large(tmp_path / "served.safetensors", 4)
     socket = tmp_path / "m.sock"
     server = subprocess.Popen([command, "serve", socket, path], stdout=subprocess.PIPE, text=True)
@@ -81,7 +81,7 @@ def served(tmp_path, command):
     server.stdout.close()
 
 
-def test_attached_tensors_are_what_was_served(served):
+def test_attached_tensors_equal_the_served_ones(served):
     socket, tensors = served
     image = dmaload.share.attach(socket)
     assert sorted(image) == sorted(tensors)
@@ -89,7 +89,7 @@ def test_attached_tensors_are_what_was_served(served):
         assert memoryview(image[name]).tobytes() == expected.data
 
 
-def test_writing_to_attached_memory_is_seen_by_no_other_process(served, programs):
+def test_writes_to_attached_memory_are_private(served, programs):
     socket, tensors = served
     out = programs.succeed(
         OVERWRITE
@@ -108,8 +108,8 @@ def test_writing_to_attached_memory_is_seen_by_no_other_process(served, programs
         assert memoryview(image[name]).tobytes() == expected.data, name
 
 
-def test_attached_memory_is_shared_until_it_is_written(served, programs):
-    """Reading takes no memory of its own: it is the server's pages that are there."""
+def test_attached_memory_is_shared_until_written(served, programs):
+    """Reading takes no private memory: the pages are the server's."""
     socket, tensors = served
     out = programs.succeed(
         """
@@ -133,18 +133,18 @@ def test_attached_memory_is_shared_until_it_is_written(served, programs):
         socket,
     )
     read, written = map(int, out.split())
-    assert read < 1024, "4 MiB were read"
-    assert written >= 1024, "1 MiB was written"
+    assert read < 1024, "reading 4 MiB must not copy pages"
+    assert written >= 1024, "writing 1 MiB must copy its pages"
     assert len(tensors) == 4
 
 
-def test_attaching_under_a_wrong_name_says_which_there_are(served):
+def test_attaching_to_an_unknown_name_fails(served):
     socket, _ = served
     with pytest.raises(dmaload.Error, match="no-such-model"):
         dmaload.share.attach(socket, "no-such-model")
 
 
-def test_a_forked_child_writes_to_its_own_copy(tmp_path):
+def test_forked_child_writes_to_its_own_copy(tmp_path):
     expected = tensor("F32", (300, 100))
     path = write(tmp_path / "model.safetensors", {"w": expected})
     for heap in ("anon", "memfd"):
@@ -152,7 +152,7 @@ def test_a_forked_child_writes_to_its_own_copy(tmp_path):
         array = found.numpy()
         child = os.fork()
         if child == 0:
-            # No exception may leave the child: it would run the rest of the tests.
+            # An exception in the child must not reach pytest, which would run the other tests.
             try:
                 same = memoryview(found).tobytes() == expected.data
                 array[...] = 7
@@ -163,7 +163,7 @@ def test_a_forked_child_writes_to_its_own_copy(tmp_path):
         assert memoryview(found).tobytes() == expected.data
 
 
-def test_dma_bufs_come_by_descriptor_or_say_what_is_missing(tmp_path):
+def test_dma_bufs_need_a_device(tmp_path):
     path = write(tmp_path / "model.safetensors", {"w": tensor("F32", (300, 100))})
     found = dmaload.load(path)["w"]
     with pytest.raises(dmaload.UnsupportedError, match="descriptor|dma-buf"):
@@ -174,13 +174,13 @@ def test_dma_bufs_come_by_descriptor_or_say_what_is_missing(tmp_path):
         assert caught.value.filename == "/dev/udmabuf"
 
 
-def test_memory_goes_with_the_last_tensor(disk, programs):
+def test_memory_is_freed_with_the_last_tensor(disk, programs):
     path, _ = large(disk / "model.safetensors", 96)
     out = programs.succeed(
         """
     import gc, sys, time
     import dmaload
-    import numpy  # Its own memory is there before anything is measured.
+    import numpy  # Allocates its own memory before the measurement.
 
     def resident_mib():
         with open("/proc/self/status") as file:
@@ -201,13 +201,13 @@ def test_memory_goes_with_the_last_tensor(disk, programs):
     del last
     capsule = array.base
     assert array[0, 0] == array[0, 0]
-    # Its segment, the second of two, has 32 MiB. What the first had is given back by a thread.
+    # Its segment, the second of two, has 32 MiB. A thread frees the first one.
     assert settles_below(before + 64), resident_mib() - before
     assert resident_mib() - before >= 1, resident_mib() - before
     del array, capsule
     gc.collect()
     assert settles_below(before + 16), resident_mib() - before
-    # A capsule that no one takes gives its memory back, too.
+    # A capsule that is not consumed also frees its memory.
     capsules = [each.__dlpack__(max_version=(1, 0)) for each in dmaload.load(sys.argv[1]).values()]
     capsules += [each.__dlpack__() for each in dmaload.load(sys.argv[1]).values()]
     assert resident_mib() - before >= 180
@@ -221,7 +221,7 @@ def test_memory_goes_with_the_last_tensor(disk, programs):
     assert out == "gone\n"
 
 
-def test_five_hundred_loads_leave_nothing_behind(disk, programs):
+def test_five_hundred_loads_leak_nothing(disk, programs):
     path, _ = large(disk / "model.safetensors", 2)
     out = programs.succeed(
         """
@@ -270,14 +270,14 @@ def test_five_hundred_loads_leave_nothing_behind(disk, programs):
         timeout=110,
     )
     kib, descriptors, threads, maps, traced = map(int, out.split())
-    # A load that is being freed in the background may still be there: 2 MiB, a few descriptors.
-    assert kib < 8192, f"{kib} KiB more are resident"
+    # A load may still be being freed in the background: 2 MiB, and a few descriptors.
+    assert kib < 8192, f"{kib} more KiB are resident"
     assert descriptors <= 8 and threads <= 8 and maps <= 40, (descriptors, threads, maps)
-    assert traced < 64 << 10, f"{traced} bytes more are Python's"
+    assert traced < 64 << 10, f"Python has {traced} more bytes"
 
 
-def test_unwritten_bytes_are_never_shown(tmp_path):
-    """Memory that is used again does not show what another load left there."""
+def test_reused_memory_shows_no_old_bytes(tmp_path):
+    """Reused memory does not contain bytes of an earlier load."""
     first = write(tmp_path / "a.safetensors", {"w": tensor("U8", (3 << 20,), 1)})
     for number in range(20):
         assert dmaload.load(first)["w"].numpy()[-1] == tensor("U8", (3 << 20,), 1).data[-1]
@@ -286,7 +286,7 @@ def test_unwritten_bytes_are_never_shown(tmp_path):
         assert memoryview(dmaload.load(second)["w"]).tobytes() == expected.data
 
 
-def test_python_counts_no_reference_too_many(tmp_path):
+def test_exports_leak_no_references(tmp_path):
     path = write(tmp_path / "model.safetensors", {"w": tensor("F32", (300, 100))})
     found = dmaload.load(path)["w"]
     before = sys.getrefcount(found)

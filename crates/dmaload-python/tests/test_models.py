@@ -1,4 +1,4 @@
-"""Whole models: folders with an index, GGUF, a real one, and random files."""
+"""Whole models: folders with an index, GGUF, a real model, and random files."""
 
 import json
 import subprocess
@@ -44,7 +44,7 @@ def test_several_paths_are_one_load(tmp_path):
     assert_same(dmaload.load(paths), tensors)
 
 
-def test_the_index_decides_between_two_of_one_name(tmp_path):
+def test_index_decides_between_duplicate_names(tmp_path):
     first, second = tensor("U8", (64,), 1), tensor("U8", (64,), 2)
     write(tmp_path / "a.safetensors", {"w": first})
     write(tmp_path / "b.safetensors", {"w": second})
@@ -54,7 +54,7 @@ def test_the_index_decides_between_two_of_one_name(tmp_path):
         assert_same(dmaload.load(tmp_path), {"w": expected})
 
 
-def test_selected_tensors_and_no_others(tmp_path):
+def test_only_selected_tensors_are_loaded(tmp_path):
     folder, tensors = sharded(tmp_path / "model")
     chosen = {name: each for name, each in tensors.items() if name.startswith("layers.1.")}
     image = dmaload.load(folder, tensors=["layers.1.*"])
@@ -63,7 +63,7 @@ def test_selected_tensors_and_no_others(tmp_path):
     assert len(dmaload.load(folder, tensors=["layers.{0..1}.bias"])) == 2
 
 
-def test_the_parts_of_ranks_are_the_whole(tmp_path):
+def test_shards_of_all_ranks_form_the_tensor(tmp_path):
     expected = tensor("F32", (13, 6))
     path = write(tmp_path / "model.safetensors", {"w": expected})
     whole = numpy.frombuffer(expected.data, numpy.float32).reshape(13, 6)
@@ -72,7 +72,7 @@ def test_the_parts_of_ranks_are_the_whole(tmp_path):
     assert numpy.concatenate(parts).tobytes() == whole.tobytes()
 
 
-def test_metadata_is_what_the_header_says(tmp_path):
+def test_metadata_equals_the_headers(tmp_path):
     metadata = {"format": "pt", "née": "日本"}
     path = write(tmp_path / "model.safetensors", {"w": tensor("U8", (4,))}, metadata)
     assert dmaload.load(path).metadata() == metadata
@@ -84,7 +84,7 @@ def test_metadata_is_what_the_header_says(tmp_path):
         assert file.metadata() == oracle.metadata()
 
 
-def test_two_hundred_random_files(tmp_path):
+def test_two_hundred_random_files_load(tmp_path):
     total = 0
     for seed in range(200):
         path = tmp_path / "model.safetensors"
@@ -94,7 +94,7 @@ def test_two_hundred_random_files(tmp_path):
         assert image.metadata() == (metadata or {}), seed
         with safe_open(path, "np") as oracle, dmaload.safe_open(path, "numpy") as file:
             assert sorted(file.keys()) == sorted(oracle.keys())
-            # Tensors without bytes have no place of their own.
+            # The order of tensors without bytes is not defined.
             own, other = (
                 [name for name in each.offset_keys() if tensors[name].data]
                 for each in (file, oracle)
@@ -111,7 +111,7 @@ def test_two_hundred_random_files(tmp_path):
     assert total > 1000
 
 
-def test_a_real_model_equals_what_safetensors_reads(real_model):
+def test_real_model_equals_that_of_safetensors(real_model):
     image = dmaload.load(real_model)
     with safe_open(real_model, "np") as oracle:
         names = oracle.keys()
@@ -125,7 +125,7 @@ def test_a_real_model_equals_what_safetensors_reads(real_model):
 
 
 @pytest.mark.parametrize("heap", ["anon", "memfd"])
-def test_any_heap_has_the_same_bytes(tmp_path, heap):
+def test_every_heap_loads_the_same_bytes(tmp_path, heap):
     tensors = {"a": tensor("BF16", (3, 5)), "b": tensor("F8_E5M2", (7,)), "c": tensor("F64", ())}
     path = write(tmp_path / "model.safetensors", tensors)
     image = dmaload.load(path, heap=heap)
@@ -134,7 +134,7 @@ def test_any_heap_has_the_same_bytes(tmp_path, heap):
 
 
 def write_gguf(path):
-    """A file by the format's own package: keys of all kinds, and some blocks of each kind."""
+    """Writes a file with the reference package: all kinds of keys and blocks."""
     source = numpy.random.default_rng(1)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_string("general.name", "a näme")
@@ -147,7 +147,7 @@ def write_gguf(path):
     writer.add_array("ints", [1, 2, 3, 2**20])
     kinds = gguf.GGML_QUANT_SIZES.items()
     for kind, (_, size) in kinds:
-        # The package's size of Q8_1 is not ggml's; no model is stored in it.
+        # The package's size of Q8_1 differs from ggml's. Models are not stored in this type.
         if kind != gguf.GGMLQuantizationType.Q8_1:
             raw = source.integers(0, 255, (5, 3 * size), dtype=numpy.uint8)
             writer.add_tensor(f"t.{kind.name}", raw, raw_shape=raw.shape, raw_dtype=kind)
@@ -157,7 +157,7 @@ def write_gguf(path):
     writer.close()
 
 
-def test_gguf_equals_what_its_own_package_reads(tmp_path):
+def test_gguf_equals_that_of_the_reference_package(tmp_path):
     path = tmp_path / "model.gguf"
     write_gguf(path)
     image = dmaload.load(path)
@@ -177,27 +177,27 @@ def test_gguf_equals_what_its_own_package_reads(tmp_path):
             assert keys[name] == (expected.tolist() if hasattr(expected, "tolist") else expected)
 
 
-def test_an_image_is_a_mapping(tmp_path):
+def test_image_is_a_mapping(tmp_path):
     image = dmaload.load(write(tmp_path / "m.safetensors", {"w": tensor("U8", (4,))}))
     assert isinstance(image, Mapping)
     assert {**image} == dict(image.items()) == {"w": image["w"]}
     assert image["w"] is image.get("w") is next(iter(image.values()))
 
 
-def test_names_formats_and_reports_are_the_command_s(tmp_path, command):
+def test_reports_and_formats_match_the_command(tmp_path, command):
     path = write(tmp_path / "model.safetensors", {"w": tensor("F32", (64, 64))})
     output = subprocess.check_output([command, "load", path, "--heap", "anon", "--json"])
     expected, found = json.loads(output), dmaload.load(path).report()
     for key in ("bytes", "wanted_bytes", "heap", "layout"):
         assert found[key] == expected[key], key
     raw = dmaload.load(path, format="raw")
-    assert list(raw) == [], "raw bytes have no tensors"
+    assert list(raw) == [], "raw files have no tensors"
     assert raw.report()["bytes"] == path.stat().st_size
     with pytest.raises(dmaload.Error):
         dmaload.load(path, format="gguf")
 
 
-def test_streams_give_each_tensor_once_and_in_order(tmp_path):
+def test_stream_yields_each_tensor_once_in_order(tmp_path):
     folder, tensors = sharded(tmp_path / "model")
     with dmaload.stream(folder) as stream:
         found = [(name, memoryview(each).tobytes()) for name, each in stream]
@@ -210,8 +210,8 @@ def test_streams_give_each_tensor_once_and_in_order(tmp_path):
         assert [name for name, _ in stream] == order
 
 
-def test_a_stream_larger_than_its_memory(disk):
-    """64 MiB through 16 MiB: tensors that are dropped make room for those that follow."""
+def test_stream_can_exceed_its_memory_limit(disk):
+    """Streams 64 MiB through 16 MiB: dropped tensors make room for later ones."""
     block = tensor("U8", (1 << 20,))
     tensors = {f"t{number}": Expected("U8", (1 << 20,), block.data) for number in range(64)}
     path = write(disk / "model.safetensors", tensors)

@@ -1,4 +1,4 @@
-"""What the wheel brings besides the extension: the command, types, metadata."""
+"""The wheel's other contents: the command, types, metadata."""
 
 import ast
 import importlib.metadata
@@ -17,7 +17,7 @@ def run(*arguments, **keywords):
     )
 
 
-def test_the_module_is_the_command(tmp_path, command):
+def test_module_runs_the_command(tmp_path, command):
     path = write(tmp_path / "model.safetensors", {"w": tensor("F32", (64, 64))})
     own = run("cat", path)
     assert (own.returncode, own.stdout, own.stderr) == (0, path.read_bytes(), b"")
@@ -50,7 +50,7 @@ def test_ctrl_c_ends_the_command(tmp_path, slow_file):
     assert process.returncode in (-signal.SIGINT, 130), process.returncode
 
 
-def test_the_wheel_is_typed_and_has_the_version_of_the_crate():
+def test_wheel_is_typed_and_has_the_crates_version():
     folder = Path(dmaload.__file__).parent
     assert (folder / "py.typed").exists()
     assert list(folder.glob("**/*.pyi"))
@@ -78,18 +78,18 @@ assert bytes(memoryview(image["w"]))
 
 
 def parameters(function):
-    """The names in a stub's signature, without `self` and the types of an exception."""
+    """Returns the names of a stub's parameters, without `self`."""
     arguments = function.args
     names = [each.arg for each in arguments.posonlyargs + arguments.args + arguments.kwonlyargs]
     return [name for name in names if name != "self"]
 
 
-def test_the_stubs_say_what_is_there():
-    """Every class, method, function and parameter of the native part, in both directions."""
+def test_stubs_match_the_native_module():
+    """Compares all classes, methods, functions and parameters, in both directions."""
     from dmaload import _native
 
     stubs = ast.parse((Path(dmaload.__file__).parent / "_native.pyi").read_text()).body
-    # Protocols that the interpreter shows under other names, or not at all.
+    # The interpreter shows these protocols under other names, or not at all.
     hidden = {"__buffer__", "__enter__", "__exit__", "__init__"}
 
     def check(thing, stub):
@@ -113,7 +113,7 @@ def test_the_stubs_say_what_is_there():
                 check(getattr(kind, method), definition)
 
 
-def test_every_public_thing_has_a_documentation():
+def test_every_public_name_is_documented():
     missing = []
     for name in dmaload.__all__:
         thing = getattr(dmaload, name)

@@ -1,4 +1,4 @@
-"""`safe_open` as programs know it from safetensors, reading no more than it has to."""
+"""`safe_open` behaves like that of safetensors, and reads only what it needs."""
 
 import os
 
@@ -52,7 +52,7 @@ def array_of(expected):
 
 
 @pytest.mark.parametrize("index", SLICES, ids=str)
-def test_slices_are_numpy_s(model, index):
+def test_slices_equal_those_of_numpy(model, index):
     path, tensors = model
     with dmaload.safe_open(path, framework="numpy") as file:
         for name in ("w", "half"):
@@ -71,7 +71,7 @@ def test_slices_equal_those_of_safetensors(model):
                 try:
                     expected = oracle.get_slice(name)[index]
                 except Exception:
-                    # What it has no answer to is compared with NumPy above.
+                    # Slices that safetensors refuses are compared with NumPy above.
                     continue
                 found = file.get_slice(name)[index]
                 assert found.shape == expected.shape, (name, index)
@@ -83,19 +83,19 @@ def test_slices_equal_those_of_safetensors(model):
 @pytest.mark.parametrize(
     "index", [numpy.s_[8], numpy.s_[-9], numpy.s_[:, 5], numpy.s_[0, 0, 0, 0]]
 )
-def test_an_index_that_is_not_there(model, index):
+def test_index_out_of_range_is_refused(model, index):
     path, _ = model
     with dmaload.safe_open(path, framework="numpy") as file:
         with pytest.raises((IndexError, dmaload.InvalidInputError)):
             file.get_slice("w")[index]
 
 
-def test_the_methods_of_safetensors(model):
+def test_methods_match_those_of_safetensors(model):
     path, tensors = model
     own = {name for name in dir(safe_open) if not name.startswith("_")}
     assert own <= set(dir(dmaload.safe_open))
     with safe_open(path, "np") as oracle, dmaload.safe_open(path, framework="np") as file:
-        # In the order of the header or not, `keys` are the same names; by offset, the same order.
+        # `keys` has the same names in any order, `offset_keys` also the same order.
         assert sorted(file.keys()) == sorted(oracle.keys()) == sorted(tensors)
         assert file.offset_keys() == oracle.offset_keys()
         assert file.metadata() == oracle.metadata() == {"format": "np"}
@@ -108,12 +108,12 @@ def test_the_methods_of_safetensors(model):
             own, other = file.get_slice(name), oracle.get_slice(name)
             assert own.get_shape() == other.get_shape()
             assert own.get_dtype() == other.get_dtype()
-    # Without `with`, too, and by position.
+    # Also without `with`, and with positional arguments.
     file = dmaload.safe_open(str(path), "numpy", "cpu")
     assert file.get_tensor("line").tolist() == array_of(tensors["line"]).tolist()
 
 
-def test_a_closed_file_is_closed(model):
+def test_closed_file_cannot_be_read(model):
     path, _ = model
     file = dmaload.safe_open(path, framework="numpy")
     with file:
@@ -123,10 +123,10 @@ def test_a_closed_file_is_closed(model):
         with pytest.raises((dmaload.Error, ValueError)):
             use()
     del part
-    assert kept.shape == (8, 5, 6), "what was read stays"
+    assert kept.shape == (8, 5, 6), "tensors that were read stay valid"
 
 
-def test_names_that_are_not_there(model):
+def test_unknown_names_are_refused(model):
     path, _ = model
     with dmaload.safe_open(path, framework="numpy") as file:
         for use in (file.get_tensor, file.get_slice):
@@ -134,7 +134,7 @@ def test_names_that_are_not_there(model):
                 use("no-such")
 
 
-def test_frameworks_and_devices_that_are_not_there(model):
+def test_unknown_frameworks_and_devices_are_refused(model):
     path, _ = model
     with pytest.raises((dmaload.Error, ValueError), match="jax-like"):
         dmaload.safe_open(path, framework="jax-like")
@@ -147,7 +147,7 @@ def read_from_storage():
         return next(int(line.split()[1]) for line in file if line.startswith("read_bytes"))
 
 
-def test_only_the_bytes_of_a_slice_are_read(disk):
+def test_slice_reads_only_its_bytes(disk):
     path, tensors = large(disk / "model.safetensors", 64)
     whole = {"big": tensor("F32", (4096, 4096), 3), "after": tensor("F32", (512, 512), 4)}
     big = write(disk / "big.safetensors", whole)
@@ -175,7 +175,7 @@ def test_only_the_bytes_of_a_slice_are_read(disk):
     assert len(tensors) == 64
 
 
-def test_a_file_larger_than_all_memory_opens(disk):
+def test_file_larger_than_memory_can_be_opened(disk):
     sizes = {"small": ("F32", (4,)), "huge": ("F32", (1 << 21, 1 << 18)), "last": ("U8", (100,))}
     path = sparse(disk / "model.safetensors", sizes)
     assert path.stat().st_size > 2 << 40
@@ -189,7 +189,7 @@ def test_a_file_larger_than_all_memory_opens(disk):
     os.unlink(path)
 
 
-def test_slices_of_all_types(tmp_path):
+def test_every_type_can_be_sliced(tmp_path):
     whole = [name for name in BITS if BITS[name] >= 8]
     path = write(tmp_path / "m.safetensors", {name: tensor(name, (9, 4)) for name in whole})
     with dmaload.safe_open(path, framework="numpy") as file:
@@ -199,8 +199,8 @@ def test_slices_of_all_types(tmp_path):
             assert file.get_slice(name)[2:5].tobytes() == expected[2 * size : 5 * size], name
 
 
-def test_nothing_is_cut_within_what_is_given_as_bytes(tmp_path):
-    """Of blocks that NumPy has no type for, only whole rows can be cut."""
+def test_tensors_read_as_bytes_are_cut_only_at_rows(tmp_path):
+    """If NumPy has no type for a tensor's blocks, slices must select whole rows."""
     values = gguf.quants.quantize(
         numpy.ones((4, 64), numpy.float32), gguf.GGMLQuantizationType.Q4_0
     )
@@ -226,7 +226,7 @@ def test_nothing_is_cut_within_what_is_given_as_bytes(tmp_path):
                 cut[index]
 
 
-def test_a_folder_reads_like_a_file(tmp_path):
+def test_folder_reads_like_a_file(tmp_path):
     folder, tensors = sharded(tmp_path / "model")
     with dmaload.safe_open(folder, framework="numpy") as file:
         for name, expected in tensors.items():
@@ -234,7 +234,7 @@ def test_a_folder_reads_like_a_file(tmp_path):
             assert file.get_slice(name)[1:].tobytes() == file.get_tensor(name)[1:].tobytes()
 
 
-def test_load_file_is_a_dict_of_writable_arrays(model):
+def test_load_file_returns_writable_arrays(model):
     path, tensors = model
     arrays = dmaload.numpy.load_file(str(path))
     assert type(arrays) is dict

