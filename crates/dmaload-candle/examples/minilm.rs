@@ -35,7 +35,8 @@ fn embedding(weights: VarBuilder<'_>) -> Result<Vec<f32>> {
 }
 
 fn main() -> Result<()> {
-    let path = std::env::args().nth(1).context("the model's path is missing: `just candle` downloads a model and passes its path")?;
+    let path =
+        std::env::args().nth(1).context("the model's path is missing: `just candle` downloads a model and passes its path")?;
     let weights = Weights::load(&Loader::new()?, &path, DType::F32, &Device::Cpu)?;
     let ours = embedding(weights.var_builder())?;
     let report = weights.finish()?;

@@ -283,12 +283,17 @@ fn dropped_weights_cancel_the_load_and_free_its_memory() {
     thread::sleep(Duration::from_millis(50));
     assert_eq!(loader.metrics().loads_dropped, 0, "the VarBuilder also holds the load");
     drop(vb);
+    let wait_until = |is_reached: &dyn Fn() -> bool| {
+        let begin = Instant::now();
+        while !is_reached() {
+            assert!(begin.elapsed() < PATIENCE, "{:?}", loader.metrics());
+            thread::sleep(Duration::from_millis(5));
+        }
+    };
+    // The rest is held back until then, so the load cannot finish first.
+    wait_until(&|| loader.metrics().loads_dropped == 1);
     gate.open();
-    let begin = Instant::now();
-    while (loader.metrics().loads_dropped, loader.memory_bytes()) != (1, 0) {
-        assert!(begin.elapsed() < PATIENCE, "{:?}", loader.metrics());
-        thread::sleep(Duration::from_millis(5));
-    }
+    wait_until(&|| loader.memory_bytes() == 0);
 }
 
 #[test]
