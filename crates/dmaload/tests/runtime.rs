@@ -65,7 +65,7 @@ fn single_threaded_runtime_keeps_ticking_during_loads() {
         println!("{route}: {ticks} ticks in {took:?}, the worst {worst:?} late");
         // If the load blocked the thread, the ticker would be late most of the time.
         assert!(worst < took / 4, "{route}: a tick was {worst:?} late in {took:?}");
-        assert!(u128::from(ticks) > took.as_millis() / 8, "{route}: {ticks} ticks in {took:?}");
+        assert!(u128::from(ticks) > took.as_millis() / 40, "{route}: {ticks} ticks in {took:?}");
     }
 }
 
