@@ -227,7 +227,7 @@ pub enum Error {
         heap: String,
         /// Size of the next allocation.
         wanted_bytes: u64,
-        /// Bytes that can be allocated without waking the OOM killer.
+        /// Bytes that can be allocated without invoking the OOM killer.
         available_bytes: u64,
         /// What sets the limit.
         limit: String,

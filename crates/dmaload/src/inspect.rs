@@ -31,8 +31,8 @@ pub struct Inspected {
     pub tensors: Option<TensorMap>,
 }
 
-/// Reads a file's header and nothing else (and the last byte, on file systems that may state a
-/// wrong length).
+/// Reads only a file's header and, on file systems that may state a wrong length, the bytes that
+/// show where the file ends.
 ///
 /// ```no_run
 /// # async fn example() -> dmaload::Result<()> {

@@ -109,8 +109,8 @@ impl Error {
 const OPEN_FILES: &str = "the limit of open files is reached: raise it (ulimit -n)";
 const ALL_OPEN_FILES: &str = "the machine's limit of open files is reached: raise it (sysctl fs.file-max)";
 
-/// More than the address space of a process on common machines: 2^47 bytes on x86-64, 2^48 on
-/// AArch64.
+/// The address space of a process on x86-64, the smallest among common machines. (On AArch64, it
+/// is 2^48 bytes.)
 const ALL_ADDRESSES: usize = 1 << 47;
 
 /// What to do if memory is refused. The failed step tells what ran out: ENOMEM from mapping means

@@ -25,13 +25,13 @@ pub(crate) struct Found {
     pub(crate) notes: Vec<String>,
 }
 
-/// What determines which files are loaded.
+/// The options that determine which files are loaded.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Choice<'a> {
     pub(crate) format: Format,
-    /// Skip missing parts.
+    /// Whether to skip missing parts.
     pub(crate) allow_missing: bool,
-    /// Treat each path as just the file that it names.
+    /// Whether each path stands for only the file that it names.
     pub(crate) as_one_file: bool,
     /// The selected tensors; `None` for all.
     pub(crate) selector: Option<&'a Selector>,

@@ -126,7 +126,8 @@ impl Folder {
     }
 
     /// Splits these files into those that can be loaded and those that can't, and adds the parts
-    /// that are missing from the sequence to the latter.
+    /// that are missing from the sequence to the latter. Adds a note about safetensors files that
+    /// are not among them.
     pub(super) fn check<'a>(&'a self, names: &[&'a str], notes: &mut Vec<String>) -> (Vec<&'a str>, Vec<Missing>) {
         let (mut kept, mut missing) = (Vec::new(), Vec::new());
         for name in names {

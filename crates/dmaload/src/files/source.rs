@@ -41,7 +41,7 @@ pub(crate) struct SourceFile {
     pub(crate) part: Option<Range<u64>>,
 }
 
-/// What to load.
+/// One of the caller's inputs: a path, a part of the file at a path, or an open file.
 #[derive(Debug, Clone)]
 pub(crate) enum Input {
     Path(PathBuf),
@@ -175,7 +175,7 @@ struct Attributes {
     file_type: FileType,
     alignment_bytes: u64,
     device: Device,
-    /// `statx(2)` was refused, so these attributes may come from a cache.
+    /// Whether `statx(2)` was refused. If so, these attributes may come from a cache.
     from_cache: bool,
 }
 
@@ -249,7 +249,7 @@ pub(crate) struct OpenFile {
     /// Why a ring must not read it; see [`crate::files::file_system`].
     pub(crate) ring_refused: Option<(Attempt, Errno)>,
     buffered_ring_refused: Option<(Attempt, Errno)>,
-    /// Whether the page cache is as trustworthy as the file.
+    /// Whether the page cache is as trustworthy as storage.
     cache_is_witness: bool,
     /// Whether readahead is off for `buffered`.
     is_quiet: AtomicBool,
@@ -265,8 +265,8 @@ pub(crate) struct OpenFile {
 const DEFAULT_ALIGNMENT_BYTES: u64 = 4096;
 
 impl OpenFile {
-    /// Holds `place` until the file is closed. If the file already holds one, it is for the same
-    /// place, and the new one is dropped.
+    /// Holds `place`, the file's place among open files, until the file is closed. A file needs
+    /// only one: if it already holds one, drops the new one.
     pub(crate) fn hold(&self, place: impl Any + Send + Sync) {
         drop(self.place.set(Box::new(place)));
     }
@@ -493,8 +493,8 @@ fn kind_of(file_type: FileType) -> Option<&'static str> {
 /// Opens a regular file again by its descriptor, so it is the same file even if its path now names
 /// another. Without procfs, opens it by path and compares the two.
 ///
-/// The description must not have `O_NONBLOCK`. Otherwise io_uring calls file systems without
-/// `FMODE_NOWAIT` on the ring thread, which then blocks, and miscounts after a short read.
+/// The open file description must not have `O_NONBLOCK`. Otherwise io_uring calls file systems
+/// without `FMODE_NOWAIT` on the ring thread, which then blocks, and miscounts after a short read.
 fn reopen(found: &OwnedFd, path: &Path, flags: OFlags) -> std::result::Result<OwnedFd, Errno> {
     use std::os::fd::AsRawFd;
     let flags = flags | OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOCTTY;

@@ -96,15 +96,16 @@ fn whole_number(value: &Value<'_>) -> Option<u64> {
     }
 }
 
-/// Which parts belong together.
+/// Identifies the parts that belong together.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Set {
     /// Parts that were found together.
     Model(usize),
-    /// Parts that the caller named one by one, by their folder and the first part's name.
+    /// Parts that the caller named one by one, identified by their folder and the first part's
+    /// name.
     Named(Option<PathBuf>, String),
-    /// Parts that the caller named one by one, and whose names are not those of parts, by their
-    /// count.
+    /// Parts that the caller named one by one and whose file names are not those of parts,
+    /// identified by their count.
     Unnamed(u64),
 }
 

@@ -111,8 +111,8 @@ impl Files {
         file.segments.push(segment.clone());
     }
 
-    /// The number of the file that contains this tensor and the tensor's position in that file's
-    /// map, or the error if no file contains it.
+    /// Returns two numbers: that of the file that contains this tensor, and the tensor's position
+    /// in that file's map. Returns the error if no file contains it.
     ///
     /// # Errors
     /// The event to wait for before this can be decided.

@@ -43,7 +43,8 @@ impl Feed {
         }
     }
 
-    /// Why this load's tensors can't be delivered one by one within the loader's memory limit.
+    /// Why this load's tensors can't be delivered one by one within the loader's memory limit;
+    /// `None` if they can.
     pub(super) fn tensor_over_limit(&self) -> Option<Error> {
         self.shared.as_ref().and_then(|shared| shared.tensor_over_limit.get().cloned())
     }

@@ -44,7 +44,7 @@ pub struct Load {
     failure_returned: bool,
 }
 
-/// What has arrived of a load, shared by all its waiters.
+/// The feed of a load and what has arrived from it, shared by all waiters.
 #[derive(Debug)]
 struct Inbox {
     feed: Feed,

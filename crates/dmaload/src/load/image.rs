@@ -379,8 +379,9 @@ impl Tensor {
         segment.ok_or_else(|| Error::Straddles { tensor: self.name().to_owned(), segments: numbers.len() })?.hand_out_dma_buf()
     }
 
-    /// The tensor's places in memory, in order: one part for each segment that holds some of it,
-    /// or for each of its rows if it is not contiguous. An empty tensor has none.
+    /// The tensor's places in memory, in order: one part for each segment that holds some of it.
+    /// If the tensor is not contiguous, each of its rows has its own parts. An empty tensor has
+    /// none.
     pub fn parts(&self) -> Vec<TensorPart> {
         self.part.rows.iter().flat_map(|row| self.parts_of(row)).collect()
     }

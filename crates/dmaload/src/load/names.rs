@@ -46,8 +46,8 @@ impl Names {
         Names { files, indices, sorted }
     }
 
-    /// The number of the file that contains this tensor and the tensor's position in that file's
-    /// map.
+    /// Returns two numbers: that of the file that contains this tensor, and the tensor's position
+    /// in that file's map.
     ///
     /// # Errors
     /// Those of [`crate::Image::tensor`].

@@ -11,15 +11,15 @@ use crate::options::load::LoadOptions;
 
 /// A requested load: what to load and how. Created by [`Loader::load`](crate::Loader::load).
 ///
-/// Nothing is opened or read until it is consumed in one of these ways:
+/// Nothing is opened or read until the request is consumed in one of these ways:
 ///
 /// - `.await` returns the [`Image`](crate::Image): everything. All of it is in memory at once.
 /// - [`start`](Self::start) returns a [`Load`]: progress, single tensors by name while the rest is
 ///   read, and the image. Everything is in memory at once.
 /// - [`segments`](Self::segments) yields each segment, in order, as soon as it is complete. Memory
 ///   holds what the consumer keeps plus what the load has read ahead.
-/// - [`tensors`](Self::tensors) yields each tensor, in order, as soon as it is complete, and needs
-///   as little memory.
+/// - [`tensors`](Self::tensors) yields each tensor, in order, as soon as it is complete. Memory is
+///   bounded in the same way.
 ///
 /// ```no_run
 /// # async fn example(loader: dmaload::Loader) -> dmaload::Result<()> {

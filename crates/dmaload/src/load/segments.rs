@@ -65,7 +65,8 @@ impl Segments {
         self.feed.progress()
     }
 
-    /// Why this load's tensors can't be delivered one by one within the loader's memory limit.
+    /// Why this load's tensors can't be delivered one by one within the loader's memory limit;
+    /// `None` if they can.
     pub(super) fn tensor_over_limit(&self) -> Option<Error> {
         self.feed.tensor_over_limit()
     }

@@ -58,9 +58,9 @@ impl Source {
     /// package or another container.
     ///
     /// The range need not begin at a block boundary; the rest of its first and last block is read
-    /// as well. A range can't be verified or observed. A load of several files with a range fails
-    /// with [`Error::Config`], and a load of a file that ends before the range does fails with
-    /// [`Error::Selection`].
+    /// as well. A range can't be verified or observed. The load fails with [`Error::Config`] if it
+    /// has several files, and with [`Error::Selection`] if the range reaches past the end of the
+    /// file.
     #[must_use]
     pub fn range(mut self, range: Range<u64>) -> Self {
         self.range = Some(range);

@@ -83,7 +83,7 @@ impl Backing {
     }
 
     /// Lets forked processes inherit the memory, because devices no longer write to it. If the
-    /// kernel refuses for lack of memory, they don't inherit it.
+    /// kernel refuses for lack of memory, forked processes still don't inherit it.
     pub(crate) fn allow_fork(&self) {
         let holding = self.holding();
         if holding.memory.is_private() {

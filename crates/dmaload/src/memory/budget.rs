@@ -17,8 +17,8 @@
 //!   present |------------------- held by any load ------------------|-- pool --|
 //! ```
 //!
-//! Memory in the pool is not held by any load, but it is still allocated. If it would exceed the
-//! limit together with a new allocation, it is freed first.
+//! Memory in the pool is not held by any load, but it is still allocated. If pooled
+//! memory and a new allocation together would exceed the limit, pooled memory is freed first.
 //!
 //! Does only the bookkeeping; the scheduler decides which loads wait.
 
@@ -168,8 +168,8 @@ impl<L: PartialEq> Budget<L> {
         self.pooled += bytes;
     }
 
-    /// Removes memory from the pool, because it was freed or because a load that has taken as much
-    /// reuses it.
+    /// Removes memory from the pool: it was freed, or a load reuses it, which has already taken as
+    /// much from the budget.
     ///
     /// # Panics
     /// If more is removed than the pool has.

@@ -22,8 +22,8 @@ pub(crate) struct Headroom {
     pub(crate) place: PathBuf,
 }
 
-/// The memory that is available now. `None` if no limit can be read (no procfs); then no
-/// allocation is refused.
+/// The memory that is available now, minus [`MARGIN_BYTES`]. `None` if no limit can be read, for
+/// example without procfs; then no allocation is refused.
 pub(crate) fn headroom() -> Option<Headroom> {
     const MACHINE: &str = "/proc/meminfo";
     let machine = read_to_string(MACHINE).ok().as_deref().and_then(available_in_meminfo);

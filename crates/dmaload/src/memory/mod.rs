@@ -21,8 +21,8 @@
 //! Allocates and maps memory through `dmabuf`, and reads the available memory from procfs, sysfs
 //! and cgroups; where these can't be read, only the loader's own limits apply. Opens no model
 //! files and does not depend on the ring. Memory that the kernel may still write to is leaked,
-//! never freed; all other memory is freed by the reaper's thread, which ends with the last
-//! allocation.
+//! never freed; all other memory is freed by the reaper's thread, which runs until the loader and
+//! its last allocation are dropped.
 
 pub(crate) mod backing;
 pub(crate) mod budget;

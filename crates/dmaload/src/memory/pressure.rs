@@ -15,8 +15,8 @@ use crate::memory::headroom::own_cgroups;
 /// only use windows that are multiples of 2 s.
 const TRIGGER: &[u8] = b"some 150000 2000000\0";
 
-/// Opens the pressure file of this process's cgroup, or of the machine. `None` if neither exists
-/// or accepts the trigger.
+/// Opens the first pressure file that accepts the trigger: that of this process's cgroup, of one
+/// of its ancestors, or of the machine. `None` if none does.
 pub(crate) fn open() -> Option<File> {
     let own = own_cgroups().into_iter().rev().map(|folder| folder.join("memory.pressure"));
     own.chain([Path::new("/proc/pressure/memory").to_owned()]).find_map(|path| {

@@ -77,7 +77,7 @@ unsafe impl Send for PrivateMemory {}
 unsafe impl Sync for PrivateMemory {}
 
 impl PrivateMemory {
-    /// Creates private memory of the bytes `range` of the file, which these segments hold.
+    /// Creates private memory from the bytes `range` of the file, which these segments hold.
     ///
     /// # Errors
     /// Those of [`crate::ImageFile::private_memory`].

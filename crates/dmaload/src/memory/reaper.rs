@@ -68,7 +68,7 @@ impl Holding {
     }
 }
 
-/// Holdings that wait to be freed, last in first out.
+/// Holdings that are waiting to be freed, last in first out.
 #[derive(Debug, Default)]
 struct Stack {
     head: Option<Box<Holding>>,
@@ -343,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn pool_keeps_the_newest_and_returns_by_size() {
+    fn pool_evicts_the_oldest_and_reuses_the_newest_of_a_size() {
         let reaper = Reaper::without_thread();
         let range = AddressRange::reserve(16 * 4096).unwrap();
         reaper.release(holding(&range, 0, true));
@@ -367,7 +367,7 @@ mod tests {
         assert_eq!(Arc::strong_count(&range), 1, "all of it is freed");
     }
 
-    /// The least CPU time that `work` takes on a pool of `count` pages.
+    /// The minimum CPU time that `work` takes on a pool of `count` pages, out of five runs.
     fn best_time(count: usize, work: impl Fn(&Reaper, &Arc<AddressRange>)) -> Duration {
         let range = AddressRange::reserve((count + 1) * 4096).unwrap();
         let times = [(); 5].map(|()| {

@@ -37,7 +37,7 @@ struct Inner {
     backing: Arc<Backing>,
 }
 
-/// What a segment holds, and where.
+/// The contents of a segment, and their place in the file and in memory.
 #[derive(Debug)]
 pub(crate) struct Placement {
     pub(crate) index: usize,
@@ -86,7 +86,7 @@ impl Segment {
         self.0.place.file_index
     }
 
-    /// The path of the file, as the caller gave it.
+    /// The path of the file, as given or as found in the given folder.
     pub fn path(&self) -> &Path {
         &self.0.place.path
     }
@@ -183,7 +183,7 @@ impl Segment {
     /// dropped.
     ///
     /// # Errors
-    /// [`Error::Memory`] when the kernel refuses the access.
+    /// [`Error::Memory`] if the kernel refuses the access.
     pub fn cpu_access(&self) -> Result<SegmentAccess<'_>> {
         let bytes = self.len() as u64;
         let begin = |dma_buf: &DmaBuf| dma_buf.begin_cpu_access(Access::Read);
@@ -231,17 +231,17 @@ impl Segment {
         (part.rows.count == 1 && start < end).then(|| at(start)..at(end))
     }
 
-    /// The name of the heap that its memory comes from.
+    /// The name of the heap that allocated the segment's memory.
     pub(crate) fn heap(&self) -> &str {
         &self.0.heap
     }
 
-    /// Its memfd, without handing it out.
+    /// The segment's memfd, without handing it out.
     pub(crate) fn memfd(&self) -> Option<&Memfd> {
         self.0.backing.memfd()
     }
 
-    /// Whether its memory is anonymous, so only this process can access it.
+    /// Whether the segment's memory is anonymous, so only this process can access it.
     pub(crate) fn is_anonymous(&self) -> bool {
         let (_, memory) = self.0.backing.parts();
         memory.is_private()

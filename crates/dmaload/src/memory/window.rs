@@ -109,7 +109,7 @@ impl<L: Clone + PartialEq> Holders<L> {
         self.taken
     }
 
-    /// How much this load holds, and its file system.
+    /// How much this load holds, and how much all loads hold for files on this file system.
     pub(crate) fn held_by(&self, load: &L, file_system: u64) -> Held {
         let mut held = Held::default();
         for (other, from, amount) in &self.held {

@@ -295,7 +295,8 @@ impl LoadOptions {
     }
 }
 
-/// A segment is a whole number of huge pages, so two segments never share a 2 MiB extent.
+/// The unit of segment sizes: a huge page, so two segments never share one. A smaller limit of
+/// the heap or the importer leads to smaller segments.
 pub(crate) const SEGMENT_STEP_BYTES: u64 = 2 << 20;
 
 /// The size limit of one registered buffer before Linux 7.

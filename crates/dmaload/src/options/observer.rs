@@ -98,7 +98,7 @@ pub trait Verify: Send + Sync + 'static {
         false
     }
 
-    /// What is compared, for the report: `crc32c of each 1048576 bytes`.
+    /// Describes the comparison for the report, for example `crc32c of each 1048576 bytes`.
     fn describe(&self) -> String;
 }
 

@@ -48,7 +48,7 @@ impl fmt::Display for Pattern {
     }
 }
 
-/// Appends every expansion of `before` followed by `rest`.
+/// Expands the braces in `rest`, and appends `before` + each expansion to `into`.
 fn expand(before: String, rest: &str, into: &mut Vec<String>) -> Result<(), String> {
     let Some((literal, braces)) = rest.split_once('{') else {
         if into.len() == ALTERNATIVES_LIMIT {

@@ -14,12 +14,12 @@
 //! them need only a few allocations and can have huge pages. Each begins at a multiple of the
 //! alignment, as direct reads require.
 //!
-//! The plan is made of spans: whole files, or the parts of them that [`select`] selects. What is
-//! said about small files here applies to small spans, too.
+//! The plan is made of spans: whole files, or the parts of them that [`select`] selects. Small
+//! spans are treated like small files.
 //!
-//! Pure: uses no clock and makes no system calls, so the same input always has the same result. It
-//! depends on lengths, headers and options, but not on open files, memory or a ring. A plan is
-//! made before the first read of a load and never changes.
+//! Pure: uses no clock and makes no system calls, so the same input always gives the same result.
+//! It depends on lengths, headers and options, but not on open files, memory or a ring. A plan is
+//! made before any data is read, and never changes.
 
 pub(crate) mod glob;
 pub(crate) mod select;
@@ -138,8 +138,9 @@ pub(crate) struct Piece {
     pub(crate) file_offset: u64,
     /// Number of the file's bytes.
     pub(crate) bytes: u64,
-    /// Length of its memory, at least `bytes`. What lies beyond `bytes` is read too (a direct read
-    /// takes whole blocks) and then zeroed.
+    /// Length of its memory, at least `bytes`. The rest corresponds to offsets beyond the end of
+    /// the file: direct reads include it, because they take whole blocks, and it is zeroed
+    /// afterwards.
     pub(crate) memory_bytes: u64,
 }
 

@@ -51,7 +51,7 @@ impl AffectedTensors {
     }
 }
 
-/// What to read of a file.
+/// The parts of a file to read.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Selected {
     /// Sorted by request order, then by place in the file.

@@ -34,7 +34,7 @@ impl FileTensors {
         }
     }
 
-    /// What to read of the tensor at this position of the map.
+    /// The part to read of the tensor at this position of the map; `None` if none of it is read.
     pub(crate) fn part_at(&self, position: usize) -> Option<TensorSlice> {
         match &self.chosen {
             Some(chosen) => chosen.get(position).map(|chosen| chosen.part.clone()),

@@ -49,7 +49,7 @@ pub struct Report {
     pub pages_refused: Option<Errno>,
     /// How much of the segments' memory came from the pool ([`crate::LoaderBuilder::pool_bytes`]).
     pub reused_bytes: u64,
-    /// The heap.
+    /// The name of the heap.
     pub heap: String,
     /// Why this heap was chosen, unless the caller chose it, and anything unexpected about the
     /// load.
@@ -114,9 +114,9 @@ pub struct Measured {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct FileReport {
-    /// The path, as given.
+    /// The path, as given or as found in the given folder.
     pub path: PathBuf,
-    /// The file's length when the load began, all of which was loaded.
+    /// The file's length when the load began, even if only parts of it were loaded.
     pub bytes: u64,
     /// The lowest route that any of its bytes took.
     pub route: Route,

@@ -146,7 +146,7 @@ pub fn digest(algorithm: Algorithm, bytes: &[u8]) -> Digest {
 #[derive(Clone)]
 pub struct Hasher(HasherState);
 
-// Two of the states are large, and there is only one hasher per file, so the boxes cost nothing.
+// Two of the states are large, so they are boxed. Each chunk then costs one allocation at most.
 #[derive(Clone)]
 enum HasherState {
     Sha256(sha2::Sha256),

@@ -44,7 +44,7 @@ fn wanted_tensors_are_read_with_blocks_and_small_gaps() {
     selector.check_all_matched().unwrap();
     let mut together = Selector::new(&tensors(&["[ac]", "{a,c}"])).unwrap();
     let selected = together.select_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
-    // Two reads, because a MiB lies between them.
+    // Two reads, because 2 MiB lie between them.
     assert_eq!(ranges(&selected).len(), 2);
     assert!(matches!(together.check_all_matched(), Err(Error::NoSuchTensor(unmatched)) if unmatched == "[ac]"));
     let close = Selector::new(&tensors(&["{c,d}"])).unwrap().select_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
