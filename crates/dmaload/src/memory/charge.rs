@@ -13,7 +13,8 @@ pub(crate) trait Ledger: fmt::Debug + Send + Sync {
     fn freed(&self, load: LoadId, held: u64, pooled: u64);
     /// Memory that a load held has moved to the pool.
     fn pooled(&self, load: LoadId, bytes: u64);
-    /// A load reuses `bytes` bytes of pooled memory, and has already taken as much from the budget.
+    /// A load reuses `bytes` bytes of pooled memory, and has already taken as much from the
+    /// budget.
     fn unpooled(&self, bytes: u64);
 }
 
