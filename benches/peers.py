@@ -5,7 +5,7 @@
 
 Reads `prepare`, then `go` from standard input, and answers each with a line of JSON. The
 measurement starts just before the file is opened and ends when every byte is in the caller's
-memory. A loader that returns a mapping is made to read a byte of each page.
+memory. If a loader returns a mapping, the measurement includes reading a byte of each page.
 """
 
 import json

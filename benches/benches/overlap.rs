@@ -17,7 +17,7 @@ const FILE_BYTES: usize = 512 << 20;
 const SEGMENT_BYTES: usize = 16 << 20;
 const ROUNDS: usize = 5;
 
-/// A heap whose allocations take longer.
+/// A heap that sleeps each time before it populates memory.
 #[derive(Debug)]
 struct SlowHeap(Duration);
 

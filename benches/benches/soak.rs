@@ -1,6 +1,6 @@
 //! Hours of use in minutes: several tasks load real files with random sizes, routes, heaps,
-//! cancellations and faults, and compare every byte that they receive. After each period
-//! everything is dropped, and the process must hold no more resources than after the first period.
+//! cancellations and faults, and compare every byte that they receive. After each period,
+//! everything is dropped, and the process must hold no more resources than after the first one.
 //!
 //! `just soak --minutes 30`
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
@@ -25,13 +25,14 @@ const MIB: u64 = 1 << 20;
 /// The number of concurrent tasks.
 const TASKS: u64 = 4;
 const PERIOD: Duration = Duration::from_secs(20);
-/// How much resident memory may grow between two periods: allocator caches and stacks can grow.
+/// How much resident memory may grow after the first period, because allocator caches and stacks
+/// can grow.
 const SLACK_KIB: u64 = 2 << 10;
 /// The C library keeps an arena for each thread, whose growth over half an hour would hide leaks.
 /// A single arena does not.
 const ONE_HEAP: (&str, &str) = ("MALLOC_ARENA_MAX", "1");
 
-/// Eight bytes of a file. Its number and the index of the word determine them.
+/// Eight bytes of a file, determined by the file's number and the word's index.
 fn word(number: u64, index: u64) -> [u8; 8] {
     ((number << 48 | index) ^ 0x5DEE_CE66_D1CE_4E5B).wrapping_mul(0x9E37_79B9_7F4A_7C15).to_le_bytes()
 }
@@ -77,7 +78,7 @@ impl HeapHooks for Failing {
 
 struct World {
     folder: PathBuf,
-    /// Path and length of each file; its number is its index.
+    /// The path and length of each file, by the file's number.
     files: Vec<(PathBuf, u64)>,
     manifest: Arc<Manifest>,
 }
@@ -324,8 +325,8 @@ impl Holdings {
         })
     }
 
-    /// Whether the process holds more than before, apart from the mappings and the memory that an
-    /// allocator may keep.
+    /// Whether the process holds more than before, apart from the mappings and the memory that the
+    /// C library's allocator may keep.
     fn has_grown_since(&self, before: &Holdings) -> bool {
         self.descriptors > before.descriptors
             || self.threads > before.threads
@@ -335,7 +336,7 @@ impl Holdings {
     }
 }
 
-/// Waits until the holdings are back to `before`, or for at most 10 s, and returns them.
+/// Waits until the holdings have not grown since `before`, for at most 10 s, and returns them.
 async fn wait_until_settled(before: Option<&Holdings>) -> Result<Holdings> {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {

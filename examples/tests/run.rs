@@ -115,7 +115,7 @@ fn evict(path: &Path) {
 }
 
 /// Swaps two models a hundred times, with requests in between. The bytes are right, and neither
-/// descriptors nor memory grow. At first one model is cached, and the other is read from storage.
+/// descriptors nor memory grow. Initially, one model is cached, and the other is not.
 #[test]
 fn service_loads_swaps_and_serves_models() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
@@ -145,7 +145,7 @@ fn service_loads_swaps_and_serves_models() {
     assert_eq!(service.request("PUT", "/models/x", "{}").0, 400);
     assert_eq!(service.request("DELETE", "/models/m", "").0, 204);
     assert_eq!(service.request("DELETE", "/models/m", "").0, 404);
-    // SIGINT shuts it down gracefully.
+    // SIGINT shuts the service down gracefully.
     assert!(Command::new("kill").args(["-INT", &service.child.id().to_string()]).status().unwrap().success());
     let mut rest = String::new();
     service.rest.read_to_string(&mut rest).unwrap();

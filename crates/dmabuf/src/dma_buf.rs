@@ -141,7 +141,7 @@ pub struct CpuAccess<'a> {
 }
 
 impl CpuAccess<'_> {
-    /// Ends the access and reports errors, which dropping the guard can't.
+    /// Ends the access and reports errors, which dropping the guard cannot.
     ///
     /// # Errors
     /// The errno of `DMA_BUF_IOCTL_SYNC`.
@@ -154,7 +154,7 @@ impl CpuAccess<'_> {
 impl Drop for CpuAccess<'_> {
     fn drop(&mut self) {
         if !self.ended {
-            // The kernel refuses only a descriptor that is not a dma-buf, or invalid flags.
+            // Fails only if no access was begun, which cannot happen here.
             let _ = self.dma_buf.end_cpu_access(self.access);
         }
     }

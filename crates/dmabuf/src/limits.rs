@@ -1,6 +1,6 @@
 //! Resource limits of this process.
 //!
-//! Uses libc, because rustix assumes that `prlimit64(2)` can't fail. Where a sandbox refuses that
+//! Uses libc, because rustix assumes that `prlimit64(2)` cannot fail. Where a sandbox refuses that
 //! call, the limits are read from procfs.
 #![allow(unsafe_code)]
 

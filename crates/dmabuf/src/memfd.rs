@@ -88,7 +88,7 @@ impl Memfd {
     ///
     /// # Errors
     /// EINVAL before Linux 5.1 ([`Memfd::kernel_seals_writes`]) and for a file that does not
-    /// support seals; EPERM when further seals are forbidden and this one is missing.
+    /// support seals; EPERM when a seal is missing and further seals are forbidden.
     pub fn seal_against_writes(&self) -> Result<(), Error> {
         let wanted = SealFlags::FUTURE_WRITE | SealFlags::GROW | SealFlags::SEAL;
         let has = rustix::fs::fcntl_get_seals(&self.fd)
@@ -107,7 +107,7 @@ impl Memfd {
     }
 
     /// Whether this kernel supports `F_SEAL_FUTURE_WRITE` (Linux 5.1 or later), determined by
-    /// trying it on a scratch memfd. If that memfd can't be created, assumes that it does.
+    /// trying it on a scratch memfd. If that memfd cannot be created, assumes support.
     pub fn kernel_seals_writes() -> bool {
         static KNOWN: OnceLock<bool> = OnceLock::new();
         *KNOWN.get_or_init(|| {

@@ -29,7 +29,8 @@ pub enum Pages {
     Auto,
     /// Small pages only.
     Small,
-    /// 2 MiB pages for every whole 2 MiB extent, or an error.
+    /// 2 MiB pages for every whole 2 MiB extent, or an error. Before Linux 6.7, the result cannot
+    /// be checked, so missing huge pages are not an error.
     Huge,
 }
 
@@ -59,8 +60,8 @@ impl Mapping {
     /// # Errors
     /// ENOMEM or EFAULT when memory runs out (at a cgroup limit, for example); EINVAL when `part`
     /// is unaligned or reaches past the mapping, when `memory` does not back the mapping, and
-    /// before Linux 5.14 for a read-only mapping; ENOTSUP under [`Pages::Huge`] when an extent is
-    /// on small pages.
+    /// before Linux 5.14 for a read-only mapping. Under [`Pages::Huge`], when an extent is on
+    /// small pages: the errno of `MADV_COLLAPSE`, or ENOTSUP if that call reported success.
     pub fn populate(&self, memory: &Memory, part: Range<usize>, pages: Pages) -> Result<Populated, Error> {
         let failed = |errno| Error::from_call("populate memory", part.len(), errno);
         let page = page_bytes();

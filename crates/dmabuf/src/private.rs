@@ -13,8 +13,8 @@ use crate::{Error, Memfd, page_bytes};
 ///
 /// A write changes only the bytes seen through this mapping, not the memfd or its other mappings.
 /// The first write to a page allocates a private copy of the page. A memfd that is sealed against
-/// writes can be mapped this way. In one that is not, later writes by others can show in pages
-/// without a private copy.
+/// writes can be mapped this way. If a memfd is not sealed, later writes by others can appear in
+/// pages that have no private copy yet.
 ///
 /// Dropping it unmaps the addresses and frees the private copies.
 #[derive(Debug)]

@@ -139,9 +139,9 @@ impl Udmabuf {
     /// huge pages.
     ///
     /// In Linux 6.11 to 6.15, `vmap_udmabuf` maps the first page of a folio in place of each of
-    /// its pages (drivers/dma-buf/udmabuf.c; observed on 6.12.117). Programs can't detect this bug
-    /// otherwise, so this is the only place that compares kernel versions. A release that can't be
-    /// parsed counts as affected.
+    /// its pages (drivers/dma-buf/udmabuf.c; observed on 6.12.117). Programs cannot detect this
+    /// bug otherwise, so this is the only place that compares kernel versions. A release that
+    /// cannot be parsed counts as affected.
     pub fn huge_pages_show_wrong_bytes() -> bool {
         is_affected(&rustix::system::uname().release().to_string_lossy())
     }

@@ -29,8 +29,8 @@ const KINDS: [(&str, &[&str], &str); 5] = [
 ];
 
 /// Mounts each file system under `folder` and calls `check` with its description and mount point;
-/// in a guest, also with `folder` itself, which is on ext4. Prints why a file system can't be
-/// mounted on this machine.
+/// in a guest, also with `folder` itself, which is on ext4. If a file system cannot be mounted on
+/// this machine, prints why.
 #[allow(clippy::print_stdout, reason = "reports skipped file systems")]
 pub fn on_each(folder: &Path, mut check: impl FnMut(&str, &Path)) {
     if std::env::var_os("DMALOAD_GUEST").is_some() {

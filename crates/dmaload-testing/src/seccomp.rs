@@ -1,6 +1,6 @@
 //! Makes system calls fail or hang with seccomp filters, which containers and services use too.
 //!
-//! Filters can't be removed. A filter for a whole process therefore needs its own test binary.
+//! Filters cannot be removed. A filter for a whole process therefore needs its own test binary.
 #![allow(unsafe_code, reason = "installs filters")]
 
 use std::io::Error;

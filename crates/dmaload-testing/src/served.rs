@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
-/// The environment variable that tells the server process which folder to serve.
+/// The environment variable with the folder that the server process mounts at.
 const SERVED_FOLDER: &str = "DMALOAD_TEST_SERVED_FOLDER";
 const PATIENCE: Duration = Duration::from_secs(20);
 

@@ -69,8 +69,8 @@ pub struct Table {
 
 /// The gap between columns.
 const GAP: usize = 2;
-/// Minimum width of a shortened first column, which keeps the numbers of layers visible: a line
-/// that is too wide is better than a dozen identical ones.
+/// Minimum width of a shortened first column. Shorter names would lose their layer numbers and
+/// look alike, which is worse than lines that are too wide.
 const SHORTEST: usize = 32;
 
 impl Table {

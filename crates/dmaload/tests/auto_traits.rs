@@ -9,7 +9,7 @@ use futures_core::Stream;
 
 const fn shared<T: Send + Sync + 'static>() {}
 
-/// Callers poll streams through `Pin::new(&mut stream)`, which requires `Unpin`.
+/// Callers can poll streams through `Pin::new(&mut stream)`, which requires `Unpin`.
 const fn polled<T: Stream + Unpin>() {}
 
 #[derive(Debug)]

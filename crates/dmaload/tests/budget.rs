@@ -207,7 +207,7 @@ async fn kept_loads_wait_for_each_other_without_deadlock() {
 /// Pooled memory counts against the limit, is freed for loads that need other sizes, and is reused
 /// by loads of the same size.
 #[tokio::test]
-async fn pool_stays_within_the_limit_and_yields() {
+async fn pool_stays_within_the_limit_and_yields_to_loads() {
     let _alone = ALONE.lock().await;
     let folder = folder();
     let paths = [24, 28].map(|mib: usize| file(folder.path(), &format!("{mib}"), &random_bytes(mib << 20, mib as u64)));

@@ -90,7 +90,7 @@ async fn check_partly_cached_file(what: &str, at: &Path) {
         let expected_cached: u64 = chunks.filter(has).map(|chunk| chunk.end - chunk.start).sum();
         let check = async |loader: &Loader, options: LoadOptions, expected_bytes: u64, how: &str| {
             let how = format!("{what}: {ranges:?}, {how}");
-            // A page that is locked for a moment ends a non-blocking read early.
+            // A page that is locked for a moment ends a non-blocking read early, so load again.
             let mut image = None;
             for attempt in 0..TRIES {
                 if let Err(reason) = cache_only(&path, &ranges) {
@@ -217,7 +217,7 @@ async fn evicted_chunks_are_read_from_storage() {
     }
 }
 
-/// A page that was dirty and mapped writable before the load: the next store into it updates the
+/// If a page is dirty and mapped writable before the load, the next store into it updates the
 /// modification time only if the page was written back in between.
 #[test]
 fn store_into_an_already_dirty_page_fails_the_load() {

@@ -1,5 +1,5 @@
 //! Files that change and heaps that fail during a load: the load is correct or fails with a clear
-//! error, and never returns wrong bytes. Shutdowns amid loads leave no file open.
+//! error, and never returns wrong bytes. Shutdowns during loads leave no file open.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;

@@ -60,8 +60,8 @@ async fn load(loader: &Loader, path: &Path, options: LoadOptions, block: &[u8], 
     for rate in [direct, staged] {
         assert!(rate > 1e6 && rate < 1e12, "{what}: {rate} bytes per second");
     }
-    // The less expected way wins only if it is faster by 3 %, so smaller differences decide
-    // nothing.
+    // The way that is expected to be slower wins only if it is 3 % faster, so the choice is not
+    // asserted for smaller differences.
     if direct > 1.04 * staged {
         assert_eq!(measured.chosen, Way::Direct, "{what}");
     } else if staged > 1.04 * direct {
@@ -84,7 +84,7 @@ async fn both_ways_are_measured_and_the_faster_one_is_taken() {
         let builder = if heap == "memfd" { builder.heap(MemfdHeap { pages }) } else { builder.heap(AnonHeap { pages }) };
         let loader = builder.build().unwrap();
         let mut known = None;
-        // The first three loads measure; after them the choice is settled.
+        // The first three loads measure; the fourth uses the way that the third chose.
         for number in 0..4 {
             // Staged reads are not a fallback, so a strict load may use them.
             let options = options(&loader).strict(number == 1);
@@ -99,7 +99,7 @@ async fn both_ways_are_measured_and_the_faster_one_is_taken() {
     }
 }
 
-/// Slows down populating for copiers, which populate up to 2 MiB at a time, so direct reads win.
+/// Slows down calls that populate up to 2 MiB, as copiers make them, so direct reads win.
 #[derive(Debug)]
 struct SlowExtents;
 

@@ -208,7 +208,7 @@ impl Wake for CountWakes {
     }
 }
 
-/// Waits until a waker was called. Polling earlier would replace the waker.
+/// Waits until a waker has been called. Polling earlier would replace the waker.
 #[track_caller]
 fn wait_until_woken(wakes: &AtomicUsize) {
     let deadline = std::time::Instant::now() + PATIENCE;

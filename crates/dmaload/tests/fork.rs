@@ -17,7 +17,7 @@ use dmaload::{LoadOptions, Loader, Observer, Rejection};
 
 const SEGMENT: usize = 2 << 20;
 
-/// How a child exited.
+/// How a child process ended.
 #[derive(Debug, PartialEq, Eq)]
 enum Ended {
     Exited(i32),
@@ -45,8 +45,8 @@ fn wait_for(pid: i32) -> Ended {
     if libc::WIFSIGNALED(status) { Ended::Signalled(libc::WTERMSIG(status)) } else { Ended::Exited(libc::WEXITSTATUS(status)) }
 }
 
-/// Lets a child compare a byte. The child exits with 0 if the byte is `expected`, and is killed by
-/// a signal if the page is not mapped in it.
+/// Forks a child that compares a byte. The child exits with 0 if the byte is `expected`, and is
+/// killed by a signal if the byte's page is not mapped in it.
 fn child_sees(byte: &u8, expected: u8) -> Ended {
     // SAFETY: `byte` is a valid reference in this process. In the child its page may be unmapped;
     // the read then ends the child by a signal, which the caller tests for.
@@ -118,7 +118,7 @@ async fn loads_are_correct_while_the_process_forks() {
                 std::thread::spawn(move || {
                     let mut children = 0;
                     while !done.load(Ordering::Relaxed) || children < 3 {
-                        // The child shares the pages for as long as it lives: 3 ms.
+                        // The child shares the pages while it lives, for 3 ms.
                         let nap = libc::timespec { tv_sec: 0, tv_nsec: 3_000_000 };
                         // SAFETY: `nap` is a valid timespec, and the second argument may be null.
                         let pid = spawn_child(|| unsafe { libc::nanosleep(&raw const nap, std::ptr::null_mut()) });

@@ -233,7 +233,7 @@ fn finished_and_failed_loads_leak_nothing() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let files = files();
     let scratch = folder();
-    // The first load initialises some things once per process, which are not leaks.
+    // The first load initializes per-process state, which is not a leak.
     runtime.block_on(drop_a_loader_during_a_load(&files));
     std::thread::sleep(Duration::from_millis(500));
     let before = holdings();

@@ -16,7 +16,7 @@ fn sizes() -> Vec<usize> {
 }
 
 #[tokio::test]
-async fn every_size_by_every_route_and_layout_equals_the_file() {
+async fn file_of_any_size_loads_by_every_route_and_layout() {
     let folder = folder();
     let loader = Loader::builder()
         .load_options(LoadOptions::new().segment_bytes(SEGMENT as u64))

@@ -76,7 +76,7 @@ async fn before_linux_5_1_only_built_in_heaps_load() {
     ] {
         let image = builder.build().unwrap().load(&path).await.unwrap();
         assert_same(&image.files()[0].bytes().unwrap(), &bytes, "a built-in heap");
-        // Without the seal, whoever gets the descriptor could write to the memory.
+        // Without the seal, any holder of the descriptor could write to the memory.
         let refused = image.segments()[0].hand_out_memfd().unwrap_err();
         assert!(matches!(&refused, Error::Memory { refusal, .. } if refusal.errno == Errno::EINVAL), "{refused}");
     }

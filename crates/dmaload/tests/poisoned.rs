@@ -1,5 +1,5 @@
-//! A ring that fails during loads is replaced: the running loads fail with the error, later loads
-//! work.
+//! A ring that fails during loads is replaced: the running loads fail with the error, and later
+//! loads work.
 //!
 //! A seccomp filter makes `io_uring_enter` fail. It cannot be removed, so this file has one test,
 //! which runs in its own process.

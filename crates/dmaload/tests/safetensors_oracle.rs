@@ -73,7 +73,7 @@ fn stricter_on_purpose(error: &ModelError) -> bool {
     match error {
         // The README forbids duplicates; the crate lets the last one win.
         ModelError::DuplicateTensor { .. } | ModelError::DuplicateMetadataKey { .. } => true,
-        // The crate's derived deserialiser also accepts an array for a struct and an object for an
+        // The crate's derived deserializer accepts even an array for a struct and an object for an
         // enum.
         ModelError::WrongType { key, .. } => matches!(key, None | Some("dtype")),
         // No tensor library supports such ranks; the crate has no limit.
@@ -588,6 +588,6 @@ fn header_of_200_000_tensors_is_read_the_same() {
     assert_eq!(map.len(), COUNT);
     assert!(map.iter().zip(map.iter().skip(1)).all(|(a, b)| a.file_range.end == b.file_range.start));
     check_agreement(&map, &file).unwrap();
-    // Far above what a slow machine needs without optimisations, far below quadratic time.
+    // Far more than a slow machine needs without optimizations, and far less than quadratic time.
     assert!(parsed < Duration::from_mins(1), "{parsed:?}");
 }

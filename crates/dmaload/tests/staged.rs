@@ -93,7 +93,7 @@ impl HeapHooks for Recorder {
         let thread = std::thread::current().name().unwrap_or_default().to_owned();
         assert!(thread.starts_with(self.thread_prefix), "thread {thread} populated {part:?}");
         assert!(!part.is_empty() && part.end <= mapped.len(), "{part:?} of {} bytes", mapped.len());
-        // Workers populate more at once, ahead of direct reads.
+        // Workers can populate more than an extent at once, ahead of direct reads.
         if self.thread_prefix != ANY {
             assert!(part.len() <= self.extent_bytes, "{part:?} is larger than an extent");
             let (first, last) = (part.start / self.extent_bytes, (part.end - 1) / self.extent_bytes);
@@ -121,7 +121,7 @@ impl HeapHooks for Recorder {
     }
 }
 
-/// Lengths around pages, extents, segments and the limit of small files.
+/// Files with lengths around those of pages, extents and segments, and the limit of small files.
 fn contents() -> Vec<Vec<u8>> {
     let mut lengths = vec![3, 0, 2 * MIB + 1, 4096, 21 * MIB + 4097, 2 * MIB, 512 << 10, (512 << 10) + 5, 17 * MIB];
     lengths.extend([700_000; 50]);

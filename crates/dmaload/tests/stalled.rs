@@ -339,8 +339,8 @@ async fn hanging_load_does_not_stop_others_and_finishes_later() {
         let start = Instant::now();
         plain.load(&loader, &what).await;
         eprintln!("{what}: others took {:?}, {} workers", start.elapsed(), count_workers());
-        // Events arrive with a delay. On a busy machine, files of the other loads can be slow
-        // enough to replace workers, too.
+        // Events arrive with a delay. On a busy machine, files of other loads can be slow enough
+        // that their workers are replaced, too.
         let replaced = || REPLACED.load(Ordering::SeqCst);
         wait_until(|| replaced() + workers_wanted >= count_workers(), &format!("{what}: {} events", replaced()));
         wait_until(

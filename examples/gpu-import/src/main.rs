@@ -1,8 +1,8 @@
 //! Uses a model's segments as buffers of a GPU, without a copy: dma-bufs imported by Vulkan
 //! (`VK_EXT_external_memory_dma_buf`). Compares what the GPU reads with the file.
 //!
-//! `just gpu-import MODEL`. Without a dma-buf heap, Vulkan, or a driver that imports dma-bufs, it
-//! says so and exits with 0.
+//! `just gpu-import MODEL`. If there is no dma-buf heap, no Vulkan, or no driver that imports
+//! dma-bufs, prints the reason and exits with 0.
 #![allow(unsafe_code, reason = "Vulkan")]
 
 use std::ffi::CStr;
@@ -26,10 +26,10 @@ struct Gpu {
 }
 
 impl Gpu {
-    /// The first one, or why there is none.
+    /// Opens the first device that imports dma-bufs. If there is none, returns the reason.
     ///
     /// # Safety
-    /// The loader must outlive it.
+    /// `entry` must outlive the returned value.
     unsafe fn open(entry: &Entry) -> Result<std::result::Result<Gpu, String>> {
         let application = vk::ApplicationInfo::default().api_version(vk::API_VERSION_1_1);
         // SAFETY: the structures outlive the call.
@@ -41,7 +41,7 @@ impl Gpu {
         let mut seen = Vec::new();
         // SAFETY: the instance is alive.
         for physical in unsafe { instance.enumerate_physical_devices()? } {
-            // SAFETY: the device is this instance's.
+            // SAFETY: the physical device belongs to this instance.
             let (properties, extensions) = unsafe {
                 (instance.get_physical_device_properties(physical), instance.enumerate_device_extension_properties(physical)?)
             };
@@ -67,21 +67,21 @@ impl Gpu {
         Ok(Err(if seen.is_empty() { "no Vulkan device".to_owned() } else { seen.join("; ") }))
     }
 
-    /// A memory type among these with these properties.
+    /// Finds a memory type that `allowed` permits and that has the `wanted` properties.
     fn memory_type(&self, allowed: u32, wanted: vk::MemoryPropertyFlags) -> Option<u32> {
-        // SAFETY: the device is this instance's.
+        // SAFETY: the physical device belongs to this instance.
         let memory = unsafe { self.instance.get_physical_device_memory_properties(self.physical) };
         (0..memory.memory_type_count)
             .find(|&index| allowed & 1 << index != 0 && memory.memory_types[index as usize].property_flags.contains(wanted))
     }
 
-    /// What the GPU reads in a segment's dma-buf.
+    /// Returns the bytes that the GPU reads from a segment's dma-buf.
     fn read(&self, segment: &Segment) -> Result<Vec<u8>> {
         let bytes = (segment.memory_offset() + segment.memory_bytes()) as u64;
         let fd = segment.hand_out_owned_dma_buf()?;
         let mut reported = vk::MemoryFdPropertiesKHR::default();
-        // SAFETY: the descriptor is open, and the structures outlive the calls below. Vulkan owns
-        // what it imported.
+        // SAFETY: the descriptor is open, the structures outlive the calls below, and the import
+        // transfers ownership of the descriptor to Vulkan.
         unsafe {
             self.imports
                 .get_memory_fd_properties(DMA_BUF, fd.as_raw_fd(), &mut reported)
@@ -119,12 +119,13 @@ impl Gpu {
         }
     }
 
-    /// Has the GPU copy a buffer, and waits for it.
+    /// Copies a buffer on the GPU, and waits until the copy is complete.
     ///
     /// # Safety
-    /// Both buffers have memory of this size.
+    /// Both buffers must have memory of at least `bytes` bytes.
     unsafe fn copy(&self, from: vk::Buffer, to: vk::Buffer, bytes: u64) -> Result<()> {
-        // SAFETY: everything made here is destroyed here, after the queue is idle.
+        // SAFETY: the structures outlive the calls, and the command pool is destroyed only after
+        // the queue is idle.
         unsafe {
             let pool =
                 self.device.create_command_pool(&vk::CommandPoolCreateInfo::default().queue_family_index(self.family), None)?;
@@ -144,7 +145,7 @@ impl Gpu {
 
 impl Drop for Gpu {
     fn drop(&mut self) {
-        // SAFETY: nothing of the device is in use: each read waits for its end.
+        // SAFETY: the device is idle, because each read waits until its copy is complete.
         unsafe {
             self.device.destroy_device(None);
             self.instance.destroy_instance(None);
@@ -171,7 +172,7 @@ async fn main() -> Result<()> {
             return Ok(());
         }
     };
-    // SAFETY: `entry` is dropped after it.
+    // SAFETY: `entry` outlives `gpu`, because locals are dropped in reverse order.
     let gpu = match unsafe { Gpu::open(&entry)? } {
         Ok(gpu) => gpu,
         Err(reason) => {

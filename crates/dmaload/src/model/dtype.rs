@@ -4,7 +4,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-/// Declares [`DType`] and its properties from one table, so that parsing and formatting can't
+/// Declares [`DType`] and its properties from one table, so that parsing and formatting cannot
 /// disagree.
 macro_rules! dtypes {
     (

@@ -14,9 +14,9 @@ use super::limits::{HEADER_LIMIT_BYTES, RANK_LIMIT};
 /// escaped and shorten long ones, because a hostile file chooses them and a terminal displays
 /// them.
 ///
-/// An `offset` counts bytes of the JSON header, which begins at byte 8 of the file, and says how
-/// far the header had been read when the fault was found. Tensor offsets are relative to the data,
-/// as in the header; ranges are absolute in the file.
+/// An `offset` in a safetensors header is relative to the JSON, which begins at byte 8 of the
+/// file; one in a GGUF header or in an index is relative to the start of the file. Tensor offsets
+/// are relative to the data, as in the header; ranges are absolute in the file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ModelError {
@@ -43,7 +43,7 @@ pub enum ModelError {
         given: usize,
     },
 
-    /// The length prefix leaves no room for any JSON object.
+    /// The header is too short to contain a JSON object.
     #[error("the header's declared length is {header_bytes} bytes; the shortest header, \"{{}}\", has 2")]
     HeaderTooSmall {
         /// The declared length of the JSON header.
@@ -186,8 +186,8 @@ pub enum ModelError {
         found: String,
     },
 
-    /// A number in `shape` or `data_offsets` is negative, not an integer, or beyond 64 bits (in a
-    /// shape, beyond `usize`).
+    /// A number in `shape` or `data_offsets` is negative, not an integer, or does not fit into 64
+    /// bits (in a shape, into `usize`).
     #[error(
         "tensor {}, \"{key}\": {} found, expected an integer from 0 to {max} without fraction or exponent",
         quote(.tensor), printable::text(.found), max = max_number(.key)
@@ -386,7 +386,7 @@ pub enum ModelError {
         reason: String,
     },
 
-    /// A file with the name of a model is empty.
+    /// A file that is named like a model is empty.
     #[error("the file is empty: its download did not begin, or nothing could be written")]
     Empty,
 

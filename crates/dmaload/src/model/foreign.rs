@@ -156,8 +156,8 @@ fn recognize_magic(start: &[u8]) -> Option<ForeignFile> {
     match start {
         _ if is_gguf(start) => Some(ForeignFile::Gguf),
         [b'P', b'K', 3, 4, ..] | [b'P', b'K', 5, 6, ..] => Some(ForeignFile::Zip),
-        // The opcode PROTO, versions 2 to 5. In a checkpoint, the bytes after it are never those
-        // of a valid header length.
+        // The opcode PROTO, versions 2 to 5. The first 8 bytes of a checkpoint never form a valid
+        // header length.
         [0x80, 2..=5, ..] => Some(ForeignFile::Pickle),
         [b'l', b'm', b'g', b'g', ..] | [b't', b'j', b'g', b'g', ..] | [b'f', b'm', b'g', b'g', ..] => {
             Some(ForeignFile::LegacyGgml)
@@ -175,8 +175,8 @@ fn recognize_magic(start: &[u8]) -> Option<ForeignFile> {
     }
 }
 
-/// Recognizes pages and messages in Latin-1 or UTF-16, or with control characters, by their
-/// beginning, which consists of ASCII characters in each case.
+/// Recognizes pages and messages that are in Latin-1 or UTF-16, or contain control characters, by
+/// their first words, which are ASCII characters in each encoding.
 fn recognize_markup(start: &[u8]) -> Option<ForeignFile> {
     let text: Vec<u8> = match start {
         [0xff, 0xfe, rest @ ..] | [0xfe, 0xff, 0, rest @ ..] | [0, rest @ ..] => rest.iter().step_by(2).copied().collect(),

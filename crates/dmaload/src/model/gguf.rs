@@ -26,7 +26,7 @@ use super::map::{self, TensorInfo, TensorMap};
 /// MB.
 pub const HEADER_LIMIT_BYTES: u64 = super::limits::HEADER_LIMIT_BYTES;
 
-/// Maximum number of dimensions. ggml supports four (`GGML_MAX_DIMS`); its format allows more.
+/// Maximum number of dimensions. ggml supports four (`GGML_MAX_DIMS`); the format allows more.
 const RANK_LIMIT: u32 = 8;
 const DEFAULT_ALIGNMENT: u64 = 32;
 
@@ -121,7 +121,7 @@ fn read_tensor(cursor: &mut Cursor<'_>, alignment: u64) -> Result<TensorInfo, St
         let why = format!("tensor {} has rows of {row} elements; {dtype} comes in blocks of {block_elements}", quote(&name));
         return Err(cursor.fault(at, why));
     }
-    // Zeros are left out of the product, so that they can't hide an overflow of the other
+    // Zeros are left out of the product, so that they cannot hide an overflow of the other
     // dimensions.
     let others = shape.iter().filter(|&&dim| dim > 0).try_fold(1_u64, |product, &dim| product.checked_mul(dim as u64));
     let elements = others.map(|others| if shape.contains(&0) { 0 } else { others });

@@ -111,8 +111,8 @@ impl Index {
         Ok(Index { shards, by_tensor })
     }
 
-    /// Whether a text that can't be parsed was probably meant to be an index: an object with a
-    /// `weight_map`, or invalid JSON such as a truncated index. Other valid JSON was not.
+    /// Whether a text that cannot be parsed was probably meant to be an index: an object with a
+    /// `weight_map`, or invalid JSON such as a truncated index. Any other valid JSON was not.
     #[must_use]
     pub fn is_meant(json: &[u8]) -> bool {
         match serde_json::from_slice::<HashMap<String, IgnoredAny>>(json) {
@@ -174,7 +174,7 @@ fn offset_of(json: &[u8], error: &serde_json::Error) -> usize {
     lines.map(<[u8]>::len).sum::<usize>() + error.column()
 }
 
-/// An index. Only one key matters; others are skipped.
+/// The JSON of an index. Only `weight_map` is read; other keys are skipped.
 struct Document {
     weight_map: WeightMap,
 }

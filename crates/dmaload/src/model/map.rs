@@ -22,7 +22,7 @@ pub struct TensorInfo {
 
 /// The tensors of one file, with its metadata.
 ///
-/// Tensors are in file order: by begin, then by end, then (for empty ones) by name. Lookup by name
+/// Tensors are in file order: by start, then by end, then (for empty ones) by name. Lookup by name
 /// is a binary search.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorMap {
@@ -50,7 +50,7 @@ impl TensorMap {
         Self::new(tensors, SafetensorsMetadata::default(), 0)
     }
 
-    /// Moves the model to offset `by` in its file. `None` if a range then overflows 64 bits.
+    /// Shifts all ranges by `by`, the model's offset in its file. `None` if one overflows 64 bits.
     pub(crate) fn shifted(mut self, by: u64) -> Option<Self> {
         for TensorInfo { file_range, .. } in &mut self.tensors {
             *file_range = file_range.start.checked_add(by)?..file_range.end.checked_add(by)?;

@@ -50,7 +50,7 @@ pub enum Sniff {
         /// The rule that it violates.
         why: ModelError,
     },
-    /// Claims to be safetensors, by name or content, but can't be.
+    /// Claims to be safetensors, by name or content, but is not valid.
     Broken {
         /// What is wrong with it.
         error: ModelError,

@@ -254,9 +254,9 @@ fn receive_message(socket: &OwnedFd) -> Result<(Vec<u8>, Vec<OwnedFd>), Errno> {
     Ok((message, descriptors))
 }
 
-/// Interprets the descriptors as a description and allocations.
+/// Takes the descriptors of the description and the allocations, and parses the description.
 fn parse_descriptors(path: &Path, descriptors: Vec<OwnedFd>) -> Result<(Description, Vec<Memory>)> {
-    /// Maximum length of a description. One of a million tensors takes about 200 MB.
+    /// Maximum length of a description. For a million tensors, it takes about 200 MB.
     const DESCRIPTION_LIMIT_BYTES: usize = 256 << 20;
     let mut descriptors = descriptors.into_iter();
     let wrong = |what: String| refuse(path, what);
@@ -297,8 +297,8 @@ fn parse_descriptors(path: &Path, descriptors: Vec<OwnedFd>) -> Result<(Descript
     Ok((description, memories))
 }
 
-/// Plans where to map each allocation. Returns these offsets and the total length; `None` if a
-/// segment reaches past its allocation, or a span would have a gap.
+/// Plans where to map each allocation. Returns the allocations' offsets and the total length;
+/// `None` if a segment reaches past its allocation, or a span would have a gap.
 fn plan_mapping(segments: &[SegmentPlace], lengths: &[usize]) -> Option<(Vec<usize>, usize)> {
     let (mut places, mut end) = (Vec::new(), 0_usize);
     for (number, &bytes) in lengths.iter().enumerate() {
@@ -359,8 +359,8 @@ fn build_image(path: &Path, description: &Description, memories: Vec<Memory>, st
         };
         // SAFETY: the whole allocation is mapped, and bytes beyond the file's are at worst zeros,
         // because a memfd is always initialized. The memfd is sealed against writing
-        // (`Memfd::from_sealed` has checked that), so only a process that mapped it before can
-        // write to it, and `receive` has checked that the server's user is trusted not to. A
+        // (`Memfd::from_sealed` has checked that), so only a process that mapped it before the
+        // seal can write to it, and `receive` has checked that the server's user is trusted. A
         // dma-buf is marked as handed out below, so views of it are never created.
         let segment = unsafe { Segment::new(place, Arc::clone(&heap), Arc::clone(backing)) };
         if description.dma_bufs {
@@ -441,7 +441,7 @@ mod tests {
         assert!(error.ends_with("the image's name has 497 bytes, more than the limit of 496"), "{error}");
     }
 
-    /// The server sends one descriptor after another, each within the timeout.
+    /// The server sends one descriptor at a time, each within the socket's timeout.
     #[test]
     fn slow_server_is_abandoned_at_the_deadline() {
         let folder = tempfile::tempdir().unwrap();

@@ -5,14 +5,14 @@
 //! - Descriptors in flight over a Unix socket count against the *server's* user until they are
 //!   received, even if the connection is closed in the meantime. Above the server's limit of open
 //!   files, the kernel refuses to send more. Only the kernel decides whether descriptors were
-//!   received (`SIOCOUTQ`): a client that confirms too early, or closes its half of the
-//!   connection, is sent nothing more, and its connection is kept until nothing is in flight.
-//!   Until then, its descriptors count against the client's user.
+//!   received (`SIOCOUTQ`). If a client confirms too early, or closes its half of the connection,
+//!   the server stops sending, but keeps the connection until no descriptor is in flight. Until
+//!   then, the descriptors count against the client's user.
 //! - A user has at most [`ClientLimits::descriptors`] in flight, to at most
 //!   [`ClientLimits::receivers`] clients. The user's other clients wait, for at most [`PATIENCE`];
 //!   clients of other users do not.
-//! - When the limit of connections is reached, the user with the most idle connections loses the
-//!   oldest of them to a new one.
+//! - When the limit of connections is reached, a new connection replaces the oldest one of the
+//!   user with the most connections, not counting those with descriptors in flight.
 //! - A transfer takes at most [`TRANSFER_LIMIT`].
 //! - Descriptors sent by clients are refused, or closed on threads that the server never waits for
 //!   ([`super::connection`]).
@@ -67,7 +67,7 @@ enum ClientState {
     Early { request: Vec<u8> },
     /// The client has been receiving an image since `begun`.
     Receiving { published: Arc<Published>, next: usize, unreceived: usize, begun: Instant },
-    /// The client is sent nothing more, but has not yet received this many descriptors.
+    /// The server sends nothing more, but the client has not yet received this many descriptors.
     Draining { unreceived: usize },
 }
 
@@ -95,8 +95,8 @@ impl Client {
         }
     }
 
-    /// Whether the client has to be polled, because no event signals that it can continue: it
-    /// waits for its user's other clients, or for the kernel to report receipt.
+    /// Whether the client has to be polled, because no event signals that it can continue: it is
+    /// waiting for its user's other clients, or draining descriptors that are in flight.
     fn is_polled_by_time(&self) -> bool {
         match self.state {
             ClientState::Receiving { unreceived, .. } => unreceived == 0,
@@ -105,7 +105,7 @@ impl Client {
         }
     }
 
-    /// When the client is dropped, or sent nothing more.
+    /// When the server drops the client, or stops sending to it.
     fn deadline(&self) -> Option<Instant> {
         match self.state {
             ClientState::Silent | ClientState::Early { .. } => Some(self.since + PATIENCE),
@@ -147,7 +147,7 @@ impl Client {
         }
     }
 
-    /// Serves a client once. `others` is what other clients of its user hold.
+    /// Serves the client once. `others` is what other clients of its user hold.
     fn advance(&mut self, shared: &ServerShared, others: HeldByUser, limits: ClientLimits) -> ClientStep {
         if matches!(self.state, ClientState::Draining { .. }) {
             return self.drain();
@@ -178,7 +178,7 @@ impl Client {
             {
                 (*unreceived, self.since) = (0, Instant::now());
             }
-            // The client violates the protocol: it sent a message before it was answered.
+            // The client violates the protocol: it sent a message out of turn.
             (ClientState::Early { .. } | ClientState::Receiving { .. } | ClientState::Draining { .. }, _) => return self.drain(),
         }
         self.send_next(others, limits)
@@ -226,8 +226,8 @@ impl Client {
                 self.since = Instant::now();
                 ClientStep::Wait
             }
-            // The queue is full for now, or the server's user has too many descriptors in flight
-            // elsewhere.
+            // The client's receive queue is full, or the server's user has too many descriptors in
+            // flight.
             Err(Errno::AGAIN | Errno::INTR | Errno::TOOMANYREFS) => ClientStep::Wait,
             Err(_) => ClientStep::LetGo,
         }
@@ -251,7 +251,7 @@ pub(super) fn serve(shared: &ServerShared) {
     let mut clients: Vec<Client> = Vec::new();
     loop {
         let mut watched = vec![PollFd::new(&shared.wake, PollFlags::IN), PollFd::new(listener, PollFlags::IN)];
-        // A half-closed connection is always ready, so draining clients are polled by time
+        // A half-closed connection is always ready, so draining clients are polled at intervals
         // instead.
         let polled = clients.iter().filter(|client| !matches!(client.state, ClientState::Draining { .. }));
         watched.extend(polled.map(|client| PollFd::new(&client.socket, PollFlags::IN)));
@@ -321,7 +321,8 @@ pub(super) fn serve(shared: &ServerShared) {
     }
 }
 
-/// Accepts connections, but not all at once, so that existing clients are served in between.
+/// Accepts at most [`ADMITTED_AT_ONCE`] connections, so that existing clients are served in
+/// between.
 fn admit(shared: &ServerShared, limits: ClientLimits, clients: &mut Vec<Client>) {
     for _ in 0..ADMITTED_AT_ONCE {
         let socket = match accept_with(&shared.listener.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
@@ -334,8 +335,8 @@ fn admit(shared: &ServerShared, limits: ClientLimits, clients: &mut Vec<Client>)
             }
             Err(Errno::AGAIN) => return,
             Err(_) => {
-                // No descriptors, no memory, or a system call filter. The connection stays in the
-                // backlog; without a pause, this thread would spin.
+                // Descriptors or memory have run out, or a system call filter refuses the call.
+                // The connection stays in the backlog; without a pause, this thread would spin.
                 thread::sleep(Duration::from_millis(10));
                 return;
             }
@@ -356,19 +357,19 @@ fn admit(shared: &ServerShared, limits: ClientLimits, clients: &mut Vec<Client>)
     }
 }
 
-/// Closes connections that were not accepted yet, and refuses new ones.
+/// Closes connections that have not been accepted yet, and refuses new ones.
 fn close_pending(shared: &ServerShared) {
     let listener = &shared.listener.socket;
-    // If this fails, they are closed with the listener.
+    // If this fails, pending connections are closed together with the listener.
     let _ = shutdown(listener, Shutdown::Both);
     while let Ok(socket) = accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
         drop(Connection::new(socket, shared.closer.clone()));
     }
 }
 
-/// Of the connections that `may_close` selects, closes the oldest one of the user with the most of
-/// them. Returns `false` if it selects none. Connections with descriptors in flight are kept,
-/// because they track those descriptors.
+/// Closes a connection that `may_close` selects: the oldest one of the user with the most of them.
+/// Returns `false` if there is none. Connections with descriptors in flight are kept, because they
+/// track those descriptors.
 fn make_room(clients: &mut Vec<Client>, may_close: impl Fn(&Client) -> bool) -> bool {
     let may_close = |client: &Client| may_close(client) && client.unreceived() == 0;
     let mut by_user: HashMap<u32, usize> = HashMap::new();

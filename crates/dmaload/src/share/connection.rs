@@ -2,8 +2,8 @@
 //!
 //! A message from any sender can carry descriptors of any kind. A server uses none of them: they
 //! are closed on the thread that receives the message or closes the connection. The last close of
-//! a socket with `SO_LINGER` (`socket(7)`) takes as long as its creator chose, and that of a file
-//! can wait for its file system. Therefore:
+//! a socket with `SO_LINGER` (`socket(7)`) takes as long as its creator chose, and the last close
+//! of a file can wait for its file system. Therefore:
 //!
 //! - Since Linux 6.16, a socket can refuse descriptors (`SO_PASSRIGHTS`, `unix(7)`): sending them
 //!   fails.
@@ -122,7 +122,7 @@ pub(super) struct SlowCloser {
 struct Queue {
     sockets: VecDeque<OwnedFd>,
     threads: usize,
-    /// Number of threads that wait for a socket.
+    /// Number of threads that are waiting for a socket.
     idle: usize,
     closed: bool,
 }
@@ -145,8 +145,8 @@ impl SlowCloser {
         let body = move || closer.run();
         // Not joined, because that would mean waiting for clients.
         if thread::Builder::new().name("dmaload-close".to_owned()).spawn(body).is_err() {
-            // The socket stays queued until another connection starts a thread, or the process
-            // exits.
+            // The socket stays queued until a running thread, or one started for a later
+            // connection, closes it.
             self.queue().threads -= 1;
         }
     }

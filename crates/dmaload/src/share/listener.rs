@@ -83,8 +83,8 @@ impl Listener {
         let private = PrivateFolder::enter(&folder, &name)?;
         after(BindStep::MadeFolder);
         let socket = new_socket().map_err(cannot("create a socket"))?;
-        // The mode that the file gets when the socket is bound, minus the umask. The umask belongs
-        // to the whole process, so it can't be changed here.
+        // Binding the socket gives its file this mode, minus the umask. The umask belongs to the
+        // whole process, so it must not be changed here.
         fchmod(&socket, mode).map_err(cannot("set the mode of a socket"))?;
         private.bind(&socket).map_err(cannot("bind a socket"))?;
         after(BindStep::Bound);
@@ -97,7 +97,8 @@ impl Listener {
         }
         after(BindStep::Found);
         if Mode::from_raw_mode(found.st_mode) & Mode::from_raw_mode(0o777) != mode {
-            // By descriptor, so this affects the checked file and never a link.
+            // Uses the descriptor, so this changes the file that was checked, never a link's
+            // target.
             chmod(proc_path(&file), mode).map_err(cannot("set the socket's mode"))?;
         }
         listen(&socket, BACKLOG).map_err(cannot("listen"))?;
@@ -280,8 +281,8 @@ impl<'a> PrivateFolder<'a> {
 
     /// Moves the new socket to its place.
     fn move_socket_to_place(&self) -> Result<(), String> {
-        // Each retry removes a dead socket, so all fail only if other servers keep being killed
-        // meanwhile.
+        // Each retry removes a dead socket, so all of them fail only if servers keep being killed
+        // in the meantime.
         for _ in 0..8 {
             match self.move_to_place(FRESH) {
                 Ok(()) => return Ok(()),
@@ -338,9 +339,9 @@ impl<'a> PrivateFolder<'a> {
         }
     }
 
-    /// Removes the file in the socket's place if it is `expected`. The file is checked after it
-    /// was moved into the private folder, so no other file can be removed, even if programs that
-    /// ignore the lock replace it.
+    /// Removes the file in the socket's place if it is `expected`. The file is checked only after
+    /// it has been moved into the private folder, so no other file is removed, even if a program
+    /// that ignores the lock replaces it.
     fn remove_if(&self, expected: SocketIdentity) -> Result<(), String> {
         match renameat(self.parent, self.socket, &self.fd, TAKEN) {
             Ok(()) => {}
@@ -377,7 +378,7 @@ fn lock(fd: &OwnedFd) -> Result<bool, String> {
     }
 }
 
-/// Whether the name still belongs to this file.
+/// Whether the name still refers to this file.
 fn is_same(folder: &OwnedFd, name: &OsStr, file: &Stat) -> bool {
     statat(folder, name, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|found| identity(&found) == identity(file))
 }

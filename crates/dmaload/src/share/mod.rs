@@ -18,15 +18,15 @@
 //! Both sides check the peer's credentials (`SO_PEERCRED`): clients must belong to the server's
 //! own user or to a user that it allows, and servers to the client's own user, to root, or to a
 //! user that it trusts. In a user namespace, the overflow id stands for all unmapped users, and is
-//! trusted only if listed explicitly. A client sends one message of at most
-//! [`REQUEST_LIMIT_BYTES`]; one that sends anything else, or nothing for [`PATIENCE`], is
-//! disconnected. One thread serves all clients and never waits for any of them; what a user's
-//! clients hold does not affect other users.
+//! trusted only if listed explicitly. A request has at most [`REQUEST_LIMIT_BYTES`]; a client that
+//! sends an invalid one, or none within [`PATIENCE`], is disconnected. One thread serves all
+//! clients and never waits for any of them; what a user's clients hold does not affect other
+//! users.
 //!
 //! Uses Unix sockets and the descriptors of finished images, but neither the engine's threads nor
-//! model files. Requires segments with descriptors, which anonymous memory lacks, and procfs (see
-//! `listener`). Dropping the [`Server`] removes its socket and then ends its thread; clients that
-//! have attached keep their memory.
+//! model files. Requires segments with descriptors, which anonymous memory lacks, and procfs or
+//! `unshare(CLONE_FS)` (see `listener`). Dropping the [`Server`] ends its thread and then removes
+//! its socket; clients that have attached keep their memory.
 //!
 //! The protocol (version 1, `SOCK_SEQPACKET`): the client sends `dmaload\0`, the version and the
 //! operation (`u32` each, little-endian), and the name of an image (empty to request a server's

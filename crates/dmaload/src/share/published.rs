@@ -51,7 +51,7 @@ impl ServerOptions {
     }
 }
 
-/// Maximum number of allocations of a shared image, whose description takes another descriptor.
+/// Maximum number of allocations of a shared image. The description takes one more descriptor.
 const ALLOCATIONS_LIMIT: usize = DESCRIPTORS_LIMIT - 1;
 
 #[derive(Debug)]

@@ -40,7 +40,7 @@ impl Server {
     /// [`super::PATIENCE`].
     ///
     /// # Errors
-    /// [`crate::Error::Share`] if another process is listening there, or with the kernel's error.
+    /// [`crate::Error::Share`], for instance if another process is listening there.
     pub fn bind(socket: impl AsRef<Path>, options: ServerOptions) -> Result<Self> {
         Server::bind_with(socket.as_ref(), options, refuse_descriptors)
     }
@@ -54,7 +54,7 @@ impl Server {
         let mode = Mode::from_raw_mode(if options.allowed_users.is_empty() { 0o600 } else { 0o666 });
         let listener = Listener::bind(path, mode).map_err(|reason| refuse(path, reason))?;
         let closer = (!refuse_descriptors(listener.socket.as_fd())).then(Arc::default);
-        // A trial query, so that a system call filter that refuses it makes `bind` fail instead of
+        // A trial: if a system call filter refuses this query, `bind` should fail rather than
         // every client.
         is_unreceived(&listener.socket).map_err(|errno| failed("check what clients have received", errno))?;
         let shared = Arc::new(ServerShared {
@@ -89,9 +89,9 @@ impl Server {
     /// sealed, and no pool ever recycles it.
     ///
     /// # Errors
-    /// [`crate::Error::NoDescriptor`] if the memory is not of the kind that is shared;
+    /// [`crate::Error::NoDescriptor`] if the memory is not of the kind that this server shares;
     /// [`crate::Error::Viewed`] if dma-bufs are shared and views of the bytes exist;
-    /// [`crate::Error::Share`] if descriptors run out.
+    /// [`crate::Error::Share`] if descriptors run out, or the image has too many allocations.
     pub fn publish(&self, name: &str, image: Image) -> Result<()> {
         let published = Arc::new(self.shared.prepare(&image)?);
         let before = {
@@ -101,7 +101,7 @@ impl Server {
         };
         // Clients may be waiting for this image.
         self.shared.wake();
-        // Dropped outside the lock, because this may free gigabytes.
+        // Drop the replaced image outside the lock, because this can free gigabytes.
         drop(before);
         Ok(())
     }

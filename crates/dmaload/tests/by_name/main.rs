@@ -172,15 +172,15 @@ impl HeapHooks for HeldAllocations {
     }
 }
 
-/// A sharded tensor is read row by row. Its first and last rows can share disk blocks with its
-/// neighbours and arrive with them; the rows between them are still missing.
+/// A sharded tensor is read row by row. Its first and last rows can share disk blocks with
+/// neighboring tensors and arrive with them while the rows in between are still missing.
 #[tokio::test(flavor = "multi_thread")]
 async fn tensor_shard_waits_for_its_middle_rows() {
     let folder = folder();
     let header = r#"{"a1":{"dtype":"U8","shape":[1000],"data_offsets":[0,1000]},
         "b":{"dtype":"U8","shape":[4000,2048],"data_offsets":[1000,8193000]},
         "a2":{"dtype":"U8","shape":[1000],"data_offsets":[8193000,8194000]}}"#;
-    // The data start 1500 bytes into a block, so "b" starts and ends 2500 bytes into one.
+    // The data starts 1500 bytes into a block, so "b" starts and ends 2500 bytes into one.
     let header = format!("{header:<1492}");
     let data = dmaload_testing::random_bytes(8_194_000, 1);
     let bytes = [&1492u64.to_le_bytes()[..], header.as_bytes(), &data].concat();

@@ -105,7 +105,7 @@ async fn shared_and_inspected_tensors_follow_the_index() {
 }
 
 #[tokio::test]
-async fn index_is_recognised_by_any_of_its_names() {
+async fn index_is_recognized_by_any_of_its_names() {
     for name in [
         INDEX,
         "model.safetensors.index.fp16.json",
@@ -230,7 +230,7 @@ async fn stale_index_and_ignored_files_are_reported() {
 }
 
 #[tokio::test]
-async fn index_with_an_unusual_name_is_recognised_in_a_folder() {
+async fn index_with_an_unusual_name_is_recognized_in_a_folder() {
     let name = "model.index.fp16.json";
     let folder = folder();
     write_files(folder.path(), &[(A, st(&[("a", 1)])), ("fp16.safetensors", st(&[("z", 1)]))]);

@@ -217,7 +217,7 @@ async fn empty_file_with_a_model_name_is_an_error_unless_raw() {
 }
 
 #[tokio::test]
-async fn error_for_a_folder_without_a_model_says_what_is_near() {
+async fn error_for_a_folder_without_a_model_lists_alternatives() {
     let cases: [(Vec<(&str, Vec<u8>)>, &[&str]); 8] = [
         (
             vec![
@@ -261,7 +261,7 @@ async fn files_with_non_utf8_names_are_loaded() {
 }
 
 #[tokio::test]
-async fn gguf_files_ignored_beside_safetensors_are_noted() {
+async fn gguf_files_ignored_alongside_safetensors_are_noted() {
     for files in [vec![("model.safetensors", st(&[("a", 1)]))], vec![(A, st(&[("a", 1)])), (INDEX, index(&[("a", A)]))]] {
         let folder = folder();
         write_files(folder.path(), &files);

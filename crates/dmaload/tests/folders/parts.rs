@@ -66,7 +66,7 @@ async fn missing_parts_are_an_error_unless_allowed() {
 }
 
 #[tokio::test]
-async fn whole_models_load_beside_unfinished_downloads() {
+async fn whole_models_load_alongside_unfinished_downloads() {
     let gg = ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"];
     let cases: [Vec<(&str, Vec<u8>)>; 8] = [
         vec![(A, st(&[("a", 1)])), (B, st(&[("b", 1)])), ("model-00002-of-00002.safetensors.incomplete", vec![1])],
@@ -201,7 +201,7 @@ async fn model_embedded_in_a_file_must_be_whole() {
     }
 }
 
-/// llama.cpp recognises parts by names with five digits; otherwise it relies on the files'
+/// llama.cpp recognizes parts by names with five digits; otherwise it relies on the files'
 /// metadata.
 #[tokio::test]
 async fn unusually_numbered_part_is_never_loaded_as_a_whole_model() {
@@ -243,7 +243,7 @@ async fn unusually_numbered_part_is_never_loaded_as_a_whole_model() {
 }
 
 #[tokio::test]
-async fn part_is_recognised_whatever_its_name() {
+async fn part_is_recognized_regardless_of_its_name() {
     let folder = folder();
     let both = [part(0, 2, 2, &[("a", 1)]), part(1, 2, 2, &[("b", 1)])];
     write_files(folder.path(), &[("blobs/b0", both[0].clone()), ("blobs/b1", both[1].clone()), ("two.gguf", both.concat())]);
@@ -311,7 +311,7 @@ async fn rank_that_loads_a_byte_range_checks_the_whole_model() {
 }
 
 #[tokio::test]
-async fn names_of_a_series_are_recognised_in_any_form() {
+async fn names_of_a_series_are_recognized_in_any_form() {
     for name in [
         "00001-of-00002.safetensors",
         "1-of-2.safetensors",

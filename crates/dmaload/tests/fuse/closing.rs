@@ -57,8 +57,8 @@ async fn files_are_closed_after_a_shutdown_amid_reads() {
     assert_closed_by_others(&mounted, ROUTES.len());
 }
 
-/// Waits until no file is open, and checks that other threads than this one closed at least
-/// `files` files.
+/// Waits until no file is open, and checks that at least `files` files were closed, all by threads
+/// other than this one.
 fn assert_closed_by_others(mounted: &Mounted, files: usize) {
     while mounted.open_files.load(Ordering::SeqCst) > 0 {
         std::thread::sleep(Duration::from_millis(2));

@@ -19,8 +19,8 @@ use crate::common::{folder, random_bytes};
 /// Looking up this name silences [`Manners::NeverAnswersAfterSilence`].
 pub(crate) const SILENCE: &str = "silence";
 const MODEL: INodeNo = INodeNo(2);
-/// The kernel does not cache attributes: after a short answer it would otherwise keep a shortened
-/// length.
+/// The kernel does not cache attributes; otherwise it would keep the shortened length after a
+/// short answer.
 const UNCACHED: Duration = Duration::ZERO;
 /// The kernel caches attributes for a minute, as sshfs and network file systems let it.
 const CACHED: Duration = Duration::from_mins(1);
@@ -28,7 +28,7 @@ const CACHED: Duration = Duration::from_mins(1);
 /// How the server misbehaves.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Manners {
-    /// Opens files with `O_DIRECT`, then fails direct reads with EINVAL.
+    /// Accepts `O_DIRECT` when a file is opened, but fails direct reads with EINVAL.
     RefusesDirect,
     /// Returns at most this many bytes per read.
     AnswersShort(usize),
@@ -140,7 +140,8 @@ impl Filesystem for Model {
 
     fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
         if matches!(self.manners, Manners::RefusesStatfs) {
-            // As servers that do not implement it do. The kernel then cannot report FUSE.
+            // Servers that do not implement `statfs` answer like this. The type of the file system
+            // then cannot be determined.
             reply.error(fuser::Errno::ENOSYS);
         } else {
             reply.statfs(0, 0, 0, 0, 0, 4096, 255, 4096);
@@ -149,7 +150,7 @@ impl Filesystem for Model {
 
     fn open(&self, _: &Request, _: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         self.open_files.fetch_add(1, Ordering::SeqCst);
-        // Bypass the page cache if the reader requests it, so it sees short answers unchanged.
+        // Bypass the page cache if the reader requests that, so the reader sees short answers.
         let always =
             matches!(self.manners, Manners::AnswersShortPastTheCache(_) | Manners::HasNoLength | Manners::StatesLength(_));
         let is_direct = always || flags.0 & libc::O_DIRECT != 0;

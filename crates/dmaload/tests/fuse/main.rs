@@ -77,7 +77,7 @@ async fn refused_first_direct_read_steps_down() {
 /// After a short answer, io_uring can return the same bytes twice (seen on Linux 6.18), so a ring
 /// never reads files that are or may be on FUSE.
 #[tokio::test]
-async fn ring_never_reads_what_may_be_fuse() {
+async fn ring_never_reads_files_that_may_be_on_fuse() {
     for (manners, attempt, errno) in [
         (Manners::FailsAt(usize::MAX), Attempt::RingOnFuse, Errno::EOPNOTSUPP),
         (Manners::RefusesStatfs, Attempt::RingOnUnknown, Errno::ENOSYS),

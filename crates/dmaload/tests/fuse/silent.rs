@@ -185,8 +185,8 @@ async fn silent_loads_do_not_keep_all_open_load_places() {
     loader.shutdown().await.unwrap_err();
 }
 
-/// A read that was sent to a server cannot be cancelled. A read that still waits for a thread can,
-/// and must be: the threads it waits for hang.
+/// A read that was sent to a server cannot be cancelled. A read that is still waiting for a thread
+/// can, and must be, because all threads hang.
 #[tokio::test]
 async fn dropped_silent_load_cancels_reads_that_have_not_started() {
     if !may_mount() {

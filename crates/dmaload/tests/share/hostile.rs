@@ -91,7 +91,7 @@ fn hostile_clients_do_not_stall_other_users() {
     let bytes = random_bytes(10 << 21, 3);
     let model = file(folder.path(), "model.bin", &bytes);
     let mut wrong = Vec::new();
-    // The last hostile client is of the server's own user.
+    // The last hostile user is the server's own.
     for hostile in [MALLORY, STRANGER, alice] {
         for hostility in HOSTILITIES.into_iter().chain([Hostility::AllOfThem]) {
             let socket = folder.path().join(format!("socket{hostile}{hostility:?}"));
@@ -217,7 +217,7 @@ fn many_hostile_users_do_not_stall_others() {
 /// The server disconnects clients that stop responding, and a client that has to wait gets an
 /// error in time.
 #[test]
-fn clients_that_stop_are_disconnected_in_time() {
+fn clients_that_stop_responding_are_disconnected_in_time() {
     if !is_root() {
         return;
     }

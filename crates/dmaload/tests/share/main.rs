@@ -258,7 +258,7 @@ fn shared_memory_bytes() -> u64 {
 }
 
 #[tokio::test]
-async fn processes_share_one_memory_though_others_are_killed() {
+async fn processes_share_memory_even_if_others_are_killed() {
     let folder = folder();
     // DMALOAD_SHARE_MIB=1024 shares 1 GiB.
     let mib: usize = std::env::var("DMALOAD_SHARE_MIB").map_or(256, |mib| mib.parse().unwrap());

@@ -49,7 +49,7 @@ async fn other_users_are_refused_unless_they_are_allowed() {
 }
 
 #[test]
-fn failed_connection_error_says_what_helps() {
+fn connection_error_suggests_a_remedy() {
     let folder = open_folder();
     let refused = |name: &str| attach_blocking(folder.path().join(name), &default_options()).unwrap_err().to_string();
     let _server = Server::bind(folder.path().join("own"), ServerOptions::default()).unwrap();
@@ -64,7 +64,7 @@ fn failed_connection_error_says_what_helps() {
     }
 }
 
-/// The kernel reports the peer's user, also in user namespaces, where all unmapped users appear as
+/// The kernel reports the peer's user even in user namespaces, where all unmapped users appear as
 /// the overflow id.
 #[test]
 fn clients_trust_their_own_user_and_those_they_name() {

@@ -21,7 +21,8 @@ pub(super) struct Cursor<'a> {
     file_bytes: u64,
 }
 
-/// The limit of the GGUF specification: keys have up to 2^16 - 1 bytes.
+/// Maximum length of a key or a tensor's name. The GGUF specification allows keys of up to
+/// 65,535 bytes.
 const TEXT_LIMIT_BYTES: u64 = (1 << 16) - 1;
 
 impl<'a> Cursor<'a> {

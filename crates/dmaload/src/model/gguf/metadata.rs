@@ -1,5 +1,5 @@
 //! Keys and values of a GGUF file. They stay encoded, as in the file, and are decoded on access,
-//! so a hostile array takes no more memory than in the file.
+//! so a hostile array takes no more memory than it does in the file.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -261,7 +261,7 @@ fn next_value<'a>(kind: Kind, bytes: &mut &'a [u8]) -> Option<Value<'a>> {
         Kind::Array => {
             let kind = Kind::from_number(u32::from_le_bytes(front(bytes)?))?;
             let len = u64::from_le_bytes(front(bytes)?);
-            // The header was already checked, so this only finds the end of the array.
+            // The header has already been checked, so this only finds the end of the array.
             let mut cursor = Cursor::new(bytes, bytes.len() as u64);
             skip_array(&mut cursor, kind, len, 0).ok()?;
             let (own, rest) = bytes.split_at_checked(usize::try_from(cursor.position()).ok()?)?;

@@ -1,7 +1,7 @@
 //! Parses the JSON of a header.
 //!
 //! `serde_json` does the tokenizing. The visitors here see each key as it is read, so a duplicate
-//! can't silently replace an earlier key, and they check each tensor as soon as its entry ends.
+//! cannot silently replace an earlier key, and they check each tensor as soon as its entry ends.
 //! Faults other than JSON errors go through [`Reader::refuse`], because `serde`'s errors carry
 //! only text.
 
@@ -63,7 +63,7 @@ struct Reader {
     tensors: Vec<TensorInfo>,
     /// `Some` once the key has been read, even if its value was null.
     metadata: Option<StringPairs>,
-    /// A buffer for the numbers of the current list, from which they are copied at their final
+    /// The numbers of the current list. Reused, so that each shape is allocated once, at its final
     /// size.
     numbers: Vec<u64>,
     /// The value being parsed, for error messages.
@@ -100,7 +100,7 @@ impl Reader {
         json.deserialize_map(self)
     }
 
-    /// Stops parsing because of a fault that `serde` can't express.
+    /// Stops parsing because of a fault that `serde` cannot express.
     fn refuse<E: Error>(&mut self, fault: ModelError) -> E {
         self.fault = Some(fault);
         E::custom("refused")

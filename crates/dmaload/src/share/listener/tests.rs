@@ -32,7 +32,7 @@ fn create_dead_socket(path: &Path) {
     bind(&socket, &SocketAddrUnix::new(path).unwrap()).unwrap();
 }
 
-/// Replaces each file in a folder with a link, as the owner of the folder can.
+/// Replaces each file in a folder with a link, as the folder's owner could.
 fn replace_with_links(folder: &Path, target: &Path) {
     for (number, name) in list_names(folder).into_iter().enumerate() {
         if !name.starts_with("stolen") {
@@ -90,7 +90,7 @@ fn file_in_place_of_the_bound_socket_is_left_alone() {
         |victim, fresh| fs::hard_link(victim, fresh).unwrap(),
         |_, fresh| {
             create_dead_socket(fresh);
-            // A socket of another user, if this process can create one.
+            // Make the socket another user's, if this process may do that; otherwise remove it.
             if geteuid().is_root() {
                 std::os::unix::fs::chown(fresh, Some(12345), None).unwrap();
             } else {
@@ -128,7 +128,7 @@ fn socket_has_its_mode_before_it_is_in_its_place() {
             if step == BindStep::Bound || step == BindStep::Ready {
                 seen.push((step, mode_of(&private.join(FRESH)) & !0o022));
             }
-            // Anyone who sees it can connect.
+            // As soon as the socket is visible, clients can connect.
             assert!(step != BindStep::Placed || (mode_of(&path) == mode.as_raw_mode() && is_served(&path)));
         });
         assert_eq!(seen.len(), 2);
