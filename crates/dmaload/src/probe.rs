@@ -42,9 +42,9 @@ pub struct File {
     /// The result of reading its first block: with `O_DIRECT` if opening it that way succeeded,
     /// otherwise through the page cache. The value is the number of bytes read.
     pub first_read: Result<u64, Errno>,
-    /// Why a load reads the file with threads, never by io_uring ([`Attempt::RingOnFuse`] and the
-    /// like).
-    pub ring_refused: Option<Attempt>,
+    /// Why a load reads the file with threads, never by io_uring: [`Attempt::RingOnFuse`] or the
+    /// like, with the errno that a load reports ([`Attempt::hint`]).
+    pub ring_refused: Option<(Attempt, Errno)>,
     /// Whether io_uring may nevertheless read it through the page cache; a load that measures its
     /// ways of reading then tries this one, too ([`crate::Way::Buffered`]).
     pub buffered_by_ring: bool,
@@ -95,7 +95,7 @@ pub fn file(path: impl AsRef<Path>) -> Result<File> {
         alignment_bytes: file.alignment_bytes,
         open_direct,
         first_read,
-        ring_refused: file.ring_refused.map(|(attempt, _)| attempt),
+        ring_refused: file.ring_refused.map(|(attempt, errno)| (attempt, errno::from_rustix(errno))),
         buffered_by_ring: file.ring_refused.is_some()
             && file.ring_refused_to(Route::UringBuffered).is_none()
             && can_read_buffered(),

@@ -20,7 +20,8 @@ use super::verdict::{direct_refused, memlock_suffices, path_file, too_large};
 
 /// Maximum number of entries to show.
 pub(crate) const SHOWN: usize = 3;
-/// Twice the default window, which leaves as much memory again for everything else.
+/// Less available memory than this is too little. It is twice the default window, so half of it
+/// remains for everything else.
 const LITTLE_MEMORY_BYTES: u64 = 256 << 20;
 /// The size of a realistic model.
 const MODEL_BYTES: u64 = 1 << 30;
@@ -68,22 +69,16 @@ fn needed(facts: &Facts) -> u64 {
     path_file(facts).map_or(0, |file| file.bytes)
 }
 
+const LOCAL: &str = "a local file system (ext4, xfs, btrfs)";
 const LOCAL_FILE_SYSTEMS: &str = "findmnt -t ext4,xfs,btrfs -o TARGET,FSTYPE,AVAIL";
+/// Shows disks and what they are attached to; network devices have no transport.
+const DISKS: &str = "lsblk -o NAME,TYPE,TRAN,SIZE,MOUNTPOINT";
 
 fn direct(facts: &Facts) -> Option<Advice> {
     let Some(errno) = direct_refused(facts) else {
-        let attempt = path_file(facts)?.ring_refused.filter(|_| facts.io_uring.setup.is_ok())?;
-        let why = match attempt {
-            Attempt::RingOnFuse => "FUSE",
-            Attempt::RingOnDevice => "a block device that may stop answering (nbd, rbd, a loop device over FUSE)",
-            Attempt::RingOnStacked => "a file system that stacks on others (overlayfs)",
-            _ => "a file system that is not known to be local",
-        };
-        return Some(Advice::new(
-            format!("keep models on a local file system (ext4, xfs, btrfs): io_uring can't be trusted with {why}"),
-            LOCAL_FILE_SYSTEMS,
-            "reads by io_uring instead of by threads, without a detour",
-        ));
+        let (attempt, errno) = path_file(facts)?.ring_refused.filter(|_| facts.io_uring.setup.is_ok())?;
+        let (change, command) = allow_ring_on_file(attempt, errno);
+        return Some(Advice::new(change, command, "reads by io_uring instead of by threads, without a detour"));
     };
     let mount = facts.path.as_ref().and_then(|path| path.mount.as_ref());
     let kind = mount.map_or("this file system", |mount| mount.file_system.as_str());
@@ -92,6 +87,24 @@ fn direct(facts: &Facts) -> Option<Advice> {
         LOCAL_FILE_SYSTEMS,
         "up to half the time: no page cache, no copy, and nothing else is evicted from memory",
     ))
+}
+
+/// The change after which io_uring can read the file, and its command.
+fn allow_ring_on_file(attempt: Attempt, errno: Errno) -> (String, &'static str) {
+    let (place, command, why) = match (attempt, errno) {
+        (Attempt::RingOnDevice, Errno::EOPNOTSUPP) => {
+            ("a local disk", DISKS, "a block device that may stop answering (nbd, rbd, a loop device over FUSE)")
+        }
+        (Attempt::RingOnDevice, _) => {
+            let change = "mount sysfs at /sys, and keep the file of a loop device where its path can be reached: without that, \
+                          the backing of the block device can't be determined";
+            return (change.to_owned(), "findmnt /sys; losetup --list");
+        }
+        (Attempt::RingOnFuse, _) => (LOCAL, LOCAL_FILE_SYSTEMS, "FUSE"),
+        (Attempt::RingOnStacked, _) => (LOCAL, LOCAL_FILE_SYSTEMS, "a file system that stacks on others (overlayfs)"),
+        _ => (LOCAL, LOCAL_FILE_SYSTEMS, "a file system that is not known to be local"),
+    };
+    (format!("keep models on {place}: io_uring can't be trusted with {why}"), command)
 }
 
 /// The load into the default heap.
@@ -130,7 +143,7 @@ fn ring(facts: &Facts) -> Option<Advice> {
     Some(Advice::new(change, command, gain))
 }
 
-/// How to lift the refusal of io_uring.
+/// The change that allows io_uring, and its command.
 fn allow_ring(cause: Option<&Cause>) -> (String, String) {
     match cause {
         Some(Cause::Sysctl(1)) => {
@@ -283,12 +296,16 @@ mod tests {
         facts.path = Some(PathFacts { path: "m".into(), mount: None, file: Some(file), load: Ok(file.bytes) });
     }
 
+    fn refuse_ring(facts: &mut Facts, attempt: Attempt, errno: Errno) {
+        path(facts, GIB, Ok(()));
+        facts.path.as_mut().and_then(|path| path.file.as_mut()).unwrap().ring_refused = Some((attempt, errno));
+    }
+
     const LITTLE: Change = |facts| facts.memory = Some(MemoryAvailable { bytes: 100 << 20, limit: "MemAvailable".to_owned() });
     const BUFFERED: Change = |facts| path(facts, GIB, Err(Errno::EINVAL));
-    const ON_FUSE: Change = |facts| {
-        path(facts, GIB, Ok(()));
-        facts.path.as_mut().and_then(|path| path.file.as_mut()).unwrap().ring_refused = Some(Attempt::RingOnFuse);
-    };
+    const ON_FUSE: Change = |facts| refuse_ring(facts, Attempt::RingOnFuse, Errno::EOPNOTSUPP);
+    const ON_NETWORK_DEVICE: Change = |facts| refuse_ring(facts, Attempt::RingOnDevice, Errno::EOPNOTSUPP);
+    const ON_UNKNOWN_DEVICE: Change = |facts| refuse_ring(facts, Attempt::RingOnDevice, Errno::ENOENT);
     const SMALL_PAGES: Change = |facts| memfd(facts).page_bytes = Some(4096);
     const NO_RING: Change = |facts| {
         let no = Err(Errno::EPERM);
@@ -322,6 +339,8 @@ mod tests {
             (LITTLE, "ps -eo rss"),
             (BUFFERED, "findmnt"),
             (ON_FUSE, "findmnt"),
+            (ON_NETWORK_DEVICE, "lsblk"),
+            (ON_UNKNOWN_DEVICE, "losetup"),
             (SMALL_PAGES, "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled"),
             (NO_RING, "sysctl -w kernel.io_uring_disabled=0"),
             (SMALL_MEMLOCK, "ulimit -l unlimited"),
@@ -336,6 +355,17 @@ mod tests {
             assert_eq!(advice.len(), 1, "{command}: {advice:#?}");
             assert!(advice[0].command.contains(command), "{command}: {advice:#?}");
         }
+    }
+
+    #[test]
+    fn refused_block_device_is_not_blamed_on_its_file_system() {
+        for (change, start) in
+            [(ON_NETWORK_DEVICE, "keep models on a local disk: "), (ON_UNKNOWN_DEVICE, "mount sysfs at /sys, ")]
+        {
+            let advice = advice_after(&[change]);
+            assert!(advice[0].change.starts_with(start) && !advice[0].change.contains("ext4"), "{advice:#?}");
+        }
+        assert!(advice_after(&[ON_FUSE])[0].change.contains("ext4"));
     }
 
     #[test]
@@ -387,7 +417,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_path_the_refusal_of_the_trial_file_counts() {
+    fn without_a_path_advice_uses_the_trial_files_o_direct_error() {
         let advice = advice_after(&[|facts| {
             let (from, to, reason) = (Route::UringFixedDirect, Route::Buffered, String::new());
             memfd(facts).steps = vec![Step { from, to, attempt: Attempt::OpenDirect, reason, errno: Errno::EINVAL }];

@@ -1,4 +1,4 @@
-//! What refuses io_uring, derived from the errno and the possible causes.
+//! What refuses io_uring, derived from the errno and the circumstances.
 
 use std::fmt;
 
@@ -8,7 +8,7 @@ use dmaload::Errno;
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Circumstances {
     /// `kernel.io_uring_disabled`: 0 allows io_uring, 1 allows it for privileged users and a
-    /// group, 2 forbids it; `None` before Linux 6.6.
+    /// group, 2 forbids it; `None` before Linux 6.6, or without procfs.
     pub(crate) sysctl: Option<u32>,
     /// Whether the value 1 allows io_uring for this process: it has CAP_SYS_ADMIN, or is a member
     /// of `kernel.io_uring_group`.
@@ -30,9 +30,9 @@ pub(crate) enum Cause {
     Lsm(Option<String>),
     /// The kernel does not support it.
     Kernel,
-    /// The limit of locked memory.
+    /// The locked memory limit.
     Memlock,
-    /// Nothing that could be identified.
+    /// The cause could not be identified.
     Unknown,
 }
 
@@ -45,7 +45,8 @@ pub(crate) fn find(errno: Errno, around: &Circumstances) -> Cause {
         (Errno::EPERM, Some(value @ 2..)) => Cause::Sysctl(value),
         (Errno::EPERM, Some(1)) if !around.privileged => Cause::Sysctl(1),
         (Errno::EPERM | Errno::ENOSYS, _) if around.seccomp => Cause::Seccomp,
-        // A filter can return any errno; if a security module is active, it is the likelier cause.
+        // A filter can return any errno; if a security module with a policy is active, it is the
+        // likelier cause.
         (Errno::EACCES, _) if policy.is_none() && around.seccomp => Cause::Seccomp,
         (Errno::EACCES, _) => Cause::Lsm(policy),
         (Errno::ENOSYS, _) => Cause::Kernel,

@@ -20,7 +20,8 @@ use crate::errors;
 pub(crate) struct Facts {
     pub(crate) kernel: String,
     pub(crate) io_uring: probe::IoUring,
-    /// What refuses io_uring, if anything does: setting it up, or else registering memory.
+    /// What refuses io_uring: setting it up or, if that works, registering a buffer table. `None`
+    /// if neither is refused.
     pub(crate) cause: Option<Cause>,
     pub(crate) memlock: Memlock,
     pub(crate) memory: Option<probe::MemoryAvailable>,
@@ -53,7 +54,7 @@ pub(crate) struct PathFacts {
 #[derive(Debug, Clone)]
 pub(crate) struct DmaBuf {
     pub(crate) heap: Option<String>,
-    /// Why that one was chosen, or what is missing.
+    /// Why this heap was chosen, or what is missing.
     pub(crate) reason: String,
 }
 
@@ -111,7 +112,7 @@ impl PathFacts {
                 None => error.to_string(),
             }),
         };
-        // Some C libraries need procfs for this.
+        // In some C libraries, realpath(3) requires procfs.
         let real = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
         let device = (rustix::fs::major(metadata.dev()), rustix::fs::minor(metadata.dev()));
         let mountinfo = fs::read("/proc/self/mountinfo").unwrap_or_default();

@@ -7,8 +7,8 @@
 //!   cause    who refuses io_uring (pure)                 └───► screen, json
 //! ```
 //!
-//! Everything that can be tried is tried, with the engine itself; system files are only read to
-//! explain refusals.
+//! Everything that can be tried is tried, with the engine itself. System files are only read to
+//! explain refusals and to find limits and file systems.
 
 mod advice;
 mod cause;

@@ -1,5 +1,5 @@
-//! Finds the file system of a path in `/proc/self/mountinfo`, which names every kind, whereas
-//! `statfs(2)` reports numbers.
+//! Finds a path's file system in `/proc/self/mountinfo`, which states its type by name;
+//! `statfs(2)` reports only a number.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -35,7 +35,7 @@ fn parse(line: &str) -> Option<(&str, Mount)> {
     Some((device, Mount { point, file_system: kind.split(' ').next()?.to_owned() }))
 }
 
-/// Decodes octal escapes: a blank is encoded as `\040`.
+/// Decodes octal escapes: a space is encoded as `\040`.
 fn unescape(field: &str) -> PathBuf {
     let mut bytes = Vec::with_capacity(field.len());
     let mut rest = field.as_bytes();
@@ -79,7 +79,7 @@ mod tests {
 ";
 
     #[test]
-    fn last_longest_mount_counts_unless_its_device_differs() {
+    fn last_of_the_longest_mounts_wins_unless_its_device_differs() {
         for (path, device, point, kind) in [
             ("/home/x", (254, 0), "/", "ext4"),
             ("/mnt/x", (0, 27), "/mnt", "tmpfs"),

@@ -29,9 +29,9 @@ pub(crate) fn screen(facts: &Facts) -> String {
     );
     rows.add("huge pages", &huge_pages(facts));
     if let Some(path) = &facts.path {
-        rows.add("path", &about(path));
+        rows.add("path", &describe_path(path));
     }
-    rows.add("tried in", &tried(facts));
+    rows.add("tried in", &describe_trial(facts));
     for heap in &facts.trial.heaps {
         rows.add(&format!("  {}", heap.name), &heap_line(heap));
     }
@@ -63,7 +63,7 @@ impl WrappedPairs {
     }
 }
 
-/// Breaks text at blanks into lines of at most `width` characters; a longer word gets its own
+/// Breaks text at spaces into lines of at most `width` characters; a longer word gets its own
 /// line.
 fn wrapped(text: &str, width: usize) -> Vec<String> {
     let mut lines = vec![String::new()];
@@ -143,7 +143,7 @@ fn huge_pages(facts: &Facts) -> String {
     format!("{got}; shmem_enabled={}, enabled={}{denied}", set(shmem_enabled), set(enabled))
 }
 
-fn about(facts: &PathFacts) -> String {
+fn describe_path(facts: &PathFacts) -> String {
     let mount = facts.mount.as_ref();
     let mount = mount.map_or("on an unknown file system".to_owned(), |mount| {
         format!("on {}, mounted at {}", mount.file_system, printable::path(&mount.point))
@@ -163,7 +163,7 @@ fn first_read(file: &dmaload::probe::File) -> String {
     }
 }
 
-fn tried(facts: &Facts) -> String {
+fn describe_trial(facts: &Facts) -> String {
     let folder = match &facts.trial.folder {
         Ok(folder) => format!("{}: 4 MiB written and loaded", printable::path(&folder)),
         Err(reason) => format!("no folder: {reason}"),
@@ -227,7 +227,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_break_at_blanks_and_long_words_stay_whole() {
+    fn lines_break_at_spaces_and_long_words_stay_whole() {
         assert_eq!(wrapped("ab cd ef", 5), ["ab cd", "ef"]);
         assert_eq!(wrapped("a /very/long/path b", 4), ["a", "/very/long/path", "b"]);
         assert_eq!(wrapped("", 4), [""]);

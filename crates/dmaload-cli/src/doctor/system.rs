@@ -46,7 +46,8 @@ pub(crate) fn kernel() -> String {
 pub(crate) struct Modules {
     pub(crate) udmabuf: bool,
     pub(crate) system_heap: bool,
-    /// Whether the list of modules could be read: containers lack that of the host.
+    /// Whether the list of modules could be read: containers usually lack
+    /// the host's.
     pub(crate) known: bool,
 }
 
@@ -71,7 +72,7 @@ impl Modules {
 /// `/proc/self/status`.
 pub(crate) struct Status {
     text: String,
-    /// The effective capabilities, from the kernel.
+    /// The effective capabilities according to `capget(2)`, used without procfs.
     effective: Option<u64>,
 }
 
@@ -88,7 +89,7 @@ impl Status {
     fn has(&self, capability: u32) -> bool {
         match self.field("CapEff").and_then(|set| u64::from_str_radix(set, 16).ok()) {
             Some(set) => set >> capability & 1 == 1,
-            // Without procfs, the capabilities come from the kernel.
+            // Without procfs, the text is empty.
             None => self.text.is_empty() && self.effective.is_some_and(|set| set >> capability & 1 == 1),
         }
     }
@@ -131,7 +132,7 @@ impl Status {
     }
 }
 
-/// The choice in brackets, as in `always [madvise] never`.
+/// Returns the choice in brackets, as in `always [madvise] never`.
 fn chosen(choices: &str) -> Option<String> {
     let (_, rest) = choices.split_once('[')?;
     Some(rest.split_once(']')?.0.to_owned())

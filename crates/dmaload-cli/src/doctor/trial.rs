@@ -30,7 +30,7 @@ pub(crate) struct Trial {
     pub(crate) folder: Result<PathBuf, String>,
     /// Why the file is not in the requested folder.
     pub(crate) elsewhere: Option<String>,
-    /// The results of probing the file, if it could be probed.
+    /// The results of probing the trial file, if it could be probed.
     pub(crate) file: Option<probe::File>,
     pub(crate) heaps: Vec<HeapTrial>,
 }
@@ -69,7 +69,7 @@ pub(crate) struct Step {
 }
 
 impl Trial {
-    /// Loads a trial file in the wanted folder or, if none can be written there, in another one.
+    /// Writes a trial file to the wanted folder or, if that fails, to another one, and loads it.
     /// If no folder works, loads a memfd; if that fails, too (it requires procfs), the beginning
     /// of the file in question.
     pub(crate) fn run(wanted: Option<&Path>, file: Option<&Path>) -> Self {
@@ -110,7 +110,7 @@ impl Trial {
     }
 }
 
-/// Random bytes that differ every time, so that no lower cache layer has seen them.
+/// Returns random bytes that differ in each run, so no lower layer can have cached them.
 fn random_bytes(len: u64) -> Vec<u8> {
     let seeds = RandomState::new();
     (0..len / 8).flat_map(|word| seeds.hash_one(word).to_ne_bytes()).collect()
@@ -127,8 +127,8 @@ fn write_content(scratch: ScratchFile, content: &[u8]) -> Result<ScratchFile> {
     Ok(scratch)
 }
 
-/// Writes a file that needs no folder and exists as long as its descriptor. It can't show whether
-/// direct reads work.
+/// Writes a memfd, which needs no folder and exists as long as its descriptor. It can't show
+/// whether direct reads work.
 fn write_memfd(content: &[u8]) -> Result<(File, PathBuf)> {
     let mut file = File::from(rustix::fs::memfd_create("dmaload-doctor", rustix::fs::MemfdFlags::CLOEXEC)?);
     file.write_all(content)?;
@@ -191,9 +191,9 @@ fn no_dma_heap() -> HeapTrial {
 fn load_and_compare(heap: Arc<dyn Heap>, path: &Path, content: &[u8]) -> Result<Loaded> {
     let exports = heap.exports();
     let loader = Loader::builder().heap(heap).build()?;
-    // The trial tests routes, no matter what is cached.
+    // The trial tests routes, so it must not take bytes from the page cache.
     let mut options = loader.load_options().format(Format::Raw).cache(Cache::Bypass);
-    // Of the file in question, only the beginning is loaded.
+    // Only the beginning of the file in question was read, so no more of it is loaded.
     if fs::metadata(path).is_ok_and(|about| about.len() > content.len() as u64) {
         options = options.range(0..content.len() as u64);
     }

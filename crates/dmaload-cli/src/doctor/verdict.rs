@@ -41,7 +41,7 @@ pub(crate) fn load(facts: &Facts) -> Result<Expected, String> {
     on_heap(facts, "memfd")
 }
 
-/// The same for `dmaload load --dma-buf`.
+/// Like [`load`], for `dmaload load --dma-buf`.
 pub(crate) fn load_dma_buf(facts: &Facts) -> Result<Expected, String> {
     match &facts.dma_buf.heap {
         Some(heap) => on_heap(facts, heap),
@@ -89,9 +89,11 @@ fn expected(facts: &Facts, loaded: &Loaded) -> Expected {
     if let Some(errno) = path_file(facts).and_then(probe::File::direct_refused) {
         route = Route::Buffered;
         because = Some(format!("its file system refuses O_DIRECT: {}", errno.describe()));
-    } else if let Some(attempt) = path_file(facts).and_then(|file| file.ring_refused).filter(|_| route <= Route::PreadDirect) {
+    } else if let Some((attempt, errno)) =
+        path_file(facts).and_then(|file| file.ring_refused).filter(|_| route <= Route::PreadDirect)
+    {
         route = Route::PreadDirect;
-        because = Some(format!("{attempt} is never tried: {}", attempt.hint(Errno::EOPNOTSUPP).unwrap_or_default()));
+        because = Some(format!("{attempt} is never tried: {}", attempt.hint(errno).unwrap_or_default()));
     } else if route == Route::UringFixedDirect && !memlock_suffices(facts) {
         route = Route::UringDirect;
         because = Some("the locked memory limit is too small for uring-fixed-direct".to_owned());
@@ -117,7 +119,7 @@ fn measured(facts: &Facts) -> Vec<Way> {
     [Way::Direct, Way::Staged].into_iter().chain(file.buffered_by_ring.then_some(Way::Buffered)).collect()
 }
 
-/// The file in question.
+/// The file at the path; `None` without a path, or for a folder.
 pub(crate) fn path_file(facts: &Facts) -> Option<&probe::File> {
     facts.path.as_ref()?.file.as_ref()
 }
@@ -136,8 +138,8 @@ fn wanted_bytes(facts: &Facts) -> Option<u64> {
     path.load.as_ref().ok().copied().or_else(named)
 }
 
-/// Whether all the memory that a load of the path, or of a large file without a path, registers at
-/// once can be registered. The trial's file is too small to show that.
+/// Whether a load can register as much memory at once as it would: the whole file, or the window
+/// if the file is larger or no path is given. The trial file is too small to show this.
 pub(crate) fn memlock_suffices(facts: &Facts) -> bool {
     let wanted = path_file(facts).map_or(REGISTERED_BYTES_MAX, |file| file.bytes.min(REGISTERED_BYTES_MAX));
     let allowed = facts.memlock.cap_ipc_lock || facts.memlock.soft_bytes.is_none_or(|limit| wanted <= limit);
@@ -175,20 +177,27 @@ mod tests {
         ring_refused: None,
         buffered_by_ring: false,
     };
+    const ON_FUSE: Option<(Attempt, Errno)> = Some((Attempt::RingOnFuse, Errno::EOPNOTSUPP));
 
     #[test]
-    fn route_is_the_trials_unless_the_path_refuses_it() {
+    fn route_is_that_of_the_trial_unless_the_file_refuses_it() {
         let route = |file| load(&facts_about(file)).map(|expected| expected.route);
         assert_eq!(route(FILE), Ok(Route::UringFixedDirect));
         assert_eq!(route(probe::File { open_direct: Err(Errno::EINVAL), ..FILE }), Ok(Route::Buffered));
         assert_eq!(route(probe::File { first_read: Err(Errno::EINVAL), ..FILE }), Ok(Route::Buffered));
-        assert_eq!(route(probe::File { ring_refused: Some(Attempt::RingOnFuse), ..FILE }), Ok(Route::PreadDirect));
-        assert_eq!(
-            route(probe::File { ring_refused: Some(Attempt::RingOnFuse), open_direct: Err(Errno::EINVAL), ..FILE }),
-            Ok(Route::Buffered)
-        );
+        assert_eq!(route(probe::File { ring_refused: ON_FUSE, ..FILE }), Ok(Route::PreadDirect));
+        assert_eq!(route(probe::File { ring_refused: ON_FUSE, open_direct: Err(Errno::EINVAL), ..FILE }), Ok(Route::Buffered));
         assert!(route(probe::File { first_read: Err(Errno::EIO), ..FILE }).unwrap_err().contains("EIO"));
         assert!(route(probe::File { bytes: 1 << 50, ..FILE }).unwrap_err().contains("do not fit"));
+    }
+
+    #[test]
+    fn hint_on_a_refused_device_depends_on_its_errno() {
+        for (errno, words) in [(Errno::EOPNOTSUPP, "keep models on a local disk"), (Errno::ENOENT, "mount sysfs at /sys")] {
+            let file = probe::File { ring_refused: Some((Attempt::RingOnDevice, errno)), ..FILE };
+            let because = load(&facts_about(file)).unwrap().because.unwrap();
+            assert!(because.contains(words), "{because}");
+        }
     }
 
     #[test]
@@ -202,7 +211,8 @@ mod tests {
         let measured = |file| load(&facts_about(file)).unwrap().measured;
         assert_eq!(measured(FILE), [Way::Direct, Way::Staged]);
         assert_eq!(measured(probe::File { bytes: probe::MEASURED_BYTES_MIN - 4096, ..FILE }), []);
-        let on_nfs = probe::File { ring_refused: Some(Attempt::RingOnOther), buffered_by_ring: true, ..FILE };
+        let on_nfs =
+            probe::File { ring_refused: Some((Attempt::RingOnOther, Errno::EOPNOTSUPP)), buffered_by_ring: true, ..FILE };
         assert_eq!(measured(on_nfs), [Way::Direct, Way::Staged, Way::Buffered]);
     }
 
