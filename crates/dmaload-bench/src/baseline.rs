@@ -3,7 +3,7 @@
 //! This is the baseline of the kernel's "allocate and read" patch series, with a memfd in place of
 //! the dma-buf: shareable memory of the file's size, the file mapped through the page cache, and
 //! one `memcpy` between them, which faults in the pages of both. It is neither tuned nor
-//! slowed down: page sizes are the machine's defaults.
+//! slowed down: it leaves the page size to the kernel.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};

@@ -7,7 +7,7 @@ use std::time::Duration;
 use dmaload::{Report, TraceEvent, TraceKind};
 use serde_json::{Value, json};
 
-/// Points of a curve are at least this fraction of its total apart (1/256): a chart can't show
+/// Points of a curve, except the last, are at least 1/256 of its total apart: a chart can't show
 /// more detail.
 const POINTS: u64 = 256;
 

@@ -1,8 +1,8 @@
 //! The machine: its available memory, which is warmed before each run, and its disk's readahead.
 //!
 //! A virtual machine returns free memory to its host, and getting it back takes seconds per GiB,
-//! so the first run after a pause would measure the host. So before each run, as much memory as
-//! any mode needs is touched and freed.
+//! so the first run after a pause would measure the host. Therefore, as much memory as any mode
+//! needs is touched and freed before each run.
 
 use std::fs;
 use std::io;
@@ -68,7 +68,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn available_memory_can_be_allocate_touched() {
+    fn available_memory_can_be_allocated() {
         assert!(available_bytes() > 0);
         assert_eq!(meminfo_bytes("NoSuchThing"), 0);
         assert_eq!(allocate_touched(1 << 20).unwrap().len(), 1 << 20);

@@ -100,9 +100,9 @@ impl Mode {
         Ok(Mode::Peer(Box::leak(Box::new(Peer { name: name.to_owned(), command: command.to_owned() }))))
     }
 
-    /// The modes to measure: the requested ones or, if there are none, all that load the files
-    /// alone and for the first time; plus `normal` and `limit`, which the others are compared
-    /// with.
+    /// The modes to measure: the requested ones or, if there are none, all except `reuse`, `swap`,
+    /// `at-once` and `verify`, which are measured only on request; plus `normal` and `limit`,
+    /// which the others are compared with.
     pub fn chosen(requested: &[Mode]) -> Vec<Mode> {
         let special = |mode: &Mode| matches!(mode, Mode::Reuse | Mode::Swap | Mode::AtOnce | Mode::Verify);
         let compared_with = |mode: &Mode| matches!(mode, Mode::Normal | Mode::Limit);

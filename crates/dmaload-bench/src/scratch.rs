@@ -6,7 +6,7 @@
 //! - **Enough space.** A demo must not fill up a file system: free space is checked before the
 //!   first byte is written, and a tenth of it stays free.
 //! - **With a name.** A nameless file (`O_TMPFILE`) would need no cleanup, but loaders choose the
-//!   format by the file's extension, and other programs are given the same path. So the file has a
+//!   format by the file's extension, and other programs receive the same path. So the file has a
 //!   name, and a signal thread removes it when the process is interrupted. Only SIGKILL leaves it
 //!   behind; the name `dmaload-PID-…` makes it easy to find.
 
@@ -41,7 +41,7 @@ static ALIVE: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
 static BEFORE_EXIT: OnceLock<fn()> = OnceLock::new();
 
 /// Registers a function to call when a signal ends the process. Only the first registration
-/// counts.
+/// has an effect.
 pub fn before_an_interrupt_ends(hook: fn()) {
     let _ = BEFORE_EXIT.set(hook);
     remove_on_signals();
@@ -81,7 +81,7 @@ pub enum Refusal {
     /// Not enough free space.
     #[error("has {} free for this user, a tenth of which must stay free", bytes(*.0))]
     NoRoom(u64),
-    /// It can't be inspected, or not written to.
+    /// It can't be inspected or written to.
     #[error("{}", Named(.0))]
     Unusable(io::Error),
 }

@@ -325,7 +325,7 @@ struct Dimensions {
 }
 
 impl Dimensions {
-    /// The minimum number of layers of a model that has room for them.
+    /// The minimum number of layers, except in models too small for them.
     const LAYERS_MIN: u64 = 12;
 
     /// The widest dimensions that leave room for enough layers.

@@ -98,8 +98,8 @@ pub(crate) fn prepare(mode: Mode, engine: &dyn Engine, paths: Vec<PathBuf>, curv
             let (mut reader, notes) = limit_reader()?;
             let open = limit::open(&files.paths)?;
             let (chunks, _) = limit::plan(&files.lengths, PART_BYTES, LARGEST.chunk_bytes);
-            // Reads each buffer full once: the first reads into memory that no device has written
-            // to yet are slow.
+            // Fills each buffer once, because the first reads into memory that no device has
+            // written to are slow.
             let first = chunks.get(..LARGEST.depth.min(chunks.len())).unwrap_or(&chunks);
             limit::read_all(&mut reader, &open, &files.paths, first, Into::Slots(LARGEST))?;
             drop(open);
@@ -222,8 +222,8 @@ fn run_engine(loader: &Loader, files: &Files, options: LoadOptions, check: bool)
     })
 }
 
-/// Loads each file by its own load, all at the same time. The earliest first segment of all loads
-/// counts.
+/// Loads all files at the same time, each with its own load. Reports the earliest first segment of
+/// all loads.
 fn run_at_once(loader: &Loader, files: &Files) -> Result<Run> {
     let watch = Stopwatch::start();
     let loads: Vec<_> = files.paths.iter().map(|path| loader.load(path).start()).collect();

@@ -1,8 +1,8 @@
 //! A child process that reads commands and writes answers, each a line of text.
 //!
-//! It is this same program, started through `/proc/self/exe`: another user may not have access to
-//! the program's folder, and a build may replace the program in the meantime. It exits when its
-//! standard input ends.
+//! Unless [`run_children_by`] sets another command, it is this same program, started through
+//! `/proc/self/exe`: another user may not have access to the program's folder, and a build may
+//! replace the program in the meantime. It exits when its standard input ends.
 
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Write};

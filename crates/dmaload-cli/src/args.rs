@@ -29,7 +29,7 @@ pub(crate) enum Command {
     Serve(serve::Arguments),
     /// Maps memory that `serve` has loaded, without a copy, and prints a report.
     Attach(attach::Arguments),
-    /// Tries loads on this machine, shows how they would work, and what would help most.
+    /// Tries loads on this machine, and shows how they would work and what would help most.
     ///
     /// Exit status: 0 if a load would work, 1 if not, 2 wrong usage.
     Doctor(doctor::Arguments),
@@ -100,7 +100,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(2048))]
 
         #[test]
-        fn no_argument_panics_and_refusals_quote_the_argument(text in TEXT) {
+        fn parsers_never_panic_and_their_errors_quote_the_argument(text in TEXT) {
             fn check<T>(text: &str, parsed: Result<T, String>) {
                 if let Err(error) = parsed {
                     let is_quoted = error.contains(&format!("{text:?}")) || error.contains("digits") || error.contains("checksum");

@@ -23,7 +23,7 @@ use crate::manifests::record_manifest;
 use crate::progress::write_model;
 use crate::{errors, output, parse};
 
-/// Fixed, so that the file is the same every time.
+/// The seed of the created file, fixed so that the file is the same every time.
 const SEED: u64 = 1;
 
 #[derive(Debug, Args)]

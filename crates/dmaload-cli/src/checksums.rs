@@ -24,7 +24,8 @@ struct HashingObserver {
 }
 
 impl HashingObserver {
-    /// Extends the list to `files` hashers, which includes those of empty files.
+    /// Locks the list and extends it to at least `files` hashers. No bytes of empty files are
+    /// observed, so their hashers may be missing.
     fn extend_to(&self, files: usize) -> MutexGuard<'_, Vec<Hasher>> {
         let mut hashers = self.hashers.lock().unwrap_or_else(PoisonError::into_inner);
         if hashers.len() < files {

@@ -1,8 +1,9 @@
 //! `dmaload demo`: loads a model of random values, and compares with the usual way of loading.
 //!
-//! Both ways are measured equally often, in turn, from a cold file. Before each round, memory is
-//! touched: otherwise, on a virtual machine that has returned memory to its host, the host would
-//! be measured. The result is verified outside the measured time.
+//! Both ways are measured equally often, in turn, from a cold file. Before each load, as much
+//! memory as it needs is touched and freed. Otherwise, a virtual machine that has returned memory
+//! to its host would spend part of the measured time getting it back. Results are verified outside
+//! the measured time.
 
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};

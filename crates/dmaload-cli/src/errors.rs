@@ -20,7 +20,7 @@ pub(crate) fn describe(error: &anyhow::Error) -> String {
     functions_to_flags(text)
 }
 
-/// Library functions that the library's errors mention, and the corresponding flags.
+/// Library functions and options that its errors mention, and the corresponding flags.
 const FUNCTIONS: [(&str, &str); 4] = [
     ("ServerOptions::allow_user", "--allow-user"),
     ("AttachOptions::trust_user", "--trust-user"),
@@ -50,8 +50,8 @@ pub(crate) fn hint(error: &dmaload::Error) -> Option<String> {
     Some(IN_FLAGS.iter().fold(hint, |hint, (library, command)| hint.replace(library, command)))
 }
 
-/// Options that the library's hints mention, and the corresponding flags. The long entries replace
-/// advice to stream, which applies to no command: each either keeps everything or already streams.
+/// Options that the library's hints mention, and the corresponding flags. Two entries replace
+/// advice to stream, which helps with no command: each either keeps everything or already streams.
 const IN_FLAGS: [(&str, &str); 14] = [
     ("(allow_missing)", "(--allow-missing)"),
     ("(the format raw)", "(--format raw)"),

@@ -10,7 +10,7 @@ use dmaload::LoadOptions;
 use dmaload::verify::{Algorithm, Digest, Manifest, Recorder};
 use dmaload_text::At;
 
-/// Records the manifest of the current contents of these files.
+/// Records a manifest of the files' current contents.
 pub(crate) async fn record_manifest(
     loader: &dmaload::Loader,
     paths: &[PathBuf],
@@ -68,8 +68,8 @@ impl FromStr for Against {
     }
 }
 
-/// Splits a checksum whose name is spelled differently (`SHA256:HEX`, `sha256-HEX`) or is unknown
-/// into the name in lower case and the digits.
+/// Splits a checksum with an unknown or differently spelled name (`SHA256:HEX`, `sha256-HEX`) into
+/// the name, in lower case, and the digits.
 fn split_loosely(text: &str) -> Option<(String, &str)> {
     let (name, hex) = text.split_once([':', '-', '='])?;
     let name = name.to_ascii_lowercase();

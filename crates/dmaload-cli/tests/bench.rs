@@ -1,5 +1,5 @@
 //! `dmaload bench` measures every mode, reports failures, and leaves nothing behind. These tests
-//! assert no speeds.
+//! do not check speeds.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -35,7 +35,8 @@ fn assert_close(left: f64, right: f64) {
     assert!((left - right).abs() <= 1e-9 * left.abs().max(right.abs()), "{left} is not close to {right}");
 }
 
-/// Why this machine, or the file system of this file, can't run all modes; `None` if it can.
+/// Why this machine, or the file's file system, can't run modes that need io_uring or direct
+/// reads; `None` if it can.
 fn why_unmeasurable(file: &Path) -> Option<String> {
     let done = run(dmaload(["bench", "--rounds", "1", "--modes", "limit,pread-direct", "--json"]).arg(file));
     (done.code != Some(0)).then(|| done.to_string())
@@ -149,7 +150,7 @@ fn wrong_usage_is_reported_before_anything_is_measured() {
 }
 
 #[test]
-fn another_user_gets_the_usual_limit_of_locked_memory() {
+fn other_users_get_the_usual_locked_memory_limit() {
     if !is_root() {
         return skip("only root can run a process as another user");
     }

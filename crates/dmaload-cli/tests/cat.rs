@@ -41,8 +41,8 @@ fn missing_file_is_an_error_and_nothing_is_written() {
     run(dmaload(["cat"]).arg("/nonexistent/model.bin")).fails(1, &["/nonexistent/model.bin", "ENOENT"]);
 }
 
-/// Reads a little from `cat`, waits until its memory stops growing, then reads the rest. Returns
-/// its peak of resident memory before that, everything that it wrote, and how it ended.
+/// Reads 1 MiB from `cat`, waits until its memory stops growing, then reads the rest. Returns the
+/// peak of its resident memory during the wait, all of its output, and its result.
 fn read_slowly(mut cat: std::process::Child) -> (usize, Vec<u8>, common::Done) {
     use std::io::Read;
     let mut stdout = cat.stdout.take().unwrap();
@@ -170,7 +170,7 @@ fn checksum_verifies_the_named_part_while_all_are_loaded() {
 }
 
 #[test]
-fn one_tensor_is_written_from_the_file_in_the_index() {
+fn tensor_is_written_from_the_file_that_the_index_names() {
     let folder = folder();
     let name = folder.path();
     model(name, "1.safetensors", &[("a", 3 * MIB + 5, 1), ("w", 70_000, 1), ("a*b", 9, 5), ("empty", 0, 0)]);

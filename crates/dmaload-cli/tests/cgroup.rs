@@ -49,7 +49,7 @@ impl MemoryGroup {
 
     /// How many processes the kernel has killed for this limit; always 0 before Linux 4.13, which
     /// does not report it.
-    fn killed(&self) -> u64 {
+    fn count_kills(&self) -> u64 {
         let counts =
             ["memory.events", "memory.oom_control"].into_iter().find_map(|name| fs::read_to_string(self.0.join(name)).ok());
         let counts = counts.unwrap_or_default();
@@ -85,7 +85,7 @@ fn only_loads_above_the_limit_of_the_group_are_refused() {
         run(&mut load(&large)).fails(1, &["large.bin", "more bytes are needed", "/memory."]);
         run(&mut load(&small)).succeeds();
     }
-    // A stream fails only if a piece does not fit, and these do.
+    // `cat` streams, so it fails only if a piece of the file does not fit; these pieces do.
     let cat = group.inside(dmaload(["cat"]).arg(&small));
     assert_eq!(run(&mut { cat }).succeeds().stdout.len(), 20 * MIB);
 }
@@ -110,7 +110,7 @@ fn concurrent_loads_above_the_limit_fail_and_are_not_killed() {
         };
         let running: Vec<_> = (0..loads).map(|_| load()).collect();
         let done: Vec<_> = running.into_iter().map(|load| finish(format!("{options:?}"), load)).collect();
-        assert_eq!(group.killed(), 0, "{options:?}: the kernel killed a load");
+        assert_eq!(group.count_kills(), 0, "{options:?}: the kernel killed a load");
         for load in done {
             assert_eq!(load.signal, None, "{options:?}");
             if load.code == Some(0) {
@@ -144,6 +144,6 @@ fn cat_with_a_slow_reader_fits_a_small_group() {
         stdout.read_to_end(&mut written).unwrap();
         finish(format!("cat {options:?}"), cat).succeeds();
         assert!(written == fs::read(&path).unwrap(), "{options:?}: {} bytes", written.len());
-        assert_eq!(group.killed(), 0);
+        assert_eq!(group.count_kills(), 0);
     }
 }

@@ -35,7 +35,7 @@ fn trial_without_descriptors_leaves_loads_unknown() {
         unknown += usize::from(text.contains("load doctor can't tell"));
     }
     assert!(unknown > 0, "no limit was too low for the trial");
-    // It never reports that a working load would fail, and a damaged model fails under any limit.
+    // Doctor never reports that a working load would fail, and always that a damaged model would.
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 5000);
     let broken = common::file(folder.path(), "lfs.safetensors", b"version https://git-lfs.github.com/spec/v1\nsize 5\n");
@@ -190,7 +190,7 @@ fn missing_devices_are_reported_with_a_remedy() {
 }
 
 #[test]
-fn refusal_of_io_uring_is_explained_and_the_load_works() {
+fn refused_io_uring_is_explained_and_the_load_works() {
     let folder = folder();
     let small = random_file(folder.path(), "small.bin", 5000);
     for (call, errno, name, route) in [
@@ -324,7 +324,7 @@ fn missing_special_or_unreadable_path_is_an_error() {
 }
 
 #[test]
-fn load_that_would_fail_exits_with_status_1() {
+fn doctor_exits_with_status_1_if_a_load_would_fail() {
     let folder = folder();
     // A sparse file that does not fit into memory.
     let path = folder.path().join("huge");
@@ -383,7 +383,7 @@ fn unreadable_folder_is_an_error() {
     }
 }
 
-/// A user who can write to the folder replaces the scratch file by a link, whose target must not
+/// A user who can write to the folder replaces the scratch file with a link, whose target must not
 /// be written to.
 #[test]
 fn scratch_file_is_written_through_its_own_descriptor() {
@@ -427,7 +427,7 @@ fn trial_in_an_unwritable_folder_moves_to_another() {
     }
 }
 
-/// Models, both complete and damaged, and files that only have the name of one.
+/// Complete and damaged models, and other files with the name of a model.
 fn files_of_all_kinds() -> Vec<(&'static str, Vec<u8>)> {
     let safetensors = |header: &str, data: usize| {
         [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &common::random_bytes(data, 1)].concat()

@@ -24,7 +24,7 @@ fn load() -> Command {
     command
 }
 
-/// The numbers of wanted bytes, of read bytes, and of tensors.
+/// The wanted bytes, the read bytes and the number of tensors in the report.
 fn numbers(json: &Value) -> (u64, u64, u64) {
     let number = |key: &str| json[key].as_u64().unwrap();
     (number("wanted_bytes"), number("bytes"), number("tensors"))

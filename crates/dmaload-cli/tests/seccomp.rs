@@ -36,7 +36,7 @@ fn refused_io_uring_steps_down_and_loads_the_same_bytes() {
             assert_eq!(fallback["errno"], name);
             assert!(fallback["reason"].as_str().unwrap().contains(reason), "{fallback}");
             run(&mut refusing(load(&["--strict"]), calls, errno)).fails(1, &["model.bin", "uring-fixed-direct", name, "strict"]);
-            // The remaining routes read into staging.
+            // The route bounce is kept, but its reads into staging step down.
             let bounced = run(&mut refusing(load(&["--route", "bounce"]), calls, errno)).succeeds().json();
             assert_eq!((digest_of(&bounced), &bounced["route"]), (sha256sum(&path).as_str(), &"bounce".into()));
             let step = &bounced["fallbacks"][0];

@@ -1,4 +1,4 @@
-//! Helpers of the command's tests: real files on a disk, the real binary, and its output.
+//! Helpers for the command's tests: real files on a disk, the real binary, and its output.
 #![allow(dead_code, unreachable_pub, reason = "each test uses only some of the helpers")]
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
@@ -251,7 +251,7 @@ pub fn digest_of(json: &Value) -> &str {
     json["files"][0]["digest"]["hex"].as_str().unwrap_or_else(|| panic!("no digest: {json:#}"))
 }
 
-/// Why loads in this folder can't use this route, as the kernel refused it; `None` if they can.
+/// Why loads in this folder can't use this route, according to the kernel; `None` if they can.
 pub fn unavailable(route: &str, folder: &Path) -> Option<String> {
     let probe = random_file(folder, "probe", 10_000);
     let json = load_json(&probe, &["--route", route]);
@@ -264,7 +264,7 @@ pub fn unavailable(route: &str, folder: &Path) -> Option<String> {
         "EINVAL" | "EOPNOTSUPP" => reason.contains("O_DIRECT") || reason.contains("5.19"),
         _ => false,
     };
-    assert!(excused, "a fallback for a reason that no machine excuses: {fallback}");
+    assert!(excused, "unexpected fallback: {fallback}");
     Some(format!("{errno}: {reason}"))
 }
 

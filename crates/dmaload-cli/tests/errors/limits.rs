@@ -244,7 +244,8 @@ fn assert_memlock_is_reported(mut lenient: Command, mut strict: Command, path: &
     run(&mut strict).fails(1, &[text(path), "uring-fixed-direct", "ENOMEM", "strict", "ulimit -l"]);
 }
 
-/// The route bounce registers its staging buffers. If the limit refuses that, it is a step down.
+/// The route bounce registers its staging buffers. If the limit refuses that, the load steps
+/// down.
 #[test]
 fn staging_beyond_the_memlock_limit_fails_a_strict_load() {
     let folder = folder();
@@ -270,8 +271,8 @@ fn staging_beyond_the_memlock_limit_fails_a_strict_load() {
     run(&mut strict).fails(1, &[text(&path), "bounce", "staging", "ENOMEM", "ulimit -l"]);
 }
 
-/// Without the limit, the same load must take the best route; otherwise the tests above would
-/// prove nothing about the limit.
+/// The limit does not apply to root, whose load must take the best route. This shows that the
+/// loads above step down because of the limit.
 #[test]
 fn memlock_limit_does_not_affect_the_route_of_root() {
     let folder = folder();
