@@ -1,4 +1,5 @@
-//! The second job of a load, once per batch: prepares memory ahead of its reads.
+//! The second job of a load, run once per batch: opens the batch's files, gets its memory, and
+//! passes its pieces to the ring thread.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -33,7 +34,8 @@ const FREEING_TIME: Duration = Duration::from_secs(10);
 
 impl Engine {
     /// Opens a batch's files, gets its memory, and passes its pieces to the ring thread. If any of
-    /// this fails, the load fails. The permit is returned on drop in every case.
+    /// this fails, the load fails. Unused parts of `permit` and `advance` are returned when they
+    /// are dropped.
     pub(super) fn allocate(
         self: &Arc<Self>,
         load: &Arc<LoadShared>,
@@ -60,7 +62,7 @@ impl Engine {
     ) -> Result<()> {
         let mut sources = Vec::with_capacity(allocation.parts.len());
         for part in &allocation.parts {
-            // The remaining files of an ended load need not be opened.
+            // The remaining files of a load that is over need not be opened.
             if load.is_over() {
                 return Ok(());
             }
@@ -210,7 +212,7 @@ impl Engine {
         Ok((Backing::new(mapping, memory, self.reaper.clone()), Some(grant)))
     }
 
-    /// Refuses a load that needs more memory at once than is available.
+    /// Fails if `wanted_bytes` exceeds the available memory, even after the pool is emptied.
     pub(super) fn check_headroom(&self, wanted_bytes: u64) -> Result<()> {
         let short = || headroom().filter(|seen| seen.available_bytes < wanted_bytes);
         match short() {
@@ -220,7 +222,7 @@ impl Engine {
         }
     }
 
-    /// Requests a grant for a batch's memory.
+    /// Requests a grant for memory that is about to be allocated or populated.
     pub(super) fn grant(&self, wanted_bytes: u64) -> Result<HeadroomPermit> {
         let make_room = || {
             self.make_room();
@@ -250,7 +252,7 @@ impl Engine {
     }
 }
 
-/// The limit that caused a refusal: one that leaves less memory than was requested. `None` if the
+/// The limit that caused a refusal, if it leaves less memory than was requested; `None` if the
 /// refusal has another cause.
 fn at_limit(error: &dmabuf::Error, measure: impl Fn() -> Option<Headroom>) -> Option<Headroom> {
     if error.errno != Errno::ENOMEM {
@@ -314,7 +316,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn refusal_names_the_cgroup_only_at_its_limit() {
+    fn refusal_names_a_limit_only_if_it_was_reached() {
         let have = |available_bytes| {
             move || Some(Headroom { available_bytes, limit: "memory.max is 9".to_owned(), place: PathBuf::new() })
         };

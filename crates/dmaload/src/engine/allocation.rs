@@ -25,7 +25,8 @@ pub(crate) struct FilePlan {
     /// How many bytes will be read, and how many of them were requested.
     pub(crate) read_bytes: u64,
     pub(crate) wanted_bytes: u64,
-    /// The route that its reads start at; for a small file, the route that it is to be opened for.
+    /// The route at which its reads start; for a small file, which is not open yet, the first
+    /// route to try.
     pub(crate) route: Route,
     /// A small file is opened when its batch is allocated, and its header is parsed from its
     /// memory.

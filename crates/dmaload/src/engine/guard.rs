@@ -92,7 +92,7 @@ impl Guard {
             leaked_bytes: AtomicU64::new(0),
             left_threads: AtomicUsize::new(0),
             counters: Arc::default(),
-            // Optional: the pool works without it.
+            // A failure is ignored: the pool works without it.
             stop_watch: (settings.pool_bytes > 0)
                 .then(|| eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).ok())
                 .flatten(),

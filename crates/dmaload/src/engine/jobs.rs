@@ -23,7 +23,7 @@ use crate::support::sync::{Condvar, Mutex, MutexGuard};
 
 /// How often to check for silent file systems while loads wait for others to end. A file system is
 /// found silent at the second check; between two checks, a batch of 16 MiB arrives even from a
-/// server that delivers 3 MiB/s.
+/// server that delivers only 4 MiB/s.
 const SILENCE_CHECK_INTERVAL: Duration = Duration::from_secs(5);
 
 /// The job queue; see the module documentation. `T` is a load.
@@ -42,7 +42,7 @@ pub(super) struct WatchReport {
     pub(super) stalled: Vec<Task>,
     /// Workers to start in place of stalled ones.
     pub(super) substitutes: Vec<WorkerId>,
-    /// All workers are stalled, and no more can be started.
+    /// Whether all workers are stalled and no more may be started.
     pub(super) is_exhausted: bool,
 }
 
@@ -51,11 +51,11 @@ struct Schedule<T> {
     scheduler: Scheduler<LoadId>,
     loads: HashMap<LoadId, T>,
     next_id: u64,
-    /// Accepts no new loads.
+    /// Whether new loads are refused.
     refusing: bool,
-    /// Hands out no more jobs.
+    /// Whether no more jobs are handed out.
     closing: bool,
-    /// The ring thread has ended, or a shutdown no longer waits for it: workers may end.
+    /// Whether workers may end: the ring thread has ended, or a shutdown no longer waits for it.
     finished: bool,
     drop_queue: DropQueue,
     workers: Workers,
@@ -64,9 +64,10 @@ struct Schedule<T> {
     since: Instant,
     /// How many bytes each worker is allocating.
     allocating: HashMap<WorkerId, u64>,
-    /// One more worker is wanted and not started yet.
+    /// Whether one more worker is wanted that was not hired yet.
     growing: bool,
-    /// The watching thread sleeps until a worker waits for a file or loads lack places.
+    /// Whether the watching thread sleeps until a worker has to wait for a file, or a load for
+    /// others to end.
     watch_sleeps: bool,
     silence_checked_at: Instant,
 }
@@ -221,7 +222,7 @@ impl<T: Clone> Jobs<T> {
         self.schedule().scheduler.memory_bytes()
     }
 
-    /// Records that a load no longer holds files or driver memory, so that another may be opened.
+    /// Records that a load no longer holds files or driver memory, so another may be opened.
     pub(super) fn end(&self) {
         self.schedule().scheduler.end();
         self.changed.notify_one();
@@ -363,7 +364,7 @@ impl<T: Clone> Jobs<T> {
         None
     }
 
-    /// Finds stalled workers, and suspends their loads.
+    /// Finds silent file systems and stalled workers, and suspends the loads of these workers.
     fn find_stalled(&self, schedule: &mut Schedule<T>, now: Instant) -> WatchReport {
         if schedule.next_silence_check(now) == Some(Duration::ZERO) {
             schedule.silence_checked_at = now;
@@ -453,8 +454,8 @@ impl<T: Clone> Jobs<T> {
                         continue;
                     };
                     let is_open = matches!(job, Job::Open(_));
-                    // A worker that allocates a batch reports each file with `proceed` before it
-                    // opens the file.
+                    // A worker that allocates a batch calls `begin_file` before it opens each
+                    // file.
                     let at_files_since = (is_open || matches!(job, Job::Check(..))).then(Instant::now);
                     schedule.workers.begin(worker, Task { load: *job.load(), is_open }, at_files_since);
                     if let Job::Allocate(_, _, need) = &job {

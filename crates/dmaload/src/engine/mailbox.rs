@@ -1,6 +1,6 @@
-//! The teller's queue. Events from the ring thread and the workers reach consumers, and
-//! subscribers of `tracing`, through it. Therefore the caller's code runs neither on the ring
-//! thread nor under a lock, and each load's segments are handed over in order without a lock.
+//! The teller's queue. Through it, events from the ring thread and the workers reach consumers and
+//! `tracing` subscribers. Therefore the caller's code runs neither on the ring thread nor under a
+//! lock, and each load's segments are handed over in order without a lock.
 //!
 //! A slow waker delays the events of other loads, but not their reads and allocations.
 
@@ -24,8 +24,8 @@ pub(super) enum Message<E> {
     Deliver(Arc<LoadShared>),
     /// The ring failed, and a new one replaces it.
     RingBroke { errno: Errno, leaked_bytes: u64 },
-    /// Workers wait for files of these loads, whose servers do not answer. `is_exhausted` says
-    /// whether that is true of all workers that may be started.
+    /// Workers are waiting for files of these loads, whose servers are not answering.
+    /// `is_exhausted` says whether all workers are stalled and no more may be started.
     Stalled { loads: Vec<LoadId>, is_exhausted: bool },
     /// No substitute could be started for a stalled worker.
     NoSubstitute { error: io::Error },

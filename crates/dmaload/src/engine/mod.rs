@@ -11,8 +11,8 @@
 //! charge), but never the reverse.
 //!
 //! The caller's code (heaps, verifiers, observers, wakers, subscribers of `tracing`, and their
-//! drops) runs without any of our locks, on workers, on the observers' threads and on the teller,
-//! never on the ring thread. Panics in it are caught at the call (see
+//! drops) runs while none of our locks is held, on workers, on the observers' threads and on the
+//! teller, never on the ring thread. Panics in it are caught at the call (see
 //! [`crate::support::foreign`]).
 //!
 //! The engine decides which job is next and starts the threads for it. It does no I/O itself:
@@ -77,8 +77,8 @@ use crate::telemetry::metrics::LoadCounters;
 /// See the module documentation.
 #[derive(Debug)]
 pub(crate) struct Engine {
-    /// Without the default options' verifier and observer: they are the caller's code, and any
-    /// thread may drop the engine.
+    /// The settings without the default options' verifier and observer, which are the caller's
+    /// code: any thread may drop the engine.
     settings: Settings,
     facts: HeapFacts,
     /// The origin of the ring thread's clock.
@@ -95,7 +95,8 @@ pub(crate) struct Engine {
     /// How many of the ring's threads were left behind.
     left_threads: AtomicUsize,
     counters: Arc<LoadCounters>,
-    /// Ends the thread that watches memory pressure, if it exists.
+    /// An eventfd that ends the thread that watches memory pressure; `None` without a pool, or if
+    /// no eventfd could be created.
     stop_watch: Option<OwnedFd>,
 }
 

@@ -32,8 +32,8 @@ use crate::support::errno;
 use crate::support::foreign;
 use crate::telemetry::report::Way;
 
-/// How many files of a load stay open after planning. The others are reopened for their first
-/// batch, so a load of thousands of files stays within the open-file limit.
+/// The maximum number of files of a load that stay open after planning. The others are reopened
+/// for their first batch, so a load of thousands of files stays within the open-file limit.
 const KEPT_OPEN: usize = 8;
 
 impl Engine {
@@ -97,7 +97,7 @@ impl Engine {
             return Choosing::fixed(if direct { Way::Direct } else { Way::Staged });
         }
         // This heap populates memory when it allocates it, so memory is always ready before its
-        // reads. Whether it can be pinned shows when it is read into.
+        // reads. Whether it can be pinned becomes known only when it is read into.
         if self.facts.allocates_at_once {
             return Choosing::fixed(Way::Direct);
         }
@@ -127,7 +127,7 @@ impl Engine {
     }
 
     /// Refuses loads that can't fit, based on the lengths alone: a file may claim any length, and
-    /// the cost of planning grows with it.
+    /// the cost of planning grows with it. Returns the shape to plan with.
     fn check_size(&self, load: &LoadShared, shape: Shape, spans: &[Span], alignments: &[u64]) -> Result<Shape> {
         let length = |span: &Span| span.range.end - span.range.start;
         let memory = |span: &Span| {
@@ -256,8 +256,8 @@ fn plan_all(engine: &Engine, load: &LoadShared, limit: Option<SizeLimit>) -> Res
     Ok(Planned { plan, range, files, fallbacks })
 }
 
-/// Returns a segment size that leaves a descriptor for each allocation: if descriptors are scarce,
-/// one larger than `segment_bytes`, with a note.
+/// Returns `segment_bytes` or, if that would take more allocations than there are descriptors, a
+/// larger segment size, and then adds a note.
 fn segments_for_descriptors(load: &LoadShared, segment_bytes: u64, most: Option<u64>, packed: bool) -> u64 {
     // Anonymous memory needs no descriptors.
     if load.heap() == AnonHeap::NAME {
@@ -456,8 +456,8 @@ fn plan_file(
     Ok(PlannedFile { plan: planned, spans, fallback, cut })
 }
 
-/// The route at which a load's reads start: the requested one, or bounce if its bytes are observed
-/// in staging.
+/// The route at which a load's reads start: the requested one, but at best bounce if its bytes are
+/// observed in staging.
 fn starting_route(load: &LoadShared) -> Result<Route> {
     let options = &load.options;
     let route = load.starting_route();
@@ -474,7 +474,8 @@ fn starting_route(load: &LoadShared) -> Result<Route> {
     Ok(route)
 }
 
-/// The best route for reads into staging: through a ring, unless a lower one was requested.
+/// The best route for reads into staging: through a ring, unless a lower direct route was
+/// requested.
 pub(super) fn staged_by(options: &LoadOptions) -> Route {
     options.route.filter(|&route| route < Route::Bounce).unwrap_or(Route::UringFixedDirect)
 }
@@ -486,8 +487,8 @@ pub(super) struct FileRoute {
     pub(super) fallback: Option<Fallback>,
 }
 
-/// The route at which reads of this file start: the load's; buffered if `O_DIRECT` was refused; or
-/// by threads if a ring must not read the file.
+/// The route at which reads of this file start: `from`, buffered if `O_DIRECT` was refused, or a
+/// route without a ring if a ring must not read the file.
 pub(super) fn route_for(file: &OpenFile, index: usize, offset: u64, load: &LoadShared, from: Route) -> Result<FileRoute> {
     let strict = load.options.strict;
     let staged_by = staged_by(&load.options);

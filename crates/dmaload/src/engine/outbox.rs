@@ -1,4 +1,5 @@
-//! The events of a load for its consumers, in order, and the wakers of those that wait for them.
+//! The events of a load for its consumers, in order, and the wakers of the tasks that wait for
+//! them.
 //!
 //! Any number of waiters may wait, each with one [`Interest`]. An event wakes only the waiters
 //! that it can satisfy. Whichever waiter is polled takes the events for all, so a waiter that is
@@ -43,7 +44,7 @@ enum Audience {
 }
 
 impl Audience {
-    fn of(event: &Event) -> Self {
+    fn for_event(event: &Event) -> Self {
         match event {
             Event::Planned(_) => Audience::AnyEvent,
             Event::Segment(segment) => Audience::Bytes { file_index: segment.file_index(), range: segment.file_range() },
@@ -61,7 +62,7 @@ pub(crate) struct Outbox {
 #[derive(Debug, Default)]
 struct OutboxState {
     events: VecDeque<Event>,
-    /// No more events will come.
+    /// Whether the [`Announcer`] was dropped, so no more events will come.
     closed: bool,
     /// Sorted by interest, so that the waiters for a range of bytes are adjacent, then by waiter
     /// number.
@@ -133,7 +134,7 @@ impl Announcer {
 
     /// Queues an event, and wakes the waiters that it can satisfy.
     pub(crate) fn send(&self, event: Event) {
-        self.0.change(&Audience::of(&event), |state| state.events.push_back(event));
+        self.0.change(&Audience::for_event(&event), |state| state.events.push_back(event));
     }
 }
 
@@ -150,7 +151,7 @@ pub(crate) struct Waiter {
     number: u64,
     /// The interest it was last registered with.
     interest: Option<Interest>,
-    /// The panic message of its waker.
+    /// The panic message of its waker, if that has panicked.
     panic: Arc<OnceLock<String>>,
 }
 

@@ -14,9 +14,9 @@
 //! of its consumer is bounded: a stream that is far ahead is passed over until its consumer takes
 //! a segment.
 //!
-//! A load is *stalled* while one of its jobs waits for a file whose server does not answer. A
-//! stalled load gets no further jobs that may wait for files, does not hold up others, and does
-//! not count as open if the waiting job opens it.
+//! A load is *stalled* while one of its jobs is waiting for a file whose server is not answering.
+//! A stalled load gets no further jobs that may wait for files, does not hold up others, and does
+//! not count as open if the stalled job is the one that opens it.
 //!
 //! A file system is *silent* while it holds permits of the window and has not returned any for a
 //! long time ([`Scheduler::find_silent_file_systems`]). Up to [`MOST_SILENT`] of its loads don't
@@ -40,7 +40,7 @@ pub(crate) enum Job<L> {
     Check(L, usize),
     /// Finish a full allocation: move tensors within it, export it as a dma-buf.
     Finish(L, usize),
-    /// Free this many bytes of the pool, because the load waits for memory.
+    /// Free this many bytes of the pool, because the load is waiting for memory.
     MakeRoom(L, u64),
 }
 
@@ -54,8 +54,8 @@ pub(crate) struct Need {
     /// Bytes that its load takes from the budget for it: the whole allocation with the first
     /// batch, because memory from the pool comes in whole allocations.
     pub(crate) held_bytes: u64,
-    /// The file system that it is read from. If small files of several file systems share an
-    /// allocation, that of the first file.
+    /// The file system that it is read from. If small files of several file systems share a batch,
+    /// that of the first file.
     pub(crate) file_system: u64,
 }
 
@@ -123,8 +123,7 @@ pub(crate) struct Scheduler<L> {
     budget: Budget<L>,
     /// Whether a [`Job::MakeRoom`] was issued and no memory has been freed since.
     making_room: bool,
-    /// The files that may be open for batches that are not full, accounted for like the window's
-    /// bytes.
+    /// Permits for open small files, accounted for like the window's bytes, but per load.
     files: Window<L>,
     max_open: usize,
     open: usize,
@@ -226,7 +225,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         self.open.saturating_sub(self.stalled_opening.len() + self.silent_loads())
     }
 
-    /// How many loads of silent file systems hold permits or wait for some.
+    /// How many loads hold or wait for permits of silent file systems; at most [`MOST_SILENT`].
     fn silent_loads(&self) -> usize {
         if self.silent.is_empty() {
             return 0;
@@ -261,7 +260,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
     }
 
     /// Closes the accounts of loads whose last batch was handed out. Must run before
-    /// [`Self::admit`], since other loads may wait for that.
+    /// [`Self::admit`], since other loads may be waiting for that memory.
     fn close_done(&mut self) {
         let is_done = |turn: &LoadTurn<L>| turn.next == turn.demand.batches.len();
         for done in self.turns.iter().filter(|turn| is_done(turn)) {
@@ -354,8 +353,8 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         Some(Job::MakeRoom(load, bytes))
     }
 
-    /// Records that a job of this load waits for a file whose server does not answer. `is_opening`
-    /// says whether that job opens the load.
+    /// Records that a job of this load is waiting for a file whose server is not answering.
+    /// `is_opening` says whether that job opens the load.
     pub(crate) fn stall(&mut self, load: L, is_opening: bool) {
         if is_opening {
             self.stalled_opening.push(load.clone());

@@ -1,4 +1,4 @@
-//! The settings of a loader, and whether the options of a load are valid with them.
+//! The settings of a loader, and the check that a load's options are valid with them.
 
 use std::time::Duration;
 
@@ -33,7 +33,7 @@ pub(crate) struct Settings {
     pub(crate) pool_bytes: u64,
     /// `u64::MAX` for no limit.
     pub(crate) memory_limit_bytes: u64,
-    /// The initial number of threads.
+    /// The initial number of allocator threads.
     pub(crate) allocator_threads: usize,
     /// Whether the caller chose the number of allocators; if so, it does not grow.
     pub(crate) allocators_are_chosen: bool,

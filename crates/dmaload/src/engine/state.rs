@@ -49,7 +49,7 @@ pub(crate) struct LoadShared {
     inputs: Mutex<Arc<[Input]>>,
     /// The files, once they are known.
     sources: OnceLock<Vec<SourceFile>>,
-    /// The load was dropped or has failed.
+    /// Whether the load was dropped or has failed.
     pub(crate) abandoned: Arc<AtomicBool>,
     heap: Arc<str>,
     notes: Arc<[String]>,
@@ -73,8 +73,8 @@ pub(crate) struct LoadShared {
     /// How its batches are read.
     choosing: Mutex<Choosing>,
     counters: Arc<LoadCounters>,
-    /// The span `dmaload::load`, from the call to the end of the load; has `id`, `paths` and, at
-    /// the end, `bytes` and `error`.
+    /// The span `load`, from the call until this value is dropped. Its fields are `load` (the ID),
+    /// `paths` and, at the end, `bytes` or `error`.
     span: Foreign<Span>,
     /// The caller's code never runs while this is locked: no waker, no subscriber, no drop of
     /// either.
@@ -133,7 +133,8 @@ pub(crate) struct DeferredDrop {
 }
 
 impl DeferredDrop {
-    /// Splits the remains into memory, whose drop waits for no server, and files, whose drop may.
+    /// Splits the remains into memory, whose drop never waits for a server, and files, whose drop
+    /// may.
     pub(crate) fn parts(self) -> (RemainingMemory, RemainingFiles) {
         (self.memory, self.files)
     }
@@ -172,7 +173,7 @@ fn no_span() -> Foreign<Span> {
 }
 
 impl LoadState {
-    /// Whether the load has nothing left to do.
+    /// Whether the load has finished, has failed or was dropped.
     fn is_over(&self) -> bool {
         self.events.is_none() || self.failed.is_some()
     }
@@ -295,8 +296,8 @@ impl LoadShared {
         self.observation.as_ref().is_some_and(|observation| observation.staged)
     }
 
-    /// The route at which its reads start: the requested one, or bounce if its bytes are observed
-    /// in staging.
+    /// The route at which its reads start: the requested one, but at best bounce if its bytes are
+    /// observed in staging.
     pub(crate) fn starting_route(&self) -> Route {
         let requested = self.options.route.unwrap_or(Route::UringFixedDirect);
         if self.is_observed_in_staging() { requested.max(Route::Bounce) } else { requested }

@@ -62,17 +62,19 @@ impl Engine {
                 for load in loads {
                     tracing::warn!(
                         load = load.0,
-                        "a file's server does not answer: the load waits, and another worker takes over"
+                        "a file's server is not answering: the load waits, and another worker takes over"
                     );
                 }
                 if is_exhausted {
                     tracing::error!(
-                        "all workers wait for files, and {MOST_SUBSTITUTES} were already replaced: no load can proceed"
+                        "all workers are waiting for files, and {MOST_SUBSTITUTES} were already replaced: no load can proceed"
                     );
                 }
             }),
             Message::NoSubstitute { error } => {
-                foreign::emit(|| tracing::warn!(%error, "cannot start a thread to replace a worker that waits for a file"));
+                foreign::emit(
+                    || tracing::warn!(%error, "cannot start a thread to stand in for a worker that is stuck waiting for a file"),
+                );
             }
             Message::RingEnded { engine, panic } => {
                 if let Some(message) = panic {

@@ -22,7 +22,7 @@ fn job_of_forgotten_load_frees_its_worker_and_permits() {
     // A valid load without segments.
     let next = runtime.block_on(async { tokio::time::timeout(Duration::from_secs(20), events.next()).await });
     assert!(next.expect("the workers still run").is_none());
-    // The worker informs the consumer of the end before it informs the scheduler.
+    // The consumer may learn of the end before the scheduler does.
     let taken = || guard.engine.jobs.taken();
     let deadline = Instant::now() + Duration::from_secs(20);
     while taken() != (0, 0) {

@@ -25,8 +25,8 @@ const PHASE_BYTES: u64 = 96 << 20;
 const SMALL_PAGES_PHASE_BYTES: u64 = 48 << 20;
 /// The ratio by which a way must be faster than the expected one to be chosen.
 const MARGIN: f64 = 1.03;
-/// After a file system was first measured, its loads 1, 2, 4, 8 and 16 are measured again, and
-/// then every load whose number is a multiple of this.
+/// After a file system's first measurement, the loads that could be measured again are counted.
+/// Numbers 1, 2, 4, 8 and 16 are measured, and then each multiple of this.
 const MEASURE_EVERY: u64 = 32;
 
 /// The ways in which a load may be read.
@@ -92,7 +92,7 @@ impl Trial {
     fn new(ways: Ways, pages: Pages) -> Self {
         let phase_bytes = if pages == Pages::Small { SMALL_PAGES_PHASE_BYTES } else { PHASE_BYTES };
         // Direct comes first: memory prepared ahead would make it seem faster, and at the start of
-        // a load none is.
+        // a load none has been prepared.
         let tried = [Way::Direct, Way::Staged, Way::Buffered].into_iter().filter(|&way| ways.allows(way));
         Trial { phase_bytes, expected: ways.expected, phases: tried.map(|way| (way, Phase::default())).collect() }
     }
@@ -111,7 +111,7 @@ impl Trial {
         self.phases.get(self.phase(start)).or(self.phases.last()).map_or(self.expected, |&(way, _)| way)
     }
 
-    /// The phase that a batch is measured in.
+    /// The phase in which the batch that starts at byte `start` of the load is measured.
     fn phase_of(&mut self, start: u64) -> Option<&mut Phase> {
         let number = self.phase(start);
         self.phases.get_mut(number).map(|(_, phase)| phase)
@@ -328,7 +328,8 @@ mod tests {
         choices.ways(false, false)
     }
 
-    /// The same with three ways, at these speeds: direct, staged, and through the page cache.
+    /// Like `load`, but with three ways at these speeds: direct, staged, and through the page
+    /// cache.
     fn load_by(
         choices: &mut Choices,
         number: u64,
@@ -387,7 +388,7 @@ mod tests {
     }
 
     #[test]
-    fn load_that_must_not_be_buffered_keeps_the_known_way() {
+    fn load_that_must_not_be_buffered_leaves_the_known_way() {
         let mut choices = Choices::new(Pages::Auto);
         let (may, strict) = (choices.ways(true, true), choices.ways(true, false));
         assert_eq!(load_by(&mut choices, 1, may, [100, 200, 900], 4).0.unwrap().chosen, Way::Buffered);
@@ -421,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn measurements_are_remembered_and_repeated_now_and_then() {
+    fn measurements_are_remembered_and_repeated_periodically() {
         let mut choices = Choices::new(Pages::Auto);
         assert_eq!(load(&mut choices, 0, 1900, 2600, 6).0.unwrap().chosen, Way::Staged);
         let measured: Vec<_> = (1..=100).filter(|&number| load(&mut choices, number, 1900, 2600, 6).0.is_some()).collect();
@@ -469,7 +470,7 @@ mod tests {
         }
         // Nothing was learned, so the next load is measured.
         assert!(load(&mut choices, 2, 1900, 2600, 6).0.is_some());
-        // What was already learned stays.
+        // A later load that can't be measured uses the way that was chosen.
         choosing = begin(&mut choices, LoadId(3), MOUNT, &batches, |_| true);
         choosing.stop_measuring();
         assert_eq!(choosing.way(0), Way::Staged);

@@ -98,7 +98,8 @@ impl Engine {
         self.thread_has_ended();
     }
 
-    /// Checks a file that was read. If the file changed, its last segment is withheld.
+    /// Checks a file that was read. If the file changed, the load fails before its last segment is
+    /// handed over.
     fn check(&self, load: &Arc<LoadShared>, file: usize) {
         // The load is over.
         let Some((open, identity)) = load.take_file(file) else { return };
@@ -124,7 +125,8 @@ impl Engine {
         }
     }
 
-    /// Finishes a full allocation: moves bytes to their places, and exports it as a dma-buf.
+    /// Finishes a full allocation: moves bytes to their places, and exports it as a dma-buf if the
+    /// heap supports that.
     #[allow(unsafe_code)]
     fn finish(&self, load: &Arc<LoadShared>, heap: &HeapCode, number: usize) {
         // The load is over.

@@ -17,8 +17,8 @@ use crate::support::id::LoadId;
 /// wrongly considered stalled only costs an extra thread for a while.
 pub(super) const STALLED_AFTER: Duration = Duration::from_secs(1);
 
-/// The same while another worker is already stalled: others may wait for the same server, and are
-/// found one after the other.
+/// Used instead while another worker is already stalled: others may wait for the same server, and
+/// are found one after the other.
 const NEXT_STALLED_AFTER: Duration = Duration::from_millis(100);
 
 /// How long to wait before starting a worker is retried.
@@ -118,8 +118,9 @@ impl Workers {
         *worker = Worker { task: Some(task), at_files_since, stalled: false };
     }
 
-    /// Records progress of a worker, which from `at_files_since` on may wait for the next file, or
-    /// is done with files. Returns its load if that is no longer stalled.
+    /// Records that a worker made progress. It may have been waiting for its next file since
+    /// `at_files_since`; `None` if it is done with files. Returns its load if that is no longer
+    /// stalled.
     #[must_use]
     pub(super) fn proceed(&mut self, id: WorkerId, at_files_since: Option<Instant>) -> Option<LoadId> {
         let worker = self.worker(id);
@@ -142,7 +143,7 @@ impl Workers {
         task.map(|task| task.load).filter(|&load| !is_stalled(load))
     }
 
-    /// How long a worker may wait for a file.
+    /// How long a worker may wait for a file before it counts as stalled.
     pub(super) fn patience(&self) -> Duration {
         if self.stalled() > 0 { NEXT_STALLED_AFTER } else { STALLED_AFTER }
     }
@@ -190,7 +191,7 @@ mod tests {
         assert_eq!(workers.next_check(late - Duration::from_millis(1)), Some(Duration::from_millis(1)));
         assert_eq!((workers.missing(), workers.is_overstaffed()), (0, false));
         assert_eq!(workers.find_stalled(late), [task(7), task(7)]);
-        assert_eq!(workers.find_stalled(late), [], "once");
+        assert_eq!(workers.find_stalled(late), [], "each stalled worker is found once");
         assert_eq!((workers.missing(), workers.next_check(late)), (2, Some(RETRY_AFTER)));
         let third = workers.hire();
         assert_eq!((workers.missing(), workers.is_overstaffed()), (1, false));

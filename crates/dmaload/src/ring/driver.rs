@@ -452,8 +452,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         let entry = self.pieces.get_mut(token).expect(PIECE);
         assert_eq!(entry.in_flight, 0, "a piece with all its bytes has no read in flight");
         let tail = to_usize(entry.piece.bytes)..entry.buffer.bytes();
-        // SAFETY: `tail.start` is the length of the piece's bytes, which is at most that of its
-        // buffer.
+        // SAFETY: `tail.start` is the length of the piece's bytes, which is at most the length of
+        // its buffer.
         let after = unsafe { entry.buffer.address().add(tail.start) };
         // SAFETY: from `after` to its end, the buffer is valid for writes, and no read into it is
         // in flight.
@@ -477,12 +477,13 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         }
     }
 
-    /// Outputs a piece that has all its bytes, after they were observed if requested.
+    /// Outputs a full piece. If the load is observed, its bytes were observed before.
     fn output_piece(&mut self, token: Token) {
         let entry = self.pieces.remove(token).expect(PIECE);
         self.kernel.detach(&entry.file.handle);
         let id = entry.load;
-        // The load may have just failed and released its own reference.
+        // This may be the last reference, because the load may have just failed and released its
+        // own.
         self.released.push((id, entry.file.handle));
         self.outputs.push(Output::PieceFull { load: id, piece: entry.number, route: entry.route, buffer: entry.buffer });
         let load = self.loads.get_mut(&id).expect(LOAD);

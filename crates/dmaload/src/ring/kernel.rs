@@ -104,8 +104,8 @@ pub(crate) trait Kernel {
     #[allow(unsafe_code)]
     unsafe fn read(&mut self, file: &Self::File, read: Read);
 
-    /// Cancels the reads of this load that were not started. They complete like others, with an
-    /// error.
+    /// Cancels the reads of this load that have not started, if possible. They complete like
+    /// others, with an error.
     fn cancel(&mut self, _: LoadId) {}
 
     /// Allocates `bytes` bytes of populated memory that can be pinned.
@@ -116,7 +116,7 @@ pub(crate) trait Kernel {
     ///
     /// # Safety
     /// Until the completion is reaped, or forever if it never is: both places stay mapped for
-    /// `bytes` bytes and don't overlap, nothing writes to the first, and nothing accesses the
+    /// `copy.bytes` bytes and don't overlap, nothing writes to the first, and nothing accesses the
     /// second.
     #[allow(unsafe_code)]
     unsafe fn copy(&mut self, copy: StagedCopy);
@@ -125,12 +125,12 @@ pub(crate) trait Kernel {
     fn set_copiers(&mut self, threads: usize);
 
     /// Has another thread copy from the page cache, without waiting for storage. Completes like a
-    /// read. Fewer bytes than requested, or [`Fault::Read`], mean that the rest was evicted from
-    /// the cache.
+    /// read. Fewer bytes than requested, or [`Fault::Read`], mean that the rest has to be read
+    /// from storage, usually because it was evicted.
     ///
     /// # Safety
-    /// Until the completion is reaped, or forever if it never is: the place stays mapped for that
-    /// many bytes, and nothing else reads or writes it.
+    /// Until the completion is reaped, or forever if it never is: the place stays mapped for
+    /// `read.bytes` bytes, and nothing else reads or writes it.
     #[allow(unsafe_code)]
     unsafe fn read_cached(&mut self, file: &Self::File, read: CachedRead);
 
@@ -143,8 +143,8 @@ pub(crate) trait Kernel {
     #[allow(unsafe_code)]
     unsafe fn observe(&mut self, request: ObserveRequest);
 
-    /// Whether this thread copied by itself, because no other thread could be started. Reads then
-    /// wait for copies.
+    /// Whether a copy was done or refused on this thread, because no other thread could be
+    /// started. Reads then wait for copies.
     fn lacks_threads(&self) -> bool;
 
     /// How many of its own threads are busy.

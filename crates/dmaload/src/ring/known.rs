@@ -1,5 +1,5 @@
-//! Remembers what the heap's memory and file systems have refused, so later loads need not try
-//! again.
+//! Remembers which routes the heap's memory and file systems have refused, so later loads need not
+//! try them again.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -31,7 +31,7 @@ enum Pinnable {
 enum Mount {
     /// Direct reads work; a file that refuses them is an exception.
     Direct,
-    /// Reads by routes better than `to` were refused. This is forgotten after `until`.
+    /// Direct reads by routes better than `to` were refused. This is forgotten after `until`.
     Refused { to: Route, errno: Errno, until: Duration },
 }
 
@@ -70,7 +70,7 @@ impl Known {
     }
 
     /// The known refusal that concerns reads by this route, with the route to step down to. If
-    /// several do, returns the one with the lowest route.
+    /// several apply, returns the one with the lowest route.
     pub(super) fn refusal(&self, mount: u64, route: Route, now: Duration) -> Option<(Route, Attempt, Errno)> {
         let memory = match self.memory {
             Pinnable::No { attempt, errno, until } if now < until => Some((Route::Bounce, attempt, errno)),

@@ -3,8 +3,8 @@
 //! Requires `IORING_OP_READ` (Linux 5.6 or later). Tries these features, and uses them if
 //! available: `SINGLE_ISSUER` with `DEFER_TASKRUN` (6.1 or later; completions are processed on
 //! request, instead of interrupting this thread), and sparse tables of registered buffers and
-//! files (5.19 or later). Not used, since measurements showed no gain: `SQPOLL` (2.7 times the CPU
-//! time), `IOPOLL` (most devices are not set up for it).
+//! files (5.19 or later). Not used: `SQPOLL` (2.7 times the CPU time, no gain) and `IOPOLL` (most
+//! devices are not set up for it).
 //!
 //! Closing a ring does not end its reads, so a ring is closed only when none is in flight (see
 //! [`super::driver`]).
@@ -226,7 +226,7 @@ struct Ring {
 struct Uncached {
     /// Reads in flight with the flag: their user data, and the file system's number.
     in_flight: HashMap<u64, u64>,
-    /// File systems that do not support it; all of them on older kernels.
+    /// File systems that have refused the flag; on older kernels, all of them do.
     refused_by: HashSet<u64>,
 }
 
@@ -304,7 +304,7 @@ impl Ring {
                 for entry in self.queue.drain(..room) {
                     // SAFETY: the memory and the descriptor of an entry stay valid until its
                     // completion: the eventfd as long as the ring, a read's memory by the contract
-                    // of `Kernel::read`.
+                    // of `Kernel::read`, and its file because the driver holds it until then.
                     let pushed = unsafe { submission.push(&entry) };
                     assert!(pushed.is_ok(), "the submission queue has room");
                 }
@@ -413,7 +413,7 @@ fn length(read: &Read) -> u32 {
 }
 
 /// Allows as many kernel threads for this thread's rings as reads can be in flight, so no read
-/// waits for another one's server. The default is four for each CPU.
+/// waits for another one's server. The default is at most four for each CPU.
 fn set_kernel_threads(ring: &IoUring, depth: usize) -> Result<(), Errno> {
     let threads = u32::try_from(depth).expect("settings allow 4096 reads at most");
     // 0 keeps the limit for files that are not regular.

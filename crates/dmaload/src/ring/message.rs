@@ -39,13 +39,13 @@ pub(crate) struct FileSpec<F> {
     pub(crate) cached: CachedChunks,
 }
 
-/// An event for the thread around the driver.
+/// An output of the driver for the thread around it.
 #[derive(Debug)]
 pub(crate) enum Output<B> {
     /// All bytes of a piece were read. `route` is the lowest route by which any of them came from
     /// storage; `None` if none did.
     PieceFull { load: LoadId, piece: usize, route: Option<Route>, buffer: B },
-    /// Something else happened to a load.
+    /// Any other event of a load.
     Event { load: LoadId, event: LoadEvent },
 }
 

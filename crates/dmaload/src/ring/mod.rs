@@ -10,11 +10,11 @@
 //!
 //! The ring reads open files into memory that the engine allocated. It opens no files, allocates
 //! only staging, and never runs the caller's code on its thread. It requires io_uring (Linux 5.6
-//! or later) for the routes by ring; where io_uring is refused, threads read with `pread`.
+//! or later) for the routes that use a ring; where io_uring is refused, threads read with `pread`.
 //!
-//! Shutdown: the thread ends once it was closed and the driver has no load left, that is, after
-//! the last completion. At the deadline of a shutdown, it leaks memory of reads in flight and ends
-//! at once.
+//! Shutdown: the thread ends once it is closed and the driver has no load left, that is, after the
+//! last completion. At the deadline of a shutdown, it leaks memory of reads in flight and ends at
+//! once.
 
 mod driver;
 mod kernel;

@@ -1,12 +1,12 @@
 //! Decides how many threads a kind of work gets. Threads are added while they are busy and one
 //! more makes the work faster.
 //!
-//! Copiers and allocators start with [`FIRST`] threads. At the end of each *epoch* (a number of
-//! jobs), the pace checks what limited the work. If the threads were busy for nine tenths of the
-//! time, the work waits for them: one more thread is tried for an epoch, and kept if the rate rose
-//! by at least a quarter of what the thread would add without any other limit. Otherwise the
-//! device, the processor or the memory bus is the limit: the thread is withdrawn, and not tried
-//! again for a while. Threads that are not busy are withdrawn one by one.
+//! Copiers and, by default, allocators start with at most [`FIRST`] threads. At the end of each
+//! *epoch* (a number of jobs), the pace checks what limited the work. If the threads were busy for
+//! at least nine tenths of the time, the work waits for them: one more thread is tried for an
+//! epoch, and kept if the rate rose by at least a quarter of what the thread would add without any
+//! other limit. Otherwise the device, the processor or the memory bus is the limit: the thread is
+//! withdrawn, and not tried again for a while. Threads that are not busy are withdrawn one by one.
 //!
 //! Threads that read wait for storage or for a server rather than for the processor, and each file
 //! system has its own pace for them. They start with [`FIRST_READERS`], and double where copiers
@@ -29,16 +29,16 @@ const MOST_COPIERS: usize = 16;
 /// Maximum number of threads that allocate: at 9 GiB/s each, enough for 72 GiB/s.
 const MOST_ALLOCATORS: usize = 8;
 
-/// Initial number of threads that read for one load. Enough for a local device with large reads:
-/// four threads reached the device's limit, and one thread an eighth of it.
+/// Initial number of threads that read for one load. Four are enough for large reads from a local
+/// device: they reached its limit, and a single thread reached an eighth of it.
 pub(crate) const FIRST_READERS: usize = 4;
 
 /// Maximum number of threads that read for one load: as many reads as a load may have in flight by
 /// default.
 pub(crate) const MOST_READERS: usize = 32;
 
-/// Maximum number of epochs without a trial. After a trial without gain, the next epoch has none;
-/// after each further one, twice as many epochs have none.
+/// Maximum number of epochs to rest after a trial without gain: one epoch after the first such
+/// trial, and twice as many after each further one.
 const REST_EPOCHS_MAX: u32 = 16;
 
 /// How many jobs after a pause are not measured: an empty window fills as fast as threads can
@@ -66,11 +66,12 @@ pub(crate) fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
-/// A number of jobs whose rate is measured.
+/// A run of jobs whose rate is measured.
 #[derive(Debug, Clone, Copy)]
 struct Epoch {
     began: Duration,
-    /// Jobs to skip before it begins: those that began with the previous number of threads.
+    /// Jobs left to skip before it begins: those that began with the previous number of threads,
+    /// or that fill an empty window.
     before: usize,
     jobs: usize,
     bytes: u64,
@@ -313,7 +314,7 @@ mod tests {
         assert_eq!(simulate_pace(&mut pace, 16, 50, 50), (2, 2));
         let (most, last) = simulate_pace(&mut pace, 6, 100, 50);
         assert!(most == 7 && last >= 6, "{most} {last}");
-        // Now the device is slower.
+        // Now work is rarely available.
         let (_, last) = simulate_pace(&mut pace, 6, 1, 50);
         assert_eq!(last, 2);
     }
@@ -352,7 +353,7 @@ mod tests {
     }
 
     #[test]
-    fn readers_double_while_that_helps_and_then_return() {
+    fn readers_double_and_are_withdrawn_if_that_does_not_help() {
         for (useful, expected_most, expected_last) in [(1, 8, 4), (4, 8, 4), (6, 16, 8), (8, 16, 8), (20, 32, 32), (100, 32, 32)]
         {
             // Long enough that no trial is running at the end.
@@ -363,7 +364,7 @@ mod tests {
 
     /// A load should become fast early, so the first 128 reads must suffice.
     #[test]
-    fn maximum_readers_are_reached_within_a_few_reads() {
+    fn maximum_readers_are_reached_within_128_reads() {
         let mut pace = Pace::for_readers();
         let (mut now, mut reads) = (Duration::ZERO, 0);
         while pace.threads() < MOST_READERS {

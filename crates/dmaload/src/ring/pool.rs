@@ -53,7 +53,7 @@ struct Queues {
     paces: HashMap<u64, Pace>,
     since: Instant,
     done: Vec<Completion>,
-    /// How many threads wait for a job.
+    /// How many threads are waiting for a job.
     idle: usize,
     /// How many threads have a job, and how many may.
     busy: usize,
@@ -109,7 +109,7 @@ impl Queues {
         self.paces.get(&file.identity.mount()).map_or(FIRST_READERS, Pace::threads)
     }
 
-    /// Whether more reads may start, including this one, than threads wait for a job.
+    /// Whether more reads may start, counting this one, than there are idle threads.
     fn lacks_a_thread(&self, file: &OpenFile, read: &Read) -> bool {
         let queued =
             self.jobs.iter().filter_map(|job| if let PoolJob::Read(file, read) = job { Some((&**file, read)) } else { None });
@@ -196,13 +196,13 @@ pub(crate) struct ThreadPool {
     name: &'static str,
     threads: usize,
     threads_max: usize,
-    /// Whether a copy found no thread, so that the calling thread did or refused it.
+    /// Whether a copy found no other thread, so the calling thread did or refused it.
     copied_inline: bool,
 }
 
 impl ThreadPool {
-    /// Each kind of job has its own pool: a read that hangs in a dead disk must not hold up
-    /// copies.
+    /// Creates a pool. Reads, copies and observations have separate pools, because a read that
+    /// hangs in a dead disk must not hold up copies.
     pub(crate) fn new(wake: Arc<Wake>, name: &'static str, threads_max: usize) -> Self {
         ThreadPool {
             shared: Arc::new(PoolShared { queues: Mutex::new(Queues::new(threads_max)), changed: Condvar::new(), wake }),
@@ -213,7 +213,7 @@ impl ThreadPool {
         }
     }
 
-    /// Queues a read.
+    /// Queues a read. If no thread can be started, the read fails with ENOMEM.
     ///
     /// # Safety
     /// As for [`super::kernel::Kernel::read`].
@@ -299,7 +299,7 @@ impl ThreadPool {
     }
 
     /// Starts a thread for one more job that any thread may take, unless enough threads are idle.
-    /// Returns whether the pool has any thread.
+    /// Returns whether the pool has any threads.
     fn start_thread_for_any(&mut self) -> bool {
         let lacks_a_thread = {
             let queues = self.shared.queues();
@@ -308,7 +308,7 @@ impl ThreadPool {
         self.start_thread(lacks_a_thread)
     }
 
-    /// Starts a thread if one is needed and allowed. Returns whether the pool has any thread.
+    /// Starts a thread if one is needed and allowed. Returns whether the pool has any threads.
     fn start_thread(&mut self, lacks_one: bool) -> bool {
         let (shared, threads) = (Arc::clone(&self.shared), self.threads_max);
         let name = format!("dmaload-{}-{}", self.name, self.threads);
@@ -319,7 +319,7 @@ impl ThreadPool {
         self.threads > 0
     }
 
-    /// Whether a copy found no thread, so that the calling thread did or refused it.
+    /// Whether a copy found no other thread, so the calling thread did or refused it.
     pub(crate) fn lacks_threads(&self) -> bool {
         self.copied_inline
     }
@@ -375,7 +375,8 @@ fn run(shared: &PoolShared, threads: usize) {
             if queues.finish_read(load, mount, bytes) {
                 shared.changed.notify_all();
             } else {
-                // More jobs may have waited for this read than this thread takes next.
+                // Several jobs may have been waiting for this read, and this thread takes only one
+                // of them.
                 shared.changed.notify_one();
             }
         }
@@ -424,7 +425,8 @@ fn pread(file: &OpenFile, read: &Read) -> Completion {
                 at += bytes as u64;
                 Ok(bytes)
             };
-            // SAFETY: this is the place's memory, for which the driver guarantees the same.
+            // SAFETY: the driver guarantees that nothing else reads or writes the place until the
+            // completion is reaped.
             unsafe { sink.fill_with(*offset, read.bytes, &mut next) }
         }
     };
@@ -442,7 +444,7 @@ fn copy_staged(copy: &StagedCopy) -> Completion {
         left = later;
         Ok(part.len())
     };
-    // SAFETY: the driver guarantees that nothing reads or writes the place until this copy's
+    // SAFETY: the driver guarantees that nothing else reads or writes the place until this copy's
     // completion is reaped.
     let result = unsafe { copy.to.sink.fill_with(copy.to.offset, copy.bytes, &mut next) };
     Completion { token: copy.token, result }
@@ -455,8 +457,8 @@ fn read_cached(file: &OpenFile, read: &CachedRead) -> Completion {
         at += bytes as u64;
         Ok(bytes)
     };
-    // SAFETY: the driver guarantees that nothing reads or writes the place until this completion
-    // is reaped.
+    // SAFETY: the driver guarantees that nothing else reads or writes the place until this
+    // completion is reaped.
     let result = unsafe { read.to.sink.fill_with(read.to.offset, read.bytes, &mut next) };
     Completion { token: read.token, result }
 }

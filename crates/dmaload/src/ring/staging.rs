@@ -21,9 +21,9 @@ pub(crate) struct StagingBudget {
 
 impl StagingBudget {
     /// How many slots may be read into at once. Not all of them, or copies would wait for reads
-    /// and reads for copies: a device works on all its reads and finishes them at about the same
-    /// time, so slots for the next reads must be free while these are copied. (With half of a
-    /// load's slots, loads reached 0.93 of a virtual disk's limit; with all of them, 0.57.)
+    /// and reads for copies: a device works on all of its reads at once and finishes them at about
+    /// the same time, so slots for the next reads must be free while these are copied. (With half
+    /// of a load's slots, loads reached 0.93 of a virtual disk's limit; with all of them, 0.57.)
     fn reads(self) -> u64 {
         (self.slots as u64 * 3 / 4).max(1)
     }
@@ -40,7 +40,7 @@ struct StagingBuffer<S> {
     buffer: S,
     /// Its slot in the table of registered buffers.
     buffer_slot: Option<u16>,
-    /// The load that holds it, and the file system of the load's file.
+    /// The load that holds it, and the file system that it is read from.
     taken_by: Option<(LoadId, u64)>,
     /// Whether a read into it is in flight.
     reading: bool,
@@ -73,8 +73,8 @@ impl<S: Buffer> Staging<S> {
         self.budget.slots
     }
 
-    /// Changes the number of slots. Surplus slots stay allocated, but are not used at the same
-    /// time.
+    /// Changes the number of slots. Surplus slots stay allocated, but none is taken while `slots`
+    /// or more are in use.
     pub(crate) fn set_slots(&mut self, slots: usize) {
         self.budget.slots = slots;
     }
@@ -141,8 +141,8 @@ impl<S: Buffer> Staging<S> {
     }
 
     /// Registers a slot that was taken, if necessary; returns the reason if it can't be read into
-    /// by the best route. Tried again for each load, since the limit of locked memory depends on
-    /// what else is locked.
+    /// by the best route. Registration is retried for each load, since the limit of locked memory
+    /// depends on what else is locked.
     pub(crate) fn register<K: Kernel<Staging = S>>(
         &mut self,
         slot: StagingSlot,

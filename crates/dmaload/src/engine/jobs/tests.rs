@@ -128,7 +128,7 @@ fn forgetting_a_load_that_did_not_fit_frees_a_smaller_one() {
 }
 
 #[test]
-fn deferred_drops_while_closing_precede_the_end_of_workers() {
+fn workers_drop_deferred_values_before_they_end() {
     model(|| {
         let jobs = Arc::new(Jobs::<Arc<()>>::new(1, u64::MAX, 1, 1, Pace::fixed(3)));
         let workers = [(); 2].map(|()| {
@@ -136,7 +136,7 @@ fn deferred_drops_while_closing_precede_the_end_of_workers() {
             spawn(move || assert!(next(&jobs).is_none()))
         });
         jobs.close();
-        // Gives workers that wrongly do not wait the time to end.
+        // Gives the workers time to end, in case they wrongly do not wait.
         #[cfg(not(dmaload_loom))]
         std::thread::sleep(std::time::Duration::from_millis(1));
         // In production, the ring thread does this with the files of the last load.

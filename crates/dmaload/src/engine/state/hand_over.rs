@@ -172,8 +172,8 @@ impl LoadShared {
     /// Records that a file has not changed; `tensors` are those found in its memory.
     ///
     /// # Errors
-    /// With the last file of a load that has small files, those of [`LoadShared::check_whole`],
-    /// which could not run before.
+    /// For the last file of a load with small files, those of [`LoadShared::check_whole`], which
+    /// could not run earlier.
     pub(crate) fn record_checked_file(&self, index: usize, tensors: Option<Arc<TensorMap>>) -> Result<()> {
         let mut state = self.state();
         if state.is_over() {

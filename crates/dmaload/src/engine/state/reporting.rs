@@ -26,8 +26,7 @@ use crate::telemetry::trace::{TraceEvent, TraceKind};
 
 /// The smallest amount read through the page cache that is reported.
 const PAGE_CACHE_NOTE_BYTES: u64 = 1 << 30;
-/// How many retries are noted individually. A dying disk causes thousands; the first ones tell
-/// enough.
+/// How many retries are noted individually. A dying disk causes thousands; the first few suffice.
 const RETRIES_NOTED_MAX: usize = 8;
 
 impl LoadShared {
@@ -65,8 +64,8 @@ impl LoadShared {
         self.state().notes.push(note.to_owned());
     }
 
-    /// Records a read that failed and is retried. If the retry succeeds, only the report shows
-    /// that a medium is going bad.
+    /// Records a read that failed and is retried. If the retry succeeds, the load does not fail,
+    /// so the log, the metrics and the report are the only signs that a medium is going bad.
     pub(crate) fn record_retry(&self, retried: &Retried) {
         let Retried { file, offset, bytes, errno } = *retried;
         let path = self.path(file).map(|path| printable::path(path.as_path()).to_string()).unwrap_or_default();
@@ -247,9 +246,9 @@ pub(super) fn filled_cache_bytes(state: &LoadState) -> Option<u64> {
     (cached_bytes >= PAGE_CACHE_NOTE_BYTES).then_some(cached_bytes)
 }
 
-/// Counts huge pages by `/proc/self/smaps`, for kernels before Linux 6.7. This is expensive, so it
-/// runs once per load rather than once per piece. Segments that were dropped by then are not
-/// counted.
+/// Counts huge pages in `/proc/self/smaps`, for kernels before Linux 6.7. This is expensive, so it
+/// runs once per load rather than each time that memory is populated. Segments that were dropped
+/// by then are not counted.
 fn pages_by_smaps(range: Option<&AddressRange>) -> PageCount {
     let mut pages = PageCount::default();
     if let Some(range) = range {

@@ -27,7 +27,8 @@ pub(super) struct PieceEntry<F, B> {
     pub(super) in_flight: usize,
     /// The lowest route by which any of its bytes came from storage, if any did.
     pub(super) route: Option<Route>,
-    /// Its offset in the concatenation of all files; known once all pieces before it have arrived.
+    /// For an observed load, its offset in the concatenation of all files, known once all pieces
+    /// before it have arrived; otherwise 0.
     pub(super) position: u64,
     /// When the piece arrived.
     pub(super) since: Duration,
@@ -154,8 +155,8 @@ impl LoadEntry {
         if alone { self.alone.pop_front() } else { self.chunks.pop_front() }
     }
 
-    /// Queues a chunk that was not (completely) read ahead of all others; for an observed load, in
-    /// file order.
+    /// Puts a chunk that was not fully read back at the front of its queue or, for an observed
+    /// load, at its position in file order.
     pub(super) fn requeue(&mut self, chunk: Chunk) {
         let ordered = self.is_observed();
         let queue = if chunk.alone { &mut self.alone } else { &mut self.chunks };

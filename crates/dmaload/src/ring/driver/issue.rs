@@ -79,10 +79,10 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     }
 
     /// Issues another chunk in place of one for which no buffer slot is free: a chunk of a piece
-    /// that already holds a slot. Such a piece may come later in the file, if the first chunk was
-    /// evicted from the page cache, and it keeps its slot until its last chunk, so otherwise
-    /// neither would ever proceed. A chunk that is read alone is taken only if nothing is in
-    /// flight. Returns `false` if no such chunk exists.
+    /// that already holds a slot. Such a piece may come later in the file than the waiting chunk,
+    /// for example if that chunk was evicted from the page cache. It keeps its slot until its last
+    /// chunk is read, so without this neither would ever proceed. A chunk that must be read alone
+    /// is taken only if the load has nothing in flight. Returns `false` if no such chunk exists.
     pub(super) fn issue_registered_instead(&mut self, id: LoadId, chunk: Chunk) -> bool {
         let load = self.loads.get_mut(&id).expect(LOAD);
         let mut has_slot = |other: &Chunk| self.pieces.get_mut(other.piece).expect(PIECE).buffer_slot.is_some();

@@ -13,15 +13,15 @@ use crate::route::{Attempt, Fallback, Route, is_refusal};
 use crate::support::errno;
 use crate::support::id::LoadId;
 
-/// Consecutive interruptions (EINTR, EAGAIN) after which a read fails.
+/// Number of consecutive interruptions (EINTR, EAGAIN) after which the next one fails the load.
 const INTERRUPTIONS: u32 = 64;
 
-/// Consecutive direct reads of less than a block after which the file must have ended, or the file
-/// system can't do better.
+/// Number of consecutive direct reads of less than a block after which the driver assumes that the
+/// file has ended or that the file system can't do better.
 const PARTS_OF_A_BLOCK: u32 = 16;
 
 impl<K: Kernel, B: PieceMemory> Driver<K, B> {
-    /// Records that `bytes` bytes of a chunk were read, and queues the rest of a short read again.
+    /// Records that `bytes` bytes of a chunk were read, and requeues the rest after a short read.
     pub(super) fn advance(&mut self, mut chunk: Chunk, route: Route, bytes: u64) {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let wanted = chunk.range.end - chunk.range.start;
@@ -73,8 +73,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         }
     }
 
-    /// Handles a failed read: retries it by a lower route if the error blames this one; otherwise
-    /// once more, alone.
+    /// Handles a failed read: retries it by a lower route if the error refuses this one; otherwise
+    /// retries it once, alone; and fails the load if that fails, too.
     ///
     /// The kernel merges neighbouring reads into one request, and if the medium can't read one
     /// block of it, all of them fail. Alone, only the read that covers the bad block fails.
@@ -137,7 +137,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
             None => &mut load.floor,
             Some(file) => load.stepped.entry(file).or_insert(load.floor),
         };
-        // Several reads may be refused before the first refusal is seen; report one step once.
+        // Several reads may be refused before the first refusal is seen; each step is reported
+        // once.
         let first = *left < to;
         *left = to.max(*left);
         for &token in &load.pieces {

@@ -7,7 +7,7 @@ use crate::memory::buffer::Buffer;
 use crate::ring::wake::Wake;
 use crate::support::errno;
 
-/// The size of a piece, which is what a load registers at a time.
+/// The usual maximum size of a piece; a load registers one piece at a time.
 pub(crate) const REGISTER_BYTES_MAX: usize = 16 << 20;
 
 pub(crate) const REGISTER_BYTES_MIN: usize = 64 << 10;
@@ -73,7 +73,8 @@ fn largest_registrable(ring: &mut Ring) -> (u64, Result<(), Errno>) {
     };
     let mut register = |bytes: usize| {
         ring.update_buffer(0, memory.address().as_ptr(), bytes).map_err(errno::from_rustix)?;
-        // As in `unregister_buffer`; closing the ring would also unregister it, but later.
+        // A failure is ignored, as in `unregister_buffer`: closing the ring unregisters the
+        // memory, too.
         let _ = ring.update_buffer(0, std::ptr::null_mut(), 0);
         Ok(())
     };

@@ -10,7 +10,7 @@ impl Sink for ArraySink {
     unsafe fn fill_with(&self, _: usize, _: usize, write: &mut Write<'_>) -> Result<usize, Fault> {
         let mut bytes = [MaybeUninit::new(0); 64];
         let written = write(&mut bytes).map_err(Fault::Read)?;
-        // SAFETY: all of them were initialised above.
+        // SAFETY: all bytes were initialised above.
         *self.0.lock().unwrap() = bytes.map(|byte| unsafe { byte.assume_init() });
         Ok(written)
     }
@@ -97,7 +97,8 @@ fn copy_without_threads_is_done_inline_and_reported() {
         let sink = Arc::new(ArraySink(Mutex::new([0_u8; 64])));
         let to = Place { sink: Arc::clone(&sink) as Arc<dyn Sink>, offset: 0 };
         let copy = StagedCopy { token, from: NonNull::from(&from).cast(), to, bytes: 64 };
-        // SAFETY: both places stay, and are not accessed, until the completion below.
+        // SAFETY: both places stay valid until the completion below, and nothing else accesses
+        // them before.
         unsafe { pool.copy(copy) };
         let mut done = Vec::new();
         while done.is_empty() {

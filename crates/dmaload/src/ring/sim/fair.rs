@@ -1,5 +1,5 @@
 //! Loads whose reads never complete hold their file system's share of each resource, and no more:
-//! other loads proceed beside them.
+//! other loads proceed.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -24,7 +24,7 @@ use crate::route::Route;
 use crate::support::id::LoadId;
 
 const PIECES: usize = 24;
-/// More than a load has pieces.
+/// More than the number of pieces in a load.
 const ENOUGH: u16 = 1000;
 
 /// The resources that loads share.
@@ -100,7 +100,7 @@ impl FairMachine {
             idle += 1;
             while let Some(job) = self.scheduler.next() {
                 idle = 0;
-                self.act(job);
+                self.run_job(job);
             }
             self.driver.issue();
             self.driver.turn(false).unwrap();
@@ -127,7 +127,7 @@ impl FairMachine {
         self.full.iter().filter(|&(_, &full)| full == PIECES).map(|(&load, _)| load).collect()
     }
 
-    fn act(&mut self, job: Job<LoadId>) {
+    fn run_job(&mut self, job: Job<LoadId>) {
         let load = &self.loads[job.load()];
         let FairLoad { file, file_system, route, plan } = load;
         match job {
@@ -203,8 +203,9 @@ fn two_silent_file_systems_do_not_stop_a_third() {
             for other in others {
                 machine.submit(other.0, 2, others_by, false);
             }
-            let case =
-                format!("by {others_by}, beside {loads} hanging loads by {hung_by} of each of two file systems, with {shared:?}");
+            let case = format!(
+                "by {others_by}, despite {loads} hanging loads by {hung_by} of each of two file systems, with {shared:?}"
+            );
             assert_eq!(machine.run(), others, "{case}");
             machine.give_up();
         }
@@ -213,7 +214,7 @@ fn two_silent_file_systems_do_not_stop_a_third() {
 
 /// The same when all loads start at once, the silent ones first, with many from one file system.
 #[test]
-fn loads_that_start_beside_many_silent_ones_proceed() {
+fn loads_that_start_alongside_many_silent_ones_proceed() {
     for (shared, hung_by, others_by) in each_case(each_scarce(8, 8, 8, 8)) {
         let mut machine = FairMachine::new(2, shared, &Faults::none());
         for number in 0..20 {
@@ -223,7 +224,7 @@ fn loads_that_start_beside_many_silent_ones_proceed() {
         for other in others {
             machine.submit(other.0, 1, others_by, false);
         }
-        assert_eq!(machine.run(), others, "by {others_by}, beside many hanging loads by {hung_by}, with {shared:?}");
+        assert_eq!(machine.run(), others, "by {others_by}, despite many hanging loads by {hung_by}, with {shared:?}");
         machine.give_up();
     }
 }
@@ -241,7 +242,7 @@ fn silent_load_leaves_a_share_to_its_file_system() {
         for other in others {
             machine.submit(other.0, 0, others_by, false);
         }
-        assert_eq!(machine.run(), others, "by {others_by}, beside a hanging load by {hung_by}, with {shared:?}");
+        assert_eq!(machine.run(), others, "by {others_by}, despite a hanging load by {hung_by}, with {shared:?}");
         machine.give_up();
     }
 }
@@ -274,7 +275,7 @@ fn many_loads_of_one_file_system_all_finish() {
 /// The staged chunks of an observed load wait for an earlier chunk, which may have to be retried:
 /// other loads must not take its slot permanently.
 #[test]
-fn observed_load_proceeds_beside_hanging_ones() {
+fn observed_load_proceeds_despite_hanging_ones() {
     let faults = Faults { short_per_mille: 300, interrupted_per_mille: 300, ..Faults::none() };
     let shared = Shared { staging_slots: 8, ..PLENTY };
     for seed in 0..300 {

@@ -46,7 +46,7 @@ pub(super) struct SimKernel {
     /// Operations in flight that are completed only by [`SimKernel::complete_late`].
     hung: Vec<SimInFlight>,
     done: Vec<Completion>,
-    /// The time that the disk takes for one read. It does one at a time.
+    /// The time that the disk takes for one read. It performs one read at a time.
     service: Duration,
     /// The time that a copy takes.
     pub(super) copying: Duration,
@@ -86,7 +86,7 @@ impl SimKernel {
         }
     }
 
-    /// Lifts the limit because of which registrations were refused.
+    /// Stops refusing registrations, as if the limit of locked memory was raised.
     pub(super) fn allow_registration(&mut self) {
         self.faults.register = None;
     }
@@ -261,7 +261,7 @@ impl SimKernel {
     }
 }
 
-/// The token that reserves a copy's source, which no read may write to in the meantime either.
+/// The token that reserves a copy's source: no read may write to that in the meantime, either.
 fn source_token(copy: &StagedCopy) -> u64 {
     !copy.token.user_data()
 }
@@ -387,7 +387,7 @@ impl Kernel for SimKernel {
     }
 
     fn set_copiers(&mut self, _: usize) {
-        // Every copy has its own thread in the simulator.
+        // Ignored: `copiers` determines how many copies run at once.
     }
 
     unsafe fn read_cached(&mut self, file: &SimFile, read: CachedRead) {

@@ -39,8 +39,8 @@ struct TimedMachine {
 }
 
 /// Simulates loading a file of 24 pieces with one allocator that takes `allocating` per piece and
-/// a disk that takes `reading` per piece. Returns how long it took, and how many pieces the
-/// allocator was ahead at most.
+/// a disk that takes `reading` per piece. Returns how long it took, and the largest number of
+/// pieces that the allocator was ahead.
 fn simulate(window_pieces: u64, allocating: Duration, reading: Duration) -> (Duration, u64) {
     simulate_route(Route::UringFixedDirect, window_pieces, allocating, reading, Duration::ZERO)
 }

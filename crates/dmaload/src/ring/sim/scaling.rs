@@ -127,7 +127,7 @@ struct FlowMachine {
 
 impl FlowMachine {
     /// Occupies the ring thread for `time`.
-    fn ring(&mut self, time: f64) {
+    fn occupy_ring(&mut self, time: f64) {
         self.ring_until = self.ring_until.max(self.now) + time;
     }
 
@@ -273,7 +273,7 @@ impl Kernel for FlowKernel {
     }
 
     fn register_buffer(&mut self, _: u16, _: NonNull<u8>, _: usize) -> Result<(), Errno> {
-        self.0.borrow_mut().ring(REGISTER);
+        self.0.borrow_mut().occupy_ring(REGISTER);
         Ok(())
     }
 
@@ -285,7 +285,7 @@ impl Kernel for FlowKernel {
 
     unsafe fn read(&mut self, (): &(), read: Read) {
         let mut machine = self.0.borrow_mut();
-        machine.ring(CALL);
+        machine.occupy_ring(CALL);
         let (from, left) = (machine.ring_until + LATENCY, read.bytes as f64);
         machine.transfers.push(Transfer { token: read.token, from, left, bytes: read.bytes });
     }
@@ -296,7 +296,7 @@ impl Kernel for FlowKernel {
 
     unsafe fn copy(&mut self, copy: StagedCopy) {
         let mut machine = self.0.borrow_mut();
-        machine.ring(CALL);
+        machine.occupy_ring(CALL);
         machine.copies.push_back((copy.token, copy.bytes));
         machine.start_copies();
     }
@@ -326,7 +326,7 @@ impl Kernel for FlowKernel {
     fn reap(&mut self, into: &mut Vec<Completion>) {
         let mut machine = self.0.borrow_mut();
         let calls = machine.completions.len() as f64;
-        machine.ring(calls * CALL);
+        machine.occupy_ring(calls * CALL);
         into.append(&mut machine.completions);
     }
 }

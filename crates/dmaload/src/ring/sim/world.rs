@@ -354,7 +354,8 @@ impl World {
         for (number, piece, spec, buffer) in parts {
             let before = self.memory.borrow().live_buffers;
             self.driver.enqueue_piece(id, number, piece, spec, buffer);
-            // The driver drops the buffer of a load that is over, whose permit returns at once.
+            // The driver drops the buffer of a load that is over, and its permit is returned at
+            // once.
             if self.memory.borrow().live_buffers < before {
                 self.sync_window();
             }
@@ -441,7 +442,7 @@ impl World {
                     assert!(!std::mem::replace(&mut load.full[number], true), "a piece is full twice");
                     let chosen = load.unpopulated_per_mille > 0 && route == Some(Route::Bounce);
                     let reported = route.is_none_or(|route| route <= load.lowest_reported);
-                    assert!(reported || chosen, "a piece went by {route:?}, lower than {}", load.lowest_reported);
+                    assert!(reported || chosen, "a piece was read by {route:?}, which is lower than {}", load.lowest_reported);
                     load.bounced |= route == Some(Route::Bounce);
                     if let Some((observer, _)) = &load.observed {
                         let (file, piece) = load.piece(number);
@@ -472,7 +473,7 @@ impl World {
                     load.refused.push(fallback.attempt);
                     assert!(
                         fallback.errno != dmabuf::Errno::EFAULT || fallback.file_index.is_none(),
-                        "a fallback of memory names no file: {fallback:?}"
+                        "a refusal by memory names no file: {fallback:?}"
                     );
                 }
                 Output::Event { load: id, event: LoadEvent::Failed { failure } } => {

@@ -91,7 +91,7 @@ fn number_from(variable: &str) -> Option<u64> {
 }
 
 #[test]
-fn every_world_fills_right_bytes_and_reports_failures() {
+fn every_world_loads_the_right_bytes_or_reports_failure() {
     if let Some(seed) = number_from("DMALOAD_SIM_SEED") {
         println!("the world of seed {seed}: {:?}", run_world(seed));
         return;

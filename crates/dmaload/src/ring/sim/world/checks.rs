@@ -29,9 +29,12 @@ impl World {
                     let threads = !self.faults.no_threads && self.faults.evicted_per_mille == 0;
                     assert!(!threads || taken == load.cacheable_bytes, "{id:?}: cached chunks were read from storage");
                     self.check_staging_report(load);
-                    let beside = (load.bounced || load.observed.is_some()) && !load.plan.pieces.is_empty();
+                    let uses_threads = (load.bounced || load.observed.is_some()) && !load.plan.pieces.is_empty();
                     assert!(!load.no_thread || self.faults.no_threads, "{id:?}: threads could be started");
-                    assert!(load.no_thread || !(beside && self.faults.no_threads), "{id:?}: the missing thread was not reported");
+                    assert!(
+                        load.no_thread || !(uses_threads && self.faults.no_threads),
+                        "{id:?}: the missing thread was not reported"
+                    );
                     if let Some((observer, _)) = &load.observed {
                         assert!(observer.has_seen_all(), "{id:?} was not observed to its end");
                         assert!(observer.rejects.is_none(), "{id:?} contains the rejected byte");

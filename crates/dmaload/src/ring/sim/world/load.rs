@@ -67,7 +67,7 @@ impl SimLoad {
         })
     }
 
-    /// Checks a full piece: the file's bytes, and zeroes behind them.
+    /// Checks a full piece: the file's bytes, and zeros after them.
     pub(crate) fn check_bytes(&self, number: usize, seen: &[u8]) {
         let (file, piece) = self.piece(number);
         let file = &self.files[file].0;
