@@ -72,7 +72,7 @@ doc:
         cargo doc --no-deps -p dmaload -p dmabuf --features dmaload/verify
     .ci/public-types
 
-# Checks licenses and sources of all dependencies, also their texts (needs cargo-deny).
+# Checks the licenses, license texts and sources of all dependencies (needs cargo-deny).
 [group('checks')]
 deny:
     .ci/licenses
@@ -137,12 +137,12 @@ wheel:
 python *ARGS:
     .ci/python {{ARGS}}
 
-# Tests the wheel with torch and transformers, into docs/python.md (installs gigabytes).
+# Tests the wheel with torch and transformers; writes docs/python.md (installs gigabytes).
 [group('python')]
 python-torch *ARGS:
     .ci/python-torch {{ARGS}}
 
-# Installs the C library into a folder, links it, and runs its suite, also under valgrind.
+# Installs the C library into a folder, links it, and runs its suite with and without valgrind.
 [group('other programs')]
 capi:
     .ci/capi
@@ -185,12 +185,12 @@ bench-small:
     cargo bench -p dmaload-benches --bench overlap
     cargo test --release -p dmaload --lib instructions::bench -- --ignored --exact --nocapture
 
-# Compares the time to candle's first layer with candle's own loader, into docs/adopt.md.
+# Compares the time to candle's first layer with candle's own loader; writes docs/adopt.md.
 [group('measuring')]
 candle-first-layer:
     .ci/candle --first-layer
 
-# Compares dmaload with other loaders, into docs/performance.md (installs gigabytes).
+# Compares dmaload with other loaders; writes docs/performance.md (installs gigabytes).
 [group('measuring')]
 bench-peers:
     benches/performance.sh peers

@@ -170,13 +170,13 @@ pub struct GgufReader {
     path: PathBuf,
     identity: Identity,
     header: Vec<u8>,
-    /// By their start in the file.
+    /// Keyed by their start in the file.
     tensors: BTreeMap<u64, Unread>,
     arrivals: Arrivals<Tensor>,
     position: u64,
 }
 
-/// A tensor that was not read to its end yet.
+/// A tensor that has not been read to its end yet.
 #[derive(Debug)]
 struct Unread {
     name: String,
@@ -237,7 +237,7 @@ impl GgufReader {
 
     /// Reads from the file itself, up to `end`.
     fn read_file(&self, buffer: &mut [u8], end: u64) -> io::Result<usize> {
-        let bytes = room(buffer, end - self.position);
+        let bytes = limit_to_buffer(buffer, end - self.position);
         let read = self.file.read_at(&mut buffer[..bytes], self.position)?;
         let states = [self.file.metadata()?, std::fs::metadata(&self.path)?];
         if states.iter().any(|state| Identity::new(state) != self.identity) {
@@ -248,8 +248,8 @@ impl GgufReader {
     }
 }
 
-/// The number of bytes, of `bytes`, that fit into a buffer.
-fn room(buffer: &[u8], bytes: u64) -> usize {
+/// Limits a number of bytes to the length of a buffer.
+fn limit_to_buffer(buffer: &[u8], bytes: u64) -> usize {
     usize::try_from(bytes).map_or(buffer.len(), |bytes| bytes.min(buffer.len()))
 }
 
@@ -258,7 +258,7 @@ impl Read for GgufReader {
         let position = self.position;
         let read =
             if let Some(rest) = usize::try_from(position).ok().and_then(|at| self.header.get(at..)).filter(|r| !r.is_empty()) {
-                let bytes = room(buffer, rest.len() as u64);
+                let bytes = limit_to_buffer(buffer, rest.len() as u64);
                 buffer[..bytes].copy_from_slice(&rest[..bytes]);
                 bytes
             } else if let Some((&start, unread)) =
@@ -277,7 +277,7 @@ impl Read for GgufReader {
                 }
                 let held = tensor.bytes().map_err(io::Error::other)?;
                 let rest = &held[usize::try_from(position - start).map_err(io::Error::other)?..];
-                let bytes = room(buffer, rest.len() as u64);
+                let bytes = limit_to_buffer(buffer, rest.len() as u64);
                 buffer[..bytes].copy_from_slice(&rest[..bytes]);
                 if bytes == rest.len() {
                     let unread = self.tensors.remove(&start).expect("the entry was found above");

@@ -227,7 +227,7 @@ fn tensors_arrive_while_the_rest_is_read() {
 }
 
 #[test]
-fn errors_name_the_tensor_when_it_is_requested() {
+fn errors_name_the_requested_tensor() {
     let folder = folder();
     let types = [("mask", "BOOL", &[8][..], 8), ("w", "F32", &[2, 3], 32)];
     let path = model(folder.path(), "mask.safetensors", &types, 3);
@@ -492,7 +492,7 @@ fn llama(folder: &Path) -> PathBuf {
 }
 
 #[test]
-fn quantized_llama_through_the_reader_gives_the_same_logits() {
+fn quantized_llama_from_the_reader_has_the_same_logits() {
     let folder = folder();
     let path = llama(folder.path());
     let loader = loader();

@@ -130,8 +130,8 @@ pub(crate) fn export(
             if max_version.unwrap_or((0, 0)) < since {
                 let name = dtype.name();
                 let message = format!(
-                    "DLPack has {name} from version {}.{} on, and the consumer takes less: use numpy(), torch(), or \
-                     the buffer protocol, which gives bytes",
+                    "cannot export {name}: DLPack has this type only in version {}.{} and later, which the consumer does not \
+                     accept: use numpy(), torch(), or the buffer protocol, which exports bytes",
                     since.0, since.1
                 );
                 return Err(Failure::export(message).into());
@@ -142,7 +142,7 @@ pub(crate) fn export(
     };
     let is_aligned = memory.len() == 0 || memory.address().addr().get().is_multiple_of(elements.bytes.min(8));
     if !is_aligned && copy == Some(false) {
-        let message = format!("its elements of {} bytes are not aligned in its file: let them be copied", elements.bytes);
+        let message = format!("cannot export without a copy: elements of {} bytes are not aligned in the file", elements.bytes);
         return Err(Failure::export(message).into());
     }
     let is_copied = copy == Some(true) || !is_aligned;

@@ -75,7 +75,7 @@ fn read_exactly(file: &File, buffer: &mut [u8], start: u64, name: &str) -> Resul
             let message = format!("cannot read {} bytes of tensor {name:?} at offset {start}: {error}", buffer.len());
             Failure::new("IoError", message).about(errno, "")
         }
-        None => Failure::new("ChangedError", format!("the file ends within tensor {name:?}, which its header places there")),
+        None => Failure::new("ChangedError", format!("cannot read tensor {name:?}: the file ends before the tensor's last byte")),
     })
 }
 

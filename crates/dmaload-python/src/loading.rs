@@ -169,7 +169,7 @@ impl Loading {
         guarded(py, || {
             let state = self.state()?;
             let answer = detached(py, || lock(state).ready.take());
-            let answer = answer.ok_or_else(|| Failure::new("Error", "nothing has come of this load yet"))?;
+            let answer = answer.ok_or_else(|| Failure::new("Error", "cannot take a result: this load does not have one yet"))?;
             Ok(match answer? {
                 Outcome::Image(loaded) => Some(Py::new(py, image::Image::new(py, loaded))?.into_any()),
                 Outcome::Tensor(loaded) => Some(Py::new(py, tensor::Tensor::of(loaded))?.into_any()),

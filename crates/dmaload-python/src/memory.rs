@@ -13,7 +13,7 @@ use crate::errors::Failure;
 /// The alignment that DLPack recommends. No element needs more.
 const ALIGNMENT: usize = 256;
 
-/// See the module.
+/// The memory of a tensor.
 #[derive(Debug)]
 pub(crate) enum Memory {
     /// Memory of a load, without a copy.

@@ -67,7 +67,7 @@ impl Process {
             if CURRENT.compare_exchange(found, new, Ordering::AcqRel, Ordering::Acquire).is_ok() {
                 return new;
             }
-            // Another thread was faster. This leaks about a hundred bytes, once.
+            // Another thread was faster. Leaks the unused state, about a hundred bytes.
         }
     }
 
@@ -88,8 +88,8 @@ impl Process {
         Ok(loader)
     }
 
-    /// Called before a thread attaches to the interpreter. Blocks forever if the interpreter
-    /// exits.
+    /// Called before a thread attaches to the interpreter. Blocks forever if the interpreter is
+    /// exiting.
     fn before_attach(&self) {
         let mut gate = lock(&self.gate);
         while gate.exiting.is_some_and(|thread| thread != thread::current().id()) {
@@ -181,14 +181,15 @@ impl<T> Drop for Owned<T> {
     }
 }
 
-/// Called in a child that Python has forked, before the child runs other code. The process id also
-/// shows the fork, unless the child has the same id in another PID namespace.
+/// Resets the state in a child that Python has forked, before the child runs other code.
+/// [`Process::current`] compares process ids too, but a child in another PID namespace can have
+/// its parent's id.
 #[pyfunction]
 pub(crate) fn after_fork_in_child() {
     CURRENT.store(ptr::null_mut(), Ordering::Release);
 }
 
-/// Called before the interpreter exits.
+/// Closes the gate before the interpreter exits.
 #[pyfunction]
 pub(crate) fn before_exit(py: Python<'_>) {
     let process = Process::current();

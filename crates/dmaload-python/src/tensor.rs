@@ -74,7 +74,8 @@ impl Tensor {
         Tensor { name, dtype, shape, bytes, source: Owned::new(Source::Memory), memory }
     }
 
-    /// The library's tensor, which has descriptors.
+    /// The library's tensor, whose segments may have descriptors; `None` for parts of files and
+    /// for copied memory.
     pub(crate) fn loaded(&self) -> Option<&dmaload::Tensor> {
         match &*self.source {
             Source::Tensor(tensor) => Some(tensor),
@@ -82,7 +83,7 @@ impl Tensor {
         }
     }
 
-    /// The tensor's memory: the same for each call.
+    /// The tensor's memory. Each call returns the same memory.
     pub(crate) fn memory(&self, py: Python<'_>) -> Result<Arc<Owned<Memory>>, Failure> {
         match &*self.source {
             Source::Tensor(tensor) if !tensor.is_contiguous() => detached(py, || self.memory_or_make()),
@@ -130,7 +131,10 @@ impl Tensor {
 /// Copies a rank's rows, which are not contiguous, into one region.
 fn gathered(tensor: &dmaload::Tensor) -> Result<Copied, Failure> {
     if tensor.parts().iter().any(|part| part.segment.has_dma_buf()) {
-        return Err(Failure::new("ExportError", "a dma-buf is exported by its descriptor alone: see dmaload.dma_buf"));
+        return Err(Failure::new(
+            "ExportError",
+            "cannot export a dma-buf as an array, only by its descriptor: see dmaload.dma_buf",
+        ));
     }
     let bytes = bytes_of(tensor.dtype(), tensor.shape());
     Copied::filled(bytes, |buffer| {
@@ -227,10 +231,10 @@ impl Tensor {
     ) -> PyResult<Py<PyAny>> {
         guarded(py, || {
             if stream.is_some() {
-                return Err(Failure::export("memory of the CPU has no streams: stream must be None").into());
+                return Err(Failure::export("stream must be None, because CPU memory has no streams").into());
             }
             if let Some(device) = dl_device.filter(|&device| device != dlpack::CPU) {
-                return Err(Failure::export(format!("the memory is the CPU's (1, 0), and not of device {device:?}")).into());
+                return Err(Failure::export(format!("cannot export CPU memory, of device (1, 0), to device {device:?}")).into());
             }
             dlpack::export(py, self.dtype, &self.shape, self.memory(py)?, max_version, copy)
         })
@@ -262,9 +266,9 @@ impl Tensor {
             let dimensions = c_int::try_from(shape.len()).map_err(|_| Failure::export("it has too many dimensions"))?;
             let mut shown =
                 Box::new(Shown { strides, shape: shape.into_iter().map(signed).collect(), _memory: Arc::clone(&memory) });
-            let asked = |flag: c_int| flags & flag == flag;
-            if asked(ffi::PyBUF_F_CONTIGUOUS) && !asked(ffi::PyBUF_ANY_CONTIGUOUS) && shown.shape.len() > 1 {
-                return Err(Failure::export("its rows are contiguous, and columns were asked for").into());
+            let is_requested = |flag: c_int| flags & flag == flag;
+            if is_requested(ffi::PyBUF_F_CONTIGUOUS) && !is_requested(ffi::PyBUF_ANY_CONTIGUOUS) && shown.shape.len() > 1 {
+                return Err(Failure::export("cannot export in column-major order: rows are contiguous").into());
             }
             // The C API expects null pointers if there are no dimensions.
             let (shape, strides) = match dimensions {
@@ -276,10 +280,14 @@ impl Tensor {
                 len: signed(this.bytes),
                 itemsize: signed(item_bytes),
                 readonly: 0,
-                ndim: if asked(ffi::PyBUF_ND) { dimensions } else { 1 },
-                format: if asked(ffi::PyBUF_FORMAT) { format.unwrap_or(c"B").as_ptr().cast_mut() } else { ptr::null_mut() },
-                shape: if asked(ffi::PyBUF_ND) { shape } else { ptr::null_mut() },
-                strides: if asked(ffi::PyBUF_STRIDES) { strides } else { ptr::null_mut() },
+                ndim: if is_requested(ffi::PyBUF_ND) { dimensions } else { 1 },
+                format: if is_requested(ffi::PyBUF_FORMAT) {
+                    format.unwrap_or(c"B").as_ptr().cast_mut()
+                } else {
+                    ptr::null_mut()
+                },
+                shape: if is_requested(ffi::PyBUF_ND) { shape } else { ptr::null_mut() },
+                strides: if is_requested(ffi::PyBUF_STRIDES) { strides } else { ptr::null_mut() },
                 suboffsets: ptr::null_mut(),
                 internal: Box::into_raw(shown).cast::<c_void>(),
                 obj: slf.clone().into_ptr(),

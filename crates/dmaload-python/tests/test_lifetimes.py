@@ -191,8 +191,8 @@ def test_interpreter_exits_with_loads_in_flight(tmp_path, programs, slow_file, w
     path = sys.argv[1]
 
     class Slow:
-        # Destroyed when the interpreter lets no other thread attach. Gives threads that wait for
-        # a load time to try.
+        # Destroyed when other threads can no longer attach to the interpreter. Sleeps, so threads
+        # that are waiting for a load have time to try.
         def __del__(self, sleep=time.sleep):
             sleep(0.3)
 

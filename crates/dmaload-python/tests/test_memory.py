@@ -51,8 +51,8 @@ def test_writing_changes_neither_the_file_nor_another_load(tmp_path, programs, h
         path,
         heap,
     )
-    beside = sha256(tensor("U8", (5000,)).data)
-    assert out.split() == [sha256(expected.data), beside, sha256(expected.data)]
+    neighbor = sha256(tensor("U8", (5000,)).data)
+    assert out.split() == [sha256(expected.data), neighbor, sha256(expected.data)]
     assert sha256(path.read_bytes()) == before
 
 
@@ -270,7 +270,7 @@ def test_five_hundred_loads_leak_nothing(disk, programs):
         timeout=110,
     )
     kib, descriptors, threads, maps, traced = map(int, out.split())
-    # A load may still be being freed in the background: 2 MiB, and a few descriptors.
+    # The memory and the descriptors of the last loads, 2 MiB each, may not have been freed yet.
     assert kib < 8192, f"{kib} more KiB are resident"
     assert descriptors <= 8 and threads <= 8 and maps <= 40, (descriptors, threads, maps)
     assert traced < 64 << 10, f"Python has {traced} more bytes"

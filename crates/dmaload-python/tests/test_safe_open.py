@@ -95,7 +95,7 @@ def test_methods_match_those_of_safetensors(model):
     own = {name for name in dir(safe_open) if not name.startswith("_")}
     assert own <= set(dir(dmaload.safe_open))
     with safe_open(path, "np") as oracle, dmaload.safe_open(path, framework="np") as file:
-        # `keys` has the same names in any order, `offset_keys` also the same order.
+        # `keys` returns the same names in any order, `offset_keys` in the same order.
         assert sorted(file.keys()) == sorted(oracle.keys()) == sorted(tensors)
         assert file.offset_keys() == oracle.offset_keys()
         assert file.metadata() == oracle.metadata() == {"format": "np"}
@@ -108,7 +108,7 @@ def test_methods_match_those_of_safetensors(model):
             own, other = file.get_slice(name), oracle.get_slice(name)
             assert own.get_shape() == other.get_shape()
             assert own.get_dtype() == other.get_dtype()
-    # Also without `with`, and with positional arguments.
+    # Works without `with`, and with positional arguments.
     file = dmaload.safe_open(str(path), "numpy", "cpu")
     assert file.get_tensor("line").tolist() == array_of(tensors["line"]).tolist()
 

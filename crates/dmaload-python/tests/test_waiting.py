@@ -157,7 +157,7 @@ def test_thousand_cancelled_loads_leak_nothing(disk, programs):
 
     async def one(source):
         task = asyncio.ensure_future(dmaload.load_async(path))
-        # From before the load begins until it may have finished.
+        # Cancels at a random time: before the load begins, during it, or after it.
         for _ in range(source.choice([0, 0, 1, 2, 5])):
             await asyncio.sleep(source.random() * 0.004)
         task.cancel()
@@ -177,7 +177,7 @@ def test_thousand_cancelled_loads_leak_nothing(disk, programs):
             await asyncio.gather(*[one(source) for _ in range(2 if number % 10 == 0 else 1)])
             if number == 100:
                 states.append(state())
-        # Many at the same time.
+        # Cancels many loads at the same time.
         tasks = [asyncio.ensure_future(dmaload.load_async(path)) for _ in range(50)]
         await asyncio.sleep(0.01)
         for task in tasks:
@@ -282,7 +282,7 @@ FORKED = """
             next(streams[0])
         except dmaload.ForkedError as error:
             assert str(os.getppid()) in str(error)
-        # The parent's objects are dropped here without using threads that do not exist here.
+        # Dropping the parent's objects must not use threads, which exist only in the parent.
         streams[0].close()
         del streams, before
         gc.collect()
@@ -290,7 +290,7 @@ FORKED = """
             assert bytes(memoryview(dmaload.load(ready, heap=heap)["w"]).cast("B")) == expected
         with dmaload.safe_open(ready, framework="numpy") as file:
             assert file.get_tensor("w").tobytes() == expected
-        # A full exit of the interpreter instead of os._exit.
+        # Exits through the interpreter, unlike os._exit.
         sys.exit(7)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert status == 7, status

@@ -7,8 +7,9 @@
 
 ``load`` returns an :class:`Image`, a mapping from names to tensors; ``stream`` yields tensors as
 they arrive. Both have asyncio versions. ``safe_open``, ``dmaload.torch.load_file`` and
-``dmaload.numpy.load_file`` replace those of ``safetensors``. Files are safetensors or GGUF: single
-files, several parts, or folders with an index.
+``dmaload.numpy.load_file`` replace those of ``safetensors``. Files are in safetensors or GGUF
+format; a file loaded with ``format="raw"`` has no tensors. A model can be a single file, several
+parts, or a folder with an index.
 
 The memory is private to this process and writable. Arrays share it without a copy and keep it
 alive.

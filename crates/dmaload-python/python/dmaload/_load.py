@@ -166,19 +166,19 @@ def load(
 
     - ``tensors``: names or patterns (``model.layers.{0..3}.*``); nothing else is read.
     - ``shard``: ``(rank, world_size)`` or ``(rank, world_size, dim)``: one rank's part of each
-    tensor, cut along dimension 0 or ``dim``. Parts along a dimension other than 0 are copied when
-    they are first accessed.
+      tensor, cut along dimension 0 or ``dim``. Parts along another dimension are copied when they
+      are first accessed.
     - ``memory_limit``: the maximum number of bytes that this load may have in memory.
     - ``progress``: a function that the waiting thread calls with the bytes read and the bytes to
       read, repeatedly and at the end. An exception from it cancels the load.
     - ``verify``: the path of a manifest, or the checksum of a single file: ``sha256:HEX`` (or
-    ``blake3:``, ``crc32c:``, ``xxh3:``).
+      ``blake3:``, ``crc32c:``, ``xxh3:``).
     - ``format``: ``auto``, ``safetensors``, ``gguf`` or ``raw``.
     - ``heap``: ``anon``; ``memfd`` for memory that other processes can map; ``dma-buf``,
-    ``udmabuf`` or ``dma-heap:NAME`` for dma-bufs.
+      ``udmabuf`` or ``dma-heap:NAME`` for dma-bufs.
     - ``route``: the route to start at, or ``auto``.
     - ``cache``: ``auto`` copies cached bytes from the page cache, ``bypass`` reads all bytes from
-    storage.
+      storage.
     - ``allow_missing``: load the existing files of a model with missing files.
 
     Other threads run during the load. Ctrl-C cancels it.
