@@ -83,6 +83,6 @@ for alignment in (None, 64, 4096):
     old = folder / "test-v2.gguf"
     old.write_bytes(data)
     count += check(old)
-    print(f"alignment {alignment or 'default'}: {count} tensors of {len(TYPES)} types, versions 3 and 2: all the same")
+    print(f"alignment {alignment or 'default'}: {count} tensors of {len(TYPES)} types, versions 3 and 2: all equal")
     path.unlink()
     old.unlink()

@@ -55,7 +55,7 @@ fn loader() -> Loader {
 }
 
 /// Saves a model of random numbers with burn.
-fn saved(folder: &Path) -> PathBuf {
+fn save_model(folder: &Path) -> PathBuf {
     let path = folder.join("model.safetensors");
     Model::<Cpu>::new(&DEVICE).save_into(&mut SafetensorsStore::from_file(&path)).unwrap();
     // Rewritten, and evicted from the page cache.
@@ -79,7 +79,7 @@ fn address<const D: usize>(parameter: &Param<Tensor<Cpu, D>>) -> usize {
 #[test]
 fn module_equals_that_of_burns_own_store() {
     let folder = folder();
-    let path = saved(folder.path());
+    let path = save_model(folder.path());
     let mut theirs = Model::<Cpu>::new(&DEVICE);
     theirs.load_from(&mut SafetensorsStore::from_file(&path)).unwrap();
     for from_pytorch in [false, true] {
@@ -110,7 +110,7 @@ fn module_equals_that_of_burns_own_store() {
 #[test]
 fn parameters_are_the_loaded_memory_and_keep_it_alive() {
     let folder = folder();
-    let path = saved(folder.path());
+    let path = save_model(folder.path());
     let loader = loader();
     let mut store = LoadStore::load(&loader, &path).unwrap();
     let snapshot = store.get_snapshot("layers.1.weight").unwrap().unwrap().clone();
@@ -166,7 +166,7 @@ impl Observer for Gate {
 }
 
 /// Writes a file of two tensors, of which the first arrives before the second.
-fn two(folder: &Path) -> PathBuf {
+fn write_two_tensors(folder: &Path) -> PathBuf {
     let bytes = 3 << 20;
     let header = format!(
         r#"{{"a":{{"dtype":"F32","shape":[{}],"data_offsets":[0,{bytes}]}},"b":{{"dtype":"F32","shape":[{}],"data_offsets":[{bytes},{}]}}}}"#,
@@ -180,7 +180,7 @@ fn two(folder: &Path) -> PathBuf {
 #[test]
 fn snapshots_return_data_while_the_rest_is_read() {
     let folder = folder();
-    let path = two(folder.path());
+    let path = write_two_tensors(folder.path());
     let loader = loader();
     let gate = Arc::new(Gate { offset: 2 * SEGMENT, is_open: Mutex::new(false), opened: Condvar::new() });
     let options = loader.load_options().observer(gate.clone());
@@ -228,7 +228,7 @@ fn errors_contain_the_message_of_burn_or_the_load() {
 fn ranks_part_is_refused() {
     let folder = folder();
     let options = LoadOptions::new().shard(Shard { rank: 1, world_size: 2, dim: Some(0) });
-    let mut store = LoadStore::load_with(&loader(), two(folder.path()), options).unwrap();
+    let mut store = LoadStore::load_with(&loader(), write_two_tensors(folder.path()), options).unwrap();
     let refused = store.get_snapshot("a").unwrap().unwrap().to_data().unwrap_err().to_string();
     assert!(refused.contains("was loaded, but the file's header has"), "{refused}");
 }

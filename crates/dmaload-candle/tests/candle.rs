@@ -32,7 +32,7 @@ fn folder() -> tempfile::TempDir {
 }
 
 /// Writes a safetensors file of these tensors: name, type, shape, and bits of an element.
-fn model(folder: &Path, name: &str, tensors: &[(&str, &str, &[usize], usize)], seed: u64) -> PathBuf {
+fn write_model(folder: &Path, name: &str, tensors: &[(&str, &str, &[usize], usize)], seed: u64) -> PathBuf {
     let (mut entries, mut data) = (Vec::new(), Vec::new());
     for ((name, dtype, shape, bits), seed) in tensors.iter().zip(seed..) {
         let bytes = shape.iter().product::<usize>() * bits / 8;
@@ -44,10 +44,10 @@ fn model(folder: &Path, name: &str, tensors: &[(&str, &str, &[usize], usize)], s
 }
 
 /// Writes an F32 model of a few MiB, which is larger than a segment.
-fn layers(folder: &Path) -> PathBuf {
+fn write_layers(folder: &Path) -> PathBuf {
     let names = ["a", "b", "c", "d", "e", "f"];
     let tensors = names.map(|name| (name, "F32", &[500usize, 600][..], 32));
-    model(folder, "layers.safetensors", &tensors, 1)
+    write_model(folder, "layers.safetensors", &tensors, 1)
 }
 
 /// Type, shape and bytes of a tensor.
@@ -77,7 +77,7 @@ fn bits(tensor: &Tensor) -> (DType, Vec<usize>, Vec<u8>) {
 }
 
 /// candle's own loader for the bytes of a file.
-fn own(path: &Path, dtype: DType) -> VarBuilder<'static> {
+fn load_by_candle(path: &Path, dtype: DType) -> VarBuilder<'static> {
     VarBuilder::from_buffered_safetensors(std::fs::read(path).unwrap(), dtype, &CPU).unwrap()
 }
 
@@ -145,10 +145,10 @@ fn every_type_equals_that_of_candles_loader() {
         ("empty", "F32", &[0, 4], 32),
     ];
     // Odd lengths in between leave most tensors unaligned for their type.
-    let path = model(folder.path(), "types.safetensors", &types, 7);
+    let path = write_model(folder.path(), "types.safetensors", &types, 7);
     for dtype in [DType::F32, DType::BF16, DType::F64] {
         let weights = Weights::load(&loader(), &path, dtype, &CPU).unwrap();
-        let (ours, theirs) = (weights.var_builder(), own(&path, dtype));
+        let (ours, theirs) = (weights.var_builder(), load_by_candle(&path, dtype));
         // candle 0.11 recurses endlessly when it converts F8 to F64.
         for (name, _, shape, _) in types.into_iter().filter(|&(name, ..)| (name, dtype) != ("f8", DType::F64)) {
             // Conversions keep NaNs, but their bits depend on the processor.
@@ -176,7 +176,7 @@ fn every_type_equals_that_of_candles_loader() {
 #[test]
 fn tensor_requested_twice_is_the_same_memory() {
     let folder = folder();
-    let path = layers(folder.path());
+    let path = write_layers(folder.path());
     let weights = Weights::load(&loader(), &path, DType::F32, &CPU).unwrap();
     let address = |tensor: &Tensor| {
         let (storage, _) = tensor.storage_and_layout();
@@ -192,7 +192,7 @@ fn tensor_requested_twice_is_the_same_memory() {
 #[test]
 fn tensors_arrive_while_the_rest_is_read() {
     let folder = folder();
-    let path = layers(folder.path());
+    let path = write_layers(folder.path());
     let loader = loader();
     let gate = Gate::at(3 * SEGMENT as u64 / 2);
     let options = loader.load_options().observer(gate.clone());
@@ -208,7 +208,7 @@ fn tensors_arrive_while_the_rest_is_read() {
             vb.get((500, 600), "a").unwrap()
         }
     });
-    assert_eq!(bits(&early), bits(&own(&path, DType::F32).get((500, 600), "a").unwrap()));
+    assert_eq!(bits(&early), bits(&load_by_candle(&path, DType::F32).get((500, 600), "a").unwrap()));
     // A tensor that is held back blocks its caller.
     let (sender, receiver) = mpsc::channel();
     let waiting = thread::spawn({
@@ -223,14 +223,14 @@ fn tensors_arrive_while_the_rest_is_read() {
     gate.open();
     receiver.recv_timeout(PATIENCE).unwrap();
     let last = waiting.join().unwrap();
-    assert_eq!(bits(&last), bits(&own(&path, DType::F32).get((500, 600), "f").unwrap()));
+    assert_eq!(bits(&last), bits(&load_by_candle(&path, DType::F32).get((500, 600), "f").unwrap()));
 }
 
 #[test]
 fn errors_name_the_requested_tensor() {
     let folder = folder();
     let types = [("mask", "BOOL", &[8][..], 8), ("w", "F32", &[2, 3], 32)];
-    let path = model(folder.path(), "mask.safetensors", &types, 3);
+    let path = write_model(folder.path(), "mask.safetensors", &types, 3);
     let weights = Weights::load(&loader(), &path, DType::F32, &CPU).unwrap();
     let vb = weights.var_builder();
     assert_eq!(vb.get((2, 3), "w").unwrap().dims(), [2, 3]);
@@ -250,7 +250,7 @@ fn errors_name_the_requested_tensor() {
 #[test]
 fn failed_load_fails_waiting_callers() {
     let folder = folder();
-    let path = layers(folder.path());
+    let path = write_layers(folder.path());
     let loader = loader();
     let gate = Gate::at(3 * SEGMENT as u64 / 2);
     let options = loader.load_options().observer(gate.clone());
@@ -272,7 +272,7 @@ fn failed_load_fails_waiting_callers() {
 #[test]
 fn dropped_weights_cancel_the_load_and_free_its_memory() {
     let folder = folder();
-    let path = layers(folder.path());
+    let path = write_layers(folder.path());
     let loader = loader();
     let gate = Gate::at(3 * SEGMENT as u64 / 2);
     let options = loader.load_options().observer(gate.clone());
@@ -303,7 +303,7 @@ fn files_form_one_model_and_duplicate_names_are_refused() {
         .map(|part| {
             let names = [format!("{part}.a"), format!("{part}.b")];
             let tensors = [(&*names[0], "F32", &[700, 300][..], 32), (&*names[1], "F32", &[10], 32)];
-            model(folder.path(), &format!("model-{:05}-of-00003.safetensors", part + 1), &tensors, part)
+            write_model(folder.path(), &format!("model-{:05}-of-00003.safetensors", part + 1), &tensors, part)
         })
         .collect();
     let map: HashMap<String, String> = (0..3)
@@ -317,13 +317,13 @@ fn files_form_one_model_and_duplicate_names_are_refused() {
     for (part, path) in parts.iter().enumerate() {
         for (name, shape) in [("a", vec![700, 300]), ("b", vec![10])] {
             let name = format!("{part}.{name}");
-            let expected = bits(&own(path, DType::F32).get(&*shape, &name).unwrap());
+            let expected = bits(&load_by_candle(path, DType::F32).get(&*shape, &name).unwrap());
             for weights in [&by_folder, &by_files] {
                 assert_eq!(bits(&weights.var_builder().get(&*shape, &name).unwrap()), expected, "{name}");
             }
         }
     }
-    let twice = [&parts[0], &model(folder.path(), "lora.safetensors", &[("0.a", "F32", &[1], 32)], 9)];
+    let twice = [&parts[0], &write_model(folder.path(), "lora.safetensors", &[("0.a", "F32", &[1], 32)], 9)];
     let refused = Weights::load_with(&loader, twice, loader.load_options(), DType::F32, &CPU).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::Ambiguous);
 }
@@ -331,9 +331,9 @@ fn files_form_one_model_and_duplicate_names_are_refused() {
 #[test]
 fn rank_gets_its_shard_along_any_dimension() {
     let folder = folder();
-    let path = layers(folder.path());
+    let path = write_layers(folder.path());
     let loader = loader();
-    let all = own(&path, DType::F32).get((500, 600), "d").unwrap();
+    let all = load_by_candle(&path, DType::F32).get((500, 600), "d").unwrap();
     for (dim, expected) in [(0, all.narrow(0, 250, 250).unwrap()), (1, all.narrow(1, 300, 300).unwrap())] {
         let shard = Shard { rank: 1, world_size: 2, dim: Some(dim) };
         let options = loader.load_options().shard(shard);
@@ -344,7 +344,7 @@ fn rank_gets_its_shard_along_any_dimension() {
 }
 
 /// Writes a GGUF file with candle. It has a tensor for each block type, named after the type.
-fn quantized(folder: &Path, types: &[GgmlDType]) -> PathBuf {
+fn write_quantized(folder: &Path, types: &[GgmlDType]) -> PathBuf {
     let source = Tensor::from_raw_buffer(&random_bytes(512 * 1024, 5), DType::U32, &[256, 512], &CPU).unwrap();
     let source = (source.to_dtype(DType::F32).unwrap() / f64::from(u32::MAX)).unwrap();
     let tensors: Vec<(String, QTensor)> =
@@ -374,7 +374,7 @@ const BLOCKS: [GgmlDType; 13] = [
 #[test]
 fn quantized_tensors_equal_those_of_candles_reader() {
     let folder = folder();
-    let path = quantized(folder.path(), &BLOCKS);
+    let path = write_quantized(folder.path(), &BLOCKS);
     let loader = loader();
     let tensors = QTensors::load(&loader, &path, &CPU).unwrap();
     let mut reader = GgufReader::open(&loader, &path, loader.load_options()).unwrap();
@@ -402,7 +402,7 @@ fn quantized_tensors_equal_those_of_candles_reader() {
 #[test]
 fn candles_quantized_var_builder_accepts_an_image() {
     let folder = folder();
-    let path = quantized(folder.path(), &[GgmlDType::Q4_0, GgmlDType::Q6K]);
+    let path = write_quantized(folder.path(), &[GgmlDType::Q4_0, GgmlDType::Q6K]);
     let load = loader().load(&path).start();
     let mut load = pin!(load.finish());
     let image = loop {
@@ -423,7 +423,7 @@ fn candles_quantized_var_builder_accepts_an_image() {
 #[test]
 fn reader_returns_every_byte_in_any_order() {
     let folder = folder();
-    let path = quantized(folder.path(), &[GgmlDType::Q4_0, GgmlDType::F32]);
+    let path = write_quantized(folder.path(), &[GgmlDType::Q4_0, GgmlDType::F32]);
     let expected = std::fs::read(&path).unwrap();
     let loader = loader();
     let mut reader = GgufReader::open(&loader, &path, loader.load_options()).unwrap();
@@ -452,7 +452,7 @@ fn reader_returns_every_byte_in_any_order() {
 }
 
 /// Writes a llama with two small layers in Q4_0.
-fn llama(folder: &Path) -> PathBuf {
+fn write_llama(folder: &Path) -> PathBuf {
     let (embedding, heads, feed, vocabulary) = (64_usize, 4_u32, 128, 96);
     let norm = |name: String| (name, vec![embedding], GgmlDType::F32);
     let matrix = |name: String, rows: usize, columns: usize| (name, vec![rows, columns], GgmlDType::Q4_0);
@@ -494,7 +494,7 @@ fn llama(folder: &Path) -> PathBuf {
 #[test]
 fn quantized_llama_from_the_reader_has_the_same_logits() {
     let folder = folder();
-    let path = llama(folder.path());
+    let path = write_llama(folder.path());
     let loader = loader();
     let options = loader.load_options().tensors(["token_embd.*", "output*", "*"]);
     let mut reader = GgufReader::open(&loader, &path, options).unwrap();
@@ -514,7 +514,7 @@ fn quantized_llama_from_the_reader_has_the_same_logits() {
 #[test]
 fn reader_refuses_a_ranks_part() {
     let folder = folder();
-    let path = quantized(folder.path(), &[GgmlDType::F32]);
+    let path = write_quantized(folder.path(), &[GgmlDType::F32]);
     let options = LoadOptions::new().shard(Shard { rank: 1, world_size: 2, dim: Some(0) });
     let mut reader = GgufReader::open(&loader(), &path, options).unwrap();
     let content = Content::read(&mut reader).unwrap();

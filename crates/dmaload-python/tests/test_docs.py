@@ -29,7 +29,7 @@ PYTHON, TORCH = snippets("python"), snippets("python torch")
 
 
 def prints(text):
-    """Returns the comments behind calls of `print`."""
+    """Returns the comments after calls of `print`."""
     return re.findall(r"print\(.*\)  # (.*)$", text, re.MULTILINE)
 
 
@@ -60,7 +60,7 @@ def place(tmp_path, command, monkeypatch):
 
 
 def run(text, place, programs):
-    # Programs that start other processes must be importable there.
+    # Child processes must be able to import the program that starts them.
     found = programs.succeed(text, cwd=place).splitlines()
     lines = iter(found)
     for expected in prints(text):
@@ -68,7 +68,7 @@ def run(text, place, programs):
 
 
 @pytest.mark.parametrize("text", PYTHON)
-def test_snippet(text, place, programs):
+def test_snippets_print_their_comments(text, place, programs):
     run(text, place, programs)
 
 

@@ -221,7 +221,7 @@ def test_dlpack_refuses_unsupported_exports(tmp_path):
     found = dmaload.load(path)["w"]
     with pytest.raises((BufferError, ValueError)):
         found.__dlpack__(dl_device=(2, 0))
-    # Streams are only for devices that have streams.
+    # CPU memory has no streams.
     with pytest.raises((BufferError, ValueError, TypeError)):
         found.__dlpack__(stream=1)
     copied = numpy.from_dlpack(found, copy=True)

@@ -93,8 +93,8 @@ def test_bad_files_raise_the_commands_error(tmp_path, command_error, name):
     assert str(raised(lambda: dmaload.numpy.load_file(path))) == str(error)
 
 
-def test_corpus_of_the_rust_tests(tmp_path, corpus, command):
-    """Each input is refused with the command's text, or loaded by both."""
+def test_corpus_inputs_load_or_fail_as_in_the_command(tmp_path, corpus, command):
+    """Each input is refused by both with the same text, or loaded by both."""
     refused = 0
     for kind, suffix in [("safetensors", "safetensors"), ("gguf", "gguf")]:
         for source in corpus[kind]:

@@ -23,7 +23,7 @@ def assert_same(image, tensors):
 
 
 @pytest.mark.parametrize("named", ["folder", "index"])
-def test_three_shards_with_an_index(tmp_path, named):
+def test_three_shards_with_an_index_load_as_one_model(tmp_path, named):
     folder, tensors = sharded(tmp_path / "model")
     path = folder if named == "folder" else folder / "model.safetensors.index.json"
     assert_same(dmaload.load(path), tensors)
@@ -134,7 +134,7 @@ def test_every_heap_loads_the_same_bytes(tmp_path, heap):
 
 
 def write_gguf(path):
-    """Writes a file with the reference package: all kinds of keys and blocks."""
+    """Writes a file with all kinds of keys and blocks, by the reference package."""
     source = numpy.random.default_rng(1)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_string("general.name", "a näme")

@@ -304,7 +304,7 @@ FORKED = """
 """
 
 
-def test_fork_during_a_load(tmp_path, programs, slow_file):
+def test_forked_child_can_load_during_a_load(tmp_path, programs, slow_file):
     path, tensors = large(tmp_path / "large.safetensors", 4)
     ready = write(tmp_path / "ready.safetensors", {"w": tensor("F32", (100, 100))})
     slow = slow_file(path, 1 << 20)

@@ -221,5 +221,5 @@ def test_transformers_computes_the_same_output(minilm):
 
 
 @pytest.mark.parametrize("text", TORCH)
-def test_snippet(text, place, programs):  # noqa: F811
+def test_snippets_print_their_comments(text, place, programs):  # noqa: F811
     run(text, place, programs)

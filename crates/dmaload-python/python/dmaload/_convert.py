@@ -80,7 +80,7 @@ def _numpy_dtype(name: str) -> Any:
         import ml_dtypes
     except ModuleNotFoundError as error:
         raise UnsupportedError(
-            f"NumPy has no {name}: install ml_dtypes, which has it, or use the buffer protocol to get bytes"
+            f"cannot convert {name} to NumPy: install ml_dtypes, or use the buffer protocol to get bytes"
         ) from error
     return numpy.dtype(getattr(ml_dtypes, _ML_DTYPES[name]))
 
