@@ -277,10 +277,11 @@ async fn cold_load_leaves_almost_nothing_in_the_page_cache() {
         return eprintln!("skipped: {reason}");
     }
     let image = Loader::new().unwrap().load(&path).await.unwrap();
-    if image.report().route != Route::Buffered {
-        let cached = probe::cached_bytes(File::open(&path).unwrap()).unwrap();
-        assert!(cached <= LEN / 100, "{cached} bytes of {LEN} are cached");
+    if image.report().route == Route::Buffered {
+        return eprintln!("skipped: this file system has no direct reads");
     }
+    let cached = probe::cached_bytes(File::open(&path).unwrap()).unwrap();
+    assert!(cached <= LEN / 100, "{cached} bytes of {LEN} are cached");
 }
 
 /// Whether buffered reads of this file can drop their pages afterwards (`RWF_DONTCACHE`).
