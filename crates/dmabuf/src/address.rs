@@ -21,8 +21,11 @@ use crate::{Error, HUGE_PAGE_BYTES, Memfd, Memory, page_bytes};
 pub struct AddressRange {
     base: NonNull<u8>,
     bytes: usize,
-    /// Start → length of every live mapping.
+    /// Start → length of every live mapping, and of what is [`Self::lost`].
     taken: Mutex<BTreeMap<usize, usize>>,
+    /// Start → length of parts that a refused mapping may have left to others, which are not
+    /// unmapped any more; see [`reserve_hole`].
+    lost: Mutex<BTreeMap<usize, usize>>,
 }
 
 // SAFETY: the range is plain address space, and every change to it goes through the mutex or the
@@ -49,7 +52,7 @@ impl AddressRange {
         trim(start, lead);
         trim(base.wrapping_byte_add(bytes), padded - lead - bytes);
         let base = NonNull::new(base.cast::<u8>()).ok_or(failed(Errno::NOMEM))?;
-        Ok(Arc::new(AddressRange { base, bytes, taken: Mutex::default() }))
+        Ok(Arc::new(AddressRange { base, bytes, taken: Mutex::default(), lost: Mutex::default() }))
     }
 
     /// The first address.
@@ -85,6 +88,13 @@ impl AddressRange {
             return Err(failed(Errno::EXIST));
         }
         let address = self.base.as_ptr().wrapping_add(at).cast::<c_void>();
+        let refused = |taken: &mut BTreeMap<usize, usize>, errno| {
+            if !reserve_hole(address, bytes) {
+                taken.insert(at, bytes);
+                self.lost().insert(at, bytes);
+            }
+            failed(errno)
+        };
         let read_only = memory.memfd().is_some_and(Memfd::is_foreign);
         let access = if read_only { ProtFlags::READ } else { ProtFlags::READ | ProtFlags::WRITE };
         match memory {
@@ -97,7 +107,7 @@ impl AddressRange {
             // SAFETY: as above.
             Memory::Anonymous => unsafe { mmap_anonymous(address, bytes, access, MapFlags::PRIVATE | MapFlags::FIXED) },
         }
-        .map_err(failed)?;
+        .map_err(|errno| refused(&mut taken, errno))?;
         taken.insert(at, bytes);
         drop(taken);
         let kind = match memory {
@@ -118,12 +128,44 @@ impl AddressRange {
         // inconsistent.
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn lost(&self) -> MutexGuard<'_, BTreeMap<usize, usize>> {
+        // As above.
+        self.lost.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Drop for AddressRange {
     fn drop(&mut self) {
-        // SAFETY: every Mapping holds an Arc of this range, so no mapping is left.
-        let _ = unsafe { munmap(self.base.as_ptr().cast(), self.bytes) };
+        let mut start = 0;
+        let ends = self.lost().iter().map(|(&at, &bytes)| (at, at + bytes)).chain([(self.bytes, self.bytes)]).collect::<Vec<_>>();
+        for (end, next) in ends {
+            // Every Mapping holds an Arc of this range, so no mapping is left, and what may be
+            // another's is left out.
+            trim(self.base.as_ptr().wrapping_add(start).cast::<c_void>(), end - start);
+            start = next;
+        }
+    }
+}
+
+/// Reserves addresses again after a mapping there was refused. Returns `false` if they may belong
+/// to others: then they must not be unmapped.
+///
+/// `MAP_FIXED` and `MREMAP_FIXED` unmap what is there before they know that they will succeed (up
+/// to Linux 6.11 a driver may refuse as late as that). Any thread of the process may map something
+/// into the hole, which a later `munmap` would then take from it. If something is there, it is the
+/// reservation, which was never unmapped, or such a mapping; the kernel doesn't say which.
+pub(crate) fn reserve_hole(address: *mut c_void, bytes: usize) -> bool {
+    // SAFETY: with MAP_FIXED_NOREPLACE nothing that exists is replaced. Before Linux 4.17 the flag
+    // is unknown, and the address only a hint.
+    let reserved = unsafe { mmap_anonymous(address, bytes, ProtFlags::empty(), reserved_flags() | MapFlags::FIXED_NOREPLACE) };
+    match reserved {
+        Ok(at) if at == address => true,
+        Ok(elsewhere) => {
+            trim(elsewhere, bytes);
+            false
+        }
+        Err(_) => false,
     }
 }
 
@@ -131,9 +173,10 @@ fn reserved_flags() -> MapFlags {
     MapFlags::PRIVATE | MapFlags::NORESERVE
 }
 
-fn trim(start: *mut c_void, bytes: usize) {
+/// Unmaps addresses that the caller has reserved and that nothing uses.
+pub(crate) fn trim(start: *mut c_void, bytes: usize) {
     if bytes > 0 {
-        // SAFETY: the range was reserved by the caller and is not used by anything yet.
+        // SAFETY: the caller has reserved them, and nothing uses them.
         let _ = unsafe { munmap(start, bytes) };
     }
 }
@@ -257,6 +300,10 @@ impl Mapping {
         let moved = unsafe { libc::mremap(from, self.bytes, self.bytes, flags, to) };
         if moved == libc::MAP_FAILED {
             let errno = Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::INVAL);
+            // Before Linux 5.13 the kernel unmaps the new place before it refuses to move a memfd.
+            // If something is there, nothing was unmapped, unless another thread was faster than
+            // this call.
+            reserve_hole(to, self.bytes);
             let error = failed(errno);
             drop(taken);
             return Err(NotMoved { mapping: self, error });
@@ -281,6 +328,18 @@ impl Drop for Mapping {
             taken.remove(&self.at);
         }
     }
+}
+
+/// Whether this address is mapped without any access. (Other threads' mappings have some.)
+#[cfg(test)]
+pub(crate) fn is_reserved(address: *mut c_void) -> bool {
+    let maps = std::fs::read_to_string("/proc/self/maps").expect("procfs is mounted");
+    maps.lines().any(|line| {
+        let parsed = line.split_once(' ').and_then(|(range, rest)| Some((range.split_once('-')?, rest)));
+        let ((start, end), rest) = parsed.expect("a line begins with a range and the access");
+        let parse = |text| usize::from_str_radix(text, 16).expect("addresses are hexadecimal");
+        (parse(start)..parse(end)).contains(&address.addr()) && rest.starts_with("---p")
+    })
 }
 
 #[cfg(test)]
@@ -320,6 +379,23 @@ mod tests {
         assert!(!flags(&mapping).contains(" dc"), "{}", flags(&mapping));
         let shared = range.map(&Memory::Memfd(Memfd::create("test", PAGE).unwrap()), 2 * PAGE, PAGE).unwrap();
         assert!(!flags(&shared).contains(" dc"), "{}", flags(&shared));
+    }
+
+    /// An unrelated mapping may be there, if the kernel has unmapped the place before it refused.
+    #[test]
+    fn place_of_a_refused_mapping_is_left_alone() {
+        let range = AddressRange::reserve(3 * PAGE).unwrap();
+        let base = range.base().as_ptr().cast::<c_void>();
+        let places = [0, 1, 2].map(|number| base.wrapping_byte_add(number * PAGE));
+        let sealed = Memfd::create("test", PAGE).unwrap();
+        sealed.seal_against_writes().unwrap();
+        let memory = Memory::Memfd(sealed);
+        assert_eq!(range.map(&memory, PAGE, PAGE).unwrap_err().errno, Errno::EPERM);
+        let was_hole = range.lost().is_empty();
+        let again = range.map(&Memory::Anonymous, PAGE, PAGE).map(drop).map_err(|error| error.errno);
+        assert_eq!(again, if was_hole { Ok(()) } else { Err(Errno::EEXIST) });
+        drop(range);
+        assert_eq!(places.map(is_reserved), [false, !was_hole, false]);
     }
 
     #[test]

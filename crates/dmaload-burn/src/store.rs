@@ -14,7 +14,7 @@ use burn_store::{ApplyResult, IdentityAdapter, ModuleAdapter, ModuleSnapshot, Mo
 use burn_tensor::backend::Backend;
 use burn_tensor::{AllocationProperty, BoolStore, Bytes, DType, TensorData};
 use dmaload::model::TensorInfo;
-use dmaload::{Format, Load, LoadOptions, Loader, Report, inspect_model_blocking};
+use dmaload::{Load, LoadOptions, Loader, Report, inspect_load_blocking};
 
 /// A model that is being read, as burn's `ModuleStore`. Dropping it cancels the load; tensors that
 /// were given stay.
@@ -32,21 +32,22 @@ impl LoadStore {
     /// this returns.
     ///
     /// # Errors
-    /// Those of [`dmaload::inspect_model_blocking`]; what fails later is said when a module is
+    /// Those of [`dmaload::inspect_load_blocking`]; what fails later is said when a module is
     /// filled, and by [`Self::finish`].
     pub fn load(loader: &Loader, path: impl Into<PathBuf>) -> dmaload::Result<Self> {
         Self::load_with(loader, path, loader.load_options())
     }
 
-    /// The same by options: in the order of [`LoadOptions::tensors`], for example. Headers are
-    /// inspected without them. Tensors of a rank's part ([`LoadOptions::shard`]) are refused when
-    /// a module asks for them.
+    /// The same by options: in the order of [`LoadOptions::tensors`], for example. Tensors of a
+    /// rank's part ([`LoadOptions::shard`]) are refused when a module asks for them. A model that
+    /// exceeds the loader's memory limit is an error when its first tensor is asked for
+    /// ([`dmaload::Error::OverLimit`]), because the load holds all of it.
     ///
     /// # Errors
     /// As [`Self::load`].
     pub fn load_with(loader: &Loader, path: impl Into<PathBuf>, options: LoadOptions) -> dmaload::Result<Self> {
         let path = path.into();
-        let files = inspect_model_blocking(&path, Format::Auto)?;
+        let files = inspect_load_blocking([&path], &options)?;
         let load = Arc::new(loader.load(path).options(options).start());
         let tensors = files.iter().flat_map(|file| file.tensors.iter().flatten());
         let snapshots = tensors.map(|tensor| (tensor.name.clone(), snapshot(&load, tensor))).collect();

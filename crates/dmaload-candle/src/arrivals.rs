@@ -46,6 +46,8 @@ pub(crate) enum Missing {
     Unusable(String),
     /// The load failed before it arrived.
     Failed(Error),
+    /// It comes after more than the loader's memory limit has room for.
+    HeldUp(Error),
     /// The load has ended without it.
     NotLoaded,
 }
@@ -55,6 +57,7 @@ impl fmt::Display for Missing {
         match self {
             Missing::Unusable(reason) => f.write_str(reason),
             Missing::Failed(error) => error.fmt(f),
+            Missing::HeldUp(error) => write!(f, "{error}; {}", error.hint().unwrap_or_default()),
             Missing::NotLoaded => f.write_str("the load's options left it out"),
         }
     }
@@ -100,13 +103,6 @@ impl<T: Clone + Send + 'static> Arrivals<T> {
             }
             state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
-    }
-
-    /// Lets go of a tensor that has arrived.
-    pub(crate) fn remove(&self, name: &str) {
-        let removed = self.shared.lock().tensors.remove(name);
-        // Freed outside of the lock.
-        drop(removed);
     }
 
     /// The report, once the load has ended. The caller's thread sleeps until then.

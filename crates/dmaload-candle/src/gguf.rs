@@ -1,7 +1,7 @@
 //! GGUF: quantized tensors by name, and a reader for candle's quantized models.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{File, Metadata};
 use std::io::{self, ErrorKind, Read, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
-use candle_core::{Device, Error, Result};
-use dmaload::{Format, LoadOptions, Loader, Report, Tensor, inspect_blocking};
+use candle_core::{Device, Error};
+use dmaload::{Format, LoadOptions, Loader, Report, Tensor, Tensors, inspect_blocking};
 
-use crate::arrivals::Arrivals;
+use crate::arrivals::{Arrivals, Missing};
 use crate::headers::{self, Named};
 use crate::weights::not_given;
 
@@ -46,7 +46,7 @@ impl QTensors {
     /// Starts to load a GGUF model. Its headers are read before this returns.
     ///
     /// # Errors
-    /// Those of [`dmaload::inspect_model_blocking`]; what fails later is said by the tensors, and
+    /// Those of [`dmaload::inspect_load_blocking`]; what fails later is said by the tensors, and
     /// by [`Self::finish`].
     pub fn load(loader: &Loader, path: impl Into<PathBuf>, device: &Device) -> dmaload::Result<Self> {
         Self::load_with(loader, path, loader.load_options(), device)
@@ -58,7 +58,7 @@ impl QTensors {
     /// As [`Self::load`].
     pub fn load_with(loader: &Loader, path: impl Into<PathBuf>, options: LoadOptions, device: &Device) -> dmaload::Result<Self> {
         let paths = [path.into()];
-        let named = headers::read(&paths)?;
+        let named = headers::read(&paths, &options)?;
         let target = device.clone();
         let arrivals = Arrivals::start(loader.load(paths).options(options), move |tensor| {
             convert(tensor, &target).map(Arc::new).map_err(|error| error.to_string())
@@ -69,9 +69,9 @@ impl QTensors {
     /// The tensor of this name, as soon as its bytes are there.
     ///
     /// # Errors
-    /// `CannotFindTensor`, at once, where the model has none of this name; a message where its
-    /// type is unknown to candle, the load's options left it out, or the load failed.
-    pub fn get(&self, name: &str) -> Result<Arc<QTensor>> {
+    /// `CannotFindTensor`, at once, where the model has none of this name, or the load's options
+    /// leave it out; a message where its type is unknown to candle, or the load failed.
+    pub fn get(&self, name: &str) -> candle_core::Result<Arc<QTensor>> {
         if !self.contains(name) {
             return Err(Error::CannotFindTensor { path: name.to_owned() }.bt());
         }
@@ -99,7 +99,7 @@ impl QTensors {
 }
 
 /// Copies a tensor's blocks to where candle wants them: the one copy.
-fn convert(tensor: &Tensor, device: &Device) -> Result<QTensor> {
+fn convert(tensor: &Tensor, device: &Device) -> candle_core::Result<QTensor> {
     let dtype = block_type(tensor.dtype())?;
     let bytes = tensor.bytes().map_err(Error::wrap)?;
     // candle asserts the alignment of these, too.
@@ -114,7 +114,7 @@ fn convert(tensor: &Tensor, device: &Device) -> Result<QTensor> {
     QTensor::new(QStorage::from_data(Cow::Borrowed(&bytes), device, dtype)?, tensor.shape())
 }
 
-fn block_type(dtype: dmaload::model::DType) -> Result<GgmlDType> {
+fn block_type(dtype: dmaload::model::DType) -> candle_core::Result<GgmlDType> {
     Ok(match dtype {
         dmaload::model::DType::F32 => GgmlDType::F32,
         dmaload::model::DType::F16 => GgmlDType::F16,
@@ -154,11 +154,12 @@ fn block_type(dtype: dmaload::model::DType) -> Result<GgmlDType> {
 /// ```
 ///
 /// A read of a tensor sleeps until its last byte is there. dmaload's memory of a tensor is
-/// dropped when it was read to its end. candle makes two copies of each, of which one stays; of
-/// tensors that the load is ahead of the model, dmaload's memory stays until the model asks for
-/// them. **A loader whose memory limit these tensors reach waits for ever**: set no limit, or load
-/// in the model's order ([`LoadOptions::tensors`]). A rank's part ([`LoadOptions::shard`]) is an
-/// error when a tensor is read.
+/// dropped when it was read to its end. candle makes two copies of each, of which one stays. The
+/// load is ahead of the model by its window; a tensor that the model asks for early makes the
+/// reader keep all that the load gives before it. If these fill the loader's memory limit, the
+/// read is an error ([`dmaload::Error::HeldUp`]), because nothing else could drop them: raise the
+/// limit, or load in the model's order ([`LoadOptions::tensors`]). A rank's part
+/// ([`LoadOptions::shard`]) is an error when a tensor is read.
 ///
 /// The header is read when this is opened. What lies outside of tensors, and what is read a second
 /// time, comes from the file itself, through the page cache, unless that has changed.
@@ -170,12 +171,15 @@ pub struct GgufReader {
     header: Vec<u8>,
     /// By where they begin.
     tensors: BTreeMap<u64, Unread>,
-    arrivals: Arrivals<Tensor>,
+    load: Tensors,
+    /// What has come of the load and was not read to its end.
+    held: HashMap<String, Tensor>,
+    failed: Option<dmaload::Error>,
     position: u64,
 }
 
 /// A tensor of which dmaload's memory is there, or will be.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Unread {
     name: String,
     end: u64,
@@ -219,9 +223,28 @@ impl GgufReader {
         let held = map.iter().filter(|tensor| !tensor.file_range.is_empty());
         let tensors =
             held.map(|tensor| (tensor.file_range.start, Unread { name: tensor.name.clone(), end: tensor.file_range.end }));
-        let load = loader.load(&path).options(options.format(Format::Gguf).as_one_file(true));
-        let arrivals = Arrivals::start(load, |tensor| Ok(tensor.clone())).map_err(io::Error::other)?;
-        Ok(GgufReader { file, path, identity, header, tensors: tensors.collect(), arrivals, position: 0 })
+        let tensors = tensors.collect();
+        let load = loader.load(&path).options(options.format(Format::Gguf).as_one_file(true)).tensors();
+        Ok(GgufReader { file, path, identity, header, tensors, load, held: HashMap::new(), failed: None, position: 0 })
+    }
+
+    /// The tensor of this name, as soon as it has come. Keeps those that come before it.
+    fn wait(&mut self, name: &str) -> Result<Tensor, Missing> {
+        loop {
+            if let Some(tensor) = self.held.get(name) {
+                return Ok(tensor.clone());
+            }
+            if let Some(error) = &self.failed {
+                return Err(Missing::Failed(error.clone()));
+            }
+            match self.load.next_while_holding_blocking() {
+                Some(Ok(tensor)) => drop(self.held.insert(tensor.name().to_owned(), tensor)),
+                // The load goes on once tensors that are held were read.
+                Some(Err(error @ dmaload::Error::HeldUp { .. })) => return Err(Missing::HeldUp(error)),
+                Some(Err(error)) => self.failed = Some(error),
+                None => return Err(Missing::NotLoaded),
+            }
+        }
     }
 
     /// Waits for the rest of the load, and lets go of the file: see
@@ -229,8 +252,23 @@ impl GgufReader {
     ///
     /// # Errors
     /// Whatever made the load fail.
-    pub fn finish(self) -> dmaload::Result<Report> {
-        self.arrivals.finish()
+    pub fn finish(mut self) -> dmaload::Result<Report> {
+        self.held.clear();
+        if let Some(error) = self.failed {
+            return Err(error);
+        }
+        // Each is dropped at once, so no limit holds up the rest.
+        while let Some(tensor) = self.load.next_while_holding_blocking() {
+            tensor?;
+        }
+        Ok(self.load.report().expect("a stream that has ended has its report").clone())
+    }
+
+    /// The tensor that has the byte at this position and was not read to its end, and where it
+    /// begins.
+    fn unread_at(&self, position: u64) -> Option<(u64, Unread)> {
+        let (&start, unread) = self.tensors.range(..=position).next_back()?;
+        (position < unread.end).then(|| (start, unread.clone()))
     }
 
     /// Reads from the file itself, and no further than `end`.
@@ -254,38 +292,34 @@ fn room(buffer: &[u8], bytes: u64) -> usize {
 impl Read for GgufReader {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let position = self.position;
-        let read =
-            if let Some(rest) = usize::try_from(position).ok().and_then(|at| self.header.get(at..)).filter(|r| !r.is_empty()) {
-                let bytes = room(buffer, rest.len() as u64);
-                buffer[..bytes].copy_from_slice(&rest[..bytes]);
-                bytes
-            } else if let Some((&start, unread)) =
-                self.tensors.range(..=position).next_back().filter(|(_, unread)| position < unread.end)
-            {
-                let tensor =
-                    self.arrivals.wait(&unread.name).map_err(|missing| io::Error::other(not_given(&unread.name, &missing)))?;
-                // A rank's part, or another file in its place, would shift all that follows.
-                if tensor.file_range() != (start..unread.end) {
-                    let (name, range) = (&unread.name, tensor.file_range());
-                    let message = format!(
-                        "cannot give tensor {name:?}: bytes {range:?} of the file were loaded, not all of {start}..{}",
-                        unread.end
-                    );
-                    return Err(io::Error::new(ErrorKind::InvalidData, message));
-                }
-                let held = tensor.bytes().map_err(io::Error::other)?;
-                let rest = &held[usize::try_from(position - start).map_err(io::Error::other)?..];
-                let bytes = room(buffer, rest.len() as u64);
-                buffer[..bytes].copy_from_slice(&rest[..bytes]);
-                if bytes == rest.len() {
-                    let unread = self.tensors.remove(&start).expect("it was found there");
-                    self.arrivals.remove(&unread.name);
-                }
-                bytes
-            } else {
-                let next = self.tensors.range(position..).next().map_or(self.identity.bytes, |(&start, _)| start);
-                self.read_file(buffer, next.max(position))?
-            };
+        let read = if let Some(rest) =
+            usize::try_from(position).ok().and_then(|at| self.header.get(at..)).filter(|r| !r.is_empty())
+        {
+            let bytes = room(buffer, rest.len() as u64);
+            buffer[..bytes].copy_from_slice(&rest[..bytes]);
+            bytes
+        } else if let Some((start, Unread { name, end })) = self.unread_at(position) {
+            let tensor = self.wait(&name).map_err(|missing| io::Error::other(not_given(&name, &missing)))?;
+            // A rank's part, or another file in its place, would shift all that follows.
+            if tensor.file_range() != (start..end) {
+                let range = tensor.file_range();
+                let message =
+                    format!("cannot give tensor {name:?}: bytes {range:?} of the file were loaded, not all of {start}..{end}");
+                return Err(io::Error::new(ErrorKind::InvalidData, message));
+            }
+            let held = tensor.bytes().map_err(io::Error::other)?;
+            let rest = &held[usize::try_from(position - start).map_err(io::Error::other)?..];
+            let bytes = room(buffer, rest.len() as u64);
+            buffer[..bytes].copy_from_slice(&rest[..bytes]);
+            if bytes == rest.len() {
+                self.tensors.remove(&start);
+                self.held.remove(&name);
+            }
+            bytes
+        } else {
+            let next = self.tensors.range(position..).next().map_or(self.identity.bytes, |(&start, _)| start);
+            self.read_file(buffer, next.max(position))?
+        };
         self.position += read as u64;
         Ok(read)
     }

@@ -4,26 +4,18 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use dmaload::model::TensorInfo;
-use dmaload::{Error, Format, Inspected, Result, inspect_model_blocking};
+use dmaload::{Error, LoadOptions, Result, inspect_load_blocking};
 
 /// The tensors of a model by name, as its headers describe them.
 pub(crate) type Named = HashMap<String, TensorInfo>;
 
-/// Reads the headers of these files, and nothing else of them.
+/// Reads the headers of the files that a load of these paths reads, and nothing else of them.
 ///
 /// # Errors
-/// Those of [`inspect_model_blocking`]; [`Error::AmbiguousTensor`] where two files have a tensor
+/// Those of [`inspect_load_blocking`]; [`Error::AmbiguousTensor`] where two files have a tensor
 /// of one name.
-pub(crate) fn read(paths: &[PathBuf]) -> Result<Named> {
-    let mut files: Vec<Inspected> = Vec::new();
-    for path in paths {
-        for found in inspect_model_blocking(path, Format::Auto)? {
-            // A part of a split model stands for all parts, so two of them name each file twice.
-            if files.iter().all(|known| known.path != found.path) {
-                files.push(found);
-            }
-        }
-    }
+pub(crate) fn read(paths: &[PathBuf], options: &LoadOptions) -> Result<Named> {
+    let files = inspect_load_blocking(paths, options)?;
     let mut named: HashMap<String, (TensorInfo, &Path)> = HashMap::new();
     for file in &files {
         for tensor in file.tensors.iter().flatten() {

@@ -36,7 +36,7 @@ impl Weights {
     /// those of [`Self::var_builder`].
     ///
     /// # Errors
-    /// Those of [`dmaload::inspect_model_blocking`]; what fails later is said by the tensors, and
+    /// Those of [`dmaload::inspect_load_blocking`]; what fails later is said by the tensors, and
     /// by [`Self::finish`].
     pub fn load(loader: &Loader, path: impl Into<PathBuf>, dtype: DType, device: &Device) -> dmaload::Result<Self> {
         Self::load_with(loader, [path], loader.load_options(), dtype, device)
@@ -44,8 +44,7 @@ impl Weights {
 
     /// The same by options, and of several files, such as the shards of a model.
     ///
-    /// A tensor that the options leave out ([`LoadOptions::tensors`]) is an error when it is asked
-    /// for, at the end of the load.
+    /// A tensor that the options leave out ([`LoadOptions::tensors`]) is none of the model's.
     ///
     /// # Errors
     /// As [`Self::load`]; [`dmaload::Error::AmbiguousTensor`] where two of the files have a tensor
@@ -58,7 +57,7 @@ impl Weights {
         device: &Device,
     ) -> dmaload::Result<Self> {
         let paths: Vec<PathBuf> = paths.into_iter().map(Into::into).collect();
-        let named = headers::read(&paths)?;
+        let named = headers::read(&paths, &options)?;
         let target = device.clone();
         let load = loader.load(paths).options(options);
         let arrivals = Arrivals::start(load, move |tensor| convert(tensor, dtype, &target).map_err(|error| error.to_string()))?;

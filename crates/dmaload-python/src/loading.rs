@@ -141,15 +141,15 @@ impl Loading {
                 let deadline = Instant::now() + patience;
                 let parked = Parked::new();
                 let waker = Waker::from(parked.clone());
-                let mut state = lock(state);
-                loop {
-                    if state.poll(&waker) {
-                        return true;
-                    }
+                // Sleeps without the lock, so that another thread may take, cancel, or look at the
+                // progress meanwhile. Of two threads that wait, the last to poll is woken; the
+                // other one polls again after its patience.
+                while !lock(state).poll(&waker) {
                     if !parked.sleep_until(deadline) {
                         return false;
                     }
                 }
+                true
             }))
         })
     }
@@ -163,19 +163,20 @@ impl Loading {
         })
     }
 
-    /// What has come: an image, a tensor, headers; `None` at the end of a stream.
-    fn take(&self, py: Python<'_>) -> PyResult<Option<Py<PyAny>>> {
+    /// What has come, in a tuple: an image, a tensor, headers; `None` at the end of a stream.
+    /// Without a tuple, another thread has taken it, or nothing has come yet.
+    fn take(&self, py: Python<'_>) -> PyResult<Option<(Option<Py<PyAny>>,)>> {
         guarded(py, || {
             let state = self.state()?;
-            let answer = detached(py, || lock(state).ready.take());
-            let answer = answer.ok_or_else(|| Failure::new("Error", "nothing has come of this load yet"))?;
-            Ok(match answer? {
+            let Some(answer) = detached(py, || lock(state).ready.take()) else { return Ok(None) };
+            let taken = match answer? {
                 Outcome::Image(loaded) => Some(Py::new(py, image::Image::new(py, loaded))?.into_any()),
                 Outcome::Tensor(loaded) => Some(Py::new(py, tensor::Tensor::of(loaded))?.into_any()),
                 Outcome::Part(part) => Some(Py::new(py, tensor::Tensor::of_part(part))?.into_any()),
                 Outcome::Headers(headers) => Some(describe::headers(py, headers)?),
                 Outcome::End => None,
-            })
+            };
+            Ok(Some((taken,)))
         })
     }
 

@@ -84,23 +84,26 @@ impl Tensor {
 
     /// Its memory, which is always the same.
     pub(crate) fn memory(&self, py: Python<'_>) -> Result<Arc<Owned<Memory>>, Failure> {
-        match &*self.source {
-            Source::Tensor(tensor) if !tensor.is_contiguous() => detached(py, || self.memory_or_make()),
-            _ => self.memory_or_make(),
+        if let Some(known) = &*lock(&self.memory) {
+            return Ok(Arc::clone(known));
         }
-    }
-
-    fn memory_or_make(&self) -> Result<Arc<Owned<Memory>>, Failure> {
+        // Gathered without the lock, and before it is taken: it is held only by threads that are
+        // attached to the interpreter, so no fork of Python's finds it held. Of two threads that
+        // gather at once, the first counts.
+        let gathered = match &*self.source {
+            Source::Tensor(tensor) if !tensor.is_contiguous() => Some(detached(py, || gathered(tensor))?),
+            _ => None,
+        };
         let mut memory = lock(&self.memory);
         if let Some(known) = &*memory {
             return Ok(Arc::clone(known));
         }
         let of_export = |error: dmaload::Error| Failure::of_export(&error);
-        let made = match &*self.source {
-            Source::Tensor(tensor) if !tensor.is_contiguous() => Memory::Copied(gathered(tensor)?),
-            Source::Tensor(tensor) => Memory::Private(tensor.private_memory().map_err(of_export)?),
-            Source::Part(file, range) => Memory::Private(file.private_memory(range.clone()).map_err(of_export)?),
-            Source::Memory => unreachable!("it was made with its memory"),
+        let made = match (gathered, &*self.source) {
+            (Some(gathered), _) => Memory::Copied(gathered),
+            (None, Source::Tensor(tensor)) => Memory::Private(tensor.private_memory().map_err(of_export)?),
+            (None, Source::Part(file, range)) => Memory::Private(file.private_memory(range.clone()).map_err(of_export)?),
+            (None, Source::Memory) => unreachable!("it was made with its memory"),
         };
         assert_eq!(made.len(), self.bytes, "a tensor's memory has the bytes of its shape");
         Ok(Arc::clone(memory.insert(Arc::new(Owned::new(made)))))

@@ -6,7 +6,7 @@ import asyncio
 import os
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypedDict, Unpack
 
 from . import _native
 from ._errors import ConfigError
@@ -28,16 +28,31 @@ def _paths(paths: Paths) -> list[str]:
     return [os.fsdecode(os.fspath(path)) for path in paths]
 
 
+class Options(TypedDict, total=False):
+    """The keywords of :func:`load`, which says what they mean and what holds without them."""
+
+    tensors: str | Iterable[str] | None
+    shard: Shard | None
+    memory_limit: int | None
+    verify: Path | None
+    format: str | None
+    heap: str
+    route: str
+    cache: str | None
+    allow_missing: bool
+
+
 def _keywords(
-    tensors: str | Iterable[str] | None,
-    shard: Shard | None,
-    memory_limit: int | None,
-    verify: Path | None,
-    format: str | None,
-    heap: str,
-    route: str,
-    cache: str | None,
-    allow_missing: bool,
+    *,
+    tensors: str | Iterable[str] | None = None,
+    shard: Shard | None = None,
+    memory_limit: int | None = None,
+    verify: Path | None = None,
+    format: str | None = None,
+    heap: str = "anon",
+    route: str = "auto",
+    cache: str | None = None,
+    allow_missing: bool = False,
 ) -> dict[str, Any]:
     if isinstance(tensors, str):
         tensors = [tensors]
@@ -65,12 +80,13 @@ def _keywords(
 def wait(loading: _native.Loading, progress: Progress | None = None) -> Any:
     """What comes of it. This thread sleeps; an exception, such as Ctrl-C, cancels it."""
     try:
-        while not loading.wait(_TICK):
+        while True:
+            has_come = loading.wait(_TICK)
             if progress is not None:
                 progress(*loading.progress())
-        if progress is not None:
-            progress(*loading.progress())
-        return loading.take()
+            # Another thread may have taken it first; then this one waits for what comes next.
+            if has_come and (taken := loading.take()) is not None:
+                return taken[0]
     except BaseException:
         loading.close()
         raise
@@ -136,10 +152,12 @@ class _EventLoop:
 async def _wait_async(loading: _native.Loading, progress: Progress | None = None) -> Any:
     loop = _EventLoop.enter()
     try:
-        await loop.wait(loading, progress)
-        if progress is not None:
-            progress(*loading.progress())
-        return loading.take()
+        while True:
+            await loop.wait(loading, progress)
+            if progress is not None:
+                progress(*loading.progress())
+            if (taken := loading.take()) is not None:
+                return taken[0]
     except BaseException:
         loading.close()
         raise
@@ -184,29 +202,31 @@ def load(
 
     Raises subclasses of :class:`Error`.
     """
-    keywords = _keywords(tensors, shard, memory_limit, verify, format, heap, route, cache, allow_missing)
+    keywords = _keywords(
+        tensors=tensors,
+        shard=shard,
+        memory_limit=memory_limit,
+        verify=verify,
+        format=format,
+        heap=heap,
+        route=route,
+        cache=cache,
+        allow_missing=allow_missing,
+    )
     return wait(_native.start_load(_paths(paths), keywords), progress)
 
 
 async def load_async(
     paths: Paths,
     *,
-    tensors: str | Iterable[str] | None = None,
-    shard: Shard | None = None,
-    memory_limit: int | None = None,
     progress: Progress | None = None,
-    verify: Path | None = None,
-    format: str | None = None,
-    heap: str = "anon",
-    route: str = "auto",
-    cache: str | None = None,
-    allow_missing: bool = False,
+    **options: Unpack[Options],
 ) -> Image:
     """Does the same as :func:`load`, in an event loop of asyncio, which it does not block.
 
     Cancelling the task cancels the load. ``progress`` is called by the event loop's thread.
     """
-    keywords = _keywords(tensors, shard, memory_limit, verify, format, heap, route, cache, allow_missing)
+    keywords = _keywords(**options)
     return await _wait_async(_native.start_load(_paths(paths), keywords), progress)
 
 
@@ -214,7 +234,8 @@ class Stream(Iterator["tuple[str, Tensor]"]):
     """The tensors of a load as they come, with their names. Made by :func:`stream`.
 
     It keeps none. The load is ahead of its consumer by a bounded number of bytes. Closing it, or
-    leaving its ``with``, cancels the load; tensors that were given stay.
+    leaving its ``with``, cancels the load; tensors that were given stay. Several threads may take
+    from one stream: each tensor goes to one of them.
     """
 
     def __init__(self, loading: _native.Loading, progress: Progress | None) -> None:
@@ -248,16 +269,8 @@ class Stream(Iterator["tuple[str, Tensor]"]):
 def stream(
     paths: Paths,
     *,
-    tensors: str | Iterable[str] | None = None,
-    shard: Shard | None = None,
-    memory_limit: int | None = None,
     progress: Progress | None = None,
-    verify: Path | None = None,
-    format: str | None = None,
-    heap: str = "anon",
-    route: str = "auto",
-    cache: str | None = None,
-    allow_missing: bool = False,
+    **options: Unpack[Options],
 ) -> Stream:
     """Gives the tensors of a model as they come, each with its name, while the rest is read.
 
@@ -265,29 +278,21 @@ def stream(
     consumer drops what it has used, models larger than memory can be streamed. The other options
     are those of :func:`load`.
     """
-    keywords = _keywords(tensors, shard, memory_limit, verify, format, heap, route, cache, allow_missing)
+    keywords = _keywords(**options)
     return Stream(_native.start_stream(_paths(paths), keywords), progress)
 
 
 async def stream_async(
     paths: Paths,
     *,
-    tensors: str | Iterable[str] | None = None,
-    shard: Shard | None = None,
-    memory_limit: int | None = None,
     progress: Progress | None = None,
-    verify: Path | None = None,
-    format: str | None = None,
-    heap: str = "anon",
-    route: str = "auto",
-    cache: str | None = None,
-    allow_missing: bool = False,
+    **options: Unpack[Options],
 ) -> AsyncIterator[tuple[str, Tensor]]:
     """Does the same as :func:`stream`, for ``async for``.
 
     The load begins with the first tensor that is asked for. Closing the iterator cancels it.
     """
-    keywords = _keywords(tensors, shard, memory_limit, verify, format, heap, route, cache, allow_missing)
+    keywords = _keywords(**options)
     loading = _native.start_stream(_paths(paths), keywords)
     try:
         while (tensor := await _wait_async(loading, progress)) is not None:

@@ -14,6 +14,7 @@ use super::allocation::HeapFacts;
 use super::heap_code::HeapCode;
 use super::jobs::{DropKey, Jobs};
 use super::outbox::{Announcer, Outbox};
+use super::schedule::HeldUp;
 use super::settings::Settings;
 use super::state::{HandOverStatus, LoadShared};
 use super::threads::Leaked;
@@ -175,6 +176,20 @@ impl Guard {
     /// much again.
     pub(crate) fn consumed(&self, load: LoadId, bytes: u64) {
         self.engine.jobs.update_accounts(|scheduler| scheduler.consumed(&load, bytes));
+    }
+
+    /// Why a stream can only continue when its consumer drops something. The consumer must not
+    /// drop anything of it during this call.
+    pub(crate) fn held_up(&self, load: LoadId) -> Option<Error> {
+        let engine = &self.engine;
+        // Looks twice: first, only the consumer and the reaper hold memory of the load. If the
+        // reaper then has nothing left to free, what is held is the consumer's.
+        engine.jobs.held_up(load)?;
+        if !engine.reaper.is_idle() {
+            return None;
+        }
+        let HeldUp { held_bytes, wanted_bytes } = engine.jobs.held_up(load)?;
+        Some(Error::HeldUp { held_bytes, wanted_bytes, limit_bytes: engine.settings.memory_limit_bytes })
     }
 
     /// Cancels a load that is no longer wanted.

@@ -5,7 +5,8 @@
 //! no longer polled does not hold up the others.
 //!
 //! Wakers are the caller's code: they are cloned, called and dropped without the lock. If one
-//! panics, only its own waiter gets an error.
+//! panics, only its own waiter gets an error, once: the events are not lost, so the next wait
+//! continues where this one ended.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
@@ -150,7 +151,7 @@ pub(crate) struct Waiter {
     number: u64,
     /// The interest it was last registered with.
     interest: Option<Interest>,
-    /// The panic message of its waker.
+    /// The panic message of a waker of the current wait.
     panic: Arc<OnceLock<String>>,
 }
 
@@ -161,11 +162,18 @@ impl Waiter {
         Waiter { outbox: Arc::clone(outbox), number, interest: None, panic: Arc::default() }
     }
 
+    /// Begins another wait: panics of earlier wakers concern waits that were given up.
+    pub(crate) fn begin(&mut self) {
+        self.unregister();
+        self.panic = Arc::default();
+    }
+
     /// Polls `look`, which takes the events that have arrived and either finds what it wants or
     /// returns what it needs. In that case the task is woken when this arrives.
     ///
     /// # Errors
-    /// [`Error::Panicked`] if the waker of an earlier poll has panicked.
+    /// [`Error::Panicked`] if the waker of an earlier poll has panicked. That ends the wait; the
+    /// next poll begins another one.
     pub(crate) fn poll<T>(
         &mut self,
         context: &mut Context<'_>,
@@ -173,6 +181,7 @@ impl Waiter {
     ) -> Poll<Result<T>> {
         if let Some(message) = self.panic.get() {
             let (code, message) = ("the waker of a task".to_owned(), message.clone());
+            self.begin();
             return Poll::Ready(Err(Error::Panicked { code, message }));
         }
         let mut registered = None;

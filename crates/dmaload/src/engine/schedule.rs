@@ -92,6 +92,15 @@ impl LoadNeeds {
     }
 }
 
+/// What a load needs that waits for its consumer to drop something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct HeldUp {
+    /// What its consumer holds.
+    pub(crate) held_bytes: u64,
+    /// The size of its next allocation.
+    pub(crate) wanted_bytes: u64,
+}
+
 #[derive(Debug)]
 struct LoadTurn<L> {
     load: L,
@@ -408,6 +417,16 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         if let Some(turn) = self.turns.iter_mut().find(|turn| turn.load == *load) {
             turn.ahead = turn.ahead.checked_sub(bytes).expect("a consumer takes what was allocated");
         }
+    }
+
+    /// Whether this load needs more memory than the limit leaves it, although its consumer has
+    /// taken all that was allocated for it; then it needs its consumer to drop something. Memory
+    /// that other loads may return does not count: a load can rely on its reservation alone.
+    pub(crate) fn held_up(&self, load: &L) -> Option<HeldUp> {
+        let turn = self.turns.iter().find(|turn| turn.load == *load)?;
+        let need = turn.demand.batches.get(turn.next).filter(|_| turn.admitted && turn.ahead == 0)?;
+        let held_up = HeldUp { held_bytes: self.budget.held_by(load), wanted_bytes: need.held_bytes };
+        (self.budget.may_take(load, need.held_bytes) == Taken::No).then_some(held_up)
     }
 
     /// Returns a permit.

@@ -103,11 +103,17 @@ impl Load {
     /// Any number of tasks and threads may wait at once, even for the same tensor. A future that
     /// is not polled does not hold up the others.
     ///
+    /// A [memory limit](crate::LoaderBuilder::memory_limit_bytes) never stops a load between two
+    /// tensors, in whatever order they are asked for, because all of it is reserved before its
+    /// first byte is read. Until then this may wait for other loads' memory to be dropped. It
+    /// can't know whether its own caller is the one that holds that memory.
+    ///
     /// Cancel-safe: dropping the future loses nothing and does not cancel the load.
     ///
     /// # Errors
     /// Those of [`Image::tensor`], as soon as the names of all tensors are known, and the error
-    /// that made the load fail.
+    /// that made the load fail. [`crate::Error::Panicked`] if the waker that this future was polled
+    /// with panicked; then the load continues, and asking again returns the tensor.
     ///
     /// # Example
     /// ```no_run
@@ -159,8 +165,10 @@ impl Load {
     /// Cancel-safe: dropping the future never loses a segment.
     ///
     /// # Errors
-    /// The error that made the load fail; after that, `None`.
+    /// The error that made the load fail; after that, `None`. [`crate::Error::Panicked`] if the
+    /// waker that this future was polled with panicked; the next call returns the segment.
     pub async fn next(&mut self) -> Option<Result<Segment>> {
+        self.waiter.begin();
         std::future::poll_fn(|context| self.poll_segment(context)).await
     }
 
@@ -170,13 +178,17 @@ impl Load {
     ///
     /// # Errors
     /// The error that made the load fail, even if [`Load::next`] or [`Load::tensor`] has already
-    /// returned it.
+    /// returned it. A waker that panics does not end this wait, because all that was read would be
+    /// lost with it.
     pub async fn finish(mut self) -> Result<Image> {
         std::future::poll_fn(|context| {
-            let look = || self.inbox.look(|arrived| arrived.end().map(drop).ok_or(Interest::End));
-            self.waiter.poll(context, look)
+            let mut look = || self.inbox.look(|arrived| arrived.end().map(drop).ok_or(Interest::End));
+            // After a panic of the last waker, which the panic hook has reported, waits with this
+            // one.
+            while ready!(self.waiter.poll(context, &mut look)).is_err() {}
+            Poll::Ready(())
         })
-        .await?;
+        .await;
         let arrived = self.inbox.arrived.into_inner().unwrap_or_else(PoisonError::into_inner);
         let (segments, end) = arrived.into_parts();
         match end.expect("waited for above") {
@@ -199,7 +211,11 @@ impl Load {
             (None, Some(End::Finished(_))) => Ok(Ok(None)),
             (None, None) => Err(Interest::AnyEvent),
         };
-        let next = ready!(self.waiter.poll(context, || self.inbox.look(look))).flatten();
+        let next = match ready!(self.waiter.poll(context, || self.inbox.look(look))) {
+            Ok(next) => next,
+            // Only this wait has failed.
+            Err(panicked) => return Poll::Ready(Some(Err(panicked))),
+        };
         match &next {
             Ok(Some(_)) => self.given += 1,
             Err(_) => self.failure_given = true,

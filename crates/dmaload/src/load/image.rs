@@ -166,7 +166,9 @@ impl ImageFile {
     /// # Errors
     /// [`Error::NotLoaded`] as [`Self::bytes`]; [`Error::Viewed`] while views of anonymous memory
     /// are alive; [`Error::NoDescriptor`] for a dma-buf; [`Error::Memory`] when a memory file
-    /// cannot be mapped once more.
+    /// cannot be mapped once more. Of bytes that span segments, an [`Error::Viewed`] may come
+    /// after some of the segments were handed out: their views are revoked for good. Nothing is
+    /// written to them, and a call after the views are dropped succeeds.
     pub fn private_memory(&self, range: Range<u64>) -> Result<PrivateMemory> {
         PrivateMemory::of(&self.path, &self.segments, range)
     }

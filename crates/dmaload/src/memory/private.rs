@@ -33,7 +33,8 @@ use crate::support::convert::to_usize;
 /// - **Memory files**, sealed, shared or of another process ([`crate::share`]), are mapped once
 ///   more, copied on write. Views, other mappings and other processes keep the bytes of the file.
 ///   Each private memory has its own writes, and costs a page for each page that is written to;
-///   these pages count against no limit of a loader.
+///   these pages count against no limit of a loader. From Linux 5.1 to 5.12 it is a copy from the
+///   beginning, because there a forked child and its parent would see each other's writes.
 /// - **Dma-bufs** are refused with [`Error::NoDescriptor`], because any holder of the descriptor
 ///   can write.
 ///

@@ -208,6 +208,32 @@ fn stream_waits_for_its_consumer_without_blocking_others() {
 }
 
 #[test]
+fn stream_is_held_up_once_its_consumer_has_taken_and_holds_all() {
+    let mut scheduler = Scheduler::new(1000, 40, 100, 8);
+    scheduler.submit(1);
+    assert_eq!(scheduler.next(), Some(Job::Open(1)));
+    let part = |held_bytes| Need { bytes: 5, held_bytes, ..Need::default() };
+    let batches = vec![part(10), part(10), part(10), part(10)];
+    assert_eq!(scheduler.held_up(&1), None, "it is not planned");
+    scheduler.opened(1, LoadNeeds { batches, reserved_bytes: 10, ahead_bytes: Some(100), ..LoadNeeds::default() });
+    assert_eq!(scheduler.held_up(&1), None, "it is not admitted");
+    assert_eq!(drain(&mut scheduler).len(), 2, "half of the limit");
+    assert_eq!(scheduler.held_up(&1), None, "nothing was taken");
+    scheduler.consumed(&1, 10);
+    assert_eq!(scheduler.held_up(&1), None, "one is still ahead");
+    scheduler.consumed(&1, 10);
+    assert_eq!(scheduler.held_up(&1), Some(HeldUp { held_bytes: 20, wanted_bytes: 10 }));
+    scheduler.freed(&1, 10, 0);
+    assert_eq!(scheduler.held_up(&1), None, "there is room again");
+    assert_eq!(drain(&mut scheduler).len(), 1);
+    scheduler.consumed(&1, 10);
+    assert_eq!(scheduler.held_up(&1), Some(HeldUp { held_bytes: 20, wanted_bytes: 10 }));
+    scheduler.freed(&1, 20, 0);
+    assert_eq!(drain(&mut scheduler).len(), 1);
+    assert_eq!(scheduler.held_up(&1), None, "its last batch is under way");
+}
+
+#[test]
 fn load_that_waits_for_files_does_not_block_others() {
     let mut scheduler = Scheduler::new(100, u64::MAX, 3, 8);
     let many = Need { bytes: 1, files: 3, ..Need::default() };
