@@ -248,7 +248,7 @@ fn model_that_exceeds_the_limit_is_an_error() {
     let path = two(folder.path());
     let (sender, receiver) = mpsc::channel();
     thread::spawn(move || {
-        let options = LoadOptions::new().segment_bytes(1 << 20);
+        let options = LoadOptions::new().segment_bytes(2 << 20);
         let builder = Loader::builder().memory_limit_bytes(4 << 20).window_bytes(2 << 20);
         let mut store = LoadStore::load(&builder.load_options(options).build().unwrap(), &path).unwrap();
         let refused = store.get_snapshot("b").unwrap().unwrap().to_data().unwrap_err().to_string();

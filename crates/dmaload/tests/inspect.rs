@@ -126,6 +126,10 @@ fn headers_of_a_load_are_read_by_its_options() {
     assert_eq!(names(LoadOptions::new().tensors(["b"])).unwrap(), ["b"]);
     assert_eq!(names(LoadOptions::new().tensors(["b", "c"])).unwrap_err().kind(), ErrorKind::Incomplete);
     assert_eq!(names(LoadOptions::new().format(Format::Gguf)).unwrap_err().kind(), ErrorKind::NotFound);
+    let several = file(folder.path(), "several.safetensors", &safetensors_of(3, 4, 1));
+    let selected = dmaload::inspect_load_blocking([&several], &LoadOptions::new().tensors(["t2"])).unwrap();
+    let selected: Vec<_> = selected[0].tensors.iter().flatten().map(|tensor| &*tensor.name).collect();
+    assert_eq!(selected, ["t2"]);
     let two = [folder.path().join("a.safetensors"), folder.path().join("b.safetensors")];
     assert_eq!(dmaload::inspect_load_blocking(&two, &LoadOptions::new()).unwrap().len(), 2);
     assert_eq!(dmaload::inspect_load_blocking(&two[..1], &LoadOptions::new().format(Format::Raw)).unwrap()[0].tensors, None);
