@@ -1,5 +1,5 @@
-"""A program as type checkers see it: `.ci/python` checks it and the package with `mypy --strict`,
-which also complains of an `ignore` that nothing needs. It is never run."""
+"""A program as type checkers see it: `.ci/python` checks it with `mypy --strict`, which also
+complains of an `ignore` that nothing needs. It is never run."""
 
 from typing import Any, assert_type
 
@@ -9,13 +9,17 @@ import dmaload
 
 
 def load(path: str) -> int:
-    image = dmaload.load(path, tensors=["a", "b*"], shard=(0, 2), progress=lambda done, total: None)
+    image = dmaload.load(
+        path, tensors=["a", "b*"], shard=(0, 2), progress=lambda done, total: None
+    )
     assert_type(image, dmaload.Image)
     assert_type(image["a"], dmaload.Tensor)
     assert_type(image.get("a"), dmaload.Tensor | None)
     assert_type(image["a"].numpy(), numpy.ndarray[Any, Any])
     assert_type(memoryview(image["a"]).nbytes, int)
-    assert_type(dmaload.numpy.load_file(path, allow_missing=True), dict[str, numpy.ndarray[Any, Any]])
+    assert_type(
+        dmaload.numpy.load_file(path, allow_missing=True), dict[str, numpy.ndarray[Any, Any]]
+    )
     dmaload.torch.load_file(path, "cuda:0", progress=print, heap="memfd")
     return sum(tensor.nbytes for tensor in image.values())
 

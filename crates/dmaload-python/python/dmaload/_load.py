@@ -24,7 +24,7 @@ _TICK = 0.05
 
 def _paths(paths: Paths) -> list[str]:
     if isinstance(paths, (str, bytes, os.PathLike)):
-        paths = [paths]  # type: ignore[list-item]
+        paths = [paths]
     return [os.fsdecode(os.fspath(path)) for path in paths]
 
 
