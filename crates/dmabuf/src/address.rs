@@ -20,8 +20,11 @@ use crate::{Error, HUGE_PAGE_BYTES, Memfd, Memory, page_bytes};
 pub struct AddressRange {
     base: NonNull<u8>,
     bytes: usize,
-    /// The length of each live mapping, by its start.
+    /// The length of each live mapping and of each part in [`Self::lost`], by its start.
     taken: Mutex<BTreeMap<usize, usize>>,
+    /// The length of each part that may belong to another mapping after a refused one, by its
+    /// start. These parts are never unmapped; see [`reserve_hole`].
+    lost: Mutex<BTreeMap<usize, usize>>,
 }
 
 // SAFETY: an address range is not tied to a thread, and every change to it goes through the mutex
@@ -48,7 +51,7 @@ impl AddressRange {
         trim(start, lead);
         trim(base.wrapping_byte_add(bytes), padded - lead - bytes);
         let base = NonNull::new(base.cast::<u8>()).ok_or(failed(Errno::NOMEM))?;
-        Ok(Arc::new(AddressRange { base, bytes, taken: Mutex::default() }))
+        Ok(Arc::new(AddressRange { base, bytes, taken: Mutex::default(), lost: Mutex::default() }))
     }
 
     /// The first address.
@@ -84,6 +87,13 @@ impl AddressRange {
             return Err(failed(Errno::EXIST));
         }
         let address = self.base.as_ptr().wrapping_add(at).cast::<c_void>();
+        let refused = |taken: &mut BTreeMap<usize, usize>, errno| {
+            if !reserve_hole(address, bytes) {
+                taken.insert(at, bytes);
+                self.lost().insert(at, bytes);
+            }
+            failed(errno)
+        };
         let read_only = memory.memfd().is_some_and(Memfd::is_foreign);
         let access = if read_only { ProtFlags::READ } else { ProtFlags::READ | ProtFlags::WRITE };
         match memory {
@@ -96,7 +106,7 @@ impl AddressRange {
             // SAFETY: as above.
             Memory::Anonymous => unsafe { mmap_anonymous(address, bytes, access, MapFlags::PRIVATE | MapFlags::FIXED) },
         }
-        .map_err(failed)?;
+        .map_err(|errno| refused(&mut taken, errno))?;
         taken.insert(at, bytes);
         drop(taken);
         let kind = match memory {
@@ -117,12 +127,44 @@ impl AddressRange {
         // holder panicked.
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn lost(&self) -> MutexGuard<'_, BTreeMap<usize, usize>> {
+        // As above.
+        self.lost.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Drop for AddressRange {
     fn drop(&mut self) {
-        // SAFETY: every Mapping holds a reference to this range, so none is left.
-        let _ = unsafe { munmap(self.base.as_ptr().cast(), self.bytes) };
+        let mut start = 0;
+        let ends = self.lost().iter().map(|(&at, &bytes)| (at, at + bytes)).chain([(self.bytes, self.bytes)]).collect::<Vec<_>>();
+        for (end, next) in ends {
+            // Every Mapping holds a reference to this range, so none is left. Addresses that may
+            // belong to another mapping are skipped.
+            trim(self.base.as_ptr().wrapping_add(start).cast::<c_void>(), end - start);
+            start = next;
+        }
+    }
+}
+
+/// Reserves addresses again after a mapping at them was refused. Returns `false` if they may
+/// belong to another mapping; they must not be unmapped then.
+///
+/// `MAP_FIXED` and `MREMAP_FIXED` can unmap the old mapping before the new one fails: up to Linux
+/// 6.11, a driver can refuse that late. Another thread can then map memory into the hole, which a
+/// later `munmap` would destroy. If the addresses are in use, they hold either the reservation,
+/// which was never unmapped, or such a foreign mapping; the kernel does not tell which.
+pub(crate) fn reserve_hole(address: *mut c_void, bytes: usize) -> bool {
+    // SAFETY: MAP_FIXED_NOREPLACE never replaces a mapping. Before Linux 4.17 the kernel ignores
+    // the flag and takes the address as a hint.
+    let reserved = unsafe { mmap_anonymous(address, bytes, ProtFlags::empty(), reserved_flags() | MapFlags::FIXED_NOREPLACE) };
+    match reserved {
+        Ok(at) if at == address => true,
+        Ok(elsewhere) => {
+            trim(elsewhere, bytes);
+            false
+        }
+        Err(_) => false,
     }
 }
 
@@ -130,9 +172,10 @@ fn reserved_flags() -> MapFlags {
     MapFlags::PRIVATE | MapFlags::NORESERVE
 }
 
-fn trim(start: *mut c_void, bytes: usize) {
+/// Unmaps addresses that the caller reserved and that nothing uses.
+pub(crate) fn trim(start: *mut c_void, bytes: usize) {
     if bytes > 0 {
-        // SAFETY: the caller just reserved these addresses, and nothing uses them yet.
+        // SAFETY: the caller reserved these addresses, and nothing uses them.
         let _ = unsafe { munmap(start, bytes) };
     }
 }
@@ -258,6 +301,10 @@ impl Mapping {
         let moved = unsafe { libc::mremap(from, self.bytes, self.bytes, flags, to) };
         if moved == libc::MAP_FAILED {
             let errno = Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::INVAL);
+            // Before Linux 5.13, the kernel unmaps the target before it refuses to move a memfd.
+            // If the target is still mapped, the kernel did not unmap it, or another thread mapped
+            // memory there first.
+            reserve_hole(to, self.bytes);
             let error = failed(errno);
             drop(taken);
             return Err(NotMoved { mapping: self, error });
@@ -282,6 +329,18 @@ impl Drop for Mapping {
             taken.remove(&self.at);
         }
     }
+}
+
+/// Whether this address is mapped without access. Other threads' mappings have some access.
+#[cfg(test)]
+pub(crate) fn is_reserved(address: *mut c_void) -> bool {
+    let maps = std::fs::read_to_string("/proc/self/maps").expect("procfs is mounted");
+    maps.lines().any(|line| {
+        let parsed = line.split_once(' ').and_then(|(range, rest)| Some((range.split_once('-')?, rest)));
+        let ((start, end), rest) = parsed.expect("a line starts with a range and the access");
+        let parse = |text| usize::from_str_radix(text, 16).expect("addresses are hexadecimal");
+        (parse(start)..parse(end)).contains(&address.addr()) && rest.starts_with("---p")
+    })
 }
 
 #[cfg(test)]
@@ -321,6 +380,23 @@ mod tests {
         assert!(!flags(&mapping).contains(" dc"), "{}", flags(&mapping));
         let shared = range.map(&Memory::Memfd(Memfd::create("test", PAGE).unwrap()), 2 * PAGE, PAGE).unwrap();
         assert!(!flags(&shared).contains(" dc"), "{}", flags(&shared));
+    }
+
+    /// If the kernel unmapped the addresses before it refused, they may hold a foreign mapping.
+    #[test]
+    fn drop_spares_addresses_that_may_hold_a_foreign_mapping() {
+        let range = AddressRange::reserve(3 * PAGE).unwrap();
+        let base = range.base().as_ptr().cast::<c_void>();
+        let places = [0, 1, 2].map(|number| base.wrapping_byte_add(number * PAGE));
+        let sealed = Memfd::create("test", PAGE).unwrap();
+        sealed.seal_against_writes().unwrap();
+        let memory = Memory::Memfd(sealed);
+        assert_eq!(range.map(&memory, PAGE, PAGE).unwrap_err().errno, Errno::EPERM);
+        let was_hole = range.lost().is_empty();
+        let again = range.map(&Memory::Anonymous, PAGE, PAGE).map(drop).map_err(|error| error.errno);
+        assert_eq!(again, if was_hole { Ok(()) } else { Err(Errno::EEXIST) });
+        drop(range);
+        assert_eq!(places.map(is_reserved), [false, !was_hole, false]);
     }
 
     #[test]

@@ -1,12 +1,15 @@
 //! Copy-on-write mappings of memfds.
 #![allow(unsafe_code)]
 
+use std::ffi::c_void;
+use std::mem::ManuallyDrop;
 use std::ops::Range;
 use std::ptr::NonNull;
 
 use rustix::io::Errno;
-use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap, mmap_anonymous, mprotect, munmap};
 
+use crate::address::{reserve_hole, trim};
 use crate::{Error, Memfd, page_bytes};
 
 /// Parts of memfds, mapped side by side, readable, writable and copy-on-write.
@@ -15,6 +18,10 @@ use crate::{Error, Memfd, page_bytes};
 /// The first write to a page allocates a private copy of the page. A memfd that is sealed against
 /// writes can be mapped this way. If a memfd is not sealed, later writes by others can appear in
 /// pages that have no private copy yet.
+///
+/// On Linux 5.1 to 5.12, memfds that are sealed against writes are copied in full instead: such a
+/// mapping would not be copy-on-write after a fork, so parent and child would see each other's
+/// writes.
 ///
 /// Dropping it unmaps the addresses and frees the private copies.
 #[derive(Debug)]
@@ -52,14 +59,69 @@ impl PrivateMapping {
         let mapping = PrivateMapping { address, bytes };
         let mut at = 0;
         for (memfd, range) in parts {
-            let place = start.wrapping_byte_add(at);
-            let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, reserved | MapFlags::FIXED);
+            let (place, length) = (start.wrapping_byte_add(at), range.len());
             // SAFETY: the ranges' lengths add up to that of the reservation, so this replaces only
             // addresses that were reserved above and that nothing else uses.
-            unsafe { mmap(place, range.len(), access, flags, memfd, range.start as u64) }.map_err(failed)?;
-            at += range.len();
+            let mapped = unsafe { mmap(place, length, ProtFlags::READ, reserved | MapFlags::FIXED, memfd, range.start as u64) };
+            if let Err(errno) = mapped {
+                if !reserve_hole(place, length) {
+                    mapping.unmap_around(at..at + length);
+                }
+                return Err(failed(errno));
+            }
+            at += length;
+        }
+        match mapping.make_writable() {
+            Ok(()) => Ok(mapping),
+            // For a sealed memfd, these kernels also clear VM_MAYWRITE of private mappings, and
+            // then do not treat the mapping as copy-on-write at a fork.
+            Err(Errno::ACCESS) => PrivateMapping::copied(parts, bytes).map_err(failed),
+            Err(errno) => Err(failed(errno)),
+        }
+    }
+
+    /// Makes the pages writable. This is done after mapping, because a kernel that would not copy
+    /// on write refuses it then.
+    fn make_writable(&self) -> Result<(), Errno> {
+        // SAFETY: only this value owns the addresses, and no reference to their bytes exists.
+        unsafe { mprotect(self.address.as_ptr().cast(), self.bytes, MprotectFlags::READ | MprotectFlags::WRITE) }
+    }
+
+    /// Copies the parts into anonymous memory.
+    fn copied(parts: &[(&Memfd, Range<usize>)], bytes: usize) -> Result<Self, Errno> {
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: no address is requested, so no existing mapping is replaced.
+        let start = unsafe { mmap_anonymous(std::ptr::null_mut(), bytes, access, MapFlags::PRIVATE) }?;
+        let address = NonNull::new(start.cast::<u8>()).ok_or(Errno::NOMEM)?;
+        let mapping = PrivateMapping { address, bytes };
+        // SAFETY: the memory was mapped above with this length, is zeroed, and is used only here.
+        let mut rest = unsafe { std::slice::from_raw_parts_mut(address.as_ptr(), bytes) };
+        for (memfd, range) in parts {
+            let (mut part, remaining) = rest.split_at_mut(range.len());
+            let mut offset = range.start as u64;
+            while !part.is_empty() {
+                match rustix::io::pread(memfd, &mut *part, offset) {
+                    // The memory after the file's end stays zero, as in a mapping.
+                    Ok(0) => break,
+                    Ok(read) => {
+                        offset += read as u64;
+                        part = &mut part[read..];
+                    }
+                    Err(Errno::INTR) => {}
+                    Err(errno) => return Err(errno),
+                }
+            }
+            rest = remaining;
         }
         Ok(mapping)
+    }
+
+    /// Unmaps all addresses except these, which may belong to another mapping.
+    fn unmap_around(self, lost: Range<usize>) {
+        let this = ManuallyDrop::new(self);
+        let at = |offset| this.address.as_ptr().wrapping_add(offset).cast::<c_void>();
+        trim(at(0), lost.start);
+        trim(at(lost.end), this.bytes - lost.end);
     }
 
     /// The first address, page-aligned.
@@ -83,6 +145,7 @@ impl Drop for PrivateMapping {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::address::is_reserved;
 
     fn create_memfd(pages: usize, first: u8) -> Memfd {
         let memfd = Memfd::create("test", pages * page_bytes()).unwrap();
@@ -127,5 +190,61 @@ mod tests {
             assert_eq!(refused.errno, crate::Errno::EINVAL, "{range:?}");
         }
         assert_eq!(PrivateMapping::new(&[]).unwrap_err().errno, crate::Errno::EINVAL);
+    }
+
+    /// Linux 5.1 to 5.12 uses this copy.
+    #[test]
+    fn copy_has_the_bytes_of_its_parts_and_is_writable() {
+        let page = page_bytes();
+        let (first, second) = (create_memfd(3, 10), create_memfd(2, 20));
+        let copy = PrivateMapping::copied(&[(&first, page..3 * page), (&second, 0..page)], 3 * page).unwrap();
+        assert_eq!([0, page, 2 * page, 3 * page - 1].map(|at| read_byte(&copy, at)), [11, 12, 20, 20]);
+        // SAFETY: the memory is writable, and only this test uses it.
+        unsafe { copy.address().write(99) };
+        let mut seen = [0];
+        rustix::io::pread(&first, &mut seen, page as u64).unwrap();
+        assert_eq!((read_byte(&copy, 0), seen), (99, [11]));
+        let odd = Memfd::create("test", 7).unwrap();
+        rustix::io::pwrite(&odd, b"sevenby", 0).unwrap();
+        let copy = PrivateMapping::copied(&[(&odd, 0..page)], page).unwrap();
+        assert_eq!([0, 6, 7, page - 1].map(|at| read_byte(&copy, at)), [b's', b'y', 0, 0]);
+    }
+
+    /// Parent and child share the pages until one of them writes.
+    #[test]
+    fn mapping_is_copied_on_write_after_a_fork() {
+        let memfd = create_memfd(1, 10);
+        let mapping = PrivateMapping::new(&[(&memfd, 0..page_bytes())]).unwrap();
+        // SAFETY: the memory is writable, and only this test uses it.
+        unsafe { mapping.address().write(1) };
+        // SAFETY: the child only writes a byte and exits.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            // SAFETY: as above; the mapping also exists in the child.
+            unsafe { mapping.address().write(2) };
+            // SAFETY: _exit runs no handlers and does not return.
+            unsafe { libc::_exit(0) };
+        }
+        let mut status = 0;
+        // SAFETY: this test started the child, and `status` is valid for writes.
+        assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+        assert_eq!((status, read_byte(&mapping, 0)), (0, 1), "the parent does not see the child's write");
+    }
+
+    #[test]
+    fn unmap_around_spares_addresses_of_a_foreign_mapping() {
+        let page = page_bytes();
+        let reserved = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // SAFETY: no address is requested, so no existing mapping is replaced.
+        let start = unsafe { mmap_anonymous(std::ptr::null_mut(), 3 * page, ProtFlags::empty(), reserved) }.unwrap();
+        let places = [0, 1, 2].map(|number| start.wrapping_byte_add(number * page));
+        let mapping = PrivateMapping { address: NonNull::new(start.cast()).unwrap(), bytes: 3 * page };
+        assert!(!reserve_hole(places[1], page), "the addresses are mapped");
+        mapping.unmap_around(page..2 * page);
+        assert_eq!(places.map(is_reserved), [false, true, false]);
+        assert!(reserve_hole(places[0], page), "the addresses were free");
+        assert!(is_reserved(places[0]));
+        trim(start, 2 * page);
+        assert_eq!(places.map(is_reserved), [false; 3]);
     }
 }

@@ -14,7 +14,7 @@ use burn_store::{ApplyResult, IdentityAdapter, ModuleAdapter, ModuleSnapshot, Mo
 use burn_tensor::backend::Backend;
 use burn_tensor::{AllocationProperty, BoolStore, Bytes, DType, TensorData};
 use dmaload::model::TensorInfo;
-use dmaload::{Format, Load, LoadOptions, Loader, Report, inspect_model_blocking};
+use dmaload::{Load, LoadOptions, Loader, Report, inspect_load_blocking};
 
 /// A model that is being loaded, as burn's `ModuleStore`. Dropping it cancels the load; tensors
 /// that were already returned stay valid.
@@ -33,21 +33,22 @@ impl LoadStore {
     /// this returns.
     ///
     /// # Errors
-    /// Those of [`dmaload::inspect_model_blocking`]. Later errors are reported when a module is
+    /// Those of [`dmaload::inspect_load_blocking`]. Later errors are reported when a module is
     /// filled, and by [`Self::finish`].
     pub fn load(loader: &Loader, path: impl Into<PathBuf>) -> dmaload::Result<Self> {
         Self::load_with(loader, path, loader.load_options())
     }
 
-    /// Like [`Self::load`], with options, such as the order of [`LoadOptions::tensors`]. The
-    /// headers are inspected without the options. With [`LoadOptions::shard`], tensors are refused
-    /// when a module requests them.
+    /// Like [`Self::load`], with options, such as the order of [`LoadOptions::tensors`]. With
+    /// [`LoadOptions::shard`], tensors are refused when a module requests them. If the model
+    /// exceeds the loader's memory limit, requesting its first tensor fails with
+    /// [`dmaload::Error::OverLimit`], because the load holds the whole model.
     ///
     /// # Errors
     /// Those of [`Self::load`].
     pub fn load_with(loader: &Loader, path: impl Into<PathBuf>, options: LoadOptions) -> dmaload::Result<Self> {
         let path = path.into();
-        let files = inspect_model_blocking(&path, Format::Auto)?;
+        let files = inspect_load_blocking([&path], &options)?;
         let load = Arc::new(loader.load(path).options(options).start());
         let tensors = files.iter().flat_map(|file| file.tensors.iter().flatten());
         let snapshots = tensors.map(|tensor| (tensor.name.clone(), snapshot(&load, tensor))).collect();

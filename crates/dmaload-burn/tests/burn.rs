@@ -13,7 +13,7 @@ use burn_nn::{Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, Li
 use burn_store::{ModuleSnapshot, ModuleStore, PyTorchToBurnAdapter, SafetensorsStore};
 use burn_tensor::Tensor;
 use burn_tensor::backend::Backend;
-use dmaload::{ErrorKind, LoadOptions, Loader, Observer, Rejection, Shard};
+use dmaload::{ErrorKind, Format, LoadOptions, Loader, Observer, Rejection, Shard};
 use dmaload_burn::{Error, LoadStore};
 use dmaload_testing::{file, random_bytes, safetensors};
 
@@ -221,6 +221,43 @@ fn errors_contain_the_message_of_burn_or_the_load() {
     assert!(matches!(model.save_into(&mut store), Err(Error::ReadOnly)));
     let missing = LoadStore::load(&loader, folder.path().join("none")).unwrap_err();
     assert_eq!(missing.kind(), ErrorKind::NotFound);
+}
+
+#[test]
+fn headers_follow_the_load_options() {
+    let folder = folder();
+    let path = two(folder.path());
+    let load = |options| LoadStore::load_with(&loader(), &path, options);
+    let mut some = load(LoadOptions::new().tensors(["b"])).unwrap();
+    assert_eq!(some.keys().unwrap(), ["b"]);
+    assert_eq!(load(LoadOptions::new().format(Format::Gguf)).unwrap_err().kind(), ErrorKind::InvalidModel);
+    let index = r#"{"weight_map":{"a":"two.safetensors","b":"two.safetensors","c":"three.safetensors"}}"#;
+    let path = folder.path().join("model.safetensors.index.json");
+    std::fs::write(&path, index).unwrap();
+    let load = |options| LoadStore::load_with(&loader(), &path, options);
+    assert_eq!(load(LoadOptions::new()).unwrap_err().kind(), ErrorKind::Incomplete);
+    let mut some = load(LoadOptions::new().allow_missing(true)).unwrap();
+    assert_eq!(some.keys().unwrap(), ["a", "b"]);
+    some.get_snapshot("b").unwrap().unwrap().to_data().unwrap();
+}
+
+/// A load whose segments are kept reserves all its memory before it starts.
+#[test]
+fn model_that_exceeds_the_limit_is_an_error() {
+    let folder = folder();
+    let path = two(folder.path());
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || {
+        let options = LoadOptions::new().segment_bytes(2 << 20);
+        let builder = Loader::builder().memory_limit_bytes(4 << 20).window_bytes(2 << 20);
+        let mut store = LoadStore::load(&builder.load_options(options).build().unwrap(), &path).unwrap();
+        let refused = store.get_snapshot("b").unwrap().unwrap().to_data().unwrap_err().to_string();
+        sender.send((refused, store.finish().unwrap_err().to_string())).unwrap();
+    });
+    let (refused, failed) = receiver.recv_timeout(PATIENCE).unwrap();
+    for text in [refused, failed] {
+        assert!(text.contains("more than the loader's limit of 4194304"), "{text}");
+    }
 }
 
 /// burn reads as many bytes as the header's shape implies, even if fewer were loaded.

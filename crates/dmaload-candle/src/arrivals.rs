@@ -46,6 +46,8 @@ pub(crate) enum Missing {
     Unusable(String),
     /// The load failed before the tensor arrived.
     Failed(Error),
+    /// The tensors held before it fill the loader's memory limit.
+    HeldUp(Error),
     /// The load has ended without the tensor.
     NotLoaded,
 }
@@ -55,6 +57,7 @@ impl fmt::Display for Missing {
         match self {
             Missing::Unusable(reason) => f.write_str(reason),
             Missing::Failed(error) => error.fmt(f),
+            Missing::HeldUp(error) => write!(f, "{error}; {}", error.hint().unwrap_or_default()),
             Missing::NotLoaded => f.write_str("the load's options left it out"),
         }
     }
@@ -101,13 +104,6 @@ impl<T: Clone + Send + 'static> Arrivals<T> {
             }
             state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
-    }
-
-    /// Releases a tensor that has arrived.
-    pub(crate) fn remove(&self, name: &str) {
-        let removed = self.shared.lock().tensors.remove(name);
-        // Freed outside the lock.
-        drop(removed);
     }
 
     /// Returns the report. Blocks the caller's thread until the load ends.

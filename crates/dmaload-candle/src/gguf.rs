@@ -1,7 +1,7 @@
 //! Provides GGUF as quantized tensors by name, and as a reader for candle's quantized models.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{File, Metadata};
 use std::io::{self, ErrorKind, Read, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
-use candle_core::{Device, Error, Result};
-use dmaload::{Format, LoadOptions, Loader, Report, Tensor, inspect_blocking};
+use candle_core::{Device, Error};
+use dmaload::{Format, LoadOptions, Loader, Report, Tensor, Tensors, inspect_blocking};
 
-use crate::arrivals::Arrivals;
+use crate::arrivals::{Arrivals, Missing};
 use crate::headers::{self, Named};
 use crate::weights::unavailable;
 
@@ -47,7 +47,7 @@ impl QTensors {
     /// Starts to load a GGUF model. Its headers are read before this returns.
     ///
     /// # Errors
-    /// Those of [`dmaload::inspect_model_blocking`]. Later errors are reported by the requested
+    /// Those of [`dmaload::inspect_load_blocking`]. Later errors are reported by the requested
     /// tensors and by [`Self::finish`].
     pub fn load(loader: &Loader, path: impl Into<PathBuf>, device: &Device) -> dmaload::Result<Self> {
         Self::load_with(loader, path, loader.load_options(), device)
@@ -59,7 +59,7 @@ impl QTensors {
     /// Those of [`Self::load`].
     pub fn load_with(loader: &Loader, path: impl Into<PathBuf>, options: LoadOptions, device: &Device) -> dmaload::Result<Self> {
         let paths = [path.into()];
-        let named = headers::read(&paths)?;
+        let named = headers::read(&paths, &options)?;
         let target = device.clone();
         let arrivals = Arrivals::start(loader.load(paths).options(options), move |tensor| {
             convert(tensor, &target).map(Arc::new).map_err(|error| error.to_string())
@@ -70,9 +70,9 @@ impl QTensors {
     /// Returns the tensor of this name. Blocks the caller's thread until its bytes are loaded.
     ///
     /// # Errors
-    /// `CannotFindTensor`, immediately, if the model does not have the tensor; a message if candle
-    /// does not have its type, the load's options left it out, or the load failed.
-    pub fn get(&self, name: &str) -> Result<Arc<QTensor>> {
+    /// `CannotFindTensor`, immediately, if the model does not have the tensor or the load's
+    /// options leave it out; a message if candle does not have its type, or the load failed.
+    pub fn get(&self, name: &str) -> candle_core::Result<Arc<QTensor>> {
         if !self.contains(name) {
             return Err(Error::CannotFindTensor { path: name.to_owned() }.bt());
         }
@@ -100,7 +100,7 @@ impl QTensors {
 }
 
 /// Copies a tensor's blocks to the device: the only copy.
-fn convert(tensor: &Tensor, device: &Device) -> Result<QTensor> {
+fn convert(tensor: &Tensor, device: &Device) -> candle_core::Result<QTensor> {
     let dtype = block_type(tensor.dtype())?;
     let bytes = tensor.bytes().map_err(Error::wrap)?;
     // candle also asserts the alignment of empty tensors.
@@ -115,7 +115,7 @@ fn convert(tensor: &Tensor, device: &Device) -> Result<QTensor> {
     QTensor::new(QStorage::from_data(Cow::Borrowed(&bytes), device, dtype)?, tensor.shape())
 }
 
-fn block_type(dtype: dmaload::model::DType) -> Result<GgmlDType> {
+fn block_type(dtype: dmaload::model::DType) -> candle_core::Result<GgmlDType> {
     Ok(match dtype {
         dmaload::model::DType::F32 => GgmlDType::F32,
         dmaload::model::DType::F16 => GgmlDType::F16,
@@ -156,10 +156,11 @@ fn block_type(dtype: dmaload::model::DType) -> Result<GgmlDType> {
 ///
 /// Reading from a tensor blocks until its last byte is loaded. dmaload's memory of a tensor is
 /// dropped when it was read to its end. candle makes two copies of each tensor, of which it keeps
-/// one. If the load is ahead of the model, tensors stay in dmaload's memory until the model reads
-/// them. **If such tensors reach the loader's memory limit, the load waits forever**: set no
-/// limit, or load in the model's order ([`LoadOptions::tensors`]). With [`LoadOptions::shard`],
-/// reading a tensor is an error.
+/// one. The load is ahead of the model by its window; if the model requests a tensor early, the
+/// reader keeps all tensors that arrive before it. If these tensors fill the loader's memory
+/// limit, the read fails with [`dmaload::Error::HeldUp`], because nothing else can drop them:
+/// raise the limit, or load in the model's order ([`LoadOptions::tensors`]). With
+/// [`LoadOptions::shard`], reading a tensor is an error.
 ///
 /// The header is read when the reader is opened. Bytes outside of tensors, and bytes that are read
 /// a second time, come from the file through the page cache; if the file has changed, that is an
@@ -172,12 +173,15 @@ pub struct GgufReader {
     header: Vec<u8>,
     /// Keyed by their start in the file.
     tensors: BTreeMap<u64, Unread>,
-    arrivals: Arrivals<Tensor>,
+    load: Tensors,
+    /// Tensors that have arrived and were not read to their end yet.
+    held: HashMap<String, Tensor>,
+    failed: Option<dmaload::Error>,
     position: u64,
 }
 
 /// A tensor that has not been read to its end yet.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Unread {
     name: String,
     end: u64,
@@ -221,9 +225,28 @@ impl GgufReader {
         let held = map.iter().filter(|tensor| !tensor.file_range.is_empty());
         let tensors =
             held.map(|tensor| (tensor.file_range.start, Unread { name: tensor.name.clone(), end: tensor.file_range.end }));
-        let load = loader.load(&path).options(options.format(Format::Gguf).as_one_file(true));
-        let arrivals = Arrivals::start(load, |tensor| Ok(tensor.clone())).map_err(io::Error::other)?;
-        Ok(GgufReader { file, path, identity, header, tensors: tensors.collect(), arrivals, position: 0 })
+        let tensors = tensors.collect();
+        let load = loader.load(&path).options(options.format(Format::Gguf).as_one_file(true)).tensors();
+        Ok(GgufReader { file, path, identity, header, tensors, load, held: HashMap::new(), failed: None, position: 0 })
+    }
+
+    /// Waits for the tensor of this name. Keeps the tensors that arrive before it.
+    fn wait(&mut self, name: &str) -> Result<Tensor, Missing> {
+        loop {
+            if let Some(tensor) = self.held.get(name) {
+                return Ok(tensor.clone());
+            }
+            if let Some(error) = &self.failed {
+                return Err(Missing::Failed(error.clone()));
+            }
+            match self.load.next_while_holding_blocking() {
+                Some(Ok(tensor)) => drop(self.held.insert(tensor.name().to_owned(), tensor)),
+                // The load continues once held tensors were read and dropped.
+                Some(Err(error @ dmaload::Error::HeldUp { .. })) => return Err(Missing::HeldUp(error)),
+                Some(Err(error)) => self.failed = Some(error),
+                None => return Err(Missing::NotLoaded),
+            }
+        }
     }
 
     /// Waits for the rest of the load, and closes the file: see
@@ -231,8 +254,23 @@ impl GgufReader {
     ///
     /// # Errors
     /// The error of the load.
-    pub fn finish(self) -> dmaload::Result<Report> {
-        self.arrivals.finish()
+    pub fn finish(mut self) -> dmaload::Result<Report> {
+        self.held.clear();
+        if let Some(error) = self.failed {
+            return Err(error);
+        }
+        // Each tensor is dropped immediately, so the memory limit cannot hold up the rest.
+        while let Some(tensor) = self.load.next_while_holding_blocking() {
+            tensor?;
+        }
+        Ok(self.load.report().expect("a stream that has ended has its report").clone())
+    }
+
+    /// Finds the tensor at this position that has not been read to its end yet. Returns its start
+    /// as well.
+    fn unread_at(&self, position: u64) -> Option<(u64, Unread)> {
+        let (&start, unread) = self.tensors.range(..=position).next_back()?;
+        (position < unread.end).then(|| (start, unread.clone()))
     }
 
     /// Reads from the file itself, up to `end`.
@@ -256,38 +294,34 @@ fn limit_to_buffer(buffer: &[u8], bytes: u64) -> usize {
 impl Read for GgufReader {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let position = self.position;
-        let read =
-            if let Some(rest) = usize::try_from(position).ok().and_then(|at| self.header.get(at..)).filter(|r| !r.is_empty()) {
-                let bytes = limit_to_buffer(buffer, rest.len() as u64);
-                buffer[..bytes].copy_from_slice(&rest[..bytes]);
-                bytes
-            } else if let Some((&start, unread)) =
-                self.tensors.range(..=position).next_back().filter(|(_, unread)| position < unread.end)
-            {
-                let tensor =
-                    self.arrivals.wait(&unread.name).map_err(|missing| io::Error::other(unavailable(&unread.name, &missing)))?;
-                // A rank's part, or a replaced file, would shift all following bytes.
-                if tensor.file_range() != (start..unread.end) {
-                    let (name, range) = (&unread.name, tensor.file_range());
-                    let message = format!(
-                        "cannot load tensor {name:?}: bytes {range:?} of the file were loaded, not all of {start}..{}",
-                        unread.end
-                    );
-                    return Err(io::Error::new(ErrorKind::InvalidData, message));
-                }
-                let held = tensor.bytes().map_err(io::Error::other)?;
-                let rest = &held[usize::try_from(position - start).map_err(io::Error::other)?..];
-                let bytes = limit_to_buffer(buffer, rest.len() as u64);
-                buffer[..bytes].copy_from_slice(&rest[..bytes]);
-                if bytes == rest.len() {
-                    let unread = self.tensors.remove(&start).expect("the entry was found above");
-                    self.arrivals.remove(&unread.name);
-                }
-                bytes
-            } else {
-                let next = self.tensors.range(position..).next().map_or(self.identity.bytes, |(&start, _)| start);
-                self.read_file(buffer, next.max(position))?
-            };
+        let read = if let Some(rest) =
+            usize::try_from(position).ok().and_then(|at| self.header.get(at..)).filter(|r| !r.is_empty())
+        {
+            let bytes = limit_to_buffer(buffer, rest.len() as u64);
+            buffer[..bytes].copy_from_slice(&rest[..bytes]);
+            bytes
+        } else if let Some((start, Unread { name, end })) = self.unread_at(position) {
+            let tensor = self.wait(&name).map_err(|missing| io::Error::other(unavailable(&name, &missing)))?;
+            // A rank's part, or a replaced file, would shift all following bytes.
+            if tensor.file_range() != (start..end) {
+                let range = tensor.file_range();
+                let message =
+                    format!("cannot load tensor {name:?}: bytes {range:?} of the file were loaded, not all of {start}..{end}");
+                return Err(io::Error::new(ErrorKind::InvalidData, message));
+            }
+            let held = tensor.bytes().map_err(io::Error::other)?;
+            let rest = &held[usize::try_from(position - start).map_err(io::Error::other)?..];
+            let bytes = limit_to_buffer(buffer, rest.len() as u64);
+            buffer[..bytes].copy_from_slice(&rest[..bytes]);
+            if bytes == rest.len() {
+                self.tensors.remove(&start);
+                self.held.remove(&name);
+            }
+            bytes
+        } else {
+            let next = self.tensors.range(position..).next().map_or(self.identity.bytes, |(&start, _)| start);
+            self.read_file(buffer, next.max(position))?
+        };
         self.position += read as u64;
         Ok(read)
     }

@@ -4,27 +4,18 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use dmaload::model::TensorInfo;
-use dmaload::{Error, Format, Inspected, Result, inspect_model_blocking};
+use dmaload::{Error, LoadOptions, Result, inspect_load_blocking};
 
 /// The tensors of a model by name, as its headers describe them.
 pub(crate) type Named = HashMap<String, TensorInfo>;
 
-/// Reads only the headers of these files.
+/// Reads only the headers of the files that a load of these paths would read.
 ///
 /// # Errors
-/// Those of [`inspect_model_blocking`], and [`Error::AmbiguousTensor`] if two files have a tensor
+/// Those of [`inspect_load_blocking`], and [`Error::AmbiguousTensor`] if two files have a tensor
 /// of the same name.
-pub(crate) fn read(paths: &[PathBuf]) -> Result<Named> {
-    let mut files: Vec<Inspected> = Vec::new();
-    for path in paths {
-        for found in inspect_model_blocking(path, Format::Auto)? {
-            // A part of a split model stands for all parts, so two parts would list each file
-            // twice.
-            if files.iter().all(|known| known.path != found.path) {
-                files.push(found);
-            }
-        }
-    }
+pub(crate) fn read(paths: &[PathBuf], options: &LoadOptions) -> Result<Named> {
+    let files = inspect_load_blocking(paths, options)?;
     let mut named: HashMap<String, (TensorInfo, &Path)> = HashMap::new();
     for file in &files {
         for tensor in file.tensors.iter().flatten() {

@@ -36,7 +36,7 @@ impl Weights {
     /// those of [`Self::var_builder`].
     ///
     /// # Errors
-    /// Those of [`dmaload::inspect_model_blocking`]. Later errors are reported by the requested
+    /// Those of [`dmaload::inspect_load_blocking`]. Later errors are reported by the requested
     /// tensors and by [`Self::finish`].
     pub fn load(loader: &Loader, path: impl Into<PathBuf>, dtype: DType, device: &Device) -> dmaload::Result<Self> {
         Self::load_with(loader, [path], loader.load_options(), dtype, device)
@@ -44,8 +44,8 @@ impl Weights {
 
     /// Like [`Self::load`], with options, and for several files, such as the shards of a model.
     ///
-    /// Requesting a tensor that the options leave out ([`LoadOptions::tensors`]) is an error,
-    /// which is returned at the end of the load.
+    /// A tensor that the options leave out ([`LoadOptions::tensors`]) counts as absent from the
+    /// model.
     ///
     /// # Errors
     /// Those of [`Self::load`], and [`dmaload::Error::AmbiguousTensor`] if two of the files have a
@@ -58,7 +58,7 @@ impl Weights {
         device: &Device,
     ) -> dmaload::Result<Self> {
         let paths: Vec<PathBuf> = paths.into_iter().map(Into::into).collect();
-        let named = headers::read(&paths)?;
+        let named = headers::read(&paths, &options)?;
         let target = device.clone();
         let load = loader.load(paths).options(options);
         let arrivals = Arrivals::start(load, move |tensor| convert(tensor, dtype, &target).map_err(|error| error.to_string()))?;

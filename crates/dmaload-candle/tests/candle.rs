@@ -18,7 +18,7 @@ use candle_nn::VarBuilder;
 use candle_nn::var_builder::SimpleBackend;
 use candle_transformers::models::quantized_llama::ModelWeights;
 use candle_transformers::quantized_var_builder;
-use dmaload::{ErrorKind, LoadOptions, Loader, Observer, Rejection, Shard};
+use dmaload::{ErrorKind, Format, LoadOptions, Loader, Observer, Rejection, Shard};
 use dmaload_candle::{GgufReader, QTensors, Weights};
 use dmaload_testing::{file, random_bytes, safetensors};
 
@@ -238,13 +238,50 @@ fn errors_name_the_requested_tensor() {
     assert_eq!(wrong, "shape mismatch for w, expected: [3, 2], got: [2, 3]");
     let wrong = first_line(vb.get(8, "mask").unwrap_err());
     assert_eq!(wrong, r#"cannot load tensor "mask": candle has no type BOOL"#);
-    // A tensor that the options leave out is not reported as missing from the model.
+    // A tensor that the options leave out is reported immediately, however long the load takes.
     let loader = loader();
     let options = loader.load_options().tensors(["w"]);
     let some = Weights::load_with(&loader, [&path], options, DType::F32, &CPU).unwrap();
-    assert!(some.contains_tensor("mask") && some.var_builder().get((2, 3), "w").is_ok());
-    let wrong = first_line(some.var_builder().get(8, "mask").unwrap_err());
-    assert_eq!(wrong, r#"cannot load tensor "mask": the load's options left it out"#);
+    assert!(!some.contains_tensor("mask") && some.var_builder().get((2, 3), "w").is_ok());
+    assert_eq!(first_line(some.var_builder().get(8, "mask").unwrap_err()), "cannot find tensor mask");
+}
+
+/// Writes two of three shards, and an index that lists all three.
+fn unfinished_download(folder: &Path) -> PathBuf {
+    let mut map = HashMap::new();
+    for part in 0..3 {
+        let (name, tensor) = (format!("model-{part:05}-of-00003.safetensors"), format!("{part}.w"));
+        if part < 2 {
+            model(folder, &name, &[(&*tensor, "F32", &[700, 300], 32)], part);
+        }
+        map.insert(tensor, name);
+    }
+    let index = serde_json::json!({ "weight_map": map });
+    std::fs::write(folder.join("model.safetensors.index.json"), index.to_string()).unwrap();
+    folder.to_owned()
+}
+
+#[test]
+fn headers_follow_the_load_options() {
+    let folder = folder();
+    let path = unfinished_download(folder.path());
+    let loader = loader();
+    let load = |options| Weights::load_with(&loader, [&path], options, DType::F32, &CPU);
+    assert_eq!(load(loader.load_options()).unwrap_err().kind(), ErrorKind::Incomplete);
+    for (options, expected) in
+        [(loader.load_options().allow_missing(true), vec!["0.w", "1.w"]), (loader.load_options().tensors(["1.*"]), vec!["1.w"])]
+    {
+        let weights = load(options).unwrap();
+        let mut names: Vec<_> = weights.names().collect();
+        names.sort_unstable();
+        assert_eq!(names, expected);
+        weights.var_builder().get((700, 300), "1.w").unwrap();
+    }
+    // The name of this file does not match the format in the options.
+    let quantized = quantized(folder.path(), &[GgmlDType::Q4_0]);
+    let options = loader.load_options().format(Format::Safetensors);
+    let refused = QTensors::load_with(&loader, &quantized, options, &CPU).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::InvalidModel);
 }
 
 #[test]

@@ -130,6 +130,7 @@ mod tests {
             (Error::Panicked { code: text(), message: text() }, libc::ENOTRECOVERABLE),
             (Error::OutOfMemory { heap: text(), wanted_bytes: 2, available_bytes: 1, limit: text() }, libc::ENOMEM),
             (Error::OverLimit { wanted_bytes: 2, limit_bytes: 1, why: "a segment" }, libc::ENOMEM),
+            (Error::HeldUp { held_bytes: 3, wanted_bytes: 2, limit_bytes: 4 }, libc::ENOMEM),
             (Error::TooManyPieces { bytes: 9, segment_bytes: 1, pieces: 9, most_pieces: 8 }, libc::EFBIG),
             (Error::Model { path: path(), fault: ModelError::Empty }, libc::EIO),
             (device, libc::EINVAL),

@@ -141,15 +141,15 @@ impl Loading {
                 let deadline = Instant::now() + patience;
                 let parked = Parked::new();
                 let waker = Waker::from(parked.clone());
-                let mut state = lock(state);
-                loop {
-                    if state.poll(&waker) {
-                        return true;
-                    }
+                // Sleeps without the lock, so another thread can take results, cancel the load, or
+                // read the progress. If two threads wait, only the last one to poll is woken; the
+                // other one polls again after `seconds`.
+                while !lock(state).poll(&waker) {
                     if !parked.sleep_until(deadline) {
                         return false;
                     }
                 }
+                true
             }))
         })
     }
@@ -164,19 +164,21 @@ impl Loading {
         })
     }
 
-    /// Takes the result: an image, a tensor or headers; `None` at the end of a stream.
-    fn take(&self, py: Python<'_>) -> PyResult<Option<Py<PyAny>>> {
+    /// Takes the result, in a tuple of one: an image, a tensor or headers, or `None` at the end of
+    /// a stream. Returns `None` instead of a tuple if another thread took the result, or if the
+    /// load does not have one yet.
+    fn take(&self, py: Python<'_>) -> PyResult<Option<(Option<Py<PyAny>>,)>> {
         guarded(py, || {
             let state = self.state()?;
-            let answer = detached(py, || lock(state).ready.take());
-            let answer = answer.ok_or_else(|| Failure::new("Error", "cannot take a result: this load does not have one yet"))?;
-            Ok(match answer? {
+            let Some(answer) = detached(py, || lock(state).ready.take()) else { return Ok(None) };
+            let taken = match answer? {
                 Outcome::Image(loaded) => Some(Py::new(py, image::Image::new(py, loaded))?.into_any()),
                 Outcome::Tensor(loaded) => Some(Py::new(py, tensor::Tensor::of(loaded))?.into_any()),
                 Outcome::Part(part) => Some(Py::new(py, tensor::Tensor::of_part(part))?.into_any()),
                 Outcome::Headers(headers) => Some(describe::headers(py, headers)?),
                 Outcome::End => None,
-            })
+            };
+            Ok(Some((taken,)))
         })
     }
 

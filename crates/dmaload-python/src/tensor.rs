@@ -85,23 +85,26 @@ impl Tensor {
 
     /// The tensor's memory. Each call returns the same memory.
     pub(crate) fn memory(&self, py: Python<'_>) -> Result<Arc<Owned<Memory>>, Failure> {
-        match &*self.source {
-            Source::Tensor(tensor) if !tensor.is_contiguous() => detached(py, || self.memory_or_make()),
-            _ => self.memory_or_make(),
+        if let Some(known) = &*lock(&self.memory) {
+            return Ok(Arc::clone(known));
         }
-    }
-
-    fn memory_or_make(&self) -> Result<Arc<Owned<Memory>>, Failure> {
+        // Gathers before taking the lock. Only threads that are attached to the interpreter hold
+        // the lock, so it is never held during a fork by Python. If two threads gather at once,
+        // the first result is kept.
+        let gathered = match &*self.source {
+            Source::Tensor(tensor) if !tensor.is_contiguous() => Some(detached(py, || gathered(tensor))?),
+            _ => None,
+        };
         let mut memory = lock(&self.memory);
         if let Some(known) = &*memory {
             return Ok(Arc::clone(known));
         }
         let of_export = |error: dmaload::Error| Failure::of_export(&error);
-        let made = match &*self.source {
-            Source::Tensor(tensor) if !tensor.is_contiguous() => Memory::Copied(gathered(tensor)?),
-            Source::Tensor(tensor) => Memory::Private(tensor.private_memory().map_err(of_export)?),
-            Source::Part(file, range) => Memory::Private(file.private_memory(range.clone()).map_err(of_export)?),
-            Source::Memory => unreachable!("such tensors are created with their memory"),
+        let made = match (gathered, &*self.source) {
+            (Some(gathered), _) => Memory::Copied(gathered),
+            (None, Source::Tensor(tensor)) => Memory::Private(tensor.private_memory().map_err(of_export)?),
+            (None, Source::Part(file, range)) => Memory::Private(file.private_memory(range.clone()).map_err(of_export)?),
+            (None, Source::Memory) => unreachable!("such tensors are created with their memory"),
         };
         assert_eq!(made.len(), self.bytes, "a tensor's memory has the bytes of its shape");
         Ok(Arc::clone(memory.insert(Arc::new(Owned::new(made)))))

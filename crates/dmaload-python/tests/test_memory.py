@@ -295,3 +295,30 @@ def test_exports_leak_no_references(tmp_path):
         found.numpy()
         found.__dlpack__()
     assert sys.getrefcount(found) == before
+
+
+def test_a_child_forked_while_rows_are_gathered_has_the_tensor(tmp_path, programs):
+    """A child does not wait for a thread that exists only in its parent."""
+    rows = 1 << 18
+    # Does not use NumPy: if a thread is importing a module during a fork, its import lock stays
+    # locked in the child.
+    path = write(tmp_path / "rows.safetensors", {"w": tensor("U8", [rows, 16])})
+    text = """
+    import os, signal, sys, threading, time
+    import dmaload
+
+    for delay in (0.0, 0.01, 0.03, 0.1):
+        part = dmaload.load(sys.argv[1], shard=(1, 2, 1))["w"]
+        thread = threading.Thread(target=memoryview, args=[part])
+        thread.start()
+        time.sleep(delay)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)
+            os._exit(0 if memoryview(part).shape == (ROWS, 8) else 1)
+        thread.join()
+        print(os.waitpid(child, 0)[1])
+    """.replace("ROWS", str(rows))
+    # Python warns about forks of processes with several threads.
+    text = "    import warnings\n    warnings.simplefilter('ignore')\n" + text
+    assert programs.succeed(text, path, timeout=200) == "0\n" * 4

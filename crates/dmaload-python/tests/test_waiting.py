@@ -391,3 +391,45 @@ def test_waiting_takes_no_cpu_time(tmp_path, slow_file):
     thread.join()
     assert len(result[0]) == 4
     assert spent < 0.2, f"{spent} s of CPU time in a second of waiting"
+
+
+def test_threads_share_one_stream(disk):
+    """Each tensor goes to one of the threads that read from a stream, and all see its end."""
+    path, _ = large(disk / "large.safetensors", 24)
+    expected = sorted(dmaload.safe_open(path, framework="numpy").keys())
+    for _ in range(20):
+        stream, names, problems = dmaload.stream(path), [], []
+
+        def take(stream=stream, names=names, problems=problems):
+            try:
+                names.extend(name for name, _ in stream)
+            except BaseException as problem:
+                problems.append(problem)
+
+        threads = [threading.Thread(target=take) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (sorted(names), problems) == (expected, [])
+
+
+def test_another_thread_can_close_a_stream_immediately(tmp_path, slow_file):
+    path, _ = large(tmp_path / "large.safetensors", 4)
+    slow = slow_file(path, 1 << 20)
+    stream, problems = dmaload.stream(slow.path), []
+
+    def take():
+        try:
+            list(stream)
+        except dmaload.Error as problem:
+            problems.append(problem)
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    slow.wait_until_held()
+    started = time.monotonic()
+    stream.close()
+    thread.join()
+    assert time.monotonic() - started < 2
+    assert [type(problem) for problem in problems] == [dmaload.ClosedError]

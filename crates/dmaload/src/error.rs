@@ -206,9 +206,10 @@ pub enum Error {
         planned_bytes: u64,
     },
     /// The caller's code panicked. If it is a heap, a verifier or an observer, only the load that
-    /// it belongs to fails. If it is a waker, only the future or stream that was polled with it
-    /// returns this error; the load continues. (If `code` names a thread of dmaload, this is a
-    /// bug in dmaload.)
+    /// it belongs to fails. If it is a waker, only the future that was polled with it, or the
+    /// next item of the stream, is this error; the load and the stream continue.
+    /// [`crate::Load::finish`] keeps waiting with its next waker. (If `code` names a thread of
+    /// dmaload, this is a bug in dmaload.)
     #[error("{} panicked: {}", printable::text(.code), printable::text(.message))]
     Panicked {
         /// Which code panicked: `heap NAME`, `the verifier`, `the observer`,
@@ -242,6 +243,20 @@ pub enum Error {
         limit_bytes: u64,
         /// What needs that much.
         why: &'static str,
+    },
+    /// The load cannot continue because the tensors that its consumer holds fill the loader's
+    /// memory limit ([`crate::LoaderBuilder::memory_limit_bytes`]) while the consumer waits for
+    /// the next one ([`crate::Tensors::next_while_holding_blocking`]).
+    #[error(
+        "cannot allocate {wanted_bytes} more bytes: the {held_bytes} bytes that the consumer of the load holds fill its share of the loader's limit of {limit_bytes}"
+    )]
+    HeldUp {
+        /// Memory, in bytes, of the tensors that were returned and are not dropped yet.
+        held_bytes: u64,
+        /// Size of the next allocation.
+        wanted_bytes: u64,
+        /// The loader's limit.
+        limit_bytes: u64,
     },
     /// The load's plan would take too much memory: its files are very long (sparse files can be),
     /// or its segments are small.

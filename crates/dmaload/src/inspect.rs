@@ -16,6 +16,8 @@ use crate::files::source::{Input, OpenFile};
 use crate::files::whole::check_whole;
 use crate::model::TensorMap;
 use crate::options::choices::Format;
+use crate::options::load::LoadOptions;
+use crate::plan::select::Selector;
 use crate::support::foreign;
 
 /// The header and length of a file. Returned by [`inspect`] and [`inspect_model`].
@@ -94,17 +96,57 @@ pub async fn inspect_model(path: impl AsRef<Path>, format: Format) -> Result<Vec
 /// Those of [`inspect_model`].
 pub fn inspect_model_blocking(path: impl AsRef<Path>, format: Format) -> Result<Vec<Inspected>> {
     let choice = Choice { format, allow_missing: false, as_one_file: false, selector: None };
-    let Found { sources, .. } = expand::find_files(&[Input::Path(path.as_ref().to_owned())], choice)?;
+    inspect_all(&[Input::Path(path.as_ref().to_owned())], choice)
+}
+
+/// Reads only the headers of the files that a load of these paths with these options would read.
+/// Adapters use this function to learn a model's tensors before its load delivers them.
+///
+/// Four options matter: [`LoadOptions::format`], [`LoadOptions::allow_missing`],
+/// [`LoadOptions::as_one_file`] and [`LoadOptions::tensors`]; only tensors that the last one
+/// selects are listed. With [`LoadOptions::shard`], whole tensors are listed. Paths have the same
+/// meaning as for [`Loader::load`](crate::Loader::load). Two of the files may have tensors of the
+/// same name.
+///
+/// Blocks the caller's thread until the reads complete, which is forever if a file's server never
+/// answers.
+///
+/// ```no_run
+/// # fn example(loader: &dmaload::Loader) -> dmaload::Result<()> {
+/// let options = loader.load_options().allow_missing(true);
+/// let files = dmaload::inspect_load_blocking(["model-folder"], &options)?;
+/// let load = loader.load("model-folder").options(options).start();
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Errors
+/// The errors that the load would return before it reads more than headers: those of
+/// [`inspect_model`], and [`Error::Config`] for invalid options.
+pub fn inspect_load_blocking<P: Into<PathBuf>>(
+    paths: impl IntoIterator<Item = P>,
+    options: &LoadOptions,
+) -> Result<Vec<Inspected>> {
+    let inputs: Vec<_> = paths.into_iter().map(|path| Input::Path(path.into())).collect();
+    let selector = options.select.is_partial().then(|| Selector::new(&options.select)).transpose()?;
+    inspect_all(&inputs, Choice::new(options, selector.as_ref()))
+}
+
+fn inspect_all(inputs: &[Input], choice: Choice<'_>) -> Result<Vec<Inspected>> {
+    let Found { sources, .. } = expand::find_files(inputs, choice)?;
     let mut files = Vec::new();
     for source in &sources {
-        let inspected = inspect_blocking(&*source.path, format)?;
+        let inspected = inspect_blocking(&*source.path, choice.format)?;
         source.check(inspected.tensors.as_ref())?;
         files.push(inspected);
     }
-    let known: Vec<_> = sources.iter().zip(files.iter().map(|inspected| inspected.tensors.as_ref())).collect();
-    check_whole(&known, false)?;
+    if !choice.as_one_file {
+        let known: Vec<_> = sources.iter().zip(files.iter().map(|inspected| inspected.tensors.as_ref())).collect();
+        check_whole(&known, choice.allow_missing)?;
+    }
     for (source, inspected) in sources.iter().zip(&mut files) {
-        inspected.tensors = inspected.tensors.take().map(|map| map.retain(|name| source.owns(name)));
+        let is_listed = |name: &str| source.owns(name) && choice.selector.is_none_or(|selector| selector.selects(name));
+        inspected.tensors = inspected.tensors.take().map(|map| map.retain(is_listed));
     }
     Ok(files)
 }

@@ -86,7 +86,7 @@ mod programs {}
 pub use engine::Leaked;
 pub use engine::event::Progress;
 pub use error::{Errno, Error, ErrorKind, Result};
-pub use inspect::{Inspected, inspect, inspect_blocking, inspect_model, inspect_model_blocking};
+pub use inspect::{Inspected, inspect, inspect_blocking, inspect_load_blocking, inspect_model, inspect_model_blocking};
 pub use load::image::{Image, ImageFile, Tensor, TensorPart};
 pub use load::{Load, LoadRequest, Segments, Source, Tensors};
 pub use loader::{Loader, LoaderBuilder};

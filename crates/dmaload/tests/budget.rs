@@ -373,6 +373,98 @@ async fn tensor_streams_never_wait_for_their_own_memory() {
     }
 }
 
+/// A consumer that keeps its tensors and drops none while it waits gets an error. A consumer whose
+/// tensors are dropped by another thread waits until then.
+#[test]
+fn consumer_that_holds_the_limit_gets_an_error_or_waits() {
+    let _alone = ALONE.blocking_lock();
+    let folder = folder();
+    let path = tensors(folder.path(), 24);
+    let limit = 16 * MIB;
+    let loader = Loader::builder()
+        .memory_limit_bytes(limit)
+        .load_options(LoadOptions::new().segment_bytes(2 << 20))
+        .window_bytes(4 << 20)
+        .build()
+        .unwrap();
+    let mut stream = loader.load(&path).tensors();
+    let mut held = std::collections::VecDeque::new();
+    let (mut names, mut refused) = (Vec::new(), 0);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while let Some(next) = stream.next_while_holding_blocking() {
+        assert!(Instant::now() < deadline, "the stream takes too long");
+        match next {
+            Ok(tensor) => {
+                names.push(tensor.name().to_owned());
+                held.push_back(tensor);
+            }
+            Err(error) => {
+                let Error::HeldUp { held_bytes, wanted_bytes, limit_bytes } = error else { panic!("{error}") };
+                assert_eq!(limit_bytes, limit);
+                assert!(wanted_bytes > 0 && wanted_bytes <= 2 * MIB, "{wanted_bytes}");
+                assert!(held_bytes > limit / 4 && held_bytes <= limit, "{held_bytes}");
+                assert!(!held.is_empty(), "{error}");
+                refused += 1;
+                // The load continues once memory is free.
+                held.drain(..held.len() / 2 + 1);
+            }
+        }
+        assert!(loader.memory_bytes() <= limit);
+    }
+    assert_eq!(names, (0..24).map(|number| format!("t{number}")).collect::<Vec<_>>());
+    assert!(refused > 1, "{refused}");
+    assert_eq!(stream.report().unwrap().bytes, fs::metadata(&path).unwrap().len());
+    drop((stream, held));
+    // `next` waits until another thread drops the tensors.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let dropping = std::thread::spawn(move || {
+        while let Ok(tensor) = receiver.recv() {
+            std::thread::sleep(Duration::from_millis(30));
+            drop::<dmaload::Tensor>(tensor);
+        }
+    });
+    let count = runtime.block_on(async {
+        let (mut stream, mut count) = (loader.load(&path).tensors(), 0);
+        while let Some(tensor) = tokio::time::timeout(Duration::from_secs(60), stream.next()).await.unwrap() {
+            sender.send(tensor.unwrap()).unwrap();
+            count += 1;
+        }
+        count
+    });
+    assert_eq!(count, 24);
+    drop(sender);
+    dropping.join().unwrap();
+    // A load whose segments are kept is refused as a whole, before any memory is allocated.
+    let load = loader.load(&path).start();
+    assert!(matches!(load.tensor_blocking("t23"), Err(Error::OverLimit { why: "all of the load", .. })));
+}
+
+/// A consumer that drops each tensor before it waits for the next never gets an error.
+#[test]
+fn consumer_that_drops_its_tensors_is_never_held_up() {
+    let _alone = ALONE.blocking_lock();
+    let folder = folder();
+    let path = tensors(folder.path(), 24);
+    let loader = Loader::builder()
+        .memory_limit_bytes(12 * MIB)
+        .load_options(LoadOptions::new().segment_bytes(2 << 20))
+        .window_bytes(4 << 20)
+        .build()
+        .unwrap();
+    let consume = || {
+        let mut stream = loader.load(&path).tensors();
+        while let Some(tensor) = stream.next_while_holding_blocking() {
+            tensor.unwrap();
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| (0..10).for_each(|_| consume()));
+        }
+    });
+}
+
 trait CollectNames {
     fn collect_names(self) -> impl Future<Output = Vec<String>> + Send;
 }

@@ -11,7 +11,7 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
 use common::{file, folder};
-use dmaload::{Format, inspect, inspect_blocking, inspect_model, inspect_model_blocking};
+use dmaload::{ErrorKind, Format, LoadOptions, inspect, inspect_blocking, inspect_model, inspect_model_blocking};
 use dmaload_testing::{safetensors, safetensors_of};
 
 /// Tests count the threads of the process, so they run one at a time.
@@ -104,6 +104,34 @@ fn async_and_blocking_inspection_agree_without_a_runtime() {
     assert_eq!(paths, [&first, &second]);
     let shape = files[1].tensors.as_ref().unwrap().get("other").unwrap().shape.as_slice();
     assert_eq!(shape, [2_usize, 3]);
+}
+
+#[test]
+fn inspecting_a_load_follows_its_options() {
+    let folder = folder();
+    let header = |name: &str| format!(r#"{{"{name}":{{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}}}"#);
+    for name in ["a", "b"] {
+        file(folder.path(), &format!("{name}.safetensors"), &dmaload_testing::safetensors(header(name).as_bytes(), &[0; 4]));
+    }
+    let index = r#"{"weight_map":{"a":"a.safetensors","b":"b.safetensors","c":"c.safetensors"}}"#;
+    std::fs::write(folder.path().join("model.safetensors.index.json"), index).unwrap();
+    let names = |options: LoadOptions| {
+        let files = dmaload::inspect_load_blocking([folder.path()], &options)?;
+        let tensors = files.iter().flat_map(|file| file.tensors.iter().flatten());
+        Ok::<Vec<_>, dmaload::Error>(tensors.map(|tensor| tensor.name.clone()).collect())
+    };
+    assert_eq!(names(LoadOptions::new()).unwrap_err().kind(), ErrorKind::Incomplete);
+    assert_eq!(names(LoadOptions::new().allow_missing(true)).unwrap(), ["a", "b"]);
+    assert_eq!(names(LoadOptions::new().tensors(["b"])).unwrap(), ["b"]);
+    assert_eq!(names(LoadOptions::new().tensors(["b", "c"])).unwrap_err().kind(), ErrorKind::Incomplete);
+    assert_eq!(names(LoadOptions::new().format(Format::Gguf)).unwrap_err().kind(), ErrorKind::NotFound);
+    let several = file(folder.path(), "several.safetensors", &safetensors_of(3, 4, 1));
+    let selected = dmaload::inspect_load_blocking([&several], &LoadOptions::new().tensors(["t2"])).unwrap();
+    let selected: Vec<_> = selected[0].tensors.iter().flatten().map(|tensor| &*tensor.name).collect();
+    assert_eq!(selected, ["t2"]);
+    let two = [folder.path().join("a.safetensors"), folder.path().join("b.safetensors")];
+    assert_eq!(dmaload::inspect_load_blocking(&two, &LoadOptions::new()).unwrap().len(), 2);
+    assert_eq!(dmaload::inspect_load_blocking(&two[..1], &LoadOptions::new().format(Format::Raw)).unwrap()[0].tensors, None);
 }
 
 #[test]

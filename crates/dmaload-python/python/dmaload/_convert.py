@@ -29,13 +29,17 @@ _NUMPY = {
     "U64": "uint64",
 }
 
-_ML_DTYPES = {
+# Types with the same names in ml_dtypes and torch.
+_SMALL_FLOATS = {
     "BF16": "bfloat16",
     "F8_E5M2": "float8_e5m2",
     "F8_E4M3": "float8_e4m3fn",
     "F8_E8M0": "float8_e8m0fnu",
     "F8_E4M3FNUZ": "float8_e4m3fnuz",
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}
+
+_ML_DTYPES = _SMALL_FLOATS | {
     "F4": "float4_e2m1fn",
     "F6_E2M3": "float6_e2m3fn",
     "F6_E3M2": "float6_e3m2fn",
@@ -44,28 +48,7 @@ _ML_DTYPES = {
 # Types with elements of less than a byte, and their bits.
 _SUB_BYTE = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
-_TORCH = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "I16": "int16",
-    "U16": "uint16",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I32": "int32",
-    "U32": "uint32",
-    "F32": "float32",
-    "C64": "complex64",
-    "F64": "float64",
-    "I64": "int64",
-    "U64": "uint64",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F4": "float4_e2m1fn_x2",
-}
+_TORCH = _NUMPY | _SMALL_FLOATS | {"F4": "float4_e2m1fn_x2"}
 
 
 @cache

@@ -6,7 +6,7 @@ import asyncio
 import os
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypedDict, Unpack
 
 from . import _native
 from ._errors import ConfigError
@@ -24,20 +24,35 @@ _TICK = 0.05
 
 def _paths(paths: Paths) -> list[str]:
     if isinstance(paths, (str, bytes, os.PathLike)):
-        paths = [paths]  # type: ignore[list-item]
+        paths = [paths]
     return [os.fsdecode(os.fspath(path)) for path in paths]
 
 
+class Options(TypedDict, total=False):
+    """The keyword arguments of :func:`load`, which documents their meanings and defaults."""
+
+    tensors: str | Iterable[str] | None
+    shard: Shard | None
+    memory_limit: int | None
+    verify: Path | None
+    format: str | None
+    heap: str
+    route: str
+    cache: str | None
+    allow_missing: bool
+
+
 def _keywords(
-    tensors: str | Iterable[str] | None,
-    shard: Shard | None,
-    memory_limit: int | None,
-    verify: Path | None,
-    format: str | None,
-    heap: str,
-    route: str,
-    cache: str | None,
-    allow_missing: bool,
+    *,
+    tensors: str | Iterable[str] | None = None,
+    shard: Shard | None = None,
+    memory_limit: int | None = None,
+    verify: Path | None = None,
+    format: str | None = None,
+    heap: str = "anon",
+    route: str = "auto",
+    cache: str | None = None,
+    allow_missing: bool = False,
 ) -> dict[str, Any]:
     if isinstance(tensors, str):
         tensors = [tensors]
@@ -66,12 +81,13 @@ def _keywords(
 def wait(loading: _native.Loading, progress: Progress | None = None) -> Any:
     """Blocks until the result is available. An exception (Ctrl-C) cancels the operation."""
     try:
-        while not loading.wait(_TICK):
+        while True:
+            has_come = loading.wait(_TICK)
             if progress is not None:
                 progress(*loading.progress())
-        if progress is not None:
-            progress(*loading.progress())
-        return loading.take()
+            # If another thread took the result first, this one waits for the next.
+            if has_come and (taken := loading.take()) is not None:
+                return taken[0]
     except BaseException:
         loading.close()
         raise
@@ -137,10 +153,12 @@ class _EventLoop:
 async def _wait_async(loading: _native.Loading, progress: Progress | None = None) -> Any:
     loop = _EventLoop.enter()
     try:
-        await loop.wait(loading, progress)
-        if progress is not None:
-            progress(*loading.progress())
-        return loading.take()
+        while True:
+            await loop.wait(loading, progress)
+            if progress is not None:
+                progress(*loading.progress())
+            if (taken := loading.take()) is not None:
+                return taken[0]
     except BaseException:
         loading.close()
         raise
@@ -185,29 +203,31 @@ def load(
 
     Raises subclasses of :class:`Error`.
     """
-    keywords = _keywords(tensors, shard, memory_limit, verify, format, heap, route, cache, allow_missing)
+    keywords = _keywords(
+        tensors=tensors,
+        shard=shard,
+        memory_limit=memory_limit,
+        verify=verify,
+        format=format,
+        heap=heap,
+        route=route,
+        cache=cache,
+        allow_missing=allow_missing,
+    )
     return wait(_native.start_load(_paths(paths), keywords), progress)
 
 
 async def load_async(
     paths: Paths,
     *,
-    tensors: str | Iterable[str] | None = None,
-    shard: Shard | None = None,
-    memory_limit: int | None = None,
     progress: Progress | None = None,
-    verify: Path | None = None,
-    format: str | None = None,
-    heap: str = "anon",
-    route: str = "auto",
-    cache: str | None = None,
-    allow_missing: bool = False,
+    **options: Unpack[Options],
 ) -> Image:
     """Like :func:`load`, in an asyncio event loop, which it does not block.
 
     Cancelling the task cancels the load. ``progress`` is called by the event loop's thread.
     """
-    keywords = _keywords(tensors, shard, memory_limit, verify, format, heap, route, cache, allow_missing)
+    keywords = _keywords(**options)
     return await _wait_async(_native.start_load(_paths(paths), keywords), progress)
 
 
@@ -216,6 +236,7 @@ class Stream(Iterator["tuple[str, Tensor]"]):
 
     It keeps no tensors. The load is ahead of its consumer by a bounded number of bytes. Closing
     the stream, or leaving its ``with`` block, cancels the load; yielded tensors stay valid.
+    Several threads can read from one stream: each tensor goes to one of them.
     """
 
     def __init__(self, loading: _native.Loading, progress: Progress | None) -> None:
@@ -249,16 +270,8 @@ class Stream(Iterator["tuple[str, Tensor]"]):
 def stream(
     paths: Paths,
     *,
-    tensors: str | Iterable[str] | None = None,
-    shard: Shard | None = None,
-    memory_limit: int | None = None,
     progress: Progress | None = None,
-    verify: Path | None = None,
-    format: str | None = None,
-    heap: str = "anon",
-    route: str = "auto",
-    cache: str | None = None,
-    allow_missing: bool = False,
+    **options: Unpack[Options],
 ) -> Stream:
     """Yields the names and tensors of a model as they arrive, while the rest is read.
 
@@ -266,29 +279,21 @@ def stream(
     that drops used tensors can stream models larger than memory. The other options are those of
     :func:`load`.
     """
-    keywords = _keywords(tensors, shard, memory_limit, verify, format, heap, route, cache, allow_missing)
+    keywords = _keywords(**options)
     return Stream(_native.start_stream(_paths(paths), keywords), progress)
 
 
 async def stream_async(
     paths: Paths,
     *,
-    tensors: str | Iterable[str] | None = None,
-    shard: Shard | None = None,
-    memory_limit: int | None = None,
     progress: Progress | None = None,
-    verify: Path | None = None,
-    format: str | None = None,
-    heap: str = "anon",
-    route: str = "auto",
-    cache: str | None = None,
-    allow_missing: bool = False,
+    **options: Unpack[Options],
 ) -> AsyncIterator[tuple[str, Tensor]]:
     """Like :func:`stream`, for ``async for``.
 
     The load begins when the first tensor is requested. Closing the iterator cancels it.
     """
-    keywords = _keywords(tensors, shard, memory_limit, verify, format, heap, route, cache, allow_missing)
+    keywords = _keywords(**options)
     loading = _native.start_stream(_paths(paths), keywords)
     try:
         while (tensor := await _wait_async(loading, progress)) is not None:

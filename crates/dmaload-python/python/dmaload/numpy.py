@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from . import _load
-from ._load import Paths
+from ._load import Options, Paths, Progress
 
 if TYPE_CHECKING:
     import numpy
@@ -13,14 +13,16 @@ if TYPE_CHECKING:
 __all__ = ["load_file"]
 
 
-def load_file(filename: Paths, **options: Any) -> dict[str, numpy.ndarray[Any, Any]]:
+def load_file(
+    filename: Paths, *, progress: Progress | None = None, **options: Unpack[Options]
+) -> dict[str, numpy.ndarray[Any, Any]]:
     """Loads all tensors of a file, a folder or several files as arrays by name.
 
     The arrays share the loaded memory, which is private and writable. ``BF16``, ``F8_…`` and
     smaller types use ``ml_dtypes``; types of less than a byte are unpacked into a copy. GGUF
     blocks are bytes, which the last dimension counts.
 
-    ``options`` are those of :func:`dmaload.load`.
+    ``progress`` and ``options`` are those of :func:`dmaload.load`.
     """
-    with _load.load(filename, **options) as image:
+    with _load.load(filename, progress=progress, **options) as image:
         return {name: tensor.numpy() for name, tensor in image.items()}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from . import _load
-from ._load import Paths
+from ._load import Options, Paths, Progress
 
 if TYPE_CHECKING:
     import torch
@@ -13,15 +13,17 @@ if TYPE_CHECKING:
 __all__ = ["load_file"]
 
 
-def load_file(filename: Paths, device: Any = "cpu", **options: Any) -> dict[str, torch.Tensor]:
+def load_file(
+    filename: Paths, device: Any = "cpu", *, progress: Progress | None = None, **options: Unpack[Options]
+) -> dict[str, torch.Tensor]:
     """Loads all tensors of a file, a folder or several files as torch tensors by name.
 
     On the CPU, tensors share the loaded memory, which is private and writable. For other devices,
     each tensor is copied.
 
-    ``options`` are those of :func:`dmaload.load`.
+    ``progress`` and ``options`` are those of :func:`dmaload.load`.
     """
-    with _load.load(filename, **options) as image:
+    with _load.load(filename, progress=progress, **options) as image:
         tensors = {name: tensor.torch() for name, tensor in image.items()}
     if str(device) == "cpu":
         return tensors

@@ -15,6 +15,7 @@ use super::allocation::HeapFacts;
 use super::heap_code::HeapCode;
 use super::jobs::{DropKey, Jobs};
 use super::outbox::{Announcer, Outbox};
+use super::schedule::HeldUp;
 use super::settings::Settings;
 use super::state::{HandOverStatus, LoadShared};
 use super::threads::Leaked;
@@ -177,6 +178,21 @@ impl Guard {
     /// many bytes more.
     pub(crate) fn consumed(&self, load: LoadId, bytes: u64) {
         self.engine.jobs.update_accounts(|scheduler| scheduler.consumed(&load, bytes));
+    }
+
+    /// Returns [`Error::HeldUp`] if a stream can continue only after its consumer drops segments.
+    /// The consumer must not drop any during this call.
+    pub(crate) fn held_up(&self, load: LoadId) -> Option<Error> {
+        let engine = &self.engine;
+        // Checks twice. After the first check, only the consumer and the reaper can hold memory of
+        // the load. If the reaper is then idle, the consumer holds all memory that the second
+        // check counts.
+        engine.jobs.held_up(load)?;
+        if !engine.reaper.is_idle() {
+            return None;
+        }
+        let HeldUp { held_bytes, wanted_bytes } = engine.jobs.held_up(load)?;
+        Some(Error::HeldUp { held_bytes, wanted_bytes, limit_bytes: engine.settings.memory_limit_bytes })
     }
 
     /// Cancels a load that is no longer wanted.

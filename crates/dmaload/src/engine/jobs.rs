@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use super::state::FollowUpJobs;
 use super::workers::{Task, WorkerId, Workers};
-use crate::engine::schedule::{Job, LoadNeeds, Need, Scheduler};
+use crate::engine::schedule::{HeldUp, Job, LoadNeeds, Need, Scheduler};
 use crate::ring::pace::Pace;
 use crate::support::foreign;
 use crate::support::id::LoadId;
@@ -215,6 +215,13 @@ impl<T: Clone> Jobs<T> {
     pub(super) fn update_accounts(&self, change: impl FnOnce(&mut Scheduler<LoadId>)) {
         change(&mut self.schedule().scheduler);
         self.changed.notify_one();
+    }
+
+    /// Returns the needs of a load that can continue only after its consumer drops segments.
+    /// `None` while a worker may hold memory of the load.
+    pub(super) fn held_up(&self, id: LoadId) -> Option<HeldUp> {
+        let schedule = self.schedule();
+        if schedule.workers.is_any_working_for(id) { None } else { schedule.scheduler.held_up(&id) }
     }
 
     /// How much memory is in segments and in the pool.

@@ -6,7 +6,8 @@
 //! alive but no longer polled does not hold up the others.
 //!
 //! Wakers are the caller's code: they are cloned, called and dropped without the lock. If one
-//! panics, only its own waiter gets an error.
+//! panics, only its own waiter gets an error, and only once. No event is lost: the next wait
+//! continues where the failed one ended.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
@@ -151,7 +152,7 @@ pub(crate) struct Waiter {
     number: u64,
     /// The interest it was last registered with.
     interest: Option<Interest>,
-    /// The panic message of its waker, if that has panicked.
+    /// The panic message of a waker of the current wait.
     panic: Arc<OnceLock<String>>,
 }
 
@@ -162,12 +163,19 @@ impl Waiter {
         Waiter { outbox: Arc::clone(outbox), number, interest: None, panic: Arc::default() }
     }
 
+    /// Begins a new wait. Panics of earlier wakers belong to abandoned waits and are discarded.
+    pub(crate) fn begin(&mut self) {
+        self.unregister();
+        self.panic = Arc::default();
+    }
+
     /// Polls `look`, which takes the events that have arrived and returns either its result or the
     /// interest that it still has. In the latter case, the task is woken when a matching event
     /// arrives.
     ///
     /// # Errors
-    /// [`Error::Panicked`] if the waker of an earlier poll has panicked.
+    /// [`Error::Panicked`] if the waker of an earlier poll has panicked. This ends the wait;
+    /// the next poll begins a new one.
     pub(crate) fn poll<T>(
         &mut self,
         context: &mut Context<'_>,
@@ -175,6 +183,7 @@ impl Waiter {
     ) -> Poll<Result<T>> {
         if let Some(message) = self.panic.get() {
             let (code, message) = ("the waker of a task".to_owned(), message.clone());
+            self.begin();
             return Poll::Ready(Err(Error::Panicked { code, message }));
         }
         let mut registered = None;

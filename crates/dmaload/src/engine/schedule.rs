@@ -91,6 +91,15 @@ impl LoadNeeds {
     }
 }
 
+/// The needs of a load that can continue only after its consumer drops segments.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct HeldUp {
+    /// The number of bytes that the consumer holds.
+    pub(crate) held_bytes: u64,
+    /// The size of its next allocation.
+    pub(crate) wanted_bytes: u64,
+}
+
 #[derive(Debug)]
 struct LoadTurn<L> {
     load: L,
@@ -407,6 +416,16 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         if let Some(turn) = self.turns.iter_mut().find(|turn| turn.load == *load) {
             turn.ahead = turn.ahead.checked_sub(bytes).expect("a consumer takes only allocated memory");
         }
+    }
+
+    /// Returns the load's needs if its next allocation exceeds the memory limit although its
+    /// consumer has taken all its segments: then the consumer must drop some first. Memory that
+    /// other loads can return does not count, because a load can rely only on its reservation.
+    pub(crate) fn held_up(&self, load: &L) -> Option<HeldUp> {
+        let turn = self.turns.iter().find(|turn| turn.load == *load)?;
+        let need = turn.demand.batches.get(turn.next).filter(|_| turn.admitted && turn.ahead == 0)?;
+        let held_up = HeldUp { held_bytes: self.budget.held_by(load), wanted_bytes: need.held_bytes };
+        (self.budget.may_take(load, need.held_bytes) == Taken::No).then_some(held_up)
     }
 
     /// Returns a permit.

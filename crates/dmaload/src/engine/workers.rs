@@ -77,6 +77,11 @@ impl Workers {
         self.workers.get_mut(&id).expect("a worker exists until it leaves")
     }
 
+    /// Whether a worker is working for this load, and so may hold memory of it.
+    pub(super) fn is_any_working_for(&self, load: LoadId) -> bool {
+        self.workers.values().any(|worker| worker.task.is_some_and(|task| task.load == load))
+    }
+
     fn stalled(&self) -> usize {
         self.workers.values().filter(|worker| worker.stalled).count()
     }

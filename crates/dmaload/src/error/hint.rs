@@ -95,6 +95,9 @@ impl Error {
             Error::OutOfMemory { .. } => "free memory, raise the limit, or stream the file and drop its segments as they arrive",
             Error::TooManyPieces { .. } => "use larger segments, or load only a part",
             Error::OverLimit { .. } => "raise the limit, or stream the load and drop its segments as they arrive",
+            Error::HeldUp { .. } => {
+                "raise the limit, or request tensors in the order in which they arrive: file order, or that of LoadOptions::tensors"
+            }
             Error::Incomplete { loadable: 0, .. } => "finish the download, or download the model again",
             Error::Incomplete { .. } => "finish the download, or load the files that exist (allow_missing)",
             Error::DuplicateTensor { .. } => "load only the right file, or add an index that says which one counts",

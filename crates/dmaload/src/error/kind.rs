@@ -58,7 +58,7 @@ pub enum ErrorKind {
     OutOfMemory,
     /// The load needs more memory at once than its loader may use
     /// ([`crate::LoaderBuilder::memory_limit_bytes`]), so trying again does not help. Raise the
-    /// limit, or stream the load.
+    /// limit, or stream the load and drop its segments after use.
     OverLimit,
     /// A segment would be larger than its heap allows, or the plan longer than the limit. Change
     /// the segment size, load only a part, or raise the limit.
@@ -112,7 +112,7 @@ impl Error {
             Error::Ended { .. } | Error::Changed { .. } => ErrorKind::Changed,
             Error::Rejected { .. } | Error::Corrupt { .. } | Error::WrongLength { .. } => ErrorKind::Corrupt,
             Error::OutOfMemory { .. } => ErrorKind::OutOfMemory,
-            Error::OverLimit { .. } => ErrorKind::OverLimit,
+            Error::OverLimit { .. } | Error::HeldUp { .. } => ErrorKind::OverLimit,
             Error::TooLarge { .. } | Error::TooManyPieces { .. } => ErrorKind::TooLarge,
             Error::Device(_) | Error::NoDmaBuf { .. } => ErrorKind::Device,
             Error::Refused { .. } | Error::NoDescriptor { .. } => ErrorKind::Unsupported,

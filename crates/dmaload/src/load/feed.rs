@@ -49,6 +49,12 @@ impl Feed {
         self.shared.as_ref().and_then(|shared| shared.tensor_over_limit.get().cloned())
     }
 
+    /// Returns [`Error::HeldUp`] if this stream can continue only after its consumer drops
+    /// segments.
+    pub(super) fn held_up(&self) -> Option<Error> {
+        self.shared.as_ref().and_then(|load| self.guard.held_up(load.id))
+    }
+
     /// The load's files; empty until they are known.
     pub(super) fn sources(&self) -> &[SourceFile] {
         self.shared.as_ref().map_or(&[], |shared| shared.sources())

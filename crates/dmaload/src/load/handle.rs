@@ -103,11 +103,17 @@ impl Load {
     /// Any number of tasks and threads may wait at once, even for the same tensor. A future that
     /// is not polled does not hold up the others.
     ///
+    /// A [memory limit](crate::LoaderBuilder::memory_limit_bytes) never stops a load between two
+    /// tensors, whatever order they are requested in, because all its memory is reserved before
+    /// the first byte is read. Until then, this can wait for memory of other loads, even if the
+    /// caller itself holds that memory.
+    ///
     /// Cancel-safe: dropping the future loses nothing and does not cancel the load.
     ///
     /// # Errors
     /// Those of [`Image::tensor`], as soon as the names of all tensors are known, and the error
-    /// that made the load fail.
+    /// that made the load fail. [`crate::Error::Panicked`] if the waker that this future was
+    /// polled with panicked; the load continues, and another request returns the tensor.
     ///
     /// # Example
     /// ```no_run
@@ -159,8 +165,10 @@ impl Load {
     /// Cancel-safe: dropping the future never loses a segment.
     ///
     /// # Errors
-    /// The error that made the load fail; after that, `None`.
+    /// The error that made the load fail; after that, `None`. [`crate::Error::Panicked`] if the
+    /// waker that this future was polled with panicked; the next call returns the segment.
     pub async fn next(&mut self) -> Option<Result<Segment>> {
+        self.waiter.begin();
         std::future::poll_fn(|context| self.poll_segment(context)).await
     }
 
@@ -170,13 +178,16 @@ impl Load {
     ///
     /// # Errors
     /// The error that made the load fail, even if [`Load::next`] or [`Load::tensor`] has already
-    /// returned it.
+    /// returned it. A waker that panics does not end this wait, because the loaded bytes would be
+    /// lost.
     pub async fn finish(mut self) -> Result<Image> {
         std::future::poll_fn(|context| {
-            let check = || self.inbox.check_arrived(|arrived| arrived.end().map(drop).ok_or(Interest::End));
-            self.waiter.poll(context, check)
+            let mut check = || self.inbox.check_arrived(|arrived| arrived.end().map(drop).ok_or(Interest::End));
+            // If the last waker panicked, which the panic hook has reported, waits with this one.
+            while ready!(self.waiter.poll(context, &mut check)).is_err() {}
+            Poll::Ready(())
         })
-        .await?;
+        .await;
         let arrived = self.inbox.arrived.into_inner().unwrap_or_else(PoisonError::into_inner);
         let (segments, end) = arrived.into_parts();
         match end.expect("the wait above returned at the end") {
@@ -199,7 +210,11 @@ impl Load {
             (None, Some(End::Finished(_))) => Ok(Ok(None)),
             (None, None) => Err(Interest::AnyEvent),
         };
-        let next = ready!(self.waiter.poll(context, || self.inbox.check_arrived(check))).flatten();
+        let next = match ready!(self.waiter.poll(context, || self.inbox.check_arrived(check))) {
+            Ok(next) => next,
+            // Only this wait has failed.
+            Err(panicked) => return Poll::Ready(Some(Err(panicked))),
+        };
         match &next {
             Ok(Some(_)) => self.returned += 1,
             Err(_) => self.failure_returned = true,

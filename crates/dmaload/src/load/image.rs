@@ -166,7 +166,10 @@ impl ImageFile {
     /// # Errors
     /// [`Error::NotLoaded`] under the same conditions as [`Self::bytes`]; [`Error::Viewed`] while
     /// views of anonymous memory are alive; [`Error::NoDescriptor`] for a dma-buf;
-    /// [`Error::Memory`] if a memfd cannot be mapped again.
+    /// [`Error::Memory`] if a memfd cannot be mapped again. If the range spans several segments,
+    /// [`Error::Viewed`] can be returned after some of them were handed out: views of those are
+    /// permanently revoked. Nothing is written to them, and a call after all views are dropped
+    /// succeeds.
     pub fn private_memory(&self, range: Range<u64>) -> Result<PrivateMemory> {
         PrivateMemory::from_segments(&self.path, &self.segments, range)
     }

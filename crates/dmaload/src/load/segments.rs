@@ -50,8 +50,10 @@ impl Segments {
     /// Cancel-safe: dropping the future never loses a segment.
     ///
     /// # Errors
-    /// The error that made the load fail; after that, `None`.
+    /// The error that made the load fail; after that, `None`. [`Error::Panicked`] if the waker
+    /// that this future was polled with panicked; the next call returns the segment.
     pub async fn next(&mut self) -> Option<Result<Segment>> {
+        self.begin_wait();
         std::future::poll_fn(|context| self.poll_segment(context)).await
     }
 
@@ -71,15 +73,30 @@ impl Segments {
         self.feed.tensor_over_limit()
     }
 
+    /// Returns [`Error::HeldUp`] if the load can continue only after its consumer drops segments.
+    pub(super) fn held_up(&self) -> Option<Error> {
+        self.feed.held_up()
+    }
+
     /// The files, once the last segment has been returned.
     pub(super) fn finished_files(&self) -> &[LoadFile] {
         self.finished.as_ref().map_or(&[], |finished| &finished.files)
     }
 
+    /// Begins a wait for a new future, which must not return panics of earlier wakers.
+    pub(super) fn begin_wait(&mut self) {
+        self.waiter.begin();
+    }
+
     pub(super) fn poll_segment(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Segment>>> {
         while self.finished.is_none() && !self.failed {
             let next = ready!(self.waiter.poll(context, || self.feed.take().ok_or(Interest::AnyEvent)));
-            match next.unwrap_or_else(Event::Failed) {
+            let event = match next {
+                Ok(event) => event,
+                // Only this wait has failed.
+                Err(panicked) => return Poll::Ready(Some(Err(panicked))),
+            };
+            match event {
                 // A consumer of segments learns about the files from the segments.
                 Event::Planned(_) => {}
                 Event::Segment(segment) => {

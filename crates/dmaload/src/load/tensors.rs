@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use futures_core::Stream;
 
@@ -13,7 +14,12 @@ use crate::engine::event::{LoadFile, Progress};
 use crate::error::Result;
 use crate::memory::segment::Segment;
 use crate::plan::tensors::FileTensors;
+use crate::support::park;
 use crate::telemetry::report::Report;
+
+/// The interval at which a waiting consumer checks whether the load waits for it. A tensor that
+/// arrives ends the wait immediately.
+const HELD_UP_CHECK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The tensors of a load, each as soon as its last byte has arrived, while the rest is being read:
 /// in file order, or in the order in which they were requested ([`crate::LoadOptions::tensors`]).
@@ -54,9 +60,50 @@ impl Tensors {
     /// skipped. Cancel-safe: dropping the future never loses a tensor.
     ///
     /// # Errors
-    /// The error that made the load fail; after that, `None`.
+    /// The error that made the load fail; after that, `None`. [`crate::Error::Panicked`] if the
+    /// waker that this future was polled with panicked; the next call returns the tensor.
     pub async fn next(&mut self) -> Option<Result<Tensor>> {
+        self.segments.begin_wait();
         std::future::poll_fn(|context| self.poll_tensor(context)).await
+    }
+
+    /// Returns the next tensor to a consumer that drops no tensors while it waits, such as one
+    /// that keeps them until they are requested by name. Blocks the caller's thread.
+    ///
+    /// If the returned tensors fill the loader's memory limit, [`Self::next`] waits, because
+    /// another task can drop them. This method returns [`crate::Error::HeldUp`] instead, because
+    /// the wait would never end. The load continues: after some tensors were dropped, another call
+    /// returns the next one. Without a memory limit, this error never occurs.
+    ///
+    /// Do not call this where [`Load::tensor_blocking`](crate::Load::tensor_blocking) must not be
+    /// called.
+    ///
+    /// ```no_run
+    /// # fn example(loader: dmaload::Loader) -> dmaload::Result<()> {
+    /// use std::collections::HashMap;
+    ///
+    /// let mut tensors = loader.load("model.safetensors").tensors();
+    /// let mut kept = HashMap::new();
+    /// while !kept.contains_key("lm_head.weight") {
+    ///     let Some(tensor) = tensors.next_while_holding_blocking() else { break };
+    ///     let tensor = tensor?;
+    ///     kept.insert(tensor.name().to_owned(), tensor);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// Those of [`Self::next`], and [`crate::Error::HeldUp`].
+    pub fn next_while_holding_blocking(&mut self) -> Option<Result<Tensor>> {
+        loop {
+            if let Some(next) = park::block_on_for(HELD_UP_CHECK_INTERVAL, self.next()) {
+                return next;
+            }
+            if let Some(error) = self.segments.held_up() {
+                return Some(Err(error));
+            }
+        }
     }
 
     /// The report, once [`Self::next`] has returned `None` after the last tensor.

@@ -92,6 +92,11 @@ impl<L: PartialEq> Budget<L> {
         self.accounts.iter().map(|account| account.held).fold(self.loose, u64::saturating_add)
     }
 
+    /// Memory held by this load; 0 if the load is not admitted or is closed.
+    pub(crate) fn held_by(&self, load: &L) -> u64 {
+        self.accounts.iter().find(|account| account.load == *load).map_or(0, |account| account.held)
+    }
+
     /// Memory that is allocated: held, or in the pool.
     pub(crate) fn present(&self) -> u64 {
         self.held().saturating_add(self.pooled)
@@ -117,12 +122,24 @@ impl<L: PartialEq> Budget<L> {
     /// Takes memory for an admitted load.
     #[must_use]
     pub(crate) fn take(&mut self, load: &L, bytes: u64) -> Taken {
+        let taken = self.may_take(load, bytes);
+        if taken == Taken::Yes
+            && bytes > 0
+            && let Some(account) = self.accounts.iter_mut().find(|account| account.load == *load)
+        {
+            account.held = account.held.saturating_add(bytes);
+        }
+        taken
+    }
+
+    /// Returns the result that [`Self::take`] would return.
+    pub(crate) fn may_take(&self, load: &L, bytes: u64) -> Taken {
         if bytes == 0 {
             return Taken::Yes;
         }
         let (free, present, accounts) = (self.free(), self.present(), self.accounts.len() as u64);
         let half = self.limit / 2;
-        let account = self.accounts.iter_mut().find(|account| account.load == *load);
+        let account = self.accounts.iter().find(|account| account.load == *load);
         let account = account.expect("only an admitted load takes memory");
         let wanted = account.held.saturating_add(bytes);
         let extra = wanted.saturating_sub(account.held.max(account.reserved));
@@ -132,10 +149,7 @@ impl<L: PartialEq> Budget<L> {
             return Taken::No;
         }
         match present.saturating_add(bytes).checked_sub(self.limit) {
-            None | Some(0) => {
-                account.held = wanted;
-                Taken::Yes
-            }
+            None | Some(0) => Taken::Yes,
             Some(short) => Taken::Pooled(short),
         }
     }

@@ -201,13 +201,17 @@ impl Reaper {
     /// Waits until the thread has freed everything, or until the timeout. Returns whether there
     /// was anything to wait for.
     pub(crate) fn wait_until_idle(&self, timeout: Duration) -> bool {
-        let is_busy = |list: &mut List| list.busy || list.dead.head.is_some();
-        let mut list = self.shared.0.list();
-        if !is_busy(&mut list) {
+        let list = self.shared.0.list();
+        if !list.is_busy() {
             return false;
         }
-        let _ = self.shared.0.idle.wait_timeout_while(list, timeout, is_busy);
+        let _ = self.shared.0.idle.wait_timeout_while(list, timeout, |list| list.is_busy());
         true
+    }
+
+    /// Whether the thread has freed all memory and released its charges.
+    pub(crate) fn is_idle(&self) -> bool {
+        !self.shared.0.list().is_busy()
     }
 
     /// Takes memory that is no longer used. It goes to the pool if it may be reused and fits,
@@ -280,6 +284,10 @@ impl Reaper {
 }
 
 impl List {
+    fn is_busy(&self) -> bool {
+        self.busy || self.dead.head.is_some()
+    }
+
     /// Moves the oldest holdings, at most `most` of them, to the thread's list until the pool has
     /// at most `keep_bytes`. Returns the number of bytes moved.
     fn shrink_pool(&mut self, keep_bytes: u64, most: usize) -> u64 {

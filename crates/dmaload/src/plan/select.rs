@@ -272,6 +272,11 @@ impl Selector {
         self.patterns.iter().flatten().any(Pattern::is_wild)
     }
 
+    /// Whether the tensor with this name is selected.
+    pub(crate) fn selects(&self, name: &str) -> bool {
+        self.patterns.as_ref().is_none_or(|patterns| patterns.iter().any(|pattern| pattern.matches(name)))
+    }
+
     /// Passes the value that comes with each matching name to `matched`. Returns whether every
     /// pattern has matched a name.
     pub(crate) fn select_names<'a>(

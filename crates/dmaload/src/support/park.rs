@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, Thread};
+use std::time::{Duration, Instant};
 
 struct Unpark {
     thread: Thread,
@@ -24,24 +25,35 @@ impl Wake for Unpark {
 
 /// Polls a future on this thread, which sleeps between wakes.
 pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
+    block_on_until(None, future).expect("a wait without a deadline ends with a value")
+}
+
+/// Like [`block_on`], but returns `None` if the future is not ready within `timeout`.
+pub(crate) fn block_on_for<T>(timeout: Duration, future: impl Future<Output = T>) -> Option<T> {
+    block_on_until(Some(Instant::now() + timeout), future)
+}
+
+fn block_on_until<T>(deadline: Option<Instant>, future: impl Future<Output = T>) -> Option<T> {
     let mut future = pin!(future);
     let unpark = Arc::new(Unpark { thread: thread::current(), is_woken: AtomicBool::new(false) });
     let waker = Waker::from(Arc::clone(&unpark));
     loop {
         if let Poll::Ready(value) = future.as_mut().poll(&mut Context::from_waker(&waker)) {
-            return value;
+            return Some(value);
         }
         // Parking may also end spuriously, or because of an unrelated unpark.
         while !unpark.is_woken.swap(false, Ordering::Acquire) {
-            thread::park();
+            match deadline.map(|deadline| deadline.saturating_duration_since(Instant::now())) {
+                None => thread::park(),
+                Some(Duration::ZERO) => return None,
+                Some(left) => thread::park_timeout(left),
+            }
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, Instant};
-
     use super::*;
 
     #[test]
@@ -66,5 +78,17 @@ mod tests {
         assert_eq!(block_on(future), 7);
         assert!(begin.elapsed() >= Duration::from_millis(20));
         assert_eq!(polls, 3);
+    }
+
+    #[test]
+    fn block_on_for_ends_at_its_deadline() {
+        let begin = Instant::now();
+        assert_eq!(block_on_for(Duration::from_millis(20), std::future::pending::<()>()), None);
+        assert!(begin.elapsed() >= Duration::from_millis(20));
+        assert_eq!(
+            block_on_for(Duration::ZERO, std::future::ready(7)),
+            Some(7),
+            "the future is polled once even if the time is up"
+        );
     }
 }

@@ -213,6 +213,32 @@ fn stream_waits_for_its_consumer_without_blocking_others() {
 }
 
 #[test]
+fn stream_is_held_up_only_when_its_consumer_holds_everything() {
+    let mut scheduler = Scheduler::new(1000, 40, 100, 8);
+    scheduler.submit(1);
+    assert_eq!(scheduler.next(), Some(Job::Open(1)));
+    let part = |held_bytes| Need { bytes: 5, held_bytes, ..Need::default() };
+    let batches = vec![part(10), part(10), part(10), part(10)];
+    assert_eq!(scheduler.held_up(&1), None, "the load is not planned yet");
+    scheduler.opened(1, LoadNeeds { batches, reserved_bytes: 10, ahead_bytes: Some(100), ..LoadNeeds::default() });
+    assert_eq!(scheduler.held_up(&1), None, "the load is not admitted yet");
+    assert_eq!(drain(&mut scheduler).len(), 2, "half of the limit");
+    assert_eq!(scheduler.held_up(&1), None, "the consumer has not taken anything");
+    scheduler.consumed(&1, 10);
+    assert_eq!(scheduler.held_up(&1), None, "one segment was not taken yet");
+    scheduler.consumed(&1, 10);
+    assert_eq!(scheduler.held_up(&1), Some(HeldUp { held_bytes: 20, wanted_bytes: 10 }));
+    scheduler.freed(&1, 10, 0);
+    assert_eq!(scheduler.held_up(&1), None, "the freed memory suffices");
+    assert_eq!(drain(&mut scheduler).len(), 1);
+    scheduler.consumed(&1, 10);
+    assert_eq!(scheduler.held_up(&1), Some(HeldUp { held_bytes: 20, wanted_bytes: 10 }));
+    scheduler.freed(&1, 20, 0);
+    assert_eq!(drain(&mut scheduler).len(), 1);
+    assert_eq!(scheduler.held_up(&1), None, "the last batch was started");
+}
+
+#[test]
 fn load_that_waits_for_files_does_not_block_others() {
     let mut scheduler = Scheduler::new(100, u64::MAX, 3, 8);
     let many = Need { bytes: 1, files: 3, ..Need::default() };
