@@ -379,7 +379,7 @@ async fn tensor_streams_never_wait_for_their_own_memory() {
 fn consumer_that_holds_the_limit_gets_an_error_or_waits() {
     let _alone = ALONE.blocking_lock();
     let folder = folder();
-    let path = tensors(folder.path(), 24);
+    let path = write_tensors(folder.path(), 24);
     let limit = 16 * MIB;
     let loader = Loader::builder()
         .memory_limit_bytes(limit)
@@ -445,7 +445,7 @@ fn consumer_that_holds_the_limit_gets_an_error_or_waits() {
 fn consumer_that_drops_its_tensors_is_never_held_up() {
     let _alone = ALONE.blocking_lock();
     let folder = folder();
-    let path = tensors(folder.path(), 24);
+    let path = write_tensors(folder.path(), 24);
     let loader = Loader::builder()
         .memory_limit_bytes(12 * MIB)
         .load_options(LoadOptions::new().segment_bytes(2 << 20))
