@@ -313,7 +313,7 @@ impl<T: Clone> Jobs<T> {
         self.proceed(worker, Some(Instant::now()));
     }
 
-    /// Records that a worker is done waiting for files: the rest of its task only allocates memory.
+    /// Records that a worker is done waiting for files: the rest of its task allocates memory.
     pub(super) fn end_files(&self, worker: WorkerId) {
         self.proceed(worker, None);
     }
