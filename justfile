@@ -1,4 +1,4 @@
-# Every verb of this project. `just` shows the common ones, `just --list` all of them.
+# Every recipe of this project. `just` shows the common ones, `just --list` all of them.
 # Needs just 1.27.
 
 # The prefix of `install`: `just PREFIX=/opt/dmaload install`.
@@ -6,7 +6,7 @@ PREFIX := "/usr/local"
 
 _default:
     @just --list --unsorted --list-heading "" | sed '/^$/d; /\[/{/\[everyday\]/!Q}'
-    @echo "    (just --list shows all verbs)"
+    @echo "    (just --list shows all recipes)"
 
 # Loads a synthetic model, and compares that with allocate + mmap + memcpy.
 [group('everyday')]

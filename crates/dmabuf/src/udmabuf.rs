@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn only_kernels_6_11_to_6_15_are_affected() {
+    fn kernels_6_11_to_6_15_and_unknown_ones_are_affected() {
         for (release, expected) in [
             ("5.15.0-1", false),
             ("6.1.0-56-cloud-amd64", false),

@@ -33,7 +33,7 @@
 //!
 //! - If the file's element type differs from the module's, burn 0.21 keeps the file's type, and
 //!   panics if its backend lacks that type (F16 with burn-ndarray) or mixes both.
-//!   `HalfPrecisionAdapter` converts.
+//!   `HalfPrecisionAdapter` converts F16 to F32 and F32 to F16 only.
 //! - With a backend that copies, the file stays in memory alongside the model until
 //!   [`LoadStore::finish`]: burn requests tensors through closures that may be called twice.
 //! - burn does not have F8, F6, F4, complex numbers, or GGUF blocks, which it quantizes

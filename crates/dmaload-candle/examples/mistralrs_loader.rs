@@ -1,4 +1,4 @@
-//! Implements mistral.rs's function for loading weights with dmaload.
+//! Replaces mistral.rs's function for loading weights with one that uses dmaload.
 //!
 //! mistral.rs (in `utils/varbuilder_utils.rs`) starts a thread for each file, copies every tensor
 //! out of a mapping, and waits in a loop until all threads have ended. This function has the same

@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn only_errors_that_name_no_file_get_one() {
+    fn errors_about_memory_heaps_or_the_ring_get_a_file_name() {
         use dmaload::{Errno, Error};
         let describe_with_file = |error| describe(&with_files(error, &["a".into()]));
         let refusal = dmaload::heap::HeapError::new("map memory", 1, Errno::ENOMEM);

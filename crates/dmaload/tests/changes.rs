@@ -111,7 +111,7 @@ async fn memory_past_the_end_of_the_file_is_zero() {
 
 /// Appending cannot be distinguished from rewriting and lengthening the file.
 #[tokio::test]
-async fn raw_file_that_grows_fails() {
+async fn loading_a_growing_raw_file_fails() {
     use std::io::Write;
     let append = |path: &Path, bytes: usize| {
         fs::OpenOptions::new().append(true).open(path).unwrap().write_all(&vec![0xAB; bytes]).unwrap();
@@ -135,7 +135,7 @@ fn rewrite(path: &Path, bytes: &[u8]) {
 
 /// A range is loaded without reading a header, so no header states the length.
 #[tokio::test]
-async fn range_of_a_model_that_grows_fails() {
+async fn loading_a_range_of_a_growing_model_fails() {
     let whole = 0..safetensors().len() as u64;
     for range in [whole.clone(), 0..whole.end - 1, 4096..whole.end - 100_000] {
         let mut longer = safetensors();
@@ -158,7 +158,7 @@ fn safetensors() -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn model_that_grows_fails() {
+async fn loading_a_growing_model_fails() {
     let bytes = safetensors();
     let longer = |path: &Path| rewrite(path, &random_bytes(bytes.len() + 1, 24));
     let error = change_during_load(Route::UringFixedDirect, &bytes, longer).await.unwrap_err();

@@ -63,7 +63,7 @@ struct Nothing;
 impl HeapHooks for Nothing {}
 
 #[tokio::test]
-async fn before_linux_5_1_only_built_in_heaps_load() {
+async fn before_linux_5_1_loads_need_a_built_in_heap() {
     refuse_the_seal();
     assert!(!Memfd::kernel_seals_writes());
     let folder = folder();

@@ -228,7 +228,7 @@ impl Observer for Appending {
 }
 
 #[tokio::test]
-async fn small_file_that_grows_fails() {
+async fn loading_a_growing_small_file_fails() {
     let header = r#"{"w":{"dtype":"U8","shape":[3],"data_offsets":[0,3]}}"#;
     let model = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), b"abc"].concat();
     let gguf = [&b"GGUF"[..], &3u32.to_le_bytes(), &[0; 16], &[0; 8]].concat();

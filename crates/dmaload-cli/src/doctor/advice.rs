@@ -85,7 +85,7 @@ fn direct(facts: &Facts) -> Option<Advice> {
     Some(Advice::new(
         format!("keep models where O_DIRECT works (ext4, xfs, btrfs): {kind} refuses it: {}", errno.describe()),
         LOCAL_FILE_SYSTEMS,
-        "up to half the time: no page cache, no copy, and nothing else is evicted from memory",
+        "loads take as little as half the time: no page cache, no copy, and nothing else is evicted from memory",
     ))
 }
 
@@ -131,7 +131,7 @@ fn pages(facts: &Facts) -> Option<Advice> {
             ("make room for 2 MiB pages: free memory is fragmented".to_owned(), "echo 1 > /proc/sys/vm/compact_memory".to_owned())
         }
     };
-    Some(Advice::new(change, command, "about half the time: 512 times fewer pages to allocate, clear and pin"))
+    Some(Advice::new(change, command, "loads take about half the time: 1/512 as many pages to allocate, clear and pin"))
 }
 
 const CALLS: &str = "io_uring_setup, io_uring_enter and io_uring_register";
@@ -210,7 +210,7 @@ fn permission(facts: &Facts) -> Option<Advice> {
     Some(Advice::new(
         format!("give this user access to {path} ({}; permanently: a udev rule)", errno.describe()),
         format!("sudo setfacl -m u:$USER:rw {path}"),
-        "load --dma-buf, with memory that drivers can import",
+        "load --dma-buf works: drivers can import the memory",
     ))
 }
 
@@ -223,11 +223,11 @@ fn device(facts: &Facts) -> Option<Advice> {
     let gain = if others {
         "load --dma-buf without a copy"
     } else {
-        "load --dma-buf, with memory that drivers can import, without a copy"
+        "load --dma-buf works without a copy, and drivers can import the memory"
     };
     let lacks_udmabuf = facts.modules.known && !facts.modules.udmabuf;
     if lacks_udmabuf && facts.modules.system_heap && !others {
-        let gain = "load --dma-buf, with memory that drivers can import, with a copy";
+        let gain = "load --dma-buf works, with one copy, and drivers can import the memory";
         return Some(Advice::new("load the module of the dma-heap system", "sudo modprobe system_heap", gain));
     }
     let (change, command) = if lacks_udmabuf {
@@ -245,7 +245,7 @@ fn size_limit(facts: &Facts) -> Option<Advice> {
         Advice::new(
             format!("allow a udmabuf larger than {}", bytes(limit)),
             format!("echo {} > {}/size_limit_mb", wanted.div_ceil(1 << 20), Udmabuf::PARAMETERS),
-            "load --dma-buf --layout single, the whole file in one dma-buf",
+            "load --dma-buf --layout single can put the whole file in one dma-buf",
         )
     })
 }
@@ -256,7 +256,7 @@ fn bug(facts: &Facts) -> Option<Advice> {
         Advice::new(
             "boot Linux 6.16 or later: 6.11 to 6.15 show drivers wrong bytes in a udmabuf on 2 MiB pages",
             "uname -r",
-            "load --dma-buf on 2 MiB pages, about half the time of allocating and reading",
+            "load --dma-buf uses 2 MiB pages, so allocating and reading take about half as long",
         )
     })
 }

@@ -55,7 +55,7 @@ fn memory_limit_applies_to_each_command_that_loads() {
 /// Files are opened only when they are read and closed once they are checked, and small files
 /// share allocations.
 #[test]
-fn model_of_more_files_than_descriptors_loads() {
+fn model_with_more_files_than_descriptors_can_be_loaded() {
     let folder = folder();
     let parts = |name: &str, count: usize, bytes: u64| -> Vec<_> {
         let inner = folder.path().join(name);

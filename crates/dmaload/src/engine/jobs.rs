@@ -320,7 +320,7 @@ impl<T: Clone> Jobs<T> {
         self.proceed(worker, Some(Instant::now()));
     }
 
-    /// Records that a worker no longer waits for files: its task continues with memory.
+    /// Records that a worker is done waiting for files: the rest of its task allocates memory.
     pub(super) fn end_files(&self, worker: WorkerId) {
         self.proceed(worker, None);
     }

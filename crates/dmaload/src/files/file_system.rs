@@ -213,7 +213,7 @@ pub(crate) mod tests {
     const ANONYMOUS: Device = Device { major: 0, minor: 0, reports_compression: false, reports_verity: false, is_dax: false };
 
     #[test]
-    fn only_local_file_systems_are_read_by_a_ring() {
+    fn ring_may_read_local_file_systems() {
         let disk = Device { major: 259, ..ANONYMOUS };
         for f_type in ON_BLOCK_DEVICES {
             assert_eq!(ring_refusal(f_type, disk, || false), None, "{f_type:x}");
@@ -260,7 +260,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn stacked_and_unknown_file_systems_are_read_by_threads() {
+    fn ring_refuses_stacked_and_unlisted_file_systems() {
         let any = Device { major: 8, minor: 0, reports_compression: true, reports_verity: true, is_dax: false };
         assert_eq!(ring_refusal(FUSE, any, || true), Some(Attempt::RingOnFuse));
         for f_type in [OVERLAYFS, ECRYPTFS] {

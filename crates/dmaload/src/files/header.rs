@@ -102,7 +102,8 @@ pub(crate) fn find_header(file: &OpenFile, bytes: &[u8], format: Format) -> Resu
     found.map_err(|fault| Error::Model { path: file.path.clone(), fault: identify_foreign(fault, start, file_bytes) })
 }
 
-/// Replaces a fault with the kind of file that this is instead, if its first bytes identify one.
+/// If the first bytes identify another kind of file, replaces the fault with
+/// [`ModelError::Foreign`], which names that kind.
 pub(super) fn identify_foreign(fault: ModelError, start: &[u8], file_bytes: u64) -> ModelError {
     if !fault.may_be_foreign() {
         return fault;

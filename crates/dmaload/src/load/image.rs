@@ -231,7 +231,8 @@ fn overlapping(segments: &[Segment], range: &Range<u64>) -> Vec<Segment> {
     segments.iter().filter(holds).cloned().collect()
 }
 
-/// A byte of this tensor that is missing in these segments of its file: the one expected last.
+/// The byte of this tensor that is expected last among those missing from these segments of its
+/// file.
 /// `None` if all its bytes have arrived, or if it was not selected.
 pub(super) fn missing_byte(file: &LoadFile, segments: &[Segment], position: usize) -> Option<u64> {
     let part = file.tensors.as_ref()?.part_at(position)?;

@@ -207,7 +207,7 @@ pub(super) struct StringPairs {
 }
 
 impl StringPairs {
-    /// Appends a string: a key, then its value, then the next key.
+    /// Appends the next string. Calls alternate: a key, its value, the next key.
     pub(super) fn push(&mut self, string: &str) {
         self.text.push_str(string);
         let end = u32::try_from(self.text.len()).expect("unescaped text is no longer than its header");

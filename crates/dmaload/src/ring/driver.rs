@@ -289,7 +289,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         }
     }
 
-    /// How many threads of the kernel's implementation are busy.
+    /// How many of the [`Kernel`]'s own threads are busy.
     pub(crate) fn busy_threads(&self) -> usize {
         self.kernel.busy_threads()
     }

@@ -187,9 +187,8 @@ impl<B: PieceMemory + Send + 'static> RingThread<B> {
     }
 }
 
-/// Runs until the last load has ended after [`RingThread::close`], or until
-/// [`RingThread::give_up`]. Returns how many threads were still busy for kernels that were given
-/// up.
+/// Runs until [`RingThread::give_up`] is called or, after [`RingThread::close`], until the last
+/// load has ended. Returns how many threads of abandoned [`Kernel`]s were still busy.
 fn run<B: PieceMemory>(shared: &RingShared<B>, limits: &RingLimits, started: Instant, events: &impl Events<B>) -> usize {
     let depth = limits.depth;
     let new_kernel = || LinuxKernel::new(depth, started, Arc::clone(&shared.wake));
