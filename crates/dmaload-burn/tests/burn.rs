@@ -226,7 +226,7 @@ fn errors_contain_the_message_of_burn_or_the_load() {
 #[test]
 fn headers_follow_the_load_options() {
     let folder = folder();
-    let path = two(folder.path());
+    let path = write_two_tensors(folder.path());
     let load = |options| LoadStore::load_with(&loader(), &path, options);
     let mut some = load(LoadOptions::new().tensors(["b"])).unwrap();
     assert_eq!(some.keys().unwrap(), ["b"]);
@@ -245,7 +245,7 @@ fn headers_follow_the_load_options() {
 #[test]
 fn model_that_exceeds_the_limit_is_an_error() {
     let folder = folder();
-    let path = two(folder.path());
+    let path = write_two_tensors(folder.path());
     let (sender, receiver) = mpsc::channel();
     thread::spawn(move || {
         let options = LoadOptions::new().segment_bytes(2 << 20);

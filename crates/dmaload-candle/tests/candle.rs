@@ -247,12 +247,12 @@ fn errors_name_the_requested_tensor() {
 }
 
 /// Writes two of three shards, and an index that lists all three.
-fn unfinished_download(folder: &Path) -> PathBuf {
+fn write_unfinished_download(folder: &Path) -> PathBuf {
     let mut map = HashMap::new();
     for part in 0..3 {
         let (name, tensor) = (format!("model-{part:05}-of-00003.safetensors"), format!("{part}.w"));
         if part < 2 {
-            model(folder, &name, &[(&*tensor, "F32", &[700, 300], 32)], part);
+            write_model(folder, &name, &[(&*tensor, "F32", &[700, 300], 32)], part);
         }
         map.insert(tensor, name);
     }
@@ -264,7 +264,7 @@ fn unfinished_download(folder: &Path) -> PathBuf {
 #[test]
 fn headers_follow_the_load_options() {
     let folder = folder();
-    let path = unfinished_download(folder.path());
+    let path = write_unfinished_download(folder.path());
     let loader = loader();
     let load = |options| Weights::load_with(&loader, [&path], options, DType::F32, &CPU);
     assert_eq!(load(loader.load_options()).unwrap_err().kind(), ErrorKind::Incomplete);
@@ -278,7 +278,7 @@ fn headers_follow_the_load_options() {
         weights.var_builder().get((700, 300), "1.w").unwrap();
     }
     // The name of this file does not match the format in the options.
-    let quantized = quantized(folder.path(), &[GgmlDType::Q4_0]);
+    let quantized = write_quantized(folder.path(), &[GgmlDType::Q4_0]);
     let options = loader.load_options().format(Format::Safetensors);
     let refused = QTensors::load_with(&loader, &quantized, options, &CPU).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::InvalidModel);
