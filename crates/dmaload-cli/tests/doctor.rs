@@ -594,8 +594,7 @@ fn refused_memfd_is_reported_with_the_heap_anon_as_remedy() {
             command
         };
         run(&mut refusing(load(), &[memfd_create], errno)).fails(1, &[name, "--heap anon"]);
-        let mut anon = load();
-        anon.args(["--heap", "anon"]);
-        run(&mut refusing(anon, &[memfd_create], errno)).succeeds();
+        let anon = ["--heap", "anon"];
+        run(refusing(load(), &[memfd_create], errno).args(anon)).succeeds();
     }
 }
