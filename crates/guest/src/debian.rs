@@ -19,7 +19,7 @@ use anyhow::{Context, Result, bail};
 use dmaload_guest::Line;
 
 use crate::archive::Archive;
-use crate::kernels::{Flavour, Kernel};
+use crate::kernels::{Flavor, Kernel};
 use crate::progress;
 
 /// A kernel's downloaded packages.
@@ -54,7 +54,7 @@ fn fetch_newest(kernel: &Kernel, folder: &Path, lists: &Path) -> Result<Fetched>
     for suite in kernel.suites {
         let archive = Archive::open(lists, suite)?;
         let names = archive.list_names("linux-image-")?;
-        let found = names.iter().filter_map(|package| Release::parse(package, kernel.flavour));
+        let found = names.iter().filter_map(|package| Release::parse(package, kernel.flavor));
         releases.extend(found.map(|release| (release, archive.clone())));
         // Later suites are for lines that the earlier ones lack.
         if releases.iter().any(|(release, _)| release.line() == kernel.line) {
@@ -126,16 +126,16 @@ struct Release {
 }
 
 impl Release {
-    /// The release in a package's name, if the package is a signed kernel of this flavour.
-    fn parse(package: &str, flavour: Flavour) -> Option<Self> {
+    /// The release in a package's name, if the package is a signed kernel of this flavor.
+    fn parse(package: &str, flavor: Flavor) -> Option<Self> {
         let name = package.strip_prefix("linux-image-")?;
         let version = name.strip_suffix("-amd64")?;
         let is_cloud = version.strip_suffix("-cloud");
-        let version = match flavour {
-            Flavour::Cloud => is_cloud?,
-            Flavour::Full => Some(version).filter(|_| is_cloud.is_none())?,
+        let version = match flavor {
+            Flavor::Cloud => is_cloud?,
+            Flavor::Full => Some(version).filter(|_| is_cloud.is_none())?,
         };
-        // Words such as `rt` are other flavours; names without a version are meta packages.
+        // Words such as `rt` are other flavors; names without a version are meta packages.
         let is_plain =
             version.split(['.', '+', '-']).all(|part| part.starts_with(|c: char| c.is_ascii_digit()) || part.starts_with("deb"));
         Self::from_name(name.to_owned()).filter(|_| is_plain)
@@ -193,28 +193,28 @@ mod tests {
         "linux-image-6.12-cloud-amd64",
     ];
 
-    fn newest(line: Line, flavour: Flavour) -> Option<String> {
-        let releases: Vec<_> = PACKAGES.iter().filter_map(|package| Release::parse(package, flavour)).collect();
+    fn newest(line: Line, flavor: Flavor) -> Option<String> {
+        let releases: Vec<_> = PACKAGES.iter().filter_map(|package| Release::parse(package, flavor)).collect();
         choose(releases.iter(), line).map(|release| release.name.clone())
     }
 
     #[test]
     fn newest_release_of_a_line_is_found_by_its_numbers() {
-        for (line, flavour, expected) in [
-            ((6, 1), Flavour::Cloud, "6.1.0-56-cloud-amd64"),
-            ((6, 12), Flavour::Full, "6.12.117+deb12-amd64"),
-            ((6, 18), Flavour::Cloud, "6.18.15+deb13-cloud-amd64"),
-            ((6, 18), Flavour::Full, "6.18.16+deb13-amd64"),
-            ((7, 2), Flavour::Cloud, "7.2.12+deb13.1-cloud-amd64"),
+        for (line, flavor, expected) in [
+            ((6, 1), Flavor::Cloud, "6.1.0-56-cloud-amd64"),
+            ((6, 12), Flavor::Full, "6.12.117+deb12-amd64"),
+            ((6, 18), Flavor::Cloud, "6.18.15+deb13-cloud-amd64"),
+            ((6, 18), Flavor::Full, "6.18.16+deb13-amd64"),
+            ((7, 2), Flavor::Cloud, "7.2.12+deb13.1-cloud-amd64"),
         ] {
-            assert_eq!(newest(line, flavour).as_deref(), Some(expected), "{line:?}");
+            assert_eq!(newest(line, flavor).as_deref(), Some(expected), "{line:?}");
         }
     }
 
     #[test]
     fn line_that_has_left_is_replaced_by_the_next() {
-        assert_eq!(newest((6, 17), Flavour::Cloud).as_deref(), Some("6.18.15+deb13-cloud-amd64"));
-        assert_eq!(newest((6, 19), Flavour::Cloud).as_deref(), Some("7.2.12+deb13.1-cloud-amd64"));
-        assert_eq!(newest((7, 3), Flavour::Cloud), None);
+        assert_eq!(newest((6, 17), Flavor::Cloud).as_deref(), Some("6.18.15+deb13-cloud-amd64"));
+        assert_eq!(newest((6, 19), Flavor::Cloud).as_deref(), Some("7.2.12+deb13.1-cloud-amd64"));
+        assert_eq!(newest((7, 3), Flavor::Cloud), None);
     }
 }

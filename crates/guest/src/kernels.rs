@@ -1,25 +1,25 @@
-//! The kernels that can be booted: stock Debian packages, by line and flavour.
+//! The kernels that can be booted: stock Debian packages, by line and flavor.
 
 use dmaload_guest::Line;
 
 /// Debian's builds of one source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Flavour {
+pub(crate) enum Flavor {
     /// For virtual machines: few drivers, with disk drivers built in.
     Cloud,
     /// For every machine: importers and disk drivers are modules.
     Full,
 }
 
-impl Flavour {
+impl Flavor {
     pub(crate) fn name(self) -> &'static str {
         match self {
-            Flavour::Cloud => "cloud",
-            Flavour::Full => "full",
+            Flavor::Cloud => "cloud",
+            Flavor::Full => "full",
         }
     }
 
-    /// The id of this flavour of a line.
+    /// The id of this flavor of a line.
     pub(crate) fn id(self, (major, minor): Line) -> String {
         format!("{major}.{minor}-{}", self.name())
     }
@@ -37,10 +37,10 @@ pub(crate) struct Wanted {
 /// A kernel and the machine it boots on.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Kernel {
-    /// `LINE-FLAVOUR`.
+    /// `LINE-FLAVOR`.
     pub(crate) id: &'static str,
     pub(crate) line: Line,
-    pub(crate) flavour: Flavour,
+    pub(crate) flavor: Flavor,
     /// The archive's suites to search for its packages, in this order.
     pub(crate) suites: &'static [&'static str],
     /// Whether it is booted unless others are named.
@@ -97,27 +97,27 @@ const RECENT: &[&str] = &["trixie-backports", "forky"];
 /// A line's first releases are in experimental before they reach backports.
 const NEXT: &[&str] = &["trixie-backports", "experimental"];
 
-const fn kernel(id: &'static str, line: Line, flavour: Flavour, suites: &'static [&'static str]) -> Kernel {
-    let modules: &[Wanted] = match flavour {
-        Flavour::Cloud => &CLOUD,
-        Flavour::Full => &FULL,
+const fn kernel(id: &'static str, line: Line, flavor: Flavor, suites: &'static [&'static str]) -> Kernel {
+    let modules: &[Wanted] = match flavor {
+        Flavor::Cloud => &CLOUD,
+        Flavor::Full => &FULL,
     };
-    Kernel { id, line, flavour, suites, by_default: false, modules, memory_mib: 2048, seconds_max: 420, bad_disks: false }
+    Kernel { id, line, flavor, suites, by_default: false, modules, memory_mib: 2048, seconds_max: 420, bad_disks: false }
 }
 
 pub(crate) const KERNELS: [Kernel; 9] = [
     // The slowest starts first, so that it does not end last.
-    Kernel { bad_disks: true, by_default: true, ..kernel("6.12-full", (6, 12), Flavour::Full, LONG_TERM) },
-    Kernel { by_default: true, ..kernel("7.2-full", (7, 2), Flavour::Full, RECENT) },
-    Kernel { by_default: true, ..kernel("6.18-full", (6, 18), Flavour::Full, RECENT) },
+    Kernel { bad_disks: true, by_default: true, ..kernel("6.12-full", (6, 12), Flavor::Full, LONG_TERM) },
+    Kernel { by_default: true, ..kernel("7.2-full", (7, 2), Flavor::Full, RECENT) },
+    Kernel { by_default: true, ..kernel("6.18-full", (6, 18), Flavor::Full, RECENT) },
     // Lacks devices that make dma-bufs.
-    Kernel { by_default: true, ..kernel("6.1-cloud", (6, 1), Flavour::Cloud, OLD) },
+    Kernel { by_default: true, ..kernel("6.1-cloud", (6, 1), Flavor::Cloud, OLD) },
     // Booted only when named.
-    Kernel { bad_disks: true, ..kernel("6.12-cloud", (6, 12), Flavour::Cloud, LONG_TERM) },
-    kernel("6.18-cloud", (6, 18), Flavour::Cloud, RECENT),
-    kernel("7.2-cloud", (7, 2), Flavour::Cloud, RECENT),
-    kernel("7.3-cloud", (7, 3), Flavour::Cloud, NEXT),
-    kernel("7.3-full", (7, 3), Flavour::Full, NEXT),
+    Kernel { bad_disks: true, ..kernel("6.12-cloud", (6, 12), Flavor::Cloud, LONG_TERM) },
+    kernel("6.18-cloud", (6, 18), Flavor::Cloud, RECENT),
+    kernel("7.2-cloud", (7, 2), Flavor::Cloud, RECENT),
+    kernel("7.3-cloud", (7, 3), Flavor::Cloud, NEXT),
+    kernel("7.3-full", (7, 3), Flavor::Full, NEXT),
 ];
 
 #[cfg(test)]
@@ -125,9 +125,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn id_is_the_line_and_the_flavour() {
+    fn id_is_the_line_and_the_flavor() {
         for kernel in KERNELS {
-            assert_eq!(kernel.id, kernel.flavour.id(kernel.line));
+            assert_eq!(kernel.id, kernel.flavor.id(kernel.line));
         }
     }
 }

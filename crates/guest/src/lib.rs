@@ -51,7 +51,7 @@ pub const fn line_has_udmabuf_bug(line: Line) -> bool {
     line.0 == 6 && line.1 >= 11 && line.1 < 16
 }
 
-/// The kernel's id: `LINE-FLAVOUR`.
+/// The kernel's id: `LINE-FLAVOR`.
 ///
 /// # Panics
 ///
@@ -72,7 +72,7 @@ pub fn kernel_id() -> String {
 /// Outside of a guest.
 #[must_use]
 pub fn kernel_line() -> Line {
-    parse_line(&kernel_id()).unwrap_or_else(|| panic!("not LINE-FLAVOUR: {}", kernel_id()))
+    parse_line(&kernel_id()).unwrap_or_else(|| panic!("not LINE-FLAVOR: {}", kernel_id()))
 }
 
 fn parse_line(id: &str) -> Option<Line> {

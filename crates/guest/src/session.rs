@@ -290,7 +290,7 @@ fn unpack(kernels: &[&'static Kernel], folder: &Path) -> Result<Vec<Booted>> {
 fn distinct_boots(fetched: Vec<(&'static Kernel, Fetched)>) -> Vec<(&'static Kernel, Fetched, String)> {
     let mut distinct: Vec<(&'static Kernel, Fetched, String)> = Vec::new();
     for (kernel, fetched) in fetched {
-        let id = kernel.flavour.id(fetched.line);
+        let id = kernel.flavor.id(fetched.line);
         if id != kernel.id {
             progress::print(&format!("guest: {} has left the archive: {id} replaces it", kernel.id));
         }

@@ -2,7 +2,7 @@
 
 use dmaload_guest::{Line, line_has_udmabuf_bug, line_makes_dma_bufs};
 
-use crate::kernels::{Flavour, Kernel};
+use crate::kernels::{Flavor, Kernel};
 
 /// A program with tests in it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,7 +53,7 @@ fn lacks_dma_bufs(_: &Kernel, line: Line) -> bool {
 }
 
 fn has_importers(kernel: &Kernel, line: Line) -> bool {
-    kernel.flavour == Flavour::Full && line_makes_dma_bufs(line)
+    kernel.flavor == Flavor::Full && line_makes_dma_bufs(line)
 }
 
 /// Importers see wrong bytes of a udmabuf on huge pages.
