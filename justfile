@@ -114,7 +114,7 @@ valgrind *ARGS:
 soak *ARGS:
     cargo bench -p dmaload-benches --bench soak -- {{ARGS}}
 
-# Tests on stock kernels with real dma-bufs in QEMU: `just guest-test --kernel 6.12-cloud`.
+# Tests on stock kernels with real dma-bufs in QEMU: `just guest-test --kernel 7.2-full`.
 [group('guests')]
 guest-test *ARGS:
     cargo run -p dmaload-guest -- test --jobs 2 {{ARGS}}
@@ -123,6 +123,11 @@ guest-test *ARGS:
 [group('guests')]
 kernels-md:
     cargo run -p dmaload-guest -- test --jobs 2 --write docs/kernels.md
+
+# Imports a loaded file into Mesa's software Vulkan in a guest (downloads and builds for minutes).
+[group('guests')]
+guest-vulkan:
+    cargo run -p dmaload-guest -- test --kernel 7.2-full --only vulkan
 
 # Builds the Python wheel into target/wheels.
 [group('python')]

@@ -1,21 +1,57 @@
-//! What came of booting one kernel.
+//! The outcome of booting one kernel.
 
 use crate::initramfs::Plan;
 use crate::machine::Outcome;
 use crate::transcript::SuiteRun;
 
-/// A boot and what came of it.
+/// A boot and its outcome.
 #[derive(Debug)]
 pub(crate) struct Boot<'a> {
     pub(crate) plan: Plan<'a>,
-    /// None, if it could not be started.
+    /// `None` if it could not be started.
     pub(crate) outcome: Option<Outcome>,
-    /// Why this is no success.
+    /// Why it failed; empty on success.
     pub(crate) problems: Vec<String>,
 }
 
 impl Boot<'_> {
     pub(crate) fn suites(&self) -> &[SuiteRun] {
         self.outcome.as_ref().map_or(&[], |outcome| &outcome.transcript.suites)
+    }
+
+    /// Commands that rerun each failed test, or a whole suite that failed without a failed test.
+    pub(crate) fn replays(&self) -> Vec<String> {
+        let mut commands = Vec::new();
+        for suite in self.suites().iter().filter(|suite| suite.failed(self.plan.filter.is_some())) {
+            // `--kernel` accepts only the ids of the table, which may lack a replacing line.
+            let command = format!("just guest-test --kernel {} --only {}", self.plan.kernel.id, suite.name);
+            let tests = suite.failed_tests();
+            commands.extend(tests.iter().map(|test| format!("{command} --filter {test}")));
+            if tests.is_empty() {
+                commands.push(command);
+            }
+        }
+        commands
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::KERNELS;
+    use crate::transcript::Transcript;
+
+    #[test]
+    fn replay_names_kernel_suite_and_test() {
+        let mut transcript = Transcript::default();
+        let lines = "@@begin a\ntest one ... FAILED\ntest two ... ok\n\
+                     test result: FAILED. 1 passed; 1 failed; 0 ignored\n@@end a status=101 seconds=1\n\
+                     @@begin b\n@@end b status=134 seconds=1\n";
+        lines.lines().for_each(|line| drop(transcript.parse_line(line)));
+        let plan = Plan { kernel: &KERNELS[0], id: "6.18-full".to_owned(), modules: &[], config: "", suites: &[], filter: None };
+        let outcome = Outcome { transcript, trouble: None, console: String::new(), seconds: 1.0 };
+        let boot = Boot { plan, outcome: Some(outcome), problems: Vec::new() };
+        let command = format!("just guest-test --kernel {}", KERNELS[0].id);
+        assert_eq!(boot.replays(), [format!("{command} --only a --filter one"), format!("{command} --only b")]);
     }
 }

@@ -1,7 +1,6 @@
-//! Builds the command and the suites, statically linked, and finds out from cargo where they are.
+//! Builds the command and the suites, statically linked, and locates them by cargo's messages.
 //!
-//! Everything goes to a target folder of its own, so that neither these flags nor the usual ones cause the other
-//! builds to start over.
+//! Uses a separate target folder, because alternating flags would rebuild the workspace each time.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -14,19 +13,21 @@ use serde_json::Value;
 use crate::run;
 use crate::suites::{Program, Suite};
 
-/// Named, so that procedural macros, which are built for the host, are not linked statically too.
+/// Named explicitly, so that procedural macros are built for the host and not linked statically.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// Emulation is slow: optimised, but with all checks of a debug build.
-const PROFILE: [&str; 5] = [
+/// Optimized because emulation is slow, but with all debug checks. More optimization would cost
+/// more time to build than it saves.
+const PROFILE: [&str; 6] = [
     "profile.guest.inherits=\"dev\"",
-    "profile.guest.opt-level=2",
+    "profile.guest.opt-level=1",
+    "profile.guest.incremental=false",
     "profile.guest.debug=false",
     "profile.guest.strip=\"symbols\"",
     "profile.guest.package.\"*\".opt-level=1",
 ];
 
-/// What was built.
+/// The built programs.
 #[derive(Debug)]
 pub(crate) struct Built {
     /// The command.
@@ -35,9 +36,9 @@ pub(crate) struct Built {
     pub(crate) suites: BTreeMap<&'static str, PathBuf>,
     /// Programs in C, on the static library.
     pub(crate) c_programs: Vec<PathBuf>,
-    /// What integration tests were compiled to take for their folder: an absolute path.
+    /// The folder that integration tests were compiled to use: an absolute path.
     pub(crate) tests_folder: PathBuf,
-    /// What unit tests take for theirs: an absolute path.
+    /// The folder that unit tests use: an absolute path.
     pub(crate) unit_tests_folder: PathBuf,
 }
 
@@ -49,32 +50,34 @@ pub(crate) fn build(workspace: &Path, target_dir: &Path, suites: &[&Suite]) -> R
         command.env("RUSTFLAGS", "-C target-feature=+crt-static");
         command
     };
-    let built = |command: &mut Command| {
+    let build = |command: &mut Command| {
         command.args(["--quiet", "--message-format=json-render-diagnostics", "--target", TARGET, "--profile", "guest"]);
         command.arg("--target-dir").arg(target_dir);
         for setting in PROFILE {
             command.args(["--config", setting]);
         }
         let text = run_cargo(command)?;
-        Ok::<_, anyhow::Error>(artifacts(&text))
+        Ok::<_, anyhow::Error>(parse_artifacts(&text))
     };
 
-    let commands = built(cargo().args(["build", "-p", "dmaload-cli", "--bin", "dmaload"]))?;
+    let commands = build(cargo().args(["build", "-p", "dmaload-cli", "--bin", "dmaload"]))?;
     let command = commands.iter().find(|artifact| artifact.is("dmaload-cli", "bin", "dmaload"));
-    let command = command.context("cargo built no dmaload")?.executable.clone();
+    let command = command.context("cannot find dmaload among what cargo built")?.executable.clone();
 
-    let tests = built(cargo().args(["test", "--no-run"]).args(selection(suites)))?;
+    let tests = build(cargo().args(["test", "--no-run"]).args(select_suites(suites)))?;
     let mut found = BTreeMap::new();
     for suite in suites {
         let artifact = tests.iter().find(|artifact| match suite.program {
             Program::Lib(package) => artifact.is(package, "lib", &package.replace('-', "_")),
             Program::Test(package, name) => artifact.is(package, "test", name),
         });
-        let Some(artifact) = artifact else { bail!("cargo built nothing for the suite {}: {:?}", suite.name, suite.program) };
+        let Some(artifact) = artifact else {
+            bail!("cannot find the suite {} among what cargo built: {:?}", suite.name, suite.program)
+        };
         found.insert(suite.name, artifact.executable.clone());
     }
-    // Without the shared library, which can't be linked statically.
-    built(cargo().args(["rustc", "-p", "dmaload-capi", "--crate-type", "staticlib"]))?;
+    // Without the shared library, which cannot be linked statically.
+    build(cargo().args(["rustc", "-p", "dmaload-capi", "--crate-type", "staticlib"]))?;
     let folder = target_dir.join(TARGET);
     let c_programs = C_PROGRAMS.map(|(name, source)| compile_c(workspace, &folder.join("guest"), name, source));
     let c_programs = c_programs.into_iter().collect::<Result<Vec<_>>>()?;
@@ -96,18 +99,18 @@ fn compile_c(workspace: &Path, folder: &Path, name: &str, source: &str) -> Resul
 }
 
 fn run_cargo(command: &mut Command) -> Result<String> {
-    let shown = run::shown(command);
-    // What the compiler says goes to the user as it comes.
+    let shown = run::describe(command);
+    // The compiler's messages go straight to the user.
     let output =
-        command.stdin(Stdio::null()).stderr(Stdio::inherit()).output().with_context(|| format!("can't run `{shown}`"))?;
+        command.stdin(Stdio::null()).stderr(Stdio::inherit()).output().with_context(|| format!("cannot run `{shown}`"))?;
     if !output.status.success() {
         bail!("`{shown}` ended with {}", output.status);
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// The options by which cargo builds all these suites in one go. It may build more.
-fn selection(suites: &[&Suite]) -> Vec<String> {
+/// cargo's options to build all these suites at once. It may build more.
+fn select_suites(suites: &[&Suite]) -> Vec<String> {
     let mut options: Vec<String> = Vec::new();
     let mut add = |option: &[&str]| {
         if !options.chunks(option.len()).any(|known| known == option) {
@@ -145,25 +148,26 @@ impl Artifact {
     }
 }
 
-/// The executables in cargo's messages.
-fn artifacts(messages: &str) -> Vec<Artifact> {
-    messages.lines().filter_map(|line| artifact(&serde_json::from_str(line).ok()?)).collect()
+/// Finds the executables in cargo's messages.
+fn parse_artifacts(messages: &str) -> Vec<Artifact> {
+    messages.lines().filter_map(|line| parse_artifact(&serde_json::from_str(line).ok()?)).collect()
 }
 
-fn artifact(message: &Value) -> Option<Artifact> {
+fn parse_artifact(message: &Value) -> Option<Artifact> {
     if message["reason"] != "compiler-artifact" {
         return None;
     }
     Some(Artifact {
-        package: package_name(message["package_id"].as_str()?).to_owned(),
+        package: parse_package_name(message["package_id"].as_str()?).to_owned(),
         kind: message["target"]["kind"][0].as_str()?.to_owned(),
         name: message["target"]["name"].as_str()?.to_owned(),
         executable: message["executable"].as_str()?.into(),
     })
 }
 
-/// A package's name in its id: `…/guest#dmaload-guest@0.1.0`, or `…/dmaload#0.1.0` when its folder has its name.
-fn package_name(id: &str) -> &str {
+/// The package's name in its id: `…/guest#dmaload-guest@0.1.0`, or `…/dmaload#0.1.0` if its folder
+/// has the same name.
+fn parse_package_name(id: &str) -> &str {
     let (path, fragment) = id.rsplit_once('#').unwrap_or((id, ""));
     match fragment.split_once('@') {
         Some((name, _)) => name,
@@ -186,9 +190,9 @@ mod tests {
             "\n",
             r#"{"reason":"build-finished","success":true}"#,
         );
-        let found = artifacts(messages);
+        let found = parse_artifacts(messages);
         assert_eq!(found.len(), 1);
         assert!(found[0].is("dmaload-guest", "test", "smoke"));
-        assert_eq!(package_name("path+file:///w/crates/dmaload#0.1.0"), "dmaload");
+        assert_eq!(parse_package_name("path+file:///w/crates/dmaload#0.1.0"), "dmaload");
     }
 }

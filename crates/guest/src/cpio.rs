@@ -1,11 +1,12 @@
-//! The archive format of initramfs: `newc`, a header of hexadecimal numbers before each name and its contents.
+//! The archive format of initramfs, `newc`: for each entry a header of hexadecimal numbers, its
+//! name and its contents.
 
 /// A file type and its permissions, as in `st_mode`.
 const FOLDER: u32 = 0o04_0000;
 const FILE: u32 = 0o10_0000;
 const DEVICE: u32 = 0o02_0000;
 
-/// An archive that is written entry by entry. Everything in it belongs to root.
+/// An archive that is written entry by entry. Root owns all of them.
 #[derive(Debug, Default)]
 pub(crate) struct Archive {
     bytes: Vec<u8>,
@@ -13,33 +14,34 @@ pub(crate) struct Archive {
 }
 
 impl Archive {
-    /// A folder. Its parents come first.
-    pub(crate) fn folder(&mut self, path: &str) {
-        self.entry(path, FOLDER | 0o755, &[], (0, 0));
+    /// Adds a folder, whose parents must precede it.
+    pub(crate) fn add_folder(&mut self, path: &str) {
+        self.add_entry(path, FOLDER | 0o755, &[], (0, 0));
     }
 
-    /// A file that anyone may read, and run if `program`.
-    pub(crate) fn file(&mut self, path: &str, contents: &[u8], program: bool) {
-        self.entry(path, FILE | if program { 0o755 } else { 0o644 }, contents, (0, 0));
+    /// Adds a file that all users may read, and run if `program`.
+    pub(crate) fn add_file(&mut self, path: &str, contents: &[u8], program: bool) {
+        self.add_entry(path, FILE | if program { 0o755 } else { 0o644 }, contents, (0, 0));
     }
 
-    /// A character device.
-    pub(crate) fn device(&mut self, path: &str, number: (u32, u32)) {
-        self.entry(path, DEVICE | 0o600, &[], number);
+    /// Adds a character device.
+    pub(crate) fn add_device(&mut self, path: &str, number: (u32, u32)) {
+        self.add_entry(path, DEVICE | 0o600, &[], number);
     }
 
-    /// The whole archive.
+    /// Ends the archive, and returns its bytes.
     pub(crate) fn finish(mut self) -> Vec<u8> {
-        self.entry("TRAILER!!!", 0, &[], (0, 0));
+        self.add_entry("TRAILER!!!", 0, &[], (0, 0));
         self.bytes
     }
 
-    fn entry(&mut self, path: &str, mode: u32, contents: &[u8], device: (u32, u32)) {
+    fn add_entry(&mut self, path: &str, mode: u32, contents: &[u8], device: (u32, u32)) {
         self.entries += 1;
-        let len = u32::try_from(contents.len()).expect("newc holds files below 4 GiB");
-        let name_len = u32::try_from(path.len() + 1).expect("a path is short");
+        let len = u32::try_from(contents.len()).expect("file length overflows newc's 4 GiB");
+        let name_len = u32::try_from(path.len() + 1).expect("path length overflow");
         let links = 1;
-        // Inode, mode, user, group, links, time, length, the disk's device, this device, length of name, checksum.
+        // Inode, mode, user, group, links, time, length, the disk's device, this device, length of
+        // name, checksum.
         let fields = [self.entries, mode, 0, 0, links, 0, len, 0, 0, device.0, device.1, name_len, 0];
         self.bytes.extend_from_slice(b"070701");
         for field in fields {
@@ -61,7 +63,7 @@ impl Archive {
 mod tests {
     use super::*;
 
-    /// What a reader of the format finds: name, mode, contents.
+    /// Reads the archive: name, mode, contents.
     fn read(mut bytes: &[u8]) -> Vec<(String, u32, Vec<u8>)> {
         let mut entries = Vec::new();
         while !bytes.is_empty() {
@@ -81,12 +83,12 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_can_be_read() {
+    fn written_entries_can_be_read() {
         let mut archive = Archive::default();
-        archive.folder("bin");
-        archive.file("bin/program", b"12345", true);
-        archive.file("empty", b"", false);
-        archive.device("console", (5, 1));
+        archive.add_folder("bin");
+        archive.add_file("bin/program", b"12345", true);
+        archive.add_file("empty", b"", false);
+        archive.add_device("console", (5, 1));
         let entries = read(&archive.finish());
         let expected = [
             ("bin", 0o040_755, &b""[..]),

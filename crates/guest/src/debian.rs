@@ -1,144 +1,220 @@
-//! Fetches kernels: the newest package behind a meta-package, kept in a cache folder.
+//! Fetches kernels: the newest release of a line, found by the names of Debian's packages.
 //!
 //! ```text
-//! target/guest/kernels/6.12-cloud/linux-image-6.12.117+deb12-cloud-amd64_6.12.117-1~deb12u1_amd64.deb
+//! linux-image-6.12.117+deb12-cloud-amd64        one package, before Linux 6.19
+//! linux-image-7.2.12+deb13-amd64                empty, and depends on
+//!   linux-binary-7.2.12+deb13-amd64               vmlinuz
+//!   linux-modules-7.2.12+deb13-amd64              the modules
+//!   linux-base-7.2.12+deb13-amd64                 its configuration, the list of built-in modules
 //! ```
 //!
-//! Without a network, or without package lists, what is in the cache will do.
+//! A line that has left the archive is replaced by the next line that is in it. Without a network,
+//! the newest cached release is used: `target/guest/kernels/7.2-full/7.2.12+deb13-amd64/`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail};
 
-use crate::kernels::Kernel;
-use crate::run;
-use crate::say;
-use crate::tools;
+use dmaload_guest::Line;
 
-/// The kernel's package file in `folder`, which is downloaded when it isn't there.
-pub(crate) fn fetch(kernel: &Kernel, folder: &Path) -> Result<PathBuf> {
-    fs::create_dir_all(folder).with_context(|| format!("can't make {}", folder.display()))?;
-    match newest(kernel, folder) {
-        Ok(path) => Ok(path),
+use crate::archive::Archive;
+use crate::kernels::{Flavor, Kernel};
+use crate::progress;
+
+/// A kernel's downloaded packages.
+#[derive(Debug)]
+pub(crate) struct Fetched {
+    pub(crate) line: Line,
+    /// A folder that contains only this release's packages.
+    pub(crate) folder: PathBuf,
+}
+
+/// The name of a file that marks a complete download.
+const COMPLETE: &str = "complete";
+
+/// Fetches the newest release of a kernel's line into `kernels`. apt's lists are in `lists`.
+pub(crate) fn fetch(kernel: &Kernel, kernels: &Path, lists: &Path) -> Result<Fetched> {
+    let folder = kernels.join(kernel.id);
+    fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    match fetch_newest(kernel, &folder, lists) {
+        Ok(fetched) => Ok(fetched),
         Err(error) => {
-            let cached = latest_cached(folder)?;
-            let Some(path) = cached else {
-                return Err(error.context(format!("kernel {} is neither cached nor to be had", kernel.id)));
+            let Some(fetched) = find_newest_cached(&folder)? else {
+                return Err(error.context(format!("cannot fetch kernel {}, and none is cached", kernel.id)));
             };
-            say::line(&format!("guest: {}: takes the cached {}: {error:#}", kernel.id, path.display()));
-            Ok(path)
+            progress::print(&format!("guest: {}: uses the cached {}: {error:#}", kernel.id, fetched.folder.display()));
+            Ok(fetched)
         }
     }
 }
 
-fn newest(kernel: &Kernel, folder: &Path) -> Result<PathBuf> {
-    match candidate(kernel.package).and_then(|(package, version)| cached_or_download(&package, &version, folder)) {
-        Ok(path) => Ok(path),
-        // Lists that are missing, or older than the archive.
-        Err(error) if tools::root() => {
-            run::output(Command::new("apt-get").args(["-q", "update"]))
-                .with_context(|| format!("package lists can't be renewed, after: {error:#}"))?;
-            let (package, version) = candidate(kernel.package)?;
-            cached_or_download(&package, &version, folder)
+fn fetch_newest(kernel: &Kernel, folder: &Path, lists: &Path) -> Result<Fetched> {
+    let mut releases = Vec::new();
+    for suite in kernel.suites {
+        let archive = Archive::open(lists, suite)?;
+        let names = archive.list_names("linux-image-")?;
+        let found = names.iter().filter_map(|package| Release::parse(package, kernel.flavor));
+        releases.extend(found.map(|release| (release, archive.clone())));
+        // Later suites are for lines that the earlier ones lack.
+        if releases.iter().any(|(release, _)| release.line() == kernel.line) {
+            break;
         }
-        Err(error) => Err(error.context("`apt-get update`, by root, may help")),
+    }
+    let chosen = choose(releases.iter().map(|(release, _)| release), kernel.line);
+    let chosen =
+        chosen.with_context(|| format!("cannot find kernel {} or a later line in {}", kernel.id, kernel.suites.join(", ")))?;
+    let (release, archive) = releases.iter().find(|(release, _)| release == chosen).context("cannot find the chosen release")?;
+    let (folder, complete) = (folder.join(&release.name), folder.join(&release.name).join(COMPLETE));
+    if !complete.exists() {
+        download(release, archive, &folder)?;
+        fs::write(&complete, "")?;
+        remove_others(&folder)?;
+    }
+    Ok(Fetched { line: release.line(), folder })
+}
+
+fn download(release: &Release, archive: &Archive, folder: &Path) -> Result<()> {
+    let _ = fs::remove_dir_all(folder);
+    fs::create_dir_all(folder)?;
+    progress::print(&format!("guest: downloads Linux {} from {}", release.name, archive.suite()));
+    let image = format!("linux-image-{}", release.name);
+    let fetch = || {
+        let depends = archive.list_dependencies(&image)?;
+        // The release in these names distinguishes them from the unrelated package `linux-base`.
+        let parts = ["linux-binary-", "linux-modules-", "linux-base-"].map(|part| format!("{part}{}", release.name));
+        let is_split = depends.contains(&parts[0]);
+        let packages = if is_split { parts.to_vec() } else { vec![image.clone()] };
+        packages.iter().try_for_each(|package| archive.download(package, folder))
+    };
+    // Outdated lists name packages that have left the archive.
+    fetch().or_else(|_| archive.renew().and_then(|()| fetch()))
+}
+
+/// Removes other releases from the cache.
+fn remove_others(folder: &Path) -> Result<()> {
+    let parent = folder.parent().context("cannot find the folder of releases")?;
+    for entry in fs::read_dir(parent)? {
+        let path = entry?.path();
+        if path != folder && path.is_dir() {
+            fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// Finds the newest release with all packages.
+fn find_newest_cached(folder: &Path) -> Result<Option<Fetched>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if let Some(release) = Release::from_name(name).filter(|_| entry.path().join(COMPLETE).exists()) {
+            found.push((release, entry.path()));
+        }
+    }
+    let newest = found.into_iter().max_by(|(one, _), (other, _)| one.numbers.cmp(&other.numbers));
+    Ok(newest.map(|(release, folder)| Fetched { line: release.line(), folder }))
+}
+
+/// A kernel release, as `uname -r` prints it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Release {
+    name: String,
+    /// All numbers in the name except the architecture's. They order releases.
+    numbers: Vec<u32>,
+}
+
+impl Release {
+    /// The release in a package's name, if the package is a signed kernel of this flavor.
+    fn parse(package: &str, flavor: Flavor) -> Option<Self> {
+        let name = package.strip_prefix("linux-image-")?;
+        let version = name.strip_suffix("-amd64")?;
+        let is_cloud = version.strip_suffix("-cloud");
+        let version = match flavor {
+            Flavor::Cloud => is_cloud?,
+            Flavor::Full => Some(version).filter(|_| is_cloud.is_none())?,
+        };
+        // Words such as `rt` are other flavors; names without a version are meta packages.
+        let is_plain =
+            version.split(['.', '+', '-']).all(|part| part.starts_with(|c: char| c.is_ascii_digit()) || part.starts_with("deb"));
+        Self::from_name(name.to_owned()).filter(|_| is_plain)
+    }
+
+    fn from_name(name: String) -> Option<Self> {
+        let version = name.strip_suffix("-amd64")?.trim_end_matches("-cloud");
+        let numbers: Vec<u32> = version.split(|c: char| !c.is_ascii_digit()).filter_map(|number| number.parse().ok()).collect();
+        (numbers.len() >= 2).then_some(Release { name, numbers })
+    }
+
+    fn line(&self) -> Line {
+        (self.numbers[0], self.numbers[1])
     }
 }
 
-/// The real package and its version.
-fn candidate(meta: &str) -> Result<(String, String)> {
-    let unknown = || format!("apt knows no package {meta}; Debian 12 with its security suite has it");
-    let depends = run::output(Command::new("apt-cache").args(["depends", "--important", meta])).with_context(unknown)?;
-    let package = real_package(&depends).with_context(unknown)?;
-    let policy = run::output(Command::new("apt-cache").env("LC_ALL", "C").args(["policy", &package]))?;
-    let version = candidate_version(&policy).with_context(|| format!("apt has no version of {package}"))?;
-    Ok((package, version))
+/// Chooses the newest release of the line, or of the first later line that has any.
+fn choose<'a>(releases: impl Iterator<Item = &'a Release> + Clone, line: Line) -> Option<&'a Release> {
+    let first = releases.clone().map(Release::line).filter(|&found| found >= line).min()?;
+    releases.filter(|release| release.line() == first).max_by(|one, other| one.numbers.cmp(&other.numbers))
 }
 
-/// The first kernel in what `apt-cache depends` prints.
-fn real_package(depends: &str) -> Option<String> {
-    let mut names = depends.lines().filter_map(|line| line.trim().strip_prefix("Depends: "));
-    names.find(|name| name.starts_with("linux-image-")).map(str::to_owned)
-}
-
-/// The version in what `apt-cache policy` prints.
-fn candidate_version(policy: &str) -> Option<String> {
-    let version = policy.lines().find_map(|line| line.trim().strip_prefix("Candidate: "))?;
-    (version != "(none)").then(|| version.to_owned())
-}
-
-fn cached_or_download(package: &str, version: &str, folder: &Path) -> Result<PathBuf> {
-    let path = folder.join(format!("{package}_{}_amd64.deb", version.replace(':', "%3a")));
-    if path.exists() {
-        return Ok(path);
-    }
-    say::line(&format!("guest: downloads {package} {version}"));
-    // Into a folder of its own: half a file must not look like a cached one.
-    let partial = folder.join("partial");
-    let _ = fs::remove_dir_all(&partial);
-    fs::create_dir_all(&partial)?;
-    let mut command = Command::new("apt-get");
-    command.args(["-q", "-o", "APT::Sandbox::User=root", "download"]).arg(format!("{package}={version}"));
-    run::output(command.current_dir(&partial))?;
-    let downloaded = packages_in(&partial)?.pop().with_context(|| format!("apt-get left no file of {package}"))?;
-    for old in packages_in(folder)? {
-        let _ = fs::remove_file(old);
-    }
-    fs::rename(&downloaded, &path)?;
-    let _ = fs::remove_dir_all(&partial);
-    Ok(path)
-}
-
-fn latest_cached(folder: &Path) -> Result<Option<PathBuf>> {
-    let modified = |path: &PathBuf| path.metadata().and_then(|data| data.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
-    Ok(packages_in(folder)?.into_iter().max_by_key(modified))
-}
-
-fn packages_in(folder: &Path) -> Result<Vec<PathBuf>> {
+/// Lists the packages in a release's folder.
+pub(crate) fn list_packages(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut paths = Vec::new();
-    for entry in fs::read_dir(folder).with_context(|| format!("can't list {}", folder.display()))? {
+    for entry in fs::read_dir(folder).with_context(|| format!("cannot list {}", folder.display()))? {
         let path = entry?.path();
         if path.extension().is_some_and(|extension| extension == "deb") {
             paths.push(path);
         }
     }
+    if paths.is_empty() {
+        bail!("cannot find packages in {}: remove the folder to download them again", folder.display());
+    }
+    paths.sort();
     Ok(paths)
-}
-
-/// Unpacks the members that match `patterns` into `folder`.
-pub(crate) fn unpack(package: &Path, folder: &Path, patterns: &[&str]) -> Result<()> {
-    if folder.exists() {
-        bail!("{} is in the way", folder.display());
-    }
-    fs::create_dir_all(folder)?;
-    let mut reader = Command::new("dpkg-deb").arg("--fsys-tarfile").arg(package).stdout(std::process::Stdio::piped()).spawn()?;
-    let Some(archive) = reader.stdout.take() else { bail!("dpkg-deb has no output") };
-    let mut tar = Command::new("tar");
-    tar.args(["-x", "--wildcards", "-C"]).arg(folder).args(patterns).stdin(archive);
-    let (unpacked, read) = (tar.status(), reader.wait());
-    if !unpacked.context("can't run tar")?.success() || !read?.success() {
-        bail!("can't unpack {}; remove it to have it downloaded again", package.display());
-    }
-    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn the_real_package_is_what_the_meta_package_depends_on() {
-        let depends = "linux-image-6.12-amd64\n  Depends: linux-base\n  Depends: linux-image-6.12.1+deb12-amd64\n";
-        assert_eq!(real_package(depends).as_deref(), Some("linux-image-6.12.1+deb12-amd64"));
-        assert_eq!(real_package("linux-image-6.12-amd64\n"), None);
+    const PACKAGES: [&str; 12] = [
+        "linux-image-6.1.0-56-cloud-amd64",
+        "linux-image-6.12.117+deb12-amd64",
+        "linux-image-6.18.9+deb13-cloud-amd64",
+        "linux-image-6.18.15+deb13-cloud-amd64",
+        "linux-image-6.18.15+deb13-cloud-amd64-unsigned",
+        "linux-image-6.18.15+deb13-cloud-amd64-dbg",
+        "linux-image-6.18.15+deb13-rt-amd64",
+        "linux-image-6.18.16+deb13-amd64",
+        "linux-image-7.2.12+deb13-cloud-amd64",
+        "linux-image-7.2.12+deb13.1-cloud-amd64",
+        "linux-image-cloud-amd64",
+        "linux-image-6.12-cloud-amd64",
+    ];
+
+    fn newest(line: Line, flavor: Flavor) -> Option<String> {
+        let releases: Vec<_> = PACKAGES.iter().filter_map(|package| Release::parse(package, flavor)).collect();
+        choose(releases.iter(), line).map(|release| release.name.clone())
     }
 
     #[test]
-    fn a_package_without_a_candidate_has_no_version() {
-        assert_eq!(candidate_version("a:\n  Installed: (none)\n  Candidate: 6.12-1\n").as_deref(), Some("6.12-1"));
-        assert_eq!(candidate_version("a:\n  Installed: (none)\n  Candidate: (none)\n"), None);
+    fn newest_release_of_a_line_is_found_by_its_numbers() {
+        for (line, flavor, expected) in [
+            ((6, 1), Flavor::Cloud, "6.1.0-56-cloud-amd64"),
+            ((6, 12), Flavor::Full, "6.12.117+deb12-amd64"),
+            ((6, 18), Flavor::Cloud, "6.18.15+deb13-cloud-amd64"),
+            ((6, 18), Flavor::Full, "6.18.16+deb13-amd64"),
+            ((7, 2), Flavor::Cloud, "7.2.12+deb13.1-cloud-amd64"),
+        ] {
+            assert_eq!(newest(line, flavor).as_deref(), Some(expected), "{line:?}");
+        }
+    }
+
+    #[test]
+    fn line_that_has_left_is_replaced_by_the_next() {
+        assert_eq!(newest((6, 17), Flavor::Cloud).as_deref(), Some("6.18.15+deb13-cloud-amd64"));
+        assert_eq!(newest((6, 19), Flavor::Cloud).as_deref(), Some("7.2.12+deb13.1-cloud-amd64"));
+        assert_eq!(newest((7, 3), Flavor::Cloud), None);
     }
 }

@@ -1,10 +1,10 @@
 #!/bin/busybox sh
-# Process 1 of the guest. It gets everything ready, runs the suites, and switches the machine off.
+# Process 1 of the guest. Mounts and loads what suites need, runs them, and powers the machine off.
 #
-# The first serial port is the console: kernel messages, and what suites write to stderr. The second one carries the
-# results: what suites write to stdout, between lines that begin with @@ (see transcript.rs).
+# The first serial port is the console: kernel messages, and the suites' stderr. The second one
+# carries results: the suites' stdout, between lines that begin with @@ (see transcript.rs).
 
-/bin/busybox mkdir -p /proc /sys /dev /tmp /disk /bad-nvme /bad-virtio
+/bin/busybox mkdir -p /proc /sys /dev /tmp /disk /bad-nvme /bad-virtio /vulkan
 /bin/busybox --install -s /bin
 export PATH=/bin HOME=/ LC_ALL=C
 
@@ -31,11 +31,11 @@ chmod 666 "$DMALOAD_GUEST_ROWS"
 
 while read -r module parameters; do
     # shellcheck disable=SC2086
-    insmod "/modules/$module" $parameters || echo "@@problem module $module can't be loaded"
+    insmod "/modules/$module" $parameters || echo "@@problem cannot load the module $module"
 done </etc/guest/modules
 
 # Prints the block device with this serial number.
-device() {
+find_device() {
     for folder in /sys/block/*; do
         for file in "$folder/serial" "$folder/device/serial"; do
             serial=
@@ -47,15 +47,16 @@ device() {
 
 while read -r serial folder options; do
     tries=0
-    until device=$(device "$serial") && [ -n "$device" ]; do
+    until device=$(find_device "$serial") && [ -n "$device" ]; do
         tries=$((tries + 1))
         [ "$tries" -gt 100 ] && break
         sleep 0.1
     done
-    mount -t ext4 -o "$options" "$device" "$folder" || echo "@@problem disk $serial can't be mounted"
+    mount -t ext4 -o "$options" "$device" "$folder" || echo "@@problem cannot mount the disk $serial"
 done </etc/guest/disks
 
-# Where the tests take their folders on a disk to be, and the command: paths of the machine that built them.
+# The tests were compiled with paths of the build machine: of their folders and of the command.
+# Links lead from there to the disk and to /bin.
 mkdir -p -m 1777 /disk/tests /disk/unit-tests
 chmod 1777 /disk/tests /disk/unit-tests
 mkdir -p "$(dirname "$GUEST_TESTS_FOLDER")" "$(dirname "$GUEST_UNIT_TESTS_FOLDER")" "$(dirname "$GUEST_COMMAND")"
@@ -63,25 +64,25 @@ ln -s /disk/tests "$GUEST_TESTS_FOLDER"
 ln -s /disk/unit-tests "$GUEST_UNIT_TESTS_FOLDER"
 ln -s /bin/dmaload "$GUEST_COMMAND"
 
-seconds() {
+uptime_seconds() {
     read -r up _ </proc/uptime
     echo "${up%.*}"
 }
 
 dmesg -c >/dev/null
 echo "@@ready"
-while read -r name seconds_max arguments; do
+while read -r name program seconds_max arguments; do
     echo "@@begin $name"
-    begin=$(seconds)
+    begin=$(uptime_seconds)
     # shellcheck disable=SC2086
-    (cd /tmp && exec timeout -s KILL "$seconds_max" "/suites/$name" --test-threads=1 $arguments </dev/null)
+    (cd /tmp && exec timeout -s KILL "$seconds_max" "/suites/$program" --test-threads=1 $arguments </dev/null)
     status=$?
-    # Whatever a killed suite has started. Process 1 is spared.
+    # Kills processes that a suite has left running. Process 1 is exempt.
     kill -9 -1
-    # Waits until the console has it all.
+    # Waits until the console has written its output.
     stty -F /dev/ttyS0 -echo
     echo
-    echo "@@end $name status=$status seconds=$(($(seconds) - begin))"
+    echo "@@end $name status=$status seconds=$(($(uptime_seconds) - begin))"
 done </etc/guest/suites
 
 echo "@@rows"

@@ -1,6 +1,6 @@
-//! The guest's root: busybox, the init script, the programs, and lists that the script works through.
+//! The guest's root: busybox, the init script, the programs, and the lists that the script reads.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
@@ -12,69 +12,90 @@ use crate::disks::Disks;
 use crate::kernels::Kernel;
 use crate::modules::Module;
 use crate::run;
-use crate::suites::Suite;
+use crate::suites::{Suite, VULKAN};
 
-/// One boot: what is to run, and on what.
+/// What one boot runs, and on which kernel.
 #[derive(Debug)]
 pub(crate) struct Plan<'a> {
     pub(crate) kernel: &'a Kernel,
+    /// The booted kernel's id. Differs from `kernel.id` if that line has left the archive.
+    pub(crate) id: String,
     pub(crate) modules: &'a [Module],
+    /// The options that the kernel was built with.
+    pub(crate) config: &'a str,
     pub(crate) suites: &'a [&'a Suite],
-    /// What the user asked for instead of the table's `only`.
+    /// The user's filter, which replaces the suites' `only`.
     pub(crate) filter: Option<&'a str>,
+}
+
+impl Plan<'_> {
+    /// Whether the guest needs the disk with the Vulkan driver.
+    pub(crate) fn has_vulkan(&self) -> bool {
+        self.suites.iter().any(|suite| suite.name == VULKAN)
+    }
 }
 
 /// Packs the root for one boot.
 pub(crate) fn pack(plan: &Plan<'_>, built: &Built, disks: &Disks) -> Result<Vec<u8>> {
     let mut archive = Archive::default();
     for folder in ["bin", "dev", "etc", "etc/guest", "modules", "suites"] {
-        archive.folder(folder);
+        archive.add_folder(folder);
     }
-    // The kernel opens it for process 1 before anything is mounted.
-    archive.device("dev/console", (5, 1));
-    let busybox = run::find("busybox").context("busybox has gone")?;
-    archive.file("bin/busybox", &read(&busybox)?, true);
-    archive.file("bin/dmaload", &read(&built.command)?, true);
+    // The kernel opens it for process 1 before devtmpfs is mounted.
+    archive.add_device("dev/console", (5, 1));
+    let busybox = run::find("busybox").context("cannot find busybox")?;
+    archive.add_file("bin/busybox", &read(&busybox)?, true);
+    archive.add_file("bin/dmaload", &read(&built.command)?, true);
     for program in &built.c_programs {
         let name = program.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
-        archive.file(&format!("bin/{name}"), &read(program)?, true);
+        archive.add_file(&format!("bin/{name}"), &read(program)?, true);
     }
-    archive.file("init", include_bytes!("init.sh"), true);
-    archive.file("etc/passwd", b"root:x:0:0:root:/:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/sh\n", false);
-    archive.file("etc/group", b"root:x:0:\nnogroup:x:65534:\n", false);
+    archive.add_file("init", include_bytes!("init.sh"), true);
+    archive.add_file("etc/passwd", b"root:x:0:0:root:/:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/sh\n", false);
+    archive.add_file("etc/group", b"root:x:0:\nnogroup:x:65534:\n", false);
 
     let mut modules = String::new();
     for module in plan.modules {
         let name = module.file.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
-        archive.file(&format!("modules/{name}"), &read(&module.file)?, false);
+        archive.add_file(&format!("modules/{name}"), &read(&module.file)?, false);
         modules.push_str(&format!("{name} {}\n", module.parameters));
     }
-    archive.file("etc/guest/modules", modules.as_bytes(), false);
+    archive.add_file("etc/guest/modules", modules.as_bytes(), false);
 
     let mut suites = String::new();
+    let mut packed = BTreeSet::new();
     for suite in plan.suites {
-        let program = built.suites.get(suite.name).with_context(|| format!("{} was not built", suite.name))?;
-        archive.file(&format!("suites/{}", suite.name), &read(program)?, true);
-        suites.push_str(&suite_line(suite, plan.filter));
+        let program =
+            built.suites.get(suite.name).with_context(|| format!("cannot find the program of the suite {}", suite.name))?;
+        let name = program.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        // Several suites may share a program.
+        if packed.insert(name.clone()) {
+            archive.add_file(&format!("suites/{name}"), &read(program)?, true);
+        }
+        suites.push_str(&format_suite(suite, &name, plan.filter));
     }
-    archive.file("etc/guest/suites", suites.as_bytes(), false);
-    archive.file("etc/guest/disks", disk_lines(plan.kernel).as_bytes(), false);
-    archive.file("etc/guest/env", environment(plan.kernel, built, disks).as_bytes(), false);
+    archive.add_file("etc/guest/suites", suites.as_bytes(), false);
+    archive.add_file("etc/guest/disks", disk_lines(plan).as_bytes(), false);
+    archive.add_file("etc/guest/env", environment(plan, built, disks).as_bytes(), false);
     Ok(archive.finish())
 }
 
-/// The serial number of each disk, by which the guest finds it, its folder, and how it is mounted.
-fn disk_lines(kernel: &Kernel) -> String {
+/// A line for each disk: its serial number, by which the guest finds it, its folder, and its mount
+/// options.
+fn disk_lines(plan: &Plan<'_>) -> String {
     let mut lines = String::from("disk /disk rw\n");
-    if kernel.bad_disks {
+    if plan.has_vulkan() {
+        lines.push_str("vulkan /vulkan ro\n");
+    }
+    if plan.kernel.bad_disks {
         lines.push_str("bad-nvme /bad-nvme ro\nbad-virtio /bad-virtio ro\n");
     }
     lines
 }
 
-/// The suite's name, its time limit, and libtest's arguments.
-fn suite_line(suite: &Suite, filter: Option<&str>) -> String {
-    let mut words = vec![suite.name.to_owned(), suite.seconds_max.to_string()];
+/// The suite's name, its program, its time limit, and arguments for libtest.
+fn format_suite(suite: &Suite, program: &str, filter: Option<&str>) -> String {
+    let mut words = vec![suite.name.to_owned(), program.to_owned(), suite.seconds_max.to_string()];
     for skip in suite.skip {
         words.extend(["--skip".to_owned(), (*skip).to_owned()]);
     }
@@ -85,17 +106,17 @@ fn suite_line(suite: &Suite, filter: Option<&str>) -> String {
     words.join(" ") + "\n"
 }
 
-fn environment(kernel: &Kernel, built: &Built, disks: &Disks) -> String {
+fn environment(plan: &Plan<'_>, built: &Built, disks: &Disks) -> String {
     let mut variables = BTreeMap::from([
         ("DMALOAD_GUEST", "1".to_owned()),
-        (dmaload_guest::KERNEL, kernel.id.to_owned()),
+        (dmaload_guest::KERNEL, plan.id.clone()),
         (dmaload_guest::ROWS, "/tmp/rows".to_owned()),
         ("DMALOAD_SIM_SEEDS", "20".to_owned()),
         ("GUEST_TESTS_FOLDER", built.tests_folder.display().to_string()),
         ("GUEST_UNIT_TESTS_FOLDER", built.unit_tests_folder.display().to_string()),
         ("GUEST_COMMAND", built.command.display().to_string()),
     ]);
-    if kernel.bad_disks {
+    if plan.kernel.bad_disks {
         variables.insert(dmaload_guest::BAD_OFFSET, disks.bad_offset.to_string());
     }
     let quoted = |value: &str| format!("'{}'", value.replace('\'', r"'\''"));
@@ -103,7 +124,7 @@ fn environment(kernel: &Kernel, built: &Built, disks: &Disks) -> String {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {
-    fs::read(path).with_context(|| format!("can't read {}", path.display()))
+    fs::read(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
 #[cfg(test)]
@@ -112,16 +133,17 @@ mod tests {
     use crate::suites::Program;
 
     #[test]
-    fn the_users_filter_replaces_the_tables_but_not_its_skips() {
+    fn users_filter_replaces_only_but_not_skip() {
         let suite = Suite {
             name: "load",
             program: Program::Lib("a"),
-            kernels: &[],
+            runs_on: |_, _| true,
             only: &["one", "two"],
             skip: &["three"],
             seconds_max: 9,
+            by_default: true,
         };
-        assert_eq!(suite_line(&suite, None), "load 9 --skip three one two\n");
-        assert_eq!(suite_line(&suite, Some("x")), "load 9 --skip three x\n");
+        assert_eq!(format_suite(&suite, "load-1", None), "load load-1 9 --skip three one two\n");
+        assert_eq!(format_suite(&suite, "load-1", Some("x")), "load load-1 9 --skip three x\n");
     }
 }

@@ -1,52 +1,133 @@
-//! The kernels that are booted: each a stock Debian package.
+//! The kernels that can be booted: stock Debian packages, by line and flavor.
 
-/// One kernel and the machine it gets.
+use dmaload_guest::Line;
+
+/// Debian's builds of one source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Flavor {
+    /// For virtual machines: few drivers, with disk drivers built in.
+    Cloud,
+    /// For every machine: importers and disk drivers are modules.
+    Full,
+}
+
+impl Flavor {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Flavor::Cloud => "cloud",
+            Flavor::Full => "full",
+        }
+    }
+
+    /// The id of this flavor of a line.
+    pub(crate) fn id(self, (major, minor): Line) -> String {
+        format!("{major}.{minor}-{}", self.name())
+    }
+}
+
+/// A module to load.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Wanted {
+    pub(crate) name: &'static str,
+    pub(crate) parameters: &'static str,
+    /// Whether a kernel may lack it.
+    pub(crate) optional: bool,
+}
+
+/// A kernel and the machine it boots on.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Kernel {
-    /// What users call it.
+    /// `LINE-FLAVOR`.
     pub(crate) id: &'static str,
-    /// The package that always depends on the newest build.
-    pub(crate) package: &'static str,
-    /// Modules to load, in this order, each with its parameters. What is built in is skipped.
-    pub(crate) modules: &'static [(&'static str, &'static str)],
+    pub(crate) line: Line,
+    pub(crate) flavor: Flavor,
+    /// The archive's suites to search for its packages, in this order.
+    pub(crate) suites: &'static [&'static str],
+    /// Whether it is booted unless others are named.
+    pub(crate) by_default: bool,
+    /// Modules to load, in this order. Those that are built in are skipped.
+    pub(crate) modules: &'static [Wanted],
     pub(crate) memory_mib: u32,
-    /// A guest that runs longer is ended.
+    /// A guest that runs longer is killed.
     pub(crate) seconds_max: u64,
-    /// Whether it gets the two disks with an unreadable sector.
+    /// Whether the machine has the two disks with an unreadable sector.
     pub(crate) bad_disks: bool,
 }
 
-const DISKS: [(&str, &str); 4] = [("virtio_pci", ""), ("virtio_blk", ""), ("nvme", ""), ("ext4", "")];
+const fn required(name: &'static str, parameters: &'static str) -> Wanted {
+    Wanted { name, parameters, optional: false }
+}
 
-/// A video loopback: one output device that takes dma-bufs, and one capture device that sees what was put out.
-const VIVID: (&str, &str) = ("vivid", "n_devs=1 node_types=0x101 num_inputs=1 input_types=3 num_outputs=1 output_types=1");
+const fn optional(name: &'static str) -> Wanted {
+    Wanted { name, parameters: "", optional: true }
+}
 
-pub(crate) const KERNELS: [Kernel; 3] = [
-    // udmabuf and the system heap.
-    Kernel {
-        id: "6.12-cloud",
-        package: "linux-image-6.12-cloud-amd64",
-        modules: &DISKS,
-        memory_mib: 2048,
-        seconds_max: 420,
-        bad_disks: true,
-    },
-    // The same and importers.
-    Kernel {
-        id: "6.12-full",
-        package: "linux-image-6.12-amd64",
-        modules: &[DISKS[0], DISKS[1], DISKS[2], DISKS[3], ("vgem", ""), VIVID],
-        memory_mib: 2048,
-        seconds_max: 240,
-        bad_disks: false,
-    },
-    // No device that makes dma-bufs: memfds must do.
-    Kernel {
-        id: "6.1-cloud",
-        package: "linux-image-cloud-amd64",
-        modules: &DISKS,
-        memory_mib: 2048,
-        seconds_max: 240,
-        bad_disks: false,
-    },
+/// Disk drivers, and the devices that make dma-bufs in case they are modules.
+const CLOUD: [Wanted; 8] = [
+    required("virtio_pci", ""),
+    required("virtio_blk", ""),
+    required("nvme", ""),
+    // ext4 requests it by an alias, which nothing in the guest resolves.
+    optional("crc32c_generic"),
+    required("ext4", ""),
+    optional("udmabuf"),
+    optional("system_heap"),
+    optional("cma_heap"),
 ];
+
+/// The same, and importers. vivid is a video loopback: an output device that takes dma-bufs, and a
+/// capture device that receives the output's frames.
+const FULL: [Wanted; 10] = [
+    CLOUD[0],
+    CLOUD[1],
+    CLOUD[2],
+    CLOUD[3],
+    CLOUD[4],
+    CLOUD[5],
+    CLOUD[6],
+    CLOUD[7],
+    required("vgem", ""),
+    required("vivid", "n_devs=1 node_types=0x101 num_inputs=1 input_types=3 num_outputs=1 output_types=1"),
+];
+
+const OLD: &[&str] = &["bookworm-security", "bookworm"];
+const LONG_TERM: &[&str] = &["bookworm-security", "trixie-security", "trixie"];
+/// Backports keep earlier releases; testing has only the newest.
+const RECENT: &[&str] = &["trixie-backports", "forky"];
+/// A line's first releases are in experimental before they reach backports.
+const NEXT: &[&str] = &["trixie-backports", "experimental"];
+
+const fn kernel(id: &'static str, line: Line, flavor: Flavor, suites: &'static [&'static str]) -> Kernel {
+    let modules: &[Wanted] = match flavor {
+        Flavor::Cloud => &CLOUD,
+        Flavor::Full => &FULL,
+    };
+    Kernel { id, line, flavor, suites, by_default: false, modules, memory_mib: 2048, seconds_max: 420, bad_disks: false }
+}
+
+pub(crate) const KERNELS: [Kernel; 9] = [
+    // The slowest starts first, so that it does not end last.
+    Kernel { bad_disks: true, by_default: true, ..kernel("6.12-full", (6, 12), Flavor::Full, LONG_TERM) },
+    Kernel { by_default: true, ..kernel("7.2-full", (7, 2), Flavor::Full, RECENT) },
+    Kernel { by_default: true, ..kernel("6.18-full", (6, 18), Flavor::Full, RECENT) },
+    // Lacks devices that make dma-bufs.
+    Kernel { by_default: true, ..kernel("6.1-cloud", (6, 1), Flavor::Cloud, OLD) },
+    // Booted only when named.
+    Kernel { bad_disks: true, ..kernel("6.12-cloud", (6, 12), Flavor::Cloud, LONG_TERM) },
+    kernel("6.18-cloud", (6, 18), Flavor::Cloud, RECENT),
+    kernel("7.2-cloud", (7, 2), Flavor::Cloud, RECENT),
+    kernel("7.3-cloud", (7, 3), Flavor::Cloud, NEXT),
+    kernel("7.3-full", (7, 3), Flavor::Full, NEXT),
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn id_is_the_line_and_the_flavor() {
+        for kernel in KERNELS {
+            assert_eq!(kernel.id, kernel.flavor.id(kernel.line));
+        }
+    }
+}

@@ -1,19 +1,21 @@
-//! What the suites use that run inside a guest.
+//! What suites use inside a guest.
 //!
-//! A suite is an integration test of this package (`tests/*.rs`, listed in `src/suites.rs`). The harness builds it
-//! statically, packs it into an initramfs and runs it as root on a stock kernel, see `src/main.rs`. It finds there:
+//! A suite is an integration test of this package (`tests/*.rs`, listed in `src/suites.rs`). The
+//! harness (`src/main.rs`) builds it statically, packs it into an initramfs and runs it as root on
+//! a stock kernel. The guest provides:
 //!
 //! ```text
-//! /bin/dmaload              the command                         [`command`]
+//! /bin/dmaload              the command                         [`run_dmaload`]
 //! /bin/*                    busybox
-//! /disk                     an empty ext4 on nvme, 3 GiB; CARGO_TARGET_TMPDIR leads there
-//! /bad-nvme, /bad-virtio    read-only ext4 with `bad.bin`, of which one sector can't be read  [`BadDisk`]
+//! /disk                     an empty ext4 on nvme, 3 GiB; CARGO_TARGET_TMPDIR links to it
+//! /bad-nvme, /bad-virtio    read-only ext4 with `bad.bin`, which has a bad sector  [`BadDisk`]
 //! /tmp, /dev/shm            tmpfs
 //! /sys/fs/cgroup            cgroup2; /sys/kernel/debug
 //! ```
 //!
-//! [`row`] hands a fact about this kernel to the harness, which writes it into a table of the documentation.
-#![allow(clippy::disallowed_methods, reason = "what is shown here has names of its own making only")]
+//! [`record_row`] passes a fact about this kernel to the harness, which writes it into a table of
+//! docs/kernels.md.
+#![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
 
 use std::env;
 use std::fs::OpenOptions;
@@ -21,106 +23,174 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-/// The kernel's id, e.g. `6.12-cloud`; set in guests only.
+/// The variable that holds the kernel's id, such as `6.12-full`. Set in guests only.
 pub const KERNEL: &str = "DMALOAD_GUEST_KERNEL";
-/// The file that [`row`] appends to.
+/// The variable that names the file to which [`record_row`] appends.
 pub const ROWS: &str = "DMALOAD_GUEST_ROWS";
-/// Where in `bad.bin` the unreadable sector begins, in bytes.
+/// The variable that holds the offset in `bad.bin`, in bytes, of the unreadable sector.
 pub const BAD_OFFSET: &str = "DMALOAD_BAD_OFFSET";
 
 /// The length of `bad.bin`.
 pub const BAD_LEN: usize = 16 << 20;
-/// The part of `bad.bin` that can't be read begins at a multiple of this, and is as long.
+/// The length of the unreadable part of `bad.bin`, which begins at a multiple of it.
 pub const SECTOR: usize = 512;
 const BAD_SEED: u64 = 7;
 
-/// Which kernel this is: an id of the table in `src/kernels.rs`.
+/// A kernel's line: `(6, 12)` for all releases of Linux 6.12.
+pub type Line = (u32, u32);
+
+/// Whether kernels of this line have devices that make dma-bufs, as Debian configures them.
+#[must_use]
+pub const fn line_makes_dma_bufs(line: Line) -> bool {
+    line.0 > 6 || (line.0 == 6 && line.1 >= 12)
+}
+
+/// Whether kernel drivers see wrong bytes in a udmabuf on huge pages: Linux 6.11 to 6.15.
+#[must_use]
+pub const fn line_has_udmabuf_bug(line: Line) -> bool {
+    line.0 == 6 && line.1 >= 11 && line.1 < 16
+}
+
+/// The kernel's id: `LINE-FLAVOR`.
 ///
 /// # Panics
 ///
-/// Outside of a guest: what a suite asserts holds for known kernels only.
+/// Outside of a guest, since suites assert facts about known kernels.
 #[must_use]
-pub fn kernel() -> String {
+pub fn kernel_id() -> String {
     env::var(KERNEL).unwrap_or_else(|_| {
         panic!("{KERNEL} is not set: this suite runs in a guest only; try `cargo run -p dmaload-guest -- test`")
     })
 }
 
-/// Hands one line of the table `table` to the harness. The table's first column, the kernel, is added there.
+/// The kernel's line.
+///
+/// Only suites decide by it what to expect; the library never does.
 ///
 /// # Panics
 ///
-/// When a cell has a `|` or a line feed, or the file can't be written.
+/// Outside of a guest.
+#[must_use]
+pub fn kernel_line() -> Line {
+    parse_line(&kernel_id()).unwrap_or_else(|| panic!("not LINE-FLAVOR: {}", kernel_id()))
+}
+
+fn parse_line(id: &str) -> Option<Line> {
+    let (major, minor) = id.split('-').next()?.split_once('.')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
+}
+
+/// Whether this kernel has devices that make dma-bufs.
+///
+/// # Panics
+///
+/// Outside of a guest.
+#[must_use]
+pub fn makes_dma_bufs() -> bool {
+    line_makes_dma_bufs(kernel_line())
+}
+
+/// Whether this kernel has importers, and disk drivers as modules.
+///
+/// # Panics
+///
+/// Outside of a guest.
+#[must_use]
+pub fn is_full() -> bool {
+    kernel_id().ends_with("-full")
+}
+
+/// Whether drivers of this kernel see wrong bytes in a udmabuf on huge pages.
+///
+/// # Panics
+///
+/// Outside of a guest.
+#[must_use]
+pub fn has_udmabuf_bug() -> bool {
+    line_has_udmabuf_bug(kernel_line())
+}
+
+/// Whether this guest has the disks with an unreadable sector.
+#[must_use]
+pub fn has_bad_disks() -> bool {
+    env::var_os(BAD_OFFSET).is_some()
+}
+
+/// Records a row of `table` for docs/kernels.md. The harness adds the first column, the kernel.
+///
+/// # Panics
+///
+/// If a cell contains `|` or a line feed, or the row cannot be written.
 #[track_caller]
-pub fn row(table: &str, cells: &[&str]) {
+pub fn record_row(table: &str, cells: &[&str]) {
     let path = env::var(ROWS).unwrap_or_else(|_| panic!("{ROWS} is not set: rows are collected in a guest only"));
-    let line = row_line(table, cells);
-    // One write: lines of processes that run at the same time don't mix.
-    let written = OpenOptions::new().append(true).open(&path).and_then(|mut file| file.write_all(line.as_bytes()));
-    written.unwrap_or_else(|error| panic!("can't append a row to {path}: {error}"));
+    let row = format_row(table, cells);
+    // A single write, so that rows of concurrent processes do not mix.
+    let written = OpenOptions::new().append(true).open(&path).and_then(|mut file| file.write_all(row.as_bytes()));
+    written.unwrap_or_else(|error| panic!("cannot append a row to {path}: {error}"));
 }
 
 #[track_caller]
-fn row_line(table: &str, cells: &[&str]) -> String {
+fn format_row(table: &str, cells: &[&str]) -> String {
     let parts = std::iter::once(&table).chain(cells).copied().collect::<Vec<_>>();
     for part in &parts {
-        assert!(!part.contains(['|', '\n', '\r']), "a cell can't have a | or a line end: {part:?}");
+        assert!(!part.contains(['|', '\n', '\r']), "a cell cannot contain | or a line end: {part:?}");
     }
     parts.join(" | ") + "\n"
 }
 
-/// Runs the guest's `dmaload` with these arguments and waits for it.
+/// Runs the guest's `dmaload` with these arguments, and waits until it exits.
 ///
 /// # Panics
 ///
-/// When it can't be started.
+/// If it cannot be started.
 #[track_caller]
 #[must_use]
-pub fn command(arguments: &[&str]) -> Output {
+pub fn run_dmaload(arguments: &[&str]) -> Output {
     let program = "/bin/dmaload";
-    Command::new(program).args(arguments).output().unwrap_or_else(|error| panic!("can't run {program} {arguments:?}: {error}"))
+    Command::new(program).args(arguments).output().unwrap_or_else(|error| panic!("cannot run {program} {arguments:?}: {error}"))
 }
 
 /// A file with one sector that its disk fails to read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BadDisk {
-    /// Its `bad.bin`: [`BAD_LEN`] bytes, which [`bad_bytes`] tells.
+    /// Its `bad.bin`: [`BAD_LEN`] bytes, as in [`bad_bytes`].
     pub file: PathBuf,
     /// Where the unreadable [`SECTOR`] begins.
     pub offset: u64,
-    /// What a read of it fails with.
+    /// The errno of reading it.
     pub errno: i32,
 }
 
 impl BadDisk {
-    /// Under nvme, where the kernel tells a media error from others: `ENODATA`.
+    /// The disk under nvme, whose driver tells medium errors from others: `ENODATA`.
     ///
     /// # Panics
     ///
-    /// On kernels without the disk.
+    /// In guests without the disk.
     #[must_use]
     pub fn nvme() -> Self {
-        Self::at("/bad-nvme", libc::ENODATA)
+        Self::mounted_at("/bad-nvme", libc::ENODATA)
     }
 
-    /// Under virtio-blk, which knows one error only: `EIO`.
+    /// The disk under virtio-blk, which reports every error as `EIO`.
     ///
     /// # Panics
     ///
-    /// On kernels without the disk.
+    /// In guests without the disk.
     #[must_use]
     pub fn virtio() -> Self {
-        Self::at("/bad-virtio", libc::EIO)
+        Self::mounted_at("/bad-virtio", libc::EIO)
     }
 
-    fn at(folder: &str, errno: i32) -> Self {
+    fn mounted_at(folder: &str, errno: i32) -> Self {
         let offset = env::var(BAD_OFFSET).ok().and_then(|value| value.parse().ok());
-        let offset = offset.unwrap_or_else(|| panic!("{BAD_OFFSET} is not set: this kernel has no bad disks"));
+        let offset = offset.unwrap_or_else(|| panic!("{BAD_OFFSET} is not set: this guest has no bad disks"));
         Self { file: Path::new(folder).join("bad.bin"), offset, errno }
     }
 }
 
-/// What is in `bad.bin`, the unreadable sector included.
+/// The contents of `bad.bin`, including the unreadable sector.
 #[must_use]
 pub fn bad_bytes() -> Vec<u8> {
     dmaload_testing::random_bytes(BAD_LEN, BAD_SEED)
@@ -131,13 +201,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_row_is_one_line() {
-        assert_eq!(row_line("heaps", &["system", "yes"]), "heaps | system | yes\n");
+    fn line_is_the_first_two_numbers_of_an_id() {
+        assert_eq!([parse_line("6.1-cloud"), parse_line("7.2-full"), parse_line("next")], [Some((6, 1)), Some((7, 2)), None]);
     }
 
     #[test]
-    #[should_panic(expected = "can't have a |")]
-    fn a_cell_that_would_be_two_is_refused() {
-        let _ = row_line("heaps", &["a|b"]);
+    fn lines_with_dma_bufs_and_with_the_bug_are_known() {
+        let lines = [(6, 1), (6, 10), (6, 11), (6, 12), (6, 15), (6, 16), (6, 18), (7, 2)];
+        assert_eq!(lines.map(line_makes_dma_bufs), [false, false, false, true, true, true, true, true]);
+        assert_eq!(lines.map(line_has_udmabuf_bug), [false, false, true, true, true, false, false, false]);
+    }
+
+    #[test]
+    fn row_is_one_line() {
+        assert_eq!(format_row("heaps", &["system", "yes"]), "heaps | system | yes\n");
+    }
+
+    #[test]
+    #[should_panic(expected = "cannot contain |")]
+    fn cell_with_a_separator_is_refused() {
+        let _ = format_row("heaps", &["a|b"]);
     }
 }

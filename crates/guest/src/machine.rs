@@ -1,4 +1,4 @@
-//! Boots one kernel in QEMU, and follows what it prints until it is done, dead, silent or late.
+//! Boots one kernel in QEMU, and reads its output until it is done, dies, hangs or runs too long.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
@@ -15,32 +15,33 @@ use crate::kernels::Kernel;
 use crate::run;
 use crate::transcript::{Event, Transcript};
 
-/// A guest that prints nothing for so long hangs.
+/// A guest that prints nothing for this long hangs.
 const SILENCE_MAX: Duration = Duration::from_secs(120);
 const TICK: Duration = Duration::from_millis(200);
 
-/// Fast boots and plain faults: no mitigations, no self tests, no waiting for clocks, reboot on panic (which ends
-/// QEMU), also where only a process would die. Two serial ports.
+/// For fast boots: no mitigations, no self tests, no calibration of clocks. Any oops panics, and a
+/// panic reboots, which ends QEMU. Two serial ports. Memory for a CMA heap, if the kernel has one.
 const APPEND: &str = "console=ttyS0 quiet panic=-1 oops=panic mitigations=off nokaslr cryptomgr.notests tsc=reliable \
-                      no_timer_check 8250.nr_uarts=2 rcupdate.rcu_expedited=1";
+                      no_timer_check 8250.nr_uarts=2 rcupdate.rcu_expedited=1 cma=64M";
 
-/// What a boot left.
+/// The outcome of a boot.
 #[derive(Debug)]
 pub(crate) struct Outcome {
     pub(crate) transcript: Transcript,
-    /// Why the guest did not come to its end.
+    /// Why the guest did not run to its end.
     pub(crate) trouble: Option<String>,
-    /// The console, from power on.
+    /// The console's output since power-on.
     pub(crate) console: String,
     pub(crate) seconds: f64,
 }
 
 impl Outcome {
-    /// Whether the emulator is to blame. With QEMU 7.2, one processor now and then runs a breakpoint that the other has
-    /// already patched away again, as the kernel often does while it boots. That takes the guest down, and says nothing
-    /// about what was tested.
-    pub(crate) fn is_the_emulators(&self) -> bool {
-        // The kernel numbers its faults; newer ones write `Oops: int3: 0000 [#1]`.
+    /// Whether a fault of the emulator ended the guest. With QEMU 7.2 a processor occasionally
+    /// executes a breakpoint that the other one has already removed; the kernel patches its code
+    /// by breakpoints, mostly while it boots. The resulting panic says nothing about what was
+    /// tested.
+    pub(crate) fn is_emulator_fault(&self) -> bool {
+        // The kernel numbers its oopses; newer ones print `Oops: int3: 0000 [#1]`.
         let first = self.console.lines().find(|line| line.contains("[#1]"));
         self.trouble.is_some() && first.is_some_and(|line| line.contains("int3: "))
     }
@@ -53,17 +54,19 @@ pub(crate) struct Parts<'a> {
     pub(crate) image: &'a Path,
     pub(crate) initramfs: &'a Path,
     pub(crate) disks: &'a Disks,
+    /// Whether the machine has the disk with the Vulkan driver.
+    pub(crate) has_vulkan: bool,
     /// Where QEMU writes the console.
     pub(crate) console: PathBuf,
 }
 
-/// Boots, and calls `watch` for each event, with the time since power on.
-pub(crate) fn boot(parts: &Parts<'_>, mut watch: impl FnMut(&Transcript, &Event, Duration)) -> Result<Outcome> {
-    File::create(&parts.console).with_context(|| format!("can't make {}", parts.console.display()))?;
+/// Boots, and calls `on_event` for each event, with the time since power-on.
+pub(crate) fn boot(parts: &Parts<'_>, mut on_event: impl FnMut(&Transcript, &Event, Duration)) -> Result<Outcome> {
+    File::create(&parts.console).with_context(|| format!("cannot make {}", parts.console.display()))?;
     let mut command = qemu(parts);
     let begin = Instant::now();
     let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
-    let mut machine = Machine(child.with_context(|| format!("can't run `{}`", run::shown(&command)))?);
+    let mut machine = Machine(child.with_context(|| format!("cannot run `{}`", run::describe(&command)))?);
     let (sender, lines) = mpsc::channel();
     let output = machine.0.stdout.take().context("QEMU has no output")?;
     let reader = thread::spawn(move || {
@@ -80,29 +83,29 @@ pub(crate) fn boot(parts: &Parts<'_>, mut watch: impl FnMut(&Transcript, &Event,
 
     let mut console = Console::open(&parts.console)?;
     let mut transcript = Transcript::default();
-    let mut heard = Instant::now();
+    let mut last_output = Instant::now();
     let trouble = loop {
         let line = lines.recv_timeout(TICK);
         if console.read(&mut transcript)? || line.is_ok() {
-            heard = Instant::now();
+            last_output = Instant::now();
         }
         match line {
             Ok(line) => {
-                if let Some(event) = transcript.line(&line) {
-                    watch(&transcript, &event, begin.elapsed());
+                if let Some(event) = transcript.parse_line(&line) {
+                    on_event(&transcript, &event, begin.elapsed());
                 }
                 if transcript.is_done() {
                     break None;
                 }
             }
-            Err(RecvTimeoutError::Disconnected) => break Some(machine.epitaph()),
+            Err(RecvTimeoutError::Disconnected) => break Some(machine.describe_end()),
             Err(RecvTimeoutError::Timeout) => {}
         }
         if begin.elapsed() > Duration::from_secs(parts.kernel.seconds_max) {
             break Some(format!("the guest ran for more than {} s", parts.kernel.seconds_max));
         }
-        if heard.elapsed() > SILENCE_MAX {
-            break Some(format!("the guest said nothing for {} s", SILENCE_MAX.as_secs()));
+        if last_output.elapsed() > SILENCE_MAX {
+            break Some(format!("the guest printed nothing for {} s", SILENCE_MAX.as_secs()));
         }
     };
     drop(machine);
@@ -117,11 +120,15 @@ fn qemu(parts: &Parts<'_>) -> Command {
     command.arg(parts.kernel.memory_mib.to_string());
     command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]);
     command.arg("-kernel").arg(parts.image).arg("-initrd").arg(parts.initramfs).args(["-append", APPEND]);
-    command.arg("-serial").arg(format!("file:{}", option(&parts.console)));
+    command.arg("-serial").arg(format!("file:{}", escape_commas(&parts.console)));
     command.args(["-chardev", "stdio,id=results,signal=off", "-serial", "chardev:results"]);
     let disks = parts.disks;
-    let drive = format!("if=none,id=disk,file={},format=raw,{},snapshot=on", option(&disks.empty), disks.cache);
+    let drive = format!("if=none,id=disk,file={},format=raw,{},snapshot=on", escape_commas(&disks.empty), disks.cache);
     command.args(["-drive", &drive, "-device", "nvme,drive=disk,serial=disk"]);
+    if let Some(vulkan) = disks.vulkan.as_ref().filter(|_| parts.has_vulkan) {
+        let drive = format!("if=none,id=vulkan,file={},format=raw,readonly=on", escape_commas(vulkan));
+        command.args(["-drive", &drive, "-device", "nvme,drive=vulkan,serial=vulkan"]);
+    }
     if parts.kernel.bad_disks {
         command.args(["-blockdev", &bad_blockdev("bad0", disks), "-device", "nvme,drive=bad0,serial=bad-nvme"]);
         let device = "virtio-blk-pci,drive=bad1,serial=bad-virtio,rerror=report,werror=report";
@@ -130,7 +137,7 @@ fn qemu(parts: &Parts<'_>) -> Command {
     command
 }
 
-/// An image of which one sector can't be read, ever.
+/// QEMU's options for an image with one sector that always fails to be read.
 fn bad_blockdev(node: &str, disks: &Disks) -> String {
     let sector = disks.bad_sector;
     let error = format!("event=read_aio,errno=5,sector={sector},once=off,immediately=off");
@@ -138,29 +145,30 @@ fn bad_blockdev(node: &str, disks: &Disks) -> String {
     format!(
         "driver=raw,node-name={node},read-only=on,file.driver=blkdebug,file.read-only=on,{error},file.image.driver=file,\
          file.image.read-only=on,file.image.filename={}",
-        option(&disks.bad)
+        escape_commas(&disks.bad)
     )
 }
 
-/// A path as part of a QEMU option, where a comma ends a value unless doubled.
-fn option(path: &Path) -> String {
+/// A path as part of a QEMU option, where a comma ends a value unless it is doubled.
+fn escape_commas(path: &Path) -> String {
     path.display().to_string().replace(',', ",,")
 }
 
-/// A running QEMU, ended when dropped.
+/// A running QEMU, killed when dropped.
 #[derive(Debug)]
 struct Machine(Child);
 
 impl Machine {
-    /// Why it ended by itself.
-    fn epitaph(&mut self) -> String {
+    /// Waits for a QEMU that has closed its output, and describes how it ended.
+    fn describe_end(&mut self) -> String {
         let status = self.0.wait().map_or_else(|error| error.to_string(), |status| status.to_string());
-        let mut said = String::new();
+        let mut stderr_text = String::new();
         if let Some(mut stderr) = self.0.stderr.take() {
-            let _ = stderr.read_to_string(&mut said);
+            let _ = stderr.read_to_string(&mut stderr_text);
         }
-        let said = if said.trim().is_empty() { String::new() } else { format!(": {}", said.trim()) };
-        format!("the guest died: QEMU ended with {status}{said}")
+        let said = stderr_text.trim();
+        let separator = if said.is_empty() { "" } else { ": " };
+        format!("the guest died: QEMU ended with {status}{separator}{said}")
     }
 }
 
@@ -180,16 +188,16 @@ struct Console {
 
 impl Console {
     fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).with_context(|| format!("can't open {}", path.display()))?;
+        let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
         Ok(Self { file, text: String::new() })
     }
 
-    /// Reads what is new, and says whether there was any.
+    /// Reads new output, and returns whether there was any.
     fn read(&mut self, transcript: &mut Transcript) -> Result<bool> {
         let mut bytes = Vec::new();
-        self.file.read_to_end(&mut bytes).context("can't read the console")?;
+        self.file.read_to_end(&mut bytes).context("cannot read the console")?;
         let text = String::from_utf8_lossy(&bytes).replace('\r', "");
-        transcript.console(&text);
+        transcript.add_console(&text);
         self.text.push_str(&text);
         Ok(!bytes.is_empty())
     }
@@ -205,16 +213,16 @@ mod tests {
     }
 
     #[test]
-    fn only_a_death_by_a_stale_breakpoint_is_the_emulators() {
-        assert!(outcome(true, "[ 1.0] Oops: int3: 0000 [#1] PREEMPT SMP\n").is_the_emulators());
-        assert!(outcome(true, "[ 1.0] int3: 0000 [#1] PREEMPT SMP\n").is_the_emulators());
-        assert!(!outcome(false, "[ 1.0] Oops: int3: 0000 [#1] PREEMPT SMP\n").is_the_emulators());
-        assert!(!outcome(true, "[ 1.0] Oops: 0002 [#1] SMP\n[ 1.1] Oops: int3: 0000 [#2]\n").is_the_emulators());
-        assert!(!outcome(true, "").is_the_emulators());
+    fn only_a_stale_breakpoint_is_a_fault_of_the_emulator() {
+        assert!(outcome(true, "[ 1.0] Oops: int3: 0000 [#1] PREEMPT SMP\n").is_emulator_fault());
+        assert!(outcome(true, "[ 1.0] int3: 0000 [#1] PREEMPT SMP\n").is_emulator_fault());
+        assert!(!outcome(false, "[ 1.0] Oops: int3: 0000 [#1] PREEMPT SMP\n").is_emulator_fault());
+        assert!(!outcome(true, "[ 1.0] Oops: 0002 [#1] SMP\n[ 1.1] Oops: int3: 0000 [#2]\n").is_emulator_fault());
+        assert!(!outcome(true, "").is_emulator_fault());
     }
 
     #[test]
-    fn a_comma_in_a_path_does_not_end_the_option() {
-        assert_eq!(option(Path::new("/a,b")), "/a,,b");
+    fn comma_in_a_path_does_not_end_the_option() {
+        assert_eq!(escape_commas(Path::new("/a,b")), "/a,,b");
     }
 }

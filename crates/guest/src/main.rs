@@ -1,23 +1,26 @@
-//! Runs dmaload's tests on kernels that have real dma-bufs, wherever QEMU runs.
+//! Runs dmaload's tests on kernels that have real dma-bufs, on any machine that runs QEMU.
 //!
 //! ```text
 //! cargo run -p dmaload-guest -- test
 //!
-//!   tools.rs      qemu, busybox, …              debian.rs, modules.rs   a stock kernel, unpacked
-//!   compile.rs    static test programs          disks.rs                an empty disk, and a bad one
+//!   tools.rs      qemu, busybox, …              archive.rs, debian.rs   a stock kernel,
+//!                                                        modules.rs   unpacked
+//!   compile.rs    static test programs          disks.rs                an empty and a bad disk
 //!        └──────────────┬──────────────────────────────┘
 //!   initramfs.rs   init.sh, programs, lists
 //!        │
-//!   machine.rs     one QEMU per kernel: the console to a file, results to a pipe
+//!   machine.rs     one QEMU per kernel: console to a file, results to a pipe
 //!        │
 //!   transcript.rs  verdicts, rows, what is missing      →  rows.rs, report.md, exit status
 //! ```
 //!
-//! No KVM is needed: everything is emulated. So this proves what is right, never what is fast.
-#![allow(clippy::disallowed_methods, reason = "what is shown here has names of its own making only")]
+//! Needs no KVM: QEMU emulates the processor. So guests prove correctness, not speed.
+#![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
 
+mod archive;
 mod boot;
 mod compile;
+mod config;
 mod cpio;
 mod debian;
 mod disks;
@@ -25,14 +28,15 @@ mod initramfs;
 mod kernels;
 mod machine;
 mod modules;
+mod progress;
 mod report;
 mod rows;
 mod run;
-mod say;
 mod session;
 mod suites;
 mod tools;
 mod transcript;
+mod vulkan;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -43,7 +47,7 @@ use clap::Parser;
 #[derive(Debug, Parser)]
 #[command(name = "guest", version)]
 enum Arguments {
-    /// Fetches the kernels, builds the suites, boots, and tells what came of each test.
+    /// Fetches kernels, builds suites, boots, and prints the outcome of each test.
     Test(Options),
     /// Lists kernels and their suites.
     List,
@@ -51,19 +55,25 @@ enum Arguments {
 
 #[derive(Debug, clap::Args)]
 struct Options {
-    /// Boots this kernel only; can be given again.
+    /// Boots only this kernel, whether it is a default or not; can be repeated.
     #[arg(long, value_name = "ID")]
     kernel: Vec<String>,
-    /// Runs this suite only; can be given again.
+    /// Runs only this suite; can be repeated.
     #[arg(long, value_name = "SUITE")]
     only: Vec<String>,
-    /// Runs only tests with this in their name.
+    /// Runs only tests whose names contain this.
     #[arg(long, value_name = "NAME")]
     filter: Option<String>,
-    /// Writes the tables in this Markdown file anew. Takes a whole run, in which all went well.
+    /// Rewrites the tables in this Markdown file. Requires a whole run without failures.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "only", "filter"])]
     write: Option<PathBuf>,
-    /// Boots so many kernels at a time.
+    /// Fails unless the tables in this Markdown file equal what a whole run records.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "only", "filter", "write"])]
+    check: Option<PathBuf>,
+    /// Fetches kernels and builds the suites, but boots nothing.
+    #[arg(long, conflicts_with_all = ["write", "check"])]
+    no_run: bool,
+    /// The number of kernels to run at a time.
     #[arg(long, value_name = "NUMBER", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
     jobs: u8,
     /// Keeps disk images, initramfs and consoles.
@@ -83,7 +93,7 @@ fn main() -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
-            say::line(&format!("guest: {error:#}"));
+            progress::print(&format!("guest: {error:#}"));
             ExitCode::FAILURE
         }
     }
@@ -91,7 +101,9 @@ fn main() -> ExitCode {
 
 fn list() {
     for kernel in &kernels::KERNELS {
-        let names = suites::SUITES.iter().filter(|suite| suite.kernels.contains(&kernel.id)).map(|suite| suite.name);
-        say::line(&format!("{}  {}  {}", kernel.id, kernel.package, names.collect::<Vec<_>>().join(" ")));
+        let suites = suites::SUITES.iter().filter(|suite| (suite.runs_on)(kernel, kernel.line));
+        let names = suites.map(|suite| suite.name).collect::<Vec<_>>().join(" ");
+        let when = if kernel.by_default { "by default" } else { "by --kernel" };
+        progress::print(&format!("{}  {when}  {}  {names}", kernel.id, kernel.suites.join(",")));
     }
 }

@@ -1,23 +1,32 @@
-//! A kernel package becomes what a guest needs of it: the image, and its modules in the order to load them.
+//! Unpacks what a guest needs of a kernel's packages: the image, modules in the order to load
+//! them, and its configuration. The result is kept beside the packages, because unpacking is slow.
 //!
-//! Debian's packages come without an index of modules, so `depmod` makes one of the unpacked tree; `modprobe` then
-//! tells what each module needs. The result is kept beside the package, for unpacking takes longest.
+//! Debian's packages have no index of modules. `depmod` would decompress all of a generic kernel's
+//! thousands of modules, so `modinfo` reads the dependencies of each module that is needed.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
-use crate::debian;
+use dmaload_guest::Line;
+
+use crate::archive;
+use crate::debian::{self, Fetched};
 use crate::kernels::Kernel;
 use crate::run;
 
 /// An unpacked kernel.
 #[derive(Debug)]
 pub(crate) struct Unpacked {
+    /// Its line: later than the table's if that one has left the archive.
+    pub(crate) line: Line,
     pub(crate) image: PathBuf,
     pub(crate) modules: Vec<Module>,
+    /// The text of its `.config`.
+    pub(crate) config: String,
 }
 
 /// One module to load.
@@ -28,127 +37,234 @@ pub(crate) struct Module {
     pub(crate) parameters: String,
 }
 
-/// Unpacks what `kernel` needs of its package, unless that was done before.
-pub(crate) fn unpack(kernel: &Kernel, package: &Path) -> Result<Unpacked> {
-    let ready = package.with_extension("unpacked");
+/// Unpacks what the guest needs of a kernel's packages, unless that was done before.
+pub(crate) fn unpack(kernel: &Kernel, fetched: &Fetched) -> Result<Unpacked> {
+    let ready = fetched.folder.join("unpacked");
     let list = ready.join("modules.list");
-    let wanted = wanted(kernel);
+    let wanted = format_wanted(kernel);
     let kept = fs::read_to_string(&list).unwrap_or_default();
     if kept.lines().next() != Some(&wanted) {
-        if let Some(folder) = package.parent() {
-            remove_unpacked(folder)?;
+        let (tree, partial) = (fetched.folder.join("tree"), fetched.folder.join("partial"));
+        for folder in [&tree, &partial, &ready] {
+            let _ = fs::remove_dir_all(folder);
         }
-        let (tree, partial) = (package.with_extension("tree"), package.with_extension("partial"));
-        debian::unpack(package, &tree, &["./boot/vmlinuz-*", "./lib/modules/*"])?;
+        for package in debian::list_packages(&fetched.folder)? {
+            archive::unpack(&package, &tree)?;
+        }
         fs::create_dir_all(&partial)?;
-        let modules = resolve(kernel, &tree, &partial)?;
-        fs::rename(image(&tree)?, partial.join("vmlinuz"))?;
+        let unpacked = Tree::open(&tree)?;
+        let modules = unpack_modules(kernel, &unpacked, &partial)?;
+        for (name, part) in [("vmlinuz", "vmlinuz"), ("config", "config")] {
+            fs::rename(unpacked.find_file(part)?, partial.join(name))?;
+        }
         fs::write(partial.join("modules.list"), format!("{wanted}\n{modules}"))?;
         fs::rename(&partial, &ready)?;
         fs::remove_dir_all(&tree)?;
     }
-    let kept = fs::read_to_string(&list).with_context(|| format!("can't read {}", list.display()))?;
-    let modules = kept.lines().skip(1).map(|line| {
+    let read = |path: &Path| fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()));
+    let modules = read(&list)?;
+    let modules = modules.lines().skip(1).map(|line| {
         let (file, parameters) = line.split_once(' ').unwrap_or((line, ""));
         Module { file: ready.join(file), parameters: parameters.to_owned() }
     });
-    Ok(Unpacked { image: ready.join("vmlinuz"), modules: modules.collect() })
+    Ok(Unpacked {
+        line: fetched.line,
+        image: ready.join("vmlinuz"),
+        modules: modules.collect(),
+        config: read(&ready.join("config"))?,
+    })
 }
 
-/// What was unpacked of this or another version, whole or not.
-fn remove_unpacked(folder: &Path) -> Result<()> {
-    for entry in fs::read_dir(folder)? {
+/// The table's modules as one line. If it differs from the kept one, the table has changed.
+fn format_wanted(kernel: &Kernel) -> String {
+    let words = kernel.modules.iter().map(|module| format!("{} {}", module.name, module.parameters));
+    words.collect::<Vec<_>>().join(",")
+}
+
+/// Unpacked packages, in either of Debian's layouts.
+#[derive(Debug)]
+struct Tree {
+    /// `/boot`, which newer packages lack.
+    boot: PathBuf,
+    /// `/lib/modules/RELEASE`, or the same below `/usr`.
+    modules: PathBuf,
+    /// Each module's file, by its name.
+    files: BTreeMap<String, PathBuf>,
+    built_in: Vec<String>,
+}
+
+impl Tree {
+    fn open(root: &Path) -> Result<Self> {
+        let folders = ["lib/modules", "usr/lib/modules"].map(|folder| root.join(folder));
+        let releases = folders.into_iter().find(|folder| folder.is_dir()).context("cannot find modules in the packages")?;
+        let modules = fs::read_dir(&releases)?.next().context("cannot find a release in the packages")??.path();
+        let mut files = BTreeMap::new();
+        list_modules(&modules.join("kernel"), &mut files)?;
+        let built_in = fs::read_to_string(modules.join("modules.builtin")).context("cannot read modules.builtin")?;
+        let built_in = built_in.lines().map(|line| module_name(Path::new(line))).collect();
+        Ok(Tree { boot: root.join("boot"), modules, files, built_in })
+    }
+
+    /// Finds `PART` beside the modules, or `/boot/PART-RELEASE`.
+    fn find_file(&self, part: &str) -> Result<PathBuf> {
+        let beside = self.modules.join(part);
+        if beside.exists() {
+            return Ok(beside);
+        }
+        let release = self.modules.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
+        let path = self.boot.join(format!("{part}-{release}"));
+        if path.exists() { Ok(path) } else { bail!("cannot find {part} in the packages") }
+    }
+}
+
+fn list_modules(folder: &Path, files: &mut BTreeMap<String, PathBuf>) -> Result<()> {
+    for entry in fs::read_dir(folder).with_context(|| format!("cannot list {}", folder.display()))? {
         let path = entry?.path();
         if path.is_dir() {
-            fs::remove_dir_all(&path).with_context(|| format!("can't remove {}", path.display()))?;
+            list_modules(&path, files)?;
+        } else {
+            files.insert(module_name(&path), path);
         }
     }
     Ok(())
 }
 
-/// The table's modules as one line, by which a later run sees whether the table has changed.
-fn wanted(kernel: &Kernel) -> String {
-    let words = kernel.modules.iter().map(|(name, parameters)| format!("{name} {parameters}"));
-    words.collect::<Vec<_>>().join(",")
+/// The name of the module in this file: `dm_mod` for `dm-mod.ko.xz`.
+fn module_name(path: &Path) -> String {
+    let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    name.split('.').next().unwrap_or_default().replace('-', "_")
 }
 
-fn image(tree: &Path) -> Result<PathBuf> {
-    let folder = tree.join("boot");
-    let mut entries = fs::read_dir(&folder).with_context(|| format!("can't list {}", folder.display()))?;
-    let entry = entries.next().context("the package has no kernel")??;
-    Ok(entry.path())
-}
-
-/// Decompresses the modules into `folder`, and gives a line `NAME.ko PARAMETERS` for each.
-fn resolve(kernel: &Kernel, tree: &Path, folder: &Path) -> Result<String> {
-    let releases = tree.join("lib/modules");
-    let entry = fs::read_dir(&releases)?.next().context("the package has no modules")??;
-    let release = entry.file_name().to_string_lossy().into_owned();
-    run::output(run::tool("depmod").arg("-b").arg(tree).arg(&release))?;
-
-    let mut order: Vec<(PathBuf, String)> = Vec::new();
-    for (name, parameters) in kernel.modules {
-        let mut modprobe = run::tool("modprobe");
-        modprobe.args(["-C", "/dev/null", "--show-depends", "-S", &release, "-d"]).arg(tree).arg(name);
-        let depends = run::output(&mut modprobe).with_context(|| format!("kernel {} has no module {name}", kernel.id))?;
-        append_in_order(&mut order, &depends, parameters)?;
+/// Decompresses the modules into `folder`, and returns a line `NAME.ko PARAMETERS` for each.
+fn unpack_modules(kernel: &Kernel, tree: &Tree, folder: &Path) -> Result<String> {
+    let mut order = Order::default();
+    let known = Known { built_in: &tree.built_in, needs: &|name| tree.files.get(name).map(|file| read_needs(file)).transpose() };
+    for module in kernel.modules {
+        order
+            .add(module.name, module.parameters, module.optional, &known)
+            .with_context(|| format!("cannot resolve the modules of {}", kernel.id))?;
     }
-
     let mut list = String::new();
-    for (file, parameters) in order {
-        let name = file.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        let plain = name.trim_end_matches(".xz");
-        if plain == name {
-            fs::copy(&file, folder.join(plain))?;
-        } else {
-            let target = fs::File::create(folder.join(plain))?;
-            let status = Command::new("xz").arg("-dc").arg(&file).stdin(Stdio::null()).stdout(target).status()?;
+    for (name, parameters) in order.modules {
+        let file = &tree.files[&name];
+        let plain = folder.join(format!("{name}.ko"));
+        if file.extension().is_some_and(|extension| extension == "xz") {
+            let status =
+                Command::new("xz").arg("-dc").arg(file).stdin(Stdio::null()).stdout(fs::File::create(&plain)?).status()?;
             if !status.success() {
-                bail!("can't decompress {}", file.display());
+                bail!("cannot decompress {}", file.display());
             }
+        } else {
+            fs::copy(file, &plain)?;
         }
-        list.push_str(&format!("{plain} {parameters}\n"));
+        list.push_str(&format!("{name}.ko {parameters}\n"));
     }
     Ok(list)
 }
 
-/// Appends to `order` what `modprobe --show-depends` printed for one module, which comes last, after those that it
-/// needs. Parameters are for the last one only.
-fn append_in_order(order: &mut Vec<(PathBuf, String)>, depends: &str, parameters: &str) -> Result<()> {
-    let lines = depends.lines().filter(|line| !line.trim().is_empty()).collect::<Vec<_>>();
-    for (index, line) in lines.iter().enumerate() {
-        let (verb, rest) = line.split_once(' ').unwrap_or((line, ""));
-        let last = index + 1 == lines.len();
-        match verb {
-            "builtin" => {}
-            "insmod" => {
-                let file = PathBuf::from(rest.split(' ').next().unwrap_or_default());
-                if !order.iter().any(|(known, _)| *known == file) {
-                    order.push((file, if last { parameters.to_owned() } else { String::new() }));
-                }
-            }
-            _ => bail!("modprobe printed a line that isn't understood: {line}"),
+/// A module's dependencies.
+#[derive(Debug, Default, Clone)]
+struct Needs {
+    hard: Vec<String>,
+    /// Optional ones.
+    soft: Vec<String>,
+}
+
+fn read_needs(module: &Path) -> Result<Needs> {
+    let field = |name: &str| run::output(run::tool("modinfo").args(["-F", name]).arg(module));
+    Ok(Needs { hard: parse_depends(&field("depends")?), soft: parse_softdep(&field("softdep")?) })
+}
+
+fn parse_depends(field: &str) -> Vec<String> {
+    field.split([',', '\n']).map(|name| name.trim().replace('-', "_")).filter(|name| !name.is_empty()).collect()
+}
+
+/// The modules to load first: `one` and `two` in `pre: one two post: three`.
+fn parse_softdep(field: &str) -> Vec<String> {
+    let mut is_pre = false;
+    let mut names = Vec::new();
+    for word in field.split_whitespace() {
+        match word.strip_suffix(':') {
+            Some(kind) => is_pre = kind == "pre",
+            None if is_pre => names.push(word.replace('-', "_")),
+            None => {}
         }
     }
-    Ok(())
+    names
+}
+
+/// The modules of a kernel.
+struct Known<'a> {
+    built_in: &'a [String],
+    /// A module's dependencies; `None` if it does not exist.
+    needs: &'a dyn Fn(&str) -> Result<Option<Needs>>,
+}
+
+/// Modules in the order to load them, each after its dependencies.
+#[derive(Debug, Default)]
+struct Order {
+    modules: Vec<(String, String)>,
+}
+
+impl Order {
+    fn add(&mut self, name: &str, parameters: &str, optional: bool, kernel: &Known<'_>) -> Result<()> {
+        let is_built_in = kernel.built_in.iter().any(|known| known == name);
+        if is_built_in || self.modules.iter().any(|(known, _)| known == name) {
+            return Ok(());
+        }
+        let Some(needs) = (kernel.needs)(name)? else {
+            if optional {
+                return Ok(());
+            }
+            bail!("cannot find the module {name} in the packages");
+        };
+        let hard = needs.hard.iter().map(|name| (name, false));
+        for (name, optional) in needs.soft.iter().map(|name| (name, true)).chain(hard) {
+            self.add(name, "", optional, kernel)?;
+        }
+        self.modules.push((name.to_owned(), parameters.to_owned()));
+        Ok(())
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn modules_come_after_what_they_need_and_once() {
-        let mut order = Vec::new();
-        append_in_order(&mut order, "builtin virtio_pci\n", "").unwrap();
-        append_in_order(&mut order, "insmod /t/core.ko.xz \ninsmod /t/nvme.ko.xz \n", "").unwrap();
-        append_in_order(&mut order, "insmod /t/core.ko.xz \ninsmod /t/vivid.ko.xz \n", "n_devs=1 a=2").unwrap();
-        let expected = [("/t/core.ko.xz", ""), ("/t/nvme.ko.xz", ""), ("/t/vivid.ko.xz", "n_devs=1 a=2")];
-        assert_eq!(order, expected.map(|(file, parameters)| (PathBuf::from(file), parameters.to_owned())));
+    fn needs(name: &str) -> Result<Option<Needs>> {
+        let some = |hard: &str, soft: &str| Some(Needs { hard: parse_depends(hard), soft: parse_softdep(soft) });
+        Ok(match name {
+            "vivid" => some("core,v4l2-tpg\n", ""),
+            "v4l2_tpg" => some("core\n", "pre: crc32c nothing post: later\n"),
+            "crc32c" | "core" => some("\n", ""),
+            _ => None,
+        })
+    }
+
+    fn order(wanted: &[(&str, bool)]) -> Result<Vec<(String, String)>> {
+        let mut order = Order::default();
+        let kernel = Known { built_in: &["virtio_pci".to_owned()], needs: &needs };
+        for (name, optional) in wanted {
+            order.add(name, if *name == "vivid" { "n_devs=1 a=2" } else { "" }, *optional, &kernel)?;
+        }
+        Ok(order.modules)
     }
 
     #[test]
-    fn other_lines_are_errors() {
-        assert!(append_in_order(&mut Vec::new(), "install /bin/true\n", "").is_err());
+    fn modules_come_once_and_after_their_dependencies() {
+        let expected = [("core", ""), ("crc32c", ""), ("v4l2_tpg", ""), ("vivid", "n_devs=1 a=2")];
+        let expected = expected.map(|(name, parameters)| (name.to_owned(), parameters.to_owned()));
+        assert_eq!(order(&[("virtio_pci", false), ("vivid", false), ("vivid", false)]).unwrap(), expected);
+    }
+
+    #[test]
+    fn only_an_optional_module_may_be_missing() {
+        assert_eq!(order(&[("system_heap", true)]).unwrap(), []);
+        assert!(order(&[("system_heap", false)]).unwrap_err().to_string().contains("system_heap"));
+    }
+
+    #[test]
+    fn module_is_named_after_its_file() {
+        assert_eq!(module_name(Path::new("kernel/drivers/md/dm-mod.ko.xz")), "dm_mod");
     }
 }

@@ -1,13 +1,13 @@
-//! What a run leaves for readers: `target/guest/report.md`.
+//! The report of a run, `target/guest/report.md`.
 
 use crate::boot::Boot;
 use crate::rows::{self, Row};
 
-/// All tests and all rows of a run.
-pub(crate) fn markdown(boots: &[Boot<'_>], all: &[Row]) -> String {
+/// Formats all problems, tests and rows of a run.
+pub(crate) fn format_report(boots: &[Boot<'_>], all: &[Row]) -> String {
     let mut text = String::from("# Guests\n");
     for boot in boots {
-        text.push_str(&format!("\n## {}\n\n", boot.plan.kernel.id));
+        text.push_str(&format!("\n## {}\n\n", boot.plan.id));
         for problem in &boot.problems {
             text.push_str(&format!("- **{problem}**\n"));
         }
@@ -17,12 +17,12 @@ pub(crate) fn markdown(boots: &[Boot<'_>], all: &[Row]) -> String {
             }
         }
     }
-    for table in rows::tables(all) {
+    for table in rows::list_tables(all) {
         let own = all.iter().filter(|row| row.table == table).collect::<Vec<_>>();
         let width = own.iter().map(|row| row.cells.len()).max().unwrap_or(1);
         let mut head = vec![""; width];
         head[0] = "Kernel";
-        text.push_str(&format!("\n## Table {table}\n\n{}", rows::markdown(&head, &own)));
+        text.push_str(&format!("\n## Table {table}\n\n{}", rows::format_table(&head, &own)));
     }
     text
 }

@@ -1,27 +1,28 @@
-//! Facts that suites found out about their kernels, as tables in Markdown.
+//! Facts that suites recorded about their kernels, as tables in Markdown.
 //!
 //! ```text
 //! <!-- rows heaps: Kernel | Heap | Sealed -->
 //! | Kernel | Heap | Sealed |
 //! |---|---|---|
-//! | 6.12-cloud | system | no |
+//! | 6.12-full, 7.2-full | system | no |
 //! <!-- end heaps -->
 //! ```
 //!
-//! What lies between the two comments is replaced. Rows without a table are an error, and so are tables without rows:
-//! the documentation says what was seen, all of it.
+//! Kernels with equal facts share a row. Lines between the two comments are replaced. Rows without
+//! a table are an error, and so are tables without rows, so the documentation shows all that was
+//! recorded.
 
 use anyhow::{Context, Result, bail};
 
-/// One line of a table, as `dmaload_guest::row` wrote it.
+/// One row of a table, as `dmaload_guest::record_row` wrote it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Row {
     pub(crate) table: String,
-    /// The kernel first.
+    /// The first cell is the kernel.
     pub(crate) cells: Vec<String>,
 }
 
-/// Reads the lines that the guest of this kernel wrote. The same line again adds nothing.
+/// Parses the lines that the guest of this kernel wrote. Repeated lines count once.
 pub(crate) fn parse(kernel: &str, lines: &[String]) -> Vec<Row> {
     let mut rows = Vec::new();
     for line in lines {
@@ -35,8 +36,8 @@ pub(crate) fn parse(kernel: &str, lines: &[String]) -> Vec<Row> {
     rows
 }
 
-/// The names of all tables, in the order they came.
-pub(crate) fn tables(rows: &[Row]) -> Vec<&str> {
+/// Lists the names of all tables, in the order of their first rows.
+pub(crate) fn list_tables(rows: &[Row]) -> Vec<&str> {
     let mut names: Vec<&str> = Vec::new();
     for row in rows {
         if !names.contains(&row.table.as_str()) {
@@ -46,51 +47,67 @@ pub(crate) fn tables(rows: &[Row]) -> Vec<&str> {
     names
 }
 
-/// A Markdown table.
-pub(crate) fn markdown(head: &[&str], rows: &[&Row]) -> String {
+/// Formats a Markdown table. A row of several kernels appears once, with all of them.
+pub(crate) fn format_table(head: &[&str], rows: &[&Row]) -> String {
     let mut text = format!("| {} |\n|{}\n", head.join(" | "), "---|".repeat(head.len()));
+    let mut merged: Vec<(Vec<&str>, &[String])> = Vec::new();
     for row in rows {
-        text.push_str(&format!("| {} |\n", row.cells.join(" | ")));
+        let Some((kernel, facts)) = row.cells.split_first() else { continue };
+        match merged.iter_mut().find(|(_, known)| *known == facts) {
+            Some((kernels, _)) => kernels.push(kernel),
+            None => merged.push((vec![kernel], facts)),
+        }
+    }
+    for (kernels, facts) in merged {
+        text.push_str(&format!("| {} | {} |\n", kernels.join(", "), facts.join(" | ")));
     }
     text
 }
 
-/// `text` with its tables filled from `rows`.
-pub(crate) fn fill(text: &str, rows: &[Row]) -> Result<String> {
+/// Lists the lines that only one of two texts has, as `diff` shows them.
+pub(crate) fn list_differences(old: &str, new: &str) -> Vec<String> {
+    let lacks = |text: &str, line: &str| !text.lines().any(|other| other == line);
+    let removed = old.lines().filter(|line| lacks(new, line)).map(|line| format!("- {line}"));
+    removed.chain(new.lines().filter(|line| lacks(old, line)).map(|line| format!("+ {line}"))).collect()
+}
+
+/// Returns `text` with its tables filled from `rows`.
+pub(crate) fn fill_tables(text: &str, rows: &[Row]) -> Result<String> {
     let mut filled = String::with_capacity(text.len());
-    let mut unused = tables(rows);
+    let mut unused = list_tables(rows);
     let mut lines = text.lines();
     while let Some(line) = lines.next() {
         filled.push_str(line);
         filled.push('\n');
-        let Some((table, head)) = heading(line)? else { continue };
+        let Some((table, head)) = parse_heading(line)? else { continue };
         let own = rows.iter().filter(|row| row.table == table).collect::<Vec<_>>();
         if own.is_empty() {
-            bail!("the table {table} has no rows: no suite calls row(\"{table}\", …), or the table is there twice");
+            bail!("cannot fill the table {table}: no suite calls record_row(\"{table}\", …), or the table occurs twice");
         }
         for row in &own {
             if row.cells.len() != head.len() {
-                bail!("the table {table} has the columns {head:?}, but a row has the cells {:?}", row.cells);
+                bail!("cannot fill the table {table}: its columns are {head:?}, but a row has the cells {:?}", row.cells);
             }
         }
         unused.retain(|name| *name != table);
-        filled.push_str(&markdown(&head, &own));
+        filled.push_str(&format_table(&head, &own));
         let end = format!("<!-- end {table} -->");
-        let end = lines.find(|line| line.trim() == end).with_context(|| format!("the table {table} lacks its `{end}`"))?;
+        let end =
+            lines.find(|line| line.trim() == end).with_context(|| format!("cannot fill the table {table}: it lacks `{end}`"))?;
         filled.push_str(end);
         filled.push('\n');
     }
     if !unused.is_empty() {
-        bail!("there are rows, but no `<!-- rows NAME: Kernel | … -->`, for {}", unused.join(", "));
+        bail!("cannot find `<!-- rows NAME: Kernel | … -->` for {}", unused.join(", "));
     }
     Ok(filled)
 }
 
-/// The name and the columns in `<!-- rows NAME: Kernel | Column -->`.
-fn heading(line: &str) -> Result<Option<(&str, Vec<&str>)>> {
+/// Parses the name and the columns in `<!-- rows NAME: Kernel | Column -->`.
+fn parse_heading(line: &str) -> Result<Option<(&str, Vec<&str>)>> {
     let Some(rest) = line.trim().strip_prefix("<!-- rows ") else { return Ok(None) };
     let parts = rest.strip_suffix("-->").and_then(|rest| rest.split_once(':'));
-    let (table, head) = parts.with_context(|| format!("not `<!-- rows NAME: Kernel | … -->`: {line}"))?;
+    let (table, head) = parts.with_context(|| format!("invalid table, not `<!-- rows NAME: Kernel | … -->`: {line}"))?;
     Ok(Some((table.trim(), head.split('|').map(str::trim).collect())))
 }
 
@@ -105,33 +122,46 @@ mod tests {
     const TEXT: &str = "# Kernels\n<!-- rows heaps: Kernel | Heap -->\nold\n<!-- end heaps -->\nafter\n";
 
     #[test]
-    fn a_table_is_replaced_and_the_rest_stays() {
+    fn table_is_replaced_and_other_text_stays() {
         let all = [rows("6.12", &["heaps | system", "heaps | system"]), rows("6.1", &["heaps | none"])].concat();
         let expected = "# Kernels\n<!-- rows heaps: Kernel | Heap -->\n| Kernel | Heap |\n|---|---|\n\
                         | 6.12 | system |\n| 6.1 | none |\n<!-- end heaps -->\nafter\n";
-        assert_eq!(fill(TEXT, &all).unwrap(), expected);
-        assert_eq!(fill(expected, &all).unwrap(), expected);
+        assert_eq!(fill_tables(TEXT, &all).unwrap(), expected);
+        assert_eq!(fill_tables(expected, &all).unwrap(), expected);
     }
 
     #[test]
-    fn a_table_without_rows_is_an_error() {
-        assert!(fill(TEXT, &[]).unwrap_err().to_string().contains("heaps has no rows"));
+    fn kernels_with_equal_facts_share_a_row() {
+        let all = [rows("6.12", &["heaps | system", "heaps | cma"]), rows("7.2", &["heaps | system"])].concat();
+        let expected = "| Kernel | Heap |\n|---|---|\n| 6.12, 7.2 | system |\n| 6.12 | cma |\n";
+        assert_eq!(format_table(&["Kernel", "Heap"], &all.iter().collect::<Vec<_>>()), expected);
+    }
+
+    #[test]
+    fn differences_are_the_lines_of_one_side() {
+        assert_eq!(list_differences("same\nold\n", "same\nnew\n"), ["- old", "+ new"]);
+        assert!(list_differences("same\n", "same\n").is_empty());
+    }
+
+    #[test]
+    fn table_without_rows_is_an_error() {
+        assert!(fill_tables(TEXT, &[]).unwrap_err().to_string().contains("record_row(\"heaps\", …)"));
     }
 
     #[test]
     fn rows_without_a_table_are_an_error() {
         let all = rows("6.12", &["heaps | system", "errors | EIO"]);
-        assert!(fill(TEXT, &all).unwrap_err().to_string().ends_with("for errors"));
+        assert!(fill_tables(TEXT, &all).unwrap_err().to_string().ends_with("for errors"));
     }
 
     #[test]
-    fn a_row_of_another_width_is_an_error() {
-        assert!(fill(TEXT, &rows("6.12", &["heaps | system | yes"])).is_err());
+    fn row_of_another_width_is_an_error() {
+        assert!(fill_tables(TEXT, &rows("6.12", &["heaps | system | yes"])).is_err());
     }
 
     #[test]
-    fn a_table_without_an_end_is_an_error() {
+    fn table_without_an_end_is_an_error() {
         let text = "<!-- rows heaps: Kernel | Heap -->\n";
-        assert!(fill(text, &rows("6.12", &["heaps | system"])).unwrap_err().to_string().contains("<!-- end heaps -->"));
+        assert!(fill_tables(text, &rows("6.12", &["heaps | system"])).unwrap_err().to_string().contains("<!-- end heaps -->"));
     }
 }

@@ -1,19 +1,19 @@
-//! Running other programs, with errors that say which one and what it said.
+//! Runs other programs. Errors name the program and what it printed.
 
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
-/// Runs a program to its end and gives what it printed.
+/// Runs a program to its end, and returns what it printed.
 pub(crate) fn output(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&bytes(command)?).into_owned())
 }
 
-/// Like [`output`], for what isn't text.
+/// Like [`output`], for output that is not text.
 pub(crate) fn bytes(command: &mut Command) -> Result<Vec<u8>> {
-    let shown = shown(command);
-    let output = command.stdin(Stdio::null()).output().with_context(|| format!("can't run `{shown}`"))?;
+    let shown = describe(command);
+    let output = command.stdin(Stdio::null()).output().with_context(|| format!("cannot run `{shown}`"))?;
     if !output.status.success() {
         bail!("`{shown}` ended with {}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
     }
@@ -21,12 +21,12 @@ pub(crate) fn bytes(command: &mut Command) -> Result<Vec<u8>> {
 }
 
 /// The program and its arguments, as one would type them.
-pub(crate) fn shown(command: &Command) -> String {
+pub(crate) fn describe(command: &Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
     words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
 }
 
-/// Where a program is. Administrators' programs are not on everybody's PATH.
+/// Finds a program. Administrators' programs may not be on PATH.
 pub(crate) fn find(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let folders = std::env::split_paths(&path).chain(["/usr/sbin", "/sbin", "/usr/bin"].map(PathBuf::from));

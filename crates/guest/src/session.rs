@@ -1,4 +1,4 @@
-//! One run, from the tools to the closing line.
+//! One run, from the tools to the summary.
 
 use std::env;
 use std::fs::{self, File};
@@ -12,89 +12,155 @@ use anyhow::{Context, Result, bail};
 use crate::Options;
 use crate::boot::Boot;
 use crate::compile::{self, Built};
-use crate::debian;
+use crate::config;
+use crate::debian::{self, Fetched};
 use crate::disks::{self, Disks};
 use crate::initramfs::{self, Plan};
 use crate::kernels::{KERNELS, Kernel};
 use crate::machine::{self, Outcome, Parts};
 use crate::modules::{self, Unpacked};
+use crate::progress;
 use crate::report;
 use crate::rows::{self, Row};
-use crate::say;
-use crate::suites::{SUITES, Suite};
+use crate::suites::{SUITES, Suite, VULKAN};
 use crate::tools;
 use crate::transcript::{Event, SuiteRun};
+use crate::vulkan;
 
-/// How often a kernel is booted when the emulator gets in the way.
+/// Maximum number of differing lines to print.
+const DIFFERENCE_MAX: usize = 40;
+/// Kernels that are unpacked at a time, each on one processor.
+const UNPACK_JOBS: usize = 2;
+/// Maximum boots of one kernel if the emulator keeps failing.
 const BOOTS_MAX: usize = 4;
 
-/// Runs what the options choose, and says whether all went well.
+/// Runs the chosen suites on the chosen kernels. Returns whether all passed.
 pub(crate) fn run(options: &Options) -> Result<bool> {
     let begin = Instant::now();
-    let kernels = chosen_kernels(options)?;
-    let suites = chosen_suites(options, &kernels)?;
+    let kernels = choose_kernels(options)?;
+    check_suite_names(options)?;
     let folder = target_folder()?.join("guest");
-    fs::create_dir_all(&folder).with_context(|| format!("can't make {}", folder.display()))?;
+    fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
     let lock = File::create(folder.join("lock"))?;
-    lock.try_lock().with_context(|| format!("another run uses {}; wait for it, or set CARGO_TARGET_DIR", folder.display()))?;
+    lock.try_lock().with_context(|| {
+        format!("cannot lock {}: another run uses it; wait for it, or set CARGO_TARGET_DIR", folder.display())
+    })?;
     let scratch = Scratch::make(folder.join("run"), options.keep)?;
 
-    say::step("tools", tools::ensure)?;
-    let unpacked = say::step("kernels", || unpack(&kernels, &folder.join("kernels")))?;
-    let built = say::step("build", || compile::build(&workspace()?, &folder.join("build"), &suites))?;
-    let disks = say::step("disks", || disks::make(&scratch.folder))?;
+    progress::time_step("tools", tools::ensure)?;
+    let booted = progress::time_step("kernels", || unpack(&kernels, &folder))?;
+    let suites = choose_suites(options, &booted)?;
+    let built = progress::time_step("build", || compile::build(&workspace()?, &folder.join("build"), &suites))?;
+    if options.no_run {
+        return Ok(true);
+    }
+    let mut disks = progress::time_step("disks", || disks::make(&scratch.folder))?;
+    if suites.iter().any(|suite| suite.name == VULKAN) {
+        let image = || vulkan::make_image(&workspace()?, &folder.join("vulkan"), &folder.join("apt"), &scratch.folder);
+        disks.vulkan = Some(progress::time_step("vulkan", image)?);
+    }
 
-    let plans = kernels.iter().zip(&unpacked).filter_map(|(kernel, unpacked)| {
-        let suites = suites.iter().filter(|suite| suite.kernels.contains(&kernel.id)).copied().collect::<Vec<_>>();
-        (!suites.is_empty()).then_some((*kernel, unpacked, suites))
+    let plans = booted.iter().filter_map(|booted| {
+        let suites = suites.iter().filter(|suite| booted.runs(suite)).copied().collect::<Vec<_>>();
+        (!suites.is_empty()).then_some((booted, suites))
     });
     let plans = plans.collect::<Vec<_>>();
     let work = Work { options, built: &built, disks: &disks, folder: &scratch.folder };
     let boots = in_parallel(usize::from(options.jobs), plans.len(), |index| {
-        let (kernel, unpacked, suites) = &plans[index];
-        work.boot(kernel, unpacked, suites)
+        let (booted, suites) = &plans[index];
+        work.boot(booted, suites)
     });
 
-    finish(options, &boots, &folder, begin)
+    finish(options, boots, &folder, begin)
 }
 
-/// Writes down and tells what came of it all.
-fn finish(options: &Options, boots: &[Boot<'_>], folder: &Path, begin: Instant) -> Result<bool> {
-    let mut all: Vec<Row> = Vec::new();
+/// Writes the report and the tables, and prints problems and the summary.
+fn finish(options: &Options, mut boots: Vec<Boot<'_>>, folder: &Path, begin: Instant) -> Result<bool> {
+    // Tables are in the order of lines, not in that of boots.
+    boots.sort_by_key(|boot| boot.plan.kernel.line);
     let mut problems = Vec::new();
     let (mut ran, mut failed) = (0, 0);
-    for boot in boots {
-        if let Some(outcome) = &boot.outcome {
-            all.extend(rows::parse(boot.plan.kernel.id, &outcome.transcript.rows));
-        }
+    for boot in &boots {
         for suite in boot.suites() {
             ran += suite.ran();
-            failed += suite.failures();
+            failed += suite.failed_tests().len();
         }
-        problems.extend(boot.problems.iter().map(|problem| format!("{}: {problem}", boot.plan.kernel.id)));
+        problems.extend(boot.problems.iter().map(|problem| format!("{}: {problem}", boot.plan.id)));
+        problems.extend(boot.replays().iter().map(|replay| format!("{}: to replay: {replay}", boot.plan.id)));
     }
+    let all = collect_rows(&boots, |boot| &boot.plan.id);
     if ran == 0 {
-        problems.push("no test ran at all; `guest list` tells the suites of each kernel".to_owned());
+        problems.push("no test ran; `cargo run -p dmaload-guest -- list` lists the suites of each kernel".to_owned());
     }
-    fs::write(folder.join("report.md"), report::markdown(boots, &all)).context("can't write the report")?;
-    if let Some(file) = options.write.as_ref().filter(|_| problems.is_empty())
-        && let Err(error) = write_tables(file, &all)
-    {
-        problems.push(format!("{error:#}"));
+    fs::write(folder.join("report.md"), report::format_report(&boots, &all)).context("cannot write the report")?;
+    if problems.is_empty() {
+        let written = options.write.as_ref().map_or(Ok(()), |file| write_tables(file, &all));
+        let checked = options.check.as_ref().map_or(Ok(()), |file| check_tables(file, &boots));
+        problems.extend([written, checked].into_iter().filter_map(Result::err).map(|error| format!("{error:#}")));
     }
 
     for problem in &problems {
-        say::line(&format!("guest: {problem}"));
+        progress::print(&format!("guest: {problem}"));
     }
     let seconds = begin.elapsed().as_secs();
-    say::line(&format!("guest: {} kernels, {ran} tests, {failed} failed, {seconds} s", boots.len()));
+    // A guest that does not boot has no failed test.
+    let hint = if problems.is_empty() { "" } else { "; this run failed, see above" };
+    progress::print(&format!("guest: {} kernels, {ran} tests, {failed} failed, {seconds} s{hint}", boots.len()));
     Ok(problems.is_empty())
 }
 
+/// All rows. `name` returns the name of a boot's kernel.
+fn collect_rows<'a>(boots: &'a [Boot<'a>], name: impl Fn(&'a Boot<'a>) -> &'a str) -> Vec<Row> {
+    let rows = boots.iter().flat_map(|boot| {
+        let recorded = boot.outcome.as_ref().map_or(&[][..], |outcome| &outcome.transcript.rows);
+        [config::rows(name(boot), boot.plan.config), rows::parse(name(boot), recorded)].concat()
+    });
+    rows.collect()
+}
+
+/// A file's text, and the same text with its tables filled.
+fn read_and_fill(file: &Path, all: &[Row]) -> Result<(String, String)> {
+    let text = fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+    let filled = rows::fill_tables(&text, all).with_context(|| format!("cannot fill the tables of {}", file.display()))?;
+    Ok((text, filled))
+}
+
 fn write_tables(file: &Path, all: &[Row]) -> Result<()> {
-    let text = fs::read_to_string(file).with_context(|| format!("can't read {}", file.display()))?;
-    let filled = rows::fill(&text, all).with_context(|| format!("{} stays as it was", file.display()))?;
-    fs::write(file, filled).with_context(|| format!("can't write {}", file.display()))
+    let (_, filled) = read_and_fill(file, all)?;
+    fs::write(file, filled).with_context(|| format!("cannot write {}", file.display()))
+}
+
+/// Compares the tables with the recorded rows. The tables may name a replaced line, or the line
+/// that replaced it if they were written since.
+fn check_tables(file: &Path, boots: &[Boot<'_>]) -> Result<()> {
+    let (_, renamed) = read_and_fill(file, &collect_rows(boots, |boot| &boot.plan.id))?;
+    let (text, filled) = read_and_fill(file, &collect_rows(boots, |boot| boot.plan.kernel.id))?;
+    if text == filled || text == renamed {
+        return Ok(());
+    }
+    let difference = rows::list_differences(&text, &filled);
+    let shown = difference.iter().take(DIFFERENCE_MAX).cloned().collect::<Vec<_>>().join("\n");
+    bail!(
+        "the tables of {} differ from what this run recorded, in {} lines or in their order; read why, then rewrite \
+         them with `just kernels-md`\n{shown}",
+        file.display(),
+        difference.len()
+    );
+}
+
+/// A kernel that is ready to boot.
+#[derive(Debug)]
+struct Booted {
+    kernel: &'static Kernel,
+    unpacked: Unpacked,
+    /// The booted kernel's id. Differs from `kernel.id` if that line has left the archive.
+    id: String,
+}
+
+impl Booted {
+    fn runs(&self, suite: &Suite) -> bool {
+        (suite.runs_on)(self.kernel, self.unpacked.line)
+    }
 }
 
 /// What all boots share.
@@ -106,26 +172,27 @@ struct Work<'a> {
 }
 
 impl<'a> Work<'a> {
-    fn boot(&self, kernel: &'a Kernel, unpacked: &'a Unpacked, suites: &'a [&'a Suite]) -> Boot<'a> {
+    fn boot(&self, booted: &'a Booted, suites: &'a [&'a Suite]) -> Boot<'a> {
         let filter = self.options.filter.as_deref();
-        let plan = Plan { kernel, modules: &unpacked.modules, suites, filter };
-        let mut followed = self.follow(&plan, &unpacked.image);
+        let Booted { kernel, unpacked, id } = booted;
+        let plan = Plan { kernel, id: id.clone(), modules: &unpacked.modules, config: &unpacked.config, suites, filter };
+        let mut result = self.run_guest(&plan, &unpacked.image);
         for _ in 1..BOOTS_MAX {
-            let Some(outcome) = followed.as_ref().ok().filter(|outcome| outcome.is_the_emulators()) else { break };
+            let Some(outcome) = result.as_ref().ok().filter(|outcome| outcome.is_emulator_fault()) else { break };
             let line = outcome.console.lines().find(|line| line.contains("[#1]")).unwrap_or_default();
-            say::line(&format!("guest: {} boots again, for a fault of the emulator: {line}", kernel.id));
-            followed = self.follow(&plan, &unpacked.image);
+            progress::print(&format!("guest: {id} boots again after a fault of the emulator: {line}"));
+            result = self.run_guest(&plan, &unpacked.image);
         }
-        match followed {
+        match result {
             Ok(outcome) => {
                 let expected = suites.iter().map(|suite| suite.name).collect::<Vec<_>>();
                 let mut problems = outcome.transcript.problems(&expected, filter.is_some());
                 if let Some(trouble) = &outcome.trouble {
-                    say::line(&tail(kernel.id, "console", &outcome.console, 120));
+                    progress::print(&format_tail(&plan.id, "console", &outcome.console, 120));
                     problems.push(trouble.clone());
                 }
-                for complaint in &outcome.transcript.complaints {
-                    say::line(&format!("{}  the kernel complained: {complaint}", kernel.id));
+                for warning in &outcome.transcript.warnings {
+                    progress::print(&format!("{}  the kernel warned: {warning}", plan.id));
                 }
                 Boot { plan, outcome: Some(outcome), problems }
             }
@@ -133,55 +200,62 @@ impl<'a> Work<'a> {
         }
     }
 
-    /// Boots, and tells what happens as it happens.
-    fn follow(&self, plan: &Plan<'_>, image: &Path) -> Result<Outcome> {
-        let id = plan.kernel.id;
+    /// Boots, and prints progress meanwhile.
+    fn run_guest(&self, plan: &Plan<'_>, image: &Path) -> Result<Outcome> {
+        let id = plan.id.as_str();
         let initramfs = self.folder.join(format!("{id}.cpio"));
-        fs::write(&initramfs, initramfs::pack(plan, self.built, self.disks)?).context("can't write the initramfs")?;
+        fs::write(&initramfs, initramfs::pack(plan, self.built, self.disks)?).context("cannot write the initramfs")?;
         let console = self.folder.join(format!("{id}.console"));
-        let parts = Parts { kernel: plan.kernel, image, initramfs: &initramfs, disks: self.disks, console };
+        let parts = Parts {
+            kernel: plan.kernel,
+            image,
+            initramfs: &initramfs,
+            disks: self.disks,
+            has_vulkan: plan.has_vulkan(),
+            console,
+        };
         let filtered = plan.filter.is_some();
         let outcome = machine::boot(&parts, |transcript, event, since| match event {
-            Event::Ready => say::line(&format!("guest: {id} is ready: {:.1} s", since.as_secs_f64())),
-            Event::Test { suite, name, verdict } => say::line(&format!("{id}  {suite}  {name}  {}", verdict.word())),
+            Event::Ready => progress::print(&format!("guest: {id} is ready: {:.1} s", since.as_secs_f64())),
+            Event::Test { suite, name, verdict } => progress::print(&format!("{id}  {suite}  {name}  {}", verdict.word())),
             Event::Ended { suite } => {
                 let Some(run) = transcript.suites.iter().find(|run| run.name == *suite) else { return };
                 if run.failed(filtered) {
-                    say::line(&tail(id, suite, &told(run), 400));
-                    say::line(&tail(id, "console", &run.console, 100));
+                    progress::print(&format_tail(id, suite, &without_passed_tests(run), 400));
+                    progress::print(&format_tail(id, "console", &run.console, 100));
                 }
                 let seconds = run.end.map_or(0, |(_, seconds)| seconds);
-                say::line(&format!("guest: {id}: {suite}: {} tests: {seconds} s", run.ran()));
+                progress::print(&format!("guest: {id}: {suite}: {} tests: {seconds} s", run.ran()));
             }
             Event::Done => {}
         })?;
         if let Some(run) = outcome.transcript.running() {
-            say::line(&tail(id, &run.name, &told(run), 400));
+            progress::print(&format_tail(id, &run.name, &without_passed_tests(run), 400));
         }
-        say::line(&format!("guest: {id} in all: {:.1} s", outcome.seconds));
+        progress::print(&format!("guest: {id} ran for {:.1} s", outcome.seconds));
         Ok(outcome)
     }
 }
 
-/// What a suite printed, but for what was told already: the tests that went well.
-fn told(run: &SuiteRun) -> String {
-    let old = |line: &str| line.trim().is_empty() || (line.starts_with("test ") && line.ends_with(" ... ok"));
-    run.output.iter().map(String::as_str).filter(|line| !old(line)).collect::<Vec<_>>().join("\n")
+/// A suite's output without passed tests, which were printed as they ended.
+fn without_passed_tests(run: &SuiteRun) -> String {
+    let printed = |line: &str| line.trim().is_empty() || (line.starts_with("test ") && line.ends_with(" ... ok"));
+    run.output.iter().map(String::as_str).filter(|line| !printed(line)).collect::<Vec<_>>().join("\n")
 }
 
-/// The last lines of a text, each with where it is from.
-fn tail(id: &str, what: &str, text: &str, lines_max: usize) -> String {
+/// The last lines of a text, each prefixed with its source.
+fn format_tail(id: &str, what: &str, text: &str, lines_max: usize) -> String {
     let lines = text.trim_end().lines().collect::<Vec<_>>();
     let skipped = lines.len().saturating_sub(lines_max);
     let mut shown = Vec::new();
     if skipped > 0 {
-        shown.push(format!("{id}  {what} | … {skipped} lines before"));
+        shown.push(format!("{id}  {what} | … {skipped} earlier lines"));
     }
     shown.extend(lines[skipped..].iter().map(|line| format!("{id}  {what} | {line}")));
     shown.join("\n")
 }
 
-/// Does `count` pieces of work, `jobs` at a time, and gives the results in order.
+/// Calls `work` with each index below `count`, `jobs` at a time, and returns the results in order.
 fn in_parallel<T: Send>(jobs: usize, count: usize, work: impl Fn(usize) -> T + Sync) -> Vec<T> {
     let next = AtomicUsize::new(0);
     let worker = || {
@@ -202,39 +276,69 @@ fn in_parallel<T: Send>(jobs: usize, count: usize, work: impl Fn(usize) -> T + S
     all.into_iter().map(|(_, result)| result).collect()
 }
 
-fn unpack(kernels: &[&Kernel], folder: &Path) -> Result<Vec<Unpacked>> {
-    let unpack = |kernel: &&Kernel| modules::unpack(kernel, &debian::fetch(kernel, &folder.join(kernel.id))?);
-    kernels.iter().map(unpack).collect()
+/// Fetches and unpacks kernels. If two lines are replaced by the same one, keeps only the first,
+/// so each kernel boots once.
+fn unpack(kernels: &[&'static Kernel], folder: &Path) -> Result<Vec<Booted>> {
+    let (kept, lists) = (folder.join("kernels"), folder.join("apt"));
+    // Downloads share the network, so they run one after the other.
+    let fetched = kernels.iter().map(|&kernel| Ok((kernel, debian::fetch(kernel, &kept, &lists)?)));
+    let fetched = distinct_boots(fetched.collect::<Result<Vec<_>>>()?);
+    let unpacked = in_parallel(UNPACK_JOBS, fetched.len(), |index| modules::unpack(fetched[index].0, &fetched[index].1));
+    let booted =
+        fetched.into_iter().zip(unpacked).map(|((kernel, _, id), unpacked)| Ok(Booted { kernel, unpacked: unpacked?, id }));
+    booted.collect()
 }
 
-fn chosen_kernels(options: &Options) -> Result<Vec<&'static Kernel>> {
+/// Adds the ids of the fetched kernels, and keeps the first of those with equal ids.
+fn distinct_boots(fetched: Vec<(&'static Kernel, Fetched)>) -> Vec<(&'static Kernel, Fetched, String)> {
+    let mut distinct: Vec<(&'static Kernel, Fetched, String)> = Vec::new();
+    for (kernel, fetched) in fetched {
+        let id = kernel.flavor.id(fetched.line);
+        if id != kernel.id {
+            progress::print(&format!("guest: {} has left the archive: {id} replaces it", kernel.id));
+        }
+        if distinct.iter().any(|(_, _, known)| *known == id) {
+            progress::print(&format!("guest: {id} boots once for both"));
+        } else {
+            distinct.push((kernel, fetched, id));
+        }
+    }
+    distinct
+}
+
+fn choose_kernels(options: &Options) -> Result<Vec<&'static Kernel>> {
     if let Some(unknown) = options.kernel.iter().find(|id| !KERNELS.iter().any(|kernel| kernel.id == **id)) {
         let known = KERNELS.map(|kernel| kernel.id).join(", ");
-        bail!("there is no kernel {unknown}; there are {known}");
+        bail!("unknown kernel {unknown:?}; the known ones are {known}");
     }
-    let chosen = |kernel: &&Kernel| options.kernel.is_empty() || options.kernel.iter().any(|id| id == kernel.id);
+    let named = |kernel: &Kernel| options.kernel.iter().any(|id| id == kernel.id);
+    let chosen = |kernel: &&Kernel| if options.kernel.is_empty() { kernel.by_default } else { named(kernel) };
     Ok(KERNELS.iter().filter(chosen).collect())
 }
 
-fn chosen_suites(options: &Options, kernels: &[&Kernel]) -> Result<Vec<&'static Suite>> {
+fn check_suite_names(options: &Options) -> Result<()> {
     if let Some(unknown) = options.only.iter().find(|name| !SUITES.iter().any(|suite| suite.name == **name)) {
         let known = SUITES.iter().map(|suite| suite.name).collect::<Vec<_>>().join(", ");
-        bail!("there is no suite {unknown}; there are {known}");
+        bail!("unknown suite {unknown:?}; the known ones are {known}");
     }
+    Ok(())
+}
+
+fn choose_suites(options: &Options, booted: &[Booted]) -> Result<Vec<&'static Suite>> {
     let chosen = |suite: &&Suite| {
-        let named = options.only.is_empty() || options.only.iter().any(|name| name == suite.name);
-        named && kernels.iter().any(|kernel| suite.kernels.contains(&kernel.id))
+        let named = options.only.iter().any(|name| name == suite.name) || (options.only.is_empty() && suite.by_default);
+        named && booted.iter().any(|booted| booted.runs(suite))
     };
     let suites = SUITES.iter().filter(chosen).collect::<Vec<_>>();
     if suites.is_empty() {
-        bail!("none of these suites runs on these kernels; `guest list` tells which do");
+        bail!("none of these suites runs on these kernels; `cargo run -p dmaload-guest -- list` lists which do");
     }
     Ok(suites)
 }
 
 fn workspace() -> Result<PathBuf> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-    path.canonicalize().with_context(|| format!("the workspace is no longer in {}", path.display()))
+    path.canonicalize().with_context(|| format!("cannot find the workspace in {}", path.display()))
 }
 
 fn target_folder() -> Result<PathBuf> {
@@ -252,9 +356,9 @@ struct Scratch {
 
 impl Scratch {
     fn make(folder: PathBuf, keep: bool) -> Result<Self> {
-        // Of a run that was interrupted.
+        // Left over from an interrupted run.
         let _ = fs::remove_dir_all(&folder);
-        fs::create_dir_all(&folder).with_context(|| format!("can't make {}", folder.display()))?;
+        fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
         Ok(Self { folder, keep })
     }
 }
@@ -262,9 +366,53 @@ impl Scratch {
 impl Drop for Scratch {
     fn drop(&mut self) {
         if self.keep {
-            say::line(&format!("guest: images and consoles are in {}", self.folder.display()));
+            progress::print(&format!("guest: images and consoles are in {}", self.folder.display()));
         } else {
             let _ = fs::remove_dir_all(&self.folder);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::transcript::Transcript;
+
+    fn find_kernel(id: &str) -> &'static Kernel {
+        KERNELS.iter().find(|kernel| kernel.id == id).unwrap()
+    }
+
+    #[test]
+    fn replaced_line_boots_under_its_id_and_once() {
+        let fetched = |id: &str, line| (find_kernel(id), Fetched { line, folder: PathBuf::new() });
+        let boots =
+            distinct_boots(vec![fetched("6.12-full", (6, 18)), fetched("6.18-full", (6, 18)), fetched("7.2-full", (7, 4))]);
+        let ids = boots.iter().map(|(kernel, _, id)| (kernel.id, id.as_str())).collect::<Vec<_>>();
+        assert_eq!(ids, [("6.12-full", "6.18-full"), ("7.2-full", "7.4-full")]);
+    }
+
+    /// A boot of Linux 7.4 in place of 7.2, with one recorded row.
+    fn replaced_boot() -> Boot<'static> {
+        let kernel = find_kernel("7.2-full");
+        let plan = Plan { kernel, id: "7.4-full".to_owned(), modules: &[], config: "", suites: &[], filter: None };
+        let mut transcript = Transcript::default();
+        transcript.rows.push("heaps | system".to_owned());
+        let outcome = Outcome { transcript, trouble: None, console: String::new(), seconds: 1.0 };
+        Boot { plan, outcome: Some(outcome), problems: Vec::new() }
+    }
+
+    #[test]
+    fn tables_may_name_a_replaced_line_or_its_replacement() {
+        let boots = [replaced_boot()];
+        let empty = "<!-- rows kernels: Kernel | 1 | 2 | 3 | 4 | 5 -->\n<!-- end kernels -->\n\
+                     <!-- rows heaps: Kernel | Heap -->\n<!-- end heaps -->\n";
+        let file = tempfile::NamedTempFile::new().unwrap();
+        for id in ["7.2-full", "7.4-full"] {
+            fs::write(file.path(), rows::fill_tables(empty, &collect_rows(&boots, |_| id)).unwrap()).unwrap();
+            check_tables(file.path(), &boots).unwrap();
+        }
+        fs::write(file.path(), rows::fill_tables(empty, &collect_rows(&boots, |_| "6.1-cloud")).unwrap()).unwrap();
+        let error = check_tables(file.path(), &boots).unwrap_err().to_string();
+        assert!(error.contains("- | 6.1-cloud | system |") && error.contains("+ | 7.2-full | system |"), "{error}");
     }
 }

@@ -1,5 +1,9 @@
 //! Which suite runs on which kernel.
 
+use dmaload_guest::{Line, line_has_udmabuf_bug, line_makes_dma_bufs};
+
+use crate::kernels::{Flavor, Kernel};
+
 /// A program with tests in it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Program {
@@ -9,39 +13,73 @@ pub(crate) enum Program {
     Test(&'static str, &'static str),
 }
 
-/// One line of the table.
+/// Whether a suite runs on a kernel. The line is that of the booted release, which is later than
+/// the kernel's if that one has left the archive.
+type Condition = fn(&Kernel, Line) -> bool;
+
+/// One entry of the table.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Suite {
-    /// What users call it; no spaces.
+    /// Its name for `--only`; without spaces.
     pub(crate) name: &'static str,
     pub(crate) program: Program,
-    pub(crate) kernels: &'static [&'static str],
-    /// Runs only tests whose name contains one of these; all when empty.
+    pub(crate) runs_on: Condition,
+    /// Runs only tests whose names contain one of these; all if empty.
     pub(crate) only: &'static [&'static str],
-    /// Never runs tests whose name contains one of these.
+    /// Never runs tests whose names contain one of these.
     pub(crate) skip: &'static [&'static str],
     /// A suite that runs longer is killed.
     pub(crate) seconds_max: u32,
+    /// Whether it runs unless others are named.
+    pub(crate) by_default: bool,
 }
 
 impl Suite {
-    const fn new(name: &'static str, program: Program, kernels: &'static [&'static str]) -> Self {
-        Self { name, program, kernels, only: &[], skip: &[], seconds_max: 120 }
+    const fn new(name: &'static str, program: Program, runs_on: Condition) -> Self {
+        Self { name, program, runs_on, only: &[], skip: &[], seconds_max: 120, by_default: true }
     }
 }
 
-const ALL: &[&str] = &["6.12-cloud", "6.12-full", "6.1-cloud"];
-const NEWER: &[&str] = &["6.12-cloud", "6.12-full"];
-const CLOUD: &[&str] = &["6.12-cloud"];
-const OLDER: &[&str] = &["6.1-cloud"];
-const UNITS: &[&str] = &["6.12-cloud", "6.1-cloud"];
+fn every_kernel(_: &Kernel, _: Line) -> bool {
+    true
+}
 
-/// Unit tests of pure logic make no system calls, so they say nothing about a kernel. They run on the
-/// host.
+fn makes_dma_bufs(_: &Kernel, line: Line) -> bool {
+    line_makes_dma_bufs(line)
+}
+
+fn lacks_dma_bufs(_: &Kernel, line: Line) -> bool {
+    !line_makes_dma_bufs(line)
+}
+
+fn has_importers(kernel: &Kernel, line: Line) -> bool {
+    kernel.flavor == Flavor::Full && line_makes_dma_bufs(line)
+}
+
+/// Importers see wrong bytes of a udmabuf on huge pages.
+fn has_udmabuf_bug(kernel: &Kernel, line: Line) -> bool {
+    has_importers(kernel, line) && line_has_udmabuf_bug(line)
+}
+
+fn lacks_udmabuf_bug(kernel: &Kernel, line: Line) -> bool {
+    has_importers(kernel, line) && !line_has_udmabuf_bug(line)
+}
+
+fn has_bad_disks(kernel: &Kernel, line: Line) -> bool {
+    kernel.bad_disks && line_makes_dma_bufs(line)
+}
+
+/// System calls differ most between the oldest line and the newest ones.
+fn oldest_or_newest(_: &Kernel, line: Line) -> bool {
+    !line_makes_dma_bufs(line) || line >= (7, 2)
+}
+
+/// Unit tests of pure logic make no system calls, so they say nothing about a kernel. They run on
+/// the host.
 const PURE: &[&str] = &[
     "budget::",
     "engine::jobs",
-    // Of texts; one reads the sources.
+    // Error texts; one of these tests reads the sources.
     "error::",
     "glob::",
     "lent::",
@@ -59,23 +97,35 @@ const PURE: &[&str] = &[
     "window::",
 ];
 
-/// A suite of this package, which needs a `[[test]]` in Cargo.toml too.
-const fn guest(name: &'static str, kernels: &'static [&'static str]) -> Suite {
-    Suite::new(name, Program::Test("dmaload-guest", name), kernels)
+/// A suite of this package, which also needs a `[[test]]` in Cargo.toml.
+const fn guest(name: &'static str, runs_on: Condition) -> Suite {
+    Suite::new(name, Program::Test("dmaload-guest", name), runs_on)
 }
 
+/// A suite that consists of the `importers` program without some of its modules.
+const fn importers(name: &'static str, runs_on: Condition, skip: &'static [&'static str]) -> Suite {
+    Suite { skip, ..Suite::new(name, Program::Test("dmaload-guest", "importers"), runs_on) }
+}
+
+/// The suite that needs a disk image with a Vulkan driver.
+pub(crate) const VULKAN: &str = "vulkan";
+
 pub(crate) const SUITES: &[Suite] = &[
-    guest("smoke", ALL),
-    guest("selftests", NEWER),
-    Suite { seconds_max: 240, ..guest("dma_bufs", CLOUD) },
-    Suite { seconds_max: 240, ..guest("faults", CLOUD) },
-    Suite { seconds_max: 240, ..guest("capi", CLOUD) },
-    guest("importers", &["6.12-full"]),
-    guest("older", OLDER),
-    guest("doctor", ALL),
-    Suite::new("dmabuf", Program::Lib("dmabuf"), UNITS),
-    Suite { skip: PURE, seconds_max: 240, ..Suite::new("dmaload", Program::Lib("dmaload"), UNITS) },
-    Suite::new("load", Program::Test("dmaload", "load"), UNITS),
+    guest("smoke", every_kernel),
+    guest("selftests", makes_dma_bufs),
+    Suite { seconds_max: 240, ..guest("dma_bufs", makes_dma_bufs) },
+    Suite { seconds_max: 240, ..guest("faults", has_bad_disks) },
+    Suite { seconds_max: 240, ..guest("capi", makes_dma_bufs) },
+    importers("importers", has_importers, &["small::", "huge::"]),
+    importers("importers_small", has_udmabuf_bug, &["every::", "huge::"]),
+    importers("importers_huge", lacks_udmabuf_bug, &["every::", "small::"]),
+    guest("offers", every_kernel),
+    guest("older", lacks_dma_bufs),
+    Suite { by_default: false, ..guest(VULKAN, has_importers) },
+    guest("doctor", every_kernel),
+    Suite::new("dmabuf", Program::Lib("dmabuf"), oldest_or_newest),
+    Suite { skip: PURE, seconds_max: 240, ..Suite::new("dmaload", Program::Lib("dmaload"), oldest_or_newest) },
+    Suite::new("load", Program::Test("dmaload", "load"), oldest_or_newest),
 ];
 
 #[cfg(test)]
@@ -86,14 +136,23 @@ mod tests {
     use crate::kernels::KERNELS;
 
     #[test]
-    fn names_are_unique_words_and_kernels_are_known() {
+    fn suites_have_unique_names_and_a_kernel() {
         let names = SUITES.iter().map(|suite| suite.name).collect::<BTreeSet<_>>();
         assert_eq!(names.len(), SUITES.len());
         for suite in SUITES {
             assert!(!suite.name.contains(char::is_whitespace) && !suite.name.contains('/'), "{}", suite.name);
-            for kernel in suite.kernels {
-                assert!(KERNELS.iter().any(|known| known.id == *kernel), "{}: {kernel}", suite.name);
-            }
+            let runs = KERNELS.iter().any(|kernel| kernel.by_default && (suite.runs_on)(kernel, kernel.line));
+            assert!(runs, "{} runs on no default kernel", suite.name);
         }
+    }
+
+    #[test]
+    fn suites_follow_the_line_that_is_booted() {
+        let kernel = KERNELS.iter().find(|kernel| kernel.id == "6.12-full").unwrap();
+        let names = |line| {
+            let suites = SUITES.iter().filter(|suite| (suite.runs_on)(kernel, line));
+            suites.map(|suite| suite.name).filter(|name| name.starts_with("importers_")).collect::<Vec<_>>()
+        };
+        assert_eq!((names((6, 12)), names((6, 18))), (vec!["importers_small"], vec!["importers_huge"]));
     }
 }

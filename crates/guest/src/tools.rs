@@ -1,4 +1,4 @@
-//! The programs that the harness calls. Missing ones are installed where that is possible.
+//! The programs that the harness calls. Missing ones are installed if possible.
 
 use std::fs::File;
 use std::io::Read;
@@ -7,44 +7,43 @@ use std::process::Command;
 
 use anyhow::{Result, bail};
 
+use crate::progress;
 use crate::run;
-use crate::say;
 
-/// Programs and the packages that have them.
-const TOOLS: [(&str, &str); 7] = [
+/// Programs and their packages.
+const TOOLS: [(&str, &str); 6] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
-    ("depmod", "kmod"),
-    ("modprobe", "kmod"),
+    ("modinfo", "kmod"),
     ("mkfs.ext4", "e2fsprogs"),
     ("debugfs", "e2fsprogs"),
     ("xz", "xz-utils"),
     ("dpkg-deb", "dpkg"),
 ];
 
-/// Makes sure that all is there.
+/// Installs missing programs, or fails with their packages.
 pub(crate) fn ensure() -> Result<()> {
-    let missing = missing();
+    let missing = list_missing_packages();
     if missing.is_empty() {
         return Ok(());
     }
     let packages = missing.join(" ");
-    if !root() || run::find("apt-get").is_none() {
-        bail!("these packages are needed: {packages}; install them: `apt-get install --no-install-recommends {packages}`");
+    if !is_root() || run::find("apt-get").is_none() {
+        bail!("cannot find programs of {packages}; run `apt-get install --no-install-recommends {packages}`");
     }
-    say::line(&format!("guest: installs {packages}"));
+    progress::print(&format!("guest: installs {packages}"));
     if install(&missing).is_err() {
         run::output(Command::new("apt-get").args(["-q", "update"]))?;
         install(&missing)?;
     }
-    let missing = self::missing();
+    let missing = list_missing_packages();
     if !missing.is_empty() {
-        bail!("{packages} were installed, but still missing is what these packages should have: {}", missing.join(" "));
+        bail!("cannot find programs of {} after installing {packages}", missing.join(" "));
     }
     Ok(())
 }
 
-/// Whether packages can be installed.
-pub(crate) fn root() -> bool {
+/// Whether this process can install packages.
+fn is_root() -> bool {
     use std::os::unix::fs::MetadataExt;
     std::fs::metadata("/proc/self").is_ok_and(|me| me.uid() == 0)
 }
@@ -55,7 +54,7 @@ fn install(packages: &[&str]) -> Result<String> {
     run::output(command.args(["-q", "-y", "install", "--no-install-recommends"]).args(packages))
 }
 
-fn missing() -> Vec<&'static str> {
+fn list_missing_packages() -> Vec<&'static str> {
     let mut packages = Vec::new();
     for (program, package) in TOOLS {
         if run::find(program).is_none() && !packages.contains(&package) {
@@ -71,15 +70,15 @@ fn missing() -> Vec<&'static str> {
     packages
 }
 
-/// Whether a program runs without a dynamic linker, of which there is none in the guest. Its name is among the
-/// first bytes of programs that need it.
+/// Whether a program runs without a dynamic linker, which guests lack. Programs that need one have
+/// its name among their first bytes.
 fn is_static(program: &Path) -> bool {
     let mut head = Vec::new();
     let read = File::open(program).and_then(|file| file.take(4096).read_to_end(&mut head));
     read.is_ok() && !head.windows(6).any(|window| window == b"/ld-li")
 }
 
-/// A compiler that knows where libc.a is prints its whole path, else its name.
+/// Whether the compiler finds libc.a: it prints the absolute path then, and else only the name.
 fn has_static_libc() -> bool {
     run::output(Command::new("cc").arg("-print-file-name=libc.a")).is_ok_and(|path| Path::new(path.trim()).is_absolute())
 }

@@ -1,19 +1,19 @@
-//! Reads what a guest prints on its second serial port: the protocol of init.sh around libtest's output.
+//! Parses what a guest prints on its second serial port: libtest's output, framed by init.sh.
 //!
 //! ```text
 //! @@ready
 //! @@begin smoke
-//! test devices_are_there ... ok
+//! test io_uring_works ... ok
 //! test result: ok. 1 passed; 0 failed; 0 ignored; …
 //! @@end smoke status=0 seconds=1
-//! @@rows           lines of dmaload_guest::row
-//! @@kernel         what the kernel complained of
+//! @@rows           lines of dmaload_guest::record_row
+//! @@kernel         warnings of the kernel
 //! @@done
 //! ```
 //!
-//! A transcript that stops anywhere tells what is missing: see [`Transcript::problems`].
+//! The transcript may stop at any point; [`Transcript::problems`] reports what is missing.
 
-/// What came of one test.
+/// The outcome of one test.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Verdict {
     Ok,
@@ -27,7 +27,7 @@ impl Verdict {
             "ok" => Some(Self::Ok),
             "FAILED" => Some(Self::Failed),
             "ignored" => Some(Self::Ignored),
-            // A reason follows.
+            // Followed by a reason.
             text if text.starts_with("ignored, ") => Some(Self::Ignored),
             _ => None,
         }
@@ -47,19 +47,19 @@ impl Verdict {
 pub(crate) struct SuiteRun {
     pub(crate) name: String,
     pub(crate) tests: Vec<(String, Verdict)>,
-    /// All lines, for the user of a failing suite.
+    /// All lines, shown if the suite fails.
     pub(crate) output: Vec<String>,
-    /// What came from the console meanwhile.
+    /// What the console printed meanwhile.
     pub(crate) console: String,
     /// Exit status and seconds, once it has ended.
     pub(crate) end: Option<(i32, u64)>,
-    /// A test that has begun.
+    /// A test that has begun and not ended.
     pending: Option<String>,
-    /// Passed, failed and ignored, as libtest itself counts.
+    /// The number of passed, failed and ignored tests in libtest's own summary.
     counted: Option<usize>,
 }
 
-/// What a line meant for somebody who watches.
+/// What a line reports to a caller that follows the run.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Event {
     Ready,
@@ -79,23 +79,23 @@ enum Part {
     Done,
 }
 
-/// All that was read so far.
+/// Everything read so far.
 #[derive(Debug, Default)]
 pub(crate) struct Transcript {
     pub(crate) suites: Vec<SuiteRun>,
     pub(crate) rows: Vec<String>,
-    /// Kernel messages that mean a bug somewhere.
-    pub(crate) complaints: Vec<String>,
+    /// Kernel messages that indicate a bug.
+    pub(crate) warnings: Vec<String>,
     problems: Vec<String>,
     part: Part,
 }
 
 impl Transcript {
-    /// Takes the next line, without its line feed.
-    pub(crate) fn line(&mut self, line: &str) -> Option<Event> {
+    /// Parses the next line, without its line feed.
+    pub(crate) fn parse_line(&mut self, line: &str) -> Option<Event> {
         let line = line.trim_end_matches('\r');
         if let Some(mark) = line.strip_prefix("@@") {
-            return self.mark(mark);
+            return self.parse_mark(mark);
         }
         match self.part {
             Part::Boot | Part::Between | Part::Done => None,
@@ -106,19 +106,19 @@ impl Transcript {
                 None
             }
             Part::Kernel => {
-                self.complaints.push(line.to_owned());
+                self.warnings.push(line.to_owned());
                 None
             }
             Part::Suite => {
                 let suite = self.suites.last_mut()?;
                 suite.output.push(line.to_owned());
-                let (name, verdict) = suite.libtest(line)?;
+                let (name, verdict) = suite.parse_libtest(line)?;
                 Some(Event::Test { suite: suite.name.clone(), name, verdict })
             }
         }
     }
 
-    fn mark(&mut self, mark: &str) -> Option<Event> {
+    fn parse_mark(&mut self, mark: &str) -> Option<Event> {
         let (verb, rest) = mark.split_once(' ').unwrap_or((mark, ""));
         match verb {
             "ready" => {
@@ -156,20 +156,20 @@ impl Transcript {
                 None
             }
             _ => {
-                self.problems.push(format!("the guest printed a line that isn't understood: @@{mark}"));
+                self.problems.push(format!("the guest printed an unknown line: @@{mark}"));
                 None
             }
         }
     }
 
-    /// Takes what came from the console: for the suite that runs, or has just ended.
-    pub(crate) fn console(&mut self, text: &str) {
+    /// Adds output of the console to the suite that runs or has just ended.
+    pub(crate) fn add_console(&mut self, text: &str) {
         if let Some(suite) = self.suites.last_mut() {
             suite.console.push_str(text);
         }
     }
 
-    /// Whether the guest has come to its end.
+    /// Whether the guest has run all suites.
     pub(crate) fn is_done(&self) -> bool {
         self.part == Part::Done
     }
@@ -179,8 +179,8 @@ impl Transcript {
         self.suites.last().filter(|suite| suite.end.is_none())
     }
 
-    /// All that makes this run a failure, given the suites that should have run. With a filter, a suite may have no
-    /// test that fits.
+    /// Everything that makes this run a failure, given the suites that should have run. With a
+    /// filter, a suite may have no matching test.
     pub(crate) fn problems(&self, expected: &[&str], filtered: bool) -> Vec<String> {
         let mut problems = self.problems.clone();
         for name in expected {
@@ -194,27 +194,28 @@ impl Transcript {
 }
 
 impl SuiteRun {
-    /// How many tests began, ignored ones left aside.
+    /// The number of tests that began, without ignored ones.
     pub(crate) fn ran(&self) -> usize {
-        let told = self.tests.iter().filter(|(_, verdict)| *verdict != Verdict::Ignored).count();
-        told + usize::from(self.pending.is_some())
+        let ended = self.tests.iter().filter(|(_, verdict)| *verdict != Verdict::Ignored).count();
+        ended + usize::from(self.pending.is_some())
     }
 
-    /// How many tests failed. One that never came to a verdict did.
-    pub(crate) fn failures(&self) -> usize {
-        let told = self.tests.iter().filter(|(_, verdict)| *verdict == Verdict::Failed).count();
-        told + usize::from(self.pending.is_some())
+    /// The tests that failed, including one that never ended.
+    pub(crate) fn failed_tests(&self) -> Vec<&str> {
+        let failed = self.tests.iter().filter(|(_, verdict)| *verdict == Verdict::Failed).map(|(name, _)| name);
+        failed.chain(&self.pending).map(String::as_str).collect()
     }
 
-    /// Whether its output is worth the user's attention.
+    /// Whether the suite failed.
     pub(crate) fn failed(&self, filtered: bool) -> bool {
         !self.problems(filtered).is_empty()
     }
 
-    /// Reads a line of libtest's. What a test prints by itself may come between its name and its verdict.
-    fn libtest(&mut self, line: &str) -> Option<(String, Verdict)> {
+    /// Parses a line of libtest's output. A test's own output may come between its name and its
+    /// verdict.
+    fn parse_libtest(&mut self, line: &str) -> Option<(String, Verdict)> {
         if let Some(result) = line.strip_prefix("test result: ") {
-            self.counted = count(result);
+            self.counted = parse_counts(result);
             self.pending = None;
             return None;
         }
@@ -247,20 +248,20 @@ impl SuiteRun {
         }
         let during = self.pending.as_ref().map(|test| format!(", during {test}")).unwrap_or_default();
         match self.end {
-            None => problems.push(format!("{name}: the guest stopped in it{during}")),
-            // Failed tests, which were told.
+            None => problems.push(format!("{name}: the guest stopped{during}")),
+            // libtest's status for failed tests, which are listed above.
             Some((101, _)) if !problems.is_empty() => {}
             Some((0, _)) => {}
             Some((137, seconds)) => {
                 problems.push(format!(
-                    "{name}: killed after {seconds} s, by its time limit or for want of memory (see the console){during}"
+                    "{name}: killed after {seconds} s, by its time limit or the OOM killer (see the console){during}"
                 ));
             }
             Some((status, _)) => problems.push(format!("{name}: ended with status {status}{during}")),
         }
         if self.end.is_some_and(|(status, _)| status == 0 || status == 101) && self.counted != Some(self.tests.len()) {
             let counted = self.counted.map_or("nothing".to_owned(), |counted| format!("{counted} tests"));
-            problems.push(format!("{name}: libtest counts {counted}, but {} were seen", self.tests.len()));
+            problems.push(format!("{name}: libtest counts {counted}, but {} verdicts were read", self.tests.len()));
         }
         if self.ran() == 0 && !filtered {
             problems.push(format!("{name}: no test ran"));
@@ -269,8 +270,8 @@ impl SuiteRun {
     }
 }
 
-/// How many tests there were, in `ok. 5 passed; 0 failed; 1 ignored; 0 measured; 2 filtered out; …`.
-fn count(result: &str) -> Option<usize> {
+/// The sum of passed, failed and ignored in `ok. 5 passed; 0 failed; 1 ignored; 0 measured; …`.
+fn parse_counts(result: &str) -> Option<usize> {
     let (_, counts) = result.split_once(". ")?;
     let mut sum = 0;
     for part in counts.split("; ").take(3) {
@@ -283,9 +284,9 @@ fn count(result: &str) -> Option<usize> {
 mod tests {
     use super::*;
 
-    fn read(text: &str) -> (Transcript, Vec<Event>) {
+    fn parse(text: &str) -> (Transcript, Vec<Event>) {
         let mut transcript = Transcript::default();
-        let events = text.lines().filter_map(|line| transcript.line(line)).collect();
+        let events = text.lines().filter_map(|line| transcript.parse_line(line)).collect();
         (transcript, events)
     }
 
@@ -309,8 +310,8 @@ heaps | system
 ";
 
     #[test]
-    fn a_good_run_has_verdicts_and_rows_and_no_problems() {
-        let (transcript, events) = read(GOOD);
+    fn complete_run_has_verdicts_rows_and_no_problems() {
+        let (transcript, events) = parse(GOOD);
         assert_eq!(transcript.problems(&["smoke"], false), Vec::<String>::new());
         assert_eq!(transcript.rows, ["heaps | system"]);
         assert!(transcript.is_done());
@@ -321,58 +322,59 @@ heaps | system
     }
 
     #[test]
-    fn a_suite_that_never_began_is_a_problem() {
-        let (transcript, _) = read(GOOD);
+    fn suite_that_never_began_is_a_problem() {
+        let (transcript, _) = parse(GOOD);
         assert_eq!(transcript.problems(&["smoke", "faults"], false), ["faults: never began"]);
     }
 
     #[test]
-    fn what_a_test_prints_does_not_hide_its_verdict() {
+    fn output_of_a_test_does_not_hide_its_verdict() {
         let text = "@@begin s\ntest one ... hello\nworld\nok\ntest two ... test two has been running for over 60 seconds\nFAILED\n\
                     test result: FAILED. 1 passed; 1 failed; 0 ignored; 0 measured\n@@end s status=101 seconds=1\n";
-        let (transcript, _) = read(text);
+        let (transcript, _) = parse(text);
         assert_eq!(transcript.problems(&["s"], false), ["s: two failed"]);
         assert_eq!(transcript.suites[0].tests[0], ("one".to_owned(), Verdict::Ok));
     }
 
     #[test]
-    fn a_verdict_that_was_lost_is_a_problem() {
+    fn lost_verdict_is_a_problem() {
         let text = "@@begin s\ntest one ... noiseok\ntest two ... ok\n\
                     test result: ok. 2 passed; 0 failed; 0 ignored; 0 measured\n@@end s status=0 seconds=1\n";
-        let (transcript, _) = read(text);
-        assert_eq!(transcript.problems(&["s"], false), ["s: libtest counts 2 tests, but 1 were seen"]);
+        let (transcript, _) = parse(text);
+        assert_eq!(transcript.problems(&["s"], false), ["s: libtest counts 2 tests, but 1 verdicts were read"]);
     }
 
     #[test]
-    fn a_suite_that_is_killed_names_the_test() {
+    fn killed_suite_names_the_running_test() {
         let text = "@@begin s\ntest one ... ok\ntest two ... \n@@end s status=137 seconds=60\n";
-        let (transcript, _) = read(text);
+        let (transcript, _) = parse(text);
         assert_eq!(
             transcript.problems(&["s"], false),
-            ["s: killed after 60 s, by its time limit or for want of memory (see the console), during two"]
+            ["s: killed after 60 s, by its time limit or the OOM killer (see the console), during two"]
         );
     }
 
     #[test]
-    fn a_guest_that_dies_is_a_problem_of_its_suite() {
-        let (transcript, _) = read("@@begin s\ntest one ... ok\ntest two ... ");
-        assert_eq!(transcript.problems(&["s"], false), ["s: the guest stopped in it, during two"]);
+    fn guest_that_dies_fails_the_running_suite_and_test() {
+        let (transcript, _) = parse("@@begin s\ntest one ... ok\ntest two ... ");
+        assert_eq!(transcript.problems(&["s"], false), ["s: the guest stopped, during two"]);
+        assert_eq!(transcript.suites[0].failed_tests(), ["two"]);
         assert_eq!(transcript.running().map(|suite| suite.name.as_str()), Some("s"));
     }
 
     #[test]
-    fn a_suite_without_tests_is_a_problem_unless_filtered() {
+    fn suite_without_tests_is_a_problem_unless_filtered() {
         let text = "@@begin s\ntest result: ok. 0 passed; 0 failed; 0 ignored; 0 measured\n@@end s status=0 seconds=0\n";
-        let (transcript, _) = read(text);
+        let (transcript, _) = parse(text);
         assert_eq!(transcript.problems(&["s"], false), ["s: no test ran"]);
         assert_eq!(transcript.problems(&["s"], true), Vec::<String>::new());
     }
 
     #[test]
-    fn other_statuses_and_complaints_of_init_are_problems() {
-        let text = "@@problem disk disk can't be mounted\n@@begin s\ntest one ... ok\n\
+    fn other_statuses_and_problems_of_init_are_problems() {
+        let text = "@@problem cannot mount the disk disk\n@@begin s\ntest one ... ok\n\
                     test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured\n@@end s status=134 seconds=0\n";
-        let (transcript, _) = read(text);
-        assert_eq!(transcript.problems(&["s"], false), ["disk disk can't be mounted", "s: ended with status 134"]);
+        let (transcript, _) = parse(text);
+        assert_eq!(transcript.problems(&["s"], false), ["cannot mount the disk disk", "s: ended with status 134"]);
     }
 }

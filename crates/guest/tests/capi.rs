@@ -1,13 +1,13 @@
-//! C programs on real dma-bufs: the one of the kernel series, and the C suite.
-#![allow(clippy::unwrap_used, reason = "what fails here has failed the test")]
-#![allow(clippy::print_stdout, reason = "what the programs say")]
+//! C programs on real dma-bufs: the kernel series' own program, and the C suite.
+#![allow(clippy::unwrap_used, reason = "a failure here should fail the test")]
+#![allow(clippy::print_stdout, reason = "prints the programs' output")]
 
 mod common;
 
 use std::process::{Command, Output};
 
-use common::{LARGE, RaisedLimit, disk, file, told};
-use dmaload_guest::row;
+use common::{LARGE, SizeLimit, disk, file, format_sizes};
+use dmaload_guest::record_row;
 
 fn run(program: &str, arguments: &[&str]) -> Output {
     let output = Command::new(program).args(arguments).output().unwrap();
@@ -15,8 +15,8 @@ fn run(program: &str, arguments: &[&str]) -> Output {
     output
 }
 
-/// All modes of the program on this heap; each is one dma-buf of the whole file.
-fn every_mode(heap: &str) {
+/// Runs all modes of the program on this heap. Each loads the whole file into one dma-buf.
+fn run_every_mode(heap: &str) {
     let path = file(LARGE);
     for mode in ["normal", "normal_io", "direct_io", "direct_io_check"] {
         let output = run("/bin/dmabuf-heap-file-read", &[heap, mode, path.to_str().unwrap()]);
@@ -25,23 +25,24 @@ fn every_mode(heap: &str) {
         assert!(said.contains("total cost") && said.contains(&format!("for {LARGE} bytes")), "{heap} {mode}: {said}");
         let checked = said.contains("every byte matches the file");
         assert_eq!(checked, mode == "direct_io_check", "{heap} {mode}: {said}");
-        row("capi", &[heap, mode, &told(&[LARGE]), "one", if checked { "equal" } else { "done" }]);
+        record_row("capi", &[heap, mode, &format_sizes(&[LARGE]), "one", if checked { "equal" } else { "done" }]);
     }
 }
 
 #[test]
-fn the_program_of_the_kernel_series_runs_on_the_system_heap() {
-    every_mode("system");
+fn kernel_series_program_runs_on_the_system_heap() {
+    run_every_mode("system");
 }
 
 #[test]
-fn the_program_of_the_kernel_series_runs_on_udmabuf() {
-    let _raised = RaisedLimit::to(256);
-    every_mode("udmabuf");
+fn kernel_series_program_runs_on_udmabuf() {
+    let _raised = SizeLimit::set_mib(256);
+    run_every_mode("udmabuf");
 }
 
 #[test]
-fn a_file_that_udmabuf_has_no_room_for_says_which_limit() {
+fn file_above_udmabufs_limit_fails_and_names_the_limit() {
+    let _limited = SizeLimit::set_mib(64);
     let output = run("/bin/dmabuf-heap-file-read", &["udmabuf", "direct_io", file(LARGE).to_str().unwrap()]);
     let error = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{error}");
@@ -49,7 +50,7 @@ fn a_file_that_udmabuf_has_no_room_for_says_which_limit() {
 }
 
 #[test]
-fn what_c_can_do_right_and_wrong() {
+fn c_suite_passes_on_both_devices() {
     let output = run("/bin/capi-suite", &[disk().to_str().unwrap()]);
     let (said, error) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{error}");

@@ -1,6 +1,7 @@
-//! What goes wrong with dma-bufs: no permission, no such heap, no memory, a bad sector. Clear errors, everything released.
-#![allow(clippy::disallowed_methods, reason = "what is shown here has names of its own making only")]
-#![allow(clippy::unwrap_used, reason = "what fails here has failed the test")]
+//! Faults with dma-bufs: no permission, no such heap, no memory, a bad sector. Checks that errors
+//! say what failed, and that everything is released.
+#![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
+#![allow(clippy::unwrap_used, reason = "a failure here should fail the test")]
 
 mod common;
 
@@ -10,18 +11,18 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use common::{
-    MIB, assert_descriptors_are_back, assert_dma_bufs, assert_gives_memory_back, assert_same, available_bytes, block_on, file,
-    heap, load, original, settled_descriptors, shut_down, sparse_file,
+    LARGE, MIB, assert_descriptors_are_closed, assert_dma_bufs, assert_memory_is_released, assert_same, available_bytes,
+    block_on, file, heap, load, original, settle_descriptors, shut_down, sparse_file,
 };
 use dmaload::{Cache, Errno, Error, Layout, LoadOptions, Loader, Route};
-use dmaload_guest::{BadDisk, SECTOR, bad_bytes, command, row};
+use dmaload_guest::{BadDisk, SECTOR, bad_bytes, record_row, run_dmaload};
 
 fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
 #[track_caller]
-fn fails(output: &Output, words: &[&str]) {
+fn assert_fails(output: &Output, words: &[&str]) {
     let text = stderr(output);
     assert_eq!(output.status.code(), Some(1), "{text}");
     assert!(!text.contains("panicked"), "{text}");
@@ -31,16 +32,16 @@ fn fails(output: &Output, words: &[&str]) {
 }
 
 #[test]
-fn devices_without_permission_are_told_with_their_mode_and_what_to_do() {
+fn devices_without_permission_are_reported_with_their_mode() {
     let path = file(4097);
     let as_nobody = |arguments: &[&str]| {
         let path = path.to_str().unwrap();
         Command::new("/bin/dmaload").arg("load").arg(path).args(arguments).uid(65534).gid(65534).output().unwrap()
     };
-    fails(&as_nobody(&["--heap", "udmabuf"]), &["/dev/udmabuf", "EACCES", "mode is 0600", "owner 0", "setfacl"]);
-    fails(&as_nobody(&["--heap", "dma-heap:system"]), &["/dev/dma_heap/system", "EACCES", "mode is 0600"]);
-    // Never quietly a memfd instead.
-    fails(
+    assert_fails(&as_nobody(&["--heap", "udmabuf"]), &["/dev/udmabuf", "EACCES", "mode is 0600", "owner 0", "setfacl"]);
+    assert_fails(&as_nobody(&["--heap", "dma-heap:system"]), &["/dev/dma_heap/system", "EACCES", "mode is 0600"]);
+    // It does not silently use a memfd.
+    assert_fails(
         &as_nobody(&["--dma-buf"]),
         &["no heap on this machine provides dma-bufs", "udmabuf: ", "dma-heap:system: ", "EACCES", "doctor"],
     );
@@ -48,44 +49,44 @@ fn devices_without_permission_are_told_with_their_mode_and_what_to_do() {
 }
 
 #[test]
-fn an_unknown_heap_is_told_with_the_known_ones() {
+fn error_of_an_unknown_heap_lists_the_known_ones() {
     let path = file(4097);
-    let output = command(&["load", "--heap", "dma-heap:nope", path.to_str().unwrap()]);
-    fails(&output, &["/dev/dma_heap/nope", "ENOENT", "available heaps", "system"]);
-    let output = command(&["load", "--heap", "dma-heap:../udmabuf", path.to_str().unwrap()]);
-    fails(&output, &["EINVAL", "by name, not by path"]);
+    let output = run_dmaload(&["load", "--heap", "dma-heap:nope", path.to_str().unwrap()]);
+    assert_fails(&output, &["/dev/dma_heap/nope", "ENOENT", "available heaps", "system"]);
+    let output = run_dmaload(&["load", "--heap", "dma-heap:../udmabuf", path.to_str().unwrap()]);
+    assert_fails(&output, &["EINVAL", "by its name, not by a path"]);
 }
 
-/// The system heap would wake the OOM killer: it must not even be asked.
+/// The system heap would invoke the OOM killer, so it must not even be asked.
 #[test]
-fn more_than_the_machine_has_is_refused_before_the_heap_is_asked() {
+fn heap_is_never_asked_for_more_than_the_machine_has() {
     let path = sparse_file("too-large.bin", 8 << 30);
-    assert_gives_memory_back(|| {
+    assert_memory_is_released(|| {
         for heap in ["dma-heap:system", "udmabuf"] {
             for layout in ["segmented", "single"] {
-                let output = command(&["load", "--heap", heap, "--layout", layout, path.to_str().unwrap()]);
-                // Memory comes first, also where a single udmabuf would be past its size limit.
-                fails(&output, &["8589934592 more bytes are needed", "MemAvailable"]);
+                let output = run_dmaload(&["load", "--heap", heap, "--layout", layout, path.to_str().unwrap()]);
+                // Memory is checked first, even if a single udmabuf would exceed its size limit.
+                assert_fails(&output, &["8589934592 more bytes are needed", "MemAvailable"]);
             }
         }
     });
     std::fs::remove_file(path).unwrap();
 }
 
-/// A stream's consumer keeps all it gets, and the memory runs out half-way.
+/// A stream's consumer keeps all segments until memory runs out.
 #[test]
-fn a_heap_that_runs_out_half_way_fails_clearly_and_gives_everything_back() {
+fn load_that_runs_out_of_memory_releases_everything() {
     let path = sparse_file("half-way.bin", 3 << 30);
     for name in ["dma-heap:system", "udmabuf"] {
-        let descriptors = settled_descriptors();
-        assert_gives_memory_back(|| runs_out_half_way(name, &path));
-        assert_descriptors_are_back(descriptors);
-        row("faults", &[name, "memory runs out in mid-load", "OutOfMemory, all of it given back"]);
+        let descriptors = settle_descriptors();
+        assert_memory_is_released(|| run_out_of_memory(name, &path));
+        assert_descriptors_are_closed(descriptors);
+        record_row("faults", &[name, "memory runs out in mid-load", "OutOfMemory; all memory is released"]);
     }
     std::fs::remove_file(path).unwrap();
 }
 
-fn runs_out_half_way(name: &str, path: &Path) {
+fn run_out_of_memory(name: &str, path: &Path) {
     let loader = Loader::builder().heap(heap(name)).build().unwrap();
     let mut kept = Vec::new();
     let error = block_on(async {
@@ -100,7 +101,7 @@ fn runs_out_half_way(name: &str, path: &Path) {
     });
     assert!(matches!(&error, Error::OutOfMemory { limit, .. } if limit.contains("MemAvailable")), "{name}: {error}");
     let loaded: usize = kept.iter().map(dmaload::Segment::len).sum();
-    assert!(loaded > 256 * MIB, "{name}: {loaded} bytes came before");
+    assert!(loaded > 256 * MIB, "{name}: only {loaded} bytes were loaded before");
     drop(kept);
     // The next load works.
     let image = load(&loader, &file(4097), loader.load_options()).unwrap();
@@ -110,12 +111,12 @@ fn runs_out_half_way(name: &str, path: &Path) {
 }
 
 #[test]
-fn loads_that_are_dropped_give_everything_back() {
+fn dropped_loads_release_everything() {
     file(64 * MIB);
     for name in ["dma-heap:system", "udmabuf"] {
-        let descriptors = settled_descriptors();
-        assert_gives_memory_back(|| drop_loads(name));
-        assert_descriptors_are_back(descriptors);
+        let descriptors = settle_descriptors();
+        assert_memory_is_released(|| drop_loads(name));
+        assert_descriptors_are_closed(descriptors);
     }
 }
 
@@ -132,13 +133,13 @@ fn drop_loads(name: &str) {
     shut_down(loader);
 }
 
-/// A real medium error, on every heap and route: the load fails and says where; what was handed over before is right; the
-/// next load works.
-fn a_bad_sector_fails_the_load(disk: &BadDisk, how: &str) {
+/// A real medium error, on every heap and route: the load fails and says where, earlier segments
+/// are right, and the next load works.
+fn assert_bad_sector_fails_the_load(disk: &BadDisk, how: &str) {
     let (expected, bad) = (bad_bytes(), disk.offset);
     for name in ["memfd", "udmabuf", "dma-heap:system"] {
         for route in Route::ALL {
-            // A loader of its own: what one load has found out would be known to the next.
+            // A new loader, since a loader remembers what earlier loads found out.
             let loader = Loader::builder()
                 .heap(heap(name))
                 .load_options(LoadOptions::new().segment_bytes(2 << 20))
@@ -167,13 +168,13 @@ fn a_bad_sector_fails_the_load(disk: &BadDisk, how: &str) {
                     }
                 }
             });
-            // Through the page cache every error of the disk is EIO.
+            // Through the page cache the kernel reports every error as EIO.
             let errno = if route.is_direct() { Errno::from_raw_os_error(disk.errno) } else { Errno::EIO };
-            let Error::Read { path, offset, bytes, errno: told, .. } = &error else { panic!("{what}: {error}") };
-            assert_eq!((path, *told), (&disk.file, errno), "{what}: {error}");
+            let Error::Read { path, offset, bytes, errno: reported, .. } = &error else { panic!("{what}: {error}") };
+            assert_eq!((path, *reported), (&disk.file, errno), "{what}: {error}");
             assert!((*offset..offset + bytes).contains(&bad), "{what}: {error}");
             assert!(error.hint().unwrap().contains("storage"), "{what}");
-            // Segments come in order, so none behind the bad one was shown.
+            // Segments come in order, so none behind the bad one was handed out.
             assert!(seen <= bad / (2 << 20), "{what}: {seen} segments");
             let image = load(&loader, &file(4 * MIB), loader.load_options().cache(Cache::Bypass)).unwrap();
             for (segment, part) in image.segments().iter().zip(original()[..4 * MIB].chunks(2 * MIB)) {
@@ -181,30 +182,30 @@ fn a_bad_sector_fails_the_load(disk: &BadDisk, how: &str) {
             }
             shut_down(loader);
         }
-        row("faults", &[name, how, "the load fails with file, offset and errno by every route; the next one works"]);
+        record_row("faults", &[name, how, "the load fails with file, offset and errno by every route; the next one works"]);
     }
 }
 
 #[test]
-fn a_bad_sector_under_nvme_fails_the_load_with_enodata() {
-    a_bad_sector_fails_the_load(&BadDisk::nvme(), "a bad sector under nvme (ENODATA)");
+fn bad_sector_under_nvme_fails_the_load_with_enodata() {
+    assert_bad_sector_fails_the_load(&BadDisk::nvme(), "a bad sector under nvme (ENODATA)");
 }
 
 #[test]
-fn a_bad_sector_under_virtio_fails_the_load_with_eio() {
-    a_bad_sector_fails_the_load(&BadDisk::virtio(), "a bad sector under virtio-blk (EIO)");
+fn bad_sector_under_virtio_fails_the_load_with_eio() {
+    assert_bad_sector_fails_the_load(&BadDisk::virtio(), "a bad sector under virtio-blk (EIO)");
 }
 
 #[test]
-fn the_command_names_the_file_and_the_offset_of_a_bad_sector() {
+fn command_names_file_and_offset_of_a_bad_sector() {
     let disk = BadDisk::nvme();
     let path = disk.file.to_str().unwrap();
-    let output = command(&["load", "--dma-buf", "--layout", "single", path]);
-    fails(&output, &[path, "ENODATA", "at offset", "dmesg"]);
+    let output = run_dmaload(&["load", "--dma-buf", "--layout", "single", path]);
+    assert_fails(&output, &[path, "ENODATA", "at offset", "dmesg"]);
     assert!(output.stdout.is_empty());
 }
 
-/// A memory cgroup of version 2, and how processes get into it.
+/// A memory cgroup of version 2. Removed when dropped.
 struct MemoryGroup(PathBuf);
 
 impl MemoryGroup {
@@ -225,7 +226,7 @@ impl MemoryGroup {
         command
     }
 
-    /// How many processes the kernel has killed here.
+    /// Asserts that the kernel has killed no process of the group.
     #[track_caller]
     fn assert_none_was_killed(&self) {
         let events = std::fs::read_to_string(self.0.join("memory.events")).unwrap();
@@ -241,12 +242,12 @@ impl Drop for MemoryGroup {
 
 const GROUPS: &str = "/sys/fs/cgroup";
 
-/// The kernel's own answer to `memory.max` would be SIGKILL, and to `memory.high` a load that hardly goes on. Of a group's own
-/// limits and those of the groups above it the lowest counts.
+/// The kernel enforces `memory.max` by SIGKILL, and `memory.high` by slowing the load to a crawl.
+/// The lowest limit of a group and its ancestors applies.
 #[test]
-fn limits_of_cgroups_v2_are_refused_before_they_are_met() {
+fn load_above_a_cgroup_v2_limit_fails_before_allocating() {
     let (large, small) = (sparse_file("above-the-limit.bin", 200 << 20), file(20 * MIB));
-    for (above, own, told) in [
+    for (above, own, limit) in [
         (&[][..], &[("memory.max", 120 * MIB)][..], "limit/own/memory.max is 125829120"),
         (&[], &[("memory.high", 120 * MIB), ("memory.max", 400 * MIB)], "limit/own/memory.high is 125829120"),
         (&[("memory.max", 120 * MIB)], &[], "limit/memory.max is 125829120"),
@@ -256,13 +257,13 @@ fn limits_of_cgroups_v2_are_refused_before_they_are_met() {
         std::fs::write(outer.0.join("cgroup.subtree_control"), "+memory").unwrap();
         let group = MemoryGroup::new(&outer.0, "own", own);
         for heap in ["memfd", "udmabuf"] {
-            fails(&group.load(&["--heap", heap], &large).output().unwrap(), &["more bytes are needed", told]);
+            assert_fails(&group.load(&["--heap", heap], &large).output().unwrap(), &["more bytes are needed", limit]);
             let output = group.load(&["--heap", heap], &small).output().unwrap();
-            assert!(output.status.success(), "{told}: {}", stderr(&output));
+            assert!(output.status.success(), "{limit}: {}", stderr(&output));
         }
         group.assert_none_was_killed();
     }
-    // What another process of the group holds is not free.
+    // Memory of another process in the group is not available.
     let group = MemoryGroup::new(Path::new(GROUPS), "limit", &[("memory.max", 200 * MIB)]);
     let path = file(64 * MIB);
     let mut holder = group.load(&["--quiet"], &path);
@@ -271,7 +272,7 @@ fn limits_of_cgroups_v2_are_refused_before_they_are_met() {
     BufReader::new(holder.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
     assert_eq!(line, "held\n");
     let larger = sparse_file("beside-another.bin", 120 << 20);
-    fails(&group.load(&[], &larger).output().unwrap(), &["more bytes are needed", "limit/memory.max is 209715200"]);
+    assert_fails(&group.load(&[], &larger).output().unwrap(), &["more bytes are needed", "limit/memory.max is 209715200"]);
     drop(holder.stdin.take());
     holder.wait().unwrap();
     let output = group.load(&[], &larger).output().unwrap();
@@ -281,9 +282,9 @@ fn limits_of_cgroups_v2_are_refused_before_they_are_met() {
     std::fs::remove_file(large).unwrap();
 }
 
-/// Each finds enough room when it begins, and all of them together do not: the kernel kills none of them.
+/// Each load fits into the cgroup, but all of them together do not.
 #[test]
-fn loads_at_once_in_one_cgroup_v2_fail_with_numbers_and_none_is_killed() {
+fn concurrent_loads_in_a_cgroup_v2_fail_without_being_killed() {
     let paths = [120_u64, 150, 180, 200].map(|mib| sparse_file(&format!("{mib}-mib.bin"), mib << 20));
     let (mut succeeded, mut failed) = (0, 0);
     for options in [&["--heap", "memfd"][..], &["--heap", "udmabuf"], &["--heap", "anon", "--segment-size", "2MiB"]] {
@@ -295,13 +296,13 @@ fn loads_at_once_in_one_cgroup_v2_fail_with_numbers_and_none_is_killed() {
             if output.status.success() {
                 succeeded += 1;
             } else {
-                fails(output, &["more bytes are needed", "at-once/memory.max is 314572800"]);
+                assert_fails(output, &["more bytes are needed", "at-once/memory.max is 314572800"]);
                 failed += 1;
             }
         }
     }
     assert!(succeeded > 0 && failed > 0, "{succeeded} loads succeeded, {failed} failed");
-    // Each has room where it is alone.
+    // Each succeeds alone.
     let group = MemoryGroup::new(Path::new(GROUPS), "at-once", &[("memory.max", 300 * MIB)]);
     for path in &paths {
         let output = group.load(&[], path).output().unwrap();
@@ -309,19 +310,19 @@ fn loads_at_once_in_one_cgroup_v2_fail_with_numbers_and_none_is_killed() {
         std::fs::remove_file(path).unwrap();
     }
     group.assert_none_was_killed();
-    row(
+    record_row(
         "faults",
         &[
             "memfd, udmabuf, anon",
             "four loads in a cgroup with room for one or two",
-            "those without room fail with the numbers; none is killed",
+            "loads without room fail and say how much is missing; none is killed",
         ],
     );
 }
 
 #[test]
-fn a_single_dma_buf_of_the_system_heap_is_charged_once_and_freed() {
-    assert_gives_memory_back(|| {
+fn dma_buf_of_the_system_heap_takes_its_size_and_is_freed() {
+    assert_memory_is_released(|| {
         let before = available_bytes();
         let loader = Loader::builder()
             .heap(heap("dma-heap:system"))
@@ -329,20 +330,23 @@ fn a_single_dma_buf_of_the_system_heap_is_charged_once_and_freed() {
             .build()
             .unwrap();
         for _ in 0..3 {
-            let image = load(&loader, &file(200 * MIB + 777), loader.load_options()).unwrap();
+            let image = load(&loader, &file(LARGE), loader.load_options()).unwrap();
             let taken = before.saturating_sub(available_bytes());
-            assert!(taken < 400 << 20, "{taken} bytes are taken for 200 MiB");
+            assert!(taken < 2 * LARGE as u64, "{taken} bytes are taken for {LARGE}");
             drop(image);
         }
         shut_down(loader);
     });
 }
 
-/// Two loads that fit one by one and not together: one of them fails, and nobody is killed.
+/// Each of two loads fits alone, but both together do not: one fails, and no process is killed.
 #[test]
-fn two_loads_at_once_do_not_wake_the_oom_killer() {
-    assert_gives_memory_back(fill_memory);
-    row("faults", &["dma-heap:system", "two loads, each of 60 % of the memory", "at most one fits; the OOM killer sleeps"]);
+fn concurrent_loads_do_not_invoke_the_oom_killer() {
+    assert_memory_is_released(fill_memory);
+    record_row(
+        "faults",
+        &["dma-heap:system", "two loads, each of 60 % of the memory", "at most one succeeds; no process is killed"],
+    );
 }
 
 fn fill_memory() {
@@ -383,21 +387,21 @@ fn fill_memory() {
     }
 }
 
-/// Limits below the smallest segment there usually is.
+/// Limits below the usual smallest segment.
 #[test]
-fn a_low_size_limit_gives_smaller_segments_and_none_at_all_another_heap() {
+fn low_size_limit_leads_to_smaller_segments_or_another_heap() {
     let path = file(4 * MIB);
-    let lowered = common::RaisedLimit::to(1);
+    let lowered = common::SizeLimit::set_mib(1);
     let loader = Loader::builder().dma_buf(true).build().unwrap();
     let image = load(&loader, &path, loader.load_options()).unwrap();
     assert_eq!((image.report().heap.as_str(), image.segments()[0].len()), ("udmabuf", MIB));
     assert_dma_bufs(image.segments(), &original()[..4 * MIB], "segments of 1 MiB");
     shut_down(loader);
     drop(lowered);
-    let _lowered = common::RaisedLimit::to(0);
-    let output = command(&["load", "--heap", "udmabuf", path.to_str().unwrap()]);
-    fails(&output, &["make a udmabuf", "EINVAL", "size_limit_mb"]);
-    let output = command(&["load", "--dma-buf", path.to_str().unwrap()]);
+    let _lowered = common::SizeLimit::set_mib(0);
+    let output = run_dmaload(&["load", "--heap", "udmabuf", path.to_str().unwrap()]);
+    assert_fails(&output, &["make a udmabuf", "EINVAL", "size_limit_mb"]);
+    let output = run_dmaload(&["load", "--dma-buf", path.to_str().unwrap()]);
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success() && text.contains("dma-heap:system") && text.contains("EINVAL"), "{text}{}", stderr(&output));
 }

@@ -1,7 +1,8 @@
-//! What the suites share: files on the guest's disk, loads, and a look at a dma-buf through its own mapping.
+//! Shared by the suites: files on the guest's disk, loads, and dma-bufs read through their own
+//! mappings.
 #![allow(dead_code, unreachable_pub, reason = "each suite uses a part of it")]
-#![allow(clippy::unwrap_used, reason = "a suite that can't make its file has failed")]
-#![allow(unsafe_code, reason = "a mapping of a dma-buf is shown as a slice")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the suite")]
+#![allow(unsafe_code, reason = "mappings of dma-bufs are viewed as slices")]
 
 use std::fs;
 use std::io::Write;
@@ -12,28 +13,29 @@ use std::time::{Duration, Instant};
 
 use dmabuf::{Access, AddressRange, DmaBuf, Memory, Pages};
 use dmaload::heap::{Heap, HeapChoice};
-use dmaload::{Image, LoadOptions, Loader, Result, Segment};
+use dmaload::{Image, LoadOptions, Loader, Segment};
 use dmaload_testing::{meminfo_bytes, random_bytes};
 
 #[allow(unused_imports, reason = "each suite uses a part of it")]
 pub use dmaload_testing::assert_same;
 
 pub const MIB: usize = 1 << 20;
-/// A large file that is no multiple of anything.
-pub const LARGE: usize = 200 * MIB + 777;
+/// The length of a large file: above the default limit of one udmabuf (64 MiB), more than twice
+/// the window of the loaders here, and not a multiple of a block or page.
+pub const LARGE: usize = 72 * MIB + 777;
 
 /// A folder on the guest's disk.
 pub fn disk() -> &'static Path {
     Path::new(env!("CARGO_TARGET_TMPDIR"))
 }
 
-/// The bytes of all files here: a file of `len` bytes holds the first `len` of them.
+/// The bytes of all files here: a file of `len` bytes has the first `len` of them.
 pub fn original() -> &'static [u8] {
     static BYTES: OnceLock<Vec<u8>> = OnceLock::new();
     BYTES.get_or_init(|| random_bytes(LARGE, 11))
 }
 
-/// A file with the first `len` bytes of the original.
+/// Returns a file with the first `len` bytes of [`original`], made once.
 pub fn file(len: usize) -> PathBuf {
     let path = disk().join(format!("{len}.bin"));
     if fs::metadata(&path).map_or(0, |found| found.len()) != len as u64 || len == 0 {
@@ -44,18 +46,18 @@ pub fn file(len: usize) -> PathBuf {
     path
 }
 
-/// Sizes as a person reads them: `8 MiB + 1`.
-pub fn told(sizes: &[usize]) -> String {
-    let told = |size: &usize| match (size / MIB, size % MIB) {
+/// Formats sizes for people: `8 MiB + 1`.
+pub fn format_sizes(sizes: &[usize]) -> String {
+    let format_size = |size: &usize| match (size / MIB, size % MIB) {
         (0, bytes) => bytes.to_string(),
         (mib, 0) => format!("{mib} MiB"),
         (mib, bytes) if bytes + 1 == MIB => format!("{} MiB − 1", mib + 1),
         (mib, bytes) => format!("{mib} MiB + {bytes}"),
     };
-    sizes.iter().map(told).collect::<Vec<_>>().join(", ")
+    sizes.iter().map(format_size).collect::<Vec<_>>().join(", ")
 }
 
-/// A file of zeros that takes no room on the disk.
+/// Makes a file of zeros that occupies no blocks on the disk.
 pub fn sparse_file(name: &str, len: u64) -> PathBuf {
     let path = disk().join(name);
     fs::File::create(&path).unwrap().set_len(len).unwrap();
@@ -70,7 +72,7 @@ pub fn block_on<T>(future: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap().block_on(future)
 }
 
-pub fn load(loader: &Loader, path: &Path, options: LoadOptions) -> Result<Image> {
+pub fn load(loader: &Loader, path: &Path, options: LoadOptions) -> dmaload::Result<Image> {
     block_on(async { loader.load(path).options(options).await })
 }
 
@@ -78,20 +80,20 @@ pub fn shut_down(loader: Loader) {
     block_on(loader.shutdown()).unwrap();
 }
 
-/// Shows a dma-buf's bytes through a mapping of its own, between begin and end of CPU access.
-pub fn with_mapping<T>(dma_buf: OwnedFd, look: impl FnOnce(&[u8]) -> T) -> T {
+/// Maps a dma-buf, and passes its bytes to `inspect` between begin and end of CPU access.
+pub fn with_mapping<T>(dma_buf: OwnedFd, inspect: impl FnOnce(&[u8]) -> T) -> T {
     let memory = Memory::DmaBuf(DmaBuf::from_fd(dma_buf).unwrap());
     let dma_buf = memory.dma_buf().unwrap();
     let bytes = dma_buf.bytes();
     let mapping = AddressRange::reserve(bytes).unwrap().map(&memory, 0, bytes).unwrap();
     let access = dma_buf.cpu_access(Access::Read).unwrap();
-    // SAFETY: the mapping has that many bytes, and nobody writes to the dma-buf while a test looks at it.
-    let seen = look(unsafe { std::slice::from_raw_parts(mapping.address().as_ptr(), bytes) });
+    // SAFETY: the mapping has that many bytes, and nothing writes to the dma-buf meanwhile.
+    let seen = inspect(unsafe { std::slice::from_raw_parts(mapping.address().as_ptr(), bytes) });
     access.end().unwrap();
     seen
 }
 
-/// The segments' dma-bufs hold exactly these bytes, and zeros to their ends.
+/// Asserts that the segments' dma-bufs have exactly these bytes, followed by zeros to their ends.
 #[track_caller]
 pub fn assert_dma_bufs(segments: &[Segment], expected: &[u8], what: &str) {
     let mut at = 0;
@@ -107,18 +109,17 @@ pub fn assert_dma_bufs(segments: &[Segment], expected: &[u8], what: &str) {
     assert_eq!(at, expected.len(), "{what}: all of the file");
 }
 
-/// Memory that is available without counting on the page cache, which has its own ways.
+/// The memory that is available after the page cache was dropped.
 pub fn available_bytes() -> u64 {
     rustix::fs::sync();
     fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
     meminfo_bytes("MemAvailable")
 }
 
-/// What `work` takes of the guest's memory comes back. A kernel that was short of memory, and a process that has new threads,
-/// keep some for themselves from then on, once; a leak loses as much again each time. So what is short after the first time must
-/// not be short again.
+/// Asserts that `work` releases the guest's memory. Kernel caches and new threads may keep some of
+/// it once; a leak loses as much each time. So one of three rounds must release all of it.
 #[track_caller]
-pub fn assert_gives_memory_back(mut work: impl FnMut()) {
+pub fn assert_memory_is_released(mut work: impl FnMut()) {
     let mut lost = Vec::new();
     for _ in 0..3 {
         let before = available_bytes();
@@ -136,15 +137,16 @@ pub fn assert_gives_memory_back(mut work: impl FnMut()) {
             std::thread::sleep(Duration::from_millis(50));
         }
     }
-    panic!("each time some bytes did not come back: {lost:?}");
+    panic!("bytes that were not released, in each round: {lost:?}");
 }
 
 pub fn open_descriptors() -> usize {
     fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
-/// The number of open descriptors when none goes any more: segments of earlier tests are closed by a thread.
-pub fn settled_descriptors() -> usize {
+/// Waits until a thread has closed the segments of earlier tests, and returns the number of open
+/// descriptors.
+pub fn settle_descriptors() -> usize {
     let mut seen = open_descriptors();
     loop {
         std::thread::sleep(Duration::from_millis(200));
@@ -157,29 +159,156 @@ pub fn settled_descriptors() -> usize {
 }
 
 #[track_caller]
-pub fn assert_descriptors_are_back(before: usize) {
+pub fn assert_descriptors_are_closed(before: usize) {
     let deadline = Instant::now() + Duration::from_secs(10);
     while open_descriptors() != before {
-        assert!(Instant::now() < deadline, "{} descriptors are open, {before} were", open_descriptors());
+        assert!(Instant::now() < deadline, "{} descriptors are open, and {before} were before", open_descriptors());
         std::thread::sleep(Duration::from_millis(20));
     }
 }
 
 pub const SIZE_LIMIT: &str = "/sys/module/udmabuf/parameters/size_limit_mb";
 
-/// Raises udmabuf's size limit, until it is dropped.
-pub struct RaisedLimit(String);
+/// udmabuf's size limit, whose default depends on the kernel. Restored when dropped.
+pub struct SizeLimit(String);
 
-impl RaisedLimit {
-    pub fn to(mib: u32) -> Self {
+impl SizeLimit {
+    pub fn set_mib(mib: u32) -> Self {
         let before = fs::read_to_string(SIZE_LIMIT).unwrap();
         fs::write(SIZE_LIMIT, mib.to_string()).unwrap();
-        RaisedLimit(before)
+        SizeLimit(before)
     }
 }
 
-impl Drop for RaisedLimit {
+impl Drop for SizeLimit {
     fn drop(&mut self) {
         fs::write(SIZE_LIMIT, self.0.trim()).unwrap();
     }
+}
+
+const THP: &str = "/sys/kernel/mm/transparent_hugepage";
+
+/// Settings of transparent huge pages. Restored when dropped.
+pub struct ThpSettings(Vec<(String, String)>);
+
+impl ThpSettings {
+    pub fn set(settings: &[(&str, &str)]) -> Self {
+        let mut before = Vec::new();
+        for (file, value) in settings {
+            let file = format!("{THP}/{file}");
+            let text = fs::read_to_string(&file).unwrap();
+            let (_, rest) = text.split_once('[').unwrap();
+            before.push((file.clone(), rest.split(']').next().unwrap().to_owned()));
+            fs::write(&file, value).unwrap();
+        }
+        ThpSettings(before)
+    }
+}
+
+impl Drop for ThpSettings {
+    fn drop(&mut self) {
+        for (file, value) in &self.0 {
+            fs::write(file, value).unwrap();
+        }
+    }
+}
+
+pub const PAGE: usize = 4096;
+
+/// Counts of the folios under a range of memory.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Folios {
+    /// Folios of a single page.
+    pub pages: usize,
+    /// Pages in larger folios.
+    pub compound_pages: usize,
+    /// Larger folios, counted by their first pages.
+    pub compound: usize,
+}
+
+impl Folios {
+    /// Formats them for people, if the larger ones have 2 MiB.
+    pub fn describe(self) -> String {
+        match self.pages {
+            0 => format!("{} folios of 2 MiB", self.compound),
+            pages => format!("{} folios of 2 MiB and {pages} pages", self.compound),
+        }
+    }
+
+    /// Adds the folios under mapped memory. Reads the page tables, which requires root.
+    #[track_caller]
+    pub fn add(&mut self, address: usize, bytes: usize) {
+        use std::os::unix::fs::FileExt;
+        const HEAD: u64 = 1 << 15;
+        const TAIL: u64 = 1 << 16;
+        let pagemap = fs::File::open("/proc/self/pagemap").unwrap();
+        let flags = fs::File::open("/proc/kpageflags").unwrap();
+        let word = |file: &fs::File, index: u64| {
+            let mut word = [0; 8];
+            file.read_exact_at(&mut word, index * 8).unwrap();
+            u64::from_ne_bytes(word)
+        };
+        for page in address / PAGE..(address + bytes) / PAGE {
+            let entry = word(&pagemap, page as u64);
+            assert!(entry >> 63 == 1, "a page is not present");
+            let frame = entry & ((1 << 55) - 1);
+            assert_ne!(frame, 0, "page frame numbers require root");
+            let flags = word(&flags, frame);
+            let is_compound = flags & (HEAD | TAIL) != 0;
+            self.pages += usize::from(!is_compound);
+            self.compound_pages += usize::from(is_compound);
+            self.compound += usize::from(flags & HEAD != 0);
+        }
+    }
+}
+
+/// Populates the first bytes of a memfd by faults, and returns their folios.
+///
+/// Maps them at a multiple of 2 MiB: a fault makes a large folio only if the folio's offset in the
+/// memfd and its address are both multiples of its size.
+#[track_caller]
+pub fn fault_in(memfd: &OwnedFd, bytes: usize) -> Folios {
+    use std::os::fd::AsRawFd;
+    let (align, flags) = (dmabuf::HUGE_PAGE_BYTES, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
+    // SAFETY: without an address the kernel replaces no mapping.
+    let reserved = unsafe { libc::mmap(std::ptr::null_mut(), bytes + align, libc::PROT_NONE, flags, -1, 0) };
+    assert_ne!(reserved, libc::MAP_FAILED);
+    let start = reserved.map_addr(|address| address.next_multiple_of(align));
+    let (access, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_POPULATE);
+    // SAFETY: the range is within the reserved one, which nothing else uses.
+    let mapped = unsafe { libc::mmap(start, bytes, access, flags, memfd.as_raw_fd(), 0) };
+    assert_eq!(mapped, start);
+    let mut folios = Folios::default();
+    folios.add(start.addr(), bytes);
+    // SAFETY: the range was reserved above, and nothing else uses it.
+    assert_eq!(unsafe { libc::munmap(reserved, bytes + align) }, 0);
+    folios
+}
+
+/// `struct udmabuf_create` of linux/udmabuf.h.
+#[repr(C)]
+struct Create {
+    memfd: u32,
+    flags: u32,
+    offset: u64,
+    size: u64,
+}
+
+/// Makes a dma-buf of a memfd, as a vendor's library does.
+///
+/// # Errors
+/// The kernel's errno.
+pub fn create_udmabuf(memfd: &OwnedFd, bytes: usize) -> Result<OwnedFd, dmaload::Errno> {
+    use std::os::fd::{AsRawFd, FromRawFd};
+    const UDMABUF_CREATE: u32 = 0x4018_7542;
+    let device = rustix::fs::open("/dev/udmabuf", rustix::fs::OFlags::RDWR, rustix::fs::Mode::empty()).unwrap();
+    let create = Create { memfd: memfd.as_raw_fd().cast_unsigned(), flags: 1, offset: 0, size: bytes as u64 };
+    // SAFETY: the number belongs to this structure, which the kernel only reads.
+    let fd = unsafe { libc::ioctl(device.as_raw_fd(), UDMABUF_CREATE as _, &raw const create) };
+    if fd < 0 {
+        let errno = std::io::Error::last_os_error().raw_os_error().unwrap();
+        return Err(dmaload::Errno::from_raw_os_error(errno));
+    }
+    // SAFETY: the kernel has just made this descriptor, and nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

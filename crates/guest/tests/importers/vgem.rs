@@ -1,5 +1,6 @@
-//! Attaches a dma-buf to a real DRM driver. vgem asks the exporter for the buffer's page list as any graphics driver
-//! would, but lets nobody map an import afterwards: this proves that attaching works, not which bytes are seen.
+//! Attaches a dma-buf to a real DRM driver. vgem asks the exporter for the buffer's page list, as
+//! any graphics driver does, but its imports cannot be mapped: this proves that attaching works,
+//! not which bytes the driver sees.
 
 use std::{
     ffi::c_int,
@@ -39,7 +40,7 @@ struct GemClose {
 }
 const _: () = assert!(size_of::<GemClose>() == 8);
 
-/// What `_IOW` (1) and `_IOWR` (3) of the kernel's headers make of type 'd'.
+/// Computes `_IOW` (direction 1) and `_IOWR` (3) of the kernel's headers, for type 'd'.
 #[allow(clippy::cast_possible_truncation, reason = "the size is asserted to be small")]
 const fn number<T>(direction: u32, command: u8) -> u32 {
     assert!(size_of::<T>() < 1 << 14);
@@ -55,22 +56,24 @@ const _: () = {
     assert!(DRM_IOCTL_PRIME_FD_TO_HANDLE == number::<PrimeHandle>(3, 0x2e));
 };
 
-/// Imports the dma-buf into vgem and lets go of it again.
+/// Imports the dma-buf into vgem and closes the import.
 pub(crate) fn attach(dma_buf: BorrowedFd<'_>) -> io::Result<()> {
-    let node = node()?;
+    let node = open_node()?;
     let mut import = PrimeHandle { handle: 0, flags: 0, fd: dma_buf.as_raw_fd() };
-    retried("importing the dma-buf", || {
-        // SAFETY: the number is the one of `PrimeHandle` (asserted above); the kernel reads and writes those 12 bytes.
+    retry("importing the dma-buf", || {
+        // SAFETY: the number is the one of `PrimeHandle` (asserted above); the kernel reads and
+        // writes those 12 bytes.
         unsafe { libc::ioctl(node.as_raw_fd(), DRM_IOCTL_PRIME_FD_TO_HANDLE as _, &raw mut import) }
     })?;
     let close = GemClose { handle: import.handle, pad: 0 };
-    retried("closing the import", || {
-        // SAFETY: the number is the one of `GemClose` (asserted above); the kernel only reads those 8 bytes.
+    retry("closing the import", || {
+        // SAFETY: the number is the one of `GemClose` (asserted above); the kernel only reads
+        // those 8 bytes.
         unsafe { libc::ioctl(node.as_raw_fd(), DRM_IOCTL_GEM_CLOSE as _, &raw const close) }
     })
 }
 
-fn retried(step: &str, mut call: impl FnMut() -> c_int) -> io::Result<()> {
+fn retry(step: &str, mut call: impl FnMut() -> c_int) -> io::Result<()> {
     loop {
         if call() >= 0 {
             return Ok(());
@@ -82,8 +85,9 @@ fn retried(step: &str, mut call: impl FnMut() -> c_int) -> io::Result<()> {
     }
 }
 
-/// Render nodes sort last and are tried first: they need neither a master nor authentication.
-fn node() -> io::Result<File> {
+/// Opens vgem's node. Render nodes sort last and are tried first, since they need neither a master
+/// nor authentication.
+fn open_node() -> io::Result<File> {
     let mut paths: Vec<PathBuf> = Vec::new();
     for entry in fs::read_dir("/dev/dri")? {
         let path = entry?.path();
@@ -116,9 +120,10 @@ fn is_vgem(node: &File) -> bool {
         desc_len: 0,
         desc: ptr::null_mut(),
     };
-    let asked = retried("asking for the driver's name", || {
-        // SAFETY: the number is the one of `Version` (asserted above); the kernel writes at most `name_len` bytes to
-        // `name`, which is that long and lives here, and nothing through the pointers whose lengths are 0.
+    let asked = retry("asking for the driver's name", || {
+        // SAFETY: the number is the one of `Version` (asserted above); the kernel writes at most
+        // `name_len` bytes to `name`, which is that long and lives here, and nothing through the
+        // pointers whose lengths are 0.
         unsafe { libc::ioctl(node.as_raw_fd(), DRM_IOCTL_VERSION as _, &raw mut version) }
     });
     // The kernel reports the name's full length, which can be more than it copied.

@@ -1,9 +1,8 @@
-//! Reads a dma-buf through a real importer: vivid's video output takes the dma-buf, its loopback
-//! copies the frame to vivid's capture side, and the bytes that the driver's own kernel mapping
-//! saw come back.
+//! Reads a dma-buf through a real importer: vivid's video output takes the dma-buf, and its
+//! loopback copies the frame from the driver's own kernel mapping to vivid's capture side.
 //!
-//! Requires the module with one HDMI output and one HDMI input:
-//! `modprobe vivid n_devs=1 node_types=0x101 num_inputs=1 input_types=3 num_outputs=1 output_types=1`
+//! Requires the module with one HDMI output and one HDMI input: `modprobe vivid n_devs=1
+//! node_types=0x101 num_inputs=1 input_types=3 num_outputs=1 output_types=1`
 
 mod controls;
 mod queue;
@@ -22,12 +21,12 @@ use std::{
 use self::controls::set_controls;
 use self::queue::Queue;
 use self::v4l2::{
-    CAP_CAPTURE, CAP_DEVICE_CAPS, CAP_OUTPUT, CAP_STREAMING, CAPTURE, COLORSPACE_SRGB, Capability, DvTimings, FIELD_NONE, Format,
-    G_DV_TIMINGS, MEMORY_DMABUF, MEMORY_MMAP, OUTPUT, PixFormat, QBUF, QUERYCAP, RGB24, RGB24_BYTES, S_DV_TIMINGS, S_FMT, during,
-    failed, ioctl, text,
+    CAP_CAPTURE, CAP_DEVICE_CAPS, CAP_OUTPUT, CAP_STREAMING, CAPTURE, COLORSPACE_SRGB, Capability, DvTimings, ENUM_DV_TIMINGS,
+    EnumDvTimings, FIELD_NONE, Format, G_DV_TIMINGS, MEMORY_DMABUF, MEMORY_MMAP, OUTPUT, PixFormat, QBUF, QUERYCAP, RGB24,
+    RGB24_BYTES, S_DV_TIMINGS, S_FMT, field_text, ioctl, name_step, vivid_error,
 };
 
-/// Output buffers, all of the same dma-buf. Older kernels do not start with fewer than two.
+/// Output buffers, all of the same dma-buf. Older kernels need at least two to start.
 const OUTPUT_BUFFERS: u32 = 2;
 /// Capture buffers: the driver fills some while one is being read.
 const CAPTURE_BUFFERS: u32 = 4;
@@ -41,32 +40,38 @@ pub(crate) struct Loopback {
 }
 
 impl Loopback {
-    /// Finds the nodes and sets them up. The settings are the driver's, not the open file's: use
-    /// one `Loopback` at a time.
+    /// Opens the nodes and sets them up for frames of 1280 by 720 pixels, which exceed 2 MiB. The
+    /// settings belong to the driver and not to the open file, so use one `Loopback` at a time.
     pub(crate) fn open() -> io::Result<Self> {
-        let (output, capture, instance) = nodes()?;
-        let linked = during("output controls", set_controls(&output, &instance))?;
-        if !during("capture controls", set_controls(&capture, &instance))? && !linked {
-            return Err(failed(ErrorKind::Unsupported, "no control connects the output to the input"));
-        }
-        // The capture side loops only a signal with the timings that it was set to.
-        let mut timings = DvTimings::default();
-        during("G_DV_TIMINGS", ioctl(&output, &G_DV_TIMINGS, &mut timings))?;
-        during("S_DV_TIMINGS", ioctl(&capture, &S_DV_TIMINGS, &mut timings))?;
+        Self::with_frames_of(1280, 720)
+    }
 
-        let out = during("output format", set_format(&output, OUTPUT))?;
-        let cap = during("capture format", set_format(&capture, CAPTURE))?;
+    /// Like [`open`](Self::open), with frames of this size, which must be a video standard's.
+    pub(crate) fn with_frames_of(width: u32, height: u32) -> io::Result<Self> {
+        let (output, capture, instance) = open_nodes()?;
+        let linked = name_step("output controls", set_controls(&output, &instance))?;
+        if !name_step("capture controls", set_controls(&capture, &instance))? && !linked {
+            return Err(vivid_error(ErrorKind::Unsupported, "no control connects the output to the input"));
+        }
+        // The capture side accepts only a signal with the timings that it is set to.
+        let mut timings = find_timings(&output, width, height)?;
+        name_step("S_DV_TIMINGS of the output", ioctl(&output, &S_DV_TIMINGS, &mut timings))?;
+        name_step("G_DV_TIMINGS", ioctl(&output, &G_DV_TIMINGS, &mut timings))?;
+        name_step("S_DV_TIMINGS", ioctl(&capture, &S_DV_TIMINGS, &mut timings))?;
+
+        let out = name_step("output format", set_format(&output, OUTPUT, &timings))?;
+        let cap = name_step("capture format", set_format(&capture, CAPTURE, &timings))?;
         let shape = |pix: &PixFormat| (pix.width, pix.height, pix.pixelformat, pix.field, pix.bytesperline, pix.sizeimage);
         let packed = out.width * RGB24_BYTES;
         let wanted = (out.width, out.height, RGB24, FIELD_NONE, packed, packed * out.height);
         if shape(&out) != wanted || shape(&cap) != wanted {
             let why = format!("no common packed format: output {:?}, capture {:?}", shape(&out), shape(&cap));
-            return Err(failed(ErrorKind::Unsupported, &why));
+            return Err(vivid_error(ErrorKind::Unsupported, &why));
         }
         Ok(Self { output, capture, frame: out.sizeimage })
     }
 
-    /// Number of bytes at the start of a dma-buf that one pass shows.
+    /// The number of bytes at the start of a dma-buf that one pass returns.
     pub(crate) fn frame_bytes(&self) -> usize {
         self.frame as usize
     }
@@ -78,14 +83,14 @@ impl Loopback {
     /// frame with fresh noise, so equal frames come from the output. The dma-buf must not change
     /// meanwhile.
     pub(crate) fn pass(&mut self, dma_buf: BorrowedFd<'_>, buffer_bytes: usize) -> io::Result<Vec<u8>> {
-        let length = u32::try_from(buffer_bytes).map_err(|_| failed(ErrorKind::InvalidInput, "4 GiB or more"))?;
+        let length = u32::try_from(buffer_bytes).map_err(|_| vivid_error(ErrorKind::InvalidInput, "4 GiB or more"))?;
         if length < self.frame {
-            return Err(failed(ErrorKind::InvalidInput, "the dma-buf is smaller than a frame"));
+            return Err(vivid_error(ErrorKind::InvalidInput, "the dma-buf is smaller than a frame"));
         }
         // Linux 6.12 leaks a reference to a dma-buf that it finds too short, so check first.
-        let size = during("the dma-buf's size", File::from(dma_buf.try_clone_to_owned()?).seek(SeekFrom::End(0)))?;
+        let size = name_step("the dma-buf's size", File::from(dma_buf.try_clone_to_owned()?).seek(SeekFrom::End(0)))?;
         if size < u64::from(length) {
-            return Err(failed(ErrorKind::InvalidInput, "the dma-buf is smaller than was said"));
+            return Err(vivid_error(ErrorKind::InvalidInput, "the dma-buf is smaller than stated"));
         }
         let fd = u32::try_from(dma_buf.as_raw_fd()).map_err(|_| Error::from_raw_os_error(libc::EBADF))?;
 
@@ -97,7 +102,7 @@ impl Loopback {
             buffer.bytesused = self.frame;
             buffer.length = length;
             buffer.place = fd;
-            during("queueing the dma-buf", ioctl(output.node, &QBUF, &mut buffer))?;
+            name_step("queueing the dma-buf", ioctl(output.node, &QBUF, &mut buffer))?;
         }
         output.start()?;
 
@@ -109,9 +114,9 @@ impl Loopback {
     }
 }
 
-/// Opens the output and the capture node of one vivid instance. Also returns the instance's number
-/// as its controls spell it.
-fn nodes() -> io::Result<(File, File, String)> {
+/// Opens the output and the capture node of one vivid instance. Also returns the instance's
+/// number, as its controls spell it.
+fn open_nodes() -> io::Result<(File, File, String)> {
     let mut paths: Vec<PathBuf> = Vec::new();
     for entry in fs::read_dir("/dev")? {
         let entry = entry?;
@@ -132,12 +137,12 @@ fn nodes() -> io::Result<(File, File, String)> {
             }
         };
         let mut about = Capability::default();
-        if ioctl(&node, &QUERYCAP, &mut about).is_err() || text(&about.driver) != "vivid" {
+        if ioctl(&node, &QUERYCAP, &mut about).is_err() || field_text(&about.driver) != "vivid" {
             continue;
         }
         let has_own = about.capabilities & CAP_DEVICE_CAPS != 0;
         let able = if has_own { about.device_caps } else { about.capabilities };
-        let bus = text(&about.bus_info).to_owned();
+        let bus = field_text(&about.bus_info).to_owned();
         if able & CAP_STREAMING == 0 {
             continue;
         }
@@ -153,16 +158,29 @@ fn nodes() -> io::Result<(File, File, String)> {
             return Ok((output, captures.swap_remove(at).0, instance));
         }
     }
-    Err(refused.unwrap_or_else(|| failed(ErrorKind::NotFound, "no output and capture node of one instance")))
+    Err(refused.unwrap_or_else(|| vivid_error(ErrorKind::NotFound, "no output and capture node of one instance")))
 }
 
-/// Sets RGB24, which passes the loopback as plain bytes. With cropping and scaling off, the size
-/// is the signal's own whatever the request says: 1280x720 as the driver starts, which is over 2
-/// MiB.
-fn set_format(node: &File, kind: u32) -> io::Result<PixFormat> {
+/// Finds the first progressive timings of this size.
+fn find_timings(node: &File, width: u32, height: u32) -> io::Result<DvTimings> {
+    for index in 0.. {
+        let mut entry = EnumDvTimings { index, ..EnumDvTimings::default() };
+        // The list ends with EINVAL.
+        name_step("ENUM_DV_TIMINGS", ioctl(node, &ENUM_DV_TIMINGS, &mut entry))?;
+        let found = entry.timings;
+        if (found.width, found.height, found.interlaced) == (width, height, 0) {
+            return Ok(found);
+        }
+    }
+    Err(vivid_error(ErrorKind::Unsupported, "no timings of this size"))
+}
+
+/// Sets RGB24, which passes the loopback as plain bytes. With cropping and scaling off, the driver
+/// uses the signal's size, whatever is requested.
+fn set_format(node: &File, kind: u32, timings: &DvTimings) -> io::Result<PixFormat> {
     let pix = PixFormat {
-        width: 1280,
-        height: 720,
+        width: timings.width,
+        height: timings.height,
         pixelformat: RGB24,
         field: FIELD_NONE,
         colorspace: COLORSPACE_SRGB,

@@ -10,12 +10,12 @@ use std::{
 };
 
 use super::v4l2::{
-    BUFFER_ERROR, Buffer, DQBUF, QBUF, QUERYBUF, REQBUFS, RequestBuffers, STREAMOFF, STREAMON, during, failed, ioctl,
+    BUFFER_ERROR, Buffer, DQBUF, QBUF, QUERYBUF, REQBUFS, RequestBuffers, STREAMOFF, STREAMON, ioctl, name_step, vivid_error,
 };
 
-/// Limit for one frame to come round. An emulated guest needs a fraction of a second.
-const LIMIT: Duration = Duration::from_secs(10);
-/// Frames discarded after the start, which may show an earlier pass.
+/// The time limit for one pass. An emulated guest needs a fraction of a second on an idle host.
+const LIMIT: Duration = Duration::from_secs(20);
+/// Frames to discard after the start, which may be of an earlier pass.
 const SKIPPED: u32 = 2;
 
 /// The buffers of one direction. Dropping it frees them, also after a failed pass: the driver must
@@ -30,7 +30,7 @@ pub(super) struct Queue<'a> {
 impl<'a> Queue<'a> {
     pub(super) fn new(node: &'a File, kind: u32, memory: u32, count: u32) -> io::Result<Self> {
         let mut request = RequestBuffers { count, kind, memory, ..RequestBuffers::default() };
-        during("REQBUFS", ioctl(node, &REQBUFS, &mut request))?;
+        name_step("REQBUFS", ioctl(node, &REQBUFS, &mut request))?;
         Ok(Self { node, kind, memory, count: request.count })
     }
 
@@ -40,15 +40,15 @@ impl<'a> Queue<'a> {
 
     pub(super) fn start(&self) -> io::Result<()> {
         let mut kind = self.kind;
-        during("STREAMON", ioctl(self.node, &STREAMON, &mut kind))
+        name_step("STREAMON", ioctl(self.node, &STREAMON, &mut kind))
     }
 
     /// Stops the stream and frees the buffers. Both calls are harmless on an idle, empty queue.
     pub(super) fn stop(&self) -> io::Result<()> {
         let mut kind = self.kind;
-        let stopped = during("STREAMOFF", ioctl(self.node, &STREAMOFF, &mut kind));
+        let stopped = name_step("STREAMOFF", ioctl(self.node, &STREAMOFF, &mut kind));
         let mut none = RequestBuffers { kind: self.kind, memory: self.memory, ..RequestBuffers::default() };
-        let freed = during("REQBUFS 0", ioctl(self.node, &REQBUFS, &mut none));
+        let freed = name_step("REQBUFS 0", ioctl(self.node, &REQBUFS, &mut none));
         stopped.and(freed)
     }
 
@@ -57,56 +57,59 @@ impl<'a> Queue<'a> {
         let mut mappings = Vec::new();
         for index in 0..self.count {
             let mut buffer = self.buffer(index);
-            during("QUERYBUF", ioctl(self.node, &QUERYBUF, &mut buffer))?;
+            name_step("QUERYBUF", ioctl(self.node, &QUERYBUF, &mut buffer))?;
             if (buffer.length as usize) < frame {
-                return Err(failed(ErrorKind::InvalidData, "capture buffers smaller than a frame"));
+                return Err(vivid_error(ErrorKind::InvalidData, "capture buffers smaller than a frame"));
             }
             mappings.push(Mapping::new(self.node, buffer.place, frame)?);
             let mut buffer = self.buffer(index);
-            during("queueing a capture buffer", ioctl(self.node, &QBUF, &mut buffer))?;
+            name_step("queueing a capture buffer", ioctl(self.node, &QBUF, &mut buffer))?;
         }
         self.start()?;
         let deadline = Instant::now() + LIMIT;
         let mut seen = 0;
         let mut last: Option<Vec<u8>> = None;
         loop {
-            wait_readable(self.node, deadline)?;
+            if !wait_until_readable(self.node, deadline)? {
+                let why = format!("no two equal frames in {} s, of {seen} captured ones", LIMIT.as_secs());
+                return Err(vivid_error(ErrorKind::TimedOut, &why));
+            }
             let mut buffer = self.buffer(0);
             match ioctl(self.node, &DQBUF, &mut buffer) {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => continue,
-                other => during("DQBUF", other)?,
+                other => name_step("DQBUF", other)?,
             }
             seen += 1;
             let whole = buffer.flags & BUFFER_ERROR == 0 && buffer.bytesused as usize == frame;
             if whole && seen > SKIPPED {
                 let mapping = mappings
                     .get(buffer.index as usize)
-                    .ok_or_else(|| failed(ErrorKind::InvalidData, "a capture buffer that does not exist"))?;
+                    .ok_or_else(|| vivid_error(ErrorKind::InvalidData, "a capture buffer that does not exist"))?;
                 let now = mapping.to_vec();
                 if last.as_ref() == Some(&now) {
                     return Ok(now);
                 }
                 last = Some(now);
             }
-            let mut again = self.buffer(buffer.index);
-            during("queueing a capture buffer", ioctl(self.node, &QBUF, &mut again))?;
+            let mut returned = self.buffer(buffer.index);
+            name_step("queueing a capture buffer", ioctl(self.node, &QBUF, &mut returned))?;
         }
     }
 }
 
 impl Drop for Queue<'_> {
     fn drop(&mut self) {
-        // A failure cannot be reported here. A pass that got its frame has stopped the queue
-        // itself.
+        // An error cannot be reported here; a successful pass has stopped the queue before.
         let _ = self.stop();
     }
 }
 
-fn wait_readable(node: &File, deadline: Instant) -> io::Result<()> {
+/// Waits for a captured frame. Returns whether one came before the deadline.
+fn wait_until_readable(node: &File, deadline: Instant) -> io::Result<bool> {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            return Err(failed(ErrorKind::TimedOut, "no looped frame came in time"));
+            return Ok(false);
         }
         let mut entry = libc::pollfd { fd: node.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         let milliseconds = i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX);
@@ -118,9 +121,9 @@ fn wait_readable(node: &File, deadline: Instant) -> io::Result<()> {
                 return Err(error);
             }
         } else if entry.revents & libc::POLLIN != 0 {
-            return Ok(());
+            return Ok(true);
         } else if ready > 0 {
-            return Err(failed(ErrorKind::BrokenPipe, "the capture queue reports an error"));
+            return Err(vivid_error(ErrorKind::BrokenPipe, "the capture queue reports an error"));
         }
     }
 }
@@ -137,9 +140,9 @@ impl Mapping {
         // SAFETY: without an address the kernel picks a free range and replaces no mapping.
         let start = unsafe { libc::mmap(ptr::null_mut(), length, read, shared, fd, libc::off_t::from(offset)) };
         if start == libc::MAP_FAILED {
-            return during("mapping a capture buffer", Err(Error::last_os_error()));
+            return name_step("mapping a capture buffer", Err(Error::last_os_error()));
         }
-        let start = NonNull::new(start.cast()).ok_or_else(|| failed(ErrorKind::InvalidData, "mapped at 0"))?;
+        let start = NonNull::new(start.cast()).ok_or_else(|| vivid_error(ErrorKind::InvalidData, "mapped at 0"))?;
         Ok(Self { start, length })
     }
 

@@ -59,8 +59,8 @@ pub(super) struct PixFormat {
 }
 const _: () = assert!(size_of::<PixFormat>() == 48);
 
-/// The kernel's union is 200 bytes long and aligned like a pointer; `pad` and `rest` make up for
-/// it.
+/// The kernel's union has 200 bytes and the alignment of a pointer, which `pad` and `rest`
+/// imitate.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 pub(super) struct Format {
@@ -139,14 +139,27 @@ pub(super) struct Control {
 }
 const _: () = assert!(size_of::<Control>() == 8);
 
-/// Opaque: it is only passed from one node to the other.
+/// Opaque except for the size of the picture, since it is only passed from one node to the other.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 pub(super) struct DvTimings {
-    words: [u32; 32],
-    last: u32,
+    kind: u32,
+    pub(super) width: u32,
+    pub(super) height: u32,
+    pub(super) interlaced: u32,
+    words: [u32; 29],
 }
 const _: () = assert!(size_of::<DvTimings>() == 132);
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub(super) struct EnumDvTimings {
+    pub(super) index: u32,
+    pub(super) pad: u32,
+    pub(super) reserved: [u32; 2],
+    pub(super) timings: DvTimings,
+}
+const _: () = assert!(size_of::<EnumDvTimings>() == 148);
 
 /// An ioctl number tied to the type of its argument, so that the two cannot be mixed up.
 pub(super) struct Call<T> {
@@ -162,7 +175,7 @@ impl<T> Call<T> {
     }
 }
 
-/// Computes what the kernel's `_IOR` (direction 2), `_IOW` (1) and `_IOWR` (3) do for type 'V'.
+/// Computes the kernel's `_IOR` (direction 2), `_IOW` (1) and `_IOWR` (3) for type 'V'.
 #[allow(clippy::cast_possible_truncation, reason = "the size is asserted to be small")]
 const fn number<T>(direction: u32, command: u8) -> u32 {
     assert!(size_of::<T>() < 1 << 14);
@@ -177,11 +190,13 @@ pub(super) const QBUF: Call<Buffer> = Call::new(0xc058_560f);
 pub(super) const DQBUF: Call<Buffer> = Call::new(0xc058_5611);
 pub(super) const STREAMON: Call<u32> = Call::new(0x4004_5612);
 pub(super) const STREAMOFF: Call<u32> = Call::new(0x4004_5613);
+pub(super) const G_CTRL: Call<Control> = Call::new(0xc008_561b);
 pub(super) const S_CTRL: Call<Control> = Call::new(0xc008_561c);
 pub(super) const QUERYCTRL: Call<QueryControl> = Call::new(0xc044_5624);
 pub(super) const QUERYMENU: Call<QueryMenu> = Call::new(0xc02c_5625);
 pub(super) const S_DV_TIMINGS: Call<DvTimings> = Call::new(0xc084_5657);
 pub(super) const G_DV_TIMINGS: Call<DvTimings> = Call::new(0xc084_5658);
+pub(super) const ENUM_DV_TIMINGS: Call<EnumDvTimings> = Call::new(0xc094_5662);
 
 const _: () = {
     assert!(QUERYCAP.number == number::<Capability>(2, 0));
@@ -192,11 +207,13 @@ const _: () = {
     assert!(DQBUF.number == number::<Buffer>(3, 17));
     assert!(STREAMON.number == number::<u32>(1, 18));
     assert!(STREAMOFF.number == number::<u32>(1, 19));
+    assert!(G_CTRL.number == number::<Control>(3, 27));
     assert!(S_CTRL.number == number::<Control>(3, 28));
     assert!(QUERYCTRL.number == number::<QueryControl>(3, 36));
     assert!(QUERYMENU.number == number::<QueryMenu>(3, 37));
     assert!(S_DV_TIMINGS.number == number::<DvTimings>(3, 87));
     assert!(G_DV_TIMINGS.number == number::<DvTimings>(3, 88));
+    assert!(ENUM_DV_TIMINGS.number == number::<EnumDvTimings>(3, 98));
 };
 
 pub(super) fn ioctl<T>(node: &File, call: &Call<T>, argument: &mut T) -> io::Result<()> {
@@ -215,17 +232,17 @@ pub(super) fn ioctl<T>(node: &File, call: &Call<T>, argument: &mut T) -> io::Res
     }
 }
 
-/// Adds the step to an error, because a bare errno says little in a test's log.
-pub(super) fn during<T>(step: &str, result: io::Result<T>) -> io::Result<T> {
+/// Adds the step to an error, because a bare errno does not say which call failed.
+pub(super) fn name_step<T>(step: &str, result: io::Result<T>) -> io::Result<T> {
     result.map_err(|error| Error::new(error.kind(), format!("vivid: {step}: {error}")))
 }
 
-pub(super) fn failed(kind: ErrorKind, why: &str) -> Error {
+pub(super) fn vivid_error(kind: ErrorKind, why: &str) -> Error {
     Error::new(kind, format!("vivid: {why}"))
 }
 
 /// The text of a fixed-size, NUL-padded field.
-pub(super) fn text(field: &[u8]) -> &str {
+pub(super) fn field_text(field: &[u8]) -> &str {
     let end = field.iter().position(|&byte| byte == 0).unwrap_or(field.len());
     str::from_utf8(&field[..end]).unwrap_or("")
 }

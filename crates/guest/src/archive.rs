@@ -1,0 +1,186 @@
+//! Debian's package archive, one suite at a time.
+//!
+//! Each suite has its own folder of apt's lists. So packages never come from another suite, and
+//! the suites that this machine installs from do not matter.
+//!
+//! ```text
+//! target/guest/apt/trixie-backports/{sources.list,status,lists,cache}
+//! ```
+//!
+//! Requires an apt with a Debian mirror, whose address is taken from apt's configuration.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use crate::progress;
+use crate::run;
+
+/// Lists older than this are renewed. Debian renews its own every 6 hours.
+const LISTS_AGE_MAX: Duration = Duration::from_secs(6 * 3600);
+/// Its keys verify all suites, including those newer than this machine's.
+const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+const SECURITY: &str = "-security";
+
+/// One suite of the archive, with its package lists.
+#[derive(Debug, Clone)]
+pub(crate) struct Archive {
+    suite: String,
+    folder: PathBuf,
+}
+
+impl Archive {
+    /// Opens a suite below `folder`, and fetches its package lists if they are missing or old.
+    ///
+    /// If old lists cannot be renewed, prints a warning and uses them.
+    pub(crate) fn open(folder: &Path, suite: &str) -> Result<Self> {
+        let archive = Archive { suite: suite.to_owned(), folder: folder.join(suite) };
+        for part in ["lists/partial", "cache/archives/partial"] {
+            fs::create_dir_all(archive.folder.join(part)).with_context(|| format!("cannot make {}", archive.folder.display()))?;
+        }
+        let fresh = archive
+            .stamp()
+            .metadata()
+            .and_then(|stamp| stamp.modified())
+            .is_ok_and(|renewed| renewed.elapsed().is_ok_and(|age| age < LISTS_AGE_MAX));
+        if !fresh && let Err(error) = archive.renew() {
+            if !archive.stamp().exists() {
+                return Err(error);
+            }
+            progress::print(&format!("guest: {suite}: uses old package lists: {error:#}"));
+        }
+        Ok(archive)
+    }
+
+    pub(crate) fn suite(&self) -> &str {
+        &self.suite
+    }
+
+    /// Fetches the package lists.
+    pub(crate) fn renew(&self) -> Result<()> {
+        let mirror = configured_mirror(&self.suite)?;
+        // Guests are amd64, whatever this machine is.
+        let source = format!("deb [arch=amd64 signed-by={KEYRING}] {mirror} {} main\n", self.suite);
+        fs::write(self.folder.join("sources.list"), source)?;
+        fs::write(self.folder.join("status"), "")?;
+        // By default apt only warns of a failed download.
+        run::output(self.apt("apt-get").args(["-q", "update", "-o", "APT::Update::Error-Mode=any"]))
+            .with_context(|| format!("cannot fetch the package lists of {}", self.suite))?;
+        fs::write(self.stamp(), "").map_err(Into::into)
+    }
+
+    /// A file that is modified whenever the lists are renewed.
+    fn stamp(&self) -> PathBuf {
+        self.folder.join("renewed")
+    }
+
+    /// Lists the packages whose names begin with `prefix`.
+    pub(crate) fn list_names(&self, prefix: &str) -> Result<Vec<String>> {
+        let names = run::output(self.apt("apt-cache").args(["pkgnames", prefix]))?;
+        Ok(names.lines().map(str::to_owned).collect())
+    }
+
+    /// Lists the packages that this one depends on.
+    pub(crate) fn list_dependencies(&self, package: &str) -> Result<Vec<String>> {
+        let depends = run::output(self.apt("apt-cache").args(["depends", "--important", package]))?;
+        let names = depends.lines().filter_map(|line| line.trim().strip_prefix("Depends: "));
+        Ok(names.map(str::to_owned).collect())
+    }
+
+    /// Downloads a package into `folder`.
+    pub(crate) fn download(&self, package: &str, folder: &Path) -> Result<()> {
+        let mut command = self.apt("apt-get");
+        command.args(["-q", "download", package]).current_dir(folder);
+        run::output(&mut command).with_context(|| format!("cannot download {package} from {}", self.suite)).map(drop)
+    }
+
+    /// Downloads packages and their dependencies, and returns the files.
+    pub(crate) fn download_all(&self, packages: &[&str]) -> Result<Vec<PathBuf>> {
+        let mut command = self.apt("apt-get");
+        command.args(["-q", "-y", "--download-only", "--no-install-recommends", "install"]).args(packages);
+        run::output(&mut command).with_context(|| format!("cannot download {packages:?} from {}", self.suite))?;
+        let mut files = Vec::new();
+        for entry in fs::read_dir(self.folder.join("cache/archives"))? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|extension| extension == "deb") {
+                files.push(path);
+            }
+        }
+        Ok(files)
+    }
+
+    /// A command of apt that sees only this suite.
+    fn apt(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        command.env("LC_ALL", "C");
+        let folder = self.folder.display();
+        for setting in [
+            // Ignores this machine's settings, such as which other indices to fetch.
+            format!("Dir::Etc::parts={folder}"),
+            format!("Dir::Etc::main={folder}/none"),
+            format!("Dir::Etc::sourcelist={folder}/sources.list"),
+            format!("Dir::Etc::sourceparts={folder}/none"),
+            format!("Dir::Etc::preferencesparts={folder}/none"),
+            format!("Dir::State::status={folder}/status"),
+            format!("Dir::State::lists={folder}/lists"),
+            format!("Dir::Cache={folder}/cache"),
+            "APT::Architecture=amd64".to_owned(),
+            "APT::Sandbox::User=".to_owned(),
+            "Acquire::Languages=none".to_owned(),
+        ] {
+            command.args(["-o", &setting]);
+        }
+        command
+    }
+}
+
+/// Finds the mirror that this machine uses for suites of the same kind.
+fn configured_mirror(suite: &str) -> Result<String> {
+    let format = "$(REPO_URI) $(RELEASE)";
+    let targets = run::output(Command::new("apt-get").args(["indextargets", "--format", format, "Created-By: Packages"]))?;
+    find_mirror(&targets, suite)
+        .with_context(|| format!("cannot find a mirror for {suite}: apt has none; add Debian's sources (`deb …`) to /etc/apt"))
+}
+
+/// Finds a mirror in lines of `URI SUITE`. Security suites have separate mirrors.
+fn find_mirror(targets: &str, suite: &str) -> Option<String> {
+    let debian = ["bookworm", "trixie", "forky", "sid", "stable", "oldstable", "testing", "unstable"];
+    let mut known = targets.lines().filter_map(|line| line.split_once(' '));
+    let is_same_kind = |release: &str| {
+        let base = release.split('-').next().unwrap_or(release);
+        debian.contains(&base) && release.ends_with(SECURITY) == suite.ends_with(SECURITY)
+    };
+    known.find(|(_, release)| is_same_kind(release)).map(|(uri, _)| uri.to_owned())
+}
+
+/// Unpacks a package into `folder`, without its documentation, and keeps other files there.
+pub(crate) fn unpack(package: &Path, folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder)?;
+    let mut reader = Command::new("dpkg-deb").arg("--fsys-tarfile").arg(package).stdout(Stdio::piped()).spawn()?;
+    let Some(archive) = reader.stdout.take() else { bail!("cannot read the output of dpkg-deb") };
+    let mut tar = Command::new("tar");
+    tar.args(["-x", "--exclude=./usr/share", "-C"]).arg(folder).stdin(archive);
+    let (unpacked, read) = (tar.status(), reader.wait());
+    if !unpacked.context("cannot run tar")?.success() || !read?.success() {
+        bail!("cannot unpack {}: remove the file to download it again", package.display());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TARGETS: &str = "http://other/nodistro/ nodistro\nhttp://mirror/debian/ bookworm\n\
+                           http://mirror/debian/ bookworm-updates\nhttp://mirror/security/ bookworm-security\n";
+
+    #[test]
+    fn suite_comes_from_the_mirror_of_its_kind() {
+        assert_eq!(find_mirror(TARGETS, "trixie-backports").as_deref(), Some("http://mirror/debian/"));
+        assert_eq!(find_mirror(TARGETS, "bookworm-security").as_deref(), Some("http://mirror/security/"));
+        assert_eq!(find_mirror("http://other/ubuntu/ noble\n", "trixie"), None);
+    }
+}

@@ -1,0 +1,196 @@
+//! Kernels whose importers see the right bytes of a udmabuf on huge pages, which are its default
+//! there. Compares every page of every folio, by every way of filling and for every kind of folio.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex};
+
+use dmabuf::{Pages, Udmabuf};
+use dmaload::heap::{FromDescriptors, Heap, UdmabufHeap};
+use dmaload::{Cache, Layout, LoadOptions, Loader, Route};
+use dmaload_guest::record_row;
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+
+use crate::common::{Folios, MIB, PAGE, ThpSettings, create_udmabuf, disk, fault_in, file, heap, load, original, shut_down};
+use crate::vivid::Loopback;
+use crate::{HUGE, Way, cache_first_bytes, count_folios, load_and_pass, ways, wrong_pages};
+
+/// The size of a frame that shows a whole dma-buf: two folios of 2 MiB, and 2,026,496 bytes on
+/// small pages.
+const FRAME: (u32, u32) = (1920, 1080);
+const LEN: usize = 1920 * 1080 * 3;
+const HUGE_FOLIOS: usize = LEN / HUGE;
+const SMALL_PAGES: usize = (LEN % HUGE).div_ceil(PAGE);
+
+fn open_loopback() -> Loopback {
+    let loopback = Loopback::with_frames_of(FRAME.0, FRAME.1).unwrap();
+    assert_eq!(loopback.frame_bytes(), LEN, "a frame has the length of the file");
+    loopback
+}
+
+/// The default folios of a udmabuf of [`LEN`] bytes.
+const EXPECTED: Folios = Folios { pages: SMALL_PAGES, compound_pages: HUGE_FOLIOS * HUGE / PAGE, compound: HUGE_FOLIOS };
+
+#[test]
+fn importers_see_every_page_of_every_folio() {
+    assert!(!Udmabuf::huge_pages_show_wrong_bytes());
+    let mut loopback = open_loopback();
+    for way in ways(Route::UringFixedDirect) {
+        let Way { name, options, route, .. } = way;
+        let cached = way.cached_bytes(LEN);
+        cache_first_bytes(&file(LEN), cached);
+        let (image, frame) = load_and_pass(&mut loopback, heap("udmabuf"), LEN, options);
+        assert_eq!((wrong_pages(&frame), count_folios(&image)), (vec![], EXPECTED), "{name}");
+        let report = image.report();
+        assert_eq!((report.page_size_bytes(), report.notes.as_slice()), (HUGE, &[] as &[String]), "{name}");
+        // Chunks that are cached in part are read from storage.
+        let expected = if cached == LEN { LEN } else { cached / HUGE * HUGE };
+        assert_eq!(report.cached_bytes, expected as u64, "{name}");
+        assert!(route.is_none_or(|route| report.route == route), "{name}: {}", report.route);
+        assert_eq!(report.fallbacks, [], "{name}");
+        let seen = format!("vivid: right bytes of {}", EXPECTED.describe());
+        record_row("importers", &["udmabuf", &format!("2 MiB (default), filled: {name}"), &seen]);
+    }
+}
+
+#[test]
+fn importers_see_the_latest_load_in_memory_of_the_pool() {
+    let mut loopback = open_loopback();
+    let other: Vec<u8> = original()[..LEN].iter().rev().copied().collect();
+    let path = disk().join("reversed");
+    std::fs::write(&path, &other).unwrap();
+    let options = LoadOptions::new().layout(Layout::Single).cache(Cache::Bypass);
+    let loader = Loader::builder().heap(heap("udmabuf")).load_options(options).pool_bytes(64 << 20).build().unwrap();
+    for _ in 0..3 {
+        // Dropped without handing out its dma-buf, so the pool takes its memory.
+        drop(load(&loader, &file(LEN), loader.load_options()).unwrap());
+        while loader.pooled_bytes() == 0 {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        let image = load(&loader, &path, loader.load_options()).unwrap();
+        assert!(image.report().reused_bytes > 0, "no memory was reused");
+        let segment = &image.segments()[0];
+        let frame = loopback.pass(segment.hand_out_dma_buf().unwrap(), segment.memory_bytes()).unwrap();
+        assert!(frame == other, "the frame is not the latest load's");
+        assert_eq!(count_folios(&image), EXPECTED);
+    }
+    shut_down(loader);
+    std::fs::remove_file(&path).unwrap();
+    record_row(
+        "importers",
+        &["udmabuf", "2 MiB (default), reused from the pool", &format!("vivid: right bytes of {}", EXPECTED.describe())],
+    );
+}
+
+/// Makes and populates a memfd, and returns its folios.
+fn create_vendors_memfd(bytes: usize, flags: MemfdFlags) -> (OwnedFd, Folios) {
+    let memfd = memfd_create("vendor", flags | MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+    let whole = bytes.next_multiple_of(HUGE);
+    ftruncate(&memfd, whole as u64).unwrap();
+    let folios = fault_in(&memfd, whole);
+    fcntl_add_seals(memfd.as_fd(), SealFlags::SHRINK).unwrap();
+    (memfd, folios)
+}
+
+/// Loads into a vendor's udmabuf over such a memfd, and passes it through vivid. Returns the
+/// folios of the memfd, since the page tables do not show those below the mapping of a dma-buf.
+fn pass_vendors_udmabuf(loopback: &mut Loopback, name: &str, flags: MemfdFlags) -> (Folios, Vec<u8>) {
+    let seen = Arc::new(Mutex::new(Folios::default()));
+    let folios = Arc::clone(&seen);
+    let allocate = move |bytes| {
+        let (memfd, populated) = create_vendors_memfd(bytes, flags);
+        *folios.lock().unwrap() = populated;
+        create_udmabuf(&memfd, bytes)
+    };
+    // SAFETY: each dma-buf is of new memory, and its memfd is closed before it is returned.
+    let heap = unsafe { FromDescriptors::new(name, allocate) };
+    let (_image, frame) = load_and_pass(loopback, heap, LEN, |options| options.cache(Cache::Bypass));
+    let folios = *seen.lock().unwrap();
+    (folios, frame)
+}
+
+/// Pages reserved for hugetlb. Released when dropped.
+struct ReservedPages;
+
+impl ReservedPages {
+    const SETTING: &str = "/proc/sys/vm/nr_hugepages";
+
+    fn reserve(count: usize) -> Self {
+        std::fs::write("/proc/sys/vm/compact_memory", "1").unwrap();
+        std::fs::write(Self::SETTING, count.to_string()).unwrap();
+        let reserved = ReservedPages;
+        assert_eq!(std::fs::read_to_string(Self::SETTING).unwrap().trim(), count.to_string());
+        reserved
+    }
+}
+
+impl Drop for ReservedPages {
+    fn drop(&mut self) {
+        std::fs::write(Self::SETTING, "0").unwrap();
+    }
+}
+
+#[test]
+fn importers_see_every_page_of_hugetlb() {
+    let _reserved = ReservedPages::reserve(8);
+    let mut loopback = open_loopback();
+    let (folios, frame) = pass_vendors_udmabuf(&mut loopback, "hugetlb", MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB);
+    assert_eq!(wrong_pages(&frame), [0; 0]);
+    // The dma-buf ends within the last page.
+    let whole = LEN.next_multiple_of(HUGE);
+    let expected = Folios { pages: 0, compound_pages: whole / PAGE, compound: whole / HUGE };
+    assert_eq!(folios, expected);
+    record_row(
+        "importers",
+        &["descriptors of udmabuf", "hugetlb, 2 MiB", &format!("vivid: right bytes of {}", expected.describe())],
+    );
+}
+
+#[test]
+fn importers_see_every_page_of_multi_size_thp() {
+    for (kib, name) in [(64, "hugepages-64kB/shmem_enabled"), (1024, "hugepages-1024kB/shmem_enabled")] {
+        let _settings = ThpSettings::set(&[(name, "always")]);
+        let mut loopback = open_loopback();
+        let (folios, frame) = pass_vendors_udmabuf(&mut loopback, "multi-size", MemfdFlags::empty());
+        assert_eq!(wrong_pages(&frame), [0; 0], "{kib}");
+        let whole = LEN.next_multiple_of(HUGE);
+        let expected = Folios { pages: 0, compound_pages: whole / PAGE, compound: whole / (kib << 10) };
+        assert_eq!(folios, expected, "{kib}");
+        let seen = format!("vivid: right bytes of {} folios", expected.compound);
+        record_row("importers", &["descriptors of udmabuf", &format!("multi-size THP, {kib} KiB"), &seen]);
+    }
+}
+
+/// The number of read requests that the disk has completed, from `/sys/block/NAME/stat`.
+fn count_read_requests() -> u64 {
+    let stat = std::fs::read_to_string("/sys/block/nvme0n1/stat").unwrap();
+    stat.split_whitespace().next().unwrap().parse().unwrap()
+}
+
+/// The benefit of huge pages, as counts: times on an emulated machine mean nothing.
+#[test]
+fn huge_pages_take_fewer_folios_and_no_more_requests() {
+    let len = 64 * MIB;
+    let path = file(len);
+    let mut seen = Vec::new();
+    for (pages, name) in [(Pages::Small, "4 KiB"), (Pages::Auto, "2 MiB")] {
+        let heap: Arc<dyn Heap> = Arc::new(UdmabufHeap::open(pages).unwrap());
+        let options = LoadOptions::new().layout(Layout::Single).route(Route::UringFixedDirect).strict(true).cache(Cache::Bypass);
+        let loader = Loader::builder().heap(heap).load_options(options).build().unwrap();
+        let count_load = || {
+            let before = count_read_requests();
+            let image = load(&loader, &path, loader.load_options()).unwrap();
+            let requests = count_read_requests() - before;
+            image.segments()[0].hand_out_dma_buf().unwrap();
+            let folios = count_folios(&image);
+            (folios.pages + folios.compound, requests)
+        };
+        // The file system may read metadata meanwhile, so the lowest of several counts is that of
+        // the load alone.
+        let (folios, requests) = (0..5).map(|_| count_load()).min().unwrap();
+        seen.push((folios, requests));
+        record_row("counts", &[name, "64 MiB", &folios.to_string(), &requests.to_string()]);
+        shut_down(loader);
+    }
+    assert_eq!((seen[0].0, seen[1].0), (len / PAGE, len / HUGE));
+    assert!(seen[1].1 <= seen[0].1, "{seen:?}");
+}

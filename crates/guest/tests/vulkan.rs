@@ -1,0 +1,51 @@
+//! A Vulkan driver imports a loaded file: Mesa's lavapipe, which runs on the processor and imports
+//! dma-bufs if the kernel has `/dev/udmabuf`. `examples/gpu-import` copies and sums each segment
+//! with it, and compares both with the file.
+#![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
+#![allow(clippy::unwrap_used, reason = "a failure here should fail the test")]
+
+mod common;
+
+use std::process::{Command, Output};
+
+use common::{MIB, file, format_sizes};
+use dmaload_guest::record_row;
+
+/// The mount point of the image with the driver, see `src/vulkan.rs`.
+const ROOT: &str = "/vulkan";
+
+fn run_script(script: &str) {
+    let status = Command::new("/bin/sh").args(["-ec", script]).status().unwrap();
+    assert!(status.success(), "{script}");
+}
+
+fn run_gpu_import(file: &str, heap: &str) -> Output {
+    Command::new("/bin/chroot")
+        .args([ROOT, "/gpu-import", file, heap])
+        .env_clear()
+        .env("VK_DRIVER_FILES", "/lavapipe.json")
+        .env("HOME", "/tmp")
+        .output()
+        .unwrap()
+}
+
+#[test]
+fn lavapipe_imports_a_loaded_file_and_sums_it() {
+    let len = 24 * MIB + 777;
+    // Without symbolic links, which lead nowhere in the other root.
+    let path = file(len).canonicalize().unwrap();
+    run_script(&format!(
+        "cd {ROOT} && for folder in dev proc sys disk; do mount -o bind /$folder $folder; done && mount -t tmpfs tmp tmp"
+    ));
+    for heap in ["udmabuf", "dma-heap:system"] {
+        let output = run_gpu_import(path.to_str().unwrap(), heap);
+        let (said, error) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(output.status.success(), "{heap}: {said}{error}");
+        assert!(
+            said.contains("llvmpipe") && said.contains(&format!("{len} bytes as in the file, {heap}")),
+            "{heap}: {said}{error}"
+        );
+        record_row("vulkan", &[heap, &format_sizes(&[len]), "imported; a compute shader's copy and sum equal the file's"]);
+    }
+    run_script(&format!("cd {ROOT} && umount dev proc sys disk tmp"));
+}
