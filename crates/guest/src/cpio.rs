@@ -8,12 +8,12 @@ const DEVICE: u32 = 0o02_0000;
 
 /// An archive that is written entry by entry. Root owns all of them.
 #[derive(Debug, Default)]
-pub(crate) struct Archive {
+pub(crate) struct CpioArchive {
     bytes: Vec<u8>,
     entries: u32,
 }
 
-impl Archive {
+impl CpioArchive {
     /// Adds a folder, whose parents must precede it.
     pub(crate) fn add_folder(&mut self, path: &str) {
         self.add_entry(path, FOLDER | 0o755, &[], (0, 0));
@@ -84,7 +84,7 @@ mod tests {
 
     #[test]
     fn written_entries_can_be_read() {
-        let mut archive = Archive::default();
+        let mut archive = CpioArchive::default();
         archive.add_folder("bin");
         archive.add_file("bin/program", b"12345", true);
         archive.add_file("empty", b"", false);

@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 
 use crate::compile::Built;
-use crate::cpio::Archive;
+use crate::cpio::CpioArchive;
 use crate::disks::Disks;
 use crate::kernels::Kernel;
 use crate::modules::Module;
@@ -37,7 +37,7 @@ impl Plan<'_> {
 
 /// Packs the root for one boot.
 pub(crate) fn pack(plan: &Plan<'_>, built: &Built, disks: &Disks) -> Result<Vec<u8>> {
-    let mut archive = Archive::default();
+    let mut archive = CpioArchive::default();
     for folder in ["bin", "dev", "etc", "etc/guest", "modules", "suites"] {
         archive.add_folder(folder);
     }
