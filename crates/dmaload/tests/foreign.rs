@@ -21,7 +21,7 @@ use dmaload::{Error, Format, LoadOptions, Loader, Observer, Rejection, Verify};
 use futures_core::Stream;
 
 const SEGMENT: u64 = 2 << 20;
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(15);
 
 /// Threads that ran the caller's code.
 static THREADS: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());

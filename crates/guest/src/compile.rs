@@ -2,7 +2,7 @@
 //!
 //! Uses a separate target folder, because alternating flags would rebuild the workspace each time.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::env;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -26,6 +26,9 @@ const PROFILE: [&str; 6] = [
     "profile.guest.strip=\"symbols\"",
     "profile.guest.package.\"*\".opt-level=1",
 ];
+
+/// The packages of the command and of all suites.
+const PACKAGES: [&str; 8] = ["-p", "dmabuf", "-p", "dmaload", "-p", "dmaload-cli", "-p", "dmaload-guest"];
 
 /// The built programs.
 #[derive(Debug)]
@@ -60,17 +63,23 @@ pub(crate) fn build(workspace: &Path, target_dir: &Path, suites: &[&Suite]) -> R
         Ok::<_, anyhow::Error>(parse_artifacts(&text))
     };
 
-    let commands = build(cargo().args(["build", "-p", "dmaload-cli", "--bin", "dmaload"]))?;
-    let command = commands.iter().find(|artifact| artifact.is("dmaload-cli", "bin", "dmaload"));
+    // Both builds name the same packages, so that the dependencies have the same features and are
+    // compiled once.
+    let programs = build(cargo().arg("build").args(PACKAGES).args(["--bin", "dmaload"]).args(select_tests(suites)))?;
+    let command = programs.iter().find(|artifact| artifact.is("dmaload-cli", "bin", "dmaload"));
     let command = command.context("cannot find dmaload among what cargo built")?.executable.clone();
 
-    let tests = build(cargo().args(["test", "--no-run"]).args(select_suites(suites)))?;
+    let unit_tests = if suites.iter().any(|suite| matches!(suite.program, Program::Lib(_))) {
+        build(cargo().args(["test", "--no-run", "--lib"]).args(PACKAGES))?
+    } else {
+        Vec::new()
+    };
     let mut found = BTreeMap::new();
     for suite in suites {
-        let artifact = tests.iter().find(|artifact| match suite.program {
-            Program::Lib(package) => artifact.is(package, "lib", &package.replace('-', "_")),
-            Program::Test(package, name) => artifact.is(package, "test", name),
-        });
+        let artifact = match suite.program {
+            Program::Lib(package) => unit_tests.iter().find(|artifact| artifact.is(package, "lib", &package.replace('-', "_"))),
+            Program::Test(package, name) => programs.iter().find(|artifact| artifact.is(package, "test", name)),
+        };
         let Some(artifact) = artifact else {
             bail!("cannot find the suite {} among what cargo built: {:?}", suite.name, suite.program)
         };
@@ -109,28 +118,13 @@ fn run_cargo(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// cargo's options to build all these suites at once. It may build more.
-fn select_suites(suites: &[&Suite]) -> Vec<String> {
-    let mut options: Vec<String> = Vec::new();
-    let mut add = |option: &[&str]| {
-        if !options.chunks(option.len()).any(|known| known == option) {
-            options.extend(option.iter().map(|&word| word.to_owned()));
-        }
-    };
-    for suite in suites {
-        match suite.program {
-            Program::Lib(package) | Program::Test(package, _) => add(&["-p", package]),
-        }
-    }
-    for suite in suites {
-        if let Program::Test(_, name) = suite.program {
-            add(&["--test", name]);
-        }
-    }
-    if suites.iter().any(|suite| matches!(suite.program, Program::Lib(_))) {
-        options.push("--lib".to_owned());
-    }
-    options
+/// cargo's options to build the integration tests among these suites.
+fn select_tests(suites: &[&Suite]) -> Vec<&'static str> {
+    let names = suites.iter().filter_map(|suite| match suite.program {
+        Program::Test(_, name) => Some(name),
+        Program::Lib(_) => None,
+    });
+    names.collect::<BTreeSet<_>>().into_iter().flat_map(|name| ["--test", name]).collect()
 }
 
 /// An executable that cargo built.

@@ -264,6 +264,7 @@ mod tests {
         announcer.0.change(&audience, |state| state.events.push_back(Event::Planned(Vec::new())));
     }
 
+    #[cfg(not(dmaload_loom))]
     fn sleep(waiter: &mut Waiter, interest: Interest, waker: &Waker) {
         let polled = waiter.poll(&mut Context::from_waker(waker), || Err::<(), _>(interest));
         assert!(polled.is_pending());

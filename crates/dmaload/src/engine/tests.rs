@@ -33,7 +33,7 @@ fn job_of_forgotten_load_frees_its_worker_and_permits() {
 
 fn block_on<T>(future: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-    runtime.block_on(async { tokio::time::timeout(Duration::from_secs(20), future).await.expect("the future completes in time") })
+    runtime.block_on(async { tokio::time::timeout(Duration::from_secs(10), future).await.expect("the future completes in time") })
 }
 
 /// A broken invariant of the driver: no load hangs, and each one reports the reason.

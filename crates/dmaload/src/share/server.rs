@@ -196,7 +196,7 @@ mod tests {
             let flags = SocketFlags::CLOEXEC;
             let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
             crate::share::listener::connect_to(&socket, &path).unwrap();
-            sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(Duration::from_secs(20))).unwrap();
+            sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(Duration::from_secs(10))).unwrap();
             socket
         };
         // With this kernel's behavior, and with that of kernels before Linux 6.16.
@@ -243,7 +243,7 @@ mod tests {
                 drop(server);
                 ended.send(())
             });
-            end.recv_timeout(Duration::from_secs(20))
+            end.recv_timeout(Duration::from_secs(10))
                 .unwrap_or_else(|_| panic!("refused {is_refused}: the server did not shut down"));
         }
     }

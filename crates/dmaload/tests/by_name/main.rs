@@ -21,7 +21,7 @@ use dmaload::{Error, ErrorKind, Format, Load, LoadOptions, Loader, Observer, Rej
 const SEGMENT: u64 = 2 << 20;
 const TENSORS: usize = 12;
 const TENSOR_BYTES: usize = 1_000_000;
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(15);
 /// How long a future must stay pending to count as blocked.
 const QUIET_TIME: Duration = Duration::from_millis(200);
 
