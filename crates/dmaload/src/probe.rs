@@ -48,6 +48,9 @@ pub struct File {
     /// Whether io_uring may nevertheless read it through the page cache; a load that measures its
     /// ways of reading then tries this one, too ([`crate::Way::Buffered`]).
     pub buffered_by_ring: bool,
+    /// Whether direct reads are copies from memory (tmpfs, DAX): a load then reads with threads
+    /// ([`Route::PreadDirect`]), which are faster than io_uring there.
+    pub in_memory: bool,
 }
 
 /// Bytes of the smallest load that measures which way of reading is fastest, unless
@@ -99,6 +102,7 @@ pub fn file(path: impl AsRef<Path>) -> Result<File> {
         buffered_by_ring: file.ring_refused.is_some()
             && file.ring_refused_to(Route::UringBuffered).is_none()
             && can_read_buffered(),
+        in_memory: file.in_memory,
     })
 }
 
@@ -170,6 +174,7 @@ mod tests {
             first_read,
             ring_refused: None,
             buffered_by_ring: false,
+            in_memory: false,
         };
         let verdict = |file: File| (file.direct_refused(), file.unreadable());
         assert_eq!(verdict(file(Ok(()), Ok(1))), (None, None));

@@ -173,7 +173,7 @@ fn allow_ring(cause: Option<&Cause>) -> (String, String) {
 }
 
 fn registering(facts: &Facts) -> Option<Advice> {
-    let by_threads = path_file(facts).is_some_and(|file| file.ring_refused.is_some());
+    let by_threads = path_file(facts).is_some_and(|file| file.ring_refused.is_some() || file.in_memory);
     if facts.io_uring.setup.is_err() || by_threads || direct_refused(facts).is_some() || memlock_suffices(facts) {
         return None;
     }
@@ -291,8 +291,15 @@ mod tests {
     const GIB: u64 = 1 << 30;
 
     fn path(facts: &mut Facts, bytes: u64, open_direct: Result<(), Errno>) {
-        let file =
-            File { bytes, alignment_bytes: 4096, open_direct, first_read: Ok(1), ring_refused: None, buffered_by_ring: false };
+        let file = File {
+            bytes,
+            alignment_bytes: 4096,
+            open_direct,
+            first_read: Ok(1),
+            ring_refused: None,
+            buffered_by_ring: false,
+            in_memory: false,
+        };
         facts.path = Some(PathFacts { path: "m".into(), mount: None, file: Some(file), load: Ok(file.bytes) });
     }
 

@@ -94,6 +94,9 @@ fn expected(facts: &Facts, loaded: &Loaded) -> Expected {
     {
         route = Route::PreadDirect;
         because = Some(format!("{attempt} is never tried: {}", attempt.hint(errno).unwrap_or_default()));
+    } else if path_file(facts).is_some_and(|file| file.in_memory) && route <= Route::PreadDirect {
+        route = Route::PreadDirect;
+        because = Some("direct reads of a file in memory are copies, and several threads copy faster than one ring".to_owned());
     } else if route == Route::UringFixedDirect && !memlock_suffices(facts) {
         route = Route::UringDirect;
         because = Some("the locked memory limit is too small for uring-fixed-direct".to_owned());
@@ -113,7 +116,7 @@ fn measured(facts: &Facts) -> Vec<Way> {
     let Some(file) = path_file(facts) else { return Vec::new() };
     // The threshold applies to the memory, which consists of whole blocks.
     let measures = |bytes: u64| bytes.next_multiple_of(file.alignment_bytes) >= probe::MEASURED_BYTES_MIN;
-    if !wanted_bytes(facts).is_some_and(measures) {
+    if file.in_memory || !wanted_bytes(facts).is_some_and(measures) {
         return Vec::new();
     }
     [Way::Direct, Way::Staged].into_iter().chain(file.buffered_by_ring.then_some(Way::Buffered)).collect()
@@ -176,6 +179,7 @@ mod tests {
         first_read: Ok(4096),
         ring_refused: None,
         buffered_by_ring: false,
+        in_memory: false,
     };
     const ON_FUSE: Option<(Attempt, Errno)> = Some((Attempt::RingOnFuse, Errno::EOPNOTSUPP));
 
@@ -187,6 +191,7 @@ mod tests {
         assert_eq!(route(probe::File { first_read: Err(Errno::EINVAL), ..FILE }), Ok(Route::Buffered));
         assert_eq!(route(probe::File { ring_refused: ON_FUSE, ..FILE }), Ok(Route::PreadDirect));
         assert_eq!(route(probe::File { ring_refused: ON_FUSE, open_direct: Err(Errno::EINVAL), ..FILE }), Ok(Route::Buffered));
+        assert_eq!(route(probe::File { in_memory: true, ..FILE }), Ok(Route::PreadDirect));
         assert!(route(probe::File { first_read: Err(Errno::EIO), ..FILE }).unwrap_err().contains("EIO"));
         assert!(route(probe::File { bytes: 1 << 50, ..FILE }).unwrap_err().contains("do not fit"));
     }
@@ -211,6 +216,7 @@ mod tests {
         let measured = |file| load(&facts_about(file)).unwrap().measured;
         assert_eq!(measured(FILE), [Way::Direct, Way::Staged]);
         assert_eq!(measured(probe::File { bytes: probe::MEASURED_BYTES_MIN - 4096, ..FILE }), []);
+        assert_eq!(measured(probe::File { in_memory: true, ..FILE }), []);
         let on_nfs =
             probe::File { ring_refused: Some((Attempt::RingOnOther, Errno::EOPNOTSUPP)), buffered_by_ring: true, ..FILE };
         assert_eq!(measured(on_nfs), [Way::Direct, Way::Staged, Way::Buffered]);

@@ -9,7 +9,7 @@ use dmabuf::{Access, Errno, Populated};
 use super::allocation::{Allocation, BatchPart};
 use super::filling::Filling;
 use super::heap_code::HeapCode;
-use super::open::{FileRoute, route_for, staged_by};
+use super::open::{FileRoute, best_route, route_for, staged_by};
 use super::state::LoadShared;
 use super::workers::WorkerId;
 use super::{BudgetPermit, Engine, WindowPermit};
@@ -71,7 +71,9 @@ impl Engine {
         }
         self.jobs.end_files(worker);
         let way = batch_way(load, allocation, &sources);
-        let (backing, filling) = self.memory_for(load, heap, allocation, way)?;
+        let in_memory = load.options.route.is_none() && sources.iter().all(|source| source.file.in_memory);
+        let populates_late = way == Way::Staged || in_memory;
+        let (backing, filling) = self.memory_for(load, heap, allocation, populates_late)?;
         advance.charge(&backing);
         let staged_by = staged_by(&load.options);
         load.record_queued(allocation.batch.pieces.start);
@@ -86,6 +88,7 @@ impl Engine {
                 file.hold(permit.split(Need { files, ..Need::default() }));
             }
             let (offset, bytes) = (to_usize(piece.memory_offset), to_usize(piece.memory_bytes));
+            let staged_by = staged_by.max(best_route(&file, &load.options));
             let staged_by = staged_by.max(Some(route).filter(|&route| route < Route::Bounce).unwrap_or(staged_by));
             let route = match way {
                 Way::Staged => route.max(Route::Bounce),
@@ -106,6 +109,7 @@ impl Engine {
                 handle: file,
                 alignment_bytes: part.alignment_bytes,
                 mount: part.identity.mount(),
+                in_memory,
                 cached,
             };
             let buffer = PieceBuffer::new(Arc::clone(&backing), filling.clone(), offset, bytes, permit);
@@ -114,16 +118,17 @@ impl Engine {
         Ok(())
     }
 
-    /// Gets the batch's memory: either populated, or with the sink that will populate it.
+    /// Gets the batch's memory: either populated, or, for `populates_late`, with the sink that will
+    /// populate it.
     fn memory_for(
         self: &Arc<Self>,
         load: &Arc<LoadShared>,
         heap: &HeapCode,
         allocation: &Allocation,
-        way: Way,
+        populates_late: bool,
     ) -> Result<Prepared> {
         let about = allocation.allocated();
-        if way == Way::Staged && !self.facts.allocates_at_once {
+        if populates_late && !self.facts.allocates_at_once {
             let (backing, grant) = self.get_backing(load, heap, allocation)?;
             // Each extent requests its own grant when it is populated.
             drop(grant);

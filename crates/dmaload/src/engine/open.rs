@@ -105,6 +105,9 @@ impl Engine {
         let Some(mount) = mounts.next() else { return Choosing::fixed(Way::Direct) };
         // One open file suffices: all files of a file system have the same restrictions.
         let open = files.iter().find_map(|file| file.open.as_ref());
+        if open.is_some_and(|file| file.in_memory) {
+            return Choosing::fixed(Way::Direct);
+        }
         let may_be_slow = open.is_some_and(|file| file.ring_refused.is_some());
         let buffered = may_be_slow
             && !load.options.strict
@@ -480,6 +483,12 @@ pub(super) fn staged_by(options: &LoadOptions) -> Route {
     options.route.filter(|&route| route < Route::Bounce).unwrap_or(Route::UringFixedDirect)
 }
 
+/// The fastest route for reads of this file, if the load does not request one: threads for a file
+/// in memory, otherwise a ring.
+pub(super) fn best_route(file: &OpenFile, options: &LoadOptions) -> Route {
+    if file.in_memory && options.route.is_none() { Route::PreadDirect } else { Route::UringFixedDirect }
+}
+
 /// The route at which reads of a file start, and the fallback that led to it.
 #[derive(Debug)]
 pub(super) struct FileRoute {
@@ -511,5 +520,5 @@ pub(super) fn route_for(file: &OpenFile, index: usize, offset: u64, load: &LoadS
         }
         return Ok(FileRoute { route: from.max(to), fallback });
     }
-    Ok(FileRoute { route: from, fallback: None })
+    Ok(FileRoute { route: from.max(best_route(file, &load.options)), fallback: None })
 }

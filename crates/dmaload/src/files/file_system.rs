@@ -82,6 +82,8 @@ pub(crate) struct Trust {
     pub(crate) buffered_ring_refused: Option<(Attempt, Errno)>,
     /// Whether the page cache is as trustworthy as storage.
     pub(crate) cache: bool,
+    /// Whether the file's bytes are in memory, see [`is_in_memory`].
+    pub(crate) in_memory: bool,
 }
 
 /// Determines how far the file's file system can be trusted. May wait for a server: that of the
@@ -92,7 +94,7 @@ pub(crate) fn trust(file: &OwnedFd, device: Device) -> Trust {
         Ok(about) => magic(&about),
         Err(errno) => {
             let refused = Some((Attempt::RingOnUnknown, errno));
-            return Trust { ring_refused: refused, buffered_ring_refused: refused, cache: false };
+            return Trust { ring_refused: refused, buffered_ring_refused: refused, cache: false, in_memory: false };
         }
     };
     #[cfg(test)]
@@ -103,7 +105,13 @@ pub(crate) fn trust(file: &OwnedFd, device: Device) -> Trust {
         None => device_refused(f_type, device).map(|errno| (Attempt::RingOnDevice, errno)),
     };
     let buffered_ring_refused = ring_refused.filter(|_| !is_network(f_type));
-    Trust { ring_refused, buffered_ring_refused, cache: ring_refused.is_none() && is_cache_witness(f_type, device) }
+    let is_local = ring_refused.is_none();
+    Trust {
+        ring_refused,
+        buffered_ring_refused,
+        cache: is_local && is_cache_witness(f_type, device),
+        in_memory: is_local && is_in_memory(f_type, device),
+    }
 }
 
 fn magic(about: &StatFs) -> u32 {
@@ -167,6 +175,13 @@ fn is_cache_witness(f_type: u32, device: Device) -> bool {
         XFS | BTRFS | EROFS | SQUASHFS | ISO9660 => true,
         _ => false,
     }
+}
+
+/// Whether an `O_DIRECT` read is a copy from memory that the submitting thread makes itself:
+/// `shmem_file_read_iter` in mm/shmem.c and `dax_iomap_rw` in fs/dax.c never return -EIOCBQUEUED.
+/// One ring makes such copies one after the other, so several threads are faster.
+fn is_in_memory(f_type: u32, device: Device) -> bool {
+    f_type == TMPFS || device.is_dax
 }
 
 /// Whether this is a network file system on which direct reads may be slower than buffered ones,
@@ -249,6 +264,19 @@ pub(crate) mod tests {
             OwnedFd::from(std::fs::File::from(rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::ALLOW_SEALING).unwrap()));
         let trusted = trust(&memfd, ANONYMOUS);
         assert_eq!((trusted.ring_refused, trusted.buffered_ring_refused), (None, None), "tmpfs");
+        assert!(trusted.in_memory);
+    }
+
+    #[test]
+    fn only_tmpfs_and_dax_files_are_in_memory() {
+        let disk = Device { major: 259, ..ANONYMOUS };
+        for f_type in ON_BLOCK_DEVICES.into_iter().chain([BTRFS]) {
+            assert!(!is_in_memory(f_type, disk), "{f_type:x}");
+        }
+        for f_type in [EXT4, XFS] {
+            assert!(is_in_memory(f_type, Device { is_dax: true, ..disk }), "{f_type:x}");
+        }
+        assert!(is_in_memory(TMPFS, ANONYMOUS));
     }
 
     #[test]

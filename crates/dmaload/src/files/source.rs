@@ -251,6 +251,8 @@ pub(crate) struct OpenFile {
     buffered_ring_refused: Option<(Attempt, Errno)>,
     /// Whether the page cache is as trustworthy as storage.
     cache_is_witness: bool,
+    /// Whether direct reads are copies from memory, made by the thread that submits them.
+    pub(crate) in_memory: bool,
     /// Whether readahead is off for `buffered`.
     is_quiet: AtomicBool,
     buffered: OwnedFd,
@@ -294,7 +296,7 @@ impl OpenFile {
         if let Err(errno @ (Errno::MFILE | Errno::NFILE)) = direct {
             return Err(failed("open")(errno));
         }
-        let Trust { ring_refused, buffered_ring_refused, cache } = trust(&buffered, look.device);
+        let Trust { ring_refused, buffered_ring_refused, cache, in_memory } = trust(&buffered, look.device);
         // Reading a header or checking what is cached must not start readahead. For files on
         // servers, readahead is worthwhile.
         let is_quiet = ring_refused.is_none() && fadvise(&buffered, 0, None, Advice::Random).is_ok();
@@ -312,6 +314,7 @@ impl OpenFile {
             ring_refused,
             buffered_ring_refused,
             cache_is_witness: cache && !look.from_cache,
+            in_memory,
             is_quiet: AtomicBool::new(is_quiet),
             buffered,
             direct,

@@ -199,7 +199,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         let Some(load) = self.loads.get_mut(&id).filter(|load| !load.ended) else { return self.released.push((id, file.handle)) };
         let stepped = load.stepped.get(&file.index).copied().unwrap_or(load.floor);
         file.route = file.route.max(load.floor).max(stepped);
-        assert!(buffer.is_populated() || file.route >= Route::Bounce, "a device writes only to populated memory");
+        assert!(buffer.is_populated() || file.fills_unpopulated(), "a device writes only to populated memory");
         let refused = if file.route.uses_ring() { self.kernel.ring().err() } else { None };
         self.kernel.attach(&file.handle);
         let chunk_bytes = load.spec.chunk_bytes;

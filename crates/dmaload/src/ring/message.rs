@@ -35,8 +35,18 @@ pub(crate) struct FileSpec<F> {
     pub(crate) mount: u64,
     /// The alignment of direct reads, in the file and in memory.
     pub(crate) alignment_bytes: u64,
+    /// Whether direct reads are copies from memory, made by the thread that submits them.
+    pub(crate) in_memory: bool,
     /// Which chunks of the piece are in the page cache.
     pub(crate) cached: CachedChunks,
+}
+
+impl<F> FileSpec<F> {
+    /// Whether reads by the file's current route can fill memory that is not populated: through
+    /// staging, or by threads that populate it as they write to it. A device and a ring can't.
+    pub(crate) fn fills_unpopulated(&self) -> bool {
+        self.route >= Route::Bounce || self.route == Route::PreadDirect && self.in_memory
+    }
 }
 
 /// An output of the driver for the thread around it.

@@ -19,7 +19,7 @@ use super::wake::Wake;
 use crate::files::source::OpenFile;
 use crate::memory::buffer::{Fault, Place};
 use crate::memory::window::Holders;
-use crate::ring::pace::{FIRST_READERS, MOST_READERS, Pace};
+use crate::ring::pace::{FIRST, FIRST_READERS, MOST_READERS, Pace, cores, most_copiers};
 use crate::route::Route;
 use crate::support::foreign;
 use crate::support::id::LoadId;
@@ -129,7 +129,7 @@ impl Queues {
                 self.paces.retain(|_, pace| !pace.is_idle());
             }
             let now = self.since.elapsed();
-            self.paces.entry(mount).or_insert_with(Pace::for_readers).begin(now);
+            self.paces.entry(mount).or_insert_with(|| pace_for(file)).begin(now);
         }
         self.jobs.push_back(job);
     }
@@ -174,6 +174,12 @@ impl Queues {
         }
         changed
     }
+}
+
+/// The pace of threads that read from the file system of this file. Reads from memory keep the
+/// processor busy, so they need no more threads than copies do.
+fn pace_for(file: &OpenFile) -> Pace {
+    if file.in_memory { Pace::new(FIRST, most_copiers(cores())) } else { Pace::for_readers() }
 }
 
 #[derive(Debug)]

@@ -109,7 +109,10 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         let address = unsafe { entry.buffer.address().add(start) };
         let buffer_slot = entry.buffer_slot.filter(|_| route == Route::UringFixedDirect);
         let place = (!entry.buffer.is_populated()).then(|| entry.buffer.place(start));
-        assert!(place.is_none() || route == Route::Buffered, "a device writes only to populated memory");
+        assert!(
+            place.is_none() || entry.file.fills_unpopulated() && !route.uses_ring(),
+            "a device writes only to populated memory"
+        );
         let in_flight = InFlight { chunk, route, step: Step::Read, since: self.kernel.now() };
         self.start_read(id, in_flight, route, Destination { buffer_slot, address, bytes, place });
     }

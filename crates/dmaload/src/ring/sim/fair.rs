@@ -154,6 +154,7 @@ impl FairMachine {
                     staged_by: Route::UringFixedDirect,
                     mount: *file_system,
                     alignment_bytes: BLOCK,
+                    in_memory: false,
                     cached: CachedChunks::default(),
                 };
                 self.driver.enqueue_piece(id, number, plan.pieces[number], spec, SimBuffer::new(id, BLOCK, &self.memory));

@@ -348,7 +348,8 @@ impl Kernel for SimKernel {
             read.place.is_some(),
             "memory without pages is filled only by threads that populate it"
         );
-        assert!(read.place.as_ref().is_none_or(|place| memory.address_of(place) == start && read.route == Route::Buffered));
+        let by_thread = matches!(read.route, Route::PreadDirect | Route::Buffered);
+        assert!(read.place.as_ref().is_none_or(|place| memory.address_of(place) == start && by_thread));
         assert_eq!(read.buffer_slot.is_some(), read.route == Route::UringFixedDirect);
         if let Some(slot) = read.buffer_slot {
             let registered = memory.registered.get(&slot).expect("the buffer is registered");

@@ -102,6 +102,7 @@ fn simulate_machine(machine: &TimedMachine) -> (Duration, u64, usize) {
                 staged_by: Route::UringFixedDirect,
                 mount: 0,
                 alignment_bytes: BLOCK,
+                in_memory: false,
                 cached: CachedChunks::default(),
             };
             let buffer = if filled_by_copiers {

@@ -85,6 +85,7 @@ impl RefusingMachine {
                 staged_by: Route::UringFixedDirect,
                 mount,
                 alignment_bytes: BLOCK,
+                in_memory: false,
                 cached: CachedChunks::default(),
             };
             self.driver.enqueue_piece(id, number, piece, spec, SimBuffer::new(id, BLOCK, &self.memory));

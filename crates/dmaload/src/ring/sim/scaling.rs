@@ -395,6 +395,7 @@ fn load(path: Path, device: f64, cores: usize, loads: usize) -> Outcome {
                 staged_by: Route::UringFixedDirect,
                 mount: 0,
                 alignment_bytes: 4096,
+                in_memory: false,
                 cached: CachedChunks::default(),
             };
             let bytes = usize::try_from(piece.memory_bytes).unwrap();

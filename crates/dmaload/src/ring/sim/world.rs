@@ -212,6 +212,7 @@ impl World {
             observed,
             start,
             strict: random.chance(150),
+            in_memory: start == Route::PreadDirect && random.chance(500),
             unpopulated_per_mille: *random.pick(&[0, 0, 300, 1000]),
             // As in the engine: a load observed in staging copies nothing from the page cache.
             cached_per_mille: if staged { 0 } else { *random.pick(&[0, 0, 300, 700, 1000]) },
@@ -337,10 +338,11 @@ impl World {
                 let spec = FileSpec {
                     handle: load.files[file].0.clone(),
                     index: file,
-                    route: if unpopulated { load.start.max(Route::Bounce) } else { load.start },
+                    route: if unpopulated && !load.in_memory { load.start.max(Route::Bounce) } else { load.start },
                     staged_by: load.staged_by(),
                     mount: load.files[file].0.number % 2,
                     alignment_bytes: BLOCK,
+                    in_memory: load.in_memory,
                     cached: cached.remove(&number).unwrap(),
                 };
                 let buffer = if unpopulated {

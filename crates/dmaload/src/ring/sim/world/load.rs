@@ -13,7 +13,11 @@ pub(crate) struct SimLoad {
     pub(crate) observed: Option<(Arc<SimObserver>, Observation)>,
     pub(crate) start: Route,
     pub(crate) strict: bool,
-    /// Pieces per thousand that come without pages, and are filled from staging on every route.
+    /// Whether direct reads are copies from memory, which threads may make into memory without
+    /// pages.
+    pub(crate) in_memory: bool,
+    /// Pieces per thousand that come without pages. Unless the files are in memory, these are
+    /// filled from staging on every route.
     pub(crate) unpopulated_per_mille: u64,
     /// Chunks per thousand that are in the page cache.
     pub(crate) cached_per_mille: u64,
