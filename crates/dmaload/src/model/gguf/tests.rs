@@ -167,7 +167,7 @@ proptest::proptest! {
 }
 
 #[test]
-fn newest_block_types_have_the_right_sizes() {
+fn nvfp4_q1_0_and_q2_0_have_the_right_sizes() {
     for (kind, dtype, elements, bytes) in [(40, DType::NVFP4, 64, 36), (41, DType::Q1_0, 128, 18), (42, DType::Q2_0, 64, 18)] {
         let whole = file(3, &[], &[entry("t", &[elements * 3, 2], kind, 0)], 6 * bytes);
         let map = map(&whole);
