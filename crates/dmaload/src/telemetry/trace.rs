@@ -1,4 +1,4 @@
-//! The timeline of a load: an event for each allocation, registration, read, copy and hand-over.
+//! The timeline of a load: an event for each step, such as an allocation, a read or a hand-over.
 
 use std::time::Duration;
 
@@ -18,7 +18,8 @@ pub enum TraceKind {
     FromCache,
     /// An observer saw bytes.
     Observe,
-    /// A segment was exported as a dma-buf.
+    /// A full allocation was finished: bytes were moved to their places, and the allocation was
+    /// exported as a dma-buf if the heap supports that.
     Export,
     /// A segment was handed over to the consumer. Takes no time.
     HandOver,
@@ -52,8 +53,10 @@ pub struct TraceEvent {
     pub end: Duration,
     /// The number of the file.
     pub file_index: usize,
-    /// The number of the segment, over all files.
+    /// The number of the segment, counted over all files. For `Export`, the first segment in the
+    /// allocation.
     pub segment: usize,
-    /// Number of bytes: of memory for `Allocate` and `Register`, of the file for the others.
+    /// Number of bytes: of memory for `Allocate` and `Register`, 0 for `Export`, and of the file
+    /// for the others.
     pub bytes: u64,
 }
