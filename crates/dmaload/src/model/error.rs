@@ -21,7 +21,7 @@ use super::limits::{HEADER_LIMIT_BYTES, RANK_LIMIT};
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ModelError {
-    /// The file is not a model but something else that was recognized.
+    /// The file is not a model but a file of another kind, which was recognized.
     #[error("the file is {kind} ({file_bytes} bytes), not a model")]
     Foreign {
         /// What the file is.
@@ -247,7 +247,7 @@ pub enum ModelError {
     },
 
     /// A tensor begins after its end.
-    #[error("tensor {}: \"data_offsets\" [{begin}, {end}] begin after their end", quote(.tensor))]
+    #[error("tensor {}: \"data_offsets\" [{begin}, {end}] end before they begin", quote(.tensor))]
     OffsetsReversed {
         /// The tensor's name.
         tensor: String,

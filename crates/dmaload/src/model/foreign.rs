@@ -79,7 +79,7 @@ impl ForeignFile {
                 "a message was saved in place of the model: download it again (the text says what went wrong)"
             }
             ForeignFile::Zip | ForeignFile::Pickle => {
-                "this is a PyTorch checkpoint (.bin, .pt) with another name: convert it to safetensors, or download the model as safetensors"
+                "this is probably a PyTorch checkpoint (.bin, .pt) with another name: convert it to safetensors, or download the model as safetensors"
             }
             ForeignFile::Zeros => {
                 "the download is incomplete (its space was preallocated): finish it, or download the file again"

@@ -25,9 +25,10 @@ pub enum Named {
     /// An index of safetensors files: `model.safetensors.index.json`, or a variant such as
     /// `model.safetensors.index.fp16.json` or `model.safetensors.fp16.index.json`.
     Safetensors,
-    /// An index of files in another format: `pytorch_model.bin.index.json`.
+    /// An index of files in another format, such as `pytorch_model.bin.index.json`.
     Other,
-    /// An index with a generic name, `model.index.fp16.json`: only its content shows the format.
+    /// An index with a generic name, such as `model.index.fp16.json`. Only its content shows the
+    /// format.
     Unsaid,
 }
 
@@ -112,7 +113,7 @@ impl Index {
     }
 
     /// Whether a text that cannot be parsed was probably meant to be an index: an object with a
-    /// `weight_map`, or invalid JSON such as a truncated index. Any other valid JSON was not.
+    /// `weight_map`, or invalid JSON, such as a truncated index.
     #[must_use]
     pub fn is_meant(json: &[u8]) -> bool {
         match serde_json::from_slice::<HashMap<String, IgnoredAny>>(json) {

@@ -6,8 +6,7 @@ use crate::support::names;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Layout {
-    /// Segments of the configured size, each with its own memory. The first can be used while the
-    /// rest is being read.
+    /// Segments of the configured size. The first can be used while the rest is being read.
     #[default]
     Segmented,
     /// One segment for the whole file, or for each contiguous part of it that is read. Except on
@@ -131,7 +130,7 @@ pub enum Prefer {
     /// The duration of the load.
     #[default]
     Speed,
-    /// CPU time: read directly, which copies nothing, and measure nothing.
+    /// CPU time: reads are direct, which copies nothing, and nothing is measured.
     Cpu,
 }
 

@@ -17,8 +17,8 @@ use crate::support::foreign::Foreign;
 ///
 /// The bytes are in the memory of their segment or, on a heap that the CPU reads uncached
 /// ([`crate::heap::Heap::is_uncached`]), in the staging buffer that they were read into. Reading
-/// continues while the observer runs. If the observer is slower, reading waits, because memory
-/// that was not yet observed counts towards the window.
+/// continues while the observer runs. If the observer is slower, reading waits: until bytes are
+/// observed, they keep their share of the window, or their staging buffer.
 ///
 /// An observer must not wait for a load of its loader, nor for a shutdown to complete: either may
 /// need the thread that the observer runs on.

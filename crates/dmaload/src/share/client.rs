@@ -360,11 +360,11 @@ fn build_image(path: &Path, description: &Description, memories: Vec<Memory>, st
             memory_offset: to_usize(planned.memory_offset),
             memory_bytes: to_usize(planned.memory_bytes),
         };
-        // SAFETY: the whole allocation is mapped, and bytes beyond the file's are at worst zeros,
-        // because a memfd is always initialized. The memfd is sealed against writing
-        // (`Memfd::from_sealed` has checked that), so only a process that mapped it before the
-        // seal can write to it, and `receive` has checked that the server's user is trusted. A
-        // dma-buf is marked as handed out below, so views of it are never created.
+        // SAFETY: the whole allocation is mapped and initialized: bytes of a memfd that the server
+        // did not write are zero. The memfd is sealed against writing (`Memfd::from_sealed` has
+        // checked that), so only a process that mapped it before the seal can write to it, and
+        // `receive` has checked that the server's user is trusted. A dma-buf is marked as handed
+        // out below, so views of it are never created.
         let segment = unsafe { Segment::new(place, Arc::clone(&heap), Arc::clone(backing)) };
         if description.dma_bufs {
             segment.hand_out_dma_buf()?;

@@ -14,7 +14,7 @@
 //!   clients of other users do not.
 //! - When the limit of connections is reached, a new connection replaces the oldest one of the
 //!   user with the most connections. Connections with descriptors in flight do not count and are
-//!   not replaced.
+//!   not replaced; if all have descriptors in flight, the limit is exceeded.
 //! - After [`TRANSFER_LIMIT`], the server sends a client nothing more.
 //! - Descriptors sent by clients are refused, or closed on threads that the server never waits for
 //!   ([`super::connection`]).
@@ -119,7 +119,7 @@ impl Client {
 
     /// Sends a last message, after which the connection ends.
     fn answer(&self, message: &[u8]) -> ClientStep {
-        // A failure changes nothing.
+        // A failure changes nothing: the connection ends either way.
         let _ = send_bytes(&self.socket, message, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
         ClientStep::LetGo
     }

@@ -11,7 +11,7 @@ const DEFAULT_OVERFLOW_USER: u32 = 65534;
 /// The number of user ids: `u32::MAX` is not a valid one.
 const ALL_USERS: u64 = u32::MAX as u64;
 
-/// Determines which ids stand for a single user. In a user namespace that does not map every user,
+/// Which user ids stand for a single user. In a user namespace that does not map every user,
 /// all others share one id: the overflow id, often called `nobody`. A peer with that id can be any
 /// of them, even if this process has it too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

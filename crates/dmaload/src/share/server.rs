@@ -170,8 +170,8 @@ mod tests {
 
     use super::*;
 
-    /// Returns a TCP socket whose last close blocks until its other end has read everything, and
-    /// that other end.
+    /// Returns the ends of a TCP connection. The last close of the first end blocks until the
+    /// second has read everything.
     fn connect_lingering() -> (OwnedFd, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut sender = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
@@ -190,7 +190,7 @@ mod tests {
         let mut control = SendAncillaryBuffer::new(&mut space);
         assert!(control.push(SendAncillaryMessage::ScmRights(&descriptors)));
         let sent = sendmsg(socket, &[IoSlice::new(message)], &mut control, SendFlags::NOSIGNAL).map(|_| ());
-        // If the message was already dropped, this is the last close, which blocks.
+        // If the message was refused or already dropped, this is the last close, which blocks.
         thread::spawn(move || drop(descriptor));
         sent
     }

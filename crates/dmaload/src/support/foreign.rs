@@ -32,7 +32,7 @@ pub(crate) fn discard<T>(value: T) {
     let _ = call(|| drop(value));
 }
 
-/// The message of a panic payload.
+/// Returns the message in a panic's payload.
 pub(crate) fn message(payload: Box<dyn Any + Send>) -> String {
     if let Some(text) = payload.downcast_ref::<&str>() {
         return (*text).to_owned();

@@ -32,7 +32,7 @@ pub struct Report {
     pub memories: usize,
     /// From the start of the load until everything was handed over.
     pub total: Duration,
-    /// Time during which at least one piece was being allocated and populated.
+    /// Time during which memory was being allocated or populated.
     pub allocating: Duration,
     /// Time during which at least one read from storage was in flight.
     pub reading: Duration,

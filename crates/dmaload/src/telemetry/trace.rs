@@ -6,7 +6,7 @@ use std::time::Duration;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum TraceKind {
-    /// Memory for a piece of a segment was allocated and populated.
+    /// Memory for segments was allocated and populated, or a part of it was populated.
     Allocate,
     /// A piece's pages were registered with the ring.
     Register,
@@ -51,10 +51,10 @@ pub struct TraceEvent {
     pub start: Duration,
     /// When it ended.
     pub end: Duration,
-    /// The number of the file.
+    /// The number of the file; the first one if the memory belongs to several.
     pub file_index: usize,
-    /// The number of the segment, counted over all files. For `Export`, the first segment in the
-    /// allocation.
+    /// The number of the segment, counted over all files; the first one if the memory belongs to
+    /// several.
     pub segment: usize,
     /// Number of bytes: of memory for `Allocate` and `Register`, 0 for `Export`, and of the file
     /// for the others.
