@@ -115,7 +115,8 @@ impl LoadOptions {
     }
 
     /// Treats a path to a file as just that file, even if it belongs to a larger model: a part of
-    /// a split GGUF model loads without the others, and an index loads as raw bytes. Default: false.
+    /// a split GGUF model loads without the others, and an index loads as raw bytes. Default:
+    /// false.
     #[must_use]
     pub fn as_one_file(mut self, alone: bool) -> Self {
         self.as_one_file = alone;
