@@ -156,7 +156,7 @@ fn place_tensors(
         let range = tensor.file_range.clone();
         if range.start != expected {
             let why = format!(
-                "tensor {} begins at byte {} of the data, where {expected} was expected",
+                "tensor {} begins at byte {} of the data, but must begin at byte {expected}",
                 quote(&tensor.name),
                 range.start
             );

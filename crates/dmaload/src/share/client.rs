@@ -225,7 +225,7 @@ fn explain_refusal(reply: Reply, name: &str, names: &[String]) -> String {
         Status::NotYet => format!("the server still has no image after {PATIENCE:?}: try again when it has finished loading"),
         Status::Busy => {
             format!(
-                "the server is busy: for {PATIENCE:?}, other clients of this user did not receive their descriptors, or the server has reached its limit of open files (ulimit -n)"
+                "the server is busy: for {PATIENCE:?}, other clients of this user did not receive their descriptors, or the server has reached its limit of connections or of open files (ulimit -n)"
             )
         }
     }

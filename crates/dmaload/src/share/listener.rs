@@ -265,7 +265,7 @@ impl<'a> PrivateFolder<'a> {
                 }
                 Ok(_) => return Err(format!("cannot use {:?} next to the socket: it contains a file, {name:?}", self.name)),
                 Err(Errno::NOENT) => {}
-                Err(errno) => return Err(cannot("list the private folder")(errno)),
+                Err(errno) => return Err(cannot("inspect the private folder")(errno)),
             }
         }
         Ok(())
