@@ -41,7 +41,7 @@ fn invalid_headers() -> Vec<(&'static str, Vec<u8>, &'static str)> {
         ("trailing bytes", header(r#"{"dtype":"U8","shape":[15],"data_offsets":[0,15]}"#), "belong to no tensor"),
         ("a hole at the start", header(r#"{"dtype":"U8","shape":[8],"data_offsets":[8,16]}"#), "belong to no tensor"),
         ("a wrong length", header(r#"{"dtype":"F32","shape":[16],"data_offsets":[0,16]}"#), "needs 64"),
-        ("reversed offsets", header(r#"{"dtype":"U8","shape":[16],"data_offsets":[16,0]}"#), "begin after their end"),
+        ("reversed offsets", header(r#"{"dtype":"U8","shape":[16],"data_offsets":[16,0]}"#), "end before they begin"),
         ("an unknown dtype", header(r#"{"dtype":"Q4","shape":[16],"data_offsets":[0,16]}"#), "unknown dtype"),
         ("negative offsets", header(r#"{"dtype":"U8","shape":[16],"data_offsets":[-16,0]}"#), "-16"),
         (

@@ -15,7 +15,7 @@ macro_rules! dtypes {
         /// The element type of a tensor.
         ///
         /// The set and the spelling are those of the `safetensors` crate 0.8, plus the quantized
-        /// types of ggml, which come in blocks of several elements with common scales. All are
+        /// types of ggml, which are stored in blocks of elements that share scales. All types are
         /// little-endian.
         ///
         /// Converts to and from its name as spelled by `safetensors` or ggml:
@@ -116,7 +116,7 @@ impl DType {
     }
 }
 
-/// The error for a name that is not that of a [`DType`].
+/// The error for a string that is not the name of a [`DType`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("unknown dtype {name:?} (names are exact: \"BF16\", \"F8_E4M3\")")]
 #[non_exhaustive]
@@ -163,9 +163,9 @@ dtypes! {
     F8E4M3 = "F8_E4M3", 8 bits;
     /// 8-bit power-of-two scale (OCP microscaling).
     F8E8M0 = "F8_E8M0", 8 bits;
-    /// 8-bit float, 4 bits of exponent, no infinities and one zero.
+    /// 8-bit float, 4 bits of exponent, no infinities and a single zero.
     F8E4M3Fnuz = "F8_E4M3FNUZ", 8 bits;
-    /// 8-bit float, 5 bits of exponent, no infinities and one zero.
+    /// 8-bit float, 5 bits of exponent, no infinities and a single zero.
     F8E5M2Fnuz = "F8_E5M2FNUZ", 8 bits;
     /// Signed 16-bit integer.
     I16 = "I16", 16 bits;
@@ -173,7 +173,7 @@ dtypes! {
     U16 = "U16", 16 bits;
     /// Half-precision float.
     F16 = "F16", 16 bits;
-    /// Brain float: the upper half of an [`F32`](Self::F32).
+    /// Brain float: the upper 16 bits of an [`F32`](Self::F32).
     BF16 = "BF16", 16 bits;
     /// Signed 32-bit integer.
     I32 = "I32", 32 bits;
@@ -227,7 +227,7 @@ dtypes! {
     IQ4_NL = "IQ4_NL", 32 in 18 bytes;
     /// 3.44 bits, with a codebook.
     IQ3_S = "IQ3_S", 256 in 110 bytes;
-    /// 2.5 bits, with a codebook.
+    /// 2.56 bits, with a codebook.
     IQ2_S = "IQ2_S", 256 in 82 bytes;
     /// 4-bit, non-linear, in super-blocks.
     IQ4_XS = "IQ4_XS", 256 in 136 bytes;

@@ -10,17 +10,18 @@ use super::limits::{HEADER_LIMIT_BYTES, RANK_LIMIT};
 
 /// Why a model file was refused: what is wrong, where, and what was expected.
 ///
-/// Names from the file are kept whole in the fields. Messages quote them with control characters
-/// escaped and shorten long ones, because a hostile file chooses them and a terminal displays
-/// them.
+/// The fields keep names from the file in full. Messages quote these names, escape control
+/// characters and shorten long names, because a hostile file may choose them and a terminal may
+/// display them.
 ///
 /// An `offset` in a safetensors header is relative to the JSON, which begins at byte 8 of the
-/// file; one in a GGUF header or in an index is relative to the start of the file. Tensor offsets
-/// are relative to the data, as in the header; ranges are absolute in the file.
+/// file. An `offset` in a GGUF header or in an index is relative to the start of the file. Other
+/// positions are relative to the data, as in the header, unless their documentation says that they
+/// are positions in the file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ModelError {
-    /// The file is not a model but something else that was recognized.
+    /// The file is not a model but a file of another kind, which was recognized.
     #[error("the file is {kind} ({file_bytes} bytes), not a model")]
     Foreign {
         /// What the file is.
@@ -43,14 +44,14 @@ pub enum ModelError {
         given: usize,
     },
 
-    /// The header is too short to contain a JSON object.
+    /// The header is too short to contain a JSON object, or consists of whitespace.
     #[error("the header's declared length is {header_bytes} bytes; the shortest header, \"{{}}\", has 2")]
     HeaderTooSmall {
-        /// The declared length of the JSON header.
+        /// The declared length of the JSON header; 0 if it consists of whitespace.
         header_bytes: u64,
     },
 
-    /// The length prefix exceeds the format's limit.
+    /// The declared length of the header exceeds the format's limit.
     #[error(
         "the header's declared length is {header_bytes} bytes, more than the {HEADER_LIMIT_BYTES} that the \
          format allows"
@@ -73,7 +74,7 @@ pub enum ModelError {
         file_bytes: u64,
     },
 
-    /// The header's first byte that is not whitespace is not `{`.
+    /// The header does not begin with `{`.
     #[error("the header begins with byte {found:#04x}, expected '{{' (0x7b)")]
     NotAnObject {
         /// The byte found.
@@ -87,7 +88,7 @@ pub enum ModelError {
         offset: usize,
     },
 
-    /// The header is not JSON.
+    /// The header is not valid JSON.
     #[error("the header is not valid JSON near byte {offset}: {}", printable::text(.reason))]
     NotJson {
         /// How far the header had been read.
@@ -108,7 +109,7 @@ pub enum ModelError {
         found: u8,
     },
 
-    /// A part of a tensor's entry has the wrong JSON type.
+    /// A tensor's entry, or a value in it, has the wrong JSON type.
     #[error("tensor {}{}, near byte {offset} of the header: {}", quote(.tensor), format_key(*.key), printable::text(.reason))]
     WrongType {
         /// The tensor's name.
@@ -177,7 +178,7 @@ pub enum ModelError {
         reason: String,
     },
 
-    /// A tensor's element type is not one of [`DType::SAFETENSORS`].
+    /// A tensor's element type in a safetensors header is not one of [`DType::SAFETENSORS`].
     #[error("tensor {} has the unknown dtype {} (names are exact: \"BF16\", \"F8_E4M3\")", quote(.tensor), quote(.found))]
     UnknownDType {
         /// The tensor's name.
@@ -246,7 +247,7 @@ pub enum ModelError {
     },
 
     /// A tensor begins after its end.
-    #[error("tensor {}: \"data_offsets\" [{begin}, {end}] begin after their end", quote(.tensor))]
+    #[error("tensor {}: \"data_offsets\" [{begin}, {end}] end before they begin", quote(.tensor))]
     OffsetsReversed {
         /// The tensor's name.
         tensor: String,
@@ -269,7 +270,7 @@ pub enum ModelError {
         end: u64,
         /// The number of bytes in the file after the header.
         data_bytes: u64,
-        /// How many more bytes the last tensor needs.
+        /// The number of bytes that the file lacks to contain all tensors.
         missing_bytes: u64,
     },
 
@@ -350,7 +351,7 @@ pub enum ModelError {
         file_bytes: u64,
     },
 
-    /// A tensor in a GGUF file has an unknown type.
+    /// A tensor in a GGUF file has an unsupported type.
     #[error("GGUF header, byte {offset}: tensor {} has type {found}, which is {}", quote(.tensor),
         if is_removed_gguf_type(*.found) { "no longer part of GGUF" } else { "newer than this version of dmaload" })]
     GgufType {
@@ -377,7 +378,7 @@ pub enum ModelError {
         found: u32,
     },
 
-    /// A GGUF file violates a rule of the format.
+    /// A GGUF file violates a rule of the format, or exceeds a limit of this library.
     #[error("GGUF header, byte {offset}: {}", printable::text(.reason))]
     Gguf {
         /// Where in the file the faulty part begins.
@@ -393,20 +394,20 @@ pub enum ModelError {
     /// The parts of a split GGUF model contradict each other, or one contradicts its name.
     #[error("{}", printable::text(.reason))]
     Split {
-        /// The contradiction.
+        /// What contradicts what.
         reason: String,
     },
 
     /// The index of a model of several files is invalid.
     #[error("invalid index near byte {offset}: {}", printable::text(.reason))]
     Index {
-        /// How far the index had been read.
+        /// How far the index had been read; 0 for a tensor that is listed twice.
         offset: usize,
         /// What was found and what was expected.
         reason: String,
     },
 
-    /// The index lists a file outside its folder, or an empty name.
+    /// The index lists a file outside its folder, or a name that no file can have.
     #[error("the index lists the file {}, which is not within its folder", quote(.name))]
     IndexLeavesFolder {
         /// The file's name.
@@ -469,8 +470,8 @@ impl ModelError {
         }
     }
 
-    /// Whether the file may be something else entirely, because even its beginning is not that of
-    /// a model.
+    /// Whether the file may be something else entirely, so that its beginning should be compared
+    /// with other formats.
     pub(crate) fn may_be_foreign(&self) -> bool {
         match self {
             ModelError::FileTooShort { .. }
@@ -486,7 +487,8 @@ impl ModelError {
     }
 }
 
-/// Whether a GGUF version was written in big-endian byte order. Versions are small numbers.
+/// Whether a GGUF version was written in big-endian byte order: as little-endian, it is too large
+/// for a version.
 fn is_big_endian(version: u32) -> bool {
     version > 0xffff && version.swap_bytes() <= 0xffff
 }
@@ -503,7 +505,7 @@ fn is_removed_gguf_type(number: u32) -> bool {
 /// Maximum number of characters of a name to quote in a message.
 const SHOWN_CHARS: usize = 120;
 
-/// Quotes text from the file so that it is safe to print on a terminal.
+/// Quotes text from the file, so that it is safe to print on a terminal, and shortens long text.
 pub(super) fn quote(text: &str) -> impl fmt::Display {
     fmt::from_fn(move |f| match text.char_indices().nth(SHOWN_CHARS) {
         None => write!(f, "{text:?}"),

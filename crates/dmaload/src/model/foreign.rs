@@ -1,7 +1,8 @@
 //! Recognizes files found in place of a model: Git LFS pointers, error pages, archives, and other
 //! formats.
 //!
-//! Used only after a file was refused as a model, so that the error can say what to do.
+//! Used only after a file was refused as a model or as an index, so that the error can say what to
+//! do.
 
 use std::fmt;
 
@@ -10,7 +11,7 @@ use dmabuf::printable;
 use super::gguf::is_gguf;
 use super::limits::HEADER_LIMIT_BYTES;
 
-/// How many bytes at the beginning of a file [`recognize`] needs.
+/// How many bytes at the beginning of a file [`recognize`] examines, if the file has that many.
 pub(crate) const LOOKED_AT_BYTES: usize = 4096;
 
 /// Maximum number of characters to quote in a message.
@@ -78,7 +79,7 @@ impl ForeignFile {
                 "a message was saved in place of the model: download it again (the text says what went wrong)"
             }
             ForeignFile::Zip | ForeignFile::Pickle => {
-                "this is a PyTorch checkpoint (.bin, .pt) with another name: convert it to safetensors, or download the model as safetensors"
+                "this is probably a PyTorch checkpoint (.bin, .pt) with another name: convert it to safetensors, or download the model as safetensors"
             }
             ForeignFile::Zeros => {
                 "the download is incomplete (its space was preallocated): finish it, or download the file again"
@@ -121,8 +122,8 @@ impl fmt::Display for ForeignFile {
     }
 }
 
-/// Recognizes a file that is not the model it should be. `start` is the beginning of the file, up
-/// to [`LOOKED_AT_BYTES`] of it, and `file_bytes` its length.
+/// Recognizes a file that is not the model it should be; `None` if its kind is unknown. `start` is
+/// the beginning of the file, at most [`LOOKED_AT_BYTES`] of it, and `file_bytes` its length.
 #[must_use]
 pub(crate) fn recognize(start: &[u8], file_bytes: u64) -> Option<ForeignFile> {
     if start.is_empty() {
@@ -156,8 +157,7 @@ fn recognize_magic(start: &[u8]) -> Option<ForeignFile> {
     match start {
         _ if is_gguf(start) => Some(ForeignFile::Gguf),
         [b'P', b'K', 3, 4, ..] | [b'P', b'K', 5, 6, ..] => Some(ForeignFile::Zip),
-        // The opcode PROTO, versions 2 to 5. The first 8 bytes of a checkpoint never form a valid
-        // header length.
+        // The opcode PROTO, versions 2 to 5.
         [0x80, 2..=5, ..] => Some(ForeignFile::Pickle),
         [b'l', b'm', b'g', b'g', ..] | [b't', b'j', b'g', b'g', ..] | [b'f', b'm', b'g', b'g', ..] => {
             Some(ForeignFile::LegacyGgml)
@@ -176,7 +176,7 @@ fn recognize_magic(start: &[u8]) -> Option<ForeignFile> {
 }
 
 /// Recognizes pages and messages that are in Latin-1 or UTF-16, or contain control characters, by
-/// their first words, which are ASCII characters in each encoding.
+/// their first words. These are ASCII, which UTF-16 encodes as every second byte.
 fn recognize_markup(start: &[u8]) -> Option<ForeignFile> {
     let text: Vec<u8> = match start {
         [0xff, 0xfe, rest @ ..] | [0xfe, 0xff, 0, rest @ ..] | [0, rest @ ..] => rest.iter().step_by(2).copied().collect(),

@@ -2,14 +2,15 @@
 //! bytes, each at a multiple of the file's alignment.
 //!
 //! Based on `docs/gguf.md` of <https://github.com/ggml-org/ggml>. Where that document is silent,
-//! `gguf_init_from_file` of the same project decides. This module refuses what that function
-//! refuses: duplicate keys and names, tensors that are not consecutive, and row lengths that are
-//! not a whole number of blocks.
+//! `gguf_init_from_file` of the same project decides. Like that function, this module refuses
+//! duplicate keys and names, tensors that are not consecutive, and rows that are not a whole
+//! number of blocks. Unlike it, this module accepts nested arrays, long names, and tensors of up
+//! to eight dimensions.
 //!
 //! The length of the header is not known in advance, so [`parse`] takes the beginning of the file
-//! and can request more of it. Memory and time are bounded by the header's length, at most
-//! [`HEADER_LIMIT_BYTES`]: a count in the file is trusted only once the bytes that it counts have
-//! been read.
+//! and can request more of it. Memory and time are bounded by the header's length, which is at
+//! most [`HEADER_LIMIT_BYTES`]. Counts in the file are not trusted: memory is allocated only for
+//! entries that have been read.
 
 mod cursor;
 mod magic;
@@ -22,8 +23,8 @@ use super::dtype::DType;
 use super::error::{ModelError, quote};
 use super::map::{self, TensorInfo, TensorMap};
 
-/// The maximum header length in bytes, as for safetensors. The largest vocabularies take about 10
-/// MB.
+/// The maximum length of a header in bytes, the same as for safetensors. The largest vocabularies
+/// take about 10 MB.
 pub const HEADER_LIMIT_BYTES: u64 = super::limits::HEADER_LIMIT_BYTES;
 
 /// Maximum number of dimensions. ggml supports four (`GGML_MAX_DIMS`); the format allows more.
@@ -38,7 +39,7 @@ pub enum Parsed {
     Complete(TensorMap),
     /// The header continues: more bytes of the file are needed.
     More {
-        /// The required length of `start`, from the first byte of the file.
+        /// The minimum length of `start` for the next call, which may request even more.
         bytes: u64,
     },
 }
@@ -46,7 +47,7 @@ pub enum Parsed {
 /// Parses and checks a header. `start` is the beginning of a file of `file_bytes` bytes.
 ///
 /// # Errors
-/// What is wrong, and where.
+/// A [`ModelError`] that says what is wrong, and where.
 pub fn parse(start: &[u8], file_bytes: u64) -> Result<Parsed, ModelError> {
     let mut cursor = Cursor::new(start, file_bytes);
     match read(&mut cursor, file_bytes) {
@@ -121,13 +122,13 @@ fn read_tensor(cursor: &mut Cursor<'_>, alignment: u64) -> Result<TensorInfo, St
         let why = format!("tensor {} has rows of {row} elements; {dtype} comes in blocks of {block_elements}", quote(&name));
         return Err(cursor.fault(at, why));
     }
-    // Zeros are left out of the product, so that they cannot hide an overflow of the other
+    // Zeros are left out of the product: otherwise they would hide an overflow of the other
     // dimensions.
     let others = shape.iter().filter(|&&dim| dim > 0).try_fold(1_u64, |product, &dim| product.checked_mul(dim as u64));
     let elements = others.map(|others| if shape.contains(&0) { 0 } else { others });
     let bytes = elements.and_then(|elements| dtype.bytes_of(elements));
     let end = bytes.and_then(|bytes| offset.checked_add(bytes));
-    // The file lists the fastest-varying dimension first; shapes elsewhere list it last.
+    // The file lists the fastest-varying dimension first; `TensorInfo` lists it last.
     shape.reverse();
     let Some(end) = end else {
         return Err(cursor.fault(at, format!("tensor {} of shape {shape:?} is larger than any file", quote(&name))));
@@ -139,7 +140,7 @@ fn read_tensor(cursor: &mut Cursor<'_>, alignment: u64) -> Result<TensorInfo, St
     Ok(TensorInfo { name, dtype, shape, file_range: offset..end })
 }
 
-/// Checks that the tensors are consecutive, and makes their ranges absolute.
+/// Checks that the tensors are consecutive and within the file, and makes their ranges absolute.
 fn place_tensors(
     cursor: &Cursor<'_>,
     found: &mut [(u64, TensorInfo)],
@@ -149,13 +150,13 @@ fn place_tensors(
 ) -> Result<(), Stop> {
     let mut expected = 0;
     found.sort_by_key(|(_, tensor)| (tensor.file_range.start, tensor.file_range.end));
-    // The end of the last tensor, because the error for a truncated file counts all missing bytes.
+    // The error for a truncated file counts all missing bytes, up to the end of the last tensor.
     let last = found.iter().map(|(_, tensor)| tensor.file_range.end).max().unwrap_or(0);
     for (at, tensor) in found {
         let range = tensor.file_range.clone();
         if range.start != expected {
             let why = format!(
-                "tensor {} begins at byte {} of the data, where {expected} was expected",
+                "tensor {} begins at byte {} of the data, but must begin at byte {expected}",
                 quote(&tensor.name),
                 range.start
             );
@@ -173,8 +174,8 @@ fn place_tensors(
     Ok(())
 }
 
-/// The type with this number in `enum ggml_type`. ggml removed the types whose numbers are missing
-/// here.
+/// The type with this number in `enum ggml_type`. ggml has removed the types whose numbers are
+/// skipped here.
 fn dtype_from_number(number: u32) -> Option<DType> {
     Some(match number {
         0 => DType::F32,

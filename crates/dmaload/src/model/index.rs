@@ -1,4 +1,4 @@
-//! The index of a model that is split into several safetensors files, as model hubs use it:
+//! The index of a model that is split into several safetensors files, as model hubs provide it:
 //! `model.safetensors.index.json`.
 //!
 //! ```json
@@ -25,9 +25,10 @@ pub enum Named {
     /// An index of safetensors files: `model.safetensors.index.json`, or a variant such as
     /// `model.safetensors.index.fp16.json` or `model.safetensors.fp16.index.json`.
     Safetensors,
-    /// An index of files in another format: `pytorch_model.bin.index.json`.
+    /// An index of files in another format, such as `pytorch_model.bin.index.json`.
     Other,
-    /// An index with a generic name, `model.index.fp16.json`: only its content shows the format.
+    /// An index with a generic name, such as `model.index.fp16.json`. Only its content shows the
+    /// format.
     Unsaid,
 }
 
@@ -71,14 +72,14 @@ impl Index {
     ///
     /// # Errors
     /// [`ModelError::Index`], including for duplicate tensors; [`ModelError::IndexLeavesFolder`]
-    /// for a file name that leaves the index's folder. (Only the name is checked: symbolic links
-    /// may lead anywhere, and model caches rely on that.)
+    /// for a file name that leaves the index's folder or is not the name of a file. Only names are
+    /// checked: symbolic links may lead anywhere, and model caches rely on that.
     pub fn parse(json: &[u8]) -> Result<Self, ModelError> {
         let WeightMap(pairs) = serde_json::from_slice::<Document>(json)
             .map_err(|error| ModelError::Index { offset: offset_of(json, &error), reason: shorten(error.to_string()) })?
             .weight_map;
-        // Keyed by the name as spelled in the index. Most tensors are in the same file as the
-        // tensor before them.
+        // Keyed by the name as spelled in the index, so that each spelling is normalized only
+        // once.
         let mut places: HashMap<String, usize> = HashMap::new();
         let mut by_file: HashMap<String, usize> = HashMap::new();
         let mut shards: Vec<IndexShard> = Vec::new();
@@ -112,12 +113,12 @@ impl Index {
     }
 
     /// Whether a text that cannot be parsed was probably meant to be an index: an object with a
-    /// `weight_map`, or invalid JSON such as a truncated index. Any other valid JSON was not.
+    /// `weight_map`, or invalid JSON, such as a truncated index.
     #[must_use]
     pub fn is_meant(json: &[u8]) -> bool {
         match serde_json::from_slice::<HashMap<String, IgnoredAny>>(json) {
             Ok(keys) => keys.contains_key("weight_map"),
-            // A data error means well-formed JSON that is not an object.
+            // A data error means that the JSON is not an object.
             Err(error) => !error.is_data(),
         }
     }
@@ -154,8 +155,8 @@ impl Index {
     }
 }
 
-/// Normalizes a file name: removes `.`, `..` and repeated slashes. `None` if it leaves the index's
-/// folder or is empty.
+/// Normalizes a file name: removes `.`, `..` and repeated slashes. `None` if the name leaves the
+/// index's folder, contains a NUL, or has no components left.
 fn normalize_name(name: &str) -> Option<String> {
     let mut parts = Vec::new();
     for part in Path::new(name).components() {

@@ -1,8 +1,8 @@
 //! Limits on headers.
 
-/// The maximum length of a header in bytes; the limit of the `safetensors` crate.
+/// The maximum length of a header in bytes. The `safetensors` crate has the same limit.
 pub const HEADER_LIMIT_BYTES: u64 = 100_000_000;
 
-/// The maximum number of dimensions of a tensor. The format sets no limit; tensor libraries
-/// support at most 254.
+/// The maximum number of dimensions of a tensor in a safetensors file. The format sets no limit;
+/// this one is far above what models use.
 pub const RANK_LIMIT: usize = 255;

@@ -109,27 +109,32 @@ impl TensorMap {
         self.by_name.find(name, |i| &self.tensors[i].name)
     }
 
-    /// The metadata of a GGUF file; `None` for a safetensors file.
+    /// The metadata of a GGUF file. `None` for a safetensors file, and in an image that another
+    /// process shares ([`crate::share`]).
     #[must_use]
     pub fn gguf(&self) -> Option<&GgufMetadata> {
         self.gguf.as_deref()
     }
 
-    /// The name of the file's format: `safetensors` or `gguf`.
+    /// The name of the file's format: `gguf` if [`Self::gguf`] has metadata, otherwise
+    /// `safetensors`.
     #[must_use]
     pub fn format(&self) -> &'static str {
         if self.gguf.is_some() { "gguf" } else { "safetensors" }
     }
 
-    /// The free-form metadata of a safetensors file; empty if it has none.
+    /// The free-form metadata of a safetensors file. Empty if the file has none, and in an image
+    /// that another process shares ([`crate::share`]).
     #[must_use]
     pub fn metadata(&self) -> &SafetensorsMetadata {
         &self.metadata
     }
 
-    /// For safetensors, the length of the JSON header in bytes, padding included. The 8-byte
-    /// length before it does not count: data begins at `8 + header_bytes`. For GGUF, the length of
-    /// everything before the data.
+    /// The length of the header in bytes.
+    ///
+    /// For safetensors, this is the length of the JSON with its padding, without the 8-byte length
+    /// before it: data begins at `8 + header_bytes`. For GGUF, it is the length of everything
+    /// before the data. It is 0 in an image that another process shares ([`crate::share`]).
     #[must_use]
     pub fn header_bytes(&self) -> u64 {
         self.header_bytes
@@ -197,8 +202,8 @@ impl fmt::Debug for SafetensorsMetadata {
     }
 }
 
-/// Pairs of strings in one buffer: a hostile header can contain ten million pairs, and two
-/// allocations for each would take many times the header's length.
+/// Pairs of strings in one buffer. A hostile header can contain ten million pairs, and two
+/// allocations for each pair would take many times the header's length.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub(super) struct StringPairs {
     text: String,
@@ -214,7 +219,7 @@ impl StringPairs {
         self.ends.push(end);
     }
 
-    /// The last string pushed.
+    /// The last string pushed; empty if there is none.
     pub(super) fn last(&self) -> &str {
         self.ends.len().checked_sub(1).map_or("", |last| self.string(last))
     }

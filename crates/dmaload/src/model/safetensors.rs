@@ -8,18 +8,19 @@
 //! This module is stricter where leniency would let two readers see different tensors, or hide
 //! damage. It refuses the following, which the crate accepts:
 //!
-//! - duplicate names of tensors or in `__metadata__` (the README forbids them);
-//! - an entry written as an array, or a dtype written as an object, which are accidents of the
-//!   crate's deserializer;
+//! - duplicate names of tensors, and duplicate keys in `__metadata__` (the README forbids both);
+//! - an entry written as an array, or a dtype written as an object, which the crate accepts only
+//!   because of how its deserializer is generated;
 //! - more than [`RANK_LIMIT`] dimensions.
 //!
-//! Like the crate, it accepts `"__metadata__": null`, which MLX writes, skips unknown keys in a
-//! tensor's entry, and allows any JSON whitespace around the header, although the README requires
-//! `{` first and only spaces last.
+//! Like the crate, it accepts `"__metadata__": null`, which MLX writes, and skips unknown keys in
+//! a tensor's entry. It also allows any JSON whitespace around the header's object, although the
+//! README requires the header to begin with `{` and to be padded only with spaces.
 //!
-//! Memory and time are bounded by the header: parsing takes a small multiple of its length, and no
-//! more than `n log n` comparisons of names. A value of the wrong type is refused where it begins,
-//! without reading it, and the values of unknown keys are skipped, down to a depth of 127.
+//! Memory and time are bounded by the header's length: parsing takes at most a small multiple of
+//! it in memory, and `n log n` comparisons of names. A value of the wrong type is refused where it
+//! begins, before the rest of it is read. The value of an unknown key is skipped; the header is
+//! refused if it nests more than 127 levels deep.
 
 mod header;
 mod values;
@@ -47,7 +48,7 @@ pub enum Sniff {
     },
     /// Not a safetensors file, and neither its name nor its content claims that it is one.
     Not {
-        /// The rule that it violates.
+        /// The rule of the format that it violates.
         why: ModelError,
     },
     /// Claims to be safetensors, by name or content, but is not valid.
@@ -62,23 +63,24 @@ pub enum Sniff {
 /// `first` is the beginning of the file: at least 9 bytes of it, unless the file is shorter.
 /// `named_safetensors` says whether the file's name ends in `.safetensors`.
 ///
-/// A file *looks* like safetensors if its byte 8 is `{` and its first 8 bytes are a length from 2
-/// to [`HEADER_LIMIT_BYTES`]. Then:
+/// A file *looks* like safetensors if it has at least 10 bytes, its byte 8 is `{`, and its first 8
+/// bytes are a length from 2 to [`HEADER_LIMIT_BYTES`]. In a file named `.safetensors`, byte 8 can
+/// also be whitespace, which JSON allows before the `{`.
 ///
 /// | looks like safetensors | header fits the file | named `.safetensors` | verdict |
 /// |---|---|---|---|
 /// | yes | yes | –   | [`Sniff::Safetensors`] |
 /// | yes | no  | –   | [`Sniff::Broken`]: most likely cut short |
-/// | no  | –   | yes | [`Sniff::Broken`], unless byte 8 is whitespace, which JSON allows there |
+/// | no  | –   | yes | [`Sniff::Broken`] |
 /// | no  | –   | no  | [`Sniff::Not`] |
 ///
-/// Fewer than 9 bytes of a longer file are also [`Sniff::Broken`], because they do not determine
-/// the format.
+/// If `first` has fewer than 9 bytes although the file has 10 or more, the verdict is
+/// [`Sniff::Broken`], because so few bytes do not determine the format.
 ///
-/// So a damaged model is an error rather than a raw file. As a consequence, a raw file with such a
-/// beginning is also an error until it is explicitly loaded as raw. That is rare (five of the nine
-/// bytes must have one value, and a sixth one of six) and is reported, whereas the opposite
-/// mistake would go unnoticed.
+/// A damaged model is therefore an error rather than a raw file. As a consequence, a raw file that
+/// begins like safetensors is also an error until it is explicitly loaded as raw. Such files are
+/// rare: five of their first nine bytes must have one particular value, and a sixth one of six.
+/// Their error is visible, whereas loading a damaged model as raw bytes would go unnoticed.
 #[must_use]
 pub fn sniff(first: &[u8], file_bytes: u64, named_safetensors: bool) -> Sniff {
     match check_start(first, file_bytes, named_safetensors) {
@@ -90,7 +92,8 @@ pub fn sniff(first: &[u8], file_bytes: u64, named_safetensors: bool) -> Sniff {
 
 /// Whether a fault found by [`check_start`] rules out a raw load, whatever the file's name.
 fn indicates_safetensors(error: &ModelError) -> bool {
-    // Too few bytes from the caller do not determine the format, so "raw" would be a guess.
+    // If the caller passed too few bytes to determine the format, treating the file as raw would
+    // be a guess.
     matches!(error, ModelError::HeaderPastEnd { .. } | ModelError::StartTooShort { .. })
 }
 
@@ -111,10 +114,10 @@ fn check_start(first: &[u8], file_bytes: u64, named: bool) -> Result<u64, ModelE
     parse_prefix(*prefix, file_bytes)
 }
 
-/// The length of the JSON header in bytes, from the first 8 bytes of a file of `file_bytes` bytes.
+/// Returns the length of the JSON header in bytes, which the first 8 bytes of a file state.
 ///
-/// The result is safe to allocate: the header is within the file, and no longer than
-/// [`HEADER_LIMIT_BYTES`].
+/// `file_bytes` is the length of the file. The result is safe to allocate: the header is within
+/// the file, and no longer than [`HEADER_LIMIT_BYTES`].
 ///
 /// # Errors
 ///
@@ -144,8 +147,8 @@ fn data_bytes(header_bytes: u64, file_bytes: u64) -> Result<u64, ModelError> {
 ///
 /// # Errors
 ///
-/// Any [`ModelError`] except those that only [`sniff`] returns. A file with several faults is
-/// refused for one of them.
+/// A [`ModelError`] that says what is wrong with the header, and where. A file with several faults
+/// is refused for one of them.
 pub fn parse(header: &[u8], file_bytes: u64) -> Result<TensorMap, ModelError> {
     let header_bytes = header.len() as u64;
     let data_bytes = data_bytes(header_bytes, file_bytes)?;
@@ -158,7 +161,7 @@ pub fn parse(header: &[u8], file_bytes: u64) -> Result<TensorMap, ModelError> {
     Ok(map)
 }
 
-/// Checks that a header is UTF-8 and begins like a JSON object.
+/// Checks that a header begins like a JSON object, and decodes it as UTF-8.
 fn decode_header(header: &[u8]) -> Result<&str, ModelError> {
     let is_blank = |byte: &u8| header::WHITESPACE.contains(&char::from(*byte));
     match header.iter().find(|byte| !is_blank(byte)) {

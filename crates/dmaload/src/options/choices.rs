@@ -1,4 +1,4 @@
-//! The choices for a load, one type for each.
+//! The choices that a load's options offer, one type for each.
 
 use crate::support::names;
 
@@ -6,17 +6,17 @@ use crate::support::names;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Layout {
-    /// Segments of the configured size, each with its own memory. The first can be used while the
-    /// rest is being read.
+    /// Segments of the configured size. The first can be used while the rest is being read.
     #[default]
     Segmented,
-    /// One segment for the whole file, still filled piece by piece while the rest is being
-    /// populated.
+    /// One segment for the whole file, or for each contiguous part of it that is read. Except on
+    /// heaps that populate memory when they allocate it, such as dma-heaps, it is filled piece by
+    /// piece while the rest is being populated.
     Single,
-    /// Like `Segmented`, but cut between tensors: each tensor is in one segment, in a larger one
-    /// if necessary, unless it exceeds what the importer, the heap or the memory limit allows. Two
-    /// segments that are adjacent in a file both contain the block in which one tensor ends and
-    /// the next begins. A file without tensors is divided as in `Segmented`.
+    /// Like `Segmented`, but cut between tensors. Each tensor is in one segment, larger than the
+    /// others if necessary. A tensor is split only if it exceeds what the importer, the heap or
+    /// the memory limit allows. If one tensor ends and the next begins within a block, the
+    /// segments of both contain that block. A file of raw bytes is divided as in `Segmented`.
     Tensors,
 }
 
@@ -49,8 +49,8 @@ impl std::str::FromStr for Layout {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Format {
-    /// safetensors or GGUF if the file looks like one, otherwise raw bytes. A folder is treated as
-    /// a model of several files.
+    /// safetensors or GGUF if the file looks like one, otherwise raw bytes. A folder, an index and
+    /// a part of a split GGUF model stand for a model of several files.
     #[default]
     Auto,
     /// safetensors; anything else is an error.
@@ -85,14 +85,16 @@ impl std::str::FromStr for Format {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Cache {
-    /// Ignore the page cache: read everything from storage, by the requested route.
+    /// Do not check what the page cache holds: read everything by the load's route. (The routes
+    /// `uring-buffered` and `buffered` go through the page cache.)
     Bypass,
-    /// Copy chunks that are fully cached from the page cache, and read the rest from storage.
-    /// Checking what is cached adds very little to the cache (at most 1 % of a file).
+    /// Copy chunks that are fully cached from the page cache, and read the rest by the load's
+    /// route. Checking what is cached adds at most 1 % of a large file to the cache.
     ///
-    /// Only on file systems where every change to cached bytes shows in the file's modification
-    /// time: ext4, xfs, btrfs, and read-only ones (erofs, iso9660). Never on FUSE, overlayfs and
-    /// network file systems, whose cache may be stale, nor on tmpfs.
+    /// Has an effect only on file systems where every change to cached bytes shows in the file's
+    /// modification time: ext4, xfs, btrfs, and read-only ones (squashfs, erofs, iso9660). FUSE,
+    /// overlayfs and network file systems are excluded because their cache may be stale, and tmpfs
+    /// because it does not record every change.
     #[default]
     Auto,
 }
@@ -128,7 +130,7 @@ pub enum Prefer {
     /// The duration of the load.
     #[default]
     Speed,
-    /// CPU time: direct reads, which copy nothing, without measuring.
+    /// CPU time: reads are direct, which copies nothing, and nothing is measured.
     Cpu,
 }
 
@@ -149,16 +151,16 @@ impl std::str::FromStr for Prefer {
     }
 }
 
-/// Which loads go first when several are running.
+/// Which loads get memory first when several are running.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Priority {
-    /// Runs only when no other load has anything to do.
+    /// Gets memory only when no load of a higher priority can use it.
     Low,
-    /// Takes turns with other loads.
+    /// Takes turns with other loads of this priority.
     #[default]
     Normal,
-    /// Runs before other loads.
+    /// Gets memory before all loads of a lower priority.
     High,
 }
 
@@ -167,32 +169,35 @@ impl Priority {
     pub(crate) const DOWN: [Priority; 3] = [Priority::High, Priority::Normal, Priority::Low];
 }
 
-/// One rank's part of a model; see [`crate::LoadOptions::shard`].
+/// One rank's share of a model; see [`crate::LoadOptions::shard`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shard {
-    /// Which part, counted from 0.
+    /// The rank, counted from 0.
     pub rank: u32,
-    /// Number of parts.
+    /// The number of ranks.
     pub world_size: u32,
     /// The dimension along which each tensor is cut, counted from the outermost; `None` cuts the
     /// bytes of each file.
     pub dim: Option<usize>,
 }
 
-/// What an importer of segments (a driver, an NPU, a codec) can map. See
-/// [`crate::LoadOptions::importer`]. The default sets no limits.
+/// What an importer of segments (the driver of a GPU, an NPU or a codec) can map; see
+/// [`crate::LoadOptions::importer`]. The default sets no limits. A load that would exceed the
+/// limits fails with [`crate::Error::Importer`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ImporterLimits {
-    /// The largest dma-buf that it accepts.
+    /// The size of the largest dma-buf that the importer accepts: at least 1 MiB.
     pub max_segment_bytes: u64,
-    /// The maximum number of dma-bufs for a model. Small files and small spans of tensors share
-    /// them.
+    /// The maximum number of dma-bufs for a load. Small files, and small spans of tensors, share
+    /// dma-bufs.
     pub max_segments: usize,
-    /// Alignment of a tensor in its dma-buf: a power of two, at most 1 GiB. Requires
-    /// [`Layout::Tensors`]. A direct read preserves a byte's position within a block (4 KiB, for
-    /// example), so a tensor that is less aligned in its file is read elsewhere and copied into
-    /// place, which [`crate::Report::copied_bytes`] counts. With an alignment larger than a block,
-    /// every tensor has its own dma-buf.
+    /// Alignment of a tensor in its dma-buf: a power of two, at most 1 GiB. More than 1 requires
+    /// [`Layout::Tensors`].
+    ///
+    /// A direct read preserves a byte's position within a block of at least a page (usually 4
+    /// KiB). A tensor that is less aligned in its file is therefore copied into place after it was
+    /// read, which [`crate::Report::copied_bytes`] counts. With an alignment larger than such a
+    /// block, no two tensors share a dma-buf.
     pub alignment_bytes: u64,
     /// Whether tensors may be copied to align them. If not, a load that would need such a copy
     /// fails with [`crate::Error::Unaligned`].

@@ -8,7 +8,8 @@ use super::observer::{Observer, ObserverOption, Verify, VerifyOption};
 use crate::route::Route;
 use crate::support::foreign::Foreign;
 
-/// How to do one load: which bytes, into which memory, by which route, and how to verify them.
+/// How to do one load: which bytes to read, how to divide them into segments, by which route to
+/// read them, and how to verify them.
 ///
 /// Set for one load by [`LoadRequest::options`](crate::LoadRequest::options), and for all loads
 /// without their own options by
@@ -73,21 +74,22 @@ impl LoadOptions {
     /// The default of [`Self::chunk_bytes`]: 2 MiB.
     pub const CHUNK_BYTES: u64 = 2 << 20;
 
-    /// The defaults: everything is read, into segments of [`Self::SEGMENT_BYTES`], by the route
-    /// that turns out to be fastest. Where the kernel refuses a route, the load steps down to the
-    /// next one and reports it.
+    /// The defaults: everything is read, into segments of [`Self::SEGMENT_BYTES`], by the fastest
+    /// route. Where the kernel refuses a route, the load steps down to the next one and reports
+    /// that.
     pub fn new() -> Self {
         LoadOptions::default()
     }
 
     /// Reads only these tensors, given by name or pattern (`model.layers.{0..3}.*`: `*` matches
-    /// any text, `?` any character, `{a,b}` either alternative, `{0..3}` a number in the range).
+    /// any text, `?` any character, `{a,b}` either alternative, `{0..3}` a number from 0 to 3).
     /// They arrive in the order of the patterns, and in file order where one pattern matches
     /// several. A pattern that matches no tensor in any file is an error. Default: everything.
     ///
-    /// Small gaps between tensors are read too, and so are the blocks at their ends: the report
-    /// says how much was wanted ([`crate::Report::wanted_bytes`]) and how much was read. A partly
-    /// read file can't be verified or observed, because both need all of its bytes.
+    /// Small gaps between tensors are read too, and so is the rest of the blocks in which tensors
+    /// begin and end. The report says how much was wanted ([`crate::Report::wanted_bytes`]) and
+    /// how much was read. A load of selected tensors can't be verified or observed, because both
+    /// need all bytes of each file.
     #[must_use]
     pub fn tensors<T: Into<String>>(mut self, patterns: impl IntoIterator<Item = T>) -> Self {
         self.select.tensors = Some(patterns.into_iter().map(Into::into).collect());
@@ -113,35 +115,37 @@ impl LoadOptions {
     }
 
     /// Treats a path to a file as just that file, even if it belongs to a larger model: a part of
-    /// a split GGUF model loads without the others, and an index is plain JSON. Default: false.
+    /// a split GGUF model loads without the others, and an index loads as raw bytes. Default:
+    /// false.
     #[must_use]
     pub fn as_one_file(mut self, alone: bool) -> Self {
         self.as_one_file = alone;
         self
     }
 
-    /// Reads only this byte range of each file, extended to whole blocks, and looks for no header.
-    /// Default: everything.
+    /// Reads only this byte range of each file, extended to whole blocks, without looking for a
+    /// header. Can't be combined with [`Self::tensors`] or [`Self::shard`]. Default: everything.
     #[must_use]
     pub fn range(mut self, range: Range<u64>) -> Self {
         self.select.range = Some(range);
         self
     }
 
-    /// Reads only one rank's part: of each tensor (of those selected by [`Self::tensors`], if
-    /// set), or of each file's bytes. Where a length does not divide evenly, the parts differ by
-    /// at most one; a tensor without the dimension belongs to every rank. Default: everything.
+    /// Reads only one rank's share: of each tensor (of those selected by [`Self::tensors`], if
+    /// set), or of each file's bytes. If the length of a dimension does not divide evenly, the
+    /// shares differ by at most one. A tensor without the dimension belongs to every rank. Files
+    /// are cut at block boundaries. Default: everything.
     ///
-    /// Along dimension 0 a part is contiguous and behaves like a whole tensor. Along other
-    /// dimensions its rows are scattered in the file: see [`crate::Tensor::to_vec`].
+    /// Along dimension 0, a share is contiguous and behaves like a whole tensor. Along other
+    /// dimensions, its rows are scattered in the file: see [`crate::Tensor::to_vec`].
     #[must_use]
     pub fn shard(mut self, shard: Shard) -> Self {
         self.select.shard = Some(shard);
         self
     }
 
-    /// Which loads of a loader go first: memory for loads of higher priority is allocated first.
-    /// Default: [`Priority::Normal`].
+    /// Which loads of a loader go first: memory is allocated for loads of higher priority before
+    /// it is allocated for others. Default: [`Priority::Normal`].
     #[must_use]
     pub fn priority(mut self, priority: Priority) -> Self {
         self.priority = priority;
@@ -163,35 +167,36 @@ impl LoadOptions {
     }
 
     /// The size of a segment: a multiple of 2 MiB, at most 1 GiB, and at most the loader's window.
-    /// Smaller segments are usable earlier; larger ones need fewer descriptors, since each segment
-    /// has its own.
+    /// Smaller segments are usable earlier. Larger ones need fewer descriptors, since each
+    /// allocation has its own.
     ///
-    /// Default: [`Self::SEGMENT_BYTES`], 64 MiB, or the heap's maximum where that is less (an
-    /// explicit size is never reduced). On dma-heaps, which allocate all of a segment at once, an
-    /// eighth of the window. Segments are larger if descriptors are scarce, and smaller under a
-    /// memory limit. With [`Layout::Single`], the size is only checked against the window.
+    /// Default: [`Self::SEGMENT_BYTES`], 64 MiB. It is less if the heap or the importer accepts
+    /// only smaller segments, if memory is limited, and on dma-heaps, which allocate all of a
+    /// segment at once: there it is at most an eighth of the window. It is more if too few
+    /// descriptors are available. A size that was set is never changed. With [`Layout::Single`],
+    /// it does not determine the size of segments, but must still be valid.
     #[must_use]
     pub fn segment_bytes(mut self, bytes: u64) -> Self {
         self.segment_bytes = Some(bytes);
         self
     }
 
-    /// Whether consecutive small files share memory, with [`Layout::Segmented`]: files of up to a
-    /// quarter of a segment, each at a multiple of the page size. A thousand of them then need
-    /// only a few allocations and descriptors, and can have huge pages. The dma-buf or memfd of
-    /// one such file contains all files that share it. Default: true.
+    /// Whether consecutive small files share memory: files of up to a quarter of a segment, each
+    /// at a multiple of at least the page size. A thousand of them then need only a few
+    /// allocations and descriptors, and can have huge pages. The dma-buf or memfd of such a file
+    /// contains all files that share it. Has no effect with [`Layout::Single`]. Default: true.
     #[must_use]
     pub fn packed(mut self, packed: bool) -> Self {
         self.packed = packed;
         self
     }
 
-    /// The segment size on a heap that accepts segments of up to `limit_bytes`.
+    /// The segment size, if the heap and the loader's settings allow up to `limit_bytes`.
     pub(crate) fn segment_bytes_within(&self, limit_bytes: Option<u64>) -> u64 {
         let own = Some(self.importer.max_segment_bytes).filter(|&most| most < u64::MAX);
         let limit_bytes = limit_bytes.into_iter().chain(own).min();
-        // Below the size of a huge page, any whole number of pages will do. The only such limit,
-        // that of udmabuf, is in MiB, so round down to whole MiB.
+        // Below the size of a huge page, any whole number of pages would do. Whole MiB suffice:
+        // the limit of udmabuf is stated in MiB.
         let step = |limit: u64| if limit < SEGMENT_STEP_BYTES { MIB } else { SEGMENT_STEP_BYTES };
         let fits = |limit: u64| (limit / step(limit) * step(limit)).max(MIB);
         self.segment_bytes.unwrap_or_else(|| {
@@ -201,7 +206,7 @@ impl LoadOptions {
 
     /// The size of one read: a multiple of 64 KiB, at most 1 GiB. At most
     /// [`queue_depth`](crate::LoaderBuilder::queue_depth) reads are in flight. Smaller reads cost
-    /// more system calls; with larger ones, a short read or a bad block repeats more. Default:
+    /// more system calls. With larger reads, more is read again after a failed read. Default:
     /// [`Self::CHUNK_BYTES`], 2 MiB.
     #[must_use]
     pub fn chunk_bytes(mut self, bytes: u64) -> Self {
@@ -210,13 +215,14 @@ impl LoadOptions {
     }
 
     /// The route to start at. Default: the faster of direct reads by the best route and staged
-    /// reads ([`Route::Bounce`]).
+    /// reads ([`Route::Bounce`]), and on some network file systems also of
+    /// [`Route::UringBuffered`].
     ///
-    /// Which one is faster depends on the machine, so a load of 512 MiB or more measures both on
-    /// parts of itself and continues with the faster one. Later loads of the loader from the same
-    /// file system use that result and measure again from time to time
-    /// ([`crate::Report::measured`]). Until something has been measured, smaller loads use staged
-    /// reads on small pages and direct reads on large pages.
+    /// Which one is fastest depends on the machine, so a load of 512 MiB or more measures each on
+    /// a part of itself and continues with the fastest one. Later loads of the loader from the
+    /// same file system use that result and measure again from time to time
+    /// ([`crate::Report::measured`]). Until something has been measured, smaller loads from local
+    /// file systems use staged reads on small pages. All others use direct reads.
     #[must_use]
     pub fn route(mut self, route: Route) -> Self {
         self.route = Some(route);
@@ -237,15 +243,15 @@ impl LoadOptions {
         self
     }
 
-    /// Records a timeline for [`crate::Report::trace`]: an event of 56 bytes for each read.
-    /// Default: false.
+    /// Records a timeline for [`crate::Report::trace`]: a [`crate::TraceEvent`] for each
+    /// allocation, read, copy and other step. Default: false.
     #[must_use]
     pub fn trace(mut self, trace: bool) -> Self {
         self.trace = trace;
         self
     }
 
-    /// Whether to copy bytes that are already in the page cache from there. Default:
+    /// Whether bytes that are already in the page cache are copied from there. Default:
     /// [`Cache::Auto`], or [`Cache::Bypass`] for a [strict](Self::strict) load.
     #[must_use]
     pub fn cache(mut self, cache: Cache) -> Self {
@@ -268,7 +274,8 @@ impl LoadOptions {
     /// with a single checksum, all segments of the file but the last are handed over before the
     /// result is known. Default: no verification.
     ///
-    /// The verifier sees the bytes as an [observer](Self::observer) does, and before it.
+    /// The verifier sees the same bytes as the load's [observer](Self::observer), and sees them
+    /// first.
     #[must_use]
     pub fn verify(mut self, expected: impl Verify) -> Self {
         self.verify = Some(VerifyOption(Foreign::new(Arc::new(expected))));
@@ -278,9 +285,9 @@ impl LoadOptions {
     /// Sets an observer, which sees every byte before its segment is handed over, for example to
     /// compute a checksum. Default: none.
     ///
-    /// On a heap that the CPU reads uncached, every read then goes into staging, where reading the
-    /// bytes is cheap: the load takes the route [`Route::Bounce`], and a strict load must request
-    /// that route.
+    /// On a heap that the CPU reads uncached, every read then goes into staging, where the CPU
+    /// reads the bytes quickly. The load takes the route [`Route::Bounce`] or a lower one, which a
+    /// strict load must request.
     #[must_use]
     pub fn observer(mut self, observer: impl Observer) -> Self {
         self.observer = Some(ObserverOption::new(Arc::new(observer)));
@@ -295,11 +302,12 @@ impl LoadOptions {
     }
 }
 
-/// The unit of segment sizes: a huge page, so two segments never share one. A smaller limit of
-/// the heap or the importer leads to smaller segments.
+/// The unit of segment sizes: a huge page, so two segments never share one. Segments are smaller
+/// only if the heap or the importer accepts less.
 pub(crate) const SEGMENT_STEP_BYTES: u64 = 2 << 20;
 
-/// The size limit of one registered buffer before Linux 7.
+/// The maximum of [`LoadOptions::segment_bytes`]: the size limit of one registered buffer before
+/// Linux 7.
 pub(crate) const LARGEST_SEGMENT_BYTES: u64 = 1 << 30;
 
 pub(crate) const MIB: u64 = 1 << 20;

@@ -17,11 +17,11 @@ use crate::support::foreign::Foreign;
 ///
 /// The bytes are in the memory of their segment or, on a heap that the CPU reads uncached
 /// ([`crate::heap::Heap::is_uncached`]), in the staging buffer that they were read into. Reading
-/// continues meanwhile, and waits if the observer is slower: bytes not yet observed count as not
-/// filled.
+/// continues while the observer runs. If the observer is slower, reading waits: until bytes are
+/// observed, they keep their share of the window, or their staging buffer.
 ///
 /// An observer must not wait for a load of its loader, nor for a shutdown to complete: either may
-/// need the thread that it runs on.
+/// need the thread that the observer runs on.
 ///
 /// A panic fails the observer's load with [`crate::Error::Panicked`]; other loads are not
 /// affected.
@@ -30,7 +30,7 @@ pub trait Observer: Send + Sync + 'static {
     ///
     /// # Errors
     /// The reason why these bytes can't be right. The load fails with [`crate::Error::Rejected`]
-    /// or [`crate::Error::Corrupt`], which contain it.
+    /// or [`crate::Error::Corrupt`], which contains the reason.
     fn bytes(&self, file_index: usize, offset: u64, bytes: &[u8]) -> Result<(), Rejection>;
 }
 
@@ -70,20 +70,20 @@ impl<T: Into<String>> From<T> for Rejection {
 /// Knows the expected contents of a load's files; see [`crate::LoadOptions::verify`]. Implemented
 /// by manifests and checksums in the module `verify` (feature `verify`).
 ///
-/// Called on the loader's threads, once for each load. A panic fails its load with
-/// [`crate::Error::Panicked`]; other loads are not affected.
+/// Called on one of the loader's threads while the load is being planned. A panic fails the load
+/// with [`crate::Error::Panicked`]; other loads are not affected.
 pub trait Verify: Send + Sync + 'static {
-    /// Begins to verify a load of these files with these lengths, which has just been planned.
-    /// Returns the observer that checks their bytes.
+    /// Begins to verify a load of these files with these lengths. Returns the observer that checks
+    /// their bytes.
     ///
     /// # Errors
     /// The reason why the files can't have the expected contents. The load fails with this error
-    /// before it reads anything.
+    /// before it reads anything but headers.
     fn begin(&self, files: &[(&Path, u64)], format: Format) -> Result<Arc<dyn Observer>>;
 
-    /// Like [`Self::begin`], for a load whose caller named one file, a part of a model, and got
-    /// the model's other files with it. A checksum of "the file" then means that file: number
-    /// `named`. Default: calls [`Self::begin`].
+    /// Like [`Self::begin`], for a load whose caller named only one part of a split model, with
+    /// which the model's other files are loaded. `named` is the index of that part in `files`: a
+    /// checksum of a single file refers to it. Default: calls [`Self::begin`].
     ///
     /// # Errors
     /// Those of [`Self::begin`].
@@ -92,13 +92,13 @@ pub trait Verify: Send + Sync + 'static {
         self.begin(files, format)
     }
 
-    /// Whether it verifies only the file that the caller named, even if others are loaded with it.
-    /// Default: false.
+    /// Whether only the file that the caller named is verified, even if others are loaded with it.
+    /// The report then notes that. Default: false.
     fn is_of_one_file(&self) -> bool {
         false
     }
 
-    /// Describes the comparison for the report, for example `crc32c of each 1048576 bytes`.
+    /// Describes what is compared, for the report: for example `crc32c of each 1048576 bytes`.
     fn describe(&self) -> String;
 }
 

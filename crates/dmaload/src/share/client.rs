@@ -1,5 +1,5 @@
-//! The client side. Everything that the server sends is checked before memory is mapped: a hostile
-//! server can provide wrong bytes, but cannot cause out-of-bounds access.
+//! The client side. The sizes and offsets that a server sends are checked before memory is mapped:
+//! a hostile server can provide wrong bytes, but cannot cause out-of-bounds access.
 #![allow(unsafe_code)]
 
 use std::io::IoSliceMut;
@@ -40,7 +40,7 @@ pub struct Attached {
     /// The files, segments and tensors, in memory shared by both processes. Its report describes
     /// attaching, except for the route and the page sizes, which are those of the original load.
     pub image: Image,
-    /// The process that loaded the image.
+    /// The id of the process that shares the image, in that process's PID namespace.
     pub process: u32,
     /// Whether its memory consists of dma-bufs, which others can write to.
     pub dma_bufs: bool,
@@ -80,7 +80,8 @@ impl AttachOptions {
 
 /// Attaches to an image of the server at this socket.
 ///
-/// A new thread receives the image and maps it. Dropping the future detaches that thread.
+/// A new thread receives the image and maps it. Dropping the future does not stop that thread, but
+/// its result is dropped.
 ///
 /// # Errors
 /// [`Error::Share`].
@@ -135,7 +136,7 @@ fn receive(path: &Path, options: &AttachOptions, limit: Duration) -> Result<Vec<
     if !(users.is_root(server) || users.is_own(server) || options.trusted_users.contains(&server)) {
         return Err(refuse(path, explain_distrust(users, server)));
     }
-    // A server that refuses before the request arrives has already closed the connection, but its
+    // A server that refuses before the request arrives has already closed the connection. Its
     // answer can still be received.
     match send(&socket, &request, SendFlags::NOSIGNAL) {
         Ok(_) | Err(Errno::PIPE | Errno::CONNRESET) => {}
@@ -167,7 +168,7 @@ fn receive(path: &Path, options: &AttachOptions, limit: Duration) -> Result<Vec<
             ));
         }
         descriptors.append(&mut here);
-        // Confirms receipt: until then the descriptors count against the server's user.
+        // The server sends the next message only after this confirmation.
         match send(&socket, &[0], SendFlags::NOSIGNAL) {
             Ok(_) | Err(Errno::PIPE | Errno::CONNRESET) => {}
             Err(errno) => return Err(failed("confirm receipt")(errno)),
@@ -224,7 +225,7 @@ fn explain_refusal(reply: Reply, name: &str, names: &[String]) -> String {
         Status::NotYet => format!("the server still has no image after {PATIENCE:?}: try again when it has finished loading"),
         Status::Busy => {
             format!(
-                "the server is busy: for {PATIENCE:?}, other clients of this user did not receive their descriptors, or the server has reached its limit of open files (ulimit -n)"
+                "the server is busy: for {PATIENCE:?}, other clients of this user did not receive their descriptors, or the server has reached its limit of connections or of open files (ulimit -n)"
             )
         }
     }
@@ -254,9 +255,10 @@ fn receive_message(socket: &OwnedFd) -> Result<(Vec<u8>, Vec<OwnedFd>), Errno> {
     Ok((message, descriptors))
 }
 
-/// Takes the descriptors of the description and the allocations, and parses the description.
+/// Parses the description, which is the first descriptor, and checks that the other descriptors
+/// are allocations of the kind and number that it states.
 fn parse_descriptors(path: &Path, descriptors: Vec<OwnedFd>) -> Result<(Description, Vec<Memory>)> {
-    /// Maximum length of a description. For a million tensors, it takes about 200 MB.
+    /// Maximum length of a description. A million tensors take about 200 MB.
     const DESCRIPTION_LIMIT_BYTES: usize = 256 << 20;
     let mut descriptors = descriptors.into_iter();
     let wrong = |what: String| refuse(path, what);
@@ -298,7 +300,8 @@ fn parse_descriptors(path: &Path, descriptors: Vec<OwnedFd>) -> Result<(Descript
 }
 
 /// Plans where to map each allocation. Returns the allocations' offsets and the total length;
-/// `None` if a segment reaches past its allocation, or a span would have a gap.
+/// `None` if a segment reaches past its allocation, a span would have a gap, or the total length
+/// overflows.
 fn plan_mapping(segments: &[SegmentPlace], lengths: &[usize]) -> Option<(Vec<usize>, usize)> {
     let (mut places, mut end) = (Vec::new(), 0_usize);
     for (number, &bytes) in lengths.iter().enumerate() {
@@ -357,11 +360,11 @@ fn build_image(path: &Path, description: &Description, memories: Vec<Memory>, st
             memory_offset: to_usize(planned.memory_offset),
             memory_bytes: to_usize(planned.memory_bytes),
         };
-        // SAFETY: the whole allocation is mapped, and bytes beyond the file's are at worst zeros,
-        // because a memfd is always initialized. The memfd is sealed against writing
-        // (`Memfd::from_sealed` has checked that), so only a process that mapped it before the
-        // seal can write to it, and `receive` has checked that the server's user is trusted. A
-        // dma-buf is marked as handed out below, so views of it are never created.
+        // SAFETY: the whole allocation is mapped and initialized: bytes of a memfd that the server
+        // did not write are zero. The memfd is sealed against writing (`Memfd::from_sealed` has
+        // checked that), so only a process that mapped it before the seal can write to it, and
+        // `receive` has checked that the server's user is trusted. A dma-buf is marked as handed
+        // out below, so views of it are never created.
         let segment = unsafe { Segment::new(place, Arc::clone(&heap), Arc::clone(backing)) };
         if description.dma_bufs {
             segment.hand_out_dma_buf()?;
@@ -386,7 +389,7 @@ fn build_image(path: &Path, description: &Description, memories: Vec<Memory>, st
     Ok(Attached { image, process: description.process, dma_bufs: description.dma_bufs })
 }
 
-/// Makes the report. This process read, copied and allocated nothing.
+/// Makes the report of an attached image: this process read, copied and allocated nothing.
 pub(super) fn make_report(
     path: &Path,
     description: &Description,

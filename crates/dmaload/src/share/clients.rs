@@ -3,17 +3,19 @@
 //! What clients can hold is bounded per user, and nothing that a client sends is trusted:
 //!
 //! - Descriptors in flight over a Unix socket count against the *server's* user until they are
-//!   received, even if the connection is closed in the meantime. Above the server's limit of open
-//!   files, the kernel refuses to send more. Only the kernel decides whether descriptors were
-//!   received (`SIOCOUTQ`). If a client confirms too early, or closes its half of the connection,
-//!   the server stops sending, but keeps the connection until no descriptor is in flight. Until
-//!   then, the descriptors count against the client's user.
+//!   received, even if the server closes the connection in the meantime. Above the server's limit
+//!   of open files, the kernel refuses to send more. The server asks the kernel whether
+//!   descriptors were received (`SIOCOUTQ`), and does not rely on the client's confirmation. If a
+//!   client confirms too early, or closes its half of the connection, the server stops sending,
+//!   but keeps the connection until no descriptor is in flight. Until then, the descriptors count
+//!   against the client's user.
 //! - A user has at most [`ClientLimits::descriptors`] in flight, to at most
 //!   [`ClientLimits::receivers`] clients. The user's other clients wait, for at most [`PATIENCE`];
 //!   clients of other users do not.
 //! - When the limit of connections is reached, a new connection replaces the oldest one of the
-//!   user with the most connections, not counting those with descriptors in flight.
-//! - A transfer takes at most [`TRANSFER_LIMIT`].
+//!   user with the most connections. Connections with descriptors in flight do not count and are
+//!   not replaced; if all have descriptors in flight, the limit is exceeded.
+//! - After [`TRANSFER_LIMIT`], the server sends a client nothing more.
 //! - Descriptors sent by clients are refused, or closed on threads that the server never waits for
 //!   ([`super::connection`]).
 
@@ -45,7 +47,7 @@ use crate::error::Result;
 /// Maximum number of connections to accept before existing clients are served again.
 const ADMITTED_AT_ONCE: usize = 32;
 
-/// How often to poll a client whose progress is not signaled by an event.
+/// How often to poll a client when no event signals that it can continue.
 const RETRY: Duration = Duration::from_millis(20);
 
 /// A client's connection.
@@ -79,7 +81,7 @@ enum ClientStep {
     LetGo,
 }
 
-/// What one user's clients hold.
+/// What is in flight to one user's clients.
 #[derive(Debug, Clone, Copy, Default)]
 struct HeldByUser {
     receivers: usize,
@@ -95,8 +97,8 @@ impl Client {
         }
     }
 
-    /// Whether the client has to be polled, because no event signals that it can continue: it is
-    /// waiting for its user's other clients, or draining descriptors that are in flight.
+    /// Whether the client has to be polled, because no event signals that it can continue: the
+    /// server cannot send to it yet, or it is draining descriptors that are in flight.
     fn is_polled_by_time(&self) -> bool {
         match self.state {
             ClientState::Receiving { unreceived, .. } => unreceived == 0,
@@ -105,7 +107,7 @@ impl Client {
         }
     }
 
-    /// When the server drops the client, or stops sending to it.
+    /// When the server gives up on the client: closes the connection or stops sending.
     fn deadline(&self) -> Option<Instant> {
         match self.state {
             ClientState::Silent | ClientState::Early { .. } => Some(self.since + PATIENCE),
@@ -115,9 +117,9 @@ impl Client {
         }
     }
 
-    /// Sends a last message.
+    /// Sends a last message, after which the connection ends.
     fn answer(&self, message: &[u8]) -> ClientStep {
-        // A failure is ignored, because the connection ends in any case.
+        // A failure changes nothing: the connection ends either way.
         let _ = send_bytes(&self.socket, message, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
         ClientStep::LetGo
     }
@@ -147,7 +149,7 @@ impl Client {
         }
     }
 
-    /// Serves the client once. `others` is what other clients of its user hold.
+    /// Serves the client once. `others` is what is in flight to other clients of its user.
     fn advance(&mut self, shared: &ServerShared, others: HeldByUser, limits: ClientLimits) -> ClientStep {
         if matches!(self.state, ClientState::Draining { .. }) {
             return self.drain();
@@ -205,7 +207,7 @@ impl Client {
         }
     }
 
-    /// Sends as many descriptors as the user may have in flight.
+    /// Sends the next descriptors: as many as fit into a message and the user may have in flight.
     fn send_next(&mut self, others: HeldByUser, limits: ClientLimits) -> ClientStep {
         let ClientState::Receiving { published, next, unreceived, .. } = &mut self.state else {
             unreachable!("only a receiving client is sent descriptors");
@@ -271,7 +273,7 @@ pub(super) fn serve(shared: &ServerShared) {
             return;
         }
         if polled.is_err_and(|errno| errno != Errno::INTR) {
-            // Out of memory: retry after a pause.
+            // Memory has run out, or the limit of open files was lowered. Retry after a pause.
             thread::sleep(Duration::from_millis(10));
             continue;
         }
@@ -360,16 +362,16 @@ fn admit(shared: &ServerShared, limits: ClientLimits, clients: &mut Vec<Client>)
 /// Closes connections that have not been accepted yet, and refuses new ones.
 fn close_pending(shared: &ServerShared) {
     let listener = &shared.listener.socket;
-    // If this fails, pending connections are closed together with the listener.
+    // If this fails, a connection that arrives later is closed together with the listener.
     let _ = shutdown(listener, Shutdown::Both);
     while let Ok(socket) = accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
         drop(Connection::new(socket, shared.closer.clone()));
     }
 }
 
-/// Closes a connection that `may_close` selects: the oldest one of the user with the most of them.
-/// Returns `false` if there is none. Connections with descriptors in flight are kept, because they
-/// track those descriptors.
+/// Closes one of the connections that `may_close` selects: the oldest one of the user with the
+/// most of them. Returns `false` if there is none. Connections with descriptors in flight are
+/// kept, because the server must know when these are received.
 fn make_room(clients: &mut Vec<Client>, may_close: impl Fn(&Client) -> bool) -> bool {
     let may_close = |client: &Client| may_close(client) && client.unreceived() == 0;
     let mut by_user: HashMap<u32, usize> = HashMap::new();

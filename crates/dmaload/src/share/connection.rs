@@ -21,15 +21,14 @@ use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, Shutdown, recv, recvmsg, shutdown};
 
 /// `SO_PASSRIGHTS` of `include/uapi/asm-generic/socket.h`, which the libc crate does not define
-/// yet. On architectures with other numbers (Alpha, MIPS, PA-RISC, SPARC), the kernel reports an
-/// unknown option.
+/// yet. Only PA-RISC and SPARC have other numbers.
 const SO_PASSRIGHTS: libc::c_int = 83;
-/// Maximum number of threads that can be blocked closing descriptors from clients. Further
-/// connections queue.
+/// Maximum number of threads that close connections with descriptors from clients. Further
+/// connections wait in a queue.
 const CLOSERS_MAX: usize = 16;
 
-/// Makes a listening socket, and all connections to it, refuse descriptors. Returns whether the
-/// kernel supports that.
+/// Makes a listening socket, and all later connections to it, refuse descriptors. Returns whether
+/// the kernel supports that.
 pub(super) fn refuse_descriptors(listener: BorrowedFd<'_>) -> bool {
     let no: libc::c_int = 0;
     let length = libc::socklen_t::try_from(size_of_val(&no)).expect("four bytes");
@@ -168,7 +167,7 @@ impl SlowCloser {
         }
     }
 
-    /// Shuts down: threads exit once they have closed all queued connections.
+    /// Lets the threads exit once they have closed all queued connections.
     pub(super) fn close(&self) {
         self.queue().closed = true;
         self.changed.notify_all();

@@ -13,8 +13,8 @@ use crate::model::{DType, TensorInfo, TensorMap};
 use crate::plan::select::{ChosenTensor, ChosenTensors, Rows, TensorSlice};
 use crate::plan::tensors::FileTensors;
 
-/// See the module documentation. A parsed description is consistent; comparing it to the sizes of
-/// the allocations is up to the caller.
+/// A parsed description of an image. It is consistent; the caller must compare it with the sizes
+/// of the allocations.
 #[derive(Debug)]
 pub(super) struct Description {
     pub(super) process: u32,
@@ -131,7 +131,7 @@ impl Description {
 }
 
 /// Whether segment `after` can follow `before`. In the same span, it must continue the range of
-/// the file, at the start of the next allocation. In another span, it can share the allocation,
+/// the file, at the start of another allocation. In a later span, it can share the allocation,
 /// past the end of `before`.
 fn can_follow(before: &SegmentPlace, after: &SegmentPlace) -> bool {
     let end = before.memory_offset.checked_add(before.memory_bytes);

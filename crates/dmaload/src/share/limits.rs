@@ -28,8 +28,8 @@ pub(super) struct ClientLimits {
 
 impl ClientLimits {
     /// Computes the limits for a process that may open `descriptors` descriptors, when `users`
-    /// users may attach. The kernel allows the server's user the same number in flight; half of
-    /// them are left for that user's other processes.
+    /// users may attach. The kernel allows the server's user the same number in flight, of which
+    /// half are left for that user's other processes.
     pub(super) fn new(descriptors: usize, users: usize) -> Self {
         ClientLimits {
             connections: CONNECTIONS_LIMIT.min(descriptors / 2).max(1),

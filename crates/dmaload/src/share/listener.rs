@@ -2,21 +2,21 @@
 //! or removed.
 //!
 //! The owner of a folder can replace any file in it at any time, even with a symbolic link to
-//! another user's file. So the path is resolved once, to its folder, and everything after that
-//! uses descriptors:
+//! another user's file. Therefore the path is resolved once, to the socket's folder, and every
+//! later step uses descriptors:
 //!
 //! 1. A private folder is created next to the socket: `.NAME.dmaload`, mode 0700, owned by this
 //!    user. Others cannot change its contents, whatever they do to its name. It is locked
 //!    (`flock`), which excludes all other servers at this path.
 //! 2. The socket is bound in this folder, gets its mode, and starts to listen.
-//! 3. It is moved to its place, which fails if that is occupied. An existing file is replaced only
-//!    if it is a socket that refuses connections.
+//! 3. The socket is moved to its place, which fails if another file is there. An existing file is
+//!    replaced only if it is a socket that refuses connections.
 //!
 //! When the server ends, the socket is removed under the same lock, and only if its inode is this
 //! server's: another server may have taken the path in the meantime.
 //!
 //! Requires procfs or permission to `unshare(CLONE_FS)`, because Linux has no `bindat`. The path
-//! can be longer than the 107 bytes that fit into a socket address.
+//! can be longer than the 107 bytes that fit into a socket address; clients then need procfs.
 #![allow(unsafe_code)]
 
 use std::ffi::{OsStr, OsString};
@@ -37,8 +37,8 @@ use rustix::thread::{UnshareFlags, unshare_unsafe};
 use crate::support::errno::describe;
 use crate::support::foreign;
 
-/// How long a server waits while another one is created or removed at the same path, which takes a
-/// millisecond.
+/// How long a server waits while another one is created or removed at the same path, which usually
+/// takes about a millisecond.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 /// Maximum number of connections waiting to be accepted.
 const BACKLOG: i32 = 128;
@@ -70,7 +70,7 @@ pub(super) enum BindStep {
 }
 
 impl Listener {
-    /// Listens at a path. `mode` says which other users may connect.
+    /// Listens at a path. `mode` is the mode of the socket, which decides who may connect.
     ///
     /// # Errors
     /// A reason to append to the path.
@@ -83,7 +83,7 @@ impl Listener {
         let private = PrivateFolder::enter(&folder, &name)?;
         after(BindStep::MadeFolder);
         let socket = new_socket().map_err(cannot("create a socket"))?;
-        // Binding the socket gives its file this mode, minus the umask. The umask belongs to the
+        // Binding gives the socket's file this mode, minus the umask. The umask belongs to the
         // whole process, so it must not be changed here.
         fchmod(&socket, mode).map_err(cannot("set the mode of a socket"))?;
         private.bind(&socket).map_err(cannot("bind a socket"))?;
@@ -147,7 +147,7 @@ impl Drop for Listener {
     }
 }
 
-/// Connects to a socket at a path of any length.
+/// Connects to a socket at a path, which can be longer than a socket address.
 pub(super) fn connect_to(socket: &OwnedFd, path: &Path) -> Result<(), Errno> {
     match SocketAddrUnix::new(path) {
         Ok(address) => connect(socket, &address),
@@ -176,7 +176,7 @@ fn new_socket() -> Result<OwnedFd, Errno> {
     socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)
 }
 
-/// Opens the folder that contains the path. From here on, the path is not used.
+/// Opens the folder that contains the socket. From here on, the path is not used.
 fn open_folder(path: &Path) -> Result<(OwnedFd, OsString), String> {
     let name = path.file_name().ok_or("cannot create a socket there: the path has no file name")?;
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -265,7 +265,7 @@ impl<'a> PrivateFolder<'a> {
                 }
                 Ok(_) => return Err(format!("cannot use {:?} next to the socket: it contains a file, {name:?}", self.name)),
                 Err(Errno::NOENT) => {}
-                Err(errno) => return Err(cannot("list the private folder")(errno)),
+                Err(errno) => return Err(cannot("inspect the private folder")(errno)),
             }
         }
         Ok(())
@@ -281,8 +281,8 @@ impl<'a> PrivateFolder<'a> {
 
     /// Moves the new socket to its place.
     fn move_socket_to_place(&self) -> Result<(), String> {
-        // Each retry removes a dead socket, so all of them fail only if servers keep being killed
-        // in the meantime.
+        // Each retry removes a dead socket, so all of them fail only if other sockets keep
+        // appearing in the meantime.
         for _ in 0..8 {
             match self.move_to_place(FRESH) {
                 Ok(()) => return Ok(()),
@@ -312,7 +312,7 @@ impl<'a> PrivateFolder<'a> {
     /// Identifies a dead socket in the socket's place; `None` if the place is free.
     ///
     /// # Errors
-    /// A reason, if anything but a dead socket occupies the place.
+    /// A reason, for example that something other than a dead socket occupies the place.
     fn find_dead_socket(&self) -> Result<Option<SocketIdentity>, String> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = match openat(self.parent, self.socket, flags, Mode::empty()) {
@@ -360,7 +360,7 @@ impl<'a> PrivateFolder<'a> {
 
 impl Drop for PrivateFolder<'_> {
     fn drop(&mut self) {
-        // Left over only after a failure.
+        // The socket is still here only after a failure.
         let _ = unlinkat(&self.fd, FRESH, AtFlags::empty());
         // The lock is released with the descriptor, which is closed later.
         if let Err(errno) = unlinkat(self.parent, &self.name, AtFlags::REMOVEDIR) {

@@ -8,34 +8,37 @@
 //! ```
 //!
 //! A server shares the memfds of the image's segments, sealed against writes, so the bytes stay
-//! the same for all processes. A client maps them and gets an [`Image`](crate::Image) like the
-//! server's, with its tensors. The memory lives as long as any process uses it, even longer than
-//! the server.
+//! the same for all processes. A client maps them and gets an [`Image`](crate::Image) with the
+//! same files, segments and tensors, but without the metadata of their headers. The memory lives
+//! as long as any process uses it, even longer than the server.
 //!
 //! Sharing **dma-bufs** lets every recipient write to them, so it must be enabled explicitly
 //! ([`ServerOptions::dma_bufs`]).
 //!
-//! Both sides check the peer's credentials (`SO_PEERCRED`): clients must belong to the server's
-//! own user or to a user that it allows, and servers to the client's own user, to root, or to a
-//! user that it trusts. In a user namespace, the overflow id stands for all unmapped users, and is
-//! trusted only if listed explicitly. A request has at most [`REQUEST_LIMIT_BYTES`]; a client that
-//! sends an invalid one, or none within [`PATIENCE`], is disconnected. One thread serves all
-//! clients and never waits for any of them; what a user's clients hold does not affect other
-//! users.
+//! Both sides check the peer's credentials (`SO_PEERCRED`). A client must belong to the server's
+//! own user or to a user that the server allows. A server must belong to the client's own user, to
+//! root, or to a user that the client trusts. In a user namespace, the overflow id stands for all
+//! unmapped users, and is accepted only if listed explicitly.
+//!
+//! A request has at most [`REQUEST_LIMIT_BYTES`]. A client that sends an invalid request, or none
+//! within [`PATIENCE`], is disconnected. One thread serves all clients and never waits for any of
+//! them. The limits on descriptors in flight apply to each user separately.
 //!
 //! Uses Unix sockets and the descriptors of finished images, but neither the engine's threads nor
-//! model files. Requires segments with descriptors, which anonymous memory lacks, and procfs or
-//! `unshare(CLONE_FS)` (see `listener`). Dropping the [`Server`] ends its thread and then removes
-//! its socket; clients that have attached keep their memory.
+//! model files. Requires segments with descriptors, which anonymous memory lacks. A server also
+//! requires procfs or `unshare(CLONE_FS)` (see `listener`). Dropping the [`Server`] ends its
+//! thread and then removes its socket; clients that have attached keep their memory.
 //!
 //! The protocol (version 1, `SOCK_SEQPACKET`): the client sends `dmaload\0`, the version and the
 //! operation (`u32` each, little-endian), and the name of an image (empty to request a server's
 //! only image). The server answers with `dmaload\0`, the version, a status, the total number of
 //! descriptors and the number in this message. Further messages of the same form follow until all
 //! descriptors are sent, each after the client has confirmed the previous one with one byte. The
-//! first descriptor is a sealed memfd that describes the image in JSON; the others are its
-//! allocations, in order. A refusal carries no descriptors; if the requested name is unknown or
-//! ambiguous, the names of the server's images follow the refusal, each terminated by a zero byte.
+//! first descriptor is a sealed memfd that describes the image in JSON; the others are the image's
+//! allocations, in order.
+//!
+//! A refusal carries no descriptors. If the requested name is unknown or ambiguous, the names of
+//! the server's images follow the refusal, each terminated by a zero byte.
 
 mod client;
 mod clients;
@@ -58,9 +61,9 @@ pub use server::Server;
 /// Maximum length of a request in bytes.
 pub const REQUEST_LIMIT_BYTES: usize = 512;
 
-/// How long a server waits for a client's request, and for a client to receive its descriptors.
-/// Also how long a client can wait for the first image, or while its user's other clients are
-/// being served.
+/// How long a server waits for a client's request, and for a client to receive the descriptors of
+/// one message. Also how long a client can wait for the first image to be published, or while its
+/// user's other clients are being served.
 pub const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Maximum time for a client to receive an image.

@@ -11,7 +11,7 @@ const DEFAULT_OVERFLOW_USER: u32 = 65534;
 /// The number of user ids: `u32::MAX` is not a valid one.
 const ALL_USERS: u64 = u32::MAX as u64;
 
-/// Determines which ids stand for a single user. In a user namespace that does not map every user,
+/// Which user ids stand for a single user. In a user namespace that does not map every user,
 /// all others share one id: the overflow id, often called `nobody`. A peer with that id can be any
 /// of them, even if this process has it too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,8 +21,8 @@ pub(super) struct Users {
 }
 
 impl Users {
-    /// The ids as this process sees them. If procfs cannot be read, assumes the kernel's default
-    /// overflow id, and that not every user is mapped.
+    /// Reads the user mapping of this process. If procfs cannot be read, assumes the kernel's
+    /// default overflow id, and that not every user is mapped.
     pub(super) fn of_this_process() -> Self {
         let read = |path| fs::read_to_string(path).unwrap_or_default();
         Users::parse(&read("/proc/self/uid_map"), &read("/proc/sys/kernel/overflowuid"))

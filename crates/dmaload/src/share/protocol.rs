@@ -8,7 +8,7 @@ pub(super) const VERSION: u32 = 1;
 const ATTACH: u32 = 1;
 /// Maximum number of descriptors in a message; the kernel allows 253 (`SCM_MAX_FD`).
 pub(super) const DESCRIPTORS_IN_A_MESSAGE: usize = 64;
-/// Maximum number of descriptors of an image: enough for 128 GiB in segments of 2 MiB.
+/// Maximum number of descriptors of an image: enough for about 128 GiB in segments of 2 MiB.
 pub(super) const DESCRIPTORS_LIMIT: usize = 1 << 16;
 pub(super) const REPLY_BYTES: usize = 24;
 /// Maximum length in bytes of the names that follow a refusal.
@@ -20,8 +20,8 @@ pub(super) enum Status {
     Ok,
     /// The message is not a request, or a request of another version.
     Malformed,
-    /// The server has no image of that name, or none at all; `all` is the number of its images,
-    /// and their names follow.
+    /// The server has no image of that name, or no image any more; `all` is the number of its
+    /// images, and as many of their names as fit follow.
     NoSuchImage,
     /// The client's user may not attach; `all` is its id as the server sees it.
     NotAllowed,
@@ -45,7 +45,7 @@ pub(super) fn encode_request(name: &str) -> Vec<u8> {
     [&MAGIC[..], &VERSION.to_le_bytes(), &ATTACH.to_le_bytes(), name.as_bytes()].concat()
 }
 
-/// The requested name; `None` if the message is not a request.
+/// Returns the requested name; `None` if the message is not a valid request.
 pub(super) fn parse_request(message: &[u8]) -> Option<&str> {
     let rest = message.strip_prefix(&MAGIC).filter(|_| message.len() <= REQUEST_LIMIT_BYTES)?;
     let (version, rest) = rest.split_first_chunk::<4>()?;
@@ -76,7 +76,8 @@ pub(super) fn parse_names(message: &[u8]) -> Vec<String> {
     names.map(|name| String::from_utf8_lossy(name).into_owned()).collect()
 }
 
-/// The fixed part of a server's answer: the number of descriptors in total and in this message.
+/// The fixed part of a server's answer: the status, and the number of descriptors in total (`all`)
+/// and in this message (`here`). In a refusal, [`Status`] says what `all` is, and `here` is 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Reply {
     pub(super) status: Status,

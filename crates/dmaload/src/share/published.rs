@@ -23,8 +23,8 @@ use crate::support::errno;
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct ServerOptions {
-    /// Ids of users, besides the server's own, that may attach. If this list is not empty, every
-    /// user can connect to the socket, and the server checks each peer's credentials.
+    /// Ids of users, besides the server's own, that may attach. If this list is not empty, the
+    /// socket's mode lets every user connect, and the server refuses users that may not attach.
     ///
     /// In a user namespace that does not map every user, all unmapped users appear as the overflow
     /// id (usually 65534, `nobody`). A client with that id is refused, even if the server has it
@@ -51,7 +51,7 @@ impl ServerOptions {
     }
 }
 
-/// Maximum number of allocations of a shared image. The description takes one more descriptor.
+/// Maximum number of allocations of a shared image. The description takes another descriptor.
 const ALLOCATIONS_LIMIT: usize = DESCRIPTORS_LIMIT - 1;
 
 #[derive(Debug)]
@@ -94,7 +94,8 @@ impl ServerShared {
         let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
     }
 
-    /// Collects an image's descriptors. Unless dma-bufs are shared, prevents writes to its memory.
+    /// Collects an image's descriptors. Unless dma-bufs are shared, permanently prevents writes to
+    /// the image's memory.
     pub(super) fn prepare(&self, image: &Image) -> Result<Published> {
         let cannot = |what: &str, errno: Errno| refuse(&self.socket, format!("cannot {what}: {}", errno.describe()));
         let undescribed = |errno| cannot("create the image's description", errno);
@@ -116,8 +117,7 @@ impl ServerShared {
             return Err(refuse(&self.socket, reason));
         }
         if !self.options.dma_bufs {
-            // Keeps dma-bufs of this memory from being handed out, because they could be written
-            // to.
+            // Holders of a dma-buf of this memory could write to it.
             image.segments().iter().try_for_each(Segment::prevent_hand_out)?;
         }
         let own = |fd: BorrowedFd<'_>| {

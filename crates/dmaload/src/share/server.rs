@@ -29,12 +29,13 @@ pub struct Server {
 }
 
 impl Server {
-    /// Listens at a path, which can be of any length. Replaces an existing socket that refuses
-    /// connections, but no other file. Only the server's user may connect, unless others are
-    /// allowed.
+    /// Listens at a path, which can be longer than a socket address; its last component has at
+    /// most 246 bytes. Replaces an existing socket that refuses connections, but no other file.
+    /// Only the server's user may connect, unless others are allowed.
     ///
     /// This is safe in a folder that another user owns: see `share/listener.rs`. While a server is
-    /// created or removed, the socket's folder also contains an entry named `.NAME.dmaload`.
+    /// created, checked or removed, the socket's folder also contains a folder named
+    /// `.NAME.dmaload`.
     ///
     /// Clients that connect before the first image is published wait for it, for at most
     /// [`super::PATIENCE`].
@@ -75,23 +76,28 @@ impl Server {
         Ok(server)
     }
 
-    /// Checks whether [`Self::bind`] would succeed at this path now, for callers that load for
-    /// minutes before they bind.
+    /// Checks that a socket could be placed at this path now, for callers that load for minutes
+    /// before they bind.
     ///
     /// # Errors
-    /// Those of [`Self::bind`].
+    /// [`crate::Error::Share`].
     pub fn check(socket: impl AsRef<Path>) -> Result<()> {
         let path = socket.as_ref();
         Listener::check(path).map_err(|reason| refuse(path, reason))
     }
 
-    /// Publishes an image under a name, replacing any other image of that name. Its memory is
-    /// sealed, and no pool ever recycles it.
+    /// Publishes an image under a name, replacing any other image of that name. No pool ever
+    /// recycles its memory. Unless dma-bufs are shared, the memory is sealed against writes, and
+    /// its dma-bufs can no longer be handed out.
     ///
     /// # Errors
-    /// [`crate::Error::NoDescriptor`] if the memory is not of the kind that this server shares;
-    /// [`crate::Error::Viewed`] if dma-bufs are shared and views of the bytes exist;
-    /// [`crate::Error::Share`] if descriptors run out, or the image has too many allocations.
+    /// - [`crate::Error::NoDescriptor`] if the memory is not of the kind that this server shares.
+    /// - [`crate::Error::Viewed`] if dma-bufs are shared and views of the bytes exist.
+    /// - [`crate::Error::HandedOut`] if memfds are shared and a dma-buf of the same memory was
+    ///   handed out.
+    /// - [`crate::Error::Memory`] if the kernel refuses the seal (before Linux 5.1).
+    /// - [`crate::Error::Share`] or [`crate::Error::File`] if descriptors run out, and
+    ///   [`crate::Error::Share`] if the image has too many allocations.
     pub fn publish(&self, name: &str, image: Image) -> Result<()> {
         let published = Arc::new(self.shared.prepare(&image)?);
         let before = {
@@ -106,7 +112,8 @@ impl Server {
         Ok(())
     }
 
-    /// Stops sharing the image with this name and returns it.
+    /// Stops sharing the image with this name and returns it. Clients that are receiving the image
+    /// still get all of it.
     pub fn withdraw(&self, name: &str) -> Option<Image> {
         let removed = self.shared.images().by_name.remove(name);
         removed.map(|(image, _)| image)
@@ -163,8 +170,8 @@ mod tests {
 
     use super::*;
 
-    /// Returns a TCP socket whose last close blocks until its other end has read everything, and
-    /// that other end.
+    /// Returns the ends of a TCP connection. The last close of the first end blocks until the
+    /// second has read everything.
     fn connect_lingering() -> (OwnedFd, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut sender = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
@@ -183,7 +190,7 @@ mod tests {
         let mut control = SendAncillaryBuffer::new(&mut space);
         assert!(control.push(SendAncillaryMessage::ScmRights(&descriptors)));
         let sent = sendmsg(socket, &[IoSlice::new(message)], &mut control, SendFlags::NOSIGNAL).map(|_| ());
-        // If the message was already dropped, this is the last close, which blocks.
+        // If the message was refused or already dropped, this is the last close, which blocks.
         thread::spawn(move || drop(descriptor));
         sent
     }

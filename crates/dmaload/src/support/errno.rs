@@ -4,7 +4,7 @@
 use dmabuf::Errno;
 use rustix::io;
 
-/// The public form of a system call's errno.
+/// Converts a system call's errno to its public form.
 pub(crate) fn from_rustix(errno: io::Errno) -> Errno {
     Errno::from_raw_os_error(errno.raw_os_error())
 }
@@ -15,7 +15,7 @@ pub(crate) fn to_rustix(errno: Errno) -> io::Errno {
     io::Errno::from_io_error(&errno.into()).unwrap_or(io::Errno::IO)
 }
 
-/// Name and description: `EINVAL (Invalid argument)`.
+/// Formats name and description: `EINVAL (Invalid argument)`.
 pub(crate) fn describe(errno: io::Errno) -> String {
     from_rustix(errno).describe()
 }

@@ -1,9 +1,10 @@
 //! Runs the caller's code: heaps, observers, verifiers, wakers, `tracing` subscribers, and their
 //! `Drop`s.
 //!
-//! Such code never runs while one of our locks is held, and never on the ring thread. A panic is
-//! caught at the call, so the load that the code belongs to (for a waker, only the waiting future)
-//! fails with a message that names the code, and other loads are not affected.
+//! Such code never runs while a lock of the library is held, and never on the ring thread. Panics
+//! are caught at the call. If a heap, an observer or a verifier panics, the load that it belongs
+//! to fails with a message that names the code; if a waker panics, only the wait that it was
+//! passed to fails. Panics of subscribers and in drops are ignored. Other loads are not affected.
 
 use std::any::Any;
 use std::fmt;
@@ -31,7 +32,7 @@ pub(crate) fn discard<T>(value: T) {
     let _ = call(|| drop(value));
 }
 
-/// The message of a panic payload.
+/// Returns the message in a panic's payload.
 pub(crate) fn message(payload: Box<dyn Any + Send>) -> String {
     if let Some(text) = payload.downcast_ref::<&str>() {
         return (*text).to_owned();
@@ -39,7 +40,7 @@ pub(crate) fn message(payload: Box<dyn Any + Send>) -> String {
     match payload.downcast::<String>() {
         Ok(text) => *text,
         Err(payload) => {
-            // Dropping it runs the caller's code, too, and may panic again.
+            // Dropping the payload would run the caller's code, too, and could panic again.
             std::mem::forget(payload);
             "with a payload that is not text".to_owned()
         }

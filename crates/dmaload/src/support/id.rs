@@ -1,4 +1,4 @@
-//! Identifies a load.
+//! The identifier of a load.
 
 /// Identifies a load. A loader never reuses one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

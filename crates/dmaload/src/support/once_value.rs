@@ -1,5 +1,6 @@
-//! A value that several threads need, and the first of them makes. No lock is held meanwhile,
-//! because making it may call a heap's code or open a file on a server that never answers.
+//! A value that several threads need and the first of them makes. No lock is held while the value
+//! is being made, because that may call a heap's code, or open a file on a server that never
+//! answers.
 
 use crate::support::sync::{Condvar, Mutex, MutexGuard, lock, wait};
 
@@ -33,7 +34,7 @@ impl<T> OnceValue<T> {
         lock(&self.state)
     }
 
-    /// Takes the value, if it is ready.
+    /// Takes the value, if it is ready. It can then be made again.
     pub(crate) fn take(&self) -> Option<T> {
         let mut state = self.state();
         match std::mem::replace(&mut *state, ValueState::Empty) {
@@ -47,7 +48,7 @@ impl<T> OnceValue<T> {
 }
 
 impl<T: Clone> OnceValue<T> {
-    /// Clones the value, if it is ready.
+    /// Returns a clone of the value, if it is ready.
     pub(crate) fn get(&self) -> Option<T> {
         match &*self.state() {
             ValueState::Ready(value) => Some(value.clone()),
@@ -55,8 +56,8 @@ impl<T: Clone> OnceValue<T> {
         }
     }
 
-    /// Clones the value. If it was not made yet, this thread makes it while others wait. If that
-    /// fails, one of the waiting threads tries next.
+    /// Returns a clone of the value. If there is no value yet, this thread makes it while others
+    /// wait. If that fails, one of the waiting threads tries next.
     ///
     /// # Errors
     /// Those of `make`.

@@ -23,7 +23,7 @@ impl Wake for Unpark {
     }
 }
 
-/// Polls a future on this thread, which sleeps between wakes.
+/// Runs a future to completion on this thread, which sleeps until the future's waker is called.
 pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
     block_on_until(None, future).expect("a wait without a deadline ends with a value")
 }

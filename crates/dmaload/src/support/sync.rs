@@ -1,5 +1,5 @@
-//! The standard library's locks and atomics, or loom's, which try every interleaving of a model's
-//! threads (`--cfg dmaload_loom`, because tokio would interpret `loom`).
+//! The standard library's locks and atomics, or loom's, which try the interleavings of a model's
+//! threads. Selected by `--cfg dmaload_loom`, because tokio reacts to `--cfg loom` too.
 
 use std::time::Duration;
 
@@ -24,7 +24,8 @@ pub(crate) fn wait_timeout<'a, T>(changed: &Condvar, guard: MutexGuard<'a, T>, t
     changed.wait_timeout(guard, timeout).unwrap_or_else(std::sync::PoisonError::into_inner).0
 }
 
-/// Models: tried in every interleaving with loom, a few hundred times without.
+/// Runs models. With loom, tries every interleaving of at most three preemptions; without loom,
+/// runs the model 300 times.
 #[cfg(test)]
 pub(crate) mod model {
     #[cfg(dmaload_loom)]
@@ -41,7 +42,7 @@ pub(crate) mod model {
     #[cfg(dmaload_loom)]
     pub(crate) fn model(run: impl Fn() + Send + Sync + 'static) {
         let mut builder = loom::model::Builder::new();
-        // A higher bound takes hours and is unlikely to find more.
+        // A larger number of preemptions takes hours and is unlikely to find more.
         builder.preemption_bound = Some(3);
         builder.check(run);
     }

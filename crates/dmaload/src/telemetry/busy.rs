@@ -1,8 +1,8 @@
-//! Measures how long something was running: the union of intervals that may overlap.
+//! Measures how long something was running, where overlapping intervals count only once.
 
 use std::time::Duration;
 
-/// Counts the time during which at least one of several activities was running.
+/// The total time during which at least one of several activities was running.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct BusyTime {
     running: usize,

@@ -10,7 +10,7 @@ use std::time::Duration;
 pub struct Metrics {
     /// Loads that have started.
     pub loads_started: u64,
-    /// Loads that have delivered everything.
+    /// Loads that have handed over everything.
     pub loads_finished: u64,
     /// Loads that ended with an error.
     pub loads_failed: u64,
@@ -22,7 +22,7 @@ pub struct Metrics {
     pub segments: u64,
     /// Steps down the ladder of routes.
     pub fallbacks: u64,
-    /// Reads that failed and were retried.
+    /// Reads that failed because of the medium, and were retried.
     pub retried_reads: u64,
     /// Reads in flight now, at most [`crate::LoaderBuilder::queue_depth`].
     pub reads_in_flight: u64,
@@ -32,13 +32,13 @@ pub struct Metrics {
     pub memory_bytes: u64,
     /// Memory that the pool keeps now.
     pub pooled_bytes: u64,
-    /// How long reads waited between their memory being ready and their submission to the kernel:
-    /// mostly for a place in the queue.
+    /// How long reads waited from the arrival of their piece on the ring thread until their
+    /// submission to the kernel: mostly for a place in the queue.
     pub before_kernel: Latency,
     /// How long reads took, from submission until their completion was received.
     pub in_kernel: Latency,
-    /// How long complete segments waited before they were handed over: for earlier segments, and
-    /// for the check of their file.
+    /// How long complete segments waited before they were handed over: for earlier segments, for
+    /// their export as a dma-buf, and for the check of their file.
     pub after_kernel: Latency,
 }
 
@@ -123,7 +123,7 @@ pub(crate) struct LoadCounters {
 }
 
 impl LoadCounters {
-    /// Takes a snapshot. Figures that are not counted here stay zero.
+    /// Takes a snapshot. Figures that are not counted here are zero; the caller sets them.
     pub(crate) fn snapshot(&self, reads: &ReadCounters) -> Metrics {
         let seen = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Metrics {

@@ -3,7 +3,7 @@
 //!
 //! Does only bookkeeping: reads no files and no clock, and starts no threads. The engine fills
 //! these values and returns them to the caller, who may keep them: nothing here refers to a
-//! loader. Process-wide figures are left to the caller.
+//! loader. Figures of the whole process, such as its CPU time, are left to the caller.
 
 pub(crate) mod busy;
 pub(crate) mod metrics;

@@ -16,8 +16,8 @@ pub struct Report {
     /// Bytes read into segments: all bytes of the files, or the requested parts plus whatever was
     /// read along with them.
     pub bytes: u64,
-    /// Bytes requested: equal to `bytes` unless only parts of the files were requested
-    /// ([`crate::LoadOptions::tensors`] and the like).
+    /// Bytes requested. Equal to `bytes`, unless only parts of the files were requested
+    /// ([`crate::LoadOptions::tensors`] and the like) or the layout is [`Layout::Tensors`].
     pub wanted_bytes: u64,
     /// Bytes of tensors that were copied to meet the importer's alignment
     /// ([`crate::ImporterLimits::alignment_bytes`]).
@@ -27,14 +27,14 @@ pub struct Report {
     pub cached_bytes: u64,
     /// Number of segments.
     pub segments: usize,
-    /// Number of allocations (memfds, dma-bufs) behind the segments: fewer than segments where
-    /// small files share one.
+    /// Number of allocations (memfds, dma-bufs) that hold the segments: fewer than segments if
+    /// small files share some.
     pub memories: usize,
-    /// From the start of the load to the last segment.
+    /// From the start of the load until everything was handed over.
     pub total: Duration,
-    /// Time during which at least one piece was being allocated and populated.
+    /// Time during which memory was being allocated or populated.
     pub allocating: Duration,
-    /// Time during which at least one read was in flight.
+    /// Time during which at least one read from storage was in flight.
     pub reading: Duration,
     /// Time during which at least one copy from staging was running; zero if nothing was bounced.
     pub copying: Duration,
@@ -45,7 +45,8 @@ pub struct Report {
     pub first_segment: Option<Duration>,
     /// How much of the segments' memory lies on 2 MiB pages.
     pub pages: PageCount,
-    /// Why a 2 MiB extent got small pages although huge ones were wanted.
+    /// Why some of the memory is on small pages although 2 MiB pages were wanted: the first reason
+    /// found. Always `None` before Linux 6.7.
     pub pages_refused: Option<Errno>,
     /// How much of the segments' memory came from the pool ([`crate::LoaderBuilder::pool_bytes`]).
     pub reused_bytes: u64,
@@ -59,14 +60,17 @@ pub struct Report {
     /// The lowest route that any byte took; the starting route if everything came from the page
     /// cache.
     pub route: Route,
-    /// Every step down the ladder, in the order taken.
+    /// Every step down the ladder, in the order taken. Equal steps of several files are merged
+    /// into one that names no file.
     pub fallbacks: Vec<Fallback>,
-    /// How fast direct and staged reads were, if this load measured them to find the fastest way
+    /// How fast each way of reading was, if this load measured them to find the fastest one
     /// ([`crate::LoadOptions::route`]).
     pub measured: Option<Measured>,
-    /// What was verified, and how ([`crate::LoadOptions::verify`]); `None` without verification.
+    /// What was compared ([`crate::LoadOptions::verify`]), as described by the verifier; `None`
+    /// without verification.
     pub verified: Option<String>,
-    /// A timeline, sorted by when each event ended; empty without [`crate::LoadOptions::trace`].
+    /// A timeline, in the order in which events were recorded, which is not quite the order in
+    /// which they ended. Empty without [`crate::LoadOptions::trace`].
     pub trace: Vec<TraceEvent>,
     /// The files, in load order.
     pub files: Vec<FileReport>,
@@ -106,7 +110,7 @@ pub struct Measured {
     pub staged_bytes_per_second: f64,
     /// Speed of reads through the page cache; `None` if they were not measured.
     pub buffered_bytes_per_second: Option<f64>,
-    /// The way that the rest of the load and later loads use.
+    /// The way that the rest of the load and later loads from the same file system use.
     pub chosen: Way,
 }
 
@@ -146,7 +150,8 @@ impl Report {
     }
 
     /// How much of the shorter of allocating and reading was hidden behind the longer: 1 if the
-    /// load took no longer than the longer of the two, 0 if they ran one after the other.
+    /// load took no longer than the longer of the two, 0 if they ran one after the other or one of
+    /// them took no time.
     pub fn overlap(&self) -> f64 {
         let shorter = self.allocating.min(self.reading).as_secs_f64();
         let hidden = (self.allocating + self.reading).saturating_sub(self.total).as_secs_f64();

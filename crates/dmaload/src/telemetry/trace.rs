@@ -1,4 +1,4 @@
-//! The timeline of a load: an event for each allocation, registration, read, copy and hand-over.
+//! The timeline of a load: an event for each step, such as an allocation, a read or a hand-over.
 
 use std::time::Duration;
 
@@ -6,7 +6,7 @@ use std::time::Duration;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum TraceKind {
-    /// Memory for a piece of a segment was allocated and populated.
+    /// Memory for segments was allocated and populated, or a part of it was populated.
     Allocate,
     /// A piece's pages were registered with the ring.
     Register,
@@ -18,7 +18,8 @@ pub enum TraceKind {
     FromCache,
     /// An observer saw bytes.
     Observe,
-    /// A segment was exported as a dma-buf.
+    /// A full allocation was finished: bytes were moved to their places, and the allocation was
+    /// exported as a dma-buf if the heap supports that.
     Export,
     /// A segment was handed over to the consumer. Takes no time.
     HandOver,
@@ -50,10 +51,12 @@ pub struct TraceEvent {
     pub start: Duration,
     /// When it ended.
     pub end: Duration,
-    /// The number of the file.
+    /// The number of the file; the first one if the memory belongs to several.
     pub file_index: usize,
-    /// The number of the segment, over all files.
+    /// The number of the segment, counted over all files; the first one if the memory belongs to
+    /// several.
     pub segment: usize,
-    /// Number of bytes: of memory for `Allocate` and `Register`, of the file for the others.
+    /// Number of bytes: of memory for `Allocate` and `Register`, 0 for `Export`, and of the file
+    /// for the others.
     pub bytes: u64,
 }

@@ -1,4 +1,5 @@
-//! A cursor over the beginning of a file. Reading past its end reports how many bytes are needed.
+//! A cursor over the beginning of a file. Reading past the end of the available bytes reports how
+//! many are needed.
 
 use std::ops::Range;
 
@@ -21,8 +22,7 @@ pub(super) struct Cursor<'a> {
     file_bytes: u64,
 }
 
-/// Maximum length of a key or a tensor's name. The GGUF specification allows keys of up to
-/// 65,535 bytes.
+/// Maximum length of a key or a tensor's name: that of keys in the GGUF specification.
 const TEXT_LIMIT_BYTES: u64 = (1 << 16) - 1;
 
 impl<'a> Cursor<'a> {
@@ -48,7 +48,7 @@ impl<'a> Cursor<'a> {
     pub(super) fn bytes(&mut self, bytes: u64, what: &'static str) -> Result<&'a [u8], Stop> {
         let at = self.position();
         let Some(end) = at.checked_add(bytes) else {
-            return Err(self.fault(at, format!("{what} has a stated length of {bytes} bytes")));
+            return Err(self.fault(at, format!("{what} has a stated length of {bytes} bytes, which is larger than any file")));
         };
         if let Some(missing) = end.checked_sub(self.file_bytes).filter(|&missing| missing > 0) {
             let file_bytes = self.file_bytes;
@@ -77,7 +77,7 @@ impl<'a> Cursor<'a> {
         self.array(what).map(u64::from_le_bytes)
     }
 
-    /// Reads a string, which must be UTF-8 and within the limit.
+    /// Reads a string, which must be UTF-8 and at most [`TEXT_LIMIT_BYTES`] long.
     pub(super) fn text(&mut self, what: &'static str) -> Result<&'a str, Stop> {
         let at = self.position();
         let bytes = self.u64(what)?;

@@ -1,5 +1,5 @@
-//! Keys and values of a GGUF file. They stay encoded, as in the file, and are decoded on access,
-//! so a hostile array takes no more memory than it does in the file.
+//! Keys and values of a GGUF file. They stay encoded as in the file and are decoded on access, so
+//! a hostile array takes no more memory than it takes in the file.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -26,7 +26,7 @@ struct KeyValue {
     value: Range<u32>,
 }
 
-/// `enum gguf_metadata_value_type`.
+/// The type of a value: `gguf_metadata_value_type` of the specification, in the same order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     U8,
@@ -65,7 +65,7 @@ impl Kind {
         Kind::ALL.get(usize::try_from(number).ok()?).copied()
     }
 
-    /// The size of a value in bytes; `None` if the file states it for each value.
+    /// The size of a value in bytes; `None` if it varies from value to value.
     fn bytes(self) -> Option<u64> {
         match self {
             Kind::U8 | Kind::I8 | Kind::Bool => Some(1),
@@ -133,7 +133,8 @@ impl fmt::Debug for Array<'_> {
     }
 }
 
-/// Formats the value for one line: long arrays show only their length and type.
+/// Formats the value. An array of more than 8 values, or of strings or arrays, shows only its
+/// length and type. Strings are not escaped.
 impl fmt::Display for Value<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const SHOWN: u64 = 8;
@@ -163,8 +164,8 @@ impl fmt::Display for Value<'_> {
 }
 
 impl Value<'_> {
-    /// The value as an unsigned number, if it is a non-negative integer of any type: writers
-    /// disagree on the types of counts.
+    /// The value as an unsigned number, if it is a non-negative integer. Accepts every integer
+    /// type, because writers disagree on the types of counts.
     #[must_use]
     pub fn as_u64(&self) -> Option<u64> {
         match *self {
@@ -261,7 +262,7 @@ fn next_value<'a>(kind: Kind, bytes: &mut &'a [u8]) -> Option<Value<'a>> {
         Kind::Array => {
             let kind = Kind::from_number(u32::from_le_bytes(front(bytes)?))?;
             let len = u64::from_le_bytes(front(bytes)?);
-            // The header has already been checked, so this only finds the end of the array.
+            // The header has already been checked, so this only has to find the end of the array.
             let mut cursor = Cursor::new(bytes, bytes.len() as u64);
             skip_array(&mut cursor, kind, len, 0).ok()?;
             let (own, rest) = bytes.split_at_checked(usize::try_from(cursor.position()).ok()?)?;
@@ -271,7 +272,8 @@ fn next_value<'a>(kind: Kind, bytes: &mut &'a [u8]) -> Option<Value<'a>> {
     })
 }
 
-/// Maximum nesting of arrays; ggml supports none.
+/// Maximum number of arrays around another array. An array inside that many may contain only
+/// values of fixed size. ggml does not support nested arrays.
 const DEPTH_LIMIT: u32 = 4;
 
 /// Reads all pairs.

@@ -121,12 +121,12 @@ fn violations_of_the_format_are_reported() {
     assert!(one(entry("t", &[1; 9], 0, 0)).contains("9 dimensions"));
     assert!(one(entry("t", &[u64::MAX, 2], 0, 0)).contains("larger than any file"));
     assert!(one(entry("t", &[u64::MAX, 0, 2], 0, 0)).contains("larger than any file"));
-    assert!(one(entry("t", &[1], 0, 32)).contains("where 0 was expected"));
+    assert!(one(entry("t", &[1], 0, 32)).contains("must begin at byte 0"));
     assert!(one(entry("t", &[1 << 20], 0, 0)).contains("cut short"));
     let twice = [entry("t", &[8], 0, 0), entry("t", &[8], 0, 32)];
     assert!(fault(&file(3, &[], &twice, 64)).contains("\"t\""));
     let overlapping = [entry("a", &[16], 0, 0), entry("b", &[8], 0, 32)];
-    assert!(fault(&file(3, &[], &overlapping, 64)).contains("where 64 was expected"));
+    assert!(fault(&file(3, &[], &overlapping, 64)).contains("must begin at byte 64"));
 }
 
 #[test]
@@ -167,7 +167,7 @@ proptest::proptest! {
 }
 
 #[test]
-fn newest_block_types_have_the_right_sizes() {
+fn nvfp4_q1_0_and_q2_0_have_the_right_sizes() {
     for (kind, dtype, elements, bytes) in [(40, DType::NVFP4, 64, 36), (41, DType::Q1_0, 128, 18), (42, DType::Q2_0, 64, 18)] {
         let whole = file(3, &[], &[entry("t", &[elements * 3, 2], kind, 0)], 6 * bytes);
         let map = map(&whole);

@@ -1,9 +1,9 @@
 //! Parses the JSON of a header.
 //!
 //! `serde_json` does the tokenizing. The visitors here see each key as it is read, so a duplicate
-//! cannot silently replace an earlier key, and they check each tensor as soon as its entry ends.
-//! Faults other than JSON errors go through [`Reader::refuse`], because `serde`'s errors carry
-//! only text.
+//! cannot silently replace an earlier key. They check each tensor as soon as its entry ends. A
+//! visitor that stops parsing calls [`Reader::refuse`] to store the fault, because an error of
+//! `serde` carries only text.
 
 use std::fmt;
 
@@ -24,7 +24,7 @@ const METADATA_KEY: &str = "__metadata__";
 /// The whitespace characters of JSON.
 pub(super) const WHITESPACE: [char; 4] = [' ', '\t', '\n', '\r'];
 
-/// The contents of a header. Each tensor was checked by itself, but not against the others.
+/// The contents of a header. Each tensor has been checked by itself, but not against the others.
 #[derive(Debug)]
 pub(super) struct Contents {
     /// In header order.
@@ -32,8 +32,8 @@ pub(super) struct Contents {
     pub(super) metadata: SafetensorsMetadata,
 }
 
-/// Parses a header. The bytes of its tensors are the `data_bytes` bytes from offset `data_begin`
-/// of the file.
+/// Parses a header. The tensors' data is `data_bytes` long and begins at offset `data_begin` of
+/// the file.
 pub(super) fn read(json: &str, data_begin: u64, data_bytes: u64) -> Result<Contents, ModelError> {
     let unpadded = json.trim_end_matches(WHITESPACE);
     let mut reader = Reader::new(data_begin, data_bytes);
@@ -56,25 +56,25 @@ pub(super) fn read(json: &str, data_begin: u64, data_bytes: u64) -> Result<Conte
     Ok(Contents { tensors: reader.tensors, metadata })
 }
 
-/// The state of parsing one header, and the seed of its outermost object.
+/// The state of parsing one header, and the visitor of its outermost object.
 struct Reader {
     data_begin: u64,
     data_bytes: u64,
     tensors: Vec<TensorInfo>,
-    /// `Some` once the key has been read, even if its value was null.
+    /// `Some` once `__metadata__` has been read, even if its value was null.
     metadata: Option<StringPairs>,
-    /// The numbers of the current list. Reused, so that each shape is allocated once, at its final
-    /// size.
+    /// The numbers of the current list. Reused for all lists, so each shape is allocated only
+    /// once, at its final size.
     numbers: Vec<u64>,
-    /// The value being parsed, for error messages.
+    /// The part of the header that an error would be about.
     place: ValuePlace,
     fault: Option<ModelError>,
-    /// The first tensor that ends past the end of the file, its end, and the largest end of all.
-    /// Parsing continues, so that the error can say how much is missing.
+    /// The first tensor that ends past the end of the file, its end, and the largest end of all
+    /// such tensors. Parsing continues after it, so the error can say how much is missing.
     past_end: Option<(String, u64, u64)>,
 }
 
-/// The value that was being read when `serde_json` reported an error.
+/// The part of the header that an error of `serde_json` is about.
 enum ValuePlace {
     Header,
     Tensor { tensor: String, key: Option<&'static str> },
@@ -288,8 +288,8 @@ impl TensorEntry {
     }
 }
 
-/// The size of a tensor in bits, or `None` if it overflows. As in the crate, an overflow before a
-/// zero dimension counts.
+/// The size of a tensor in bits; `None` if it overflows. As in the `safetensors` crate, a product
+/// that overflows before a dimension of zero is an overflow.
 fn bits(dtype: DType, shape: &[usize]) -> Option<u64> {
     let elements = shape.iter().try_fold(1_u64, |product, &dim| product.checked_mul(dim as u64))?;
     let element_bits = dtype.element_bits().expect("a safetensors header names no quantized type");
@@ -343,8 +343,8 @@ impl EntrySeed<'_> {
         entry.next_value_seed(NumbersSeed { reader: self.reader, tensor: self.tensor, key })
     }
 
-    /// Converts the numbers to dimensions. One beyond `usize` (on 32-bit machines) is refused,
-    /// because truncating it would give another shape.
+    /// Converts the numbers to dimensions. A number beyond `usize` (on 32-bit machines) is
+    /// refused, because truncating it would give another shape.
     fn shape<E: Error>(&mut self) -> Result<Vec<usize>, E> {
         let mut shape = Vec::with_capacity(self.reader.numbers.len());
         for &dim in &self.reader.numbers {
@@ -381,7 +381,7 @@ impl Draft {
         }
     }
 
-    /// The complete entry, or the key that is missing.
+    /// Returns the complete entry, or the first key that is missing.
     fn finish(self) -> Result<TensorEntry, EntryKey> {
         let dtype = self.dtype.ok_or(EntryKey::DType)?;
         let shape = self.shape.ok_or(EntryKey::Shape)?;
@@ -448,7 +448,7 @@ struct NumbersSeed<'a> {
 }
 
 impl NumbersSeed<'_> {
-    /// Appends a number, if it is valid and the list may be that long.
+    /// Appends a number, unless it is invalid or the list would be too long.
     fn push_number<E: Error>(&mut self, number: Number) -> Result<(), E> {
         let tensor = || self.tensor.to_owned();
         let numbers = &mut self.reader.numbers;

@@ -1,4 +1,4 @@
-//! Tests of valid headers, and of each fault.
+//! Tests of valid headers, of format detection, and of each fault.
 
 use super::*;
 use crate::model::DType;
@@ -96,7 +96,7 @@ mod valid_headers {
     }
 
     #[test]
-    fn metadata_keeps_its_order() {
+    fn metadata_keeps_the_order_of_the_header() {
         let map = parse_with(r#"{"__metadata__":{"z":"1","a\u0062":"","c":"\"{"}}"#, 0).unwrap();
         let pairs: Vec<_> = map.metadata().iter().collect();
         assert_eq!(pairs, [("z", "1"), ("ab", ""), ("c", "\"{")]);
@@ -110,7 +110,7 @@ mod valid_headers {
     }
 
     #[test]
-    fn as_many_dimensions_as_the_limit_are_accepted() {
+    fn shape_at_the_rank_limit_is_accepted() {
         let ones = vec!["1"; RANK_LIMIT].join(",");
         assert!(parse_with(tensor("U8", &format!("[{ones}]"), "[0,1]"), 1).is_ok());
     }
@@ -359,7 +359,7 @@ mod value_faults {
     }
 
     #[test]
-    fn number_that_is_not_a_count_is_refused() {
+    fn number_that_is_not_an_unsigned_integer_is_refused() {
         for (number, found) in [
             ("-1", "-1"),
             ("-0", "-0.0"),

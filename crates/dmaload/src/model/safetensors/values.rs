@@ -1,4 +1,4 @@
-//! JSON values in a header: strings, numbers, and skipped values.
+//! JSON values in a header: strings, numbers, and values of unknown keys.
 
 use std::{borrow::Cow, fmt};
 
@@ -84,7 +84,7 @@ impl<'de> Visitor<'de> for Text {
     }
 }
 
-/// A JSON number: a non-negative integer, or any other number as text.
+/// A JSON number: a non-negative integer of at most 64 bits, or any other number as text.
 pub(super) enum Number {
     Count(u64),
     Other(String),
