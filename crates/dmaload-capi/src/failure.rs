@@ -21,7 +21,7 @@ impl Failure {
         Failure { errno, text: text.into() }
     }
 
-    /// A failed system call; `text` says what was tried, and on what.
+    /// Describes a failed system call; `text` says what was tried, and on what.
     pub(crate) fn system(errno: Errno, text: &str) -> Self {
         let reason = dmaload::Errno::from_raw_os_error(errno.raw_os_error()).describe();
         Failure { errno, text: format!("{text}: {reason}") }
@@ -73,7 +73,7 @@ pub(crate) fn answer(body: impl FnOnce() -> Result<c_int>) -> c_int {
     let failure = match catch_unwind(AssertUnwindSafe(body)) {
         Ok(Ok(answer)) => return answer,
         Ok(Err(failure)) => failure,
-        Err(_) => Failure::new(Errno::NOTRECOVERABLE, "dmaload panicked: a bug in dmaload or in a heap"),
+        Err(_) => Failure::new(Errno::NOTRECOVERABLE, "dmaload panicked: this is a bug in dmaload"),
     };
     let text = CString::new(failure.text.replace('\0', " ")).unwrap_or_default();
     // A thread that is running its destructors can't store a message.
@@ -165,8 +165,8 @@ mod tests {
         }
     }
 
-    /// The compiler does not notice a variant that is missing in `pinned`, so this test reads the
-    /// source of the library's error.
+    /// The compiler does not notice a variant that is missing from `pinned`, so this test reads
+    /// the source of the library's error.
     #[test]
     fn errno_of_every_variant_is_pinned() {
         let source = include_str!("../../dmaload/src/error.rs");
