@@ -47,7 +47,8 @@ pub(crate) struct Arguments {
     /// Load only the part for this rank, counted from 0; or env, to read RANK and WORLD_SIZE from
     /// the environment.
     ///
-    /// Launchers of several processes (torchrun) set both variables. They are only read with env.
+    /// Launchers of several processes (torchrun) set both variables. Without env, they have no
+    /// effect.
     #[arg(long, value_name = "NUMBER|env")]
     pub(crate) rank: Option<Rank>,
     /// Number of parts; 1 means everything in one part.

@@ -14,7 +14,8 @@ use super::trial::{HeapTrial, Loaded};
 use super::verdict::{self, Expected};
 
 const WIDTH: usize = 80;
-/// The longest row name, plus the gap.
+/// The width of the column of row names, plus the gap. A longer name, such as that of a dma-heap,
+/// moves all values to the right.
 const INDENT: usize = 14;
 
 pub(crate) fn screen(facts: &Facts) -> String {
