@@ -454,7 +454,7 @@ mod tests {
     }
 
     #[test]
-    fn unaligned_or_out_of_range_mappings_are_refused() {
+    fn unaligned_empty_or_out_of_range_mappings_are_refused() {
         let range = AddressRange::reserve(4 * PAGE).unwrap();
         let memory = Memory::Memfd(Memfd::create("test", PAGE).unwrap());
         for (at, bytes) in [(1, PAGE), (0, 100), (0, 0), (3 * PAGE, 2 * PAGE), (0, 2 * PAGE), (usize::MAX - PAGE + 1, PAGE)] {

@@ -307,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn populating_an_unaligned_or_too_long_part_is_refused() {
+    fn unaligned_empty_or_too_long_part_is_not_populated() {
         let memory = Memory::Anonymous;
         let mapping = map_whole(&memory, 4 * page_bytes());
         for part in [0..1, 1..page_bytes(), 0..5 * page_bytes(), 0..0] {

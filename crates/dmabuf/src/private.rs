@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn unaligned_or_out_of_range_parts_are_refused() {
+    fn unaligned_empty_or_out_of_range_parts_are_refused() {
         let page = page_bytes();
         let memfd = create_memfd(2, 0);
         for range in [1..page, 0..page - 1, page..page, 0..3 * page, usize::MAX - page + 1..usize::MAX] {

@@ -106,7 +106,8 @@ struct dmaload_report {
      */
     uint64_t size;
     /*
-     Bytes of the file that were loaded.
+     Bytes of the file that were loaded, including neighboring bytes if only a part was
+     requested.
      */
     uint64_t bytes;
     /*
@@ -134,7 +135,7 @@ struct dmaload_report {
      */
     uint64_t cpu_ns;
     /*
-     Bytes of the memory that are on 2 MiB pages.
+     Bytes of the memory that are on 2 MiB pages; 0 if the kernel does not report it.
      */
     uint64_t huge_page_bytes;
     /*

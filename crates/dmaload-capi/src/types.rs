@@ -76,7 +76,8 @@ pub struct dmaload_segment {
 pub struct dmaload_report {
     /// `sizeof(struct dmaload_report)`.
     pub size: u64,
-    /// Bytes of the file that were loaded.
+    /// Bytes of the file that were loaded, including neighboring bytes if only a part was
+    /// requested.
     pub bytes: u64,
     /// Time from the call to the last segment.
     pub total_ns: u64,
@@ -90,7 +91,7 @@ pub struct dmaload_report {
     pub copying_ns: u64,
     /// CPU time of the process during the load.
     pub cpu_ns: u64,
-    /// Bytes of the memory that are on 2 MiB pages.
+    /// Bytes of the memory that are on 2 MiB pages; 0 if the kernel does not report it.
     pub huge_page_bytes: u64,
     /// Number of segments.
     pub segments: u64,

@@ -59,8 +59,8 @@ pub(crate) struct EngineArguments {
     #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
     pub(crate) staging: Option<u64>,
     /// The route to start at: auto, uring-fixed-direct, uring-direct, pread-direct, bounce,
-    /// uring-buffered, buffered. auto is the faster of direct and staged reads (bounce) or, on a
-    /// network file system, of these and buffered reads; large loads measure which is fastest.
+    /// uring-buffered, buffered. auto uses the fastest of direct reads, staged reads (bounce) and,
+    /// on network file systems, buffered reads; it measures them during large loads.
     #[arg(long, default_value = "auto")]
     pub(crate) route: RouteChoice,
     /// What to optimize if no route is set: speed, or cpu, which uses direct reads and copies
