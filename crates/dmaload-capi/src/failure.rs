@@ -58,7 +58,8 @@ fn errno_of(error: &Error) -> Errno {
         ErrorKind::Unsupported => Errno::OPNOTSUPP,
         ErrorKind::ShutDown => Errno::CANCELED,
         ErrorKind::Panicked => Errno::NOTRECOVERABLE,
-        // Wrong bytes, and kinds about models and views, which the C interface does not use.
+        // Wrong bytes; errors that always have an errno, handled above; and kinds about models,
+        // views and shared images, which the C interface does not use.
         _ => Errno::IO,
     }
 }
@@ -101,8 +102,8 @@ mod tests {
         assert_eq!(text, c"a b");
     }
 
-    /// One error of each variant, with the errno that C programs receive for it, which is part of
-    /// the C interface.
+    /// One error of each variant, with the errno that C programs receive for it. These errnos are
+    /// part of the C interface.
     fn pinned() -> Vec<(Error, c_int)> {
         use dmaload::heap::{HeapError, SizeLimit};
         use dmaload::{Attempt, Errno, Route, model::ModelError};

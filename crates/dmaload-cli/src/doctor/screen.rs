@@ -82,7 +82,7 @@ fn wrapped(text: &str, width: usize) -> Vec<String> {
     lines
 }
 
-/// A numbered change with its command, which is not wrapped so that it can be copied.
+/// A numbered change with its command. The command is not wrapped, so that it can be copied.
 struct Numbered<'a>(usize, &'a Advice);
 
 impl fmt::Display for Numbered<'_> {
