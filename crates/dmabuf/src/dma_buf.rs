@@ -155,7 +155,7 @@ impl CpuAccess<'_> {
 impl Drop for CpuAccess<'_> {
     fn drop(&mut self) {
         if !self.ended {
-            // Drop cannot return an error; `end` does.
+            // `drop` cannot return an error. Callers that need it use `CpuAccess::end`.
             let _ = self.dma_buf.end_cpu_access(self.access);
         }
     }

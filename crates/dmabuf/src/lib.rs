@@ -11,8 +11,8 @@
 //! ```
 //!
 //! This crate creates, maps, populates and seals memory; it knows nothing about io_uring or async
-//! code. The caller decides who may write to a [`Mapping`] and when its bytes may be read.
-//! Therefore a mapping has an address, and no method that returns a slice.
+//! code. The caller decides who may write to a [`Mapping`] and when its bytes may be read, so a
+//! mapping provides its address rather than a slice.
 //!
 //! Requires Linux 3.17 or later (`memfd_create`). Newer features are tried at run time; without
 //! them, a call falls back or returns the kernel's error.

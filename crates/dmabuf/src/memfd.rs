@@ -8,8 +8,8 @@ use rustix::io::Errno;
 
 use crate::{Error, Limit};
 
-/// A memfd. It is sealed against shrinking: accessing mapped pages behind the end of a truncated
-/// file would raise SIGBUS.
+/// A memfd. It is sealed against shrinking, because accessing mapped pages past the end of a
+/// truncated file would raise SIGBUS.
 #[derive(Debug)]
 pub struct Memfd {
     fd: OwnedFd,

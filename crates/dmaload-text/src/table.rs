@@ -82,9 +82,8 @@ impl Table {
     }
 
     /// Shortens the names in the first column, in the middle, so that lines fit into `width`
-    /// characters. Names are not shortened to less than 32 characters, so lines can still be
-    /// wider. With `None`, nothing is shortened: a program that reads from a pipe needs whole
-    /// names.
+    /// characters. No name is shortened to fewer than 32 characters, so lines can still be wider.
+    /// With `None`, nothing is shortened: a program that reads from a pipe needs whole names.
     #[must_use]
     pub fn fit(mut self, width: Option<usize>) -> Self {
         self.width = width;
