@@ -2,7 +2,7 @@
 //!
 //! All output except help goes through [`stdout`], so that errors such as a full disk behind a
 //! redirection name "standard output". The lint `clippy::disallowed_methods` forbids other access
-//! to standard output. All JSON goes through [`json`] or [`escape`].
+//! to standard output. JSON written there goes through [`json`] or [`escape`].
 
 use std::io::{self, StdoutLock, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
