@@ -250,8 +250,8 @@ impl Mapping {
     /// After a fork, both processes share private pages copy-on-write. Whichever process writes
     /// first gets a copy, so data that a device writes later can land in the other process's page.
     /// According to open(2), `O_DIRECT` reads in a process that forks need this call or a shared
-    /// mapping. Since Linux 5.10, a fork copies pinned pages, such as those of registered buffers;
-    /// direct reads pin their pages since 6.3.
+    /// mapping. Since Linux 5.9, a fork copies pinned pages, such as those of registered buffers;
+    /// direct reads pin their pages since 6.5.
     ///
     /// # Errors
     /// ENOMEM.

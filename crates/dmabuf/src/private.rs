@@ -19,7 +19,7 @@ use crate::{Error, Memfd, page_bytes};
 /// writes can be mapped this way. If a memfd is not sealed, later writes by others can appear in
 /// pages that have no private copy yet.
 ///
-/// On Linux 5.1 to 5.12, memfds that are sealed against writes are copied in full instead. On
+/// On Linux 5.1 to 5.4, memfds that are sealed against writes are copied in full instead. On
 /// these kernels, a fork would not treat the mapping as copy-on-write, so parent and child would
 /// see each other's writes.
 ///
@@ -74,7 +74,7 @@ impl PrivateMapping {
         }
         match mapping.make_writable() {
             Ok(()) => Ok(mapping),
-            // Linux 5.1 to 5.12 clear VM_MAYWRITE even for private mappings of a sealed memfd. A
+            // Linux 5.1 to 5.4 clear VM_MAYWRITE even for private mappings of a sealed memfd. A
             // fork does not treat a mapping without that flag as copy-on-write.
             Err(Errno::ACCESS) => PrivateMapping::copied(parts, bytes).map_err(failed),
             Err(errno) => Err(failed(errno)),
@@ -194,7 +194,7 @@ mod tests {
         assert_eq!(PrivateMapping::new(&[]).unwrap_err().errno, crate::Errno::EINVAL);
     }
 
-    /// `PrivateMapping::new` makes this copy on Linux 5.1 to 5.12.
+    /// `PrivateMapping::new` makes this copy on Linux 5.1 to 5.4.
     #[test]
     fn copy_has_the_bytes_of_its_parts_and_is_writable() {
         let page = page_bytes();
