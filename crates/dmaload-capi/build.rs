@@ -1,4 +1,4 @@
-//! Names the library for the dynamic linker.
+//! Sets the library's soname, and prevents the dynamic linker from unloading it.
 
 fn main() {
     let major = std::env::var("CARGO_PKG_VERSION_MAJOR").unwrap_or_default();

@@ -1,8 +1,9 @@
 //! Reserved address ranges and the mappings placed in them.
 //!
-//! A file's segments are mapped side by side in one reserved range, so data that crosses a segment
-//! boundary is still contiguous in memory. The range tracks its mappings, so they never overlap,
-//! and it reserves a part again when the part is unmapped, so no unrelated mapping can land there.
+//! Separate memfds or dma-bufs can be mapped side by side in one reserved range, so data that
+//! crosses a boundary between them is still contiguous in memory. The range tracks its mappings,
+//! which therefore never overlap. When a part is unmapped, its addresses are reserved again, so no
+//! unrelated mapping can land there.
 #![allow(unsafe_code)]
 
 use std::collections::BTreeMap;
@@ -20,25 +21,27 @@ use crate::{Error, HUGE_PAGE_BYTES, Memfd, Memory, page_bytes};
 pub struct AddressRange {
     base: NonNull<u8>,
     bytes: usize,
-    /// The length of each live mapping and of each part in [`Self::lost`], by its start.
+    /// The length of each part that cannot be mapped, by its start: live mappings, mappings that
+    /// could not be unmapped, and the parts in [`Self::lost`].
     taken: Mutex<BTreeMap<usize, usize>>,
-    /// The length of each part that may belong to another mapping after a refused one, by its
-    /// start. These parts are never unmapped; see [`reserve_hole`].
+    /// The length of each part whose mapping was refused and that could not be reserved again, by
+    /// its start. Another mapping may be there, so these parts are never unmapped; see
+    /// [`reserve_hole`].
     lost: Mutex<BTreeMap<usize, usize>>,
 }
 
-// SAFETY: an address range is not tied to a thread, and every change to it goes through the mutex
-// or the kernel.
+// SAFETY: an address range is not tied to a thread, and every change to it goes through the
+// mutexes or the kernel.
 unsafe impl Send for AddressRange {}
-// SAFETY: shared methods synchronize through the mutex, and never dereference the pointer.
+// SAFETY: shared methods synchronize through the mutexes, and never dereference the pointer.
 unsafe impl Sync for AddressRange {}
 
 impl AddressRange {
     /// Reserves at least `bytes` bytes of address space, starting at a multiple of 2 MiB.
     ///
     /// # Errors
-    /// ENOMEM when the address space is exhausted (RLIMIT_AS, or the number of mappings), EINVAL
-    /// when `bytes` is 0.
+    /// ENOMEM when the address space is exhausted or the process has too many mappings (RLIMIT_AS,
+    /// `vm.max_map_count`); EINVAL when `bytes` is 0 or cannot be rounded up to whole pages.
     pub fn reserve(bytes: usize) -> Result<Arc<Self>, Error> {
         let failed = |errno| Error::from_call("reserve addresses", bytes, errno);
         let bytes = bytes.checked_next_multiple_of(page_bytes()).filter(|&b| b > 0).ok_or(failed(Errno::INVAL))?;
@@ -148,12 +151,13 @@ impl Drop for AddressRange {
 }
 
 /// Reserves addresses again after a mapping at them was refused. Returns `false` if they may
-/// belong to another mapping; they must not be unmapped then.
+/// belong to another mapping. In that case they must not be unmapped.
 ///
 /// `MAP_FIXED` and `MREMAP_FIXED` can unmap the old mapping before the new one fails: up to Linux
 /// 6.11, a driver can refuse that late. Another thread can then map memory into the hole, which a
-/// later `munmap` would destroy. If the addresses are in use, they hold either the reservation,
-/// which was never unmapped, or such a foreign mapping; the kernel does not tell which.
+/// later `munmap` would destroy. If the addresses are in use, they hold either the original
+/// reservation, which was never unmapped, or such a foreign mapping. The kernel's error does not
+/// say which.
 pub(crate) fn reserve_hole(address: *mut c_void, bytes: usize) -> bool {
     // SAFETY: MAP_FIXED_NOREPLACE never replaces a mapping. Before Linux 4.17 the kernel ignores
     // the flag and takes the address as a hint.
@@ -180,7 +184,7 @@ pub(crate) fn trim(start: *mut c_void, bytes: usize) {
     }
 }
 
-/// The error of [`Mapping::move_to`], which returns the mapping.
+/// The error of [`Mapping::move_to`], with the mapping that was not moved.
 #[derive(Debug)]
 pub struct NotMoved {
     /// The mapping, still in its old place.
@@ -245,9 +249,9 @@ impl Mapping {
     ///
     /// After a fork, both processes share private pages copy-on-write. Whichever process writes
     /// first gets a copy, so data that a device writes later can land in the other process's page.
-    /// open(2) requires this call, or a shared mapping, for `O_DIRECT` reads in processes that
-    /// fork. Since Linux 5.10 a fork copies pinned pages, such as those of registered buffers;
-    /// direct reads pin their pages since 6.3.
+    /// According to open(2), `O_DIRECT` reads in a process that forks need this call or a shared
+    /// mapping. Since Linux 5.9, a fork copies pinned pages, such as those of registered buffers;
+    /// direct reads pin their pages since 6.5.
     ///
     /// # Errors
     /// ENOMEM.
@@ -272,14 +276,14 @@ impl Mapping {
     /// Moves the mapping and its page tables to offset `at` of `range`, which can be its own
     /// range.
     ///
-    /// Nothing is unmapped and no page is touched, so this takes microseconds; mapping and
+    /// The pages stay present and are not touched, so this takes microseconds; mapping and
     /// populating anew takes milliseconds. Uses `mremap(2)` with `MREMAP_DONTUNMAP` (Linux 5.13 or
     /// later for memfds), which leaves no hole that an unrelated mapping could take.
     ///
     /// # Errors
     /// EINVAL when `at` is unaligned or out of range, on older kernels, and for mappings by page
-    /// frame number (`VM_PFNMAP`, as of dma-heaps); EEXIST when something is already mapped there;
-    /// ENOMEM.
+    /// frame number (`VM_PFNMAP`), such as those of dma-heaps; EEXIST when something is already
+    /// mapped there, such as the mapping itself; ENOMEM.
     pub fn move_to(self, range: &Arc<AddressRange>, at: usize) -> Result<Mapping, NotMoved> {
         let failed = |errno| Error::from_call("move a mapping", self.bytes, errno);
         let end = at.checked_add(self.bytes).filter(|&end| at.is_multiple_of(page_bytes()) && end <= range.bytes);
@@ -311,8 +315,8 @@ impl Mapping {
         }
         taken.insert(at, self.bytes);
         drop(taken);
-        // This drops `self`: the old place is still mapped, without pages, and the drop reserves
-        // it again.
+        // Dropping `self` on return reserves the old place again, which is still mapped but has
+        // no pages.
         Ok(Mapping { range: Arc::clone(range), at, bytes: self.bytes, kind: self.kind })
     }
 }
@@ -331,7 +335,7 @@ impl Drop for Mapping {
     }
 }
 
-/// Whether this address is mapped without access. Other threads' mappings have some access.
+/// Whether this address is mapped without access.
 #[cfg(test)]
 pub(crate) fn is_reserved(address: *mut c_void) -> bool {
     let maps = std::fs::read_to_string("/proc/self/maps").expect("procfs is mounted");
@@ -450,7 +454,7 @@ mod tests {
     }
 
     #[test]
-    fn unaligned_or_out_of_range_mappings_are_refused() {
+    fn unaligned_empty_or_out_of_range_mappings_are_refused() {
         let range = AddressRange::reserve(4 * PAGE).unwrap();
         let memory = Memory::Memfd(Memfd::create("test", PAGE).unwrap());
         for (at, bytes) in [(1, PAGE), (0, 100), (0, 0), (3 * PAGE, 2 * PAGE), (0, 2 * PAGE), (usize::MAX - PAGE + 1, PAGE)] {

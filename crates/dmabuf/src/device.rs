@@ -35,7 +35,7 @@ pub enum Device {
 
 impl Device {
     /// Identifies the device behind a descriptor by its device number, regardless of the path.
-    /// `None` for any other file.
+    /// Returns `None` if the descriptor is neither `/dev/udmabuf` nor a dma-heap.
     pub fn identify(fd: impl AsFd) -> Option<Self> {
         let found = fstat(fd).ok().filter(|found| FileType::from_raw_mode(found.st_mode) == FileType::CharacterDevice)?;
         let number = found.st_rdev;

@@ -22,7 +22,7 @@ const SYNC_READ: u64 = 1;
 const SYNC_WRITE: u64 = 2;
 const SYNC_END: u64 = 1 << 2;
 
-/// How the CPU is about to access a dma-buf's bytes.
+/// How the CPU accesses a dma-buf's bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
     /// Read them.
@@ -61,11 +61,12 @@ impl DmaBuf {
     /// Wraps a dma-buf descriptor from another process or from a driver.
     ///
     /// # Errors
-    /// ENOTTY or EINVAL when the descriptor is not a dma-buf.
+    /// An errno such as ENOTTY, EINVAL or ESPIPE when the descriptor is not a dma-buf; otherwise
+    /// the errno of `DMA_BUF_IOCTL_SYNC`.
     pub fn from_fd(fd: OwnedFd) -> Result<Self, Error> {
         let failed = |errno| Error::from_call("take a dma-buf", 0, errno);
-        // Seeking is the only way to get the size of a dma-buf (dma_buf_llseek in
-        // drivers/dma-buf/dma-buf.c).
+        // Seeking to the end is the documented way to get the size of a dma-buf (dma_buf_llseek
+        // in drivers/dma-buf/dma-buf.c).
         let bytes = rustix::fs::seek(&fd, rustix::fs::SeekFrom::End(0)).map_err(failed)?;
         let dma_buf = DmaBuf { fd, bytes: usize::try_from(bytes).map_err(|_| failed(Errno::OVERFLOW))? };
         dma_buf.cpu_access(Access::Read)?.end()?;
@@ -154,7 +155,7 @@ impl CpuAccess<'_> {
 impl Drop for CpuAccess<'_> {
     fn drop(&mut self) {
         if !self.ended {
-            // Fails only if no access was begun, which cannot happen here.
+            // `drop` cannot return an error. Callers that need it use `CpuAccess::end`.
             let _ = self.dma_buf.end_cpu_access(self.access);
         }
     }

@@ -72,7 +72,8 @@ impl DmaHeap {
     ///
     /// # Errors
     /// ENOENT when this machine has no such heap (the error lists those it has), EACCES without
-    /// permission (the devices have mode 0600), EINVAL when `name` is empty or a path.
+    /// permission (by default, the devices have mode 0600), ENODEV when the file is not a
+    /// character device, EINVAL when `name` is empty or a path.
     pub fn open(name: &str) -> Result<Self, DeviceError> {
         let path = Self::path(name);
         if name.is_empty() || name.contains('/') || name == "." || name == ".." {
@@ -110,7 +111,7 @@ impl DmaHeap {
     /// first; this method does not.
     ///
     /// # Errors
-    /// EINVAL for 0 bytes; ENOMEM.
+    /// EINVAL for 0 bytes; ENOMEM; EMFILE at the limit of open files.
     pub fn allocate(&self, bytes: usize) -> Result<DmaBuf, Error> {
         let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC;
         self.allocate_with(bytes, flags.bits(), 0)

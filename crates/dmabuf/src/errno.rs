@@ -6,7 +6,7 @@ use std::io;
 /// A kernel error number.
 ///
 /// The constants are named as in errno(3). [`fmt::Display`] prints what [`io::Error`] prints;
-/// [`Errno::describe`] adds the name, as the error messages of these crates do:
+/// [`Errno::describe`] adds the name, as this crate's error messages do:
 ///
 /// ```
 /// use dmabuf::Errno;
@@ -70,7 +70,8 @@ impl Errno {
         error.raw_os_error().map(Errno)
     }
 
-    /// The name and description: `EINVAL (Invalid argument)`, or `errno 4000 (…)` without a name.
+    /// The name and description: `EINVAL (Invalid argument)`; for an errno without a name, the
+    /// number and description: `errno 4000 (…)`.
     pub fn describe(self) -> String {
         let text = self.to_string();
         let text = text.split(" (os error").next().unwrap_or_default();

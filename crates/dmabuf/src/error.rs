@@ -2,16 +2,16 @@
 
 use crate::Errno;
 
-/// A step that the kernel refused.
+/// A step that failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{operation} of {bytes} bytes: {}", .errno.describe())]
 #[non_exhaustive]
 pub struct Error {
     /// The step as a verb phrase: "create a memfd", "map memory".
     pub operation: &'static str,
-    /// The requested length.
+    /// The length of the memory; 0 while taking a descriptor, before its length is known.
     pub bytes: usize,
-    /// The kernel's answer.
+    /// The kernel's errno, or the errno that describes why this crate refused the call.
     pub errno: Errno,
 }
 

@@ -3,7 +3,7 @@
 //! ```text
 //!   AddressRange   one reserved (PROT_NONE) range of addresses, aligned to 2 MiB
 //!    └─ Mapping    a part of the range, backed by a Memory: a memfd, a dma-buf or private pages
-//!        └─ populate()   puts pages under the mapping, of 2 MiB where possible
+//!        └─ populate()   allocates and maps its pages, of 2 MiB where possible
 //!   PrivateMapping  parts of memfds, mapped copy-on-write
 //!
 //!   Udmabuf ── create(memfd) ──┐
@@ -11,8 +11,8 @@
 //! ```
 //!
 //! This crate creates, maps, populates and seals memory; it knows nothing about io_uring or async
-//! code. Who may write to a [`Mapping`], and when its bytes may be read, is up to the caller, so
-//! the crate hands out addresses rather than slices.
+//! code. The caller decides who may write to a [`Mapping`] and when its bytes may be read, so a
+//! mapping provides its address rather than a slice.
 //!
 //! Requires Linux 3.17 or later (`memfd_create`). Newer features are tried at run time; without
 //! them, a call falls back or returns the kernel's error.
@@ -53,11 +53,12 @@ pub use udmabuf::{Part, Udmabuf, UdmabufLimits};
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Memory {
-    /// A sealed memfd, whose descriptor other processes can map.
+    /// A memfd, sealed against shrinking. Other processes can map its descriptor.
     Memfd(Memfd),
     /// Private memory of this process, without a descriptor.
     Anonymous,
-    /// A dma-buf. Its exporter allocates all pages when it creates the dma-buf.
+    /// A dma-buf. [`Mapping::populate`] does nothing for it: udmabuf and the dma-heaps allocate
+    /// all pages when they create a dma-buf.
     DmaBuf(DmaBuf),
 }
 

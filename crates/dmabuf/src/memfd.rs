@@ -8,8 +8,8 @@ use rustix::io::Errno;
 
 use crate::{Error, Limit};
 
-/// A memfd of fixed size. It is sealed against shrinking, so accessing mapped pages never raises
-/// SIGBUS.
+/// A memfd. It is sealed against shrinking, because accessing mapped pages past the end of a
+/// truncated file would raise SIGBUS.
 #[derive(Debug)]
 pub struct Memfd {
     fd: OwnedFd,
@@ -25,8 +25,8 @@ impl Memfd {
     /// requires, and retries without it on kernels before Linux 6.3, which do not know the flag.
     ///
     /// # Errors
-    /// The errno of `memfd_create(2)`, `ftruncate(2)` or `fcntl(F_ADD_SEALS)`: EMFILE at the limit
-    /// of open files, EFBIG above RLIMIT_FSIZE.
+    /// The errno of `memfd_create(2)`, `ftruncate(2)` or `fcntl(F_ADD_SEALS)`, such as EMFILE at
+    /// the limit of open files; EFBIG above RLIMIT_FSIZE.
     pub fn create(name: &str, bytes: usize) -> Result<Self, Error> {
         // The kernel also returns EFBIG, but sends SIGXFSZ first, which by default ends the
         // process.
@@ -67,7 +67,7 @@ impl Memfd {
         self.foreign
     }
 
-    /// The size in bytes, fixed at creation.
+    /// The size in bytes when the memfd was created or received.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
@@ -80,9 +80,9 @@ impl Memfd {
         fallocate(&self.fd, FallocateFlags::empty(), offset, bytes).is_ok()
     }
 
-    /// Forbids all later changes through this file: new writable mappings, `write(2)`, growing,
-    /// punching holes, and further seals. Existing mappings stay writable. Afterwards the
-    /// descriptor can safely be passed to other processes.
+    /// Forbids new writable shared mappings, `write(2)`, growing, punching holes, and further
+    /// seals. Existing mappings stay writable. Afterwards the descriptor can safely be passed to
+    /// other processes.
     ///
     /// Requires Linux 5.1 or later (`F_SEAL_FUTURE_WRITE`). Sealing twice is not an error.
     ///

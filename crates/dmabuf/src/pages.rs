@@ -1,9 +1,9 @@
 //! Determines which page sizes back a range of memory.
 //!
 //! Requesting 2 MiB pages does not guarantee them: the outcome depends on the sysfs switches,
-//! fragmentation and the kernel version. Two interfaces show it. The `PAGEMAP_SCAN` ioctl (Linux
-//! 6.7 or later, fs/proc/task_mmu.c) walks only the range; `/proc/self/smaps` covers every mapping
-//! of the process, so it is read once per load rather than once per piece.
+//! fragmentation and the kernel version. Two interfaces show which pages back a range. The
+//! `PAGEMAP_SCAN` ioctl (Linux 6.7 or later, fs/proc/task_mmu.c) walks only that range.
+//! `/proc/self/smaps` covers every mapping of the process, so reading it is slow.
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
@@ -91,8 +91,8 @@ unsafe impl Ioctl for Scan<'_> {
     }
 }
 
-/// Counts the huge pages under mapped addresses by walking only their page tables; `None` if the
-/// kernel has no `PAGEMAP_SCAN`.
+/// Counts the huge pages under mapped addresses by walking only their page tables. Returns `None`
+/// if `PAGEMAP_SCAN` is missing or fails.
 pub(crate) fn scan(addresses: Range<usize>) -> Option<PageCount> {
     let pagemap = File::open("/proc/self/pagemap").ok()?;
     let mut regions = [PageRegion::default(); 32];
@@ -121,7 +121,7 @@ pub(crate) fn scan(addresses: Range<usize>) -> Option<PageCount> {
 }
 
 /// Counts the huge pages under mapped addresses if that is cheap (`PAGEMAP_SCAN`, microseconds).
-/// `None` before Linux 6.7.
+/// Returns `None` otherwise: before Linux 6.7, or without `/proc/self/pagemap`.
 pub fn count_pages(addresses: Range<usize>) -> Option<PageCount> {
     scan(addresses)
 }

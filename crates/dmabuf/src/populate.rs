@@ -37,8 +37,8 @@ pub enum Pages {
 /// The result of populating.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Populated {
-    /// The page sizes obtained; `None` if the kernel has no cheap way to inspect them (before
-    /// Linux 6.7).
+    /// The page sizes obtained; `None` for a dma-buf, and if the kernel has no cheap way to
+    /// inspect them (before Linux 6.7).
     pub pages: Option<PageCount>,
     /// Why an extent is not on a huge page although one was requested. Always `None` if `pages` is
     /// `None`.
@@ -59,9 +59,10 @@ impl Mapping {
     ///
     /// # Errors
     /// ENOMEM or EFAULT when memory runs out (at a cgroup limit, for example); EINVAL when `part`
-    /// is unaligned or reaches past the mapping, when `memory` does not back the mapping, and
-    /// before Linux 5.14 for a read-only mapping. Under [`Pages::Huge`], when an extent is on
-    /// small pages: the errno of `MADV_COLLAPSE`, or ENOTSUP if that call reported success.
+    /// is empty, unaligned or reaches past the mapping, when `memory` is of another kind than the
+    /// mapping, and before Linux 5.14 for a read-only mapping. Under [`Pages::Huge`], when an
+    /// extent is on small pages: the errno of `MADV_COLLAPSE`, or EOPNOTSUPP if that call reported
+    /// success.
     pub fn populate(&self, memory: &Memory, part: Range<usize>, pages: Pages) -> Result<Populated, Error> {
         let failed = |errno| Error::from_call("populate memory", part.len(), errno);
         let page = page_bytes();
@@ -72,8 +73,8 @@ impl Mapping {
             return Err(failed(Errno::INVAL));
         }
         if memory.dma_buf().is_some() {
-            // The exporter allocated all pages when it created the dma-buf, and its mappings
-            // accept no advice.
+            // The exporter allocated all pages when it created the dma-buf, and the kernel does
+            // not populate mappings by page frame number (VM_PFNMAP).
             return Ok(Populated::default());
         }
         let area = Area { mapping: self, memory, part: part.clone() };
@@ -117,7 +118,7 @@ fn kernel_populates() -> bool {
         let (bytes, access) = (page_bytes(), ProtFlags::READ | ProtFlags::WRITE);
         // SAFETY: no address is requested, so no existing mapping is replaced.
         let page = unsafe { mmap_anonymous(std::ptr::null_mut(), bytes, access, MapFlags::PRIVATE) };
-        // Out of memory: assume support. Without it, the real call fails.
+        // Without a scratch page, assume support. If that is wrong, populating returns EINVAL.
         let Ok(page) = page else { return true };
         // SAFETY: the page was just mapped, and nothing else uses it.
         let answer = unsafe { madvise(page, bytes, Advice::LinuxPopulateWrite) };
@@ -152,7 +153,8 @@ impl Area<'_> {
         if start < end { start..end } else { 0..0 }
     }
 
-    /// Tries to put a huge page under each extent. Returns the last refusal.
+    /// Tries to put a huge page under each extent. Returns the last refusal if no attempt
+    /// succeeded.
     fn make_huge(&self, extents: Range<usize>) -> Option<Errno> {
         // Lets page faults use huge pages where the administrator allows them. Fails on kernels
         // without THP.
@@ -200,8 +202,7 @@ impl Area<'_> {
 
     fn collapse(&self, part: Range<usize>) -> Result<(), Errno> {
         let (address, bytes) = self.pointer(part);
-        // SAFETY: the range lies in the mapping, which nothing reads yet; collapsing moves pages
-        // but changes no bytes.
+        // SAFETY: the range lies in the mapping; collapsing moves pages but changes no bytes.
         let result = unsafe { libc::madvise(address, bytes, libc::MADV_COLLAPSE) };
         if result == 0 { Ok(()) } else { Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::INVAL)) }
     }
@@ -306,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn populating_an_unaligned_or_too_long_part_is_refused() {
+    fn unaligned_empty_or_too_long_part_is_not_populated() {
         let memory = Memory::Anonymous;
         let mapping = map_whole(&memory, 4 * page_bytes());
         for part in [0..1, 1..page_bytes(), 0..5 * page_bytes(), 0..0] {
@@ -325,7 +326,7 @@ mod tests {
             let foreign = Memory::Memfd(Memfd::from_sealed(memfd.as_fd().try_clone_to_owned().unwrap()).unwrap());
             let mapping = map_whole(&foreign, bytes);
             mapping.populate(&foreign, 0..bytes, pages).unwrap();
-            // Memory that does not back the mapping is refused.
+            // Memory of another kind than the mapping is refused.
             for other in [Memory::Anonymous, Memory::Memfd(Memfd::create("other", bytes).unwrap())] {
                 assert_eq!(mapping.populate(&other, 0..bytes, pages).unwrap_err().errno, crate::Errno::EINVAL);
             }

@@ -6,8 +6,8 @@
 //! these are written as escapes (`\n`, `\u{1b}`, `\u{202e}`), and bytes that are not UTF-8 as
 //! `\xff`.
 //!
-//! Everything in these crates that shows a path or a name goes through this module. The lint
-//! `clippy::disallowed_methods` forbids [`Path::display`], which escapes none of this.
+//! Everything in the dmaload workspace that shows a path or a name goes through this module. The
+//! lint `clippy::disallowed_methods` forbids [`Path::display`], which escapes nothing.
 
 use std::fmt::{self, Write};
 use std::os::unix::ffi::OsStrExt;
@@ -29,8 +29,8 @@ pub fn text<T: AsRef<str> + ?Sized>(text: &T) -> Printable<'_> {
     Printable(text.as_ref().as_bytes())
 }
 
-/// Displays a path as one word of a shell command line, for commands that users copy: a name can
-/// contain spaces, quotes and semicolons.
+/// Displays a path as one word of a shell command line, for commands that users copy. The path
+/// can contain spaces, quotes and semicolons.
 pub fn shell<P: AsRef<Path> + ?Sized>(path: &P) -> impl fmt::Display {
     fmt::from_fn(move |f| {
         let bytes = path.as_ref().as_os_str().as_bytes();

@@ -19,11 +19,11 @@ use crate::{Error, Memfd, page_bytes};
 /// writes can be mapped this way. If a memfd is not sealed, later writes by others can appear in
 /// pages that have no private copy yet.
 ///
-/// On Linux 5.1 to 5.12, memfds that are sealed against writes are copied in full instead: such a
-/// mapping would not be copy-on-write after a fork, so parent and child would see each other's
-/// writes.
+/// On Linux 5.1 to 5.4, memfds that are sealed against writes are copied in full instead. On
+/// these kernels, a fork would not treat the mapping as copy-on-write, so parent and child would
+/// see each other's writes.
 ///
-/// Dropping it unmaps the addresses and frees the private copies.
+/// Dropping the mapping unmaps the addresses and frees the private copies.
 #[derive(Debug)]
 pub struct PrivateMapping {
     address: NonNull<u8>,
@@ -40,7 +40,8 @@ impl PrivateMapping {
     ///
     /// # Errors
     /// EINVAL when `parts` is empty, or when a range is empty, is not page-aligned, or reaches
-    /// past the last page of its memfd; otherwise the errno of `mmap(2)`.
+    /// past the last page of its memfd; otherwise the errno of `mmap(2)`, `mprotect(2)` or
+    /// `pread(2)`.
     pub fn new(parts: &[(&Memfd, Range<usize>)]) -> Result<Self, Error> {
         let page = page_bytes();
         let is_whole = |(memfd, range): &(&Memfd, Range<usize>)| {
@@ -55,7 +56,7 @@ impl PrivateMapping {
         // SAFETY: no address is requested, so no existing mapping is replaced.
         let start = unsafe { mmap_anonymous(std::ptr::null_mut(), bytes, ProtFlags::empty(), reserved) }.map_err(failed)?;
         let address = NonNull::new(start.cast::<u8>()).ok_or(failed(Errno::NOMEM))?;
-        // From here on, an early return drops this and unmaps everything.
+        // From here on, an early return drops the mapping, which unmaps everything.
         let mapping = PrivateMapping { address, bytes };
         let mut at = 0;
         for (memfd, range) in parts {
@@ -73,15 +74,16 @@ impl PrivateMapping {
         }
         match mapping.make_writable() {
             Ok(()) => Ok(mapping),
-            // For a sealed memfd, these kernels also clear VM_MAYWRITE of private mappings, and
-            // then do not treat the mapping as copy-on-write at a fork.
+            // Linux 5.1 to 5.4 clear VM_MAYWRITE even for private mappings of a sealed memfd. A
+            // fork does not treat a mapping without that flag as copy-on-write.
             Err(Errno::ACCESS) => PrivateMapping::copied(parts, bytes).map_err(failed),
             Err(errno) => Err(failed(errno)),
         }
     }
 
-    /// Makes the pages writable. This is done after mapping, because a kernel that would not copy
-    /// on write refuses it then.
+    /// Makes the pages writable. The parts are mapped without write access at first because
+    /// kernels whose mapping would not be copy-on-write refuse this call, but not a writable
+    /// `mmap(2)`.
     fn make_writable(&self) -> Result<(), Errno> {
         // SAFETY: only this value owns the addresses, and no reference to their bytes exists.
         unsafe { mprotect(self.address.as_ptr().cast(), self.bytes, MprotectFlags::READ | MprotectFlags::WRITE) }
@@ -116,7 +118,7 @@ impl PrivateMapping {
         Ok(mapping)
     }
 
-    /// Unmaps all addresses except these, which may belong to another mapping.
+    /// Unmaps all addresses except `lost`, which may belong to another mapping.
     fn unmap_around(self, lost: Range<usize>) {
         let this = ManuallyDrop::new(self);
         let at = |offset| this.address.as_ptr().wrapping_add(offset).cast::<c_void>();
@@ -182,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn unaligned_or_out_of_range_parts_are_refused() {
+    fn unaligned_empty_or_out_of_range_parts_are_refused() {
         let page = page_bytes();
         let memfd = create_memfd(2, 0);
         for range in [1..page, 0..page - 1, page..page, 0..3 * page, usize::MAX - page + 1..usize::MAX] {
@@ -192,7 +194,7 @@ mod tests {
         assert_eq!(PrivateMapping::new(&[]).unwrap_err().errno, crate::Errno::EINVAL);
     }
 
-    /// Linux 5.1 to 5.12 uses this copy.
+    /// `PrivateMapping::new` makes this copy on Linux 5.1 to 5.4.
     #[test]
     fn copy_has_the_bytes_of_its_parts_and_is_writable() {
         let page = page_bytes();

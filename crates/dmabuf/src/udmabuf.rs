@@ -62,9 +62,9 @@ pub struct Part<'a> {
 /// The limits of this kernel's udmabuf driver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct UdmabufLimits {
-    /// Maximum size of one dma-buf (`size_limit_mb`); `None` if unlimited.
+    /// Maximum size of one dma-buf (`size_limit_mb`); `None` if unlimited or unknown.
     pub size_bytes: Option<u64>,
-    /// Maximum number of ranges in one dma-buf (`list_limit`); `None` if unlimited.
+    /// Maximum number of ranges in one dma-buf (`list_limit`); `None` if unlimited or unknown.
     /// [`Udmabuf::create`] uses one.
     pub list_entries: Option<u64>,
 }
@@ -78,14 +78,14 @@ pub struct Udmabuf {
 impl Udmabuf {
     /// The path of the device.
     pub const PATH: &str = device::UDMABUF;
-    /// The folder of the driver's limits. Everyone can read them, and root can raise them.
+    /// The folder of the driver's limits, which everyone can read and root can change.
     pub const PARAMETERS: &str = "/sys/module/udmabuf/parameters";
 
     /// Opens the device.
     ///
     /// # Errors
-    /// ENOENT on kernels without the driver (CONFIG_UDMABUF), EACCES without permission (mode
-    /// 0600).
+    /// ENOENT on kernels without the driver (CONFIG_UDMABUF), EACCES without permission (by
+    /// default, the device has mode 0600), ENODEV when the file is not a character device.
     pub fn open() -> Result<Self, DeviceError> {
         Ok(Udmabuf { fd: open_device(Path::new(Self::PATH))? })
     }
@@ -115,11 +115,11 @@ impl Udmabuf {
     ///
     /// # Errors
     /// EINVAL when the offset or size is not a multiple of the page size, when the size is 0 or
-    /// above [`UdmabufLimits::size_bytes`], or when the memfd is sealed against writes; EBADFD
-    /// when the file is not a memfd.
+    /// above [`UdmabufLimits::size_bytes`], when the range reaches past the memfd's end, or when
+    /// the memfd is sealed against writes; EBADFD when the file is not a memfd.
     ///
-    /// This method refuses memfds with `F_SEAL_FUTURE_WRITE` itself: a udmabuf is writable, but
-    /// kernels from before 2025 ignore that seal.
+    /// This method refuses memfds with `F_SEAL_FUTURE_WRITE` itself, because a udmabuf is writable
+    /// and kernels before Linux 6.13 ignore that seal unless the fix was backported.
     pub fn create(&self, part: Part<'_>) -> Result<DmaBuf, Error> {
         refuse_sealed(&part)?;
         let create = Create {
@@ -140,8 +140,8 @@ impl Udmabuf {
     ///
     /// In Linux 6.11 to 6.15, `vmap_udmabuf` maps the first page of a folio in place of each of
     /// its pages (drivers/dma-buf/udmabuf.c; observed on 6.12.117). Programs cannot detect this
-    /// bug otherwise, so this is the only place that compares kernel versions. A release that
-    /// cannot be parsed counts as affected.
+    /// bug, so this method compares the kernel's version. A release that cannot be parsed counts
+    /// as affected.
     pub fn huge_pages_show_wrong_bytes() -> bool {
         is_affected(&rustix::system::uname().release().to_string_lossy())
     }

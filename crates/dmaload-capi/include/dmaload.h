@@ -91,8 +91,8 @@ struct dmaload_progress {
 
 /*
  A function that receives the progress of a load. It is called on the thread that called
- `dmaload_load_file`, about every 20 ms and at the end. Any return value other than 0 cancels
- the load. It must not throw.
+ `dmaload_load_file`, about every 20 ms and after the last segment. Any return value other than
+ 0 cancels the load. It must not throw.
  */
 typedef int (*dmaload_progress_fn)(void *user, const struct dmaload_progress *progress);
 
@@ -106,7 +106,8 @@ struct dmaload_report {
      */
     uint64_t size;
     /*
-     Bytes of the file that were loaded.
+     Bytes of the file that were loaded, including neighboring bytes if only a part was
+     requested.
      */
     uint64_t bytes;
     /*
@@ -134,7 +135,7 @@ struct dmaload_report {
      */
     uint64_t cpu_ns;
     /*
-     Bytes of the memory that are on 2 MiB pages.
+     Bytes of the memory that are on 2 MiB pages; 0 if the kernel does not report it.
      */
     uint64_t huge_page_bytes;
     /*
@@ -146,8 +147,8 @@ struct dmaload_report {
      */
     uint64_t fallbacks;
     /*
-     The heap, the route, each step down with its reason, and other notes: one per line.
-     Truncated if longer.
+     A line with the heap and the route, a line for each step down with its reason, and other
+     notes. Truncated if longer.
      */
     char text[1024];
 };
@@ -183,7 +184,7 @@ struct dmaload_options {
     uint32_t layout;
     /*
      Segment size, a multiple of 2 MiB; 0 means 64 MiB, or less if the window or the heap's
-     maximum is small. For `DMALOAD_SEGMENTED` only.
+     maximum is small, or more if the limit of open files is low. For `DMALOAD_SEGMENTED` only.
      */
     uint64_t segment_bytes;
     /*
@@ -213,7 +214,7 @@ struct dmaload_options {
      */
     const struct dmaload_loader *loader;
     /*
-     Called with the load's progress; may be NULL. Not used by `dmaload_start`, see
+     Called with the load's progress; may be NULL. Must be NULL for `dmaload_start`, see
      `dmaload_load_progress`.
      */
     dmaload_progress_fn progress;
@@ -223,11 +224,11 @@ struct dmaload_options {
     void *user;
     /*
      A flag that another thread or a signal handler sets to nonzero to cancel the load; may be
-     NULL. Checked about every 20 ms. Not used by `dmaload_start`, see `dmaload_cancel`.
+     NULL. Checked about every 20 ms. Must be NULL for `dmaload_start`, see `dmaload_cancel`.
      */
     const int *cancel;
     /*
-     Written if the load succeeds; may be NULL. Not used by `dmaload_start`, see
+     Written if the load succeeds; may be NULL. Must be NULL for `dmaload_start`, see
      `dmaload_load_report`.
      */
     struct dmaload_report *report;
@@ -282,9 +283,9 @@ extern "C" {
 uint32_t dmaload_version(void);
 
 /*
- The message of this thread's last failed call: what was tried, on what, the name of the
- kernel's errno if there is one, and what to do. Valid until this thread's next failure. Never
- NULL.
+ The message of this thread's last failed call: what failed, on what, the name of the kernel's
+ errno if there is one, and a hint if there is one. Valid until this thread's next failure.
+ Never NULL; empty before the first failure.
  */
 const char *dmaload_last_error(void);
 
@@ -299,21 +300,21 @@ const char *dmaload_last_error(void);
  position is neither used nor changed. It is opened again through /proc/self/fd, which requires
  procfs and permission to open it (-ENOENT, -EACCES). `fd_flags` is O_CLOEXEC or 0, combined
  with any access mode. `heap_flags` are passed to the dma-heap, which currently defines none,
- and must be 0 for udmabuf. At most `batch_bytes` are allocated but not yet read; 0 means 128
- MiB, and the minimum is 2 MiB.
+ and must be 0 for udmabuf. At most `batch_bytes` of a udmabuf are allocated but not yet read; 0
+ means 128 MiB, and the minimum is 2 MiB. A dma-heap allocates all memory at once.
 
- Errors: -EINVAL for an empty file, a file that is not regular, unknown flags, or a batch that
- is too small; -EISDIR; -EBADF for a descriptor that is closed, or not open for reading; -ENOTTY
- for a `heap_fd` that is not a heap; -EFAULT for NULL; -EFBIG if udmabuf's size_limit_mb is too
- small (raise it in /sys/module/udmabuf/parameters); -ENOMEM if the memory would not fit (the
- OOM killer is not woken); -ESTALE for a file that changed during the load; -EIO, and any other
- error of the kernel. `dmaload_last_error` returns the message.
+ Errors: -EINVAL for an empty file, a file that is not regular, flags that are not allowed, or a
+ batch that is too small; -EISDIR for a directory; -EBADF for a descriptor that is closed, or
+ not open for reading; -ENOTTY for a `heap_fd` that is not a heap; -EFAULT for NULL; -EFBIG if
+ udmabuf's size_limit_mb is too small (raise it in /sys/module/udmabuf/parameters); -ENOMEM if
+ the memory would not fit (the OOM killer is not woken); -ESTALE for a file that changed during
+ the load; -EIO, and any other error of the kernel. `dmaload_last_error` returns the message.
 
  Differences from the ioctl of the 2024 kernel series: there the batch size triggers reads; here
  it limits how much is allocated ahead of the reads. The memory of a dma-heap is a single
- allocation, which can't overlap with reading, and can't be pinned: reads go through staging, in
- parallel with copies. A udmabuf is read into directly while it is being allocated. The dma-buf
- is always opened for reading and writing.
+ allocation, which can't overlap with reading. It usually can't be pinned either, so reads go
+ through staging, in parallel with copies. A udmabuf can be read into directly, while the rest
+ of it is being allocated. The dma-buf is always opened for reading and writing.
 
  Thread-safe. Blocks. Starts threads, which exit on their own soon after the call returns; until
  then they may hold duplicates of the descriptors.
@@ -334,7 +335,8 @@ int dmaload_alloc_and_read(int heap_fd,
  on failure, returns a negative errno and stores nothing.
 
  Errors: those of `dmaload_alloc_and_read`; -ECANCELED if the progress function or the flag
- cancelled the load; -E2BIG for options of a newer version; -EINVAL for invalid options.
+ cancelled the load; -E2BIG for options that set fields of a newer version; -EINVAL for invalid
+ options.
 
  Thread-safe. Blocks.
 
@@ -411,7 +413,8 @@ int dmaload_event_fd(const struct dmaload_load *load);
 int dmaload_poll(struct dmaload_load *load, struct dmaload_segment *segment);
 
 /*
- Stores the progress of a load, which is all 0 once the load is over. Returns 0 or -EFAULT.
+ Stores the progress of a load. It is all 0 once `dmaload_poll` has returned `DMALOAD_FINISHED`
+ or a failure, or the load was cancelled. Returns 0 or -EFAULT.
 
  # Safety
  `load` came from `dmaload_start`, and was not freed; `progress` is valid for a write.
@@ -430,7 +433,8 @@ int dmaload_load_report(const struct dmaload_load *load, struct dmaload_report *
 /*
  Cancels a load: from now on `dmaload_poll` returns -ECANCELED. No new reads start; reads in
  flight are drained in the background, and then their memory is freed. Does not block. Segments
- already returned stay valid. Does nothing for a load that is over, or NULL.
+ already returned stay valid. Does nothing once `dmaload_poll` has returned `DMALOAD_FINISHED`
+ or a failure, and for NULL.
 
  # Safety
  `load` is null, or came from `dmaload_start`, and was not freed.

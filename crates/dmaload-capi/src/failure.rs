@@ -21,7 +21,7 @@ impl Failure {
         Failure { errno, text: text.into() }
     }
 
-    /// A failed system call; `text` says what was tried, and on what.
+    /// Describes a failed system call; `text` says what was tried, and on what.
     pub(crate) fn system(errno: Errno, text: &str) -> Self {
         let reason = dmaload::Errno::from_raw_os_error(errno.raw_os_error()).describe();
         Failure { errno, text: format!("{text}: {reason}") }
@@ -58,7 +58,8 @@ fn errno_of(error: &Error) -> Errno {
         ErrorKind::Unsupported => Errno::OPNOTSUPP,
         ErrorKind::ShutDown => Errno::CANCELED,
         ErrorKind::Panicked => Errno::NOTRECOVERABLE,
-        // Wrong bytes, and kinds about models and views, which the C interface does not use.
+        // Wrong bytes; errors that always have an errno, handled above; and kinds about models,
+        // views and shared images, which the C interface does not use.
         _ => Errno::IO,
     }
 }
@@ -73,7 +74,7 @@ pub(crate) fn answer(body: impl FnOnce() -> Result<c_int>) -> c_int {
     let failure = match catch_unwind(AssertUnwindSafe(body)) {
         Ok(Ok(answer)) => return answer,
         Ok(Err(failure)) => failure,
-        Err(_) => Failure::new(Errno::NOTRECOVERABLE, "dmaload panicked: a bug in dmaload or in a heap"),
+        Err(_) => Failure::new(Errno::NOTRECOVERABLE, "dmaload panicked: this is a bug in dmaload"),
     };
     let text = CString::new(failure.text.replace('\0', " ")).unwrap_or_default();
     // A thread that is running its destructors can't store a message.
@@ -101,8 +102,8 @@ mod tests {
         assert_eq!(text, c"a b");
     }
 
-    /// One error of each variant, with the errno that C programs receive for it, which is part of
-    /// the C interface.
+    /// One error of each variant, with the errno that C programs receive for it. These errnos are
+    /// part of the C interface.
     fn pinned() -> Vec<(Error, c_int)> {
         use dmaload::heap::{HeapError, SizeLimit};
         use dmaload::{Attempt, Errno, Route, model::ModelError};
@@ -165,8 +166,8 @@ mod tests {
         }
     }
 
-    /// The compiler does not notice a variant that is missing in `pinned`, so this test reads the
-    /// source of the library's error.
+    /// The compiler does not notice a variant that is missing from `pinned`, so this test reads
+    /// the source of the library's error.
     #[test]
     fn errno_of_every_variant_is_pinned() {
         let source = include_str!("../../dmaload/src/error.rs");

@@ -1,9 +1,9 @@
 //! dmaload for C and C++. The functions are documented in `include/dmaload.h`, which is generated
 //! from these sources.
 //!
-//! A thin layer: it checks arguments ([`request`]), lets the library do its work, and stores the
-//! results in plain structs ([`outcome`]). Every function catches panics and returns a negative
-//! errno ([`failure`]).
+//! A thin layer: it checks arguments ([`request`]), calls the library, and stores the results in
+//! plain structs ([`outcome`]). Panics are caught. Functions that can fail return a negative errno
+//! ([`failure`]).
 #![allow(unsafe_code)]
 #![allow(unreachable_pub, reason = "the header decides what is public")]
 
@@ -47,9 +47,9 @@ pub extern "C" fn dmaload_version() -> u32 {
     MAJOR << 16 | MINOR << 8 | PATCH
 }
 
-/// The message of this thread's last failed call: what was tried, on what, the name of the
-/// kernel's errno if there is one, and what to do. Valid until this thread's next failure. Never
-/// NULL.
+/// The message of this thread's last failed call: what failed, on what, the name of the kernel's
+/// errno if there is one, and a hint if there is one. Valid until this thread's next failure.
+/// Never NULL; empty before the first failure.
 #[unsafe(no_mangle)]
 pub extern "C" fn dmaload_last_error() -> *const c_char {
     failure::last_message()
@@ -65,21 +65,21 @@ pub extern "C" fn dmaload_last_error() -> *const c_char {
 /// position is neither used nor changed. It is opened again through /proc/self/fd, which requires
 /// procfs and permission to open it (-ENOENT, -EACCES). `fd_flags` is O_CLOEXEC or 0, combined
 /// with any access mode. `heap_flags` are passed to the dma-heap, which currently defines none,
-/// and must be 0 for udmabuf. At most `batch_bytes` are allocated but not yet read; 0 means 128
-/// MiB, and the minimum is 2 MiB.
+/// and must be 0 for udmabuf. At most `batch_bytes` of a udmabuf are allocated but not yet read; 0
+/// means 128 MiB, and the minimum is 2 MiB. A dma-heap allocates all memory at once.
 ///
-/// Errors: -EINVAL for an empty file, a file that is not regular, unknown flags, or a batch that
-/// is too small; -EISDIR; -EBADF for a descriptor that is closed, or not open for reading; -ENOTTY
-/// for a `heap_fd` that is not a heap; -EFAULT for NULL; -EFBIG if udmabuf's size_limit_mb is too
-/// small (raise it in /sys/module/udmabuf/parameters); -ENOMEM if the memory would not fit (the
-/// OOM killer is not woken); -ESTALE for a file that changed during the load; -EIO, and any other
-/// error of the kernel. `dmaload_last_error` returns the message.
+/// Errors: -EINVAL for an empty file, a file that is not regular, flags that are not allowed, or a
+/// batch that is too small; -EISDIR for a directory; -EBADF for a descriptor that is closed, or
+/// not open for reading; -ENOTTY for a `heap_fd` that is not a heap; -EFAULT for NULL; -EFBIG if
+/// udmabuf's size_limit_mb is too small (raise it in /sys/module/udmabuf/parameters); -ENOMEM if
+/// the memory would not fit (the OOM killer is not woken); -ESTALE for a file that changed during
+/// the load; -EIO, and any other error of the kernel. `dmaload_last_error` returns the message.
 ///
 /// Differences from the ioctl of the 2024 kernel series: there the batch size triggers reads; here
 /// it limits how much is allocated ahead of the reads. The memory of a dma-heap is a single
-/// allocation, which can't overlap with reading, and can't be pinned: reads go through staging, in
-/// parallel with copies. A udmabuf is read into directly while it is being allocated. The dma-buf
-/// is always opened for reading and writing.
+/// allocation, which can't overlap with reading. It usually can't be pinned either, so reads go
+/// through staging, in parallel with copies. A udmabuf can be read into directly, while the rest
+/// of it is being allocated. The dma-buf is always opened for reading and writing.
 ///
 /// Thread-safe. Blocks. Starts threads, which exit on their own soon after the call returns; until
 /// then they may hold duplicates of the descriptors.
@@ -129,7 +129,8 @@ pub unsafe extern "C" fn dmaload_alloc_and_read(
 /// on failure, returns a negative errno and stores nothing.
 ///
 /// Errors: those of `dmaload_alloc_and_read`; -ECANCELED if the progress function or the flag
-/// cancelled the load; -E2BIG for options of a newer version; -EINVAL for invalid options.
+/// cancelled the load; -E2BIG for options that set fields of a newer version; -EINVAL for invalid
+/// options.
 ///
 /// Thread-safe. Blocks.
 ///
@@ -282,7 +283,8 @@ pub unsafe extern "C" fn dmaload_poll(load: *mut dmaload_load, segment: *mut dma
     })
 }
 
-/// Stores the progress of a load, which is all 0 once the load is over. Returns 0 or -EFAULT.
+/// Stores the progress of a load. It is all 0 once `dmaload_poll` has returned `DMALOAD_FINISHED`
+/// or a failure, or the load was cancelled. Returns 0 or -EFAULT.
 ///
 /// # Safety
 /// `load` came from `dmaload_start`, and was not freed; `progress` is valid for a write.
@@ -313,7 +315,8 @@ pub unsafe extern "C" fn dmaload_load_report(load: *const dmaload_load, report: 
 
 /// Cancels a load: from now on `dmaload_poll` returns -ECANCELED. No new reads start; reads in
 /// flight are drained in the background, and then their memory is freed. Does not block. Segments
-/// already returned stay valid. Does nothing for a load that is over, or NULL.
+/// already returned stay valid. Does nothing once `dmaload_poll` has returned `DMALOAD_FINISHED`
+/// or a failure, and for NULL.
 ///
 /// # Safety
 /// `load` is null, or came from `dmaload_start`, and was not freed.

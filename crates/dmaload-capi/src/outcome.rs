@@ -22,8 +22,8 @@ pub(crate) struct OwnedSegment {
 }
 
 impl OwnedSegment {
-    /// Takes the requested part of a segment, which can be larger because reads take whole blocks.
-    /// The segment can then be dropped: the descriptor keeps its memory alive.
+    /// Takes the requested part of a segment. The segment can be larger, because reads take whole
+    /// blocks. It can be dropped afterwards: the descriptor keeps its memory alive.
     pub(crate) fn new(segment: &Segment, wanted: &Range<u64>) -> Result<Self> {
         let (fd, kind) = if segment.has_dma_buf() {
             (segment.hand_out_owned_dma_buf()?, DMALOAD_DMA_BUF)
@@ -56,7 +56,7 @@ impl OwnedSegment {
     }
 }
 
-/// The report of a load, with figures that only C programs receive.
+/// The report of a load, and the CPU time, which only C programs receive.
 #[derive(Debug, Clone)]
 pub(crate) struct Finished {
     report: Report,

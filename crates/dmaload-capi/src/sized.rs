@@ -1,5 +1,5 @@
-//! Structs that grow from version to version. Each begins with its size in bytes, a `uint64_t`, in
-//! the version of the program that created it.
+//! Structs that grow from version to version. Each begins with a `uint64_t`: its size in bytes in
+//! the version that the calling program was compiled with.
 //!
 //! Works like the kernel's `copy_struct_from_user` (include/linux/uaccess.h).
 #![allow(unsafe_code)]

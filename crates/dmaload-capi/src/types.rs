@@ -41,8 +41,8 @@ pub struct dmaload_progress {
 }
 
 /// A function that receives the progress of a load. It is called on the thread that called
-/// `dmaload_load_file`, about every 20 ms and at the end. Any return value other than 0 cancels
-/// the load. It must not throw.
+/// `dmaload_load_file`, about every 20 ms and after the last segment. Any return value other than
+/// 0 cancels the load. It must not throw.
 pub type dmaload_progress_fn = Option<unsafe extern "C" fn(user: *mut c_void, progress: *const dmaload_progress) -> c_int>;
 
 /// A part of the file in memory. The file's bytes begin at `memory_offset` in the memory of `fd`.
@@ -76,7 +76,8 @@ pub struct dmaload_segment {
 pub struct dmaload_report {
     /// `sizeof(struct dmaload_report)`.
     pub size: u64,
-    /// Bytes of the file that were loaded.
+    /// Bytes of the file that were loaded, including neighboring bytes if only a part was
+    /// requested.
     pub bytes: u64,
     /// Time from the call to the last segment.
     pub total_ns: u64,
@@ -90,14 +91,14 @@ pub struct dmaload_report {
     pub copying_ns: u64,
     /// CPU time of the process during the load.
     pub cpu_ns: u64,
-    /// Bytes of the memory that are on 2 MiB pages.
+    /// Bytes of the memory that are on 2 MiB pages; 0 if the kernel does not report it.
     pub huge_page_bytes: u64,
     /// Number of segments.
     pub segments: u64,
     /// Number of steps down from the best route; `text` describes each of them.
     pub fallbacks: u64,
-    /// The heap, the route, each step down with its reason, and other notes: one per line.
-    /// Truncated if longer.
+    /// A line with the heap and the route, a line for each step down with its reason, and other
+    /// notes. Truncated if longer.
     pub text: [c_char; 1024],
 }
 
@@ -121,7 +122,7 @@ pub struct dmaload_options {
     /// `DMALOAD_SEGMENTED` or `DMALOAD_SINGLE`.
     pub layout: u32,
     /// Segment size, a multiple of 2 MiB; 0 means 64 MiB, or less if the window or the heap's
-    /// maximum is small. For `DMALOAD_SEGMENTED` only.
+    /// maximum is small, or more if the limit of open files is low. For `DMALOAD_SEGMENTED` only.
     pub segment_bytes: u64,
     /// Maximum memory that is allocated but not yet filled; 0 means 128 MiB. At least 2 MiB.
     pub window_bytes: u64,
@@ -137,15 +138,15 @@ pub struct dmaload_options {
     /// alone. If set, `heap`, `heap_fd`, `window_bytes` and `queue_depth` are those of the loader
     /// and must be 0 here.
     pub loader: *const dmaload_loader,
-    /// Called with the load's progress; may be NULL. Not used by `dmaload_start`, see
+    /// Called with the load's progress; may be NULL. Must be NULL for `dmaload_start`, see
     /// `dmaload_load_progress`.
     pub progress: dmaload_progress_fn,
     /// Passed to `progress`.
     pub user: *mut c_void,
     /// A flag that another thread or a signal handler sets to nonzero to cancel the load; may be
-    /// NULL. Checked about every 20 ms. Not used by `dmaload_start`, see `dmaload_cancel`.
+    /// NULL. Checked about every 20 ms. Must be NULL for `dmaload_start`, see `dmaload_cancel`.
     pub cancel: *const c_int,
-    /// Written if the load succeeds; may be NULL. Not used by `dmaload_start`, see
+    /// Written if the load succeeds; may be NULL. Must be NULL for `dmaload_start`, see
     /// `dmaload_load_report`.
     pub report: *mut dmaload_report,
 }

@@ -4,7 +4,7 @@ use clap::{Parser, Subcommand};
 
 use crate::{attach, bench, cat, demo, doctor, inspect, load, manifest, serve};
 
-/// Loads model files straight into shareable memory through io_uring, bypassing the page cache.
+/// Loads model files straight from storage into shareable memory, through io_uring.
 #[derive(Debug, Parser)]
 #[command(name = "dmaload", version, max_term_width = 100)]
 pub(crate) struct Arguments {
@@ -16,7 +16,7 @@ pub(crate) struct Arguments {
 pub(crate) enum Command {
     /// Loads files into memory and prints a report.
     ///
-    /// Exit status: 0 success, 1 a load failed, 2 wrong usage.
+    /// Exit status: 0 success, 1 a load failed, 2 wrong usage; with --exec, that of the command.
     Load(load::Arguments),
     /// Loads a file, or one tensor, and writes it from memory to standard output.
     Cat(cat::Arguments),

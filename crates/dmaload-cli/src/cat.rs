@@ -12,12 +12,12 @@ use crate::manifests::Against;
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// The file, which is written as it is even if it is a part of a larger model; or a folder,
-    /// for all files of its model.
+    /// A file, written as it is even if it is a part of a larger model; or a folder, for all files
+    /// of its model.
     #[arg(value_name = "MODEL")]
     pub(crate) path: PathBuf,
-    /// Write only the bytes of this tensor, from the file that the model's index maps it to.
-    /// Little else is read.
+    /// Write only the bytes of this tensor. Little else is read. In a model of several files with
+    /// an index, the index determines the tensor's file.
     #[arg(long, value_name = "NAME", conflicts_with = "verify")]
     pub(crate) tensor: Option<String>,
     /// Fail unless the file matches, as for `load`; only verified bytes are written.

@@ -36,8 +36,8 @@ pub(crate) struct EngineArguments {
     /// Allocate memory for each small file separately, instead of sharing it among several.
     #[arg(long)]
     pub(crate) no_pack: bool,
-    /// The size of a segment: a multiple of 2 MiB, at most 1 GiB [default: 64MiB, or less if the
-    /// heap's maximum is smaller].
+    /// The size of a segment: a multiple of 2 MiB, at most 1 GiB [default: 64MiB; less or more if
+    /// a limit of the heap, of memory or of open files requires it].
     #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
     pub(crate) segment_size: Option<u64>,
     /// Maximum memory that is allocated but not yet filled: at least a segment [default: 128MiB].
@@ -59,8 +59,8 @@ pub(crate) struct EngineArguments {
     #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
     pub(crate) staging: Option<u64>,
     /// The route to start at: auto, uring-fixed-direct, uring-direct, pread-direct, bounce,
-    /// uring-buffered, buffered. auto is the faster of direct and staged reads (bounce), which
-    /// large loads determine by measuring.
+    /// uring-buffered, buffered. auto uses the fastest of direct reads, staged reads (bounce) and,
+    /// on network file systems, buffered reads; it measures them during large loads.
     #[arg(long, default_value = "auto")]
     pub(crate) route: RouteChoice,
     /// What to optimize if no route is set: speed, or cpu, which uses direct reads and copies
@@ -138,7 +138,7 @@ pub(crate) fn loader_for(arguments: &EngineArguments, paths: &[PathBuf]) -> anyh
     Ok(builder.map_err(|error| errors::with_files(error, paths))?.build()?)
 }
 
-/// Like [`loader`], with another route.
+/// Like [`loader`], with this route and strictness instead of the arguments'.
 pub(crate) fn loader_by(arguments: &EngineArguments, route: Route, strict: bool) -> Result<Loader> {
     builder(arguments, Some(route), strict)?.build()
 }

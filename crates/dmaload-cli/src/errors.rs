@@ -51,7 +51,8 @@ pub(crate) fn hint(error: &dmaload::Error) -> Option<String> {
 }
 
 /// Options that the library's hints mention, and the corresponding flags. Two entries replace
-/// advice to stream, which helps with no command: each either keeps everything or already streams.
+/// advice to stream, which no user of this command can follow: each subcommand either keeps all
+/// segments or already streams.
 const IN_FLAGS: [(&str, &str); 14] = [
     ("(allow_missing)", "(--allow-missing)"),
     ("(the format raw)", "(--format raw)"),
@@ -75,8 +76,8 @@ const IN_FLAGS: [(&str, &str); 14] = [
     ),
 ];
 
-/// Escapes the control characters of a message except its line breaks. Names were escaped when
-/// they were inserted; this catches any that were missed.
+/// Escapes the control and invisible characters of a message, except its line breaks. Names were
+/// escaped when they were inserted; this catches any that were missed.
 pub(crate) fn escape(message: &str) -> impl fmt::Display {
     fmt::from_fn(move |f| {
         for (number, line) in message.split('\n').enumerate() {
@@ -105,7 +106,7 @@ pub(crate) fn with_files(error: dmaload::Error, paths: &[PathBuf]) -> anyhow::Er
 }
 
 /// Whether an error means that the reader of the command's output has closed the pipe, as `head`
-/// does: the command then exits quietly and successfully. Checks the whole chain of causes.
+/// does. The command then exits quietly and successfully. Checks the whole chain of causes.
 #[must_use]
 pub(crate) fn is_closed_pipe(error: &(dyn StdError + 'static)) -> bool {
     let mut next = Some(error);

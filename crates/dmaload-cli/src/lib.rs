@@ -1,7 +1,7 @@
 //! The command `dmaload`, which loads model files from the command line, as a function.
 //!
-//! Both the program `dmaload` and `python -m dmaload` call this function. It is not meant as a
-//! library: it takes arguments and returns an exit status, which docs/cli.md documents.
+//! The program `dmaload` and `python -m dmaload` both call [`run`]. This crate is not meant as a
+//! library: it takes arguments and returns an exit status, both documented in docs/cli.md.
 
 mod args;
 mod attach;
@@ -40,7 +40,7 @@ pub use manifests::Against;
 use status::{FAILURE, SUCCESS, USAGE};
 
 /// Runs the command with these arguments, the first of which is the program's name, and returns
-/// its exit status. `serve` ends the process itself.
+/// its exit status. A running `serve` does not return: SIGINT or SIGTERM ends the process.
 ///
 /// `program` is the command that starts this program again, for the child processes of `bench`;
 /// `None` means the executable of this process.
@@ -126,7 +126,7 @@ fn report_usage(error: &clap::Error, command_line: &[OsString]) -> u8 {
     } else {
         let _ = write!(std::io::stderr(), "{shown}");
     }
-    // Everything after these arguments belongs to another program.
+    // The arguments after --exec are those of another program, and those after -- are paths.
     let own = command_line.iter().take_while(|argument| *argument != "--exec" && *argument != "--");
     if own.skip(1).any(|argument| argument == "--json") {
         let object = json!({ "error": shown.trim_end(), "hint": null, "exit_status": USAGE });

@@ -47,7 +47,8 @@ pub(crate) struct Arguments {
     /// Load only the part for this rank, counted from 0; or env, to read RANK and WORLD_SIZE from
     /// the environment.
     ///
-    /// Launchers of several processes (torchrun) set both variables. They are only read with env.
+    /// Launchers of several processes (torchrun) set both variables. Without env, they have no
+    /// effect.
     #[arg(long, value_name = "NUMBER|env")]
     pub(crate) rank: Option<Rank>,
     /// Number of parts; 1 means everything in one part.
@@ -74,8 +75,8 @@ pub(crate) struct Arguments {
     /// chrome://tracing.
     #[arg(long, value_name = "FILE")]
     pub(crate) trace: Option<PathBuf>,
-    /// After the load, run this command, which extends to the end of the line, with the segments'
-    /// descriptors from 3 on; exit with its status.
+    /// After the load, run this command with the segments' descriptors, from 3 on, and exit with
+    /// its status. The command extends to the end of the line.
     ///
     /// DMALOAD_FDS is the number of descriptors; DMALOAD_SEGMENTS and DMALOAD_FILES describe their
     /// contents: see docs/cli.md.

@@ -1,8 +1,8 @@
 //! The command's standard output: text, or one JSON object.
 //!
-//! All output goes through [`stdout`], so that errors such as a full disk behind a redirection
-//! name "standard output", and all JSON goes through [`json`]. The lint
-//! `clippy::disallowed_methods` prevents bypassing them.
+//! All output except help goes through [`stdout`], so that errors such as a full disk behind a
+//! redirection name "standard output". The lint `clippy::disallowed_methods` forbids other access
+//! to standard output. JSON written there goes through [`json`] or [`escape`].
 
 use std::io::{self, StdoutLock, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -68,15 +68,15 @@ pub(crate) fn write_json_error(object: &Value) -> io::Result<()> {
 }
 
 /// Formats a value as JSON for programs and terminals: characters that a terminal would interpret
-/// are escaped.
+/// or hide are escaped.
 ///
-/// JSON itself requires escapes only below U+0020. All of these characters occur only in strings,
-/// where an escape is equivalent.
+/// JSON itself requires escapes only below U+0020. Apart from line breaks, such characters occur
+/// only in strings, where an escape is equivalent.
 pub(crate) fn json(value: &Value) -> String {
     escape(format!("{value:#}"))
 }
 
-/// Escapes the same characters in text that is already JSON.
+/// Escapes the same characters as [`json`] in text that is already JSON.
 pub(crate) fn escape(text: String) -> String {
     let is_shown = |c: char| c == '\n' || !printable::is_hidden(c);
     if text.chars().all(is_shown) {

@@ -1,8 +1,9 @@
 //! `load --trace`: a timeline for Perfetto (<https://ui.perfetto.dev>) and chrome://tracing.
 //!
-//! Uses the Trace Event Format: an object with `traceEvents`, which are complete events (`"ph":
-//! "X"`) with times in microseconds. Overlapping events are shown in different rows, so each kind
-//! of event has as many rows as it had simultaneous events.
+//! Uses the Trace Event Format: an object with `traceEvents`. Most are complete events (`"ph":
+//! "X"`) with times in microseconds; metadata events (`"ph": "M"`) name the rows. Overlapping
+//! events are shown in different rows, so each kind of event has as many rows as it had
+//! simultaneous events.
 
 use std::collections::BTreeMap;
 use std::time::Duration;

@@ -121,7 +121,7 @@ fn pages_have_the_requested_size() {
         assert_ne!(mode(&huge, "normal")["pages"], "2m");
         assert_eq!(huge["page_size_bytes"], 2 * MIB);
     } else {
-        // If 2 MiB pages are unavailable, the bench reports that and measures nothing instead.
+        // If 2 MiB pages are unavailable, the bench reports that, and no time for the mode.
         let failure = &mode(&huge, "direct_io")["failures"][0]["reason"];
         assert!(failure.as_str().unwrap().contains("2 MiB"), "{done}");
         assert_eq!(mode(&huge, "direct_io")["seconds"], Value::Null);
@@ -162,10 +162,10 @@ fn other_users_get_the_usual_locked_memory_limit() {
     let json = bench_json(&file, &["--rounds", "1", "--modes", "direct_io", "--user", &NOBODY.to_string()]);
     assert_eq!(json["user"], NOBODY);
     let notes = mode(&json, "direct_io")["notes"].to_string();
-    assert!(!notes.contains("uring-fixed-direct"), "64 MiB can't be registered within 8: {notes}");
+    assert!(!notes.contains("uring-fixed-direct"), "64 MiB can't be registered under a limit of 8 MiB: {notes}");
     // The device's limit does not depend on the user.
     assert_eq!(mode(&json, "limit")["failures"], serde_json::json!([]));
-    // A file that the user can't read is a failure of the modes, not of the bench.
+    // A file that the user can't read fails each mode, and the results state why.
     common::allow(&file, 0o600);
     let done = run(dmaload(["bench", "--json", "--rounds", "1", "--modes", "mmap", "--user", &NOBODY.to_string()]).arg(&file));
     let json = done.exits(1).json();

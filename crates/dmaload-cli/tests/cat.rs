@@ -109,7 +109,7 @@ fn model(folder: &Path, name: &str, tensors: &[(&str, usize, u8)]) {
     file(folder, name, &bytes);
 }
 
-/// Writes a part of a split GGUF model, which contains one tensor.
+/// Writes a part of a split GGUF model. The part contains one tensor.
 fn part(folder: &Path, name: &str, number: u16, count: u16, tensor: &str) -> PathBuf {
     let text = |text: &str| [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat();
     let mut bytes = [&b"GGUF"[..], &3u32.to_le_bytes(), &1u64.to_le_bytes(), &2u64.to_le_bytes()].concat();

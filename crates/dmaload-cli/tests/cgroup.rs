@@ -47,8 +47,8 @@ impl MemoryGroup {
         Err(reasons.join("; "))
     }
 
-    /// How many processes the kernel has killed for this limit; always 0 before Linux 4.13, which
-    /// does not report it.
+    /// How many processes the kernel has killed for this limit. Always 0 before Linux 4.13: older
+    /// kernels do not report the number.
     fn count_kills(&self) -> u64 {
         let counts =
             ["memory.events", "memory.oom_control"].into_iter().find_map(|name| fs::read_to_string(self.0.join(name)).ok());

@@ -43,7 +43,7 @@ fn interrupted_demo_removes_its_file() {
 }
 
 #[test]
-fn invalid_size_is_wrong_usage() {
+fn invalid_or_too_small_size_is_refused() {
     run(&mut dmaload(["demo", "--size", "much"])).fails(2, &["much"]);
     run(&mut dmaload(["demo", "--size", "10"])).fails(1, &["4096"]);
 }

@@ -34,8 +34,8 @@ fn create_files(folder: &Path) -> Vec<PathBuf> {
 /// A part of the fallback that is reported for a file that io_uring does not read.
 const BY_THREADS: &str = "by io_uring from a file system";
 
-/// Loads each cached file with the default options, which copy it from the page cache only if
-/// every change to cached bytes shows in the file's modification time (`is_witness`).
+/// Loads each cached file with the default options. They copy it from the page cache only if every
+/// change to cached bytes changes the file's modification time (`is_witness`).
 fn check_cached(what: &str, files: &[PathBuf], is_witness: bool) {
     for (path, size) in files.iter().zip(SIZES).filter(|&(_, size)| size > 0) {
         let digest = sha256sum(path);

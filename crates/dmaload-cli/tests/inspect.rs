@@ -79,8 +79,9 @@ fn raw_file_is_shown_as_raw() {
     run(dmaload(["inspect", "--format", "safetensors"]).arg(&path)).fails(1, &["model.bin", "header"]);
 }
 
-/// The time would show nothing, because sparse files are read as fast as memory. So the process is
-/// not allowed enough memory to hold or map the payload, and its reads are counted.
+/// Measuring the time would prove nothing, because a sparse file is read as fast as memory.
+/// Instead, the process gets too little memory to hold or map the payload, and its reads are
+/// counted.
 #[test]
 fn inspect_reads_only_the_header() {
     let folder = folder();

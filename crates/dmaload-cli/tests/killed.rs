@@ -1,5 +1,5 @@
-//! A load that is killed halfway leaves no memory and no file behind, and the next load returns
-//! the right bytes.
+//! A load that is killed while it runs leaves no memory and no file behind, and the next load
+//! returns the right bytes.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -12,12 +12,12 @@ use std::time::{Duration, Instant};
 
 use common::{MIB, digest_of, dmaload, folder, large_file, load_json, sha256sum};
 
-/// Memfds and other shared memory of the whole machine.
+/// Bytes of memfds and other shared memory on the whole machine.
 fn shared_memory_bytes() -> u64 {
     dmaload_testing::meminfo_bytes("Shmem")
 }
 
-/// How much of its memfds a process has populated so far.
+/// How many bytes of its memfds a process has populated so far.
 fn allocated_bytes(pid: u32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("RssShmem:")).unwrap_or("0 kB");

@@ -13,7 +13,7 @@ const SEGMENT: usize = 2 * MIB;
 const SIZES: [usize; 11] = [0, 1, 511, 512, 4095, 4096, 4097, SEGMENT - 1, SEGMENT, SEGMENT + 1, 5 * SEGMENT + 1];
 const SHA256: [&str; 2] = ["--digest", "sha256"];
 
-/// All combinations of a heap and a layout.
+/// The tested combinations of a heap and a layout.
 fn shapes() -> impl Iterator<Item = (&'static str, &'static str)> {
     ["memfd", "anon"].into_iter().flat_map(|heap| ["segmented", "single"].map(|layout| (heap, layout)))
 }
@@ -290,7 +290,7 @@ fn load_takes_the_requested_route() {
     }
 }
 
-/// The rest of the peak is the window, the rings and the program itself.
+/// The rest of the peak is staging, the rings and the program itself.
 #[test]
 fn the_peak_beyond_the_payload_stays_under_48_mib() {
     const SIZE: u64 = 512 << 20;

@@ -36,7 +36,7 @@ fn assert_harmless(done: &Done) {
     for (what, text) in [("error", done.stderr.as_bytes()), ("output", &done.stdout)] {
         let text = std::str::from_utf8(text).unwrap_or_else(|error| panic!("standard {what}: {error}: {done}"));
         assert!(!text.contains(is_hidden), "standard {what} of {done:}\n{text:?}");
-        // An unescaped line break in a name would begin a line.
+        // After an unescaped line break in a name, the rest of the name would begin a line.
         assert!(!text.lines().any(|line| line.starts_with('b') && line.contains("\\r")), "{text:?}");
     }
     assert!(!done.stderr.contains("panicked"), "{done}");

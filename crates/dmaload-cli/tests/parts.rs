@@ -167,7 +167,7 @@ fn report_notes_split_tensors_and_empty_parts() {
         }
     }
     assert!(!notes(&["--rank", "1", "--world-size", "4"]).contains("contains no"));
-    // A damaged model is an error for every part.
+    // A damaged model is an error even if only a rank's part is loaded.
     let damaged =
         common::safetensors(folder.path(), "d.safetensors", br#"{"w":{"dtype":"U8","shape":[17],"data_offsets":[0,17]}}"#, 16);
     run(load().args(["--rank", "0", "--world-size", "2"]).arg(&damaged)).fails(1, &["cut short"]);

@@ -28,9 +28,9 @@ const KINDS: [(&str, &[&str], &str); 5] = [
     ("btrfs", &["mkfs.btrfs", "-q"], "loop,compress-force=zstd"),
 ];
 
-/// Mounts each file system under `folder` and calls `check` with its description and mount point;
-/// in a guest, also with `folder` itself, which is on ext4. If a file system cannot be mounted on
-/// this machine, prints why.
+/// Mounts ext4, xfs and btrfs file systems under `folder`, one after the other, and calls `check`
+/// with the description and the mount point of each. In a guest, calls `check` first with `folder`
+/// itself, which is on ext4. If a file system cannot be mounted on this machine, prints why.
 #[allow(clippy::print_stdout, reason = "reports skipped file systems")]
 pub fn on_each(folder: &Path, mut check: impl FnMut(&str, &Path)) {
     if std::env::var_os("DMALOAD_GUEST").is_some() {
@@ -45,10 +45,11 @@ pub fn on_each(folder: &Path, mut check: impl FnMut(&str, &Path)) {
     }
 }
 
-/// Creates a file system with `mkfs` on a loop device of 400 MiB, and mounts it at `at`.
+/// Creates a file system with `mkfs` in an image of 400 MiB next to `at`, and mounts it at `at`.
+/// `options` are those of `mount`, and contain `loop`.
 ///
 /// # Errors
-/// The reason, as the failed program printed it.
+/// The error of the program that failed: see [`tool`].
 pub fn on_loop_device(at: &Path, kind: &str, mkfs: &[&str], options: &str) -> Result<Mounted, String> {
     let image = at.with_extension("img");
     fs::File::create(&image).unwrap().set_len(IMAGE_BYTES).unwrap();
@@ -60,7 +61,7 @@ pub fn on_loop_device(at: &Path, kind: &str, mkfs: &[&str], options: &str) -> Re
 /// Mounts a tmpfs at `at`. `size` is the value of its mount option, such as `64m`.
 ///
 /// # Errors
-/// The reason, as `mount` printed it.
+/// The error of `mount`: see [`tool`].
 pub fn tmpfs(at: &Path, size: &str) -> Result<Mounted, String> {
     mount("tmpfs", &format!("size={size}"), "tmpfs", at)
 }
@@ -68,7 +69,7 @@ pub fn tmpfs(at: &Path, size: &str) -> Result<Mounted, String> {
 /// Mounts a file system of `kind` at `at`. Creates that folder if it does not exist.
 ///
 /// # Errors
-/// The reason, as `mount` printed it, for example that only root can mount.
+/// The error of `mount`, for example that only root can mount: see [`tool`].
 pub fn mount(kind: &str, options: &str, source: impl AsRef<OsStr>, at: &Path) -> Result<Mounted, String> {
     fs::create_dir_all(at).unwrap();
     tool(Command::new("mount").args(["-t", kind, "-o", options]).arg(source).arg(at))?;
@@ -78,7 +79,7 @@ pub fn mount(kind: &str, options: &str, source: impl AsRef<OsStr>, at: &Path) ->
 /// Runs a program.
 ///
 /// # Errors
-/// What the program printed to standard error, or why it could not be started.
+/// The command, with what it printed to standard error or why it could not be started.
 pub fn tool(command: &mut Command) -> Result<(), String> {
     let output = command.output().map_err(|error| format!("{command:?}: {error}"))?;
     if output.status.success() { Ok(()) } else { Err(format!("{command:?}: {}", String::from_utf8_lossy(&output.stderr).trim())) }

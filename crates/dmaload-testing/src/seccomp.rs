@@ -1,4 +1,5 @@
-//! Makes system calls fail or hang with seccomp filters, which containers and services use too.
+//! Makes system calls fail or hang with seccomp filters. Containers and services use such filters
+//! to refuse calls.
 //!
 //! Filters cannot be removed. A filter for a whole process therefore needs its own test binary.
 #![allow(unsafe_code, reason = "installs filters")]
@@ -45,7 +46,7 @@ pub fn refusing(mut command: Command, calls: &[u32], errno: i32) -> Command {
 /// Installs a filter.
 ///
 /// # Errors
-/// The kernel's error.
+/// The kernel's error, or that a thread of the process has another filter.
 pub fn install(scope: Scope, mut filter: Vec<sock_filter>) -> Result<(), Error> {
     let flags = if scope == Scope::Process { libc::SECCOMP_FILTER_FLAG_TSYNC } else { 0 };
     match seccomp(flags, &mut filter)? {
@@ -74,7 +75,7 @@ fn filter(calls: &[u32], answer: u32) -> Vec<sock_filter> {
     filter
 }
 
-/// Runs between fork and exec, so it must not allocate unless it fails.
+/// Installs a filter. May run between fork and exec, so it must not allocate unless it fails.
 fn seccomp(flags: libc::c_ulong, filter: &mut [sock_filter]) -> Result<i32, Error> {
     let program = libc::sock_fprog { len: u16::try_from(filter.len()).unwrap(), filter: filter.as_mut_ptr() };
     // SAFETY: PR_SET_NO_NEW_PRIVS takes no pointers.

@@ -26,8 +26,8 @@ pub struct ServedFolder {
 impl ServedFolder {
     /// Starts the server and waits until it has mounted `folder`.
     ///
-    /// `test` is the full name of the ignored test that mounts: it gets the folder from
-    /// [`folder_to_serve`], and `variables` from its environment.
+    /// `test` is the full name of the ignored test that mounts the file system. It gets the folder
+    /// from [`folder_to_serve`], and `variables` from its environment.
     pub fn start<'a>(folder: TempDir, test: &str, variables: impl IntoIterator<Item = (&'a str, &'a OsStr)>) -> Self {
         let server = Command::new(std::env::current_exe().unwrap())
             .args(["--ignored", "--exact", test])
@@ -61,7 +61,7 @@ impl Drop for ServedFolder {
     }
 }
 
-/// In the server's process, the folder to mount at; `None` in other processes.
+/// Returns the folder to mount at in a server's process, and `None` in other processes.
 #[must_use]
 pub fn folder_to_serve() -> Option<PathBuf> {
     std::env::var_os(SERVED_FOLDER).map(PathBuf::from)

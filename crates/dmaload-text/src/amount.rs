@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-/// Formats a size in binary units with three digits: `512 B`, `1.50 MiB`, `23.4 GiB`.
+/// Formats a size in binary units: exactly below 1 KiB (`512 B`), otherwise with three digits, or
+/// with four from 1000 (`1.50 MiB`, `23.4 GiB`, `1023 GiB`).
 #[must_use]
 pub fn bytes(count: u64) -> String {
     scaled(count as f64, &["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"])
@@ -17,7 +18,8 @@ pub fn rate(count: u64, time: Duration) -> String {
     scaled(count as f64 / time.as_secs_f64(), &["B/s", "KiB/s", "MiB/s", "GiB/s", "TiB/s"])
 }
 
-/// Formats a time with three digits: `812 µs`, `45.6 ms`, `1.23 s`, `2 min 05 s`.
+/// Formats a time with three digits (`812 µs`, `45.6 ms`, `1.23 s`), or from 100 s in minutes and
+/// seconds (`2 min 05 s`).
 #[must_use]
 pub fn duration(time: Duration) -> String {
     let seconds = time.as_secs_f64();
@@ -81,7 +83,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_have_three_digits() {
+    fn sizes_are_exact_in_bytes_and_rounded_above() {
         let cases = [
             (0, "0 B"),
             (1, "1 B"),
@@ -106,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn times_have_three_digits() {
+    fn times_have_three_digits_below_100_s() {
         let cases = [
             (0, "0 s"),
             (812, "812 µs"),

@@ -21,7 +21,8 @@ pub struct FileError {
 
 /// Adds the action and the file to the error of a failed call.
 pub trait At<T> {
-    /// `action` completes the sentence "cannot … PATH": `"open"`, `"write to"`.
+    /// Adds `action` and `path` to an error. `action` completes the sentence "cannot … PATH":
+    /// `"open"`, `"write to"`.
     ///
     /// # Errors
     /// The original failure, with the action and the file.

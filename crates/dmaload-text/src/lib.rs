@@ -1,7 +1,7 @@
 //! Formats the output of the command and its benchmark: sizes, rates and times, aligned pairs and
-//! tables, and file errors with the call, the path and the errno.
+//! tables, and file errors with the action, the path and the errno.
 //!
-//! Everything here returns strings for the caller to write; nothing makes a system call.
+//! Nothing here writes output or makes a system call.
 
 mod amount;
 mod file_error;

@@ -1,4 +1,4 @@
-//! Aligned pairs and tables. In every cell, characters that a terminal would interpret are
+//! Aligned pairs and tables. Characters in cells that a terminal would interpret or hide are
 //! escaped.
 
 use std::fmt;
@@ -57,8 +57,8 @@ pub enum Align {
     Right,
 }
 
-/// A table with a header and an optional line of totals. If lines are too wide, the first column
-/// is shortened.
+/// A table with a header and an optional line of totals. [`Table::fit`] shortens the first column
+/// if lines are too wide.
 #[derive(Debug, Clone)]
 pub struct Table {
     header: Vec<(String, Align)>,
@@ -81,8 +81,9 @@ impl Table {
         Self { header, rows: Vec::new(), total: None, width: None }
     }
 
-    /// Shortens the names in the first column, in the middle, so that lines fit into `width`. With
-    /// `None`, nothing is shortened: a program that reads from a pipe needs whole names.
+    /// Shortens the names in the first column, in the middle, so that lines fit into `width`
+    /// characters. No name is shortened to fewer than 32 characters, so lines can still be wider.
+    /// With `None`, nothing is shortened: a program that reads from a pipe needs whole names.
     #[must_use]
     pub fn fit(mut self, width: Option<usize>) -> Self {
         self.width = width;
@@ -162,8 +163,8 @@ fn spaces(count: usize) -> String {
     " ".repeat(count)
 }
 
-/// Cuts out the middle: tensor names begin with a part of the model and end with a weight, and
-/// both ends matter.
+/// Shortens a text to `width` characters by replacing its middle with `…`. Both ends of a tensor's
+/// name matter: it begins with a part of the model and ends with the weight.
 fn shorten(text: &str, width: usize) -> String {
     let length = columns(text);
     if length <= width {

@@ -387,7 +387,8 @@ static void progress_is_reported_and_loads_are_cancelled(void)
     expect(try_load(fd, &options), ECANCELED, "by its flag");
     close(fd);
 
-    /* A long load is cancelled halfway, even while its segments arrive without a pause. */
+    /* A long load is cancelled before half of it is read, even while its segments arrive without
+     * a pause. */
     char other[4300];
     snprintf(other, sizeof other, "%s/long", folder);
     fd = open(other, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
@@ -442,7 +443,7 @@ static void eventfd_signals_each_event(void)
     CHECK(dmaload_poll(load, &segment) == DMALOAD_FINISHED);
     dmaload_free(load);
 
-    /* A cancelled load is readable, and fails from then on. */
+    /* The eventfd of a cancelled load is readable, and polling the load fails. */
     fd = open_file();
     CHECK(dmaload_start(fd, &options, &load) == 0);
     CHECK(dmaload_load_report(load, &report) == -EINPROGRESS);

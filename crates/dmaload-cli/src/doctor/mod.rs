@@ -4,11 +4,11 @@
 //!   system   files of /proc and /sys ─┐
 //!   mounts   the path's file system   ├─► facts ─┬─► verdict   what a load would do (pure)
 //!   trial    real loads of a file    ─┘          └─► advice    what would help most (pure)
-//!   cause    who refuses io_uring (pure)                 └───► screen, json
+//!   cause    what refuses io_uring (pure)                └───► screen, json
 //! ```
 //!
-//! Everything that can be tried is tried, with the engine itself. System files are only read to
-//! explain refusals and to find limits and file systems.
+//! Everything that can be tried is tried, with the engine itself. System files are read only to
+//! explain refusals, and to find limits, modules and file systems.
 
 mod advice;
 mod cause;

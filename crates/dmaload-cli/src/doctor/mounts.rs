@@ -16,9 +16,9 @@ pub(crate) struct Mount {
 /// number.
 ///
 /// Among mounts above the path, the longest mount point wins, and among equal ones the last, which
-/// hides the others. A mount on the given device is preferred over any other, because a mount can
-/// hide mounts with longer paths; but on some file systems (btrfs) each subvolume has its own
-/// number, which no mount has.
+/// hides the others. A mount on the given device is preferred over all others, because a mount can
+/// hide mounts with longer paths. The number cannot be required: on some file systems (btrfs),
+/// each subvolume has its own, which no mount has.
 pub(crate) fn find(mountinfo: &str, path: &Path, device: (u32, u32)) -> Option<Mount> {
     let device = format!("{}:{}", device.0, device.1);
     let mounts = mountinfo.lines().filter_map(parse).filter(|(_, mount)| path.starts_with(&mount.point));

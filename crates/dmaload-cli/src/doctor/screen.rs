@@ -14,7 +14,8 @@ use super::trial::{HeapTrial, Loaded};
 use super::verdict::{self, Expected};
 
 const WIDTH: usize = 80;
-/// The longest row name, plus the gap.
+/// The width of the column of row names, plus the gap. A longer name, such as that of a dma-heap,
+/// moves all values to the right.
 const INDENT: usize = 14;
 
 pub(crate) fn screen(facts: &Facts) -> String {
@@ -81,7 +82,7 @@ fn wrapped(text: &str, width: usize) -> Vec<String> {
     lines
 }
 
-/// A numbered change with its command, which is not wrapped so that it can be copied.
+/// A numbered change with its command. The command is not wrapped, so that it can be copied.
 struct Numbered<'a>(usize, &'a Advice);
 
 impl fmt::Display for Numbered<'_> {

@@ -46,8 +46,7 @@ pub(crate) fn kernel() -> String {
 pub(crate) struct Modules {
     pub(crate) udmabuf: bool,
     pub(crate) system_heap: bool,
-    /// Whether the list of modules could be read: containers usually lack
-    /// the host's.
+    /// Whether the list of modules could be read: containers usually lack that of the host.
     pub(crate) known: bool,
 }
 
@@ -69,7 +68,7 @@ impl Modules {
     }
 }
 
-/// `/proc/self/status`.
+/// The contents of `/proc/self/status`, and what replaces them without procfs.
 pub(crate) struct Status {
     text: String,
     /// The effective capabilities according to `capget(2)`, used without procfs.

@@ -35,8 +35,8 @@ pub(crate) struct Expected {
     pub(crate) measured: Vec<Way>,
 }
 
-/// What `dmaload load` would do with the path, or with a large file if no path is given; or why it
-/// would fail.
+/// Returns what `dmaload load` would do with the path, or with a large file if no path is given;
+/// or why it would fail.
 pub(crate) fn load(facts: &Facts) -> Result<Expected, String> {
     on_heap(facts, "memfd")
 }
@@ -141,15 +141,15 @@ fn wanted_bytes(facts: &Facts) -> Option<u64> {
     path.load.as_ref().ok().copied().or_else(named)
 }
 
-/// Whether a load can register as much memory at once as it would: the whole file, or the window
-/// if the file is larger or no path is given. The trial file is too small to show this.
+/// Whether a load can register as much memory at once as it needs: the whole file, or the window
+/// if the file is larger or no file is given. The trial file is too small to show this.
 pub(crate) fn memlock_suffices(facts: &Facts) -> bool {
     let wanted = path_file(facts).map_or(REGISTERED_BYTES_MAX, |file| file.bytes.min(REGISTERED_BYTES_MAX));
     let allowed = facts.memlock.cap_ipc_lock || facts.memlock.soft_bytes.is_none_or(|limit| wanted <= limit);
     allowed && facts.io_uring.registrable_bytes >= wanted.min(probe::PIECE_BYTES_MAX)
 }
 
-/// Why direct reads of the path are refused; without a path, those of the trial file.
+/// Why direct reads of the given file are refused; without one, those of the trial file.
 pub(crate) fn direct_refused(facts: &Facts) -> Option<Errno> {
     if let Some(file) = path_file(facts) {
         return file.direct_refused();

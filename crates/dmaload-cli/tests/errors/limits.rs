@@ -173,7 +173,7 @@ fn load_explains_its_failure_at_any_address_space_limit() {
     assert!(reported, "no load reported the limit");
 }
 
-/// The file is larger than the memory of any machine.
+/// The file has 4 TiB, more than the memory of any machine that runs this test.
 #[test]
 fn file_larger_than_memory_is_refused_before_it_is_read() {
     let folder = folder();

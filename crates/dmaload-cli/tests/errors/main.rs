@@ -26,7 +26,7 @@ fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// Asserts that every command that opens a file fails with these words.
+/// Asserts that `load`, `cat` and `inspect` fail with the path and these words.
 #[track_caller]
 fn every_command_fails(path: &Path, words: &[&str]) {
     for arguments in [&["load", "--json"][..], &["load"], &["load", "--quiet"], &["cat"], &["inspect"], &["inspect", "--json"]] {
@@ -120,7 +120,7 @@ fn folder_named_like_a_model_is_not_a_model() {
     }
 }
 
-/// Like [`every_command_fails`], without `cat`, which writes a single file as it is.
+/// Like [`every_command_fails`], but only for `load` and `inspect`.
 #[track_caller]
 fn every_command_fails_but_cat(path: &Path, words: &[&str]) {
     for arguments in [&["load", "--json"][..], &["load"], &["inspect"]] {

@@ -35,7 +35,7 @@ use crate::support::convert::to_usize;
 /// - **Memfds**, whether sealed, shared or another process's ([`crate::share`]), are mapped again,
 ///   copy-on-write. Views, other mappings and other processes keep seeing the file's bytes. Each
 ///   private memory sees only its own writes, and takes a new page for each page that is written
-///   to; these pages do not count against any limit of a loader. On Linux 5.1 to 5.12 the memory
+///   to; these pages do not count against any limit of a loader. On Linux 5.1 to 5.4 the memory
 ///   is copied in full instead, because a forked child and its parent would see each other's
 ///   writes.
 /// - **Dma-bufs** are refused with [`Error::NoDescriptor`], because any holder of the descriptor
