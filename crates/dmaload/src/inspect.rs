@@ -30,8 +30,8 @@ pub struct Inspected {
     pub path: PathBuf,
     /// The length of the file in bytes.
     pub file_bytes: u64,
-    /// The file's tensors and metadata; `None` for a file of raw bytes. Except from [`inspect`],
-    /// tensors that the model's index maps to another file are omitted.
+    /// The file's tensors and metadata; `None` for a file of raw bytes. [`inspect_model`] and
+    /// [`inspect_load_blocking`] omit tensors that the model's index maps to another file.
     pub tensors: Option<TensorMap>,
 }
 
