@@ -1,8 +1,8 @@
 //! The job queue: the scheduler and its loads under one lock, and the workers that wait for jobs.
 //!
 //! A change that may make a job available wakes one worker. A worker that got a job wakes the
-//! next, since more jobs may be available than the one it was woken for. The tests in `tests` run
-//! under loom, which tries the interleavings of their threads.
+//! next, since more jobs may be available than the one it was woken for. `just loom` runs the
+//! tests in `tests` with every interleaving of their threads, up to three preemptions.
 //!
 //! Workers also drop the files and memory of loads that are over. Closing a file may block, so at
 //! most one worker at a time closes a load's files. A thread that sleeps in [`Jobs::watch`] finds

@@ -239,8 +239,8 @@ impl LoadShared {
     }
 }
 
-/// The total size of the parts read of those files of which any part was read through the page
-/// cache, if it is enough to report.
+/// Bytes read of all files that were, at least in part, read through the page cache; `None` if
+/// they are too few to report.
 pub(super) fn filled_cache_bytes(state: &LoadState) -> Option<u64> {
     let cached = state.files.iter().filter(|file| !file.route.is_direct());
     let cached_bytes: u64 = cached.map(|file| file.planned.read_bytes).sum();
