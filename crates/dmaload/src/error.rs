@@ -97,7 +97,7 @@ pub enum Error {
         /// The stated length, which did not change during the load.
         stated_bytes: u64,
     },
-    /// A read failed. Reads of a load have been retried before; reads of headers have not.
+    /// A read failed. The load has already retried it, unless it was a read of a header.
     #[error("{}: cannot read {bytes} bytes at offset {offset} by {route}: {}", printable::path(.path), .errno.describe())]
     Read {
         /// The file.

@@ -177,10 +177,11 @@ impl LoaderBuilder {
     }
 
     /// Maximum memory in which [`Route::Bounce`](crate::Route::Bounce) stages reads, from 2 MiB to
-    /// 1 GiB. It is allocated when a load first needs it, and kept. A single load uses at most
-    /// three quarters of it if it has at least 8 MiB. Default: [`Self::STAGING_BYTES`], 16 MiB,
-    /// plus 4 MiB for each copier thread after the first two: up to 72 MiB on a machine with 16 or
-    /// more CPUs, and never more than 16 MiB on one with two. An explicit size stays fixed.
+    /// 1 GiB. It is allocated as loads need it, and kept. A single load uses at most three
+    /// quarters of staging of 8 MiB or more, and may use all of less. Default:
+    /// [`Self::STAGING_BYTES`], 16 MiB, plus 4 MiB for each copier thread after the first two: up
+    /// to 72 MiB on a machine with 16 or more CPUs, and never more than 16 MiB on one with two. An
+    /// explicit size stays fixed.
     ///
     /// The number of copier threads follows measurements: when all are busy almost all the time,
     /// another is tried, and kept if copying gets faster with it, up to one for each CPU and at

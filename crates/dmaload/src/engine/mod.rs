@@ -19,10 +19,10 @@
 //! requires threads and one eventfd. Any other feature may be refused; a load then reports that it
 //! did without.
 //!
-//! Shutdown: the engine closes with its last [`Guard`], or on request. Running loads fail, the
-//! ring thread drains its reads and ends, then the workers end. The teller ends last, after it has
-//! informed the consumers. At the deadline, memory of reads still in flight is leaked, and threads
-//! that hang are left behind ([`Leaked`]).
+//! Shutdown: the engine closes when its [`Guard`] is dropped, or on request. Running loads fail.
+//! The ring thread drains its reads and ends, then the workers end. The teller ends last, after it
+//! has informed the consumers. At the deadline, memory of reads still in flight is leaked, and
+//! threads that hang are left behind ([`Leaked`]).
 
 mod allocate;
 mod allocation;

@@ -457,11 +457,11 @@ fn plan_file(
     Ok(PlannedFile { plan: planned, spans, fallback, cut })
 }
 
-/// Returns [`LoadShared::starting_route`], and logs if that is bounce although a better route was
-/// requested.
+/// Returns [`LoadShared::starting_route`]. Logs if that is bounce only because bytes are observed
+/// in staging.
 ///
 /// # Errors
-/// [`Error::Config`] if the load is strict in that case.
+/// [`Error::Config`] in that case if the load is strict.
 fn starting_route(load: &LoadShared) -> Result<Route> {
     let options = &load.options;
     let route = load.starting_route();

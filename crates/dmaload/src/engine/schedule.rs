@@ -32,7 +32,7 @@ use crate::plan::{BATCH_BYTES, BATCH_FILES};
 /// A job for a worker thread. `L` identifies a load.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Job<L> {
-    /// Open the files, read their headers, and plan.
+    /// Open or inspect the files, read their headers, and plan.
     Open(L),
     /// Allocate the batch with this number, whose permit is already taken.
     Allocate(L, usize, Need),
