@@ -1,7 +1,7 @@
 //! Errors, with messages that a person can act on.
 //!
 //! Plain values: they hold paths, offsets and errnos, but no files or memory. Neither creating nor
-//! displaying an error makes a system call.
+//! displaying an error makes a system call. [`Error::hint`] may read a symbolic link.
 
 mod hint;
 mod kind;
@@ -22,7 +22,7 @@ pub use size_limit::SizeLimit;
 /// load.
 pub(crate) const MARGIN_BYTES: u64 = 32 << 20;
 
-/// Why a load failed, or a loader could not be built.
+/// Why an operation failed: building a loader, a load, or the use of loaded memory.
 ///
 /// The text says what was tried, on which file and where, and names the errno; [`Error::hint`]
 /// says what to do about it. Programs that react to errors match on [`Error::kind`] and use
@@ -48,23 +48,23 @@ pub(crate) const MARGIN_BYTES: u64 = 32 << 20;
 /// [`source`](std::error::Error::source) is the [`crate::model::ModelError`] of [`Error::Model`],
 /// the [`HeapError`](crate::heap::HeapError) of [`Error::Memory`] and the
 /// [`DeviceError`](crate::heap::DeviceError) of [`Error::Device`], for programs that need their
-/// fields. An error's text includes that of its source, so show either the error or the end of its
-/// chain, not both.
+/// fields. An error's text includes that of its source, so print only the error, not the chain of
+/// its sources.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A setting is invalid. Nothing was started.
+    /// A setting or option is invalid, contradicts another, or does not fit the heap.
     #[error("{}", printable::text(.0))]
     Config(String),
-    /// The loader's threads could not be started.
+    /// A thread or a descriptor of the loader could not be created.
     #[error("cannot start a loader: {operation}: {}", .errno.describe())]
     Start {
-        /// What could not be created.
+        /// What failed.
         operation: &'static str,
         /// The kernel's error.
         errno: Errno,
     },
-    /// A file could not be opened or inspected.
+    /// An operation on a file failed, other than reading it.
     #[error("{}: cannot {operation}: {}", printable::path(.path), .errno.describe())]
     File {
         /// The file.
@@ -97,7 +97,7 @@ pub enum Error {
         /// The stated length, which did not change during the load.
         stated_bytes: u64,
     },
-    /// A read failed, and retrying did not help.
+    /// A read failed. The load has already retried it, unless it was a read of a header.
     #[error("{}: cannot read {bytes} bytes at offset {offset} by {route}: {}", printable::path(.path), .errno.describe())]
     Read {
         /// The file.
@@ -111,7 +111,8 @@ pub enum Error {
         /// The kernel's error.
         errno: Errno,
     },
-    /// The load's observer rejected these bytes ([`crate::Observer`]).
+    /// The load's observer rejected these bytes ([`crate::Observer`]), or no thread could be
+    /// started to run it.
     #[error("{}: {bytes} bytes at offset {offset} were rejected: {}", printable::path(.path), printable::text(.reason))]
     Rejected {
         /// The file.
@@ -120,7 +121,7 @@ pub enum Error {
         offset: u64,
         /// Number of bytes.
         bytes: u64,
-        /// The observer's reason.
+        /// The reason.
         reason: String,
     },
     /// Bytes of the file differ from what was expected ([`crate::LoadOptions::verify`]).
@@ -141,7 +142,7 @@ pub enum Error {
         tensors: Vec<String>,
     },
     /// The file's length differs from what was expected ([`crate::LoadOptions::verify`]). Nothing
-    /// was read.
+    /// was read but headers.
     #[error("{}: {bytes} bytes long, expected {expected_bytes}", printable::path(.path))]
     WrongLength {
         /// The file.
@@ -152,20 +153,20 @@ pub enum Error {
         expected_bytes: u64,
     },
     /// The manifest that the load was to be verified against does not list this file. Nothing was
-    /// read.
+    /// read but headers.
     #[error("{}: not in the manifest", printable::path(.path))]
     NotInManifest {
         /// The file.
         path: PathBuf,
     },
-    /// The file ended earlier than it did when the load began.
+    /// The file ends before the length that its file system stated when the load began.
     #[error("{}: ends before offset {offset} (read by {route}), but was {planned_bytes} bytes long when the load began", printable::path(.path))]
     Ended {
         /// The file.
         path: PathBuf,
         /// Where no more bytes could be read: the end of the file, or beyond it.
         offset: u64,
-        /// The file's length when the load began.
+        /// The stated length when the load began.
         planned_bytes: u64,
         /// The route of the read that reached the end.
         route: Route,
@@ -192,7 +193,7 @@ pub enum Error {
         /// The kernel's error.
         errno: Errno,
     },
-    /// Memory could not be allocated.
+    /// Memory could not be allocated, populated, mapped, sealed, exported or accessed.
     #[error("{}: cannot {refusal}{}", printable::text(.heap), format_progress(*.loaded_bytes, *.planned_bytes))]
     Memory {
         /// The heap.
@@ -206,14 +207,14 @@ pub enum Error {
         planned_bytes: u64,
     },
     /// The caller's code panicked. If it is a heap, a verifier or an observer, only the load that
-    /// it belongs to fails. If it is a waker, only the future that was polled with it, or the
-    /// next item of the stream, is this error; the load and the stream continue.
+    /// it belongs to fails. If it is a waker, only the future that was polled with it, or the next
+    /// item of the stream, is this error; the load and the stream continue.
     /// [`crate::Load::finish`] keeps waiting with its next waker. (If `code` names a thread of
-    /// dmaload, this is a bug in dmaload.)
+    /// dmaload, dmaload itself or a `tracing` subscriber panicked.)
     #[error("{} panicked: {}", printable::text(.code), printable::text(.message))]
     Panicked {
-        /// Which code panicked: `heap NAME`, `the verifier`, `the observer`,
-        /// `the waker of a task`.
+        /// Which code panicked: `heap NAME`, `the verifier`, `the observer`, `the waker of a
+        /// task`, or a thread of dmaload.
         code: String,
         /// The message of the panic.
         message: String,
@@ -226,7 +227,8 @@ pub enum Error {
     OutOfMemory {
         /// The heap.
         heap: String,
-        /// Size of the next allocation.
+        /// Bytes that are needed: of the next allocation, or of all that must be in memory at
+        /// once.
         wanted_bytes: u64,
         /// Bytes that can be allocated without invoking the OOM killer.
         available_bytes: u64,
@@ -244,9 +246,9 @@ pub enum Error {
         /// What needs that much.
         why: &'static str,
     },
-    /// The load cannot continue because the tensors that its consumer holds fill the loader's
-    /// memory limit ([`crate::LoaderBuilder::memory_limit_bytes`]) while the consumer waits for
-    /// the next one ([`crate::Tensors::next_while_holding_blocking`]).
+    /// The load cannot continue because the tensors that its consumer holds fill the load's share
+    /// of the loader's memory limit ([`crate::LoaderBuilder::memory_limit_bytes`]) while the
+    /// consumer waits for the next one ([`crate::Tensors::next_while_holding_blocking`]).
     #[error(
         "cannot allocate {wanted_bytes} more bytes: the {held_bytes} bytes that the consumer of the load holds fill its share of the loader's limit of {limit_bytes}"
     )]
@@ -271,7 +273,7 @@ pub enum Error {
         /// The maximum number of pieces.
         most_pieces: u64,
     },
-    /// The model's header is invalid.
+    /// A model's header or index is invalid, or its files contradict each other.
     #[error("{}: {}", printable::path(.path), printable::shown(.fault))]
     Model {
         /// The file.
@@ -316,12 +318,12 @@ pub enum Error {
         /// Number of views.
         views: usize,
     },
-    /// The tensor spans several segments, so no single dma-buf holds it.
+    /// The tensor spans several segments, or is empty and in none, so no single dma-buf holds it.
     #[error("tensor {tensor:?} spans {segments} segments: use its parts, or load with larger segments or Layout::Single")]
     Straddles {
         /// The tensor.
         tensor: String,
-        /// Number of segments.
+        /// Number of segments; 0 for an empty tensor.
         segments: usize,
     },
     /// The selection does not fit the file.
@@ -381,7 +383,8 @@ pub enum Error {
         /// The file that the index maps it to.
         path: PathBuf,
     },
-    /// These bytes of the file were not loaded, because only other parts were requested.
+    /// These bytes of the file were not all loaded, because only other parts were requested, or
+    /// they are not contiguous in memory ([`crate::Layout::Tensors`]).
     #[error("{}: bytes {}..{} were not loaded", printable::path(.path), .range.start, .range.end)]
     NotLoaded {
         /// The file.
@@ -409,7 +412,8 @@ pub enum Error {
         /// Why the tensor is not copied.
         why: &'static str,
     },
-    /// The load's segments exceed the importer's limits.
+    /// The load's segments exceed the importer's limits. Segments that share a dma-buf count as
+    /// one.
     #[error(
         "the load needs {segments} segments of up to {segment_bytes} bytes, but the importer accepts {max_segments} of up to {max_segment_bytes}"
     )]
@@ -423,7 +427,7 @@ pub enum Error {
         /// The importer's maximum segment size.
         max_segment_bytes: u64,
     },
-    /// No file of the image has a tensor of this name.
+    /// No file of the load has a tensor of this name, or one that matches this pattern.
     #[error("there is no tensor named {0:?}")]
     NoSuchTensor(String),
     /// The memory has no file descriptor of the requested kind, or is a dma-buf, which cannot be
@@ -446,7 +450,7 @@ pub enum Error {
     /// The loader was shut down before the load was finished.
     #[error("the loader was shut down")]
     ShutDown,
-    /// The ring thread failed. Other loaders are not affected.
+    /// io_uring failed, and with it every running load of the loader. Later loads use a new ring.
     #[error("the ring failed: {}; the memory it was reading into is leaked on purpose", .errno.describe())]
     Ring {
         /// The kernel's error.

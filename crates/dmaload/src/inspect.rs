@@ -1,4 +1,5 @@
-//! Inspects files without loading them: reads their headers through the page cache, and no data.
+//! Inspects files without loading them: reads little more than their headers, through the page
+//! cache.
 //!
 //! A file's server may never answer, so each call of an async function reads on its own thread,
 //! which exits when it is done. No runtime is needed.
@@ -20,7 +21,8 @@ use crate::options::load::LoadOptions;
 use crate::plan::select::Selector;
 use crate::support::foreign;
 
-/// The header and length of a file. Returned by [`inspect`] and [`inspect_model`].
+/// The header and length of a file. Returned by [`inspect`], [`inspect_model`] and
+/// [`inspect_load_blocking`].
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Inspected {
@@ -28,8 +30,8 @@ pub struct Inspected {
     pub path: PathBuf,
     /// The length of the file in bytes.
     pub file_bytes: u64,
-    /// The file's tensors and metadata; `None` for a file of raw bytes. For a model with an index,
-    /// only the tensors that the index maps to this file.
+    /// The file's tensors and metadata; `None` for a file of raw bytes. [`inspect_model`] and
+    /// [`inspect_load_blocking`] omit tensors that the model's index maps to another file.
     pub tensors: Option<TensorMap>,
 }
 
@@ -74,17 +76,17 @@ pub fn inspect_blocking(path: impl AsRef<Path>, format: Format) -> Result<Inspec
     Ok(Inspected { path: path.to_owned(), file_bytes: file.identity.bytes, tensors })
 }
 
-/// Reads the headers of all files of a model and nothing else: a folder, an index, or a GGUF file
-/// together with its other parts. Any other path is a model of one file. A tensor that exists in
-/// two files is listed only for the file that the index maps it to.
+/// Inspects all files of a model as [`inspect`] does: those of a folder or an index, or all parts
+/// of a split GGUF model. Any other path is a model of one file. A tensor that exists in two files
+/// is listed only for the file that the index maps it to.
 ///
 /// Like [`inspect`], does not block the caller and is cancel-safe. One thread reads all files.
 /// Synchronous callers use [`inspect_model_blocking`].
 ///
 /// # Errors
-/// If files are missing, two files contain a tensor of the same name and no index decides between
-/// them, a file can't be opened or read, a header is invalid, the index contradicts the files, or
-/// no thread can be started.
+/// Those of [`inspect`] for each file. Also if the path leads to no model, files are missing, two
+/// files contain a tensor of the same name and no index decides between them, or the files
+/// contradict the index or each other.
 pub async fn inspect_model(path: impl AsRef<Path>, format: Format) -> Result<Vec<Inspected>> {
     on_thread(path.as_ref(), move |path| inspect_model_blocking(path, format)).await
 }
@@ -99,14 +101,14 @@ pub fn inspect_model_blocking(path: impl AsRef<Path>, format: Format) -> Result<
     inspect_all(&[Input::Path(path.as_ref().to_owned())], choice)
 }
 
-/// Reads only the headers of the files that a load of these paths with these options would read.
-/// Adapters use this function to learn a model's tensors before its load delivers them.
+/// Inspects the files that a load of these paths with these options would read. Adapters use this
+/// function to learn a model's tensors before its load delivers them.
 ///
-/// Four options matter: [`LoadOptions::format`], [`LoadOptions::allow_missing`],
-/// [`LoadOptions::as_one_file`] and [`LoadOptions::tensors`]; only tensors that the last one
-/// selects are listed. With [`LoadOptions::shard`], whole tensors are listed. Paths have the same
-/// meaning as for [`Loader::load`](crate::Loader::load). Two of the files may have tensors of the
-/// same name.
+/// Paths have the same meaning as for [`Loader::load`](crate::Loader::load). These options matter:
+/// [`LoadOptions::format`], [`LoadOptions::allow_missing`], [`LoadOptions::as_one_file`], and
+/// [`LoadOptions::tensors`] or [`LoadOptions::tensor_names`], which limit the list to the selected
+/// tensors. [`LoadOptions::range`] and [`LoadOptions::shard`] are only checked: whole tensors are
+/// listed. Files of different paths may have tensors of the same name.
 ///
 /// Blocks the caller's thread until the reads complete, which is forever if a file's server never
 /// answers.
@@ -121,8 +123,8 @@ pub fn inspect_model_blocking(path: impl AsRef<Path>, format: Format) -> Result<
 /// ```
 ///
 /// # Errors
-/// The errors that the load would return before it reads more than headers: those of
-/// [`inspect_model`], and [`Error::Config`] for invalid options.
+/// Those of [`inspect_model`], and [`Error::Config`] for an invalid selection. A pattern that
+/// matches no tensor is not an error here, unlike in a load.
 pub fn inspect_load_blocking<P: Into<PathBuf>>(
     paths: impl IntoIterator<Item = P>,
     options: &LoadOptions,

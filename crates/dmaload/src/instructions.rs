@@ -1,5 +1,5 @@
 //! Measures how much work the pure parts do: parsing a header of 200,000 tensors, planning a load,
-//! the window, and slots. A benchmark rather than a test:
+//! taking permits of the window, and using slots. A benchmark rather than a test:
 //!
 //! ```text
 //! cargo test --release -p dmaload --lib instructions::bench -- --ignored --exact --nocapture
@@ -26,11 +26,11 @@ use crate::ring::Slots;
 const ROUNDS: usize = 9;
 const TENSORS: usize = 200_000;
 const MANY: usize = 1_000_000;
-/// The case that a child process of this benchmark runs, and how many times.
+/// Environment variables: the case that a child process of this benchmark runs, and how many
+/// times.
 const CASE: &str = "DMALOAD_INSTRUCTIONS_CASE";
 const TIMES: &str = "DMALOAD_INSTRUCTIONS_TIMES";
 
-/// A case to measure.
 struct Case {
     name: &'static str,
     /// The unit to which the work is normalized.
@@ -39,7 +39,8 @@ struct Case {
     work: Box<dyn Fn()>,
 }
 
-/// A header as typical model writers lay it out: sorted names, offsets without gaps.
+/// A header as typical model writers lay it out: layer after layer, offsets without gaps. Returns
+/// it with the length of its file.
 fn header(tensors: usize) -> (String, u64) {
     const TENSOR_BYTES: usize = 8192;
     let mut header = String::from("{\"__metadata__\":{\"format\":\"pt\"}");
@@ -79,8 +80,8 @@ fn window(permits: usize) -> usize {
     granted
 }
 
-/// Inserts entries into slots, with 32 in flight, and finds and removes each once. Returns how
-/// many were found.
+/// Inserts entries into slots, at most 32 at a time, and removes each once. Returns how many of
+/// the removed entries were the expected ones.
 fn slots(entries: usize) -> usize {
     let mut slots = Slots::new();
     let mut in_flight = VecDeque::new();

@@ -10,9 +10,9 @@
 //!                                                     Image ◄── Load (a Stream) ◄───┘
 //! ```
 //!
-//! The plan is made before the first read. One thread owns everything in flight, other threads
-//! allocate memory ahead of it, and a window between them bounds the bytes that are allocated but
-//! not yet filled. Segments can be used while the rest is being read.
+//! The plan is made before anything but headers is read. One thread owns everything in flight.
+//! Other threads allocate memory ahead of it, and a window between them bounds the bytes that are
+//! allocated but not yet filled. Segments can be used while the rest is being read.
 //!
 //! ```no_run
 //! # async fn example() -> dmaload::Result<()> {
@@ -52,10 +52,11 @@
 //! # Requirements
 //!
 //! Linux only. io_uring, `O_DIRECT` and huge pages are used where available. Where the kernel
-//! refuses one, the load continues without it and the report says so.
+//! refuses one, the load continues without it and the report says so, unless the caller required
+//! it ([`LoadOptions::strict`], [`heap::Pages::Huge`]).
 
 #[cfg(not(target_os = "linux"))]
-compile_error!("dmaload requires Linux: io_uring, memfds and dma-bufs exist nowhere else");
+compile_error!("dmaload requires Linux: it uses io_uring, memfds and dma-bufs");
 
 mod engine;
 mod error;

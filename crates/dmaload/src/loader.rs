@@ -17,7 +17,8 @@ use crate::telemetry::metrics::Metrics;
 /// window, one ring and a few threads.
 ///
 /// After the last clone and the last load are dropped, the threads drain the reads in flight and
-/// exit. Dropping does not wait for that; [`Loader::shutdown`] does.
+/// exit. (The thread that frees segments stays until the last one is dropped.) Dropping does not
+/// wait for that; [`Loader::shutdown`] does.
 ///
 /// Code that runs on the loader's threads (wakers, `tracing` subscribers, heaps, verifiers,
 /// observers) may call the loader, but must not wait for its loads or its shutdown: either may
@@ -52,11 +53,11 @@ impl Loader {
     }
 
     /// Prepares a load of a file, a folder, several files, or an open file (see [`Source`]). Await
-    /// it to load everything, or see [`LoadRequest`] for other ways to consume it. It uses the
-    /// loader's options unless [`LoadRequest::options`] sets others.
+    /// the returned request to load everything; [`LoadRequest`] lists the other ways to consume
+    /// it. The load uses the loader's options unless [`LoadRequest::options`] sets others.
     ///
-    /// Nothing happens until the request is consumed, and nothing blocks then: files are opened
-    /// and read on the loader's threads, and all errors come from the load.
+    /// Nothing happens until the request is consumed. Consuming it does not block: files are
+    /// opened and read on the loader's threads, and all errors come from the load.
     pub fn load(&self, source: impl Into<Source>) -> LoadRequest {
         LoadRequest::new(&self.guard, source.into())
     }
@@ -102,8 +103,8 @@ impl Loader {
     /// # Errors
     /// [`Leaked`] if reads are still in flight at the deadline
     /// ([`LoaderBuilder::shutdown_timeout`]), in which case the memory they may write to is never
-    /// freed, or if another thread has not exited by then. If no thread can be started to wait,
-    /// the deadline is the first poll of the future.
+    /// freed. Also if a thread has not exited shortly after the deadline. If no thread can be
+    /// started to wait, the deadline passes at once.
     pub fn shutdown(self) -> impl Future<Output = Result<(), Leaked>> + Send + 'static {
         self.guard.shutdown()
     }
@@ -113,18 +114,18 @@ impl Loader {
 ///
 /// Worst-case memory that is allocated but not filled is window + staging, over all loads: with
 /// the defaults, 128 MiB ([`Self::window_bytes`]) plus 16 to 72 MiB ([`Self::staging_bytes`]). On
-/// a dma-heap, [`Layout::Single`](crate::Layout::Single) adds the one allocation of each such
-/// load. Filled memory belongs to the consumers of the loads: only [`Self::memory_limit_bytes`]
-/// limits it (no limit by default), and only [`Self::pool_bytes`] keeps it for later loads (none
-/// by default).
+/// a dma-heap, [`Layout::Single`](crate::Layout::Single) adds the files that are being loaded,
+/// because each of them is allocated at once. Filled memory belongs to the consumers of the loads.
+/// [`Self::memory_limit_bytes`] limits it (by default, nothing does), and [`Self::pool_bytes`]
+/// keeps it for later loads (none by default).
 ///
-/// - A larger window lets more loads run at full speed side by side. It also bounds the size of a
-///   segment.
+/// - A larger window lets more loads run at full speed side by side. The size of a segment must
+///   not exceed the window.
 /// - More staging allows more staged reads in flight and occupies more of the CPU cache.
 /// - A deeper queue keeps high-latency storage busy, and makes other users of the disk wait
 ///   longer.
-/// - A pool saves the next model its allocations, and keeps that memory from others until memory
-///   runs short.
+/// - A pool lets later loads reuse memory instead of allocating it, and withholds that memory from
+///   other processes until memory runs short.
 /// - Under a memory limit, loads wait for each other and segments are smaller.
 #[derive(Debug, Clone)]
 #[must_use]
@@ -141,9 +142,9 @@ impl LoaderBuilder {
     /// The default of [`Self::queue_depth`]. A load that runs alone may use 32 of these reads:
     /// 64 MiB with the default chunk size.
     pub const QUEUE_DEPTH: usize = settings::QUEUE_DEPTH;
-    /// The initial amount of staging. A load that runs alone may use 12 MiB of it, because more
-    /// would not stay in the CPU cache. It grows by 4 MiB for each copier thread after the first
-    /// two: see [`Self::staging_bytes`].
+    /// The initial amount of staging. A load that runs alone may use 12 MiB of it; the rest is
+    /// left to loads from other file systems. Staging grows by 4 MiB for each copier thread after
+    /// the first two: see [`Self::staging_bytes`].
     pub const STAGING_BYTES: u64 = settings::STAGING_BYTES;
 
     /// Sets the heap that allocates segments. Default: [`HeapChoice::Auto`].
@@ -160,28 +161,31 @@ impl LoaderBuilder {
     }
 
     /// Maximum bytes that may be allocated but not yet filled, over all loads; at least one
-    /// segment. A single load takes at most three quarters of it where at least four of its
-    /// allocations fit. Default: [`Self::WINDOW_BYTES`], 128 MiB.
+    /// segment. A single load takes at most three quarters of the window if at least four pieces
+    /// fit into it. A piece has up to 16 MiB, or on a dma-heap all of a segment. Default:
+    /// [`Self::WINDOW_BYTES`], 128 MiB.
     pub fn window_bytes(mut self, bytes: u64) -> Self {
         self.settings.window_bytes = bytes;
         self
     }
 
     /// Maximum reads in flight over all loads, from 1 to 4096. A single load uses at most three
-    /// quarters of them. Default: [`Self::QUEUE_DEPTH`].
+    /// quarters of them if there are at least four. Default: [`Self::QUEUE_DEPTH`], 44.
     pub fn queue_depth(mut self, reads: usize) -> Self {
         self.settings.queue_depth = reads;
         self
     }
 
     /// Maximum memory in which [`Route::Bounce`](crate::Route::Bounce) stages reads, from 2 MiB to
-    /// 1 GiB. It is allocated when a load first needs it, and kept. A single load uses at most
-    /// three quarters of it. Default: [`Self::STAGING_BYTES`], 16 MiB, plus 4 MiB for each copier
-    /// thread after the first two: up to 72 MiB on a machine with 16 or more CPUs, and never more
-    /// than 16 MiB on one with two.
+    /// 1 GiB. It is allocated as loads need it, and kept. A single load uses at most three
+    /// quarters of staging of 8 MiB or more, and may use all of less. Default:
+    /// [`Self::STAGING_BYTES`], 16 MiB, plus 4 MiB for each copier thread after the first two: up
+    /// to 72 MiB on a machine with 16 or more CPUs, and never more than 16 MiB on one with two. An
+    /// explicit size stays fixed.
     ///
-    /// The number of copier threads follows measurements: when two are always busy, another is
-    /// tried, and kept if loads get faster, up to one for each CPU and at most 16.
+    /// The number of copier threads follows measurements: when all are busy almost all the time,
+    /// another is tried, and kept if copying gets faster with it, up to one for each CPU and at
+    /// most 16.
     pub fn staging_bytes(mut self, bytes: u64) -> Self {
         self.settings.staging_is_chosen = true;
         self.settings.staging_bytes = bytes;
@@ -189,11 +193,14 @@ impl LoaderBuilder {
     }
 
     /// Maximum memory of dropped segments to keep for later loads. Reusing it skips allocating,
-    /// zeroing and populating, which is most of the work on small pages. Memory is reused for
-    /// segments of the same size, so for models of the same size and layout. Only segments whose
-    /// descriptors were never handed out are kept. When memory runs short, an allocation frees
-    /// pooled memory before it fails; where the kernel reports memory pressure (PSI), the whole
-    /// pool is freed as soon as other processes wait for memory. Default: 0, nothing is kept.
+    /// zeroing and populating, which is most of the work on small pages.
+    ///
+    /// Memory is reused for allocations of exactly the same size: for most segments of any model
+    /// if the segment size is the same, and for the last segment of a file only if the lengths
+    /// match. Kept are complete segments that were never handed out, except those on dma-heaps.
+    /// When memory runs short, an allocation frees pooled memory before it fails; where the kernel
+    /// reports memory pressure (PSI), the whole pool is freed as soon as processes have to wait
+    /// for memory. Default: 0, nothing is kept.
     pub fn pool_bytes(mut self, bytes: u64) -> Self {
         self.settings.pool_bytes = bytes;
         self
@@ -201,16 +208,22 @@ impl LoaderBuilder {
 
     /// Maximum memory that segments may occupy, over all loads: those being filled, those that
     /// consumers still hold, and what the pool keeps. A consumer that drops segments after use can
-    /// stream a model larger than memory.
+    /// stream a model larger than the limit.
     ///
-    /// A load begins when its largest segment fits, or, where all of it will be in memory (an
-    /// image, or [`LoadRequest::start`]), when all of it fits. Until then it waits in arrival
-    /// order. Images from one file system together begin in at most three quarters of the limit
-    /// (or one image that needs more, alone), so a server that does not answer leaves room for
-    /// loads from others. A load that could never begin fails with [`crate::Error::OverLimit`]. A
-    /// consumer that keeps its segments holds up only its own load. Segments without an explicit
-    /// size are small enough for as many loads as may be open at once ([`Self::max_open_loads`]):
-    /// about a hundredth of the limit. Default: no limit.
+    /// A load begins when its memory is free. A stream needs room for its largest segment, and for
+    /// all segments of its largest tensor if these fit into the limit. An image (also by
+    /// [`LoadRequest::start`]) needs room for all of its segments. Until then, loads wait in
+    /// arrival order within their priority. A load that could never begin fails with
+    /// [`crate::Error::OverLimit`].
+    ///
+    /// The images from one file system together reserve at most three quarters of the limit (or
+    /// one image that needs more, alone), so a server that does not answer leaves room for loads
+    /// from others. A consumer that keeps its segments holds up its own load and loads that have
+    /// not begun, but no other.
+    ///
+    /// Segments without an explicit size are small enough for as many loads as may be open at once
+    /// ([`Self::max_open_loads`]): with the default, a 64th of the limit, but at least 2 MiB.
+    /// Default: no limit.
     pub fn memory_limit_bytes(mut self, bytes: u64) -> Self {
         self.settings.memory_limit_bytes = bytes;
         self
@@ -223,12 +236,12 @@ impl LoaderBuilder {
     }
 
     /// Number of threads that open files and allocate memory; at least one. Default: two, or one
-    /// on a machine with one CPU. When they are always busy, another is tried, and kept if memory
-    /// is allocated faster with it, up to one for each CPU and at most eight. An explicit number
-    /// stays fixed.
+    /// on a machine with one CPU. When all are busy almost all the time, another is tried, and
+    /// kept if memory is allocated faster with it, up to one for each CPU and at most eight. An
+    /// explicit number stays fixed.
     ///
     /// If a thread waits more than a second for a file whose server does not answer, another
-    /// thread takes its place (at most 64).
+    /// thread takes its place. At most 64 threads are replaced in this way.
     pub fn allocator_threads(mut self, threads: usize) -> Self {
         self.settings.allocators_are_chosen = true;
         self.settings.allocator_threads = threads;
@@ -236,9 +249,9 @@ impl LoaderBuilder {
     }
 
     /// Maximum loads that have files open at once; others wait in arrival order. At least one. A
-    /// load whose open call waits for a server that does not answer does not count, nor do up to
-    /// 64 loads from file systems that have delivered nothing for 5 to 10 s while others wait.
-    /// Default: 64.
+    /// load does not count while the opening of its files waits for a server that does not answer.
+    /// Nor do up to 64 loads from file systems that have delivered nothing for 5 to 10 s while
+    /// others wait. Default: 64.
     pub fn max_open_loads(mut self, loads: usize) -> Self {
         self.settings.max_open_loads = loads.max(1);
         self
@@ -258,13 +271,13 @@ impl LoaderBuilder {
         self
     }
 
-    /// Starts the loader's threads.
+    /// Creates the loader and starts its threads.
     ///
     /// # Errors
     /// [`crate::Error::Config`] for invalid settings; [`crate::Error::Start`] if a thread or
     /// descriptor can't be created; [`crate::Error::NoDmaBuf`] if dma-bufs are required but not
-    /// available. A refusal of io_uring is not an error: loads step down to the next route and
-    /// report it.
+    /// available; [`crate::Error::Panicked`] if the heap panics. A refusal of io_uring is not an
+    /// error: loads step down to the next route and report it.
     pub fn build(self) -> Result<Loader> {
         let (heap, reason) = match self.heap {
             Some(heap) if self.dma_buf && !heap.exports() => {
@@ -290,8 +303,8 @@ mod tests {
     use crate::ring::can_read_buffered;
     use crate::route::{Attempt, Route};
 
-    /// A file long enough to be measured, where each MiB begins with its number. It pretends to be
-    /// on NFS.
+    /// A file long enough to be measured, where each MiB begins with its number, counted from 1.
+    /// It pretends to be on NFS.
     fn file_on_nfs() -> tempfile::NamedTempFile {
         use std::os::unix::fs::{FileExt, MetadataExt};
         let file = tempfile::NamedTempFile::new().unwrap();
@@ -327,7 +340,8 @@ mod tests {
         let report = image.report();
         let measured = report.measured.expect("512 MiB are enough");
         assert!(measured.buffered_bytes_per_second.is_some(), "{measured:?}");
-        // Part of it was read through the page cache by choice; nothing was refused.
+        // Reading part of it through the page cache was a choice, and is not reported as a step
+        // down.
         assert_eq!((report.route, report.cached_bytes), (Route::UringBuffered, 0));
         let steps: Vec<_> = report.fallbacks.iter().map(|step| (step.to, step.attempt)).collect();
         assert_eq!(steps, [(Route::PreadDirect, Attempt::RingOnOther)]);

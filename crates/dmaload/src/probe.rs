@@ -1,9 +1,9 @@
 //! Finds out what this machine offers a load, for tools that diagnose problems, such as `dmaload
 //! doctor`.
 //!
-//! Each function tries what a load would do, in the same way, and undoes it. None compares
-//! versions or looks for causes: that is left to the caller, who knows about sysctls and
-//! containers.
+//! Each function tries or measures what a load would, in the same way, and leaves nothing behind.
+//! None compares versions or looks for causes: that is left to the caller, who knows about sysctls
+//! and containers.
 
 use std::path::Path;
 
@@ -25,12 +25,12 @@ use crate::route::{Attempt, Route, is_refusal};
 use crate::support::convert::to_usize;
 use crate::support::errno;
 
-/// Tries everything that a load does with io_uring.
+/// Tries the features of io_uring that a load uses.
 pub fn io_uring() -> IoUring {
     crate::ring::probe::probe().unwrap_or_else(|errno| IoUring::refused(errno::from_rustix(errno)))
 }
 
-/// A file that could be opened.
+/// What a load can do with a file. Returned by [`file()`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct File {
     /// Its length.
@@ -42,32 +42,35 @@ pub struct File {
     /// The result of reading its first block: with `O_DIRECT` if opening it that way succeeded,
     /// otherwise through the page cache. The value is the number of bytes read.
     pub first_read: Result<u64, Errno>,
-    /// Why a load reads the file with threads, never by io_uring: [`Attempt::RingOnFuse`] or the
-    /// like, with the errno that a load reports ([`Attempt::hint`]).
+    /// Why a load does not read the file directly by io_uring, but with threads:
+    /// [`Attempt::RingOnFuse`] or the like, with the errno that a load reports
+    /// ([`Attempt::hint`]). `None` if io_uring may read it.
     pub ring_refused: Option<(Attempt, Errno)>,
-    /// Whether io_uring may nevertheless read it through the page cache; a load that measures its
-    /// ways of reading then tries this one, too ([`crate::Way::Buffered`]).
+    /// Whether io_uring may nevertheless read it through the page cache. A load that measures its
+    /// ways of reading then tries this one, too ([`crate::Way::Buffered`]), unless it is strict.
     pub buffered_by_ring: bool,
     /// Whether direct reads are copies from memory (tmpfs, DAX): a load then reads with threads
     /// ([`Route::PreadDirect`]), which are faster than io_uring there.
     pub in_memory: bool,
 }
 
-/// Bytes of the smallest load that measures which way of reading is fastest, unless
-/// [`crate::LoadOptions::route`] chooses one.
+/// The size in bytes of the smallest load that measures which way of reading is fastest. Loads
+/// with a [`crate::LoadOptions::route`] or [`crate::Prefer::Cpu`] never measure.
 pub const MEASURED_BYTES_MIN: u64 = ways::MEASURED_BYTES_MIN;
 
-/// Bytes of the largest piece, the unit in which a load allocates, registers and fills memory,
-/// unless its heap allocates whole segments at once.
+/// The size in bytes of the largest usual piece, the unit in which a load allocates, registers and
+/// fills memory. Pieces are larger if the heap allocates whole segments at once, and in loads of
+/// several TiB.
 pub const PIECE_BYTES_MAX: u64 = BATCH_BYTES;
 
 impl File {
-    /// Why a load would read it through the page cache ([`Route::Buffered`]).
+    /// Why a load would read the file through the page cache ([`Route::Buffered`]); `None` if
+    /// direct reads work.
     pub fn direct_refused(&self) -> Option<Errno> {
         self.open_direct.err().or(self.first_read.err().filter(|&errno| is_refusal(errno)))
     }
 
-    /// Why a load would fail on every route.
+    /// Why a load of the file would fail on every route; `None` if the file can be read.
     pub fn unreadable(&self) -> Option<Errno> {
         self.first_read.err().filter(|&errno| self.open_direct.is_err() || !is_refusal(errno))
     }
@@ -76,13 +79,14 @@ impl File {
 /// Opens a regular file as a load does, and reads its first block.
 ///
 /// # Errors
-/// [`crate::Error::File`] if it can't be opened, [`crate::Error::NotAFile`] if it is not a regular
-/// file.
+/// [`crate::Error::File`] if it can't be opened; [`crate::Error::NotAFile`] if it is not a regular
+/// file; [`crate::Error::NoLength`] if it has contents although its stated length is 0, and
+/// [`crate::Error::Read`] if that can't be determined.
 pub fn file(path: impl AsRef<Path>) -> Result<File> {
     let file = OpenFile::open(path.as_ref())?;
     let block = to_usize(file.alignment_bytes);
     let open_direct = file.direct_refused().map_or(Ok(()), |errno| Err(errno::from_rustix(errno)));
-    // Twice the size always contains an aligned block.
+    // An area of two blocks always contains an aligned one.
     let mut memory = vec![0; 2 * block];
     let start = memory.as_ptr().align_offset(block);
     let block = &mut memory[start..start + block];

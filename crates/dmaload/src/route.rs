@@ -7,9 +7,9 @@ use dmabuf::Errno;
 
 use crate::support::names;
 
-/// A way for bytes to get into a segment, best first. A load starts at the requested route (the
-/// first by default) and steps down when the kernel refuses it. Each step is a [`Fallback`] in the
-/// report.
+/// A way for bytes to get into a segment, best first. A load starts at the requested route (see
+/// [`crate::LoadOptions::route`] for the default) and steps down when the kernel refuses it. Each
+/// step is a [`Fallback`] in the report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum Route {
@@ -19,19 +19,19 @@ pub enum Route {
     /// io_uring with `O_DIRECT`: each read pins its own pages. Works within an ordinary user's
     /// memlock limit.
     UringDirect,
-    /// `pread(2)` with `O_DIRECT` on a few threads, for kernels and containers that refuse
-    /// io_uring.
+    /// `pread(2)` with `O_DIRECT` on threads, for kernels and containers that refuse io_uring, and
+    /// for files that io_uring must not read (such as those on FUSE).
     PreadDirect,
     /// Direct reads into a few staging buffers, by the best of the routes above, followed by a
-    /// copy. For memory that can't be pinned, such as the mappings of most dma-heaps.
+    /// copy. For memory that can't be pinned, such as the mappings of most dma-heaps, and for
+    /// devices where staged reads are faster.
     Bounce,
     /// io_uring through the page cache, with many reads at once. For network file systems on which
     /// direct reads are slow, and for callers who request it; no refusal leads to it. Leaves
     /// nothing in the page cache where the kernel and the file system support that
     /// (`RWF_DONTCACHE`).
     UringBuffered,
-    /// `pread(2)` through the page cache on a few threads, for file systems that refuse
-    /// `O_DIRECT`.
+    /// `pread(2)` through the page cache on threads, for file systems that refuse `O_DIRECT`.
     Buffered,
 }
 
@@ -40,7 +40,8 @@ impl Route {
     pub const ALL: [Route; 6] =
         [Route::UringFixedDirect, Route::UringDirect, Route::PreadDirect, Route::Bounce, Route::UringBuffered, Route::Buffered];
 
-    /// The next route down the ladder after `errno` refused this one.
+    /// The next route down the ladder after this one was refused with `errno`; `None` after the
+    /// last one.
     ///
     /// EFAULT means that the memory can't be pinned, so no direct read can target it and the next
     /// route is [`Route::Bounce`]. Other refusals have nothing to do with the memory, and bouncing
@@ -49,8 +50,8 @@ impl Route {
         if errno == Errno::EFAULT && self < Route::Bounce {
             return Some(Route::Bounce);
         }
-        // Threads that read through the page cache populate memory as they write to it; a ring
-        // does not.
+        // After a refusal, threads read through the page cache rather than a ring, because they
+        // populate memory as they write to it.
         Route::ALL.into_iter().find(|&other| other > self && !matches!(other, Route::Bounce | Route::UringBuffered))
     }
 
@@ -60,7 +61,8 @@ impl Route {
         self < Route::UringBuffered
     }
 
-    /// Whether reads go through io_uring.
+    /// Whether io_uring reads into the segment itself. False for [`Route::Bounce`], although its
+    /// reads into staging may go through io_uring.
     pub fn uses_ring(self) -> bool {
         matches!(self, Route::UringFixedDirect | Route::UringDirect | Route::UringBuffered)
     }
@@ -105,7 +107,7 @@ impl FromStr for Route {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Fallback {
-    /// The file whose reads took the step; `None` when it concerns all files of the load.
+    /// The file whose reads took the step; `None` if several or all files of the load did.
     pub file_index: Option<usize>,
     /// The route that was refused.
     pub from: Route,
@@ -113,12 +115,12 @@ pub struct Fallback {
     pub to: Route,
     /// What was being tried.
     pub attempt: Attempt,
-    /// The kernel's error.
+    /// The kernel's error, or an equivalent one if the kernel was not asked or returned none.
     pub errno: Errno,
 }
 
 impl Fallback {
-    /// Says what was refused, and how to avoid that.
+    /// Says what was refused and, if known, why or how to avoid that.
     pub fn reason(&self) -> String {
         match self.attempt.hint(self.errno) {
             Some(hint) => format!("{} was refused; {hint}", self.attempt),
@@ -145,8 +147,8 @@ pub enum Attempt {
     /// system may be FUSE and can't be identified.
     RingOnStacked,
     /// Reading by io_uring from a file system not known to be local: never tried, because a server
-    /// that does not answer could delay every other read. Buffered reads from NFS and SMB are
-    /// allowed ([`Route::UringBuffered`]).
+    /// that does not answer could delay every other read. The exception is
+    /// [`Route::UringBuffered`], which reads from NFS and SMB.
     RingOnOther,
     /// Reading by io_uring from a block device that may stop answering, because a network or a
     /// process is behind it (nbd, rbd, drbd, ublk, a loop device whose file isn't on a local file
@@ -163,7 +165,7 @@ pub enum Attempt {
 }
 
 impl Attempt {
-    /// What the user can do about a refusal with this errno.
+    /// What causes a refusal with this errno, and what the user can do about it.
     pub fn hint(self, errno: Errno) -> Option<&'static str> {
         match (self, errno) {
             (Attempt::SetUpRing, Errno::EPERM) => Some(
@@ -173,7 +175,7 @@ impl Attempt {
                 Some("a security module (SELinux, AppArmor) forbids io_uring: allow it in its policy")
             }
             (Attempt::SetUpRing, Errno::ENOSYS) => Some(
-                "this kernel has no io_uring, or a seccomp profile hides it: it needs Linux 5.11 or later, and a profile that allows it",
+                "this kernel has no io_uring, or a seccomp profile hides it: it needs Linux 5.6 or later, and a profile that allows it",
             ),
             (Attempt::SetUpRing, Errno::ENOMEM) => Some("the locked memory limit is too small for a ring: raise it (ulimit -l)"),
             (Attempt::OpenDirect | Attempt::Read, Errno::EINVAL | Errno::EOPNOTSUPP) => {

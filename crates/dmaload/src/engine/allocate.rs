@@ -217,7 +217,8 @@ impl Engine {
         Ok((Backing::new(mapping, memory, self.reaper.clone()), Some(grant)))
     }
 
-    /// Fails if `wanted_bytes` exceeds the available memory, even after the pool is emptied.
+    /// Fails if `wanted_bytes` exceeds the available memory, even after the pool and dropped
+    /// segments are freed.
     pub(super) fn check_headroom(&self, wanted_bytes: u64) -> Result<()> {
         let short = || headroom().filter(|seen| seen.available_bytes < wanted_bytes);
         match short() {
@@ -287,8 +288,8 @@ fn batch_way(load: &LoadShared, allocation: &Allocation, sources: &[OpenPart]) -
     if cached { Way::Staged } else { allocation.way }
 }
 
-/// Opens the part's file if it is not open yet, and checks that the file has not changed since the
-/// load was planned.
+/// Opens the part's file if it is not open yet, and then checks that the file has not changed
+/// since the load was planned.
 fn open_part(load: &LoadShared, part: &BatchPart) -> Result<OpenPart> {
     // No lock is held here: opening may wait forever for a server, and recording a fallback emits
     // an event.

@@ -49,7 +49,7 @@ pub(crate) struct LoadFile {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Progress {
-    /// Bytes to load; 0 until the files are opened.
+    /// Bytes to load; 0 until the load is planned.
     pub planned_bytes: u64,
     /// Bytes whose memory is allocated and populated.
     pub allocated_bytes: u64,

@@ -1,4 +1,5 @@
-//! Memory that is populated by the threads that fill it.
+//! Memory that is populated by the threads that fill it: copiers, and threads that read through
+//! the page cache.
 //!
 //! Staged reads do not need populated memory. Instead, a copier claims an extent, populates it,
 //! and copies the staged bytes while both are in its cache. Populating ahead would zero memory

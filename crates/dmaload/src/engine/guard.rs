@@ -32,8 +32,8 @@ use crate::support::foreign;
 use crate::support::id::LoadId;
 use crate::telemetry::metrics::Metrics;
 
-/// Keeps an engine running; held by loaders and loads. The engine's threads end after the last
-/// guard is dropped.
+/// Keeps an engine running. Loaders and loads share one guard, and the engine's threads end after
+/// it is dropped.
 #[derive(Debug)]
 pub(crate) struct Guard {
     pub(super) engine: Arc<Engine>,
@@ -48,7 +48,7 @@ impl Drop for Guard {
 }
 
 impl Guard {
-    /// Starts the threads.
+    /// Creates an engine and starts its threads.
     ///
     /// # Errors
     /// [`Error::Config`] for invalid settings; [`Error::Start`] if a thread or a descriptor could
@@ -195,7 +195,7 @@ impl Guard {
         Some(Error::HeldUp { held_bytes, wanted_bytes, limit_bytes: engine.settings.memory_limit_bytes })
     }
 
-    /// Cancels a load that is no longer wanted.
+    /// Releases a load whose consumer was dropped, and cancels it if it is still running.
     pub(crate) fn abandon(&self, load: Arc<LoadShared>) {
         load.record_drop();
         self.engine.abandon(&load);
@@ -217,7 +217,7 @@ impl Guard {
             foreign::discard(foreign::call(|| done.send(left)));
         };
         if thread::Builder::new().name("dmaload-close".to_owned()).spawn(body).is_err() {
-            // Without a thread that can wait, treat the deadline as passed.
+            // No thread can wait, so treat the deadline as passed.
             engine.ring.give_up();
         }
         async move { answer.await.unwrap_or_else(|_| engine.left_now()) }

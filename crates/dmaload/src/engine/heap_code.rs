@@ -11,12 +11,12 @@ use crate::support::foreign::{self, Foreign};
 #[derive(Debug, Clone)]
 pub(crate) struct HeapCode(Arc<Foreign<Arc<dyn Heap>>>);
 
-/// A reference for threads that must not drop the heap.
+/// A weak reference, for values that the ring thread may drop.
 #[derive(Debug, Clone)]
 pub(super) struct WeakHeap(Weak<Foreign<Arc<dyn Heap>>>);
 
 impl WeakHeap {
-    /// `None` after the engine has ended.
+    /// Returns `None` after the engine has ended.
     pub(super) fn upgrade(&self) -> Option<HeapCode> {
         self.0.upgrade().map(HeapCode)
     }

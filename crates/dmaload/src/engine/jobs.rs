@@ -1,11 +1,11 @@
 //! The job queue: the scheduler and its loads under one lock, and the workers that wait for jobs.
 //!
 //! A change that may make a job available wakes one worker. A worker that got a job wakes the
-//! next, since more jobs may be available than the one it was woken for. The loom tests in `tests`
-//! try every interleaving.
+//! next, since more jobs may be available than the one it was woken for. `just loom` runs the
+//! tests in `tests` with every interleaving of their threads, up to three preemptions.
 //!
-//! Workers also drop the files and memory of finished loads. Closing a file may block, so at most
-//! one worker at a time closes a load's files. A thread that sleeps in [`Jobs::watch`] finds
+//! Workers also drop the files and memory of loads that are over. Closing a file may block, so at
+//! most one worker at a time closes a load's files. A thread that sleeps in [`Jobs::watch`] finds
 //! workers that have waited too long for files (see [`super::workers`]) and, while loads wait to
 //! be opened, silent file systems.
 
@@ -64,7 +64,7 @@ struct Schedule<T> {
     since: Instant,
     /// How many bytes each worker is allocating.
     allocating: HashMap<WorkerId, u64>,
-    /// Whether one more worker is wanted that was not hired yet.
+    /// Whether the pace has grown, and the additional worker was not hired yet.
     growing: bool,
     /// Whether the watching thread sleeps until a worker has to wait for a file, or a load for
     /// others to end.
@@ -417,7 +417,7 @@ impl<T: Clone> Jobs<T> {
         (schedule.scheduler.window_taken_bytes(), schedule.scheduler.open_loads())
     }
 
-    /// Returns an additional worker to start, if that would speed up allocating.
+    /// Returns an additional worker to start, if the pace of allocating calls for one.
     pub(super) fn hire_more(&self) -> Option<WorkerId> {
         let mut schedule = self.schedule();
         let wanted = !schedule.closing && schedule.growing && schedule.workers.missing() > 0;

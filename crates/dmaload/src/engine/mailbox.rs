@@ -1,6 +1,6 @@
 //! The teller's queue. Through it, events from the ring thread and the workers reach consumers and
-//! `tracing` subscribers. Therefore the caller's code runs neither on the ring thread nor under a
-//! lock, and each load's segments are handed over in order without a lock.
+//! `tracing` subscribers, so their code runs neither on the ring thread nor under a lock. Because
+//! only the teller hands over segments, each load's segments stay in order.
 //!
 //! A slow waker delays the events of other loads, but not their reads and allocations.
 
@@ -30,7 +30,7 @@ pub(super) enum Message<E> {
     /// No substitute could be started for a stalled worker.
     NoSubstitute { error: io::Error },
     /// The ring thread has ended: normally, or with the panic message `panic`. The teller drops
-    /// its reference to the engine.
+    /// the ring thread's reference to the engine.
     RingEnded { engine: Arc<E>, panic: Option<String> },
     /// Makes the teller panic, as a broken invariant would.
     #[cfg(test)]

@@ -11,19 +11,18 @@
 //! charge), but never the reverse.
 //!
 //! The caller's code (heaps, verifiers, observers, wakers, subscribers of `tracing`, and their
-//! drops) runs while none of our locks is held, on workers, on the observers' threads and on the
-//! teller, never on the ring thread. Panics in it are caught at the call (see
-//! [`crate::support::foreign`]).
+//! drops) runs while none of our locks is held, and never on the ring thread. Panics in it are
+//! caught at the call (see [`crate::support::foreign`]).
 //!
-//! The engine decides which job is next and starts the threads for it. It does no I/O itself:
+//! The engine decides which job is next, and runs it on one of its threads. It does no I/O itself:
 //! [`crate::files`] opens files, [`crate::memory`] allocates, and [`crate::ring`] reads. It
 //! requires threads and one eventfd. Any other feature may be refused; a load then reports that it
 //! did without.
 //!
-//! Shutdown: the engine closes with its last [`Guard`], or on request. Running loads fail, the
-//! ring thread drains its reads and ends, then the workers end, then the teller, which informs the
-//! consumers. At the deadline, memory of reads still in flight is leaked, and threads that hang
-//! are left behind ([`Leaked`]).
+//! Shutdown: the engine closes when its [`Guard`] is dropped, or on request. Running loads fail.
+//! The ring thread drains its reads and ends, then the workers end. The teller ends last, after it
+//! has informed the consumers. At the deadline, memory of reads still in flight is leaked, and
+//! threads that hang are left behind ([`Leaked`]).
 
 mod allocate;
 mod allocation;
@@ -86,7 +85,7 @@ pub(crate) struct Engine {
     reaper: Reaper,
     ring: RingThread<PieceBuffer<WindowPermit>>,
     mailbox: Arc<Mailbox<Engine>>,
-    /// Why no more loads are accepted, if one of our threads has panicked.
+    /// Why no more loads are accepted, if the ring thread or the teller has panicked.
     broken: OnceLock<Error>,
     jobs: Jobs<Arc<LoadShared>>,
     choices: Mutex<Choices>,
@@ -100,7 +99,7 @@ pub(crate) struct Engine {
     stop_watch: Option<OwnedFd>,
 }
 
-/// A permit of the window, returned on drop.
+/// A permit for bytes of the window and for open small files. Returned on drop.
 #[derive(Debug)]
 pub(crate) struct WindowPermit {
     engine: Arc<Engine>,
@@ -109,7 +108,7 @@ pub(crate) struct WindowPermit {
 }
 
 impl WindowPermit {
-    /// Splits off the part for one piece of a batch.
+    /// Splits off a part, such as that for one piece of a batch.
     ///
     /// # Panics
     /// If the part is larger than the permit.
@@ -222,7 +221,7 @@ impl Engine {
         for load in &loads {
             self.defer_drop(load.id, [load.fail(self.end_reason())]);
         }
-        // If the scheduler has panicked, it may panic again here. The loads have already failed,
+        // If a panic in the scheduler led here, it may panic again. The loads have already failed,
         // and the remaining steps must still be done.
         let _ = foreign::call(|| loads.iter().for_each(|load| self.abandon(load)));
         self.mailbox.push(loads.iter().cloned().map(Message::Deliver));

@@ -46,7 +46,6 @@ impl Engine {
         };
         let Planned { plan, range, files, fallbacks } = planned;
         let memory_bytes: u64 = plan.memories.iter().map(|memory| memory.bytes).sum();
-        // A kept load was already checked before planning.
         let largest_bytes = plan.memories.iter().map(|memory| memory.bytes).max().unwrap_or(0);
         let reserved_bytes = if load.keep { memory_bytes } else { largest_bytes };
         let limit_bytes = self.settings.memory_limit_bytes;
@@ -58,6 +57,7 @@ impl Engine {
             let error = Error::OverLimit { wanted_bytes: tensor_bytes, limit_bytes, why: "the memory of a tensor" };
             let _ = load.tensor_over_limit.set(error);
         }
+        // Only a stream can exceed the limit here: a kept load was checked before planning.
         if reserved_bytes > limit_bytes {
             self.fail(load, Error::OverLimit { wanted_bytes: reserved_bytes, limit_bytes, why: "a segment" });
             return self.jobs.end();
@@ -71,7 +71,7 @@ impl Engine {
         load.set_choosing(self.begin_choosing(load, &plan, &files));
         let (pieces, batches) = load.set_plan(plan, range, files, fallbacks);
         if pieces == 0 {
-            // The load is already complete, or has failed in the meantime.
+            // The load is already complete, or has ended in the meantime.
             self.queue_delivery(load);
             return self.jobs.end();
         }
@@ -130,7 +130,7 @@ impl Engine {
     }
 
     /// Refuses loads that can't fit, based on the lengths alone: a file may claim any length, and
-    /// the cost of planning grows with it. Returns the shape to plan with.
+    /// the cost of planning grows with the length. Returns the shape to plan with.
     fn check_size(&self, load: &LoadShared, shape: Shape, spans: &[Span], alignments: &[u64]) -> Result<Shape> {
         let length = |span: &Span| span.range.end - span.range.start;
         let memory = |span: &Span| {
@@ -197,7 +197,7 @@ fn plan_all(engine: &Engine, load: &LoadShared, limit: Option<SizeLimit>) -> Res
         segment_bytes = segments_for_descriptors(load, segment_bytes, limits, options.packed);
     }
     let batch_bytes = if at_once { segment_bytes } else { settings.batch_bytes().min(segment_bytes) };
-    // Files that must be aligned to more than a page get their own allocations.
+    // If tensors must be aligned to more than a page, spans do not share allocations.
     let packed = options.packed && options.importer.alignment_bytes <= dmabuf::page_bytes() as u64;
     let batch_files = descriptors::max_batch_files();
     let shape = Shape { layout: options.layout, segment_bytes, batch_bytes, packed, batch_files };
@@ -225,7 +225,7 @@ fn plan_all(engine: &Engine, load: &LoadShared, limit: Option<SizeLimit>) -> Res
         selector.check_all_matched()?;
         selector.notes().into_iter().for_each(|note| load.note(Some(note)));
     }
-    // The headers of small files are read later, and those of byte ranges are never read.
+    // The headers of small files are read later. If only a byte range is read, headers are not.
     let is_read = selector.as_ref().is_none_or(|selector| selector.needs_tensors() || selector.cuts_bytes());
     if is_read && !load.is_over() && !files.iter().any(|file| file.small) {
         let own = files.iter().map(|file| file.tensors.as_deref().map(|tensors| &*tensors.map));
@@ -242,8 +242,8 @@ fn plan_all(engine: &Engine, load: &LoadShared, limit: Option<SizeLimit>) -> Res
     // Check memory before reserving addresses: memory is the tighter limit, and its error states
     // numbers.
     let shape = engine.check_size(load, shape, &spans, &alignments)?;
-    // Reserve addresses once before planning: a plan for files that exceed the address space, as
-    // sparse ones can, would be enormous.
+    // Files that exceed the address space, as sparse ones can, fail before a plan is made for
+    // them.
     reserve(spans.iter().fold(0, |sum: u64, span| sum.saturating_add(span.range.end - span.range.start)))?;
     let plan = Plan::new(&alignments, &spans, shape);
     let range = reserve(plan.memory_bytes)?;
@@ -259,8 +259,8 @@ fn plan_all(engine: &Engine, load: &LoadShared, limit: Option<SizeLimit>) -> Res
     Ok(Planned { plan, range, files, fallbacks })
 }
 
-/// Returns `segment_bytes` or, if that would take more allocations than there are descriptors, a
-/// larger segment size, and then adds a note.
+/// Returns the segment size: `segment_bytes`, or a larger size if the load would otherwise need
+/// more allocations than there are descriptors. Adds a note in that case.
 fn segments_for_descriptors(load: &LoadShared, segment_bytes: u64, most: Option<u64>, packed: bool) -> u64 {
     // Anonymous memory needs no descriptors.
     if load.heap() == AnonHeap::NAME {
@@ -367,7 +367,7 @@ struct PlannedFile {
     plan: FilePlan,
     spans: Vec<Span>,
     fallback: Option<Fallback>,
-    /// The tensors of a file that is cut by byte range. Its plan has no tensors, but the model
+    /// The tensors of a file that is cut at byte offsets. Its plan has no tensors, but the model
     /// must still be whole.
     cut: Option<TensorMap>,
 }
@@ -427,7 +427,8 @@ fn plan_file(
         None
     };
     let identity = file.identity;
-    // For a cut by byte range, the tensors are only used to note which of them it splits.
+    // If files are cut at byte offsets, the tensors serve only to note which of them are split,
+    // and to check that the model is whole.
     let (map, cut) = if wants_tensors { (header.map(Arc::new), None) } else { (None, header) };
     let selected = match &mut selector {
         Some(selector) => selector.select_file(map.as_deref(), |name| source.owns(name), &part, bytes, alignment_bytes),
@@ -459,8 +460,11 @@ fn plan_file(
     Ok(PlannedFile { plan: planned, spans, fallback, cut })
 }
 
-/// The route at which a load's reads start: the requested one, but at best bounce if its bytes are
-/// observed in staging.
+/// Returns [`LoadShared::starting_route`]. Logs if that is bounce only because bytes are observed
+/// in staging.
+///
+/// # Errors
+/// [`Error::Config`] in that case if the load is strict.
 fn starting_route(load: &LoadShared) -> Result<Route> {
     let options = &load.options;
     let route = load.starting_route();
@@ -498,6 +502,9 @@ pub(super) struct FileRoute {
 
 /// The route at which reads of this file start: `from`, buffered if `O_DIRECT` was refused, or a
 /// route without a ring if a ring must not read the file.
+///
+/// # Errors
+/// [`Error::Refused`] if the load is strict and `from` is not possible.
 pub(super) fn route_for(file: &OpenFile, index: usize, offset: u64, load: &LoadShared, from: Route) -> Result<FileRoute> {
     let strict = load.options.strict;
     let staged_by = staged_by(&load.options);

@@ -97,7 +97,7 @@ impl OutboxState {
 
 impl Outbox {
     /// Takes the next event, if one is queued. Once the load has ended and its events were taken,
-    /// every further call returns [`Error::ShutDown`].
+    /// every further call returns the event of a failure with [`Error::ShutDown`].
     pub(crate) fn take(&self) -> Option<Event> {
         let mut state = self.state();
         let closed = state.closed;

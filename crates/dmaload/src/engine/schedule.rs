@@ -1,8 +1,8 @@
 //! The scheduler: decides which load is opened, allocated for or finished next, across all loads
 //! of a loader.
 //!
-//! Pure bookkeeping, driven by the worker threads under one lock. Loads take turns, one batch
-//! each, so a large load can't starve a small one. A load that holds its share of the window (see
+//! Pure bookkeeping, under the lock of [`super::jobs`]. Loads take turns, one batch each, so a
+//! large load can't starve a small one. A load that holds its share of the window (see
 //! [`crate::memory::window`]) is passed over. If a load that holds no part of the window finds no
 //! room, no other load overtakes it, so small loads can't starve a large one either. If its file
 //! system holds its share, only loads of other file systems may overtake it. The number of open
@@ -32,7 +32,7 @@ use crate::plan::{BATCH_BYTES, BATCH_FILES};
 /// A job for a worker thread. `L` identifies a load.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Job<L> {
-    /// Open the files, read their headers, and plan.
+    /// Open or inspect the files, read their headers, and plan.
     Open(L),
     /// Allocate the batch with this number, whose permit is already taken.
     Allocate(L, usize, Need),
@@ -49,7 +49,7 @@ pub(crate) enum Job<L> {
 pub(crate) struct Need {
     /// Bytes of the window.
     pub(crate) bytes: u64,
-    /// How many files are opened for it.
+    /// How many small files have a piece in it.
     pub(crate) files: u64,
     /// Bytes that its load takes from the budget for it: the whole allocation with the first
     /// batch, because memory from the pool comes in whole allocations.
@@ -176,7 +176,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         }
     }
 
-    /// Adds a new load. Once it is opened in its turn, it counts as open until [`Self::end`].
+    /// Adds a new load. From its [`Job::Open`] on, it counts as open until [`Self::end`].
     pub(crate) fn submit(&mut self, load: L) {
         self.waiting.push_back(load);
     }

@@ -17,8 +17,8 @@ pub(crate) const WINDOW_BYTES: u64 = 128 << 20;
 pub(crate) const QUEUE_DEPTH: usize = 44;
 /// Default initial size of staging.
 pub(crate) const STAGING_BYTES: u64 = 16 << 20;
-/// The size of a staging slot. It fits into the caches of today's processors, and is the size of a
-/// huge page and of a default chunk.
+/// The size of a staging slot: that of a huge page and of a default chunk. Several slots fit into
+/// a processor's cache.
 const STAGING_SLOT_BYTES: u64 = 2 << 20;
 const CHUNK_STEP_BYTES: u64 = 64 << 10;
 

@@ -73,8 +73,8 @@ pub(crate) struct LoadShared {
     /// How its batches are read.
     choosing: Mutex<Choosing>,
     counters: Arc<LoadCounters>,
-    /// The span `load`, from the call until this value is dropped. Its fields are `load` (the ID),
-    /// `paths` and, at the end, `bytes` or `error`.
+    /// The span `load`, from the start of the load until this value is dropped. Its fields are
+    /// `load` (the ID), `paths` (the number of inputs) and, at the end, `bytes` or `error`.
     span: Foreign<Span>,
     /// The caller's code never runs while this is locked: no waker, no subscriber, no drop of
     /// either.
@@ -105,7 +105,6 @@ struct LoadState {
     pages_refused: Option<Errno>,
     reused_bytes: u64,
     measured: Option<Measured>,
-    /// Notes for the report, and how many reads were retried.
     notes: Vec<String>,
     retried: usize,
     fallbacks: Vec<Fallback>,
@@ -159,7 +158,7 @@ struct MemoryState {
     pieces_left: usize,
     /// How many files that end in this allocation are not checked yet.
     unchecked: usize,
-    /// Its tensors have to be moved, or it has to be exported as a dma-buf.
+    /// Whether its tensors still have to be moved, or it still has to be exported as a dma-buf.
     unfinished: bool,
     /// When its most recent bytes were read.
     full_at: Option<Instant>,
@@ -270,7 +269,6 @@ impl LoadShared {
         if self.options.as_one_file { Ok(Vec::new()) } else { check_whole(&files, self.options.allow_missing) }
     }
 
-    /// Sets the files.
     pub(crate) fn set_sources(&self, sources: Vec<SourceFile>) {
         let set = self.sources.set(sources);
         debug_assert!(set.is_ok(), "a load is planned once");
@@ -281,12 +279,10 @@ impl LoadShared {
         self.sources.get().map_or(&[], |sources| sources)
     }
 
-    /// The path of a file.
     pub(crate) fn path(&self, file: usize) -> Option<&Arc<PathBuf>> {
         self.sources().get(file).map(|source| &source.path)
     }
 
-    /// The name of the heap.
     pub(crate) fn heap(&self) -> &str {
         &self.heap
     }
@@ -296,8 +292,8 @@ impl LoadShared {
         self.observation.as_ref().is_some_and(|observation| observation.staged)
     }
 
-    /// The route at which its reads start: the requested one, but at best bounce if its bytes are
-    /// observed in staging.
+    /// The route at which its reads start: the requested one (by default the best), but at best
+    /// bounce if its bytes are observed in staging.
     pub(crate) fn starting_route(&self) -> Route {
         let requested = self.options.route.unwrap_or(Route::UringFixedDirect);
         if self.is_observed_in_staging() { requested.max(Route::Bounce) } else { requested }
@@ -309,7 +305,8 @@ impl LoadShared {
     }
 
     /// Sets the plan and its address range; returns the number of pieces and the needs of each
-    /// batch. A load without pieces is complete, and [`Self::deliver`] ends it.
+    /// batch. A load without pieces is complete, and [`Self::deliver`] ends it. If the load is
+    /// already over, changes nothing and returns no pieces.
     pub(crate) fn set_plan(
         &self,
         plan: Plan,
@@ -536,7 +533,7 @@ impl LoadShared {
         self.take_remains(&mut state)
     }
 
-    /// Takes the remains of a load that has delivered its end; `None` before that.
+    /// Takes the remains of a load that has delivered its end or was dropped; `None` before that.
     pub(crate) fn take_remains_if_over(&self) -> Option<DeferredDrop> {
         let mut state = self.state();
         state.events.is_none().then(|| self.take_remains(&mut state))

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use super::mailbox::Mailbox;
 
-/// The number of threads that have not ended, except the teller, which ends after them.
+/// The number of threads that have not ended. The teller, which ends after them, and the reaper
+/// are not counted.
 #[derive(Debug, Default)]
 pub(super) struct Threads {
     count: Mutex<usize>,
@@ -50,7 +51,7 @@ impl Threads {
 pub struct Leaked {
     /// How many bytes were leaked.
     pub bytes: u64,
-    /// How many threads hang in the kernel or in the caller's code (a heap, a verifier, an
-    /// observer). They end once that returns.
+    /// How many threads hang in the kernel or in the caller's code (such as a heap or a waker).
+    /// Each ends once the call that it hangs in returns.
     pub threads: usize,
 }

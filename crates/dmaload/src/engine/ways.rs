@@ -4,8 +4,8 @@
 //! the processor's cache is a third faster. A real drive writes to cold memory just as fast, and
 //! direct reads save the copy. Only measuring tells the two apart.
 //!
-//! On network file systems, direct reads may be far slower than reads through the page cache, or
-//! far faster, so those are measured as a third way.
+//! On network file systems, direct reads may be far slower or far faster than reads through the
+//! page cache, so the latter are measured as a third way.
 //!
 //! Pure: no clock, no system calls.
 
@@ -120,9 +120,9 @@ impl Trial {
     /// Records that bytes of the batch that starts at `start` are full. Returns the measurement
     /// once all phases have ended.
     ///
-    /// The first phase is timed from its first read, each later one from the end of those before
-    /// it: many reads are in flight, and storage finishes them at about the same time, so the time
-    /// between the first full batch and the last says little.
+    /// The first phase is timed from its first read, and each later one from the end of those
+    /// before it. The time between a phase's first full batch and its last says little, because
+    /// storage finishes the reads in flight at about the same time.
     fn record_full(&mut self, start: u64, bytes: u64, now: Duration) -> Option<Measured> {
         self.phase_of(start)?.record_full(bytes, now);
         let mut ended = true;
@@ -209,7 +209,7 @@ impl Choosing {
         }
     }
 
-    /// Stops measuring, since the bytes do not come from storage; the load continues in the
+    /// Stops measuring, because some bytes do not come from storage. The load continues in the
     /// expected way.
     pub(crate) fn stop_measuring(&mut self) {
         if self.known.is_none() {

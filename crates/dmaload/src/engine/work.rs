@@ -98,8 +98,8 @@ impl Engine {
         self.thread_has_ended();
     }
 
-    /// Checks a file that was read. If the file changed, the load fails before its last segment is
-    /// handed over.
+    /// Checks a file that was read. If the file changed, the load fails before the file's last
+    /// segment is handed over.
     fn check(&self, load: &Arc<LoadShared>, file: usize) {
         // The load is over.
         let Some((open, identity)) = load.take_file(file) else { return };

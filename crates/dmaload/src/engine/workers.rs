@@ -2,19 +2,22 @@
 //!
 //! A worker that opens, checks or closes a file waits for that file's server (FUSE, a network file
 //! system), which may never answer. A worker that has waited longer than [`STALLED_AFTER`] is
-//! *stalled*: it no longer counts, so another one takes its place, and its load gets no further
-//! jobs until the server has answered. Thus a load whose server hangs keeps the workers that it
-//! already has, and takes no others. When a stalled worker resumes, a surplus one ends.
+//! *stalled*: it no longer counts, so another one takes its place. Until the server has answered,
+//! its load gets no further jobs that may wait for files. Thus a load whose server hangs keeps the
+//! workers that it already has, and takes no others. When a stalled worker resumes, a surplus one
+//! ends.
 //!
-//! Each file of a batch counts as progress, so a batch of hundreds of files is not stalled.
+//! Each file of a batch counts as progress, so a worker is not stalled just because its batch has
+//! many files.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use crate::support::id::LoadId;
 
-/// A local file system answers within milliseconds, even if its disk is busy. A worker that is
-/// wrongly considered stalled only costs an extra thread for a while.
+/// How long a worker may wait for a file before it counts as stalled. A local file system answers
+/// within milliseconds, even if its disk is busy. A worker that is wrongly considered stalled only
+/// costs an extra thread for a while.
 pub(super) const STALLED_AFTER: Duration = Duration::from_secs(1);
 
 /// Used instead while another worker is already stalled: others may wait for the same server, and

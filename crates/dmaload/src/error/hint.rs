@@ -112,11 +112,11 @@ impl Error {
 const OPEN_FILES: &str = "the limit of open files is reached: raise it (ulimit -n)";
 const ALL_OPEN_FILES: &str = "the machine's limit of open files is reached: raise it (sysctl fs.file-max)";
 
-/// The address space of a process on x86-64, the smallest among common machines. (On AArch64, it
-/// is 2^48 bytes.)
+/// The usual address space of a process on x86-64, in bytes. (On AArch64, it is usually 2^48
+/// bytes.)
 const ALL_ADDRESSES: usize = 1 << 47;
 
-/// What to do if memory is refused. The failed step tells what ran out: ENOMEM from mapping means
+/// What to do if memory is refused. The failed step shows what ran out: ENOMEM from mapping means
 /// address space, and ENOMEM from populating means memory.
 fn memory_hint(heap: &str, refusal: &HeapError) -> Option<&'static str> {
     let maps = ["reserve", "map", "move", "allocate a staging"].iter().any(|step| refusal.operation.starts_with(step));

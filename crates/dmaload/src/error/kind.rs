@@ -24,7 +24,8 @@ use super::{Errno, Error};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// A setting or option is invalid or contradicts another. Nothing was read. Change the call.
+    /// A setting or option is invalid, contradicts another, or does not fit the heap. Change the
+    /// call.
     Config,
     /// The input can't be loaded in this way: it is not a regular file, its file system states a
     /// wrong length, or the selection is not in the file. Use another input, or copy the file to a
@@ -41,7 +42,7 @@ pub enum ErrorKind {
     /// The file is not a model of its format, or violates the format's rules. Download the file
     /// again, or load it as raw bytes ([`crate::Format::Raw`]).
     InvalidModel,
-    /// Files of the model are missing. Finish the download, or allow missing files
+    /// Files of the model are missing or empty. Finish the download, or allow missing files
     /// ([`crate::LoadOptions::allow_missing`]).
     Incomplete,
     /// Several files contain a tensor of this name. Say which file to use.
@@ -57,8 +58,9 @@ pub enum ErrorKind {
     /// and try again, or stream the load.
     OutOfMemory,
     /// The load needs more memory at once than its loader may use
-    /// ([`crate::LoaderBuilder::memory_limit_bytes`]), so trying again does not help. Raise the
-    /// limit, or stream the load and drop its segments after use.
+    /// ([`crate::LoaderBuilder::memory_limit_bytes`]), or its consumer holds too much of it
+    /// ([`Error::HeldUp`]). Trying the same again does not help. Raise the limit, or stream the
+    /// load and drop its segments after use.
     OverLimit,
     /// A segment would be larger than its heap allows, or the plan longer than the limit. Change
     /// the segment size, load only a part, or raise the limit.
@@ -78,7 +80,8 @@ pub enum ErrorKind {
     InUse,
     /// A server or a client of shared images failed ([`crate::share`]).
     Share,
-    /// The caller's own code panicked: a heap, a verifier, an observer or a waker.
+    /// The caller's own code panicked (a heap, a verifier, an observer or a waker), or dmaload
+    /// did: [`Error::Panicked`].
     Panicked,
     /// The loader was shut down before the load finished.
     ShutDown,
@@ -96,8 +99,8 @@ impl Error {
             },
             Error::Start { errno, .. } => kind_of(*errno),
             Error::Memory { refusal, .. } => kind_of(refusal.errno),
-            // ESTALE: a network file was replaced. ENOMEM: a thread for the read could not be
-            // started.
+            // ESTALE means that a network file was replaced, and ENOMEM that no thread could be
+            // started for the read.
             Error::Read { errno: Errno::ESTALE, .. } => ErrorKind::Changed,
             Error::Read { errno: Errno::ENOMEM, .. } => ErrorKind::OutOfMemory,
             Error::Read { .. } | Error::Ring { .. } => ErrorKind::Io,
@@ -126,7 +129,7 @@ impl Error {
         }
     }
 
-    /// The kernel's error; `None` if the kernel refused nothing.
+    /// The kernel's error; `None` for an error of another origin.
     pub fn errno(&self) -> Option<Errno> {
         match self {
             Error::Start { errno, .. }

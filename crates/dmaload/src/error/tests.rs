@@ -49,7 +49,7 @@ fn device_error() -> Error {
     dmabuf::DmaHeap::open("no/name").expect_err("a name has no slash").into()
 }
 
-/// One error of each variant, with hostile texts and paths.
+/// At least one error of each variant, with hostile texts and paths.
 fn errors() -> Vec<Error> {
     let (path, text) = hostile();
     let p = || path.clone();

@@ -70,8 +70,8 @@ impl Arrived {
         (self.segments, self.end)
     }
 
-    /// The tensor with this name if it has arrived, or the error if it never will. `sources` are
-    /// the files of the load.
+    /// Returns the tensor with this name if it has arrived, or the error if it never will.
+    /// `sources` are the files of the load.
     ///
     /// # Errors
     /// The event to wait for before trying again.

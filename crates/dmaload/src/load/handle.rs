@@ -29,8 +29,8 @@ use crate::support::park;
 ///
 /// Dropping it cancels the load: no new reads start, reads in flight are drained in the
 /// background, and then its memory is freed. Segments and tensors already handed over stay valid.
-/// Until it is dropped, the load holds all its segments; its files are closed once the last
-/// segment has arrived.
+/// Until it is dropped, the load holds all its segments. It closes each file once that file is
+/// read and checked.
 #[derive(Debug)]
 #[must_use = "dropping a load cancels it"]
 pub struct Load {
@@ -183,7 +183,7 @@ impl Load {
     pub async fn finish(mut self) -> Result<Image> {
         std::future::poll_fn(|context| {
             let mut check = || self.inbox.check_arrived(|arrived| arrived.end().map(drop).ok_or(Interest::End));
-            // If the last waker panicked, which the panic hook has reported, waits with this one.
+            // If the last waker panicked, which the panic hook has reported, wait with this one.
             while ready!(self.waiter.poll(context, &mut check)).is_err() {}
             Poll::Ready(())
         })

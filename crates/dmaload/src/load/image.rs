@@ -95,8 +95,8 @@ impl Image {
         Ok(file.tensor_at(position).expect("only loaded tensors have names"))
     }
 
-    /// All loaded tensors of all files, in file order or in the order in which they were
-    /// requested. For a model with an index, each name appears once.
+    /// All loaded tensors, file by file; within a file, in file order or in the order in which
+    /// they were requested. For a model with an index, each name appears once.
     pub fn tensors(&self) -> impl Iterator<Item = Tensor> {
         self.files.iter().flat_map(ImageFile::tensors)
     }
@@ -135,7 +135,7 @@ impl ImageFile {
         self.part.end - self.part.start
     }
 
-    /// Whether the file is empty.
+    /// Whether [`Self::len`] is 0.
     pub fn is_empty(&self) -> bool {
         self.part.is_empty()
     }
@@ -150,7 +150,8 @@ impl ImageFile {
         self.tensors.as_deref().map(|tensors| &*tensors.map)
     }
 
-    /// All bytes of the file, header included: contiguous and without a copy.
+    /// All bytes of the file, or of the range of it that contains the model, header included:
+    /// contiguous and without a copy.
     ///
     /// # Errors
     /// Those of [`Segment::bytes`]; [`Error::NotLoaded`] if only parts of the file were loaded, or
@@ -231,8 +232,7 @@ fn overlapping(segments: &[Segment], range: &Range<u64>) -> Vec<Segment> {
     segments.iter().filter(holds).cloned().collect()
 }
 
-/// The byte of this tensor that is expected last among those missing from these segments of its
-/// file.
+/// The byte of this tensor that is expected last among those that these segments of its file lack.
 /// `None` if all its bytes have arrived, or if it was not selected.
 pub(super) fn missing_byte(file: &LoadFile, segments: &[Segment], position: usize) -> Option<u64> {
     let part = file.tensors.as_ref()?.part_at(position)?;
@@ -313,8 +313,8 @@ impl Tensor {
         &self.file
     }
 
-    /// Whether the bytes are contiguous in the file, and so in memory. All whole tensors are; a
-    /// rank's part along any dimension but the first is not.
+    /// Whether the bytes are contiguous in the file, and so in memory. Those of whole tensors are.
+    /// Those of a rank's part along any dimension but the first usually are not.
     pub fn is_contiguous(&self) -> bool {
         self.part.rows.count == 1
     }
@@ -343,7 +343,7 @@ impl Tensor {
         self.file.private_memory(self.file_range())
     }
 
-    /// Copies the tensor's bytes, including those of tensors that are not contiguous.
+    /// Copies the tensor's bytes, also if they are not contiguous.
     ///
     /// # Errors
     /// Those of [`Segment::bytes`].

@@ -1,6 +1,6 @@
-//! A load from the caller's side: what to load ([`Source`], [`LoadRequest`]) and the three ways to
-//! consume it: as a whole, with single tensors on the way ([`Load`], [`image::Image`]), segment by
-//! segment ([`Segments`]), or tensor by tensor ([`Tensors`]).
+//! A load from the caller's side. [`Source`] and [`LoadRequest`] say what to load. There are three
+//! ways to consume it: as a whole, with single tensors on the way ([`Load`], [`image::Image`]),
+//! segment by segment ([`Segments`]), or tensor by tensor ([`Tensors`]).
 //!
 //! ```text
 //!   request ─┬─► handle (Load) ──► arrived ─► names, image
@@ -9,8 +9,8 @@
 //! ```
 //!
 //! Turns the engine's events into the values that a caller holds, and makes no system calls. Needs
-//! no runtime, only something that polls it. Dropping any of these cancels the load; the engine
-//! then frees what the load leaves behind.
+//! no runtime, only something that polls its futures. Dropping a [`Load`], [`Segments`] or
+//! [`Tensors`] cancels its load; the engine then frees what the load leaves behind.
 
 mod arrived;
 mod feed;

@@ -13,9 +13,9 @@ use crate::options::load::LoadOptions;
 ///
 /// Nothing is opened or read until the request is consumed in one of these ways:
 ///
-/// - `.await` returns the [`Image`](crate::Image): everything. All of it is in memory at once.
+/// - `.await` returns the [`Image`](crate::Image), with everything in memory at once.
 /// - [`start`](Self::start) returns a [`Load`]: progress, single tensors by name while the rest is
-///   read, and the image. Everything is in memory at once.
+///   read, and the image. Everything is in memory at once here, too.
 /// - [`segments`](Self::segments) yields each segment, in order, as soon as it is complete. Memory
 ///   holds what the consumer keeps plus what the load has read ahead.
 /// - [`tensors`](Self::tensors) yields each tensor, in order, as soon as it is complete. Memory is
@@ -37,8 +37,8 @@ use crate::options::load::LoadOptions;
 /// ```
 ///
 /// None of these blocks: files are opened and read on the loader's threads, and every error comes
-/// from the load. A load runs whether or not it is polled. It works on any runtime, or with none:
-/// all it needs is something that polls it.
+/// from the load. A load runs whether or not it is polled; only a stream that is far ahead waits
+/// for its consumer. Loads work on any runtime, and without one.
 #[derive(Debug)]
 #[must_use = "nothing is loaded until it is awaited, started or consumed"]
 pub struct LoadRequest {

@@ -58,9 +58,9 @@ impl Source {
     /// package or another container.
     ///
     /// The range need not begin at a block boundary; the rest of its first and last block is read
-    /// as well. A range can't be verified or observed. The load fails with [`Error::Config`] if it
-    /// has several files, and with [`Error::Selection`] if the range reaches past the end of the
-    /// file.
+    /// as well. A range can't be verified or observed. The load fails with [`Error::Config`] if
+    /// the source is not exactly one path or file, and with [`Error::Selection`] if the range
+    /// reaches past the end of the file.
     #[must_use]
     pub fn range(mut self, range: Range<u64>) -> Self {
         self.range = Some(range);
@@ -85,7 +85,6 @@ impl Source {
     }
 }
 
-/// Converts a single path.
 macro_rules! from_path {
     ($($path:ty),*) => {
         $(impl From<$path> for Source {

@@ -25,8 +25,8 @@ const HELD_UP_CHECK_INTERVAL: Duration = Duration::from_millis(20);
 /// in file order, or in the order in which they were requested ([`crate::LoadOptions::tensors`]).
 /// Created by [`LoadRequest::tensors`](crate::LoadRequest::tensors).
 ///
-/// The stream keeps nothing: once all tensors in a segment are dropped, the segment's memory is
-/// freed.
+/// The stream keeps only the segments of tensors that it has not returned yet. Once all returned
+/// tensors of a segment are dropped as well, the segment's memory is freed.
 ///
 /// Dropping it cancels the load. Tensors already returned stay valid and keep their segments.
 #[derive(Debug)]

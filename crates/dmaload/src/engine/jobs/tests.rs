@@ -13,8 +13,8 @@ fn next(jobs: &Jobs<Arc<()>>) -> Option<(Job<LoadId>, Arc<()>)> {
     next
 }
 
-/// Submits and opens a load of `batches` batches, each as large as the window, so each waits for
-/// the permit of the one before it.
+/// Submits and opens a load of `batches` batches of one byte each. In a window of one byte, each
+/// of them waits for the permit of the one before it.
 fn open_load(jobs: &Jobs<Arc<()>>, batches: usize) -> LoadId {
     let id = jobs.next_id();
     assert!(jobs.submit(id, Arc::new(())));
@@ -24,7 +24,7 @@ fn open_load(jobs: &Jobs<Arc<()>>, batches: usize) -> LoadId {
 }
 
 /// Acts as a worker and as the ring thread behind it: takes permits and returns them until no more
-/// jobs come.
+/// jobs come. Returns how many batches, checks and finishes it has done.
 fn run_worker(jobs: &Jobs<Arc<()>>) -> usize {
     let mut done = 0;
     let worker = jobs.hire();
@@ -67,7 +67,7 @@ fn two_workers_finish_all_jobs_and_end() {
             let jobs = Arc::clone(&jobs);
             spawn(move || run_worker(&jobs))
         });
-        // In production, the ring thread schedules the check after the last read.
+        // In production, the teller schedules the check after the last read.
         jobs.schedule_follow_ups(id, FollowUpJobs { check: Some(0), finish: None });
         loop {
             let left = {
@@ -103,7 +103,7 @@ fn forgetting_a_load_whose_batch_is_taken_blocks_no_worker() {
         };
         jobs.give_back(first, need);
         forgetting.join().unwrap();
-        assert_eq!(waiting.join().unwrap(), Some(true), "the worker gets the next batch of this load or of the other one");
+        assert_eq!(waiting.join().unwrap(), Some(true), "the worker gets the next batch of either load");
     });
 }
 

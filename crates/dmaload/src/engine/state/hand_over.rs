@@ -1,7 +1,7 @@
 //! Hands over full segments.
 //!
-//! Workers and the teller record full pieces and checked files; only the teller hands segments
-//! over ([`LoadShared::deliver`]).
+//! The teller records full pieces, and workers record checked files. Only the teller hands
+//! segments over ([`LoadShared::deliver`]).
 //!
 //! Segments are handed over in order. Those that share an allocation are handed over together,
 //! because a holder of the allocation sees all of it. The last segment of a file waits until the
@@ -134,7 +134,7 @@ impl LoadShared {
     }
 
     /// Takes the file to check, and its identity when the load was planned; `None` when the load
-    /// is over. The file is closed when the caller drops it.
+    /// is over. Dropping the file may close it.
     pub(crate) fn take_file(&self, index: usize) -> Option<(Arc<OpenFile>, Identity)> {
         let (cell, identity) = {
             let state = self.state();
@@ -169,7 +169,8 @@ impl LoadShared {
         Some(WholeFile { backing, range: to_usize(start)..to_usize(start + bytes) })
     }
 
-    /// Records that a file has not changed; `tensors` are those found in its memory.
+    /// Records that a file has not changed. `tensors` are those found in the memory of a small
+    /// file; `None` for other files.
     ///
     /// # Errors
     /// For the last file of a load with small files, those of [`LoadShared::check_whole`], which

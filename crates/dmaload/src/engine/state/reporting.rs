@@ -239,7 +239,8 @@ impl LoadShared {
     }
 }
 
-/// How much of the load was read through the page cache, if that is enough to report.
+/// Bytes read of all files that were, at least in part, read through the page cache; `None` if
+/// they are too few to report.
 pub(super) fn filled_cache_bytes(state: &LoadState) -> Option<u64> {
     let cached = state.files.iter().filter(|file| !file.route.is_direct());
     let cached_bytes: u64 = cached.map(|file| file.planned.read_bytes).sum();
@@ -247,8 +248,8 @@ pub(super) fn filled_cache_bytes(state: &LoadState) -> Option<u64> {
 }
 
 /// Counts huge pages in `/proc/self/smaps`, for kernels before Linux 6.7. This is expensive, so it
-/// runs once per load rather than each time that memory is populated. Segments that were dropped
-/// by then are not counted.
+/// runs once, at the end of the load, rather than each time that memory is populated. Segments
+/// that were dropped by then are not counted.
 fn pages_by_smaps(range: Option<&AddressRange>) -> PageCount {
     let mut pages = PageCount::default();
     if let Some(range) = range {
