@@ -6,6 +6,9 @@
 //! | [`AnonHeap`] | private pages | no descriptor |
 //! | [`UdmabufHeap`] | memfds, exported by `/dev/udmabuf` | a dma-buf and a memfd |
 //! | [`DmaHeap`] | a dma-heap, `/dev/dma_heap/NAME` | a dma-buf |
+//! | [`FromDescriptors`] | dma-bufs of the caller's allocator | a dma-buf |
+//!
+//! [`Hooked`] wraps any of them, or a caller's own [`Heap`].
 
 mod choose;
 mod descriptors;
@@ -42,8 +45,9 @@ pub use udmabuf::UdmabufHeap;
 /// vendor's allocator that returns dma-buf descriptors, see [`FromDescriptors`]. Implement the
 /// trait itself only for memory that neither of them can describe.
 ///
-/// All calls during a load come from the loader's worker threads, several at a time, and may
-/// block. A call that panics fails its load with [`crate::Error::Panicked`].
+/// During a load, several of the loader's threads may call the heap at the same time: its workers,
+/// and for [`Heap::populate`] also the threads that copy or read. The calls may block. A call that
+/// panics fails its load with [`crate::Error::Panicked`].
 ///
 /// # Safety
 /// Finished segments are viewed as `&[u8]`, and devices write to unfinished ones. Both rely on the
@@ -129,8 +133,8 @@ pub unsafe trait Heap: fmt::Debug + Send + Sync + 'static {
         Err(HeapError::new("export memory as a dma-buf", memory.memfd().map_or(0, Memfd::bytes), Errno::EOPNOTSUPP))
     }
 
-    /// Whether [`Heap::allocate`] allocates all pages at once, so the window counts them from then
-    /// on.
+    /// Whether [`Heap::allocate`] allocates all pages at once. If so, the window counts them from
+    /// then on.
     fn allocates_at_once(&self) -> bool {
         false
     }
@@ -153,13 +157,14 @@ pub unsafe trait Heap: fmt::Debug + Send + Sync + 'static {
         None
     }
 
-    /// Notes for the report about unexpected behaviour of this heap.
+    /// Notes for the report about unexpected behavior of this heap.
     fn notes(&self) -> Vec<String> {
         Vec::new()
     }
 
-    /// Whether this crate provides the heap, and so knows which seals its memfds lack on old
-    /// kernels. Callers can't name the argument's type, so they can't override this.
+    /// Whether this crate provides the heap. If so, its memfds may be shown without the seal
+    /// against writes on kernels that lack it, because the heap keeps no second descriptor.
+    /// Callers can't name the argument's type, so they can't override this.
     #[doc(hidden)]
     fn is_own(&self, _: private::Key) -> bool {
         false
