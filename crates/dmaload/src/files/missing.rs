@@ -24,7 +24,8 @@ pub(super) fn is_unfinished(name: &str) -> bool {
 }
 
 impl Missing {
-    /// Checks a file; `None` if it exists and is not empty. Other faults show when it is opened.
+    /// Checks a file; `None` if it exists and is not empty. Other faults are reported when it is
+    /// opened.
     pub(super) fn check(path: &Path, name: &str) -> Option<Missing> {
         let why = match fs::metadata(path) {
             Ok(about) if about.is_file() && about.len() == 0 => Some("it has 0 bytes".to_owned()),

@@ -256,7 +256,7 @@ fn contradiction(path: &Path, reason: String) -> Error {
     Error::Model { path: path.to_owned(), fault: ModelError::Split { reason } }
 }
 
-/// Formats a path for a message.
+/// Quotes a path's file name for a message.
 fn file_name(path: &Path) -> String {
     format!("{:?}", path.file_name().unwrap_or(path.as_os_str()).to_string_lossy())
 }
