@@ -115,7 +115,7 @@ impl Folder {
             ([only], _) => Ok(Some(only)),
             (_, [plain]) => {
                 let others = all.iter().copied().filter(|name| name != plain);
-                notes.push(format!("loaded by {plain:?}; the folder also has variants: {}", quoted(others)));
+                notes.push(format!("used {plain:?}; the folder also has variants: {}", quoted(others)));
                 Ok(Some(plain))
             }
             _ => {

@@ -93,7 +93,7 @@ pub(super) fn explain_missing(folder: &Path, index: &Index, all: bool) -> String
     let others = unlisted_files(folder, index);
     if !others.is_empty() {
         let names = quoted(others.iter().map(String::as_str));
-        return format!("; the index may be left over from another version: {names} is not in it, but can be loaded by name");
+        return format!("; the index may be left over from another version: it lacks {names}, which can be loaded by path");
     }
     let blobs: PathBuf = folder.join("../../blobs");
     let names = fs::read_dir(blobs).into_iter().flatten().filter_map(|entry| entry.ok()?.file_name().into_string().ok());

@@ -497,7 +497,8 @@ fn kind_of(file_type: FileType) -> Option<&'static str> {
 /// another. Without procfs, opens it by path and compares the two.
 ///
 /// The open file description must not have `O_NONBLOCK`. Otherwise io_uring calls file systems
-/// without `FMODE_NOWAIT` on the ring thread, which then blocks, and miscounts after a short read.
+/// without `FMODE_NOWAIT` on the ring thread, which then blocks, and after a short read it may
+/// return wrong bytes (see docs/kernels.md).
 fn reopen(found: &OwnedFd, path: &Path, flags: OFlags) -> std::result::Result<OwnedFd, Errno> {
     use std::os::fd::AsRawFd;
     let flags = flags | OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOCTTY;

@@ -71,11 +71,11 @@ pub use udmabuf::UdmabufHeap;
 ///   addresses, or of any other address that it did not map itself.
 /// - **An exported dma-buf is this memory.** The dma-buf that [`Heap::export`] returns consists of
 ///   all pages of `memory`, in order, and of no others. It has no second descriptor.
-/// - **[`Heap::exports`] is honest.** It always returns the same value; it returns `true` if any
+/// - **[`Heap::exports`] is correct.** It always returns the same value; it returns `true` if any
 ///   memory is a [`Memory::DmaBuf`], and `false` only if no dma-buf of this memory exists or will
 ///   exist.
 ///
-/// Safe code can't make these guarantees on behalf of others, so a safe implementation does not
+/// The compiler can't check these guarantees, so an implementation without `unsafe` does not
 /// compile:
 ///
 /// ```compile_fail,E0200
@@ -103,15 +103,15 @@ pub unsafe trait Heap: fmt::Debug + Send + Sync + 'static {
     /// The name used in reports and errors.
     fn name(&self) -> Cow<'_, str>;
 
-    /// Allocates memory of at least `bytes` bytes, a multiple of the page size. The caller maps
-    /// and populates it.
+    /// Allocates memory of at least `bytes` bytes, where `bytes` is a multiple of the page size.
+    /// The caller maps and populates it.
     ///
     /// # Errors
     /// The kernel's refusal, unchanged.
     fn allocate(&self, bytes: usize) -> Result<Memory, HeapError>;
 
-    /// Populates a part of the mapped memory. Default: with pages of the size that [`Heap::pages`]
-    /// returns.
+    /// Populates a part of the mapped memory: the byte offsets `part` of `mapping`. Default: with
+    /// pages of the size that [`Heap::pages`] returns.
     ///
     /// # Errors
     /// The kernel's refusal, unchanged.
@@ -152,7 +152,8 @@ pub unsafe trait Heap: fmt::Debug + Send + Sync + 'static {
         Pages::Auto
     }
 
-    /// The largest segment that the heap can allocate now; checked for every load.
+    /// The largest segment that the heap can allocate now; `None` if unlimited. Queried for every
+    /// load.
     fn size_limit(&self) -> Option<SizeLimit> {
         None
     }

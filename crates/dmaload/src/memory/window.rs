@@ -23,8 +23,8 @@
 //! round-robin, and the thread pool serves reads in order of arrival. The same rules govern reads
 //! in flight, staging, registered buffers and threads.
 
-/// A budget that loads share. Does only the bookkeeping; the scheduler decides which loads wait.
-/// `L` identifies a load.
+/// A number of bytes that loads share by permits. Does only the bookkeeping; the scheduler decides
+/// which loads wait. `L` identifies a load.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Window<L> {
     bytes: u64,

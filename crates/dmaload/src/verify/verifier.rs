@@ -89,7 +89,7 @@ struct VerifiedFile {
     entry: usize,
 }
 
-/// Verifies each chunk.
+/// Verifies the checksum of each chunk.
 #[derive(Debug)]
 struct ByChunks {
     manifest: Arc<Manifest>,
