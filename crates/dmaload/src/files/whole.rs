@@ -247,7 +247,7 @@ fn incomplete(part: &ModelPart<'_>, split: Split, have: u64, missing: &[u64]) ->
             number + 1
         )
     } else {
-        format!("{have} of {count} parts of a split model exist; missing: {numbers}{more}")
+        format!("{have} of {count} parts of a split model exist; missing parts: {numbers}{more}")
     };
     Error::Incomplete { path: part.path.to_owned(), reason, loadable: usize::try_from(have).unwrap_or(usize::MAX) }
 }

@@ -55,7 +55,7 @@ impl Charge {
         }
     }
 
-    /// The ledger, for notifying it once the memory is in the pool. By then, another load may
+    /// The ledger, to be notified once the memory is in the pool. By then, another load may
     /// already have taken the memory, and this charge with it.
     pub(crate) fn ledger(&self) -> Option<Weak<dyn Ledger>> {
         self.ledger.get().cloned()

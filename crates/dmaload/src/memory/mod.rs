@@ -21,7 +21,7 @@
 //! Allocates and maps memory through `dmabuf`, and reads the available memory from procfs and
 //! cgroups; where these can't be read, only the loader's own limits apply. Opens no model files
 //! and does not depend on the ring. Memory that the kernel may still write to is never freed: its
-//! owner either waits for the reads or leaks it. Dropped memory goes to the reaper's thread, which
+//! owner either waits for the reads or leaks it. Dropped memory goes to the reaper, whose thread
 //! runs until the loader and its last allocation are dropped.
 
 pub(crate) mod backing;

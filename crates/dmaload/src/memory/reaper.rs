@@ -159,7 +159,8 @@ impl ReaperShared {
     }
 }
 
-/// A handle to the reaper thread. The thread ends when the last clone is dropped.
+/// A handle to the reaper thread. The thread ends once the last clone is dropped and its list is
+/// empty.
 #[derive(Debug, Clone)]
 pub(crate) struct Reaper {
     shared: Arc<Closing>,

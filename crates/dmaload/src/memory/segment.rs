@@ -88,7 +88,8 @@ impl Segment {
         self.0.place.file_index
     }
 
-    /// The path of the file, as given or as found in the given folder.
+    /// The path of the file: as given, as found through a given folder, index or part of a split
+    /// model, or `/proc/self/fd/N` for an open file.
     pub fn path(&self) -> &Path {
         &self.0.place.path
     }
@@ -119,8 +120,8 @@ impl Segment {
         self.0.place.memory_bytes
     }
 
-    /// Whether the two segments share a dma-buf or memfd. Handing out its descriptor for one
-    /// segment exposes all segments that share it.
+    /// Whether the two segments are in the same allocation. Handing out its descriptor for one
+    /// segment exposes all segments in it.
     pub fn shares_memory_with(&self, other: &Segment) -> bool {
         Arc::ptr_eq(&self.0.backing, &other.0.backing)
     }
@@ -374,7 +375,7 @@ impl SegmentAccess<'_> {
     ///
     /// # Safety
     /// Nothing may write to the bytes while the slice lives: neither a holder of the dma-buf, nor
-    /// code with the address of [`PrivateMemory`](crate::PrivateMemory) that this segment became.
+    /// code that has the address of [`PrivateMemory`](crate::PrivateMemory) in the same memory.
     pub unsafe fn as_slice(&self) -> &[u8] {
         // SAFETY: the caller guarantees that nothing writes to the bytes.
         unsafe { self.segment.filled() }

@@ -77,8 +77,8 @@ pub(crate) fn may_have_one(all: u64, taken: u64, held: Held) -> bool {
     may_have(all, taken, held, 1, 1)
 }
 
-/// Whether a load that holds `held` of `all`, of which `taken` is taken, may take `more`. Unless
-/// its file system holds nothing, a permit of the size `usual` must still fit afterwards.
+/// Whether a load that holds `held` of `all`, of which `taken` is taken, may take `more`. `usual`
+/// is the amount to leave for others, where something must be left.
 fn may_have(all: u64, taken: u64, held: Held, more: u64, usual: u64) -> bool {
     let file_system_may_have = |taken, held| within_share(all, taken, held, more, usual);
     let leaves_one = || file_system_may_have(taken.saturating_add(more), held.by_file_system.saturating_add(more));

@@ -80,7 +80,7 @@ struct Permits {
 
 static PROCESS: Permits = Permits::new();
 
-/// Permission to allocate some memory. Hold it until the memory is allocated.
+/// Permission to allocate some memory. Hold it until the memory's pages are allocated.
 #[derive(Debug)]
 #[must_use = "the memory counts as granted only while the permit is held"]
 pub(crate) struct HeadroomPermit {
@@ -329,8 +329,8 @@ mod tests {
         }
     }
 
-    /// Each of four processes holds its turn for 0.8 s, and the others wait longer than the 1 s
-    /// for which they would wait if nothing were allocated.
+    /// Each of four processes holds its turn for 0.8 s, so the last ones wait longer than the 1 s
+    /// after which they would give up if nothing were allocated.
     #[test]
     fn long_turn_is_awaited_while_memory_is_being_allocated() {
         const MIB: u64 = 1 << 20;
