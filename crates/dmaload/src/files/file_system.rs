@@ -123,8 +123,8 @@ fn device_refused(f_type: u32, device: Device) -> Option<Errno> {
     devices.check(DeviceNumber { major: device.major, minor: device.minor }).err()
 }
 
-/// The block device that holds a loop device's file, or that this file is; `None` for tmpfs, and
-/// for btrfs, whose device numbers are anonymous.
+/// The block device that holds a loop device's file, or the file itself if it is a block device.
+/// `None` for tmpfs, and for btrfs, whose device numbers are anonymous.
 ///
 /// The path is the one that the kernel shows to this process. It may be wrong for a file in
 /// another mount namespace.

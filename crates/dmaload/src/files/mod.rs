@@ -1,8 +1,7 @@
-//! Files on disk: opens and identifies them ([`source`]), decides which of them may be read by a
-//! ring or from the page cache ([`file_system`], [`block_device`]), finds out what is cached
-//! ([`residency`]), and finds the files that a path stands for: [`expand`] turns folders, indices
-//! and split models into files, [`header`] reads the files' headers, and [`whole`] checks that
-//! they form complete models.
+//! Files on disk. [`source`] opens and identifies them. [`file_system`] and [`block_device`]
+//! decide which of them may be read by a ring or from the page cache, and [`residency`] finds out
+//! what is cached. [`expand`] turns folders, indices and split models into files, [`header`] reads
+//! the files' headers, and [`whole`] checks that they form complete models.
 //!
 //! The only module that opens model files by path. Each call may wait for a server that does not
 //! answer, so the ring thread never opens files: workers do, and the threads that inspect, probe

@@ -404,7 +404,7 @@ impl OpenFile {
 
     /// Fails unless the open file is still the planned version, and its path still leads to it.
     ///
-    /// A deleted file is fine: its bytes stay until it is closed.
+    /// A file whose path no longer exists is fine: its bytes stay until it is closed.
     pub(crate) fn check_unchanged(&self, planned: &Identity) -> Result<()> {
         let changed = |change| Err(Error::Changed { path: self.path.clone(), change });
         let now = Attributes::at_file(&self.buffered);

@@ -8,9 +8,9 @@
 //! its equal part of half the limit, as long as the other half stays free for the reservations of
 //! later loads.
 //!
-//! Kept loads reserve all of their memory, and hold it forever if their file system stops
-//! responding. The kept loads of one file system together therefore get at most three quarters of
-//! the limit, unless a single one needs more. (Streams are exempt: a consumer may read several of
+//! A kept load holds its memory forever if its file system stops responding. The kept loads of one
+//! file system together therefore get at most three quarters of the limit, unless a single one
+//! needs more. (Streams are exempt: a consumer may read several of
 //! them in any order, so one must not wait for another.)
 //!
 //! ```text

@@ -62,7 +62,7 @@ impl Segment {
     /// # Safety
     /// All bytes of the place's `file_range` must have been read into the memory, starting at its
     /// `memory_offset`; nothing in the kernel may still write to the memory, and nothing in this
-    /// process may ever do so again.
+    /// process may do so before the memory is handed out.
     pub(crate) unsafe fn new(place: Placement, heap: Arc<str>, backing: Arc<Backing>) -> Self {
         let end = place.memory_offset.checked_add(place.memory_bytes);
         assert!(end.is_some_and(|end| end <= backing.bytes()), "a segment lies within its memory");
@@ -279,7 +279,7 @@ impl Segment {
     }
 
     /// Permanently prevents handing out the dma-buf, if the segment has one, so nothing can write
-    /// to it.
+    /// to the segment's memory.
     ///
     /// # Errors
     /// [`Error::HandedOut`] if it was already handed out.
@@ -349,8 +349,8 @@ pub struct SegmentAccess<'a> {
 
 impl SegmentAccess<'_> {
     /// Copies bytes from `offset` in the segment to `buffer`, and returns how many: fewer than the
-    /// buffer's length if the segment ends before. If others write to the memory at the same time,
-    /// the copy may be a mix of old and new bytes.
+    /// buffer's length if the segment ends earlier. If others write to the memory at the same
+    /// time, the copy may be a mix of old and new bytes.
     pub fn read_at(&self, buffer: &mut [u8], offset: usize) -> usize {
         let bytes = buffer.len().min(self.segment.len().saturating_sub(offset));
         if bytes > 0 {

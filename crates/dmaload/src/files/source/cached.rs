@@ -144,7 +144,7 @@ impl OpenFile {
     /// write-protected. Takes 3 µs without such writers.
     ///
     /// # Errors
-    /// The error of `lseek(2)` or of the write-back.
+    /// The error of `lseek(2)` or of the writeback.
     pub(crate) fn settle(&self, range: &Range<u64>) -> Result<(), Errno> {
         if !self.cache_is_witness {
             return Ok(());
