@@ -18,8 +18,8 @@ use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 
-/// Prefixes, in sysfs, of the names of devices that are backed by a network or a process. A
-/// process serves `ublkb`; `etherd!` is ATA over Ethernet.
+/// Prefixes of the names, in sysfs, of devices that are backed by a network or a process: a
+/// process serves `ublkb`, and `etherd!` is ATA over Ethernet.
 const REMOTE: [&str; 6] = ["nbd", "rbd", "rnbd", "drbd", "ublkb", "etherd!"];
 
 /// Maximum depth of stacked devices. Real setups have fewer levels.
@@ -68,7 +68,7 @@ impl BlockDevices<'_> {
                 None => Ok(()),
             };
         }
-        // Device-mapper and md devices list their components; a disk's list is empty.
+        // Device-mapper and md devices list their components; a disk's list is empty or missing.
         let slaves = match std::fs::read_dir(folder.join("slaves")) {
             Err(error) if error.kind() == io::ErrorKind::NotFound && !is_made_of_others(name) => return Ok(()),
             slaves => slaves.map_err(|error| errno(&error))?,

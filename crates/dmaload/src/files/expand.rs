@@ -47,8 +47,8 @@ impl<'a> Choice<'a> {
 /// Finds the files of all inputs.
 ///
 /// # Errors
-/// [`Error::File`] and [`Error::Model`] for an index that can't be read; [`Error::NoModel`];
-/// [`Error::Incomplete`].
+/// [`Error::File`] for a folder or an index that can't be read; [`Error::Model`] for an invalid
+/// index; [`Error::NoModel`]; [`Error::Incomplete`].
 pub(crate) fn find_files(inputs: &[Input], choice: Choice<'_>) -> Result<Found> {
     let mut found = Found::default();
     let splits: Vec<_> = inputs.iter().map(|input| split_key(input, choice)).collect();
@@ -165,7 +165,7 @@ fn expand_folder(path: &Path, choice: Choice<'_>, found: &mut Found) -> Result<(
         let names = folder.safetensors();
         if !names.is_empty() {
             let (kept, missing) = folder.check(&names, &mut found.notes);
-            // Files found without an index are the only evidence of what the model consists of.
+            // Without an index, only the files' names show what the model consists of.
             check_missing(&missing, kept.len(), choice, found, |why| {
                 let reason = format!("{} of {} safetensors files can be loaded, {why}", kept.len(), kept.len() + missing.len());
                 Error::Incomplete { path: path.to_owned(), reason, loadable: kept.len() }

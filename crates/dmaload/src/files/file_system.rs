@@ -60,7 +60,7 @@ const ON_BLOCK_DEVICES: [u32; 12] = [
     0x3153_464A, // jfs
 ];
 
-/// The attributes of a file from `statx(2)` that no server can influence.
+/// The attributes of a file that the kernel determines, and no server can influence.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Device {
     pub(crate) major: u32,
@@ -122,7 +122,7 @@ fn magic(about: &StatFs) -> u32 {
 
 /// Why a ring must not wait for the block device of a local file system.
 ///
-/// Btrfs has anonymous device numbers, so its devices can't be looked up and are trusted.
+/// Btrfs has anonymous device numbers, so its devices can't be looked up. They are trusted.
 fn device_refused(f_type: u32, device: Device) -> Option<Errno> {
     if !ON_BLOCK_DEVICES.contains(&f_type) {
         return None;
@@ -131,10 +131,15 @@ fn device_refused(f_type: u32, device: Device) -> Option<Errno> {
     devices.check(DeviceNumber { major: device.major, minor: device.minor }).err()
 }
 
-/// The block device of a loop device's file; `None` for tmpfs and btrfs, which have none.
+/// The block device that holds a loop device's file, or the file itself if it is a block device.
+/// `None` for tmpfs, and for btrfs, whose device numbers are anonymous.
 ///
 /// The path is the one that the kernel shows to this process. It may be wrong for a file in
 /// another mount namespace.
+///
+/// # Errors
+/// EOPNOTSUPP if a ring must not read from the file's file system; otherwise the error of a system
+/// call.
 fn device_of_file(path: &Path) -> Result<Option<DeviceNumber>, Errno> {
     let found = open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
     let seen = statx(&found, c"", AtFlags::EMPTY_PATH, StatxFlags::TYPE)?;
@@ -256,7 +261,7 @@ pub(crate) mod tests {
             assert_eq!(ring_refusal(f_type, ANONYMOUS, || false), Some(Attempt::RingOnOther), "{f_type:x}");
             assert!(is_network(f_type), "{f_type:x}");
         }
-        // Ceph, 9p, AFS, ZFS.
+        // The numbers are Ceph, 9p, AFS, ZFS and an unknown one.
         for f_type in [FUSE, OVERLAYFS, ECRYPTFS, 0x00C3_6400, 0x0102_1997, 0x5346_414F, 0x2FC1_2FC1, 0] {
             assert!(!is_network(f_type), "{f_type:x}");
         }

@@ -30,7 +30,7 @@ fn is_folder(entry: &fs::DirEntry) -> bool {
     }
 }
 
-/// The names of everything in a folder except subfolders, sorted.
+/// The names of everything in a folder except subfolders and hidden files, sorted.
 #[derive(Debug)]
 pub(super) struct Folder {
     path: PathBuf,
@@ -79,7 +79,8 @@ impl Folder {
         self.names_matching(|name| has_extension(name, "gguf"))
     }
 
-    /// A note about GGUF files that are ignored; `None` if the caller chose the format.
+    /// A note about GGUF files that are ignored; `None` if there are none, or if the caller chose
+    /// the format.
     pub(super) fn note_gguf(&self, format: Format) -> Option<String> {
         let names = self.gguf();
         let is_noted = format == Format::Auto && !names.is_empty();
@@ -92,11 +93,11 @@ impl Folder {
         if all.contains(&MODEL) { vec![MODEL] } else { all }
     }
 
-    /// The name of the index. If several are variants of each other, the one without a variant in
-    /// its name.
+    /// The name of the index; `None` if there is none. If several are variants of each other, the
+    /// one without a variant in its name.
     ///
     /// # Errors
-    /// [`Error::NoModel`] if several remain.
+    /// [`Error::NoModel`] if several remain; those of [`read_generic_index`].
     pub(super) fn index(&self, notes: &mut Vec<String>) -> Result<Option<&str>> {
         let mut all = self.names_matching(|name| index::named(name) == Some(Named::Safetensors));
         // An index with a generic name counts only if the folder has no single-file model.
@@ -114,7 +115,7 @@ impl Folder {
             ([only], _) => Ok(Some(only)),
             (_, [plain]) => {
                 let others = all.iter().copied().filter(|name| name != plain);
-                notes.push(format!("loaded by {plain:?}; the folder also has variants: {}", quoted(others)));
+                notes.push(format!("used {plain:?}; the folder also has variants: {}", quoted(others)));
                 Ok(Some(plain))
             }
             _ => {
@@ -125,9 +126,9 @@ impl Folder {
         }
     }
 
-    /// Splits these files into those that can be loaded and those that can't, and adds the parts
-    /// that are missing from the sequence to the latter. Adds a note about safetensors files that
-    /// are not among them.
+    /// Splits these files into those that can be loaded and those that can't, and adds to the
+    /// latter the parts that are missing from a numbered sequence. Adds a note about safetensors
+    /// files of the folder that are not in `names`.
     pub(super) fn check<'a>(&'a self, names: &[&'a str], notes: &mut Vec<String>) -> (Vec<&'a str>, Vec<Missing>) {
         let (mut kept, mut missing) = (Vec::new(), Vec::new());
         for name in names {

@@ -1,8 +1,9 @@
 //! Finds and reads the header of a model: in a file ([`read_header`]), or in its bytes if they are
 //! already in memory ([`find_header`]).
 //!
-//! Reads through the page cache, without readahead. Headers are not trusted: each length is
-//! checked against the length of the file before memory is allocated for it.
+//! Reads through the page cache; on local file systems, without readahead. Headers are not
+//! trusted: each length is checked against the length of the file before memory is allocated for
+//! it.
 
 use std::ops::Range;
 use std::path::Path;
@@ -60,8 +61,7 @@ fn parse_header(file: &OpenFile, part: Range<u64>, format: Format) -> Result<Opt
         match header_bytes(name, start, bytes, format) {
             Ok(None) => return Ok(None),
             Ok(Some(header_bytes)) => {
-                // `sniff` checked that this is at most
-                // [`crate::model::safetensors::HEADER_LIMIT_BYTES`].
+                // `sniff` checked that this is at most `HEADER_LIMIT_BYTES`.
                 let mut header = vec![0; to_usize(header_bytes)];
                 file.read_exact(&mut header, base + 8)?;
                 parse(&header, bytes).map(Some)
@@ -115,10 +115,10 @@ pub(super) fn identify_foreign(fault: ModelError, start: &[u8], file_bytes: u64)
     }
 }
 
-/// Bytes that identify a safetensors header: its length and its first character.
+/// Number of bytes that identify a safetensors header: its length and its first character.
 const SNIFFED_BYTES: usize = 9;
 
-/// How much to read first. Most headers without a vocabulary are shorter.
+/// How much of a GGUF file to read first. Most headers without a vocabulary are shorter.
 const GGUF_FIRST_BYTES: u64 = 256 << 10;
 
 /// Whether to read a file as GGUF, because of its contents, its name or the requested format.

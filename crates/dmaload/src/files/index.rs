@@ -15,12 +15,12 @@ pub(super) fn read_index(path: &Path) -> Result<Index> {
     parse_index(&file, &json)
 }
 
-/// Reads a possible index with a generic name; `None` if it lists no safetensors files or is some
-/// other JSON.
+/// Reads a possible index with a generic name; `None` if it lists no files, or any that are not
+/// safetensors files, or is some other JSON.
 ///
 /// # Errors
-/// [`Error::Model`] for invalid JSON or an invalid index: skipping it would load a model without
-/// its index.
+/// Those of [`OpenFile::open`]; [`Error::Model`] for invalid JSON or an invalid index: skipping it
+/// would load a model without its index.
 pub(super) fn read_generic_index(path: &Path) -> Result<Option<Index>> {
     let (file, json) = read_json(path)?;
     match parse_index(&file, &json) {

@@ -24,7 +24,8 @@ pub(super) fn is_unfinished(name: &str) -> bool {
 }
 
 impl Missing {
-    /// Checks a file; `None` if it exists and is not empty. Other faults show when it is opened.
+    /// Checks a file; `None` if it exists and is not empty. Other faults are reported when it is
+    /// opened.
     pub(super) fn check(path: &Path, name: &str) -> Option<Missing> {
         let why = match fs::metadata(path) {
             Ok(about) if about.is_file() && about.len() == 0 => Some("it has 0 bytes".to_owned()),
@@ -92,7 +93,7 @@ pub(super) fn explain_missing(folder: &Path, index: &Index, all: bool) -> String
     let others = unlisted_files(folder, index);
     if !others.is_empty() {
         let names = quoted(others.iter().map(String::as_str));
-        return format!("; the index may be left over from another version: {names} is not in it, but can be loaded by name");
+        return format!("; the index may be left over from another version: it lacks {names}, which can be loaded by path");
     }
     let blobs: PathBuf = folder.join("../../blobs");
     let names = fs::read_dir(blobs).into_iter().flatten().filter_map(|entry| entry.ok()?.file_name().into_string().ok());

@@ -1,13 +1,13 @@
-//! Files on disk: opens and identifies them ([`source`]), decides which file systems may be read
-//! by a ring or from the page cache ([`file_system`], [`block_device`], [`residency`]), and finds
-//! the files that a path stands for: [`expand`] turns folders, indices and split files into files,
-//! [`header`] reads the files' headers, and [`whole`] checks that they form complete models.
+//! Files on disk. [`source`] opens and identifies them. [`file_system`] and [`block_device`]
+//! decide which of them may be read by a ring or from the page cache, and [`residency`] finds out
+//! what is cached. [`expand`] turns folders, indices and split models into files, [`header`] reads
+//! the files' headers, and [`whole`] checks that they form complete models.
 //!
 //! The only module that opens model files by path. Each call may wait for a server that does not
-//! answer, so only workers and the threads of [`inspect`](crate::inspect()) make them. Without
-//! `O_DIRECT`, the load takes another route. Without `statx(2)`, attributes may be stale, and
-//! nothing is copied from the page cache. Without procfs, a file is reopened by its path rather
-//! than by its descriptor. A file is closed when the last reference to its
+//! answer, so the ring thread never opens files: workers do, and the threads that inspect, probe
+//! or observe. Without `O_DIRECT`, the load takes another route. Without `statx(2)`, attributes
+//! may be stale, and nothing is copied from the page cache. Without procfs, a file is reopened by
+//! its path rather than by its descriptor. A file is closed when the last reference to its
 //! [`OpenFile`](source::OpenFile) is dropped.
 
 mod block_device;

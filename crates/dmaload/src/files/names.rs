@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-/// Whether a name ends like that of a safetensors file.
+/// Whether a file name has the extension of a safetensors file.
 pub(super) fn is_safetensors_name(name: &str) -> bool {
     has_extension(name, "safetensors")
 }
@@ -11,7 +11,7 @@ pub(super) fn has_extension(name: &str, extension: &str) -> bool {
     Path::new(name).extension().is_some_and(|own| own.eq_ignore_ascii_case(extension))
 }
 
-/// Whether a name ends like that of pickled weights.
+/// Whether a file name has an extension of pickled weights.
 pub(super) fn is_pickle_name(name: &str) -> bool {
     let extension = Path::new(name).extension();
     let is = |end: &str| extension.is_some_and(|own| own.eq_ignore_ascii_case(end));

@@ -34,7 +34,7 @@ struct Answer {
 ///
 /// # Errors
 /// ENOSYS before Linux 6.5; EPERM, on newer kernels, for a file that the caller neither owns nor
-/// may write to; EOPNOTSUPP for files without such a page cache.
+/// may write to; EOPNOTSUPP on hugetlbfs.
 pub(crate) fn cached_bytes(file: impl AsFd) -> Result<u64, Errno> {
     cachestat(file, &CachestatRange { offset: 0, length: 0 })
 }

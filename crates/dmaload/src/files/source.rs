@@ -94,7 +94,8 @@ impl SourceFile {
     /// Checks the file's tensors against its index.
     ///
     /// # Errors
-    /// [`Error::Model`] if the file lacks tensors that the index says it has.
+    /// [`Error::Model`] if the file lacks tensors that the index lists for it; [`Error::NoModel`]
+    /// if it has pickled weights.
     pub(crate) fn check(&self, tensors: Option<&TensorMap>) -> Result<()> {
         let Some((index, name)) = &self.index else { return Ok(()) };
         if tensors.is_none() && is_pickle_name(name) {
@@ -244,7 +245,7 @@ pub(crate) struct OpenFile {
     pub(crate) id: u64,
     pub(crate) path: PathBuf,
     pub(crate) identity: Identity,
-    /// The alignment that direct reads need; a power of two, and at least a page.
+    /// The alignment of direct reads: a power of two, and at least a page.
     pub(crate) alignment_bytes: u64,
     /// Why a ring must not read it; see [`crate::files::file_system`].
     pub(crate) ring_refused: Option<(Attempt, Errno)>,
@@ -262,8 +263,8 @@ pub(crate) struct OpenFile {
     place: OnceLock<Box<dyn Any + Send + Sync>>,
 }
 
-/// Alignment of direct reads if the file system does not report one: no block device in use has
-/// larger blocks.
+/// Minimum alignment of direct reads, which is also assumed if the file system reports none: block
+/// devices with larger blocks are rare.
 const DEFAULT_ALIGNMENT_BYTES: u64 = 4096;
 
 impl OpenFile {
@@ -277,9 +278,10 @@ impl OpenFile {
     /// page cache.
     ///
     /// # Errors
-    /// The error of `open(2)` or `statx(2)`; [`Error::NotAFile`] for anything but a regular file,
-    /// which is not opened (opening a FIFO would wait for a writer, and opening a device can have
-    /// any effect); [`Error::NoLength`].
+    /// The error of `open(2)` or `statx(2)`, or of reading a byte of a file without a length;
+    /// [`Error::NotAFile`] for anything but a regular file, which is not opened (opening a FIFO
+    /// would wait for a writer, and opening a device can have any effect); [`Error::NoLength`] for
+    /// a file that has bytes, but states a length of 0.
     pub(crate) fn open(path: &Path) -> Result<Arc<Self>> {
         static NEXT_ID: AtomicU64 = AtomicU64::new(0);
         let failed = |operation| move |errno| Error::File { path: path.to_owned(), operation, errno: errno::from_rustix(errno) };
@@ -374,7 +376,7 @@ impl OpenFile {
         }
     }
 
-    /// Why the file has no direct route.
+    /// The errno with which `O_DIRECT` was refused.
     pub(crate) fn direct_refused(&self) -> Option<Errno> {
         self.direct.as_ref().err().copied()
     }
@@ -403,9 +405,9 @@ impl OpenFile {
         Ok(())
     }
 
-    /// Fails unless the open file and the one at its path are still the planned version.
+    /// Fails unless the open file is still the planned version, and its path still leads to it.
     ///
-    /// A deleted file is fine: its bytes stay until it is closed.
+    /// A file whose path no longer exists is fine: its bytes stay until it is closed.
     pub(crate) fn check_unchanged(&self, planned: &Identity) -> Result<()> {
         let changed = |change| Err(Error::Changed { path: self.path.clone(), change });
         let now = Attributes::at_file(&self.buffered);
@@ -444,7 +446,8 @@ impl OpenFile {
     }
 
     /// Fails unless the file ends at its stated length, on file systems that may state a wrong
-    /// one. For callers that only read the header: a load finds out by reading everything.
+    /// one. For callers that read only the header; a load notices a wrong length because it reads
+    /// everything.
     pub(crate) fn check_length(&self) -> Result<()> {
         let planned_bytes = self.identity.bytes;
         if self.ring_refused.is_none() || planned_bytes == 0 {
@@ -497,7 +500,8 @@ fn kind_of(file_type: FileType) -> Option<&'static str> {
 /// another. Without procfs, opens it by path and compares the two.
 ///
 /// The open file description must not have `O_NONBLOCK`. Otherwise io_uring calls file systems
-/// without `FMODE_NOWAIT` on the ring thread, which then blocks, and miscounts after a short read.
+/// without `FMODE_NOWAIT` on the ring thread, which then blocks, and after a short read it may
+/// return wrong bytes (see docs/kernels.md).
 fn reopen(found: &OwnedFd, path: &Path, flags: OFlags) -> std::result::Result<OwnedFd, Errno> {
     use std::os::fd::AsRawFd;
     let flags = flags | OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOCTTY;
@@ -538,8 +542,8 @@ pub(crate) fn identify(path: &Path) -> Result<(Identity, u64)> {
     }
 }
 
-/// The alignment that `STATX_DIOALIGN` reports (Linux 6.1 or later), but at least a page. The
-/// first read verifies it.
+/// The alignment that `STATX_DIOALIGN` reports (Linux 6.1 or later), but at least
+/// [`DEFAULT_ALIGNMENT_BYTES`] and a page. The first read verifies it.
 fn alignment(seen: Option<&Statx>) -> u64 {
     let seen = seen.filter(|seen| seen.stx_mask & StatxFlags::DIOALIGN.bits() != 0);
     let aligned = seen.map_or(0, |seen| u64::from(seen.stx_dio_offset_align.max(seen.stx_dio_mem_align)));

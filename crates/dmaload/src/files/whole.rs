@@ -1,5 +1,5 @@
-//! Checks that the files of a load are complete models: no duplicate names, no missing part of a
-//! split model.
+//! Checks that the files of a load are complete models: no two files of a model have a tensor of
+//! the same name, and no part of a split model is missing.
 //!
 //! Needs the headers of all files. Those of large files are known when a load is planned; those of
 //! small files, which share memory, only once they have been read.
@@ -27,15 +27,15 @@ pub(crate) type KnownFile<'a> = (&'a SourceFile, Option<&'a TensorMap>);
 pub(crate) fn check_whole(files: &[KnownFile<'_>], allow_missing: bool) -> Result<Vec<String>> {
     let mut sizes: HashMap<usize, usize> = HashMap::new();
     files.iter().for_each(|(source, _)| *sizes.entry(source.model).or_default() += 1);
-    // A name that occurs twice in one file makes its header invalid, which is checked elsewhere.
+    // A name that occurs twice in one file is an error of its header, found when that is parsed.
     let has_several = |source: &SourceFile| sizes.get(&source.model).is_some_and(|&files| files > 1);
     let notes = check_splits(files, has_several, allow_missing)?;
     check_names(files, has_several)?;
     Ok(notes)
 }
 
-/// Checks that only one file of a model contains each name, apart from those that the index maps
-/// to another file.
+/// Checks that no two files of a model contain a tensor of the same name. A tensor that the index
+/// maps to another file is ignored.
 fn check_names(files: &[KnownFile<'_>], has_several: impl Fn(&SourceFile) -> bool) -> Result<()> {
     let mut names: Vec<(usize, &str, &SourceFile)> = Vec::new();
     for &(source, map) in files {
@@ -247,7 +247,7 @@ fn incomplete(part: &ModelPart<'_>, split: Split, have: u64, missing: &[u64]) ->
             number + 1
         )
     } else {
-        format!("{have} of {count} parts of a split model exist; part {numbers}{more} is missing")
+        format!("{have} of {count} parts of a split model exist; missing parts: {numbers}{more}")
     };
     Error::Incomplete { path: part.path.to_owned(), reason, loadable: usize::try_from(have).unwrap_or(usize::MAX) }
 }
@@ -256,7 +256,7 @@ fn contradiction(path: &Path, reason: String) -> Error {
     Error::Model { path: path.to_owned(), fault: ModelError::Split { reason } }
 }
 
-/// Formats a path for a message.
+/// Quotes a path's file name for a message.
 fn file_name(path: &Path) -> String {
     format!("{:?}", path.file_name().unwrap_or(path.as_os_str()).to_string_lossy())
 }

@@ -52,7 +52,7 @@ impl Backing {
     pub(crate) fn from_pool(holding: Holding, range: &Arc<AddressRange>, at: usize, reaper: &Reaper) -> Option<Self> {
         holding.reusable.store(false, Ordering::Release);
         match holding.move_to(range, at) {
-            // Devices write to private memory only while forked processes can't inherit it.
+            // Devices may write to private memory only while forked processes can't inherit it.
             Ok(holding) if holding.memory.is_private() && holding.mapping.forbid_fork().is_err() => {
                 reaper.release(holding);
                 None
@@ -138,8 +138,9 @@ impl Backing {
         holding.memory.dma_buf().or_else(|| holding.exported.get())
     }
 
-    /// Exports filled memory as a dma-buf by calling `export`, makes the bytes visible to devices,
-    /// and seals the memfd, if any.
+    /// Makes filled memory available to devices as a dma-buf, and its bytes visible to them. If
+    /// the memory has no dma-buf yet, creates one by calling `export`, and then seals the memfd,
+    /// if any.
     pub(crate) fn export<E: From<dmabuf::Error>>(&self, export: impl FnOnce(&Memory) -> Result<DmaBuf, E>) -> Result<(), E> {
         let holding = self.holding();
         if let Some(dma_buf) = holding.memory.dma_buf() {
@@ -248,7 +249,8 @@ impl Sink for Backing {
     }
 }
 
-/// A part of a segment's memory that the kernel may write to. Dropping it returns its permit, `P`.
+/// A piece: a part of an allocation that the kernel may write to. Dropping it returns its permit,
+/// `P`.
 #[derive(Debug)]
 pub(crate) struct PieceBuffer<P> {
     backing: Arc<Backing>,

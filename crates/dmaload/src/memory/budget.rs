@@ -1,15 +1,16 @@
 //! Limits the memory that loads hold: segments being filled, and segments that their consumers
 //! have not dropped yet.
 //!
-//! Each admitted load has a reservation that no other load can use: its largest segment or, if all
-//! of it will be in memory at once, the whole load. Every load can therefore proceed once its own
-//! consumer drops something, and a consumer that stops holds up only its own load. Memory beyond
-//! the reservations is shared, up to half of the limit; the other half is left for the
-//! reservations of later loads.
+//! Each admitted load has a reservation that no other load can use. A load that is kept reserves
+//! all of its memory; a stream reserves its largest segment, or the segments of its largest tensor
+//! if these are larger. Every load can therefore proceed once its own consumer drops something,
+//! and a consumer that stops holds up only its own load. Beyond its reservation, a load may take
+//! its equal part of half the limit, as long as the other half stays free for the reservations of
+//! later loads.
 //!
-//! Kept loads reserve all of their memory, and hold it forever if their file system stops
-//! responding. The kept loads of one file system together therefore get at most three quarters of
-//! the limit, unless a single one needs more. (Streams are exempt: a consumer may read several of
+//! A kept load holds its memory forever if its file system stops responding. The kept loads of one
+//! file system together therefore get at most three quarters of the limit, unless a single one
+//! needs more. (Streams are exempt: a consumer may read several of
 //! them in any order, so one must not wait for another.)
 //!
 //! ```text
@@ -17,8 +18,8 @@
 //!   present |------------------- held by any load ------------------|-- pool --|
 //! ```
 //!
-//! Memory in the pool is not held by any load, but it is still allocated. If pooled
-//! memory and a new allocation together would exceed the limit, pooled memory is freed first.
+//! Memory in the pool is not held by any load, but it is still allocated. If all allocated memory
+//! and a new allocation together would exceed the limit, pooled memory is freed first.
 //!
 //! Does only the bookkeeping; the scheduler decides which loads wait.
 
@@ -102,7 +103,8 @@ impl<L: PartialEq> Budget<L> {
         self.held().saturating_add(self.pooled)
     }
 
-    /// Admits a load if its reservation fits. `kept_from` is the file system of a kept load.
+    /// Admits a load if its reservation fits into the free memory and, for a kept load, into the
+    /// share of its file system, `kept_from`.
     pub(crate) fn admit(&mut self, load: L, reserved: u64, kept_from: Option<u64>) -> Admitted {
         let same = self.accounts.iter().filter(|account| kept_from.is_some() && account.kept_from == kept_from);
         let by_file_system = same.map(Account::taken).fold(0, u64::saturating_add);
@@ -182,8 +184,8 @@ impl<L: PartialEq> Budget<L> {
         self.pooled += bytes;
     }
 
-    /// Removes memory from the pool: it was freed, or a load reuses it, which has already taken as
-    /// much from the budget.
+    /// Removes memory from the pool: it was freed, or it is reused by a load that has already
+    /// taken as much from the budget.
     ///
     /// # Panics
     /// If more is removed than the pool has.
@@ -202,7 +204,7 @@ mod tests {
     fn reservation_is_available_whatever_others_do() {
         let mut budget = Budget::new(100);
         assert_eq!(budget.admit(1, 10, None), Admitted::Yes);
-        // A single load may take half of the limit.
+        // A load that is alone may take half of the limit.
         assert_eq!(budget.take(&1, 50), Taken::Yes);
         assert_eq!(budget.take(&1, 1), Taken::No);
         for load in 2..7 {

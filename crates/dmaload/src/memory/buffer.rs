@@ -12,7 +12,8 @@ use rustix::io::Errno;
 ///
 /// # Safety
 /// `address()` must not change and must be valid for writes of `bytes()` bytes until the value is
-/// dropped, and nothing may access these bytes during that time.
+/// dropped. Until then, only the value's owner, and those to whom the owner passes its address or
+/// its [`Place`], may access these bytes.
 #[allow(unsafe_code)]
 pub(crate) unsafe trait Buffer {
     fn address(&self) -> NonNull<u8>;
@@ -59,7 +60,7 @@ pub(crate) trait Sink: Debug + Send + Sync {
 /// Writes bytes to a part of a place, and returns how many it wrote.
 pub(crate) type Write<'a> = dyn FnMut(&mut [MaybeUninit<u8>]) -> Result<usize, Errno> + 'a;
 
-/// A place in a sink.
+/// Where in a sink to write.
 #[derive(Debug, Clone)]
 pub(crate) struct Place {
     pub(crate) sink: Arc<dyn Sink>,
@@ -69,7 +70,7 @@ pub(crate) struct Place {
 /// Why bytes could not be written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
-    /// The errno of the read.
+    /// The bytes could not be read.
     Read(Errno),
     /// Memory could not be allocated.
     Memory(Errno),

@@ -1,5 +1,5 @@
-//! Budget accounting for one allocation, whose share of the loader's budget is returned when it is
-//! freed.
+//! Budget accounting for one allocation: its share of the loader's budget is returned when the
+//! memory is freed.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,10 +11,10 @@ use crate::support::id::LoadId;
 pub(crate) trait Ledger: fmt::Debug + Send + Sync {
     /// Memory was freed: `held` bytes were charged to the load, `pooled` bytes to the pool.
     fn freed(&self, load: LoadId, held: u64, pooled: u64);
-    /// Memory that a load held has moved to the pool.
+    /// Memory that a load held is charged to the pool from now on.
     fn pooled(&self, load: LoadId, bytes: u64);
     /// A load reuses `bytes` bytes of pooled memory, and has already taken as much from the
-    /// budget.
+    /// budget. With 0 bytes, only makes waiting loads search the pool again.
     fn unpooled(&self, bytes: u64);
 }
 
@@ -56,7 +56,7 @@ impl Charge {
     }
 
     /// The ledger, to be notified once the memory is in the pool. By then, another load may
-    /// already have taken the memory.
+    /// already have taken the memory, and this charge with it.
     pub(crate) fn ledger(&self) -> Option<Weak<dyn Ledger>> {
         self.ledger.get().cloned()
     }

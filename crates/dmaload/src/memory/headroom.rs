@@ -1,8 +1,8 @@
 //! How much memory can be allocated before the OOM killer kills a process.
 //!
 //! On Linux, populating more memory than the machine has does not fail: instead, the OOM killer
-//! kills a process, possibly this one. Each allocation therefore first checks the machine's
-//! `MemAvailable` and the limits of this process's memory cgroups (v2 and v1).
+//! kills a process, possibly this one. [`permits`] therefore checks the machine's `MemAvailable`
+//! and the limits of this process's memory cgroups (v2 and v1) before memory is allocated.
 
 pub(crate) mod permits;
 
@@ -64,7 +64,7 @@ fn cgroup_folders(cgroups: &str, root: &Path) -> Vec<PathBuf> {
         for mount in mounts {
             let mount = root.join(mount);
             // In a container, the path may be relative to the host's root, while the mount shows
-            // only the container's subtree.
+            // only the container's subtree. Folders that then do not exist set no limits.
             let own = mount.join(group.trim_start_matches('/'));
             folders.extend(own.ancestors().take_while(|folder| folder.starts_with(&mount)).map(Path::to_owned));
         }

@@ -6,6 +6,9 @@
 //! | [`AnonHeap`] | private pages | no descriptor |
 //! | [`UdmabufHeap`] | memfds, exported by `/dev/udmabuf` | a dma-buf and a memfd |
 //! | [`DmaHeap`] | a dma-heap, `/dev/dma_heap/NAME` | a dma-buf |
+//! | [`FromDescriptors`] | dma-bufs of the caller's allocator | a dma-buf |
+//!
+//! [`Hooked`] wraps any of them, or a caller's own [`Heap`].
 
 mod choose;
 mod descriptors;
@@ -42,8 +45,9 @@ pub use udmabuf::UdmabufHeap;
 /// vendor's allocator that returns dma-buf descriptors, see [`FromDescriptors`]. Implement the
 /// trait itself only for memory that neither of them can describe.
 ///
-/// All calls during a load come from the loader's worker threads, several at a time, and may
-/// block. A call that panics fails its load with [`crate::Error::Panicked`].
+/// During a load, several of the loader's threads may call the heap at the same time: its workers,
+/// and for [`Heap::populate`] also the threads that copy or read. The calls may block. A call that
+/// panics fails its load with [`crate::Error::Panicked`].
 ///
 /// # Safety
 /// Finished segments are viewed as `&[u8]`, and devices write to unfinished ones. Both rely on the
@@ -67,11 +71,11 @@ pub use udmabuf::UdmabufHeap;
 ///   addresses, or of any other address that it did not map itself.
 /// - **An exported dma-buf is this memory.** The dma-buf that [`Heap::export`] returns consists of
 ///   all pages of `memory`, in order, and of no others. It has no second descriptor.
-/// - **[`Heap::exports`] is honest.** It always returns the same value; it returns `true` if any
+/// - **[`Heap::exports`] is correct.** It always returns the same value; it returns `true` if any
 ///   memory is a [`Memory::DmaBuf`], and `false` only if no dma-buf of this memory exists or will
 ///   exist.
 ///
-/// Safe code can't make these guarantees on behalf of others, so a safe implementation does not
+/// The compiler can't check these guarantees, so an implementation without `unsafe` does not
 /// compile:
 ///
 /// ```compile_fail,E0200
@@ -99,15 +103,15 @@ pub unsafe trait Heap: fmt::Debug + Send + Sync + 'static {
     /// The name used in reports and errors.
     fn name(&self) -> Cow<'_, str>;
 
-    /// Allocates memory of at least `bytes` bytes, a multiple of the page size. The caller maps
-    /// and populates it.
+    /// Allocates memory of at least `bytes` bytes, where `bytes` is a multiple of the page size.
+    /// The caller maps and populates it.
     ///
     /// # Errors
     /// The kernel's refusal, unchanged.
     fn allocate(&self, bytes: usize) -> Result<Memory, HeapError>;
 
-    /// Populates a part of the mapped memory. Default: with pages of the size that [`Heap::pages`]
-    /// returns.
+    /// Populates a part of the mapped memory: the byte offsets `part` of `mapping`. Default: with
+    /// pages of the size that [`Heap::pages`] returns.
     ///
     /// # Errors
     /// The kernel's refusal, unchanged.
@@ -129,8 +133,8 @@ pub unsafe trait Heap: fmt::Debug + Send + Sync + 'static {
         Err(HeapError::new("export memory as a dma-buf", memory.memfd().map_or(0, Memfd::bytes), Errno::EOPNOTSUPP))
     }
 
-    /// Whether [`Heap::allocate`] allocates all pages at once, so the window counts them from then
-    /// on.
+    /// Whether [`Heap::allocate`] allocates all pages at once. If so, the window counts them from
+    /// then on.
     fn allocates_at_once(&self) -> bool {
         false
     }
@@ -148,18 +152,20 @@ pub unsafe trait Heap: fmt::Debug + Send + Sync + 'static {
         Pages::Auto
     }
 
-    /// The largest segment that the heap can allocate now; checked for every load.
+    /// The largest segment that the heap can allocate now; `None` if unlimited. Queried for every
+    /// load.
     fn size_limit(&self) -> Option<SizeLimit> {
         None
     }
 
-    /// Notes for the report about unexpected behaviour of this heap.
+    /// Notes for the report about unexpected behavior of this heap.
     fn notes(&self) -> Vec<String> {
         Vec::new()
     }
 
-    /// Whether this crate provides the heap, and so knows which seals its memfds lack on old
-    /// kernels. Callers can't name the argument's type, so they can't override this.
+    /// Whether this crate provides the heap. If so, its memfds may be shown without the seal
+    /// against writes on kernels that lack it, because the heap keeps no second descriptor.
+    /// Callers can't name the argument's type, so they can't override this.
     #[doc(hidden)]
     fn is_own(&self, _: private::Key) -> bool {
         false

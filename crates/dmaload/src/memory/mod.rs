@@ -15,14 +15,14 @@
 //! - [`reaper`]: releases or pools dropped memory.
 //! - Limits: [`window`] (allocated and not yet filled), [`budget`] (held by all loads of a loader;
 //!   with [`charge`], which accounts for one allocation), and [`headroom`] (what the machine and
-//!   its cgroups have left; [`pressure`] reports when other processes lack memory). A permit
+//!   its cgroups have left; [`pressure`] reports when processes wait for memory). A permit
 //!   reserves part of a limit before memory is allocated; dropping it returns that part.
 //!
-//! Allocates and maps memory through `dmabuf`, and reads the available memory from procfs, sysfs
-//! and cgroups; where these can't be read, only the loader's own limits apply. Opens no model
-//! files and does not depend on the ring. Memory that the kernel may still write to is leaked,
-//! never freed; all other memory is freed by the reaper's thread, which runs until the loader and
-//! its last allocation are dropped.
+//! Allocates and maps memory through `dmabuf`, and reads the available memory from procfs and
+//! cgroups; where these can't be read, only the loader's own limits apply. Opens no model files
+//! and does not depend on the ring. Memory that the kernel may still write to is never freed: its
+//! owner either waits for the reads or leaks it. Dropped memory goes to the reaper, whose thread
+//! runs until the loader and its last allocation are dropped.
 
 pub(crate) mod backing;
 pub(crate) mod budget;

@@ -1,5 +1,5 @@
 //! Memory pressure as the kernel reports it: pressure stall information (PSI,
-//! Documentation/accounting/psi.rst). When other processes lack memory, the pool is freed.
+//! Documentation/accounting/psi.rst). When processes wait for memory, the pool is emptied.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -11,8 +11,8 @@ use rustix::io::Errno;
 
 use crate::memory::headroom::own_cgroups;
 
-/// Reports pressure when tasks waited for memory for 150 ms within 2 s. Unprivileged processes can
-/// only use windows that are multiples of 2 s.
+/// Makes the kernel report when some task waited for memory for 150 ms within 2 s. Unprivileged
+/// processes can use only windows that are multiples of 2 s.
 const TRIGGER: &[u8] = b"some 150000 2000000\0";
 
 /// Opens the first pressure file that accepts the trigger: that of this process's cgroup, of one
@@ -26,8 +26,8 @@ pub(crate) fn open() -> Option<File> {
     })
 }
 
-/// Calls `on_pressure` each time memory is short. Returns when `stop` becomes readable or the
-/// pressure file fails.
+/// Calls `on_pressure` each time the kernel reports pressure. Returns when `stop` becomes
+/// readable, or when polling or the pressure file fails.
 pub(crate) fn watch(pressure: impl AsFd, stop: &OwnedFd, mut on_pressure: impl FnMut()) {
     loop {
         let mut watched = [PollFd::new(&pressure, PollFlags::PRI), PollFd::new(stop, PollFlags::IN)];

@@ -6,9 +6,9 @@
 //!   dma-buf ──────────── refused: others can write to it
 //! ```
 //!
-//! Changes only mappings. Exposes addresses and never references, because any holder of an address
-//! may write. The memory is freed when the last [`PrivateMemory`] and the last segment are
-//! dropped.
+//! Loads nothing: only maps memory of finished segments, or copies it where the kernel can't map
+//! it copy-on-write. Exposes addresses and never references, because any holder of an address may
+//! write. The memory is freed when the last [`PrivateMemory`] and the last segment are dropped.
 #![allow(unsafe_code)]
 
 use std::fmt;
@@ -38,8 +38,8 @@ use crate::support::convert::to_usize;
 ///   to; these pages do not count against any limit of a loader. On Linux 5.1 to 5.4 the memory
 ///   is copied in full instead, because a forked child and its parent would see each other's
 ///   writes.
-/// - **Dma-bufs** are refused with [`Error::NoDescriptor`], because any holder of the descriptor
-///   can write.
+/// - **Segments with a dma-buf** are refused with [`Error::NoDescriptor`], because any holder of
+///   the dma-buf can write.
 ///
 /// Provides an address rather than a slice. Rust code that dereferences it must ensure that
 /// nothing writes to the bytes at the same time, as with any memory that foreign code can access.
@@ -79,7 +79,8 @@ unsafe impl Send for PrivateMemory {}
 unsafe impl Sync for PrivateMemory {}
 
 impl PrivateMemory {
-    /// Creates private memory from the bytes `range` of the file, which these segments hold.
+    /// Creates private memory from the bytes `range` of the file. `segments` are those of the
+    /// file, in order.
     ///
     /// # Errors
     /// Those of [`crate::ImageFile::private_memory`].

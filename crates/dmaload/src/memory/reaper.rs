@@ -1,9 +1,9 @@
 //! Moves the memory of dropped segments to the pool, or to the thread that unmaps it.
 //!
-//! Unmapping and freeing a segment takes milliseconds, and its last owner may be an async task, so
-//! dropping it only puts it on a list. The list is intrusive, so the drop does not allocate. The
-//! thread runs as long as anything can be put on its list, which may be longer than the loader
-//! lives.
+//! Unmapping and freeing a segment takes milliseconds, and its last owner may be an async task.
+//! Dropping it therefore only moves its memory to the pool or to the thread's list. The list is
+//! intrusive, so adding to it does not allocate. The thread runs as long as anything can be added,
+//! which may be longer than the loader lives.
 //!
 //! The **pool** keeps whole allocations, mapped and populated, so later loads need not allocate,
 //! zero or populate them. It keeps only memory that no other code can access: memory that was
@@ -21,7 +21,8 @@ use dmabuf::{AddressRange, DmaBuf, Mapping, Memory, NotMoved};
 
 use crate::memory::charge::Charge;
 
-/// Maximum number of holdings removed from the pool per lock acquisition, which takes about 20 µs.
+/// How many holdings [`Reaper::trim_pool`] removes at most while it holds the lock: 64 take about
+/// 20 µs.
 const TRIM_BATCH: usize = 64;
 
 /// A mapped allocation, with everything that the reaper needs to pool or free it.
@@ -158,7 +159,8 @@ impl ReaperShared {
     }
 }
 
-/// A handle to the reaper thread. The thread ends when the last clone is dropped.
+/// A handle to the reaper thread. The thread ends once the last clone is dropped and its list is
+/// empty.
 #[derive(Debug, Clone)]
 pub(crate) struct Reaper {
     shared: Arc<Closing>,
@@ -198,8 +200,8 @@ impl Reaper {
         drop(dead);
     }
 
-    /// Waits until the thread has freed everything, or until the timeout. Returns whether there
-    /// was anything to wait for.
+    /// Waits until the thread has freed everything on its list, or until the timeout. Returns
+    /// whether there was anything to wait for.
     pub(crate) fn wait_until_idle(&self, timeout: Duration) -> bool {
         let list = self.shared.0.list();
         if !list.is_busy() {
@@ -209,7 +211,7 @@ impl Reaper {
         true
     }
 
-    /// Whether the thread has freed all memory and released its charges.
+    /// Whether the thread has freed everything on its list and returned the charges.
     pub(crate) fn is_idle(&self) -> bool {
         !self.shared.0.list().is_busy()
     }
@@ -247,15 +249,15 @@ impl Reaper {
         }
     }
 
-    /// Sets the pool's capacity, and frees the oldest memory that exceeds it.
+    /// Sets the pool's capacity, and removes the oldest memory that exceeds it.
     pub(crate) fn set_pool_bytes(&self, bytes: u64) {
         self.shared.0.list().pool_bytes = bytes;
         self.trim_pool(bytes);
     }
 
-    /// Frees pooled memory beyond `keep_bytes`, oldest first, and returns the number of bytes
-    /// removed. Releases the lock after every few holdings, so threads that drop segments don't
-    /// wait long.
+    /// Removes memory beyond `keep_bytes` from the pool, oldest first, for the thread to free, and
+    /// returns the number of bytes removed. Releases the lock after every [`TRIM_BATCH`] holdings,
+    /// so threads that drop segments don't wait long.
     pub(crate) fn trim_pool(&self, keep_bytes: u64) -> u64 {
         let mut freed = 0;
         // Memory that enters the pool during this call is not counted; otherwise the call might

@@ -2,7 +2,8 @@
 //!
 //! While views of the bytes exist, nothing may write to them; once the dma-buf is handed out, its
 //! holders may. The two exclude each other: the dma-buf can be handed out only while no view
-//! exists, and after that no view can be created. Handing out is permanent.
+//! exists, and after that no view can be created. Handing out is permanent. Anonymous memory that
+//! becomes [`private`](super::private) is handed out under the same rules.
 #![allow(unsafe_code)]
 
 use std::fmt;
@@ -26,8 +27,9 @@ use crate::support::convert::to_usize;
 /// memfd in common, each at its own [`Segment::memory_offset`] (see
 /// [`crate::LoadOptions::packed`]).
 ///
-/// Cheap to clone. A background thread frees the memory when the last clone and the last view of
-/// all segments in it are dropped, even if the loader is gone.
+/// Cheap to clone. The memory is released when the last clone and the last view of all segments in
+/// it are dropped: it is kept for later loads ([`crate::LoaderBuilder::pool_bytes`]), or a
+/// background thread frees it, even if the loader is gone.
 #[derive(Clone)]
 pub struct Segment(Arc<Inner>);
 
@@ -60,7 +62,7 @@ impl Segment {
     /// # Safety
     /// All bytes of the place's `file_range` must have been read into the memory, starting at its
     /// `memory_offset`; nothing in the kernel may still write to the memory, and nothing in this
-    /// process may ever do so again.
+    /// process may do so before the memory is handed out.
     pub(crate) unsafe fn new(place: Placement, heap: Arc<str>, backing: Arc<Backing>) -> Self {
         let end = place.memory_offset.checked_add(place.memory_bytes);
         assert!(end.is_some_and(|end| end <= backing.bytes()), "a segment lies within its memory");
@@ -86,7 +88,8 @@ impl Segment {
         self.0.place.file_index
     }
 
-    /// The path of the file, as given or as found in the given folder.
+    /// The path of the file: as given, as found through a given folder, index or part of a split
+    /// model, or `/proc/self/fd/N` for an open file.
     pub fn path(&self) -> &Path {
         &self.0.place.path
     }
@@ -106,8 +109,8 @@ impl Segment {
         self.len() == 0
     }
 
-    /// The segment's offset in its dma-buf or memfd, a multiple of the page size: 0, except for
-    /// small files that share one.
+    /// The segment's offset in its dma-buf or memfd, a multiple of the page size: 0, unless it
+    /// shares the dma-buf or memfd with other segments.
     pub fn memory_offset(&self) -> usize {
         self.0.place.memory_offset
     }
@@ -117,8 +120,8 @@ impl Segment {
         self.0.place.memory_bytes
     }
 
-    /// Whether the two segments share a dma-buf or memfd. Handing out its descriptor for one
-    /// segment exposes all segments that share it.
+    /// Whether the two segments are in the same allocation. Handing out its descriptor for one
+    /// segment exposes all segments in it.
     pub fn shares_memory_with(&self, other: &Segment) -> bool {
         Arc::ptr_eq(&self.0.backing, &other.0.backing)
     }
@@ -127,9 +130,9 @@ impl Segment {
     /// handing out the dma-buf until it is dropped.
     ///
     /// # Errors
-    /// [`Error::HandedOut`] after [`Segment::hand_out_dma_buf`] of this segment, or of one that
-    /// shares its memory, and after it became [`PrivateMemory`](crate::PrivateMemory): others may
-    /// write to it.
+    /// [`Error::HandedOut`] if the memory may be written to: the dma-buf of this segment, or of
+    /// one that shares its memory, was handed out ([`Segment::hand_out_dma_buf`]), or its
+    /// anonymous memory became [`PrivateMemory`](crate::PrivateMemory).
     pub fn bytes(&self) -> Result<Bytes> {
         Ok(Bytes::from_owner(View::new(self)?))
     }
@@ -178,9 +181,9 @@ impl Segment {
         })
     }
 
-    /// Begins a CPU access to the bytes, even if the dma-buf was handed out. On a dma-buf it is
-    /// bracketed by `DMA_BUF_IOCTL_SYNC`, so a device's writes are visible. Ends when the guard is
-    /// dropped.
+    /// Begins a CPU access to the bytes, even if the dma-buf was handed out. The access ends when
+    /// the guard is dropped. On a dma-buf, `DMA_BUF_IOCTL_SYNC` begins and ends it, so a device's
+    /// writes are visible.
     ///
     /// # Errors
     /// [`Error::Memory`] if the kernel refuses the access.
@@ -196,17 +199,17 @@ impl Segment {
         Ok(SegmentAccess { segment: self })
     }
 
-    /// Hands out the memfd to other processes, which can map it read-only. Existing views stay
-    /// valid, and new ones can be made. **This permanently seals the memory**: no process can
-    /// write to the file, resize it or punch holes into it, and other loads don't reuse the memory
+    /// Hands out the memfd to other processes, which can map it read-only: it is sealed, so no
+    /// process can write to the file, resize it or punch holes into it. Existing views stay valid,
+    /// and new ones can be made. Other loads don't reuse the memory
     /// ([`crate::LoaderBuilder::pool_bytes`]).
     ///
     /// The segment's bytes start at [`Segment::memory_offset`] in it. On the heap `udmabuf`,
     /// writes by importers of the dma-buf are visible in the memfd.
     ///
     /// # Errors
-    /// [`Error::NoDescriptor`] on a heap without memfds; [`Error::Memory`] if the kernel refuses
-    /// the seal (before Linux 5.1).
+    /// [`Error::NoDescriptor`] on a heap without memfds; [`Error::Memory`] if the memfd could not
+    /// be sealed because the kernel lacks the seal (before Linux 5.1).
     pub fn hand_out_memfd(&self) -> Result<BorrowedFd<'_>> {
         let heap = || self.0.heap.to_string();
         let memfd = self.0.backing.memfd();
@@ -250,7 +253,7 @@ impl Segment {
     /// Permanently refuses views, so code that has the memory's address may write to it.
     ///
     /// # Errors
-    /// [`Error::Viewed`]; then nothing is revoked.
+    /// [`Error::Viewed`] if views are alive; nothing is revoked then.
     pub(crate) fn hand_out_memory(&self) -> Result<()> {
         self.0.backing.hand_out().map_err(|views| Error::Viewed { segment: self.index(), views })
     }
@@ -275,7 +278,8 @@ impl Segment {
         self.0.place.tensors.as_ref()
     }
 
-    /// Permanently prevents handing out the dma-buf, so nothing can write to the segment.
+    /// Permanently prevents handing out the dma-buf, if the segment has one, so nothing can write
+    /// to the segment's memory.
     ///
     /// # Errors
     /// [`Error::HandedOut`] if it was already handed out.
@@ -309,7 +313,8 @@ impl Segment {
     }
 }
 
-/// The right to read a segment's bytes: while one exists, the dma-buf can't be handed out.
+/// The right to read a segment's bytes: while one exists, the memory can't be handed out to code
+/// that may write to it.
 #[derive(Debug)]
 struct View(Segment);
 
@@ -328,7 +333,8 @@ impl Drop for View {
 impl AsRef<[u8]> for View {
     fn as_ref(&self) -> &[u8] {
         // SAFETY: nothing writes to the bytes: `Segment::new` requires that, memfds are sealed
-        // before they are shown, and a dma-buf can't be handed out while this view exists.
+        // before they are shown, and neither a dma-buf nor anonymous memory can be handed out
+        // while this view exists.
         unsafe { self.0.filled() }
     }
 }
@@ -342,15 +348,15 @@ pub struct SegmentAccess<'a> {
 }
 
 impl SegmentAccess<'_> {
-    /// Copies bytes from `offset` in the segment to `buffer`, and returns how many (fewer than
-    /// `buffer` holds at the segment's end). If a holder of the dma-buf writes at the same time,
-    /// the copy may be a mix of old and new bytes.
+    /// Copies bytes from `offset` in the segment to `buffer`, and returns how many: fewer than the
+    /// buffer's length if the segment ends earlier. If others write to the memory at the same
+    /// time, the copy may be a mix of old and new bytes.
     pub fn read_at(&self, buffer: &mut [u8], offset: usize) -> usize {
         let bytes = buffer.len().min(self.segment.len().saturating_sub(offset));
         if bytes > 0 {
             // SAFETY: `offset` is below the segment's length.
             let from = unsafe { self.address().add(offset) };
-            // SAFETY: `from` has that many bytes left, mapped and initialised; the buffer has at
+            // SAFETY: `from` has that many bytes left, mapped and initialized; the buffer has at
             // least as many, in this process's own memory. No reference to the segment's bytes is
             // made, so others may write to them.
             unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), buffer.as_mut_ptr(), bytes) };
@@ -368,9 +374,10 @@ impl SegmentAccess<'_> {
     /// Returns the bytes.
     ///
     /// # Safety
-    /// No holder of the dma-buf may write to it while the slice lives.
+    /// Nothing may write to the bytes while the slice lives: neither a holder of the dma-buf, nor
+    /// code that has the address of [`PrivateMemory`](crate::PrivateMemory) in the same memory.
     pub unsafe fn as_slice(&self) -> &[u8] {
-        // SAFETY: the caller guarantees that no holder of the dma-buf writes to it.
+        // SAFETY: the caller guarantees that nothing writes to the bytes.
         unsafe { self.segment.filled() }
     }
 }
@@ -419,11 +426,12 @@ pub(crate) struct Contiguous {
 }
 
 impl Contiguous {
-    /// Returns the bytes `range` of the file, all of which these segments hold, in order.
+    /// Returns a view of the bytes `range` of the file. `segments` are those of the file, in
+    /// order.
     ///
     /// # Errors
-    /// [`Error::HandedOut`] for the first segment of the range whose dma-buf was handed out;
-    /// [`Error::NotLoaded`] if the segments do not hold the range.
+    /// [`Error::NotLoaded`] if no span of segments holds the whole range; [`Error::HandedOut`] for
+    /// the first segment in the range that can't be viewed ([`Segment::bytes`]).
     ///
     /// # Panics
     /// If the segments of a span are not laid out in memory as in the file.

@@ -19,12 +19,12 @@
 //!   Windows with room for fewer than [`MANY`] permits are exempt, because that would cost too
 //!   much speed.
 //!
-//! Loads that hold nothing are served in turn: the components that grant permits (the scheduler,
-//! the driver, the thread pool) use round-robin order. The same rules govern reads in flight,
-//! staging, registered buffers and threads.
+//! Loads that hold nothing all get their turn: the scheduler and the driver serve loads
+//! round-robin, and the thread pool serves reads in order of arrival. The same rules govern reads
+//! in flight, staging, registered buffers and threads.
 
-/// A budget that loads share. Does only the bookkeeping; the scheduler decides which loads wait.
-/// `L` identifies a load.
+/// A number of bytes that loads share by permits. Does only the bookkeeping; the scheduler decides
+/// which loads wait. `L` identifies a load.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Window<L> {
     bytes: u64,
@@ -39,10 +39,12 @@ pub(crate) struct Window<L> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Permitted {
     Yes,
-    /// The load is at its share. Other loads need not wait for it.
+    /// The load holds something, and the permit exceeds a share or does not fit. Other loads need
+    /// not wait for it.
     LoadAtShare,
-    /// The load holds nothing, but its file system is at its share. Loads from that file system
-    /// must not overtake it, or it could wait forever; loads from others may.
+    /// The load holds nothing, but other loads from its file system do, and the permit exceeds
+    /// their share or does not fit. Loads from that file system must not overtake this one, or it
+    /// could wait forever; loads from others may.
     FileSystemAtShare,
     /// The load's file system holds nothing, but the permit does not fit. No other load may
     /// overtake it, or it could wait forever.
@@ -75,8 +77,8 @@ pub(crate) fn may_have_one(all: u64, taken: u64, held: Held) -> bool {
     may_have(all, taken, held, 1, 1)
 }
 
-/// Whether a load that holds `held` of `all`, of which `taken` is taken, may take `more`, if a
-/// permit of the size `usual` must still fit.
+/// Whether a load that holds `held` of `all`, of which `taken` is taken, may take `more`. `usual`
+/// is the amount to leave for others, where something must be left.
 fn may_have(all: u64, taken: u64, held: Held, more: u64, usual: u64) -> bool {
     let file_system_may_have = |taken, held| within_share(all, taken, held, more, usual);
     let leaves_one = || file_system_may_have(taken.saturating_add(more), held.by_file_system.saturating_add(more));
@@ -109,7 +111,8 @@ impl<L: Clone + PartialEq> Holders<L> {
         self.taken
     }
 
-    /// How much this load holds, and how much all loads hold for files on this file system.
+    /// How much this load holds in total, and how much all loads hold for files on this file
+    /// system.
     pub(crate) fn held_by(&self, load: &L, file_system: u64) -> Held {
         let mut held = Held::default();
         for (other, from, amount) in &self.held {
@@ -259,8 +262,7 @@ mod tests {
             assert_eq!(take_in_turn(&mut window, [3], [7]), [third], "of {size}");
             assert_eq!(window.take(&4, 7, 1), Permitted::FileSystemAtShare);
             assert_eq!(window.taken_bytes(), size * 3 / 4);
-            // Another file system gets three quarters of the rest, as if the rest were the whole
-            // window.
+            // Another file system gets at least half of the rest.
             assert!(take_in_turn(&mut window, [5], [8])[0] >= size / 8, "of {size}");
             window.give_back(&1, 7, 1);
             assert_ne!(window.take(&5, 8, 1), Permitted::Full);
@@ -294,7 +296,7 @@ mod tests {
         window.give_back(&1, 2, 1);
     }
 
-    /// A load's share of the default window, in batches of 16 MiB.
+    /// The default window, in MiB: eight batches of 16 MiB.
     #[test]
     fn one_load_gets_six_batches_and_two_silent_ones_leave_one() {
         let mut window = Window::new(8 << 4, 1 << 4);

@@ -1,8 +1,9 @@
 //! Checksums of loaded bytes.
 //!
-//! Users can compare with checksums that they already have, so four algorithms are supported:
-//! `sha256`, which model hubs publish; `blake3`, the fast cryptographic one; `crc32c`, which
-//! storage systems keep; and `xxh3`, the cheapest that still detects a swapped page.
+//! Four algorithms are supported, so users can compare with checksums that they already have:
+//! `sha256`, which model hubs publish; `blake3`, which is also cryptographic and usually faster;
+//! `crc32c`, which storage systems keep; and `xxh3`, which is fast and, like `crc32c`, detects
+//! only accidents.
 
 use std::fmt;
 use std::hash::Hasher as _;
@@ -87,7 +88,8 @@ impl Digest {
         Some(Digest { algorithm, bytes })
     }
 
-    /// Creates a digest from hexadecimal digits in either case.
+    /// Creates a digest from hexadecimal digits in either case; `None` if these are not the digits
+    /// of a value of this algorithm.
     pub fn from_hex(algorithm: Algorithm, hex: &str) -> Option<Self> {
         let digit = |at: usize| hex.as_bytes().get(at).and_then(|&byte| char::from(byte).to_digit(16));
         let byte = |at: usize| u8::try_from(digit(2 * at)? << 4 | digit(2 * at + 1)?).ok();
@@ -95,7 +97,7 @@ impl Digest {
         value.filter(|value| hex.len() == 2 * value.len()).and_then(|value| Digest::new(algorithm, &value))
     }
 
-    /// The algorithm that computed it.
+    /// The algorithm.
     pub fn algorithm(&self) -> Algorithm {
         self.algorithm
     }
@@ -146,7 +148,7 @@ pub fn digest(algorithm: Algorithm, bytes: &[u8]) -> Digest {
 #[derive(Clone)]
 pub struct Hasher(HasherState);
 
-// Two of the states are large, so they are boxed. Each chunk then costs one allocation at most.
+// Two of the states are large, so they are boxed. A new hasher costs at most one allocation.
 #[derive(Clone)]
 enum HasherState {
     Sha256(sha2::Sha256),
@@ -167,7 +169,7 @@ impl Hasher {
         })
     }
 
-    /// Its algorithm.
+    /// The algorithm.
     #[must_use]
     pub fn algorithm(&self) -> Algorithm {
         match self.0 {

@@ -81,8 +81,9 @@ impl fmt::Debug for ManifestFile {
 }
 
 impl Manifest {
-    /// Maximum size of a chunk. Every chunk size divides it, and segments begin at its multiples,
-    /// so each segment is verified as a whole before it is handed over.
+    /// Maximum size of a chunk. Every chunk size divides it, and segments of whole files begin at
+    /// its multiples, so no chunk crosses into another segment, and each segment is verified
+    /// before it is handed over.
     pub const LARGEST_CHUNK_BYTES: u64 = 1 << 20;
     /// Minimum size of a chunk.
     pub const SMALLEST_CHUNK_BYTES: u64 = 4096;
@@ -122,7 +123,8 @@ impl Manifest {
         longest.map(|(index, _)| index).or((alone && self.files.len() == 1).then_some(0))
     }
 
-    /// The shortest suffixes of the paths that tell them apart.
+    /// The shortest suffixes that tell the paths apart, all with the same number of components
+    /// unless a path is shorter.
     pub(super) fn shortest_names(paths: &[&Path]) -> Vec<PathBuf> {
         let ends = |depth: usize| -> Vec<PathBuf> {
             let end = |path: &&Path| {
@@ -139,8 +141,8 @@ impl Manifest {
     /// Parses a manifest.
     ///
     /// # Errors
-    /// Where it is invalid, and why. Parsing takes a small multiple of the input's memory and
-    /// never panics.
+    /// Where the manifest is invalid, and why. Parsing takes a small multiple of the input's
+    /// memory and never panics.
     pub fn parse(json: &[u8]) -> Result<Self, ManifestError> {
         let value: Value = serde_json::from_slice(json).map_err(|error| ManifestError(error.to_string()))?;
         let top = Object { at: String::new(), fields: value.as_object().ok_or_else(|| error_at("", "is not an object"))? };

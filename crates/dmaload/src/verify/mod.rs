@@ -1,10 +1,9 @@
 //! Verifies files while they are being loaded (feature `verify`).
 //!
 //! A [`Manifest`] contains a checksum for each chunk of each file. A load with a manifest
-//! ([`crate::LoadOptions::verify`]) checks each chunk as soon as it has arrived, on the loader's
-//! threads, and never hands over a segment with unverified bytes. A single [`Digest`] of a whole
-//! file also verifies it, but all segments except the last one are handed over before the result
-//! is known.
+//! ([`crate::LoadOptions::verify`]) checks the bytes as they arrive, on the loader's threads, and
+//! never hands over a segment with unverified bytes. A single [`Digest`] of a whole file also
+//! verifies it, but all segments except the last one are handed over before the result is known.
 //!
 //! Computes checksums of the bytes that a load passes to it. Reads no payload itself, only a
 //! file's header to name the tensors in a corrupt chunk. Has no threads and needs no shutdown: a

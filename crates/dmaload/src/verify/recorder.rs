@@ -55,8 +55,8 @@ impl Recorder {
     /// The manifest of a completely observed load.
     ///
     /// # Panics
-    /// If it has not seen all bytes of the report's files, because the report is from another
-    /// load.
+    /// If it has not seen all bytes of the report's files, for example because the report is from
+    /// another load, or because the load failed.
     pub fn manifest(&self, report: &Report) -> Manifest {
         let mut seen = self.files.lock().unwrap_or_else(PoisonError::into_inner).clone();
         seen.resize_with(report.files.len(), || self.empty_sums());

@@ -89,13 +89,13 @@ struct VerifiedFile {
     entry: usize,
 }
 
-/// Verifies each chunk.
+/// Verifies the checksum of each chunk.
 #[derive(Debug)]
 struct ByChunks {
     manifest: Arc<Manifest>,
     format: Format,
     files: Vec<VerifiedFile>,
-    /// The current file, and how far it has been read.
+    /// The number of the current file, and the state of its checksums.
     at: Mutex<(usize, Chunks)>,
 }
 

@@ -57,21 +57,22 @@ impl CachedChunks {
 
 const WORD_BITS: usize = u64::BITS as usize;
 
-/// The unit to probe if `cachestat(2)` is not available. A probe that misses reads a page into the
-/// cache, and a load that finds nothing cached should add very little to it: two pages in 2 MiB
-/// are 0.4 %.
+/// Minimum size of the parts that are probed if `cachestat(2)` is not available, rounded down to
+/// whole chunks. A probe that misses reads a page into the cache, and a load that finds little
+/// cached should add very little to it: two pages in 2 MiB are 0.4 %.
 const LEAST_PROBED_BYTES: u64 = 2 << 20;
 
-/// Maximum bytes that one call copies from the cache. If some were evicted in the meantime,
-/// readahead reads no more than these.
+/// Maximum number of bytes that one system call copies from the cache. If some were evicted in the
+/// meantime, readahead reads no more than these.
 const STEP_BYTES: usize = 256 << 10;
 
 impl OpenFile {
-    /// Which chunks of a range are fully cached and may be copied from the cache: none if the
-    /// cache can't be trusted or can't be read without waiting. Does not wait for reads or start
-    /// readahead, but writes back dirty pages and waits for that.
+    /// Which chunks of a range are fully cached and may be copied from the cache: none if
+    /// readahead is on, or if the cache can't be trusted or can't be read without waiting. Neither
+    /// waits for reads nor starts readahead, but waits for running writers and for the writeback
+    /// of dirty pages ([`Self::settle`]).
     pub(crate) fn cached(&self, range: &Range<u64>, chunk_bytes: u64) -> CachedChunks {
-        // With readahead, probing would fill the cache.
+        // With readahead, probing would fill the cache, and earlier reads may have done so.
         let may_ask = self.cache_is_witness && self.is_quiet.load(Ordering::Relaxed);
         let range = range.start..range.end.min(self.identity.bytes);
         if !may_ask || range.is_empty() {
@@ -138,18 +139,19 @@ impl OpenFile {
     /// page cache is trusted (otherwise does nothing).
     ///
     /// A writer inside `write(2)` has already set the time, perhaps before the file was first
-    /// inspected, so this waits for the writer. Stores into dirty mapped pages do not set the
-    /// time, so those pages are written back and thereby write-protected. Takes 3 µs without such
-    /// a writer.
+    /// inspected, so this waits for the writer. (On xfs, reads from the cache wait for it.) Stores
+    /// into dirty mapped pages do not set the time, so those pages are written back and thereby
+    /// write-protected. Takes 3 µs without such writers.
     ///
     /// # Errors
-    /// The error of `lseek(2)` or of the write-back.
+    /// The error of `lseek(2)` or of the writeback.
     pub(crate) fn settle(&self, range: &Range<u64>) -> Result<(), Errno> {
         if !self.cache_is_witness {
             return Ok(());
         }
-        // Takes the lock that writers hold. The offset of this file description is not used, and
-        // ENXIO means that the rest is a hole.
+        // On ext4 and btrfs, takes the lock that writers hold; on xfs, reads from the cache do.
+        // The offset of this file description is not used, and ENXIO means that the file has no
+        // data.
         match seek(&self.buffered, SeekFrom::Data(0)) {
             Ok(_) | Err(Errno::NXIO) => {}
             Err(errno) => return Err(errno),

@@ -12,7 +12,7 @@ fn file_that_is_not_regular_is_reported_by_its_kind() {
     }
 }
 
-/// See `reopen`.
+/// `reopen` explains why.
 #[test]
 fn no_descriptor_is_nonblocking() {
     let file = tempfile::NamedTempFile::new().unwrap();

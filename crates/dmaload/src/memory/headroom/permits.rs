@@ -26,11 +26,12 @@ use super::{Headroom, headroom};
 use crate::support::errno;
 use crate::support::foreign;
 
-/// Memory that may be granted before the limits are checked again. A check reads about a dozen
-/// small files.
+/// After a check, at most this much memory is granted, for at most this long, before the limits
+/// are checked again. A check reads about a dozen small files.
 const BUDGET_BYTES: u64 = 64 << 20;
 const BUDGET_TIME: Duration = Duration::from_millis(200);
-/// A process may take one sixteenth of the free memory without waiting for its turn.
+/// Between two checks, a process may take one sixteenth of the free memory without waiting for its
+/// turn.
 const PART_WITHOUT_TURN: u64 = 16;
 /// How long to wait for a turn while no memory is being allocated. Others hold the lock for as
 /// long as an allocation takes: milliseconds. Waiting longer is pointless, because any process
@@ -45,22 +46,22 @@ const TURN_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 const TURN_CHECK_BYTES: u64 = 1 << 20;
 /// How long to go without turns after failing to obtain one.
 const WITHOUT_TURNS: Duration = Duration::from_secs(10);
-/// When processes of one group run out of memory at the same time, the first one to give up makes
-/// room for the others. Each therefore waits for a different number of these steps, depending on
-/// its process ID.
+/// When processes that share a limit run out of memory at the same time, the first one to give up
+/// makes room for the others. To spread them out, each waits for 0 to 7 of these steps, depending
+/// on its process ID.
 const GIVE_UP_STEP: Duration = Duration::from_millis(150);
 const GIVE_UP_STEPS: u32 = 8;
 /// The interval between checks while waiting.
 const CHECK_INTERVAL: Duration = Duration::from_millis(20);
-/// How long to wait for other allocations to finish if there is not enough memory for all. They
-/// take milliseconds, but a caller's heap may hang.
+/// How long to wait for this process's other allocations to finish if there is not enough memory
+/// for all. They take milliseconds, but a caller's heap may hang.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 #[derive(Debug)]
 struct PermitsState {
     /// Bytes granted and still being allocated.
     granted_bytes: u64,
-    /// Further free bytes, which may be granted without a check until `until`.
+    /// Further bytes that may be granted without a check until `until`.
     budget_bytes: u64,
     until: Option<Instant>,
     /// When to wait for turns again, after failing to obtain one.
@@ -79,7 +80,7 @@ struct Permits {
 
 static PROCESS: Permits = Permits::new();
 
-/// Permission to allocate some memory. Hold it until the memory is allocated.
+/// Permission to allocate some memory. Hold it until the memory's pages are allocated.
 #[derive(Debug)]
 #[must_use = "the memory counts as granted only while the permit is held"]
 pub(crate) struct HeadroomPermit {
@@ -107,7 +108,8 @@ impl ProcessTurn {
                     if next_check <= now {
                         let seen = look().map_or(free, |seen| seen.available_bytes);
                         if seen.abs_diff(free) >= TURN_CHECK_BYTES {
-                            // Processes that have turns are allocating or freeing.
+                            // Free memory changes: the process whose turn it is seems to be
+                            // allocating.
                             deadline = (now + TURN_PATIENCE).min(start + TURN_PATIENCE_MAX);
                             free = seen;
                         }
@@ -134,8 +136,8 @@ impl Drop for HeadroomPermit {
     }
 }
 
-/// Grants `bytes` bytes. If they are not available, calls `make_room` once, which frees what it
-/// can.
+/// Grants `bytes` bytes. If they are not available, waits for other allocations of this process,
+/// and then calls `make_room` once, which frees what it can.
 ///
 /// # Errors
 /// The headroom, if the bytes are still not available.
@@ -327,8 +329,8 @@ mod tests {
         }
     }
 
-    /// Each process holds its turn for longer than the others would wait if nothing were
-    /// allocated.
+    /// Each of four processes holds its turn for 0.8 s, so the last ones wait longer than the 1 s
+    /// after which they would give up if nothing were allocated.
     #[test]
     fn long_turn_is_awaited_while_memory_is_being_allocated() {
         const MIB: u64 = 1 << 20;

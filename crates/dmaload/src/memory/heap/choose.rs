@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 /// | name | heap |
 /// |---|---|
 /// | `auto` | [`MemfdHeap`] |
-/// | `dma-buf` | [`UdmabufHeap`], which makes dma-bufs without a copy, else the dma-heap `system` |
+/// | `dma-buf` | [`UdmabufHeap`], which makes dma-bufs without a copy, or else the dma-heap `system` |
 /// | `memfd` | [`MemfdHeap`] |
 /// | `anon` | [`AnonHeap`] |
 /// | `udmabuf` | [`UdmabufHeap`] |
@@ -34,7 +34,7 @@ pub enum HeapChoice {
     /// Any heap; currently memfd.
     #[default]
     Auto,
-    /// A heap that provides dma-bufs: udmabuf, or the dma-heap `system` if udmabuf cannot be
+    /// A heap that provides dma-bufs: udmabuf, or the dma-heap `system` if udmabuf can't be
     /// opened.
     DmaBuf,
     /// Memfds.
@@ -55,9 +55,10 @@ impl HeapChoice {
     /// `pages` is the page size to populate with.
     ///
     /// # Errors
-    /// [`Error::NoDmaBuf`] if no heap provides dma-bufs; [`Error::Config`] for [`Pages::Small`] or
-    /// [`Pages::Huge`] on a dma-heap, whose driver chooses the page sizes; otherwise the errors of
-    /// [`UdmabufHeap::open`] and [`DmaHeap::open`].
+    /// [`Error::NoDmaBuf`] for [`HeapChoice::DmaBuf`] if neither heap can be opened;
+    /// [`Error::Config`] for [`HeapChoice::DmaHeap`] with any `pages` but [`Pages::Auto`], because
+    /// a dma-heap's driver chooses the page sizes; otherwise the errors of [`UdmabufHeap::open`]
+    /// and [`DmaHeap::open`].
     pub fn open(&self, pages: Pages) -> Result<(Arc<dyn Heap>, Option<String>)> {
         let heap: Arc<dyn Heap> = match self {
             HeapChoice::Auto | HeapChoice::Memfd => Arc::new(MemfdHeap { pages }),

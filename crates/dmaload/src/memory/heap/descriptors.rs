@@ -11,11 +11,11 @@ use crate::error::Result;
 
 type AllocateFn = Box<dyn Fn(usize) -> Result<OwnedFd, Errno> + Send + Sync>;
 
-/// A heap around a vendor's allocator, or any other, that returns dma-buf descriptors.
+/// A heap around an allocator, such as a vendor's, that returns dma-buf descriptors.
 ///
 /// Checks that each descriptor is a dma-buf and large enough. It can't check that nothing else
-/// writes to the memory, so creating one is `unsafe`. Assumes that all pages are allocated at
-/// once, and maps the memory with `mmap(2)` of the descriptor.
+/// writes to the memory, so creating this heap is `unsafe`. Assumes that all pages are allocated
+/// at once, and maps the memory with `mmap(2)` of the descriptor.
 pub struct FromDescriptors {
     name: String,
     allocate: AllocateFn,
@@ -71,7 +71,7 @@ unsafe impl Heap for FromDescriptors {
         let fd = (self.allocate)(bytes).map_err(|errno| HeapError::new("allocate a dma-buf", bytes, errno))?;
         let dma_buf = DmaBuf::from_fd(fd).map_err(|error| HeapError::new(error.operation, bytes, error.errno))?;
         if dma_buf.bytes() < bytes {
-            // The errno that the kernel returns when a dma-buf is too small.
+            // As `mmap(2)` would return for a length beyond the end of the dma-buf.
             return Err(HeapError::new("use a dma-buf that is too short", bytes, Errno::EINVAL));
         }
         Ok(Memory::DmaBuf(dma_buf))

@@ -11,8 +11,8 @@ use crate::error::Result;
 /// A dma-heap of this machine: `system`, a CMA region, or one that the vendor provides.
 ///
 /// Mappings of the kernel's own system heap can't be pinned, so reads are bounced
-/// ([`crate::Route::Bounce`]). If a mapping can be pinned, reads go straight into it. The first
-/// load finds out which.
+/// ([`crate::Route::Bounce`]). If a heap's mappings can be pinned, reads go straight into them.
+/// The first load finds out by trying.
 #[derive(Debug)]
 pub struct DmaHeap {
     device: dmabuf::DmaHeap,
@@ -73,8 +73,8 @@ unsafe impl Heap for DmaHeap {
         true
     }
 
-    /// Judges by the name, which is all that user space can see: vendors name heaps of such memory
-    /// `system-uncached`, `mtk_mm-uncached`, and the like.
+    /// Judges by the name, because user space can't see anything else: vendors give heaps of such
+    /// memory names like `system-uncached` and `mtk_mm-uncached`.
     fn is_uncached(&self) -> bool {
         self.name.contains("uncached")
     }

@@ -11,8 +11,8 @@ use crate::error::{Result, SizeLimit};
 /// Callbacks around the calls to a heap; see [`Hooked`]. By default, each does nothing and leaves
 /// the heap's results unchanged.
 ///
-/// The calls come from the loader's worker threads, several at a time, and may block. A call that
-/// panics fails its load with [`crate::Error::Panicked`].
+/// The calls come from the same threads as those to a [`Heap`], several at a time, and may block.
+/// A call that panics fails its load with [`crate::Error::Panicked`].
 pub trait HeapHooks: fmt::Debug + Send + Sync + 'static {
     /// Replaces the heap's name in reports and errors.
     fn name(&self) -> Option<Cow<'_, str>> {
@@ -75,7 +75,8 @@ pub trait HeapHooks: fmt::Debug + Send + Sync + 'static {
 
 /// A heap with callbacks around its calls, to count, delay or fail them.
 ///
-/// The hooks see sizes and offsets but never the memory, so this needs no `unsafe`.
+/// The hooks see addresses, sizes and offsets, but get no access to the memory, so this needs no
+/// `unsafe`.
 ///
 /// ```
 /// use dmaload::heap::{HeapError, HeapHooks, Hooked, MemfdHeap};
@@ -116,7 +117,8 @@ impl<H: Heap, K: HeapHooks> Hooked<H, K> {
 }
 
 // SAFETY: memory comes from the inner heap, whose implementer guarantees the contract. The hooks
-// see only numbers, and can't change any result that the contract covers.
+// get no reference to the memory, and can't change any result that the contract covers, except to
+// an error.
 #[allow(unsafe_code)]
 unsafe impl<H: Heap, K: HeapHooks> Heap for Hooked<H, K> {
     fn name(&self) -> Cow<'_, str> {

@@ -5,8 +5,8 @@ use std::borrow::Cow;
 use super::{Heap, HeapError, Memfd, Memory, Pages, private};
 use crate::error::Result;
 
-/// Memfds: each segment has a file descriptor that other processes can map. Needs no device and no
-/// privileges, so it is the default.
+/// Memfds: each segment has a file descriptor, its own or one shared with other small segments,
+/// that other processes can map. Needs no device and no privileges, so it is the default.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct MemfdHeap {
     /// The page size to populate with.
@@ -39,7 +39,7 @@ unsafe impl Heap for MemfdHeap {
     }
 }
 
-/// Private memory with transparent huge pages, for callers that need no file descriptor.
+/// Private anonymous memory, for callers that need no file descriptor.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct AnonHeap {
     /// The page size to populate with.

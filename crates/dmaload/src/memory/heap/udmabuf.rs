@@ -13,9 +13,10 @@ use crate::support::errno;
 /// Memfds that are exported as dma-bufs once they are full: storage devices write straight into
 /// the dma-buf's pages. Requires `/dev/udmabuf`.
 ///
-/// Reads go through the mapping of the memfd, not of the dma-buf, which newer kernels can't pin.
-/// On Linux 6.11 to 6.15 it uses only small pages, because drivers see wrong bytes on 2 MiB pages
-/// there (see [`Udmabuf::huge_pages_show_wrong_bytes`]).
+/// Reads go through the mapping of the memfd, because newer kernels can't pin mappings of the
+/// dma-buf. On Linux 6.11 to 6.15 the heap uses only small pages, unless opened with
+/// [`UdmabufHeap::open_despite_bug`]: there, drivers that map 2 MiB pages into the kernel see
+/// wrong bytes (see [`Udmabuf::huge_pages_show_wrong_bytes`]).
 #[derive(Debug)]
 pub struct UdmabufHeap {
     device: Udmabuf,
@@ -61,12 +62,12 @@ impl UdmabufHeap {
         }
     }
 
-    /// Like [`UdmabufHeap::open`], but uses 2 MiB pages even on kernels with the bug, where
+    /// Like [`UdmabufHeap::open`], but permits 2 MiB pages even on kernels with the bug, where
     /// importers that map the dma-buf into the kernel see wrong bytes. For callers whose importers
     /// do not map it: an importer that only uses its DMA addresses is not affected.
     ///
     /// # Errors
-    /// Those of [`UdmabufHeap::open`].
+    /// [`Error::Device`]; [`Error::Memory`] if no dma-buf can be created.
     pub fn open_despite_bug(pages: Pages) -> Result<Self> {
         let wrong = Udmabuf::huge_pages_show_wrong_bytes() && pages != Pages::Small;
         let note = "2 MiB pages despite the bug of this kernel: drivers that map the udmabuf see wrong bytes";
@@ -116,8 +117,8 @@ unsafe impl Heap for UdmabufHeap {
         let populated = mapping.populate(memory, part, self.pages)?;
         let huge = populated.pages.is_some_and(|pages| pages.huge_bytes > 0);
         if huge && self.avoids_bug() {
-            // The kernel is not known to ignore the advice against huge pages. If it does, fail
-            // rather than show wrong bytes.
+            // No kernel is known to ignore the advice against huge pages. If one does, fail rather
+            // than show wrong bytes.
             return Err(HeapError::new("keep 2 MiB pages out of a udmabuf", bytes, Errno::EOPNOTSUPP));
         }
         Ok(populated)

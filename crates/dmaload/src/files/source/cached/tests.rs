@@ -171,7 +171,8 @@ fn checking_the_cache_starts_no_readahead() {
                 assert!(found == CachedChunks::default() || may_seem_cached, "{what}, by probes: {probes}: {found:?}");
                 std::thread::sleep(Duration::from_millis(3));
             }
-            // Three probes per range, plus two for each chunk that seems to be cached.
+            // Three probes for each of four ranges, plus two for each of the eight chunks of a
+            // range that seems to be partly cached: the first, because of the header.
             let seem_cached = if may_outrun_probes() { 4 } else { 1 };
             let most = 100_008_u64.next_multiple_of(page) + if probes { (4 * 3 + seem_cached * 8 * 2) * page } else { 0 };
             match cached_bytes(&opened.buffered) {
