@@ -110,12 +110,12 @@ pub(crate) trait Kernel {
     /// Allocates `bytes` bytes of populated memory that can be pinned.
     fn staging(&mut self, bytes: usize) -> Result<Self::Staging, Errno>;
 
-    /// Has another thread copy, if one can be started (see [`Self::lacks_threads`]). Completes like
-    /// a read; the only possible error is [`Fault::Memory`].
+    /// Has another thread copy, if one can be started (see [`Self::lacks_threads`]). Completes
+    /// like a read; the only possible error is [`Fault::Memory`].
     ///
     /// # Safety
-    /// Until the completion is reaped, or forever if it never is: source and target stay mapped for
-    /// `copy.bytes` bytes and don't overlap, nothing writes to the source, and nothing else
+    /// Until the completion is reaped, or forever if it never is: source and target stay mapped
+    /// for `copy.bytes` bytes and don't overlap, nothing writes to the source, and nothing else
     /// accesses the target.
     #[allow(unsafe_code)]
     unsafe fn copy(&mut self, copy: StagedCopy);
@@ -124,8 +124,8 @@ pub(crate) trait Kernel {
     fn set_copiers(&mut self, threads: usize);
 
     /// Has another thread copy from the page cache, without waiting for storage. Completes like a
-    /// read. Fewer bytes than requested, or [`Fault::Read`], mean that the rest has to be read from
-    /// storage, usually because it was evicted.
+    /// read. Fewer bytes than requested, or [`Fault::Read`], mean that the rest has to be read
+    /// from storage, usually because it was evicted.
     ///
     /// # Safety
     /// Until the completion is reaped, or forever if it never is: the place stays mapped for
@@ -142,8 +142,8 @@ pub(crate) trait Kernel {
     #[allow(unsafe_code)]
     unsafe fn observe(&mut self, request: ObserveRequest);
 
-    /// Whether any copy was done or refused on this thread because no other could be started. Reads
-    /// then wait for copies.
+    /// Whether any copy was done or refused on this thread because no other could be started.
+    /// Reads then wait for copies.
     fn lacks_threads(&self) -> bool;
 
     /// How many threads of the implementation are busy.
@@ -152,8 +152,8 @@ pub(crate) trait Kernel {
     }
 
     /// Submits queued operations. With `wait`, blocks until a completion is available or the
-    /// thread is woken. After an error, this kernel is unusable, and any queued operation may be in
-    /// flight.
+    /// thread is woken. After an error, this kernel is unusable, and any queued operation may be
+    /// in flight.
     fn submit(&mut self, wait: bool) -> Result<(), Errno>;
 
     /// Takes the completions that are available.

@@ -42,8 +42,8 @@ pub(crate) struct FileSpec<F> {
 /// An output of the driver for the thread around it.
 #[derive(Debug)]
 pub(crate) enum Output<B> {
-    /// All bytes of a piece were read and, if the load is observed, observed. `route` is the lowest
-    /// route by which any of them were read from storage; `None` if none were.
+    /// All bytes of a piece were read and, if the load is observed, observed. `route` is the
+    /// lowest route by which any of them were read from storage; `None` if none were.
     PieceFull { load: LoadId, piece: usize, route: Option<Route>, buffer: B },
     /// Any other event of a load.
     Event { load: LoadId, event: LoadEvent },
@@ -63,11 +63,11 @@ pub(crate) enum LoadEvent {
     Retried { retried: Retried },
     /// An operation on a piece was timed; only if the load is traced.
     Traced { piece: usize, span: TimedSpan },
-    /// The load can't be finished. Reported once. Each of its buffers is released when no operation
-    /// on it is in flight.
+    /// The load can't be finished. Reported once. Each of its buffers is released when no
+    /// operation on it is in flight.
     Failed { failure: Failure },
-    /// The driver has released the load and all of its buffers, or leaked them. Contains the load's
-    /// observation, because dropping that may run the caller's code.
+    /// The driver has released the load and all of its buffers, or leaked them. Contains the
+    /// load's observation, because dropping that may run the caller's code.
     Gone { times: Times, observation: Option<Observation> },
 }
 
@@ -128,7 +128,8 @@ pub(crate) enum Failure {
     Ended { file: usize, offset: u64, route: Route },
     /// A route was refused, and the load is strict.
     Refused { file: usize, offset: u64, route: Route, attempt: Attempt, errno: Errno },
-    /// An observer rejected these bytes or panicked, or no thread could be started to observe them.
+    /// An observer rejected these bytes or panicked, or no thread could be started to observe
+    /// them.
     Rejected { file: usize, offset: u64, bytes: u64 },
     /// No staging could be allocated.
     Staging { bytes: u64, errno: Errno },

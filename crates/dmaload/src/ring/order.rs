@@ -1,5 +1,4 @@
-//! Puts items that become ready in any order in the order of their positions, and releases them one
-//! at a time.
+//! Collects items that become ready in any order, and releases them one at a time, by position.
 
 use std::collections::BTreeMap;
 

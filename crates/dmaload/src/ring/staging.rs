@@ -154,8 +154,8 @@ impl<S: Buffer> Staging<S> {
         }
         let registered = self.slots.iter().filter(|slot| slot.buffer_slot.is_some()).count();
         let slot = Some(self.slots.get_mut(slot.0).expect(SLOT)).filter(|slot| slot.buffer_slot.is_none())?;
-        // One entry of the table is reserved for pieces. If no other is free, the slot is read into
-        // without registration for now, which is not a refusal.
+        // One entry of the table is reserved for pieces. If no other is free, the slot is read
+        // into without registration for now, which is not a refusal.
         let place = if registered + 1 < usize::from(kernel.buffer_slots()) { buffer_slots.pop() } else { None }?;
         match kernel.register_buffer(place, slot.buffer.address(), slot.buffer.bytes()) {
             Ok(()) => {

@@ -103,8 +103,8 @@ pub(super) struct LoadEntry {
     pub(super) spec: LoadSpec,
     pub(super) pieces_left: usize,
     pub(super) chunks: VecDeque<Chunk>,
-    /// Chunks that failed and are retried one at a time: before all others, or in file order if the
-    /// load is observed.
+    /// Chunks that failed and are retried one at a time: before all others, or in file order if
+    /// the load is observed.
     pub(super) alone: VecDeque<Chunk>,
     pub(super) alone_in_flight: bool,
     pub(super) in_flight: usize,
@@ -192,8 +192,8 @@ pub(super) fn split_into_chunks<F, B>(token: Token, entry: &mut PieceEntry<F, B>
     chunks
 }
 
-/// How many bytes of a chunk are done after `bytes` bytes were read. The rest of a direct read must
-/// start at a block boundary, so a partial block does not count and is read again.
+/// How many bytes of a chunk are done after `bytes` bytes were read. The rest of a direct read
+/// must start at a block boundary, so a partial block does not count and is read again.
 pub(super) fn progress(chunk: &Chunk, bytes: u64, route: Route, alignment_bytes: u64) -> u64 {
     let wanted = chunk.range.end - chunk.range.start;
     match bytes {

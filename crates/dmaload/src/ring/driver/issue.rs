@@ -1,5 +1,5 @@
-//! Issues chunks to the kernel: as reads into the piece or into staging, or as copies from the page
-//! cache.
+//! Issues chunks to the kernel: as reads into the piece or into staging, or as copies from the
+//! page cache.
 
 use std::ptr::NonNull;
 use std::sync::atomic::Ordering;
@@ -25,8 +25,8 @@ pub(super) struct Destination {
 }
 
 impl<K: Kernel, B: PieceMemory> Driver<K, B> {
-    /// Issues one chunk. Returns `false` if nothing was issued, because the chunk has to wait for a
-    /// buffer slot or for staging.
+    /// Issues one chunk. Returns `false` if nothing was issued, because the chunk has to wait for
+    /// a buffer slot or for staging.
     pub(super) fn issue_chunk(&mut self, id: LoadId, chunk: Chunk) -> bool {
         if chunk.cached {
             self.issue_cached(id, chunk);
@@ -117,7 +117,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         self.start_read(id, in_flight, route, Destination { buffer_slot, address, bytes, place });
     }
 
-    /// Starts a read by the route `by`, which differs from the file's route for reads into staging.
+    /// Starts a read by the route `by`, which differs from the file's route for reads into
+    /// staging.
     pub(super) fn start_read(&mut self, id: LoadId, in_flight: InFlight, by: Route, to: Destination) {
         let Destination { buffer_slot, address, bytes, place } = to;
         let entry = self.pieces.get_mut(in_flight.chunk.piece).expect(PIECE);
@@ -129,10 +130,10 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         self.counters.in_flight.fetch_add(1, Ordering::Relaxed);
         let token = self.reads.insert(in_flight);
         let read = Read { token, load: id, route: by, buffer_slot, address, bytes, offset, place };
-        // SAFETY: the address is in the piece's buffer or in a staging slot, and no other operation
-        // uses this part of the buffer, or the slot. The piece's entry owns the buffer and is
-        // removed only when its `in_flight` is 0; the slot stays taken until `complete` gets this
-        // read's completion. `give_up` leaks both instead.
+        // SAFETY: the address is in the piece's buffer or in a staging slot, and no other
+        // operation uses this part of the buffer, or the slot. The piece's entry owns the buffer
+        // and is removed only when its `in_flight` is 0; the slot stays taken until `complete`
+        // gets this read's completion. `give_up` leaks both instead.
         unsafe { self.kernel.read(&entry.file.handle, read) };
         let load = self.loads.get_mut(&id).expect(LOAD);
         load.in_flight += 1;

@@ -76,8 +76,9 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         }
     }
 
-    /// Handles a failed read. If the error refuses this route and there is a lower one, the read is
-    /// retried by that. Otherwise it is retried once, alone, and a second failure fails the load.
+    /// Handles a failed read. If the error refuses this route and there is a lower one, the read
+    /// is retried by that. Otherwise it is retried once, alone, and a second failure fails the
+    /// load.
     ///
     /// The kernel merges neighboring reads into one request, and all of them fail if the medium
     /// can't read one block of it. Alone, only the read that covers the bad block fails.

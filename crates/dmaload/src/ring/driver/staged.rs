@@ -1,5 +1,6 @@
 //! Staged reads: reads into staging, followed by copies into the piece. The route `bounce` always
-//! uses staging; other routes do if the load is observed there, or if a ring can't populate memory.
+//! uses staging; other routes do if the load is observed there, or if a ring can't populate
+//! memory.
 
 use super::super::kernel::{Kernel, StagedCopy};
 use super::super::message::{Failure, LoadEvent, Output};
