@@ -146,8 +146,8 @@ fn longer_phase_hides_the_shorter_one() {
     for (allocating, reading) in [(10, 10), (10, 3), (3, 10), (10, 1), (1, 10)] {
         let (total, _) = simulate(2, allocating * MS, reading * MS);
         let (longer, shorter) = (allocating.max(reading), allocating.min(reading));
-        // The first piece is allocated before any read, and the last one is read after all
-        // allocations. Only then does the shorter phase not overlap with the longer one.
+        // The shorter phase adds the time of one piece: of the first allocation or of the last
+        // read.
         assert_eq!(total, (PIECES * longer + shorter) * MS, "allocating {allocating} ms, reading {reading} ms");
     }
 }
