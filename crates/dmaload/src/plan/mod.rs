@@ -289,8 +289,8 @@ impl Plan {
     }
 }
 
-/// Splits a range into parts of `step` bytes; the last may be shorter. A `step` of 0 splits
-/// nothing.
+/// Splits a range into parts of `step` bytes; the last may be shorter. If `step` is 0, the whole
+/// range is one part.
 pub(crate) fn split(range: Range<u64>, step: u64) -> impl Iterator<Item = Range<u64>> {
     let step = NonZeroU64::new(step).map_or(u64::MAX, NonZeroU64::get);
     let mut start = range.start;

@@ -216,7 +216,8 @@ fn run<B: PieceMemory>(shared: &RingShared<B>, limits: &RingLimits, started: Ins
             driver.abandon(load);
         }
         driver.issue();
-        // Files come before the outputs: when a load's end is reported, it holds no files here.
+        // Files come before the outputs: when a load's end is reported, the driver holds none of
+        // its files.
         let released = driver.take_released();
         if !released.is_empty() {
             events.on_released_files(released);
