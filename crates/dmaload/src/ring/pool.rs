@@ -334,7 +334,7 @@ impl ThreadPool {
     /// Takes the completions that are available.
     ///
     /// # Panics
-    /// If a thread has panicked: its job never completes, so nothing may wait for that.
+    /// If a thread has panicked: its job never completes, and nothing may wait for it.
     pub(crate) fn reap(&self, into: &mut Vec<Completion>) {
         let mut queues = self.shared.queues();
         if let Some(panic) = queues.broken.take() {
