@@ -3,19 +3,21 @@
 use std::fmt;
 
 /// A pattern: `*` matches any text, `?` any character, `{a,b}` either alternative, and `{0..3}` a
-/// number in that range, both ends included (`{00..12}` has leading zeros). A name that is spelled
-/// exactly like the pattern always matches.
+/// number in that range, both ends included (`{00..12}` has leading zeros). A name that is equal
+/// to the pattern's text always matches.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Pattern {
     source: String,
     alternatives: Vec<String>,
 }
 
-/// The maximum number of patterns that braces may expand to.
+/// Maximum number of patterns to which braces may expand.
 const ALTERNATIVES_LIMIT: usize = 4096;
 const LENGTH_LIMIT_BYTES: usize = 4096;
 
 impl Pattern {
+    /// Parses a pattern.
+    ///
     /// # Errors
     /// Why the pattern is invalid.
     pub(crate) fn new(source: &str) -> Result<Self, String> {
@@ -27,7 +29,7 @@ impl Pattern {
         Ok(Pattern { source: source.to_owned(), alternatives })
     }
 
-    /// A literal name, whatever characters it contains.
+    /// A pattern that matches only this name, whatever characters it contains.
     pub(crate) fn literal(name: &str) -> Self {
         Pattern { source: name.to_owned(), alternatives: Vec::new() }
     }
@@ -107,8 +109,8 @@ fn numbers(text: &str) -> Option<Result<Vec<String>, String>> {
     Some(Ok((from..=to).map(|number| format!("{number:0width$}")).collect()))
 }
 
-/// Whether a name matches a pattern without braces. On a mismatch only the last star is extended,
-/// so the time is at most proportional to the product of the lengths.
+/// Whether a name matches a pattern without braces. After a mismatch, only the text of the last
+/// star is extended, so the time is at most proportional to the product of the lengths.
 fn is_match(pattern: &str, name: &str) -> bool {
     let (mut pattern, mut name) = (pattern.chars(), name.chars());
     // The pattern after the last star, and the part of the name that the star has not consumed.

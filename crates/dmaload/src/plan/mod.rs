@@ -1,5 +1,6 @@
 //! The plan of a load: how its files are divided into segments, the memories that hold the
-//! segments, the pieces in which they are filled, and the reads.
+//! segments, the batches in which memory is allocated, and the pieces in which it is filled. The
+//! driver splits pieces into chunks.
 //!
 //! ```text
 //!   a large file |---------------- bytes ------------------|  small: a |---| b |--| c |---------|
@@ -14,7 +15,7 @@
 //! them need only a few allocations and can have huge pages. Each begins at a multiple of the
 //! alignment, as direct reads require.
 //!
-//! The plan is made of spans: whole files, or the parts of them that [`select`] selects. Small
+//! A plan is made from spans: whole files, or the parts of files that [`select`] selects. Small
 //! spans are treated like small files.
 //!
 //! Pure: uses no clock and makes no system calls, so the same input always gives the same result.
@@ -32,13 +33,13 @@ use crate::options::choices::Layout;
 
 const HUGE_PAGE_BYTES: u64 = dmabuf::HUGE_PAGE_BYTES as u64;
 
-/// The sizes that shape a plan. Each is a multiple of every file's alignment.
+/// The options that shape a plan. The sizes are multiples of every file's alignment.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Shape {
     pub(crate) layout: Layout,
     pub(crate) segment_bytes: u64,
-    /// How much is allocated and populated at once. If it equals `segment_bytes`, each memory is
-    /// one batch.
+    /// Maximum size of a batch. If it is no smaller than `segment_bytes`, each memory that small
+    /// files share is one batch.
     pub(crate) batch_bytes: u64,
     /// Whether small files share memories.
     pub(crate) packed: bool,
@@ -53,10 +54,10 @@ pub(crate) struct Span {
     /// The number of the file.
     pub(crate) file: usize,
     pub(crate) range: Range<u64>,
-    /// Position in the caller's order of requests.
+    /// Its place in the caller's order of requests, from 0. Several spans may have the same.
     pub(crate) class: usize,
-    /// The range to move to the beginning of the memory once everything is read. Such a span is a
-    /// single segment.
+    /// The range of the file to move to the beginning of the memory once the span is read. Such a
+    /// span is a single segment.
     pub(crate) moved: Option<Range<u64>>,
     /// Whether the span is one segment, however large.
     pub(crate) single: bool,
@@ -69,11 +70,12 @@ impl Span {
     }
 }
 
-/// The plan of all spans of a load. All lists are in span order.
+/// The plan of all spans of a load. All lists except `files` are in span order.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Plan {
     /// The length of the address range that holds all memories.
     pub(crate) memory_bytes: u64,
+    /// By number of the file.
     pub(crate) files: Vec<FileParts>,
     pub(crate) memories: Vec<MemoryPlan>,
     pub(crate) segments: Vec<SegmentPlan>,
@@ -81,18 +83,18 @@ pub(crate) struct Plan {
     pub(crate) pieces: Vec<Piece>,
 }
 
-/// A file's parts, as indices into the plan.
+/// Where a file's parts are in the plan.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct FileParts {
-    /// `None` if nothing of the file is read.
+    /// The first of its segments in the plan; `None` if nothing of the file is read.
     pub(crate) first_segment: Option<usize>,
-    /// The memory that contains the file's last segment.
+    /// The memory that contains the last of its segments.
     pub(crate) last_memory: Option<usize>,
     /// Number of pieces.
     pub(crate) pieces: usize,
 }
 
-/// A memory: a single allocation of the heap. It holds one segment, or those of many small files.
+/// A memory: one allocation of the heap. It holds one segment, or those of many small spans.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct MemoryPlan {
     /// Offset in the load's address range.
@@ -106,7 +108,7 @@ pub(crate) struct MemoryPlan {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct SegmentPlan {
     pub(crate) file: usize,
-    /// The number of its span. The segments of a span are adjacent.
+    /// The number of its span. The segments of a span are consecutive.
     pub(crate) span: usize,
     pub(crate) memory: usize,
     pub(crate) memory_offset: u64,
@@ -114,8 +116,8 @@ pub(crate) struct SegmentPlan {
     /// Bytes of memory that the segment occupies: the length of its range, rounded up to the
     /// alignment.
     pub(crate) memory_bytes: u64,
-    /// The range that ends up at the segment's beginning; `None` if the bytes stay where they were
-    /// read.
+    /// The range of the file that is moved to the segment's beginning; `None` if the bytes stay
+    /// where they were read.
     pub(crate) moved: Option<Range<u64>>,
 }
 
@@ -128,7 +130,8 @@ pub(crate) struct Batch {
     pub(crate) pieces: Range<usize>,
 }
 
-/// A piece: the part of a batch that belongs to one file. It is registered and filled as a unit.
+/// A piece: the part of a batch that belongs to one segment. It is registered and filled as a
+/// unit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Piece {
     pub(crate) segment: usize,
@@ -144,25 +147,26 @@ pub(crate) struct Piece {
     pub(crate) memory_bytes: u64,
 }
 
-/// How much is allocated and populated at once. Small enough for the first reads to start early
-/// and for a fine-grained window; large enough that the cost per call of registering and
-/// populating does not matter.
+/// The usual maximum size of a batch. Small enough for the first reads to start early and for the
+/// window to be divided finely; large enough that the cost per call of registering and populating
+/// does not matter.
 pub(crate) const BATCH_BYTES: u64 = 16 << 20;
 
-/// Maximum number of files with a part in one batch: each is open while it is read.
+/// Maximum number of files with a part in one batch; each of them is open while it is read.
 pub(crate) const BATCH_FILES: usize = 64;
 
-/// Maximum number of pieces in a plan: 32 TiB in segments of 64 MiB, 1 TiB in segments of 2 MiB. A
-/// plan takes up to 400 bytes per piece, and a sparse file of any length costs nothing to create,
-/// so the size of a plan must be bounded.
+/// Maximum number of pieces in a plan. For long files, pieces grow up to the size of a segment, so
+/// this is enough for 32 TiB in segments of 64 MiB, or 1 TiB in segments of 2 MiB. A plan takes up
+/// to 400 bytes per piece, and a sparse file of any length costs nothing to create, so the size of
+/// a plan must be bounded.
 pub(crate) const MOST_PIECES: u64 = 1 << 19;
 
-/// Files of up to a quarter of a segment share memories. For larger ones, the savings are not
-/// worth waiting for the other files.
+/// Spans of up to a quarter of a segment share memories. For larger ones, fewer allocations are
+/// not worth waiting for the other spans of the memory.
 const PACKED_PART: u64 = 4;
 
 impl Shape {
-    /// Estimates how many pieces spans of these lengths are cut into, without making a plan.
+    /// Estimates the number of pieces of spans with these lengths, without making a plan.
     pub(crate) fn count_pieces(&self, lengths: impl Iterator<Item = u64>) -> u64 {
         let batch_bytes = self.batch_bytes.min(self.segment_bytes).max(1);
         lengths.map(|bytes| bytes.div_ceil(batch_bytes)).fold(0, u64::saturating_add)
@@ -183,8 +187,8 @@ impl Plan {
             Layout::Single => u64::MAX,
         };
         let mut plan = Plan { files: vec![FileParts::default(); alignments.len()], ..Plan::default() };
-        // The alignment and the number of spans of the last memory, if more small spans may join
-        // it.
+        // The alignment and the number of spans of the last memory, if further small spans may
+        // join it.
         let mut pack: Option<(u64, usize)> = None;
         for (number, span) in spans.iter().enumerate() {
             let &alignment = alignments.get(span.file).expect("each file has an alignment");
@@ -193,7 +197,7 @@ impl Plan {
             let packed = shape.shares_memory(span.range.end - span.range.start);
             for file_range in split(span.range.clone(), if span.single { u64::MAX } else { segment_bytes }) {
                 let memory_bytes = (file_range.end - file_range.start).next_multiple_of(alignment);
-                // A memory that is allocated at once is one batch.
+                // If a memory is a single batch, the limit on a batch's files applies to it.
                 let most = if shape.batch_bytes < shape.segment_bytes { usize::MAX } else { shape.batch_files };
                 let room = |&(packed_at, count): &(u64, usize)| {
                     let taken = plan.memories.last().map_or(0, |memory| memory.bytes);
@@ -220,8 +224,8 @@ impl Plan {
         self.memories.last().map_or(0, |memory| memory.range_offset + memory.bytes)
     }
 
-    /// Adds a memory. If it continues a span, it begins where the last one ends; otherwise at the
-    /// next huge page boundary.
+    /// Adds a memory. If it continues a span, it begins where the last memory ends; otherwise, it
+    /// begins at the next boundary of a huge page.
     fn begin_memory(&mut self, continues_span: bool) {
         let end = self.end_of_range();
         let range_offset = if continues_span { end } else { end.next_multiple_of(HUGE_PAGE_BYTES) };
@@ -246,15 +250,16 @@ impl Plan {
     /// Cuts a memory into batches, and those into pieces.
     fn cut_into_batches(&mut self, number: usize, Shape { batch_bytes, batch_files, .. }: Shape) {
         let Plan { files, memories, segments, batches, pieces, .. } = self;
-        let memory = memories.get_mut(number).expect("memories are cut one by one");
-        let own = segments.get(memory.segments.clone()).expect("an allocation has planned segments");
+        let memory = memories.get_mut(number).expect("only existing memories are cut");
+        let own = segments.get(memory.segments.clone()).expect("the segments of a memory are planned before its batches");
         memory.pieces = pieces.len()..pieces.len();
         let (mut start, mut segment) = (0, 0);
         while start < memory.bytes {
             let mut end = start.saturating_add(batch_bytes).min(memory.bytes);
             if let Some(next) = own.get(segment + batch_files).filter(|next| next.memory_offset < end) {
-                // Ending a batch inside a huge page would split that page into small ones. Done
-                // only if the files are so tiny that a batch of them is less than a huge page.
+                // The batch would have parts of too many files. Ending it inside a huge page would
+                // split that page into small ones, so that is done only if the batch would
+                // otherwise be empty.
                 let whole = next.memory_offset / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
                 end = if whole > start { whole } else { next.memory_offset };
             }
@@ -284,7 +289,8 @@ impl Plan {
     }
 }
 
-/// Splits a range into parts of `step` bytes; the last may be shorter.
+/// Splits a range into parts of `step` bytes; the last may be shorter. If `step` is 0, the whole
+/// range is one part.
 pub(crate) fn split(range: Range<u64>, step: u64) -> impl Iterator<Item = Range<u64>> {
     let step = NonZeroU64::new(step).map_or(u64::MAX, NonZeroU64::get);
     let mut start = range.start;
@@ -344,7 +350,7 @@ mod tests {
     fn small_files_share_memories_and_batches_end_at_huge_pages() {
         let shape = large_shape(16 * MIB);
         let plan = planned(&vec![700_000; 2000], shape);
-        // Each takes 171 pages, so 95 of them fit into 64 MiB.
+        // Each file takes 171 pages, so 95 of them fit into 64 MiB.
         assert_eq!((plan.memories.len(), plan.segments.len()), (22, 2000));
         let whole = |batch: &Batch| batch.memory_offset.is_multiple_of(HUGE_PAGE_BYTES);
         assert!(plan.batches.iter().all(whole) && plan.batches.len() == 21 * 4 + 1, "{} batches", plan.batches.len());
@@ -386,8 +392,8 @@ mod tests {
             let layout = if single { Layout::Single } else { Layout::Segmented };
             let shape = Shape { packed, batch_files, ..shape(layout, segment_pages * 2, batch_pages * 2) };
             let alignments: Vec<u64> = bytes.iter().zip(large).map(|(_, large)| if large { 2 * ALIGNMENT } else { ALIGNMENT }).collect();
-            // Some files have one span, which may be a part, and others have two, the last one
-            // first.
+            // Some files have one span, which may be a part of the file. Others have two, and the
+            // second half is requested first.
             let mut spans = Vec::new();
             for (file, (&bytes, alignment)) in bytes.iter().zip(&alignments).enumerate() {
                 let cut = (bytes / 2).next_multiple_of(*alignment).min(bytes);

@@ -1,5 +1,5 @@
-//! Selects the bytes of its files that a load reads: all, a range, those of some tensors, or a
-//! rank's part.
+//! Selects which bytes of its files a load reads: all, a range, those of some tensors, or a rank's
+//! part.
 //!
 //! ```text
 //!   tensors  |--a--|-------b-------|--c--|------------------- d -------------------|--e--|
@@ -7,8 +7,8 @@
 //!   spans      |-------------------------------------------|                     |---------|
 //! ```
 //!
-//! A span is read in one go: the wanted ranges together with small gaps between them, extended to
-//! the blocks that direct reads need. Ranges that were requested earlier come in earlier spans.
+//! A span is contiguous: it joins wanted ranges with the small gaps between them, extended to the
+//! blocks that direct reads need. Ranges that were requested earlier are in earlier spans.
 //!
 //! Pure: uses no clock and makes no system calls.
 
@@ -23,7 +23,7 @@ use crate::plan::Span;
 use crate::plan::glob::Pattern;
 use crate::support::convert::to_usize;
 
-/// A checked [`Select`].
+/// A checked [`Select`], and what has been found while applying it.
 #[derive(Debug, Default)]
 pub(crate) struct Selector {
     patterns: Option<Vec<Pattern>>,
@@ -31,7 +31,7 @@ pub(crate) struct Selector {
     shard: Option<Shard>,
     /// Which patterns have matched a tensor.
     matched: Vec<bool>,
-    /// Tensors that the cut between ranks affects in a way that may surprise the caller.
+    /// Tensors that a cut between ranks affects in a way that may surprise the caller.
     affected: AffectedTensors,
     /// Number of files from which this rank gets no tensors, or no bytes.
     files_without: usize,
@@ -54,11 +54,11 @@ impl AffectedTensors {
 /// The parts of a file to read.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Selected {
-    /// Sorted by request order, then by place in the file.
+    /// Sorted by request class, then by place in the file.
     pub(crate) spans: Vec<Span>,
-    /// `None` if all tensors are loaded as they are in the file.
+    /// `None` if no tensors were selected: all tensors in the spans are loaded as they are.
     pub(crate) tensors: Option<Arc<ChosenTensors>>,
-    /// Bytes that were requested, without those that are read along with them.
+    /// Number of bytes that were requested, without those that are read along with them.
     pub(crate) wanted_bytes: u64,
 }
 
@@ -67,7 +67,7 @@ pub(crate) struct Selected {
 pub(crate) struct ChosenTensor {
     /// Position in the tensor map.
     pub(crate) position: usize,
-    /// Position in the caller's order of requests; the same for all matches of a pattern.
+    /// Request class: the index of the first pattern that matches the tensor; 0 without patterns.
     pub(crate) class: usize,
     pub(crate) part: TensorSlice,
 }
@@ -91,7 +91,7 @@ impl ChosenTensors {
         &self.list
     }
 
-    /// The tensors that the file owns, each as a whole; `None` if it owns all of its tensors.
+    /// The tensors that the file owns, each as a whole; `None` if it owns all that it contains.
     pub(crate) fn owned(map: &TensorMap, owns: impl Fn(&str) -> bool) -> Option<Self> {
         let whole = |(position, info): (usize, &TensorInfo)| {
             let part = TensorSlice { shape: info.shape.clone(), rows: Rows::single(info.file_range.clone()) };
@@ -142,14 +142,14 @@ impl Rows {
         self.count * (self.first.end - self.first.start)
     }
 
-    /// The range from the start of the first to the end of the last.
+    /// The range from the start of the first row to the end of the last.
     pub(crate) fn hull(&self) -> Range<u64> {
         self.first.start..self.first.end + self.count.saturating_sub(1) * self.stride_bytes
     }
 }
 
-/// Gaps of up to this size between two wanted ranges are read rather than skipped: that takes no
-/// longer than a separate read.
+/// Maximum size of a gap between two wanted ranges that is read rather than skipped: reading it
+/// takes no longer than another read would.
 const GAP_BYTES: u64 = 128 << 10;
 
 impl Selected {
@@ -217,8 +217,8 @@ impl Selector {
         self.shard.is_some_and(|shard| shard.dim.is_none())
     }
 
-    /// Notes the effects of a cut by bytes on a file: tensors of which this rank has only a part,
-    /// and whether it has nothing of the file.
+    /// Records the effects of a cut by bytes on a file: tensors of which this rank gets only a
+    /// part, and whether it gets nothing of any tensor or, without tensors, no bytes.
     pub(crate) fn note_cut(&mut self, map: Option<&TensorMap>, selected: &Selected, part: &Range<u64>) {
         let own: Vec<&Range<u64>> = selected.spans.iter().map(|span| &span.range).collect();
         let (mut has_any, mut is_touched) = (false, false);
@@ -234,18 +234,19 @@ impl Selector {
         self.files_without += usize::from(has_nothing);
     }
 
-    /// Describes effects of the cut between ranks that may surprise the caller.
+    /// Describes effects of a cut between ranks that may surprise the caller.
     pub(crate) fn notes(&self) -> Vec<String> {
         let Some(shard) = self.shard else { return Vec::new() };
         let Shard { rank, world_size, dim } = shard;
         let affected = self.affected.first.as_ref().map(|first| {
             let count = self.affected.count;
-            let tensors = if count == 1 { format!("tensor {first:?}") } else { format!("{count} tensors, {first:?} first,") };
+            let tensors = if count == 1 { format!("tensor {first:?}") } else { format!("{count} tensors (first: {first:?})") };
             match dim {
                 None => format!(
-                    "{tensors} {} split between ranks: part {rank} of {world_size} contains only a part of each (cut along a \
+                    "{tensors} {} split between ranks: part {rank} of {world_size} contains only a part of {} (cut along a \
                      dimension to avoid that)",
-                    if count == 1 { "is" } else { "are" }
+                    if count == 1 { "is" } else { "are" },
+                    if count == 1 { "it" } else { "each" }
                 ),
                 Some(dim) => {
                     format!("part {rank} of {world_size} contains nothing of {tensors}: dimension {dim} is too short")
@@ -277,8 +278,8 @@ impl Selector {
         self.patterns.as_ref().is_none_or(|patterns| patterns.iter().any(|pattern| pattern.matches(name)))
     }
 
-    /// Passes the value that comes with each matching name to `matched`. Returns whether every
-    /// pattern has matched a name.
+    /// Calls `matched` with the value of each name that a pattern matches; `names` are pairs of a
+    /// name and a value. Returns whether every pattern has matched a name.
     pub(crate) fn select_names<'a>(
         &self,
         names: impl Iterator<Item = (&'a str, &'a str)>,
@@ -300,8 +301,8 @@ impl Selector {
         seen.into_iter().all(|seen| seen)
     }
 
-    /// Selects what to read of a file in which the model is `part`, from the tensors that the file
-    /// owns. `alignment`, a power of two, is what direct reads need.
+    /// Selects what to read of a file. Its range `part` is the model, and only tensors that the
+    /// file owns are considered. `alignment`, a power of two, is what direct reads need.
     ///
     /// # Errors
     /// The reason, to be appended to the path.
@@ -321,7 +322,7 @@ impl Selector {
             return Ok(Selected::of_range(part.start + range.start..part.start + range.end, file_bytes, alignment));
         }
         if let Some(Shard { rank, world_size, dim: None }) = self.shard {
-            // Cut at block boundaries, so no rank reads another rank's bytes.
+            // The cuts are at block boundaries, so no rank reads another rank's bytes.
             let cut = |rank: u32| match share_start(bytes, rank, world_size) {
                 0 => part.start,
                 at => (part.start + at).next_multiple_of(alignment).min(part.end),
@@ -351,7 +352,8 @@ impl Selector {
         Ok(Selected { spans, tensors: Some(Arc::new(ChosenTensors::new(chosen))), wanted_bytes })
     }
 
-    /// The first pattern that matches this tensor. Marks all matching patterns as matched.
+    /// The index of the first pattern that matches this tensor, or 0 without patterns. Marks all
+    /// matching patterns as matched.
     fn match_tensor(&mut self, name: &str) -> Option<usize> {
         let Some(patterns) = &self.patterns else { return Some(0) };
         let mut first = None;
@@ -381,7 +383,10 @@ fn share_start(all: u64, rank: u32, world_size: u32) -> u64 {
     u64::try_from(start).expect("a part is no larger than the whole")
 }
 
-/// A rank's part of a tensor. A tensor without the dimension to cut belongs to every rank.
+/// A rank's part of a tensor. All ranks get all of a tensor without the dimension to cut.
+///
+/// # Errors
+/// If the cut splits a block of a quantized type.
 fn rank_slice(tensor: &TensorInfo, shard: Option<Shard>) -> Result<TensorSlice, String> {
     let TensorInfo { name, dtype, shape, file_range } = tensor;
     let whole = || TensorSlice { shape: shape.clone(), rows: Rows::single(file_range.clone()) };
@@ -392,7 +397,7 @@ fn rank_slice(tensor: &TensorInfo, shard: Option<Shard>) -> Result<TensorSlice, 
     let mut own = shape.clone();
     own[dim] = to_usize(end - start);
     if file_range.is_empty() {
-        // The product of its other dimensions may overflow, so don't compute it.
+        // Don't multiply the other dimensions: their product may overflow.
         return Ok(TensorSlice { shape: own, rows: Rows::single(file_range.clone()) });
     }
     let product = |dims: &[usize]| dims.iter().map(|&dim| dim as u64).product::<u64>();
@@ -413,29 +418,30 @@ fn rank_slice(tensor: &TensorInfo, shard: Option<Shard>) -> Result<TensorSlice, 
     Ok(TensorSlice { shape: own, rows })
 }
 
-/// Merges sorted ranges that are close to each other and extends them to whole blocks. Skips empty
-/// ranges.
+/// Extends sorted ranges to whole blocks, merges those that are close to each other, and appends
+/// them to `into` as spans of this class. Skips empty ranges.
 fn coalesce(ranges: impl Iterator<Item = Range<u64>>, file_bytes: u64, alignment: u64, class: usize, into: &mut Vec<Span>) {
     let first = into.len();
     for range in ranges.filter(|range| !range.is_empty()) {
         let (start, end) = (range.start / alignment * alignment, range.end.next_multiple_of(alignment).min(file_bytes));
         match into.get_mut(first..).and_then(<[_]>::last_mut) {
-            // Ranges of different tensors never overlap, so a range never begins before the last
-            // one.
+            // Tensors never overlap, so no range begins before the last one.
             Some(last) if start <= last.range.end.saturating_add(GAP_BYTES) => last.range.end = last.range.end.max(end),
             _ => into.push(Span { file: 0, range: start..end, class, moved: None, single: false }),
         }
     }
 }
 
-/// Spans for [`crate::Layout::Tensors`]. Each holds whole tensors and is no longer than
-/// `most_bytes`, unless it is a single tensor, which is one segment if it fits into
-/// `single_bytes`. Each tensor begins at a multiple of the importer's alignment, counted from the
-/// beginning of its memory; if its place in the file does not allow that, it gets its own span and
-/// is moved.
+/// Makes the spans for [`crate::Layout::Tensors`].
+///
+/// Each span holds whole tensors and is no longer than `most_bytes`, unless it holds a single
+/// tensor. That is one segment if it fits into `single_bytes`. Each tensor begins at a multiple of
+/// the importer's alignment, counted from the beginning of its memory. If its place in the file
+/// does not allow that, it gets its own span and is moved.
 ///
 /// # Errors
-/// [`Error::Unaligned`].
+/// [`Error::Unaligned`] if a tensor has to be moved, but the importer does not allow copies or the
+/// tensor is longer than `single_bytes`.
 pub(crate) fn tensor_spans(
     selected: &Selected,
     map: &TensorMap,
@@ -446,7 +452,7 @@ pub(crate) fn tensor_spans(
     importer: ImporterLimits,
 ) -> Result<Vec<Span>> {
     let wanted = importer.alignment_bytes;
-    // The alignment in the file that direct reads preserve.
+    // Spans begin at multiples of `alignment`, so reading keeps a tensor's alignment up to that.
     let kept = wanted.min(alignment);
     let mut spans: Vec<Span> = Vec::new();
     let mut add = |info: &TensorInfo, range: Range<u64>, class: usize| {

@@ -1,11 +1,11 @@
-//! The tensors of a file and which of them are read.
+//! The tensors of a file, and which of them are read.
 
 use std::sync::Arc;
 
 use super::select::{ChosenTensors, Rows, TensorSlice};
 use crate::model::TensorMap;
 
-/// The tensors of a file and which of them are read.
+/// See the module documentation.
 #[derive(Debug)]
 pub(crate) struct FileTensors {
     pub(crate) map: Arc<TensorMap>,
@@ -18,7 +18,7 @@ impl FileTensors {
         self.chosen.as_ref().map_or(self.map.len(), |chosen| chosen.list().len())
     }
 
-    /// The position in the map of tensor number `number` in read order.
+    /// The position in the map of the tensor that is number `number` in read order.
     pub(crate) fn position_of(&self, number: usize) -> Option<usize> {
         match &self.chosen {
             Some(chosen) => chosen.list().get(number).map(|chosen| chosen.position),
@@ -26,7 +26,7 @@ impl FileTensors {
         }
     }
 
-    /// The request class of tensor number `number` in read order.
+    /// The request class of the tensor that is number `number` in read order.
     pub(crate) fn class_of(&self, number: usize) -> Option<usize> {
         match &self.chosen {
             Some(chosen) => chosen.list().get(number).map(|chosen| chosen.class),

@@ -19,9 +19,10 @@
 //! read from storage.
 //!
 //! Memory: a piece's buffer is moved in with [`Driver::enqueue_piece`], and leaves with
-//! [`Output::PieceFull`] or is dropped here; either happens only when no read into it is in
-//! flight. A load that failed or was abandoned keeps its buffers here until its last read has
-//! completed. If the kernel itself fails, buffers with reads in flight are leaked.
+//! [`Output::PieceFull`] or is dropped here. Either happens only when no operation on it is in
+//! flight. After a load has failed or was abandoned, each of its buffers is dropped when its last
+//! operation has completed. If the kernel itself fails, or a shutdown passes its deadline, buffers
+//! with operations in flight are leaked.
 //!
 //! The driver makes no system calls and reads no clock: it reaches the outside only through
 //! [`Kernel`].
@@ -75,17 +76,18 @@ pub(crate) struct Driver<K: Kernel, B: PieceMemory> {
     loads: HashMap<LoadId, LoadEntry>,
     turns: VecDeque<LoadId>,
     pieces: Slots<PieceEntry<K::File, B>>,
-    /// Reads, and the copies and observations that follow them.
+    /// Operations in flight: reads, copies and observations.
     reads: Slots<InFlight>,
     /// Which loads have operations in flight, and for which file systems.
     in_flight: Holders<LoadId>,
+    /// Free entries of the kernel's table of registered buffers.
     buffer_slots: Vec<u16>,
     /// Which loads have registered pieces.
     registered: Holders<LoadId>,
     staging: Staging<K::Staging>,
     /// The pace of the threads that copy.
     pace: Pace,
-    /// The number of slots at the start, if staging grows with the threads.
+    /// The initial number of staging slots, if staging grows with the threads that copy.
     growing_from: Option<usize>,
     known: Known,
     completions: Vec<Completion>,
@@ -155,9 +157,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         std::mem::take(&mut self.outputs)
     }
 
-    /// Takes the files of pieces that were output or dropped. These may be the last references,
-    /// and closing a file may wait for its server, so the caller must have another thread drop
-    /// them.
+    /// Takes the files of pieces that were output or dropped. They may be the last references, and
+    /// closing a file may wait for its server, so the caller must have another thread drop them.
     pub(crate) fn take_released(&mut self) -> Vec<(LoadId, K::File)> {
         std::mem::take(&mut self.released)
     }
@@ -234,23 +235,23 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
             load.chunks.extend(split_into_chunks(token, entry, chunk_bytes));
         }
         if let Some(errno) = refused {
-            // The ring was refused, and with it all of its routes: a single step leads to the
-            // first route without a ring.
+            // The ring was refused, and with it all routes that use it: a single step leads to the
+            // equivalent route on threads.
             self.step_down(token, route, route.without_ring(), Attempt::SetUpRing, errno, piece.file_offset);
             // A strict load has failed, and may be gone.
             if let Some(load) = self.loads.get_mut(&id) {
                 load.staging_reported = true;
             }
         }
-        // A strict load always tries, so it fails for the real reason.
+        // A strict load ignores known refusals, so it fails only if it is refused itself.
         let known = if strict { None } else { self.known.refusal(mount, route, self.kernel.now()) };
         if let Some((to, attempt, errno)) = known {
             self.step_down(token, route, to, attempt, errno, piece.file_offset);
         }
     }
 
-    /// Abandons a load: no further reads are submitted, and its memory and files are released when
-    /// its last read has completed.
+    /// Abandons a load: no further reads are submitted. Pieces without operations in flight are
+    /// released immediately, and each of the others when its last operation has completed.
     pub(crate) fn abandon(&mut self, id: LoadId) {
         if let Some(load) = self.loads.get_mut(&id) {
             if !std::mem::replace(&mut load.ended, true) {
@@ -297,8 +298,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     /// Submits reads to the kernel, optionally waits, and handles completions.
     ///
     /// # Errors
-    /// The kernel's error, if the kernel can't be used any more. Only [`Self::give_up`] may be
-    /// called then.
+    /// The kernel's error, if the kernel can no longer be used. [`Self::give_up`] must be called
+    /// next.
     pub(crate) fn turn(&mut self, wait: bool) -> Result<(), Errno> {
         self.kernel.submit(wait)?;
         let mut completions = std::mem::take(&mut self.completions);
@@ -310,8 +311,9 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         Ok(())
     }
 
-    /// Gives up when the kernel has failed or the time is up: fails every load with `failure`, and
-    /// leaks memory that reads may still write to. Returns how many bytes were leaked.
+    /// Gives up after the kernel has failed, or at the deadline of a shutdown: fails every load
+    /// with `failure`, and leaks memory with operations in flight. Returns how many bytes were
+    /// leaked.
     pub(crate) fn give_up(&mut self, failure: Failure) -> u64 {
         self.counters.in_flight.store(0, Ordering::Relaxed);
         let mut leaked = 0;
@@ -322,7 +324,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         for token in self.pieces.tokens() {
             let mut entry = self.pieces.remove(token).expect(PIECE);
             if entry.in_flight == 0 {
-                // Without this, a ring that is never closed would keep the buffer's pages pinned.
+                // A kernel that failed is leaked: its ring is never closed, and would keep the
+                // buffer's pages pinned.
                 self.unregister(&mut entry);
                 self.released.push((entry.load, entry.file.handle));
             } else {
@@ -447,7 +450,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         }
     }
 
-    /// Handles a piece whose bytes have all been read.
+    /// Finishes a piece after its last byte was read: zeroes the tail and unregisters the buffer.
+    /// Then outputs the piece or, if it has to be observed, queues its observation.
     fn finish_piece(&mut self, token: Token) {
         let entry = self.pieces.get_mut(token).expect(PIECE);
         assert_eq!(entry.in_flight, 0, "a piece with all its bytes has no read in flight");
@@ -477,7 +481,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         }
     }
 
-    /// Outputs a full piece. If the load is observed, its bytes were observed before.
+    /// Outputs a full piece, whose bytes have been observed if the load is.
     fn output_piece(&mut self, token: Token) {
         let entry = self.pieces.remove(token).expect(PIECE);
         self.kernel.detach(&entry.file.handle);
@@ -502,8 +506,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         }
     }
 
-    /// Drops the pieces of an ended load that no read is writing to; after the last one, removes
-    /// the load.
+    /// Drops the pieces of an ended load that have no operations in flight, and removes the load
+    /// when none is left.
     fn release_idle(&mut self, id: LoadId) {
         let tokens = std::mem::take(&mut self.loads.get_mut(&id).expect(LOAD).pieces);
         let mut busy = Vec::new();
@@ -553,7 +557,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
 }
 
 impl<K: Kernel, B: PieceMemory> Drop for Driver<K, B> {
-    /// Reads are in flight here only after a panic; memory that they may write to is leaked.
+    /// Operations are in flight here only after a panic; their memory is leaked.
     fn drop(&mut self) {
         if !self.reads.is_empty() {
             self.give_up(Failure::Kernel { errno: Errno::CANCELED });

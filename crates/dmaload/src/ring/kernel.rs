@@ -14,11 +14,10 @@ use crate::ring::watch::Watch;
 use crate::route::Route;
 use crate::support::id::LoadId;
 
-/// One read.
+/// A read from a file into memory.
 #[derive(Debug, Clone)]
 pub(crate) struct Read {
     pub(crate) token: Token,
-    /// The load it belongs to.
     pub(crate) load: LoadId,
     pub(crate) route: Route,
     /// The registered buffer that `address` lies in; only for [`Route::UringFixedDirect`].
@@ -31,7 +30,7 @@ pub(crate) struct Read {
     pub(crate) place: Option<Place>,
 }
 
-/// A copy from a staging buffer to its place.
+/// A copy from a staging buffer to a place in a piece.
 #[derive(Debug, Clone)]
 pub(crate) struct StagedCopy {
     pub(crate) token: Token,
@@ -40,7 +39,7 @@ pub(crate) struct StagedCopy {
     pub(crate) bytes: usize,
 }
 
-/// A copy of a file's bytes from the page cache.
+/// A copy of a file's bytes from the page cache to a place in a piece.
 #[derive(Debug, Clone)]
 pub(crate) struct CachedRead {
     pub(crate) token: Token,
@@ -70,14 +69,14 @@ pub(crate) struct Completion {
 pub(crate) trait Kernel {
     /// A file to read from; every clone keeps it open.
     type File: Clone;
-    /// Memory that any read can use, for [`Route::Bounce`].
+    /// Populated memory for reads into staging, as for [`Route::Bounce`].
     type Staging: Buffer;
 
     /// The time since some fixed moment.
     fn now(&self) -> Duration;
 
     /// Whether io_uring is available. If not, returns the kernel's error, and reads must not use
-    /// routes of the ring.
+    /// routes that need the ring.
     fn ring(&self) -> Result<(), Errno>;
 
     /// How many buffers can be registered at once.
@@ -89,18 +88,18 @@ pub(crate) trait Kernel {
     /// Unpins memory. Must not be called while a read into it is in flight.
     fn unregister_buffer(&mut self, slot: u16);
 
-    /// Announces reads from this file.
+    /// Announces reads from this file. Called once for each piece of the file.
     fn attach(&mut self, file: &Self::File);
 
-    /// Records that no read from this file is in flight, and that none follows until the file is
-    /// attached again.
+    /// Undoes one call of [`Self::attach`]. After the last one, no read from this file is in
+    /// flight, and none follows until the file is attached again.
     fn detach(&mut self, file: &Self::File);
 
     /// Queues a read.
     ///
     /// # Safety
-    /// The memory at `read.address` must stay valid for writes until the read's completion is
-    /// reaped, or forever if it never is.
+    /// Until the read's completion is reaped, or forever if it never is: the `read.bytes` bytes at
+    /// `read.address` stay valid for writes, and nothing else accesses them.
     #[allow(unsafe_code)]
     unsafe fn read(&mut self, file: &Self::File, read: Read);
 
@@ -111,13 +110,13 @@ pub(crate) trait Kernel {
     /// Allocates `bytes` bytes of populated memory that can be pinned.
     fn staging(&mut self, bytes: usize) -> Result<Self::Staging, Errno>;
 
-    /// Has another thread copy. Completes like a read; the only possible error is
-    /// [`Fault::Memory`].
+    /// Has another thread copy, if one can be started (see [`Self::lacks_threads`]). Completes
+    /// like a read; the only possible error is [`Fault::Memory`].
     ///
     /// # Safety
-    /// Until the completion is reaped, or forever if it never is: both places stay mapped for
-    /// `copy.bytes` bytes and don't overlap, nothing writes to the first, and nothing accesses the
-    /// second.
+    /// Until the completion is reaped, or forever if it never is: source and target stay mapped
+    /// for `copy.bytes` bytes and don't overlap, nothing writes to the source, and nothing else
+    /// accesses the target.
     #[allow(unsafe_code)]
     unsafe fn copy(&mut self, copy: StagedCopy);
 
@@ -134,27 +133,27 @@ pub(crate) trait Kernel {
     #[allow(unsafe_code)]
     unsafe fn read_cached(&mut self, file: &Self::File, read: CachedRead);
 
-    /// Has another thread, never this one, run the observer. Completes like a read; after an
-    /// error, the watch holds the verdict.
+    /// Has another thread, never this one, run the load's observers. Completes like a read; after
+    /// an error, the watch holds the verdict.
     ///
     /// # Safety
     /// Until the completion is reaped, or forever if it never is, the bytes stay mapped and
-    /// nothing writes to them. All of them are initialised.
+    /// nothing writes to them. All of them are initialized.
     #[allow(unsafe_code)]
     unsafe fn observe(&mut self, request: ObserveRequest);
 
-    /// Whether a copy was done or refused on this thread, because no other thread could be
-    /// started. Reads then wait for copies.
+    /// Whether any copy was done or refused on this thread because no other could be started.
+    /// Reads then wait for copies.
     fn lacks_threads(&self) -> bool;
 
-    /// How many of its own threads are busy.
+    /// How many threads of the implementation are busy.
     fn busy_threads(&self) -> usize {
         0
     }
 
     /// Submits queued operations. With `wait`, blocks until a completion is available or the
-    /// thread is woken. After an error this kernel is unusable; queued operations may be in
-    /// flight.
+    /// thread is woken. After an error, this kernel is unusable, and any queued operation may be
+    /// in flight.
     fn submit(&mut self, wait: bool) -> Result<(), Errno>;
 
     /// Takes the completions that are available.

@@ -17,7 +17,7 @@ const KNOWN_FOR: Duration = Duration::from_secs(60);
 enum Pinnable {
     #[default]
     Unknown,
-    /// Direct reads have worked, so an EFAULT is not caused by the memory.
+    /// Direct reads into it have worked, so the memory is not the cause of an EFAULT.
     Yes,
     No {
         attempt: Attempt,
@@ -31,7 +31,7 @@ enum Pinnable {
 enum Mount {
     /// Direct reads work; a file that refuses them is an exception.
     Direct,
-    /// Direct reads by routes better than `to` were refused. This is forgotten after `until`.
+    /// Direct reads by routes better than `to` were refused. Known until `until`.
     Refused { to: Route, errno: Errno, until: Duration },
 }
 
@@ -59,7 +59,7 @@ impl Known {
         }
     }
 
-    /// Records that a piece of a file was filled by this route.
+    /// Records that a piece was filled from this file system, by this route or better ones.
     pub(super) fn worked(&mut self, mount: u64, route: Route) {
         if route.is_direct() {
             self.mounts.insert(mount, Mount::Direct);
@@ -69,8 +69,8 @@ impl Known {
         }
     }
 
-    /// The known refusal that concerns reads by this route, with the route to step down to. If
-    /// several apply, returns the one with the lowest route.
+    /// The known refusal of reads by this route, with the route to step down to. If several apply,
+    /// returns the one that leads to the lowest route.
     pub(super) fn refusal(&self, mount: u64, route: Route, now: Duration) -> Option<(Route, Attempt, Errno)> {
         let memory = match self.memory {
             Pinnable::No { attempt, errno, until } if now < until => Some((Route::Bounce, attempt, errno)),

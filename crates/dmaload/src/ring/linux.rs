@@ -1,13 +1,14 @@
 //! The real kernel: io_uring where it is allowed, threads that `pread` where it is not.
 //!
-//! Requires `IORING_OP_READ` (Linux 5.6 or later). Tries these features, and uses them if
-//! available: `SINGLE_ISSUER` with `DEFER_TASKRUN` (6.1 or later; completions are processed on
-//! request, instead of interrupting this thread), and sparse tables of registered buffers and
-//! files (5.19 or later). Not used: `SQPOLL` (2.7 times the CPU time, no gain) and `IOPOLL` (most
-//! devices are not set up for it).
+//! Reads by a ring require `IORING_OP_READ` (Linux 5.6 or later). These features are tried, and
+//! used if available: `SINGLE_ISSUER` with `DEFER_TASKRUN` (6.1 or later; completions are
+//! processed on request, instead of interrupting this thread), sparse tables of registered buffers
+//! and files (5.19 or later), a limit on kernel threads (5.15 or later) and `RWF_DONTCACHE` (6.14
+//! or later). Not used: `SQPOLL` (2.7 times the CPU time, no gain) and `IOPOLL` (most devices are
+//! not set up for it).
 //!
-//! Closing a ring does not end its reads, so a ring is closed only when none is in flight (see
-//! [`super::driver`]).
+//! Closing a ring does not end its reads, so the driver leaks their memory if it gives up a ring
+//! before they have completed (see [`super::driver`]).
 #![allow(unsafe_code)]
 
 pub(crate) mod probe;
@@ -33,8 +34,9 @@ use crate::route::Route;
 use crate::support::errno;
 use crate::support::id::LoadId;
 
-/// Maximum number of registered buffers. A piece is registered from its first read to its last,
-/// and reads are issued piece after piece, so the queue depth bounds how many are needed.
+/// Maximum number of registered buffers: staging slots, and pieces from their first read to their
+/// last. Reads are issued piece after piece, so usually no more pieces are registered than reads
+/// are in flight. Pieces for which no entry is left wait.
 const BUFFER_SLOTS: u16 = 512;
 const FILE_SLOTS: u32 = 64;
 /// No read has this token: its slot index would be 2^32 - 1.
@@ -90,15 +92,15 @@ impl Kernel for LinuxKernel {
 
     fn unregister_buffer(&mut self, slot: u16) {
         if let Ok(ring) = &mut self.ring {
-            // An empty entry can't be refused; even if it were, the pages would only stay pinned
-            // until the slot is reused or the ring is closed.
+            // The kernel does not refuse an empty entry. Even if it did, the pages would only stay
+            // pinned until the slot is reused or the ring is closed.
             let _ = ring.update_buffer(slot, std::ptr::null_mut(), 0);
         }
     }
 
     fn attach(&mut self, file: &Arc<OpenFile>) {
-        // The ring must not hold a file that it never reads: releasing the ring's reference may
-        // close the file.
+        // The ring must not hold a file that it never reads directly: releasing the ring's
+        // reference may close the file, and that may block this thread.
         if let Ok(ring) = &mut self.ring
             && file.ring_refused.is_none()
         {
@@ -181,7 +183,7 @@ impl Kernel for LinuxKernel {
     }
 }
 
-/// Private, populated memory.
+/// Anonymous, populated memory.
 #[derive(Debug)]
 pub(crate) struct StagingMemory(Mapping);
 
@@ -226,7 +228,7 @@ struct Ring {
 struct Uncached {
     /// Reads in flight with the flag: their user data, and the file system's number.
     in_flight: HashMap<u64, u64>,
-    /// File systems that have refused the flag; on older kernels, all of them do.
+    /// File systems that have refused the flag; before Linux 6.14, all of them do.
     refused_by: HashSet<u64>,
 }
 
@@ -259,8 +261,8 @@ impl Ring {
         let ring = set_up(entries)?;
         let buffers = ring.submitter().register_buffers_sparse(u32::from(BUFFER_SLOTS)).map_err(|error| errno(&error));
         let files = FileTable::new(&ring);
-        // If this fails (before Linux 5.15), the kernel uses fewer threads, and reads may wait for
-        // each other.
+        // If this fails (before Linux 5.15), the kernel may use fewer threads, and reads through
+        // the page cache may wait for each other.
         let _ = set_kernel_threads(&ring, depth);
         let mut ring = Ring { ring, queue: Vec::new(), armed: false, buffers, files, uncached: Uncached::default() };
         // Detects kernels that set up rings but refuse to enter them (a seccomp profile).
@@ -345,7 +347,8 @@ impl Ring {
     }
 }
 
-/// Registered files: reads by table index save the kernel a look-up and a reference count.
+/// The ring's table of registered files. A read by table index saves the kernel a lookup and a
+/// reference count.
 struct FileTable {
     /// By file: its slot, if it has one, and the number of pieces that use it.
     slots: HashMap<u64, (Option<u32>, usize)>,
@@ -409,7 +412,7 @@ impl FileTable {
 }
 
 fn length(read: &Read) -> u32 {
-    u32::try_from(read.bytes).expect("a read covers at most one piece: 16 MiB, or a segment")
+    u32::try_from(read.bytes).expect("a read covers at most one chunk: 1 GiB")
 }
 
 /// Allows as many kernel threads for this thread's rings as reads can be in flight, so no read
@@ -420,12 +423,13 @@ fn set_kernel_threads(ring: &IoUring, depth: usize) -> Result<(), Errno> {
     ring.submitter().register_iowq_max_workers(&mut [threads, 0]).map_err(|error| errno(&error))
 }
 
-/// Whether a ring can read through the page cache without reads waiting for each other's servers.
+/// Whether a ring can read through the page cache without making reads wait for each other's
+/// servers.
 pub(crate) fn can_read_buffered() -> bool {
     set_up(8).and_then(|ring| set_kernel_threads(&ring, 1)).is_ok()
 }
 
-/// Ways to set up a ring, best first.
+/// The flags to set up a ring with, best first.
 const WAYS: [fn(&mut io_uring::Builder); 3] = [
     |builder| {
         builder.setup_clamp().setup_single_issuer().setup_defer_taskrun();
@@ -438,11 +442,12 @@ const WAYS: [fn(&mut io_uring::Builder); 3] = [
     },
 ];
 
-/// Tries the ways to set up a ring in order; EINVAL means that the kernel does not know a flag.
+/// Sets up a ring in the first of the [`WAYS`] that works. After EINVAL, which means that the
+/// kernel does not know a flag, the next one is tried.
 fn set_up(entries: u32) -> Result<IoUring, Errno> {
     let mut refused = Errno::INVAL;
-    // The first way processes completions while the thread waits, which it does not do under
-    // valgrind.
+    // In the first way, completions are processed while the thread waits in the kernel, which it
+    // does not do under valgrind.
     for way in WAYS.into_iter().skip(usize::from(cfg!(dmaload_valgrind))) {
         match build(way, entries) {
             Ok(ring) => return Ok(ring),

@@ -22,12 +22,12 @@ pub(crate) struct LoadSpec {
     pub(crate) observation: Option<Observation>,
 }
 
-/// A file of a load; each piece brings a copy.
+/// What the driver needs to know about the file of a piece.
 #[derive(Debug, Clone)]
 pub(crate) struct FileSpec<F> {
     pub(crate) handle: F,
     pub(crate) index: usize,
-    /// The best route that it may be read by.
+    /// The best route by which it may be read.
     pub(crate) route: Route,
     /// The best route for its reads into staging.
     pub(crate) staged_by: Route,
@@ -37,7 +37,7 @@ pub(crate) struct FileSpec<F> {
     pub(crate) alignment_bytes: u64,
     /// Whether direct reads are copies from memory, made by the thread that submits them.
     pub(crate) in_memory: bool,
-    /// Which chunks of the piece are in the page cache.
+    /// Which chunks of the piece were in the page cache when the piece was prepared.
     pub(crate) cached: CachedChunks,
 }
 
@@ -52,14 +52,14 @@ impl<F> FileSpec<F> {
 /// An output of the driver for the thread around it.
 #[derive(Debug)]
 pub(crate) enum Output<B> {
-    /// All bytes of a piece were read. `route` is the lowest route by which any of them came from
-    /// storage; `None` if none did.
+    /// All bytes of a piece were read and, if the load is observed, observed. `route` is the
+    /// lowest route by which any of them were read from storage; `None` if none were.
     PieceFull { load: LoadId, piece: usize, route: Option<Route>, buffer: B },
     /// Any other event of a load.
     Event { load: LoadId, event: LoadEvent },
 }
 
-/// Other events of a load.
+/// An event of a load other than a full piece.
 #[derive(Debug)]
 pub(crate) enum LoadEvent {
     /// A step down the ladder was taken.
@@ -67,17 +67,17 @@ pub(crate) enum LoadEvent {
     /// Less staging could be allocated than the load may use, so fewer of its reads are in flight.
     /// Reported once.
     LessStaging { bytes: u64, errno: Errno },
-    /// No thread could be started for the load's copies, so reads wait for them. Reported once.
+    /// No thread could be started for copies, so reads wait for the load's copies. Reported once.
     NoThread,
     /// A read failed, and is retried once.
     Retried { retried: Retried },
     /// An operation on a piece was timed; only if the load is traced.
     Traced { piece: usize, span: TimedSpan },
-    /// The load can't be finished. Reported once; its memory is released when its last read has
-    /// completed.
+    /// The load can't be finished. Reported once. Each of its buffers is released when no
+    /// operation on it is in flight.
     Failed { failure: Failure },
-    /// The driver has released the load and all of its buffers. Returns the load's observer,
-    /// because dropping it may run the caller's code.
+    /// The driver has released the load and all of its buffers, or leaked them. Contains the
+    /// load's observation, because dropping that may run the caller's code.
     Gone { times: Times, observation: Option<Observation> },
 }
 
@@ -107,7 +107,7 @@ pub(crate) struct Retried {
     pub(crate) errno: Errno,
 }
 
-/// An operation on a piece, timed by the kernel's clock.
+/// An operation on a piece, timed by the driver's clock (`Kernel::now`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct TimedSpan {
     pub(crate) kind: TraceKind,
@@ -116,14 +116,14 @@ pub(crate) struct TimedSpan {
     pub(crate) bytes: u64,
 }
 
-/// How long a load was reading and copying.
+/// How long a load was reading and copying, and how much came from the page cache.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Times {
     /// The time during which at least one read was in flight.
     pub(crate) reading: Duration,
-    /// The time during which at least one copy from staging was running.
+    /// The time during which at least one copy from staging was in flight.
     pub(crate) copying: Duration,
-    /// The time during which at least one copy from the page cache was running.
+    /// The time during which at least one copy from the page cache was in flight.
     pub(crate) from_cache: Duration,
     /// How many bytes were copied from the page cache.
     pub(crate) cached_bytes: u64,
@@ -132,18 +132,19 @@ pub(crate) struct Times {
 /// Why a load failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Failure {
-    /// A read failed for good.
+    /// A read failed, and retrying it did not help.
     Read { file: usize, offset: u64, bytes: u64, route: Route, errno: Errno },
-    /// The file has no bytes at this offset, which is before its planned end.
+    /// No more bytes could be read at this offset, which is before the file's planned end.
     Ended { file: usize, offset: u64, route: Route },
-    /// A route was refused, and the load is strict or there is no lower one.
+    /// A route was refused, and the load is strict.
     Refused { file: usize, offset: u64, route: Route, attempt: Attempt, errno: Errno },
-    /// The observer rejected these bytes.
+    /// An observer rejected these bytes or panicked, or no thread could be started to observe
+    /// them.
     Rejected { file: usize, offset: u64, bytes: u64 },
     /// No staging could be allocated.
     Staging { bytes: u64, errno: Errno },
-    /// The memory for these bytes could not be populated.
+    /// The memory for these bytes could not be populated, or no thread could be started to do so.
     Memory { bytes: u64, errno: Errno },
-    /// The ring failed.
+    /// The ring failed, or a shutdown passed its deadline.
     Kernel { errno: Errno },
 }

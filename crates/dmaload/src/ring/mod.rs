@@ -5,16 +5,17 @@
 //!    └─ driver   the state machine (pure)                 │ one thread
 //!        └─ kernel   the trait: linux, or sim in tests    │
 //!            ├─ io_uring                                 ─┘
-//!            └─ pool    a few threads: pread without io_uring, copies from staging, observers
+//!            └─ pool    threads: pread without io_uring; copies from staging and from the page
+//!                       cache; observers
 //! ```
 //!
 //! The ring reads open files into memory that the engine allocated. It opens no files, allocates
-//! only staging, and never runs the caller's code on its thread. It requires io_uring (Linux 5.6
-//! or later) for the routes that use a ring; where io_uring is refused, threads read with `pread`.
+//! only staging, and never runs the caller's code on its thread. Routes that use a ring require
+//! io_uring (Linux 5.6 or later). Where it is refused, threads read with `pread`.
 //!
 //! Shutdown: the thread ends once it is closed and the driver has no load left, that is, after the
-//! last completion. At the deadline of a shutdown, it leaks memory of reads in flight and ends at
-//! once.
+//! last completion. At the deadline of a shutdown, it leaks memory with operations in flight and
+//! ends at once.
 
 mod driver;
 mod kernel;

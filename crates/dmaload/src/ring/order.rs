@@ -1,8 +1,8 @@
-//! Orders items that become ready in any order by their positions, and releases one at a time.
+//! Collects items that become ready in any order, and releases them one at a time, by position.
 
 use std::collections::BTreeMap;
 
-/// Items that each cover a range, without gaps, starting at 0. Pure bookkeeping.
+/// Items that each cover a range. Together, the ranges start at 0 and have no gaps.
 #[derive(Debug)]
 pub(super) struct InOrder<T> {
     /// Where the next item starts.
@@ -23,7 +23,7 @@ impl<T> InOrder<T> {
         assert!(before.is_none() && start >= self.next, "position {start} is ready twice");
     }
 
-    /// Takes the next item, if it is ready and the previous one is done.
+    /// Takes the next item, if it is ready and the one that was taken before is done.
     pub(super) fn take(&mut self) -> Option<T> {
         if self.busy {
             return None;

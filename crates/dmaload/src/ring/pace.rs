@@ -1,5 +1,5 @@
-//! Decides how many threads a kind of work gets. Threads are added while they are busy and one
-//! more makes the work faster.
+//! Decides how many threads do one kind of work. Threads are added while all are busy and more
+//! threads make the work faster.
 //!
 //! Copiers and, by default, allocators start with at most [`FIRST`] threads. At the end of each
 //! *epoch* (a number of jobs), the pace checks what limited the work. If the threads were busy for
@@ -9,17 +9,16 @@
 //! withdrawn, and not tried again for a while. Threads that are not busy are withdrawn one by one.
 //!
 //! Threads that read wait for storage or for a server rather than for the processor, and each file
-//! system has its own pace for them. They start with [`FIRST_READERS`], and double where copiers
-//! would grow by one: a server that takes 20 ms per answer needs 32 threads, and adding threads
-//! one by one would take gigabytes of reads.
+//! system has its own pace for them. Their number starts at [`FIRST_READERS`]. It doubles or
+//! halves where the number of copiers would change by one: a server that takes 20 ms per answer
+//! needs 32 threads, and adding threads one by one would take gigabytes of reads.
 //!
-//! Pure bookkeeping: it starts no threads and reads no clock. The engine and the simulator both
-//! use it.
+//! Pure: starts no threads and reads no clock. The engine and the simulator both use it.
 
 use std::time::Duration;
 
-/// Initial number of threads. Two copiers keep a device of 9 GiB/s busy, two allocators one of 18
-/// GiB/s.
+/// Initial number of copiers, and of allocators with two processors or more. Two copiers keep a
+/// device of 9 GiB/s busy, two allocators one of 18 GiB/s.
 pub(crate) const FIRST: usize = 2;
 
 /// Maximum number of threads that copy from staging and from the page cache: at 4.5 GiB/s each
@@ -33,16 +32,16 @@ const MOST_ALLOCATORS: usize = 8;
 /// device: they reached its limit, and a single thread reached an eighth of it.
 pub(crate) const FIRST_READERS: usize = 4;
 
-/// Maximum number of threads that read for one load: as many reads as a load may have in flight by
-/// default.
+/// Maximum number of threads that read for one load: by default, a load may have that many reads
+/// in flight.
 pub(crate) const MOST_READERS: usize = 32;
 
 /// Maximum number of epochs to rest after a trial without gain: one epoch after the first such
 /// trial, and twice as many after each further one.
 const REST_EPOCHS_MAX: u32 = 16;
 
-/// How many jobs after a pause are not measured: an empty window fills as fast as threads can
-/// allocate, whatever the device does.
+/// Number of jobs after a pause that are not measured, because they may only fill an empty window:
+/// that is as fast as threads can allocate, whatever the device does.
 const FILLING_JOBS: usize = 5;
 
 /// Maximum number of threads that copy on a machine with `cores` processors.
@@ -75,7 +74,7 @@ struct Epoch {
     before: usize,
     jobs: usize,
     bytes: u64,
-    /// The total time that threads were busy.
+    /// The time that threads were busy, added up over all threads.
     busy: Duration,
 }
 
@@ -89,8 +88,9 @@ enum Growth {
 /// A trial of more threads.
 #[derive(Debug, Clone, Copy)]
 struct PaceTrial {
-    /// The previous number of threads, and their rate in bytes per second.
+    /// The previous number of threads.
     threads: usize,
+    /// Their rate, in bytes per second.
     rate: u64,
 }
 
@@ -128,7 +128,7 @@ impl Pace {
         }
     }
 
-    /// A constant number of threads.
+    /// A pace with a constant number of threads.
     pub(crate) fn fixed(threads: usize) -> Self {
         Pace::new(threads, threads)
     }
@@ -138,7 +138,7 @@ impl Pace {
         Pace { growth: Growth::TwiceAsMany, ..Pace::new(FIRST_READERS, MOST_READERS) }
     }
 
-    /// How many threads may work now.
+    /// How many threads may work at the same time now.
     pub(crate) fn threads(&self) -> usize {
         self.threads
     }
@@ -197,7 +197,7 @@ impl Pace {
         self.epoch = None;
     }
 
-    /// Forgets all running jobs.
+    /// Forgets all jobs, and ends the trial and the epoch.
     pub(crate) fn stop(&mut self) {
         self.jobs = 0;
         self.trial = None;
@@ -280,16 +280,16 @@ mod tests {
 
     const MS: Duration = Duration::from_millis(1);
 
-    /// Simulates a machine on which up to `useful` threads help and each job takes a thread a
-    /// millisecond. Work is available for `load` percent of the time. Returns the maximum number
-    /// of threads, and the final one.
+    /// Simulates a machine on which up to `useful` threads help, and each job takes one of them a
+    /// millisecond. Work is available for about `load` percent of the time. Returns the largest
+    /// and the final number of threads.
     fn simulate_pace(pace: &mut Pace, useful: usize, load: u32, epochs: usize) -> (usize, usize) {
         let mut now = pace.counted;
         let mut most = pace.threads();
         for _ in 0..epochs * 12 {
             let threads = pace.threads();
             (0..threads).for_each(|_| pace.begin(now));
-            // More threads than are useful slow all of them down.
+            // Surplus threads do not help: all jobs then take longer.
             now += MS * u32::try_from(threads).unwrap() / u32::try_from(threads.min(useful)).unwrap();
             let changes = (0..threads).filter(|_| pace.end(now, 1 << 20)).count();
             assert_eq!(changes > 0, pace.threads() != threads);

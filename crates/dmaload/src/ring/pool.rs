@@ -1,9 +1,9 @@
 //! Threads for work that must not block the ring thread: reads without io_uring, by `pread(2)`,
 //! copies from staging and from the page cache, and observations.
 //!
-//! Threads start on demand and end with the pool. They are not joined, since one that hangs in a
-//! dead disk would make the caller hang, too. The driver owns the memory that they write to, and
-//! keeps it until the completion arrives.
+//! Threads start on demand and end after the pool is dropped. They are not joined, since one that
+//! waits for a dead disk would make the caller hang, too. The driver owns the memory that they
+//! use, and keeps it until the completion arrives.
 #![allow(unsafe_code)]
 
 use std::collections::{HashMap, VecDeque};
@@ -48,17 +48,18 @@ struct Queues {
     jobs: VecDeque<PoolJob>,
     /// Which loads threads are reading for, and from which file systems.
     reading: Holders<LoadId>,
-    /// How many threads may read for one load from each file system, by its number; their clock
-    /// starts at `since`.
+    /// How many threads may read for one load from each file system, by the file system's number.
     paces: HashMap<u64, Pace>,
+    /// The start of the clock of `paces`.
     since: Instant,
     done: Vec<Completion>,
     /// How many threads are waiting for a job.
     idle: usize,
-    /// How many threads have a job, and how many may.
+    /// How many threads have a job.
     busy: usize,
+    /// How many threads may have one.
     busy_max: usize,
-    /// The name and message of a thread that panicked.
+    /// The name of a thread that panicked, and its message.
     broken: Option<String>,
     closed: bool,
 }
@@ -79,8 +80,8 @@ impl Queues {
         }
     }
 
-    /// Takes the next job for one of `threads` threads: the first that is not a read of a load or
-    /// file system that already has its share of them.
+    /// Takes the first job that may start on one of `threads` threads. Reads are passed over if
+    /// their load or file system already has its share of the threads.
     fn take(&mut self, threads: usize) -> Option<PoolJob> {
         if self.busy >= self.busy_max {
             return None;
@@ -202,13 +203,13 @@ pub(crate) struct ThreadPool {
     name: &'static str,
     threads: usize,
     threads_max: usize,
-    /// Whether a copy found no other thread, so the calling thread did or refused it.
+    /// Whether the calling thread did or refused a copy because no other thread could be started.
     copied_inline: bool,
 }
 
 impl ThreadPool {
-    /// Creates a pool. Reads, copies and observations have separate pools, because a read that
-    /// hangs in a dead disk must not hold up copies.
+    /// Creates a pool. Reads, copies and observations have separate pools, because reads that wait
+    /// for a dead disk must not hold up copies.
     pub(crate) fn new(wake: Arc<Wake>, name: &'static str, threads_max: usize) -> Self {
         ThreadPool {
             shared: Arc::new(PoolShared { queues: Mutex::new(Queues::new(threads_max)), changed: Condvar::new(), wake }),
@@ -219,7 +220,7 @@ impl ThreadPool {
         }
     }
 
-    /// Queues a read. If no thread can be started, the read fails with ENOMEM.
+    /// Queues a read. If the pool has no thread and can't start one, the read fails with ENOMEM.
     ///
     /// # Safety
     /// As for [`super::kernel::Kernel::read`].
@@ -241,8 +242,9 @@ impl ThreadPool {
         }
     }
 
-    /// Queues a copy. If no thread can be started, copies immediately on the calling thread. If
-    /// that would run a heap's code, which the calling thread must not do, the copy fails.
+    /// Queues a copy. If the pool has no thread and can't start one, copies immediately on the
+    /// calling thread. If that would run a heap's code, which the calling thread must not do, the
+    /// copy fails.
     ///
     /// # Safety
     /// As for [`super::kernel::Kernel::copy`].
@@ -261,8 +263,8 @@ impl ThreadPool {
         }
     }
 
-    /// Queues a copy from the page cache. If no thread can be started, it completes without
-    /// copying anything.
+    /// Queues a copy from the page cache. If the pool has no thread and can't start one, nothing
+    /// is copied, and the copy completes with EAGAIN.
     ///
     /// # Safety
     /// As for [`super::kernel::Kernel::read_cached`].
@@ -275,8 +277,8 @@ impl ThreadPool {
         }
     }
 
-    /// Queues an observation. If no thread can be started, the bytes are rejected: the calling
-    /// thread must not run observers, which are the caller's code.
+    /// Queues an observation. If the pool has no thread and can't start one, the bytes are
+    /// rejected: the calling thread must not run observers, which are the caller's code.
     ///
     /// # Safety
     /// As for [`super::kernel::Kernel::observe`].
@@ -290,8 +292,8 @@ impl ThreadPool {
         }
     }
 
-    /// Sets how many threads may have a job at the same time. More are started when there are jobs
-    /// for them; surplus ones wait.
+    /// Sets how many threads may have a job at the same time. Further threads are started when
+    /// there are jobs for them; surplus threads wait.
     pub(crate) fn set_max_threads(&mut self, threads: usize) {
         self.threads_max = threads;
         self.shared.queues().busy_max = threads;
@@ -325,7 +327,7 @@ impl ThreadPool {
         self.threads > 0
     }
 
-    /// Whether a copy found no other thread, so the calling thread did or refused it.
+    /// Whether the calling thread did or refused a copy because no other thread could be started.
     pub(crate) fn lacks_threads(&self) -> bool {
         self.copied_inline
     }
@@ -338,8 +340,7 @@ impl ThreadPool {
     /// Takes the completions that are available.
     ///
     /// # Panics
-    /// If a thread has panicked: the completion of its job will never come, so nothing may wait
-    /// for it.
+    /// If a thread has panicked: its job never completes, and nothing may wait for it.
     pub(crate) fn reap(&self, into: &mut Vec<Completion>) {
         let mut queues = self.shared.queues();
         if let Some(panic) = queues.broken.take() {
@@ -381,15 +382,15 @@ fn run(shared: &PoolShared, threads: usize) {
             if queues.finish_read(load, mount, bytes) {
                 shared.changed.notify_all();
             } else {
-                // Several jobs may have been waiting for this read, and this thread takes only one
-                // of them.
+                // Several queued reads may have been waiting for this one to end, and this thread
+                // takes only one of them.
                 shared.changed.notify_one();
             }
         }
         match completion {
             Ok(completion) => queues.done.push(completion),
-            // Panics in the caller's code are caught at the call, so this is a bug of ours. The
-            // ring thread panics as well, which fails all loads.
+            // Panics in the caller's code are caught at the call, so this is a bug in the library.
+            // The ring thread panics as well, which fails all loads.
             Err(message) => {
                 let thread = thread::current();
                 queues.broken = Some(format!("{}: {message}", thread.name().unwrap_or("a thread")));
@@ -401,7 +402,8 @@ fn run(shared: &PoolShared, threads: usize) {
 
 fn do_job(job: PoolJob) -> Completion {
     match job {
-        // Drops the file before the driver sees the completion: this may be the last reference.
+        // `file` is dropped before the driver sees the completion and releases its own reference:
+        // the last reference must not be dropped here, since closing a file may block.
         PoolJob::Read(file, read) => pread(&file, &read),
         PoolJob::Copy(copy) => copy_staged(&copy),
         PoolJob::Cached(file, read) => read_cached(&file, &read),
@@ -411,7 +413,7 @@ fn do_job(job: PoolJob) -> Completion {
 
 fn pread(file: &OpenFile, read: &Read) -> Completion {
     if read.route == Route::Buffered {
-        // A failure is ignored: these bytes are then read as they would be without settling.
+        // If this fails, the bytes are read all the same, and late changes may go unnoticed.
         let _ = file.settle(&(read.offset..read.offset + read.bytes as u64));
     }
     let pread = |buffer: &mut [MaybeUninit<u8>], offset| {
@@ -440,7 +442,7 @@ fn pread(file: &OpenFile, read: &Read) -> Completion {
 }
 
 fn copy_staged(copy: &StagedCopy) -> Completion {
-    // SAFETY: the driver guarantees that this many initialised bytes stay mapped, and are not
+    // SAFETY: the driver guarantees that this many initialized bytes stay mapped, and are not
     // written to, until this copy's completion is reaped.
     let mut left = unsafe { std::slice::from_raw_parts(copy.from.as_ptr(), copy.bytes) };
     let mut next = |part: &mut [MaybeUninit<u8>]| {
@@ -470,7 +472,7 @@ fn read_cached(file: &OpenFile, read: &CachedRead) -> Completion {
 }
 
 fn run_observers(request: &ObserveRequest) -> Completion {
-    // SAFETY: the driver guarantees that this many bytes stay mapped and initialised, and are not
+    // SAFETY: the driver guarantees that this many bytes stay mapped and initialized, and are not
     // written to, until this completion is reaped.
     let bytes = unsafe { std::slice::from_raw_parts(request.address.as_ptr(), request.bytes) };
     Completion {

@@ -1,12 +1,11 @@
-//! Slots with generations: the numbers that travel through the kernel as `user_data` and come
-//! back.
+//! Slots with generations. The token of an operation's slot is its `user_data` in the kernel.
 //!
 //! A token packs an index and a generation. A reused slot has a new generation, so a late or
 //! duplicate completion matches no entry, rather than another read's.
 
 use crate::support::convert::to_usize;
 
-/// Identifies a read while the kernel has it.
+/// Identifies an entry of [`Slots`] until it is removed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Token(u64);
 
@@ -28,12 +27,12 @@ impl Token {
     }
 }
 
-/// Converts the index of an entry, which fits into 32 bits (see [`Slots::insert`]).
+/// Converts the index of an entry; [`Slots::insert`] ensures that it fits into 32 bits.
 fn narrow(index: usize) -> u32 {
     u32::try_from(index).expect("the index of an entry has 32 bits")
 }
 
-/// A table of entries that keep their token until they are removed.
+/// A table of entries, each with a token that is valid until the entry is removed.
 #[derive(Debug)]
 pub(crate) struct Slots<T> {
     entries: Vec<(u32, Option<T>)>,
@@ -52,7 +51,7 @@ impl<T> Slots<T> {
             *place = Some(entry);
             return Token::new(index, *generation);
         }
-        let index = u32::try_from(self.entries.len()).expect("fewer than four billion entries are in flight");
+        let index = u32::try_from(self.entries.len()).expect("fewer than four billion entries exist at once");
         self.entries.push((0, Some(entry)));
         Token::new(index, 0)
     }
@@ -103,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn token_survives_the_trip_through_user_data() {
+    fn token_converts_to_user_data_and_back() {
         let mut slots = Slots::new();
         for _ in 0..3 {
             let token = slots.insert(());

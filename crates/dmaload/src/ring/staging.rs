@@ -1,5 +1,5 @@
-//! The staging buffers of [`Route::Bounce`]: a budget of equal slots, allocated on first use and
-//! then reused.
+//! The staging buffers of [`Route::Bounce`]: slots of equal size, allocated on first use and then
+//! reused.
 //!
 //! The slots are small, so copies find their bytes in the processor's cache. Several slots let
 //! reads and copies overlap.
@@ -22,8 +22,8 @@ pub(crate) struct StagingBudget {
 impl StagingBudget {
     /// How many slots may be read into at once. Not all of them, or copies would wait for reads
     /// and reads for copies: a device works on all of its reads at once and finishes them at about
-    /// the same time, so slots for the next reads must be free while these are copied. (With half
-    /// of a load's slots, loads reached 0.93 of a virtual disk's limit; with all of them, 0.57.)
+    /// the same time, so slots must be free for the next reads while these are copied. With reads
+    /// into half of the slots, loads reached 0.93 of a virtual disk's limit; with all, 0.57.
     fn reads(self) -> u64 {
         (self.slots as u64 * 3 / 4).max(1)
     }
@@ -40,7 +40,7 @@ struct StagingBuffer<S> {
     buffer: S,
     /// Its slot in the table of registered buffers.
     buffer_slot: Option<u16>,
-    /// The load that holds it, and the file system that it is read from.
+    /// The load that holds the slot, and the file system from which it is filled.
     taken_by: Option<(LoadId, u64)>,
     /// Whether a read into it is in flight.
     reading: bool,
@@ -60,7 +60,7 @@ pub(crate) struct Staging<S> {
     budget: StagingBudget,
     slots: Vec<StagingBuffer<S>>,
     free: Vec<StagingSlot>,
-    /// Why there are fewer slots than the budget allows.
+    /// The error of the last allocation, if it was refused.
     short: Option<Errno>,
 }
 
@@ -96,9 +96,9 @@ impl<S: Buffer> Staging<S> {
         (taken, held)
     }
 
-    /// Takes a slot for a file of this file system; `None` if the budget is used up, or the load
-    /// or the file system holds its share. With `waits`, all slots that the load holds wait for
-    /// this one, so its share does not limit it.
+    /// Takes a slot to read from this file system into; `None` if no slot is free, or the load or
+    /// the file system holds its share. With `waits`, all slots that the load holds wait for this
+    /// one, so shares do not limit it.
     ///
     /// # Errors
     /// If not even one slot can be allocated.
@@ -111,8 +111,8 @@ impl<S: Buffer> Staging<S> {
     ) -> Result<Option<StagingSlot>, Errno> {
         let (taken, held) = self.held(load, file_system, |_| true);
         let (reading, read_into) = self.held(load, file_system, |slot| slot.reading);
-        // A load that holds no slot waits for others to return theirs, and must not exceed its
-        // file system's share.
+        // A load that holds no slot can wait for others to return theirs, so it must not exceed
+        // its file system's share.
         let counted = |part: Held| if waits && held.by_load > 0 { Held::default() } else { part };
         let may_take = may_have_one(self.budget.slots as u64, taken, counted(held));
         let may_read = may_have_one(self.budget.reads(), reading, counted(read_into));
@@ -140,9 +140,9 @@ impl<S: Buffer> Staging<S> {
         Ok(slot)
     }
 
-    /// Registers a slot that was taken, if necessary; returns the reason if it can't be read into
-    /// by the best route. Registration is retried for each load, since the limit of locked memory
-    /// depends on what else is locked.
+    /// Registers a slot that was taken, unless it is registered; returns the refusal, if any. A
+    /// refused registration may be retried, since the limit of locked memory depends on what else
+    /// is locked.
     pub(crate) fn register<K: Kernel<Staging = S>>(
         &mut self,
         slot: StagingSlot,
@@ -154,8 +154,8 @@ impl<S: Buffer> Staging<S> {
         }
         let registered = self.slots.iter().filter(|slot| slot.buffer_slot.is_some()).count();
         let slot = Some(self.slots.get_mut(slot.0).expect(SLOT)).filter(|slot| slot.buffer_slot.is_none())?;
-        // One entry of the table is reserved for pieces. If no other is free, unregistered reads
-        // are used for now; nothing was refused.
+        // One entry of the table is reserved for pieces. If no other is free, the slot is read
+        // into without registration for now, which is not a refusal.
         let place = if registered + 1 < usize::from(kernel.buffer_slots()) { buffer_slots.pop() } else { None }?;
         match kernel.register_buffer(place, slot.buffer.address(), slot.buffer.bytes()) {
             Ok(()) => {
@@ -199,7 +199,7 @@ impl<S: Buffer> Staging<S> {
         self.slots.len() - self.free.len()
     }
 
-    /// Frees all slots except busy ones, which are leaked; returns how many bytes were leaked.
+    /// Frees all slots except taken ones, which are leaked; returns how many bytes were leaked.
     pub(crate) fn clear<K: Kernel<Staging = S>>(&mut self, kernel: &mut K, buffer_slots: &mut Vec<u16>) -> u64 {
         let mut leaked = 0;
         self.free.clear();

@@ -26,11 +26,12 @@ use crate::telemetry::metrics::ReadCounters;
 /// The limits of the ring thread's work.
 #[derive(Debug)]
 pub(crate) struct RingLimits {
-    /// Reads, copies and observations in flight.
+    /// Maximum number of reads, copies and observations in flight.
     pub(crate) depth: usize,
-    /// The initial staging.
+    /// The initial size of staging.
     pub(crate) staging: StagingBudget,
     pub(crate) copiers: Pace,
+    /// Whether staging grows with the number of copiers.
     pub(crate) staging_grows: bool,
 }
 
@@ -41,19 +42,20 @@ pub(crate) trait Events<B>: Send + Sync + 'static {
     fn on_outputs(&self, outputs: Vec<Output<B>>);
     /// Takes files that these loads have released, which another thread must close.
     fn on_released_files(&self, files: Vec<(LoadId, Arc<OpenFile>)>);
-    /// Reports that the ring failed and leaked this many bytes; a new ring replaces it.
+    /// Reports that the ring was given up and leaked this many bytes: after a failure, and then a
+    /// new ring replaces it, or at the deadline of a shutdown (ETIMEDOUT).
     fn on_ring_failure(&self, errno: Errno, leaked_bytes: u64);
-    /// Reports that the thread ends, normally or with this panic, and leaves `left` behind. Takes
-    /// the thread's reference to the engine, which must not be dropped here.
+    /// Reports that the thread ends, normally or with this panic, and leaves `left` behind. Passes
+    /// on the thread's reference to the engine, which must not be dropped on this thread.
     fn on_end(self: Arc<Self>, left: LeftBehind, panic: Option<String>);
 }
 
 /// The memory and threads that the ring thread left behind.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct LeftBehind {
-    /// Bytes of leaked memory, which reads may still write to.
+    /// Bytes of leaked memory. Operations that never completed may still use it.
     pub(crate) bytes: u64,
-    /// Threads that had not ended.
+    /// Threads that were still busy with reads, copies or observations.
     pub(crate) threads: usize,
 }
 
@@ -98,7 +100,7 @@ impl<B: PieceMemory + Send + 'static> RingThread<B> {
     /// Creates a handle to a thread that is not started yet.
     ///
     /// # Errors
-    /// If no eventfd can be created (EMFILE).
+    /// If no eventfd can be created, for example because too many files are open (EMFILE).
     pub(crate) fn new() -> Result<Self, Errno> {
         let wake = Arc::new(Wake::new()?);
         let (closing, giving_up) = (AtomicBool::new(false), AtomicBool::new(false));
@@ -124,8 +126,8 @@ impl<B: PieceMemory + Send + 'static> RingThread<B> {
                 Command::Panic => None,
             });
             events.on_released_files(files.collect());
-            // A panic is a broken invariant of the driver, whose drop has leaked memory of reads
-            // in flight.
+            // After a panic, which means a broken invariant, the driver's drop has leaked memory
+            // with operations in flight and has counted it.
             let bytes = shared.counters.leaked_bytes.load(Ordering::Relaxed);
             let threads = ran.as_ref().copied().unwrap_or(0);
             events.on_end(LeftBehind { bytes, threads }, ran.err());
@@ -148,7 +150,7 @@ impl<B: PieceMemory + Send + 'static> RingThread<B> {
         self.send(Command::Piece { load, number, piece, file, buffer });
     }
 
-    /// Makes the thread check its flags.
+    /// Makes the thread check for commands and flags.
     pub(crate) fn wake(&self) {
         self.shared.wake.wake();
     }
@@ -165,7 +167,7 @@ impl<B: PieceMemory + Send + 'static> RingThread<B> {
         self.send(Command::Panic);
     }
 
-    /// Makes the thread leak memory of reads in flight, and end.
+    /// Makes the thread leak memory with operations in flight, and end.
     pub(crate) fn give_up(&self) {
         self.shared.giving_up.store(true, Ordering::Release);
         self.wake();
@@ -214,7 +216,8 @@ fn run<B: PieceMemory>(shared: &RingShared<B>, limits: &RingLimits, started: Ins
             driver.abandon(load);
         }
         driver.issue();
-        // Files come before the outputs: a load whose end is reported holds no files.
+        // Files come before the outputs: when a load's end is reported, the driver holds none of
+        // its files.
         let released = driver.take_released();
         if !released.is_empty() {
             events.on_released_files(released);

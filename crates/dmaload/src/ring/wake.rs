@@ -15,8 +15,8 @@ impl Wake {
     }
 
     pub(crate) fn wake(&self) {
-        // A non-blocking eventfd only fails if the counter is full, and then the thread is awake
-        // anyway.
+        // A write to a non-blocking eventfd fails only if the counter is full, and then a wake-up
+        // is pending anyway.
         let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
     }
 
@@ -24,7 +24,7 @@ impl Wake {
         let _ = rustix::io::read(&self.0, &mut [0u8; 8]);
     }
 
-    /// Blocks until the thread is woken, without a ring.
+    /// Blocks until [`Self::wake`] is called; for use without a ring.
     pub(crate) fn wait(&self) {
         let _ = poll(&mut [PollFd::new(&self.0, PollFlags::IN)], None);
         self.clear();

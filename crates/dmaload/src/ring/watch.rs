@@ -7,7 +7,7 @@ use rustix::io::Errno;
 use crate::options::observer::{OBSERVER, Observer, ObserverOption, Rejection, VERIFIER};
 use crate::support::foreign;
 
-/// Why bytes were rejected.
+/// Why bytes were not accepted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Verdict {
     Rejected(Rejection),
@@ -44,7 +44,7 @@ impl Watch {
     /// Passes bytes to the observers.
     ///
     /// # Errors
-    /// EBADMSG if an observer rejects them; [`Self::verdict`] says why.
+    /// EBADMSG if an observer rejects them or panics; [`Self::verdict`] says why.
     pub(crate) fn observe(&self, file_index: usize, offset: u64, bytes: &[u8]) -> Result<(), Errno> {
         let verifier = self.verifier.get().map(|verifier| (VERIFIER, verifier));
         let observer = self.observer.as_ref().map(|observer| (OBSERVER, observer));
@@ -59,7 +59,7 @@ impl Watch {
         })
     }
 
-    /// Rejects bytes because no thread could be started to observe them; returns the error of
+    /// Rejects bytes because no thread could be started to observe them. Returns EBADMSG, like
     /// [`Self::observe`].
     pub(crate) fn reject_unobserved(&self) -> Errno {
         self.refuse(Verdict::NoThread)
@@ -70,7 +70,10 @@ impl Watch {
         Errno::BADMSG
     }
 
-    /// Why bytes were rejected.
+    /// Why bytes were not accepted.
+    ///
+    /// # Panics
+    /// If no observation has failed.
     pub(crate) fn verdict(&self) -> Verdict {
         let verdict = self.verdict.lock().unwrap_or_else(PoisonError::into_inner).clone();
         verdict.expect("a failed observation stores its verdict")
@@ -81,7 +84,7 @@ impl Watch {
 #[derive(Debug, Clone)]
 pub(crate) struct Observation {
     pub(crate) watch: Arc<Watch>,
-    /// Whether bytes are observed in staging, which every read then goes through; otherwise they
-    /// are observed in the pieces' memory.
+    /// Whether bytes are observed in staging; every read then goes through it. Otherwise, they are
+    /// observed in the pieces' memory.
     pub(crate) staged: bool,
 }

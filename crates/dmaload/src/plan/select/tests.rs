@@ -4,12 +4,12 @@ use proptest::prelude::*;
 
 const BLOCK: u64 = 4096;
 
-/// A file that owns all its tensors.
+/// Owns every tensor.
 fn all(_: &str) -> bool {
     true
 }
 
-/// BF16 tensors `a`, `b`, … one after another, and the length of their file.
+/// A map of consecutive BF16 tensors `a`, `b`, …, and the length of their file.
 fn model(shapes: &[&[usize]]) -> (TensorMap, u64) {
     let (mut json, mut at) = (String::from("{"), 0);
     for (index, shape) in shapes.iter().enumerate() {
@@ -44,7 +44,7 @@ fn wanted_tensors_are_read_with_blocks_and_small_gaps() {
     selector.check_all_matched().unwrap();
     let mut together = Selector::new(&tensors(&["[ac]", "{a,c}"])).unwrap();
     let selected = together.select_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
-    // Two reads, because 2 MiB lie between them.
+    // Two spans, because 2 MiB lie between them.
     assert_eq!(ranges(&selected).len(), 2);
     assert!(matches!(together.check_all_matched(), Err(Error::NoSuchTensor(unmatched)) if unmatched == "[ac]"));
     let close = Selector::new(&tensors(&["{c,d}"])).unwrap().select_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
@@ -72,7 +72,7 @@ fn ranks_together_cover_a_tensor() {
             let a = &selected.tensors.as_ref().unwrap().list()[0];
             assert_eq!(a.part.rows.bytes(), 2 * a.part.shape.iter().product::<usize>() as u64);
             seen.extend(a.part.rows.iter().flatten());
-            // A tensor without the dimension belongs to every rank.
+            // All ranks get all of a tensor without the dimension.
             let b = &selected.tensors.as_ref().unwrap().list()[1];
             assert!(dim == 0 || b.part.shape == [5]);
         }
@@ -86,7 +86,7 @@ fn ranks_together_cover_a_tensor() {
     }
     let whole = Select { shard: Some(Shard { rank: 0, world_size: 1, dim: Some(1) }), ..Select::default() };
     let selected = Selector::new(&whole).unwrap().select_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
-    assert_eq!(selected.tensors.unwrap().list()[0].part.rows.count, 1, "all of it is in one place");
+    assert_eq!(selected.tensors.unwrap().list()[0].part.rows.count, 1, "a part that is the whole tensor is one range");
 }
 
 #[test]
@@ -96,8 +96,8 @@ fn part_never_splits_a_quantized_block() {
     assert_eq!(part(&[2, 64], 0).unwrap().rows, Rows::single(36..72));
     assert_eq!(part(&[2, 64], 1).unwrap().rows, Rows { first: 18..36, stride_bytes: 36, count: 2 });
     assert!(part(&[4, 32], 1).unwrap_err().contains("a block of Q4_0"));
-    // Nothing is multiplied for a tensor without bytes: dimensions next to the zero may have any
-    // size.
+    // The dimensions of a tensor without bytes are not multiplied: those next to the zero may have
+    // any size.
     let empty = TensorInfo { name: "e".into(), dtype: DType::U8, shape: vec![0, usize::MAX, usize::MAX], file_range: 7..7 };
     for dim in 0..3 {
         assert_eq!(rank_slice(&empty, Some(Shard { rank: 1, world_size: 2, dim: Some(dim) })).unwrap().rows, Rows::single(7..7));

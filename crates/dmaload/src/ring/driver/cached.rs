@@ -10,11 +10,11 @@ use crate::support::convert::to_usize;
 use crate::support::id::LoadId;
 
 impl<K: Kernel, B: PieceMemory> Driver<K, B> {
-    /// Starts a copy of a chunk from the page cache to its place.
+    /// Starts the copy of a chunk from the page cache into its piece.
     pub(super) fn issue_cached(&mut self, id: LoadId, chunk: Chunk) {
         let load = self.loads.get_mut(&id).expect(LOAD);
         let staged = load.spec.observation.as_ref().is_some_and(|observation| observation.staged);
-        assert!(!staged, "a load observed in staging reads everything into it");
+        assert!(!staged, "a load that is observed in staging reads everything into staging");
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let (start, bytes) = (to_usize(chunk.range.start), to_usize(chunk.range.end - chunk.range.start));
         assert!(start + bytes <= entry.buffer.bytes(), "a copy stays within its piece");

@@ -1,4 +1,4 @@
-//! The driver's records of loads, their pieces and their operations in flight.
+//! The driver's records of loads, of their pieces and of operations in flight.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Range;
@@ -22,10 +22,10 @@ pub(super) struct PieceEntry<F, B> {
     pub(super) file: FileSpec<F>,
     pub(super) buffer: B,
     pub(super) buffer_slot: Option<u16>,
-    /// Chunks that are not complete, whether in flight or queued.
+    /// Number of chunks that are not complete.
     pub(super) chunks_left: usize,
     pub(super) in_flight: usize,
-    /// The lowest route by which any of its bytes came from storage, if any did.
+    /// The lowest route by which any of its bytes were read from storage; `None` if none were.
     pub(super) route: Option<Route>,
     /// For an observed load, its offset in the concatenation of all files, known once all pieces
     /// before it have arrived; otherwise 0.
@@ -43,10 +43,11 @@ pub(super) struct Chunk {
     pub(super) range: Range<u64>,
     /// Whether it was in the page cache when the piece was prepared.
     pub(super) cached: bool,
-    /// How many times in a row a read returned less than a block, or was interrupted.
+    /// Number of reads, since the last progress, that returned less than a block.
     pub(super) parts_of_a_block: u32,
+    /// Number of reads, since the last progress, that were interrupted.
     pub(super) interruptions: u32,
-    /// Whether it failed and is retried once, with no other read of its load in flight.
+    /// Whether a read failed and is retried once, with nothing else of its load in flight.
     pub(super) alone: bool,
 }
 
@@ -73,7 +74,7 @@ pub(super) struct InFlight {
     pub(super) since: Duration,
 }
 
-/// An operation in flight.
+/// The kind of an operation in flight.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Step {
     /// A read into the piece's memory.
@@ -90,7 +91,7 @@ pub(super) enum Step {
     Observed,
 }
 
-/// Bytes to observe when their turn comes.
+/// Bytes that wait for their turn to be observed.
 #[derive(Debug)]
 pub(super) enum Unobserved {
     Piece(Token),
@@ -102,7 +103,8 @@ pub(super) struct LoadEntry {
     pub(super) spec: LoadSpec,
     pub(super) pieces_left: usize,
     pub(super) chunks: VecDeque<Chunk>,
-    /// Chunks that are read one at a time, before all others.
+    /// Chunks that failed and are retried one at a time: before all others, or in file order if
+    /// the load is observed.
     pub(super) alone: VecDeque<Chunk>,
     pub(super) alone_in_flight: bool,
     pub(super) in_flight: usize,
@@ -111,10 +113,11 @@ pub(super) struct LoadEntry {
     pub(super) copying: BusyTime,
     pub(super) from_cache: BusyTime,
     pub(super) cached_bytes: u64,
-    /// Whether it was reported why its reads into staging do not use the best route.
+    /// Whether a refusal of the best route for reads into staging was reported.
     pub(super) staging_reported: bool,
-    /// Whether it was reported that there is less staging than it may use.
+    /// Whether `LoadEvent::LessStaging` was output.
     pub(super) less_staging_reported: bool,
+    /// Whether `LoadEvent::NoThread` was output.
     pub(super) no_thread_reported: bool,
     /// The best route still allowed for all files.
     pub(super) floor: Route,
@@ -122,10 +125,11 @@ pub(super) struct LoadEntry {
     pub(super) stepped: HashMap<usize, Route>,
     pub(super) ended: bool,
     pub(super) unobserved: InOrder<Unobserved>,
-    /// For an observed load: the number and position of the next piece to read, and pieces that
-    /// arrived before their turn.
+    /// For an observed load: the number of the next piece whose chunks are queued.
     pub(super) next_piece: usize,
+    /// The position of that piece.
     pub(super) next_position: u64,
+    /// Later pieces that have already arrived, by number, with their lengths in bytes.
     pub(super) early: BTreeMap<usize, (Token, u64)>,
 }
 
@@ -155,7 +159,7 @@ impl LoadEntry {
         if alone { self.alone.pop_front() } else { self.chunks.pop_front() }
     }
 
-    /// Puts a chunk that was not fully read back at the front of its queue or, for an observed
+    /// Puts back a chunk that still has to be read: at the front of its queue or, for an observed
     /// load, at its position in file order.
     pub(super) fn requeue(&mut self, chunk: Chunk) {
         let ordered = self.is_observed();
@@ -179,7 +183,7 @@ impl LoadEntry {
     }
 }
 
-/// Splits a piece into chunks.
+/// Splits a piece into chunks, and stores their number in `entry`.
 pub(super) fn split_into_chunks<F, B>(token: Token, entry: &mut PieceEntry<F, B>, chunk_bytes: u64) -> Vec<Chunk> {
     let chunk =
         |(number, range)| Chunk { cached: entry.file.cached.contains(number), ..Chunk::new(token, entry.position, range) };
@@ -188,8 +192,8 @@ pub(super) fn split_into_chunks<F, B>(token: Token, entry: &mut PieceEntry<F, B>
     chunks
 }
 
-/// How much of a chunk is done after `bytes` bytes of it were read. The rest of a direct read must
-/// start at a block boundary, so a partial block is read again.
+/// How many bytes of a chunk are done after `bytes` bytes were read. The rest of a direct read
+/// must start at a block boundary, so a partial block does not count and is read again.
 pub(super) fn progress(chunk: &Chunk, bytes: u64, route: Route, alignment_bytes: u64) -> u64 {
     let wanted = chunk.range.end - chunk.range.start;
     match bytes {

@@ -1,4 +1,4 @@
-//! Issues chunks to the kernel: as a read into the piece or into staging, or as a copy from the
+//! Issues chunks to the kernel: as reads into the piece or into staging, or as copies from the
 //! page cache.
 
 use std::ptr::NonNull;
@@ -25,7 +25,8 @@ pub(super) struct Destination {
 }
 
 impl<K: Kernel, B: PieceMemory> Driver<K, B> {
-    /// Issues one chunk. Returns `false` if it has to wait for a buffer slot or for staging.
+    /// Issues one chunk. Returns `false` if nothing was issued, because the chunk has to wait for
+    /// a buffer slot or for staging.
     pub(super) fn issue_chunk(&mut self, id: LoadId, chunk: Chunk) -> bool {
         if chunk.cached {
             self.issue_cached(id, chunk);
@@ -36,7 +37,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         let staged = load.spec.observation.as_ref().is_some_and(|observed| observed.staged);
         match entry.file.route {
             Route::Bounce => self.issue_staged(id, chunk),
-            // A load that is observed in staging uses staging on every route.
+            // A load that is observed in staging also reads through the page cache into staging.
             Route::UringBuffered | Route::Buffered if staged => self.issue_staged(id, chunk),
             // A ring can't populate memory.
             Route::UringBuffered if !entry.buffer.is_populated() => self.issue_staged(id, chunk),
@@ -79,10 +80,12 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     }
 
     /// Issues another chunk in place of one for which no buffer slot is free: a chunk of a piece
-    /// that already holds a slot. Such a piece may come later in the file than the waiting chunk,
-    /// for example if that chunk was evicted from the page cache. It keeps its slot until its last
-    /// chunk is read, so without this neither would ever proceed. A chunk that must be read alone
-    /// is taken only if the load has nothing in flight. Returns `false` if no such chunk exists.
+    /// that already holds a slot. Returns `false` if none can be issued.
+    ///
+    /// Such a piece may come later in the file than the waiting chunk, for example if that chunk
+    /// was evicted from the page cache. The piece keeps its slot until its last chunk is read, so
+    /// the two could otherwise wait for each other forever. A chunk that must be read alone is
+    /// issued only if the load has nothing in flight.
     pub(super) fn issue_registered_instead(&mut self, id: LoadId, chunk: Chunk) -> bool {
         let load = self.loads.get_mut(&id).expect(LOAD);
         let mut has_slot = |other: &Chunk| self.pieces.get_mut(other.piece).expect(PIECE).buffer_slot.is_some();
@@ -117,6 +120,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         self.start_read(id, in_flight, route, Destination { buffer_slot, address, bytes, place });
     }
 
+    /// Starts a read by the route `by`, which differs from the file's route for reads into
+    /// staging.
     pub(super) fn start_read(&mut self, id: LoadId, in_flight: InFlight, by: Route, to: Destination) {
         let Destination { buffer_slot, address, bytes, place } = to;
         let entry = self.pieces.get_mut(in_flight.chunk.piece).expect(PIECE);
@@ -128,9 +133,10 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         self.counters.in_flight.fetch_add(1, Ordering::Relaxed);
         let token = self.reads.insert(in_flight);
         let read = Read { token, load: id, route: by, buffer_slot, address, bytes, offset, place };
-        // SAFETY: the address is in the piece's buffer or in a staging slot. The piece entry owns
-        // the buffer and is removed only after its `in_flight` is 0 again, and the slot stays
-        // taken until then; that happens only in `complete`. `give_up` leaks both instead.
+        // SAFETY: the address is in the piece's buffer or in a staging slot, and no other
+        // operation uses this part of the buffer, or the slot. The piece's entry owns the buffer
+        // and is removed only when its `in_flight` is 0; the slot stays taken until `complete`
+        // gets this read's completion. `give_up` leaks both instead.
         unsafe { self.kernel.read(&entry.file.handle, read) };
         let load = self.loads.get_mut(&id).expect(LOAD);
         load.in_flight += 1;

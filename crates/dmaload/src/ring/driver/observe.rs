@@ -1,4 +1,4 @@
-//! Observed loads: each byte is observed in file order, in its piece or in staging.
+//! Observed loads: bytes are observed in file order, in their pieces or in staging.
 
 use std::sync::Arc;
 
@@ -19,7 +19,6 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         let load = self.loads.get_mut(&id).expect(LOAD);
         let observation = load.spec.observation.as_ref().expect("only observed loads have observations");
         let watch = Arc::clone(&observation.watch);
-        // The next bytes in file order are not ready, or others are being observed.
         let Some(unobserved) = load.unobserved.take() else { return };
         let token = match &unobserved {
             Unobserved::Piece(token) => *token,
@@ -41,14 +40,14 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         self.in_flight.take(&id, entry.file.mount, 1);
         let (file, offset) = (entry.file.index, entry.piece.file_offset + chunk.range.start);
         let token = self.reads.insert(InFlight { chunk, route, step, since: self.kernel.now() });
-        // SAFETY: these bytes were written by reads that have completed. As for reads, neither the
-        // piece nor the slot is released or written to before the completion.
+        // SAFETY: these bytes were written by reads and copies that have completed. As for reads,
+        // neither the piece nor the slot is released or written to before the completion.
         unsafe { self.kernel.observe(ObserveRequest { token, watch, file, offset, address, bytes }) };
         self.report_missing_thread(id);
     }
 
-    /// Queues the observation of a finished copy from staging. Bytes beyond the last whole block
-    /// of a direct read are not observed yet: they are read again with the rest.
+    /// Queues the observation of bytes in staging, after they were copied. Bytes after the last
+    /// whole block of a short direct read are not observed yet: they are read again with the rest.
     pub(super) fn queue_observation(&mut self, id: LoadId, chunk: Chunk, route: Route, slot: StagingSlot, bytes: usize) {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let counted = progress(&chunk, bytes as u64, route, entry.file.alignment_bytes);
@@ -63,7 +62,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         self.observe_next(id);
     }
 
-    /// Completes an observation.
+    /// Completes an observation: outputs the piece, continues its reads, or fails the load.
     pub(super) fn complete_observation(
         &mut self,
         id: LoadId,

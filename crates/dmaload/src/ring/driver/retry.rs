@@ -13,15 +13,18 @@ use crate::route::{Attempt, Fallback, Route, is_refusal};
 use crate::support::errno;
 use crate::support::id::LoadId;
 
-/// Number of consecutive interruptions (EINTR, EAGAIN) after which the next one fails the load.
+/// Maximum number of interruptions (EINTR, EAGAIN) of a chunk without progress. The next one fails
+/// the load.
 const INTERRUPTIONS: u32 = 64;
 
-/// Number of consecutive direct reads of less than a block after which the driver assumes that the
-/// file has ended or that the file system can't do better.
+/// Maximum number of reads of a chunk that return less than a block, without progress. Either the
+/// file has ended, or the file system can't do better: the next such read leads to buffered reads,
+/// and fails a strict load.
 const PARTS_OF_A_BLOCK: u32 = 16;
 
 impl<K: Kernel, B: PieceMemory> Driver<K, B> {
-    /// Records that `bytes` bytes of a chunk were read, and requeues the rest after a short read.
+    /// Records that `bytes` bytes of a chunk were read. After a short read, requeues the rest, or
+    /// fails the load if nothing was read.
     pub(super) fn advance(&mut self, mut chunk: Chunk, route: Route, bytes: u64) {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let wanted = chunk.range.end - chunk.range.start;
@@ -46,8 +49,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
             self.requeue(id, chunk);
         } else {
             // Only a buffered read can tell whether the file ends here. The kernel returned no
-            // error, so the step is reported with EINVAL, which a direct read from within a block
-            // would return.
+            // error, so the step is reported with EINVAL, the error of a direct read that does not
+            // begin at a block boundary.
             let piece = chunk.piece;
             self.requeue(id, chunk);
             self.step_down(piece, route, Route::Buffered, Attempt::ReadOn, Errno::INVAL, offset);
@@ -73,11 +76,12 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         }
     }
 
-    /// Handles a failed read: retries it by a lower route if the error refuses this one; otherwise
-    /// retries it once, alone; and fails the load if that fails, too.
+    /// Handles a failed read. If the error refuses this route and there is a lower one, the read
+    /// is retried by that. Otherwise it is retried once, alone, and a second failure fails the
+    /// load.
     ///
-    /// The kernel merges neighbouring reads into one request, and if the medium can't read one
-    /// block of it, all of them fail. Alone, only the read that covers the bad block fails.
+    /// The kernel merges neighboring reads into one request, and all of them fail if the medium
+    /// can't read one block of it. Alone, only the read that covers the bad block fails.
     pub(super) fn handle_read_error(&mut self, mut chunk: Chunk, route: Route, errno: Errno) {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let (id, piece) = (entry.load, chunk.piece);
@@ -107,9 +111,9 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         self.loads.get_mut(&id).expect(LOAD).requeue(chunk);
     }
 
-    /// Steps down, because `from` was refused for the file of this piece: from now on all of its
-    /// reads use `to` or a lower route. Refusals by the ring or by memory concern all files of the
-    /// load.
+    /// Steps down because `from` was refused for a read of this piece: from now on, all reads of
+    /// the piece's file use `to` or a lower route. If the ring or the memory is the cause, this
+    /// applies to all files of the load. A strict load fails instead.
     pub(super) fn step_down(&mut self, piece: Token, from: Route, to: Route, attempt: Attempt, errno: Errno, offset: u64) {
         let entry = self.pieces.get_mut(piece).expect(PIECE);
         let (id, file) = (entry.load, entry.file.index);
@@ -120,7 +124,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         }
         let mount = entry.file.mount;
         let file_index = match attempt {
-            // Memory that can't be pinned concerns all files.
+            // The memory can't be pinned, whichever file is read into it.
             Attempt::Read if errno == Errno::FAULT => None,
             Attempt::SetUpRing | Attempt::RegisterBuffer | Attempt::RegisterStaging => None,
             Attempt::OpenDirect

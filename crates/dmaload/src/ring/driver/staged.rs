@@ -1,4 +1,6 @@
-//! The route bounce: reads into staging, and copies from there.
+//! Staged reads: reads into staging, followed by copies into the piece. The route `bounce` always
+//! uses staging; other routes do if the load is observed there, or if a ring can't populate
+//! memory.
 
 use super::super::kernel::{Kernel, StagedCopy};
 use super::super::message::{Failure, LoadEvent, Output};
@@ -15,9 +17,8 @@ use crate::support::id::LoadId;
 impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     /// Issues a read into staging. Returns `false` if no slot is available.
     pub(super) fn issue_staged(&mut self, id: LoadId, mut chunk: Chunk) -> bool {
-        // If nothing of an observed load is in flight, this chunk is the first that was not
-        // observed, and all slots that the load holds wait for it. They do not count against the
-        // load then.
+        // If an observed load has nothing in flight, this is its first unobserved chunk, and all
+        // slots that the load holds wait for it. They do not count towards the load's share then.
         let load = self.loads.get(&id).expect(LOAD);
         let waits = load.is_observed() && load.in_flight == 0;
         let file_system = self.pieces.get_mut(chunk.piece).expect(PIECE).file.mount;
@@ -70,14 +71,14 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         true
     }
 
-    /// Registers a slot if the load wants registered staging; reports once if that is refused.
-    /// Returns `false` if the load has failed, because it is strict.
+    /// Registers a slot if the load wants registered staging, and reports a refusal once. Returns
+    /// `false` if the refusal has failed the load, which is then strict.
     pub(super) fn register_staging(&mut self, id: LoadId, chunk: &Chunk, slot: StagingSlot) -> bool {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let (file, offset, wanted) = (entry.file.index, entry.piece.file_offset + chunk.range.start, entry.file.staged_by);
         let load = self.loads.get_mut(&id).expect(LOAD);
-        // A refusal is not retried for each read of a load, and is not reported if registration
-        // was not wanted.
+        // Once it was refused, registration is not tried again for this load. It is not tried at
+        // all if it is not wanted.
         if load.staging_reported
             || !entry.file.route.is_direct()
             || wanted > Route::UringFixedDirect && self.kernel.ring().is_ok()
@@ -100,7 +101,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         true
     }
 
-    /// Starts the copy of bytes from staging to their place.
+    /// Starts the copy of bytes from staging into their piece.
     pub(super) fn start_copy(&mut self, id: LoadId, chunk: Chunk, route: Route, slot: StagingSlot, bytes: usize) {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let (staging, _) = self.staging.get(slot);

@@ -7,7 +7,7 @@ use crate::memory::buffer::Buffer;
 use crate::ring::wake::Wake;
 use crate::support::errno;
 
-/// The usual maximum size of a piece; a load registers one piece at a time.
+/// The usual maximum size of a piece. Each piece is registered separately.
 pub(crate) const REGISTER_BYTES_MAX: usize = 16 << 20;
 
 pub(crate) const REGISTER_BYTES_MIN: usize = 64 << 10;
@@ -15,17 +15,17 @@ pub(crate) const REGISTER_BYTES_MIN: usize = 64 << 10;
 /// Which io_uring features are allowed here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct IoUring {
-    /// Setting up a ring and entering it. If this is refused, all other features are, too.
+    /// Setting up a ring and entering it. If this is refused, so are all other features.
     pub setup: Result<(), Errno>,
     /// `SINGLE_ISSUER` with `DEFER_TASKRUN`: completions are processed in batches.
     pub deferred_task_run: Result<(), Errno>,
     /// A sparse table of registered buffers, required for
     /// [`Route::UringFixedDirect`](crate::Route::UringFixedDirect).
     pub buffer_table: Result<(), Errno>,
-    /// A sparse table of registered files: no look-up per read.
+    /// A sparse table of registered files, which saves a lookup for each read.
     pub file_table: Result<(), Errno>,
-    /// Registering 16 MiB, the largest piece of a load. ENOMEM means that the limit of locked
-    /// memory is too low.
+    /// Registering 16 MiB, the usual maximum size of a piece. ENOMEM means that the limit of
+    /// locked memory is too low.
     pub register: Result<(), Errno>,
     /// The largest multiple of 64 KiB, up to 16 MiB, that could be registered; 0 if none.
     pub registrable_bytes: u64,
@@ -60,8 +60,8 @@ pub(crate) fn probe() -> rustix::io::Result<IoUring> {
     })
 }
 
-/// How much can be registered at once, to within [`REGISTER_BYTES_MIN`], and whether a whole piece
-/// can be.
+/// How much can be registered at once, rounded down to a multiple of [`REGISTER_BYTES_MIN`], and
+/// the result of registering a whole piece.
 fn largest_registrable(ring: &mut Ring) -> (u64, Result<(), Errno>) {
     if let Err(errno) = ring.buffers {
         return (0, Err(errno::from_rustix(errno)));
@@ -73,8 +73,8 @@ fn largest_registrable(ring: &mut Ring) -> (u64, Result<(), Errno>) {
     };
     let mut register = |bytes: usize| {
         ring.update_buffer(0, memory.address().as_ptr(), bytes).map_err(errno::from_rustix)?;
-        // A failure is ignored, as in `unregister_buffer`: closing the ring unregisters the
-        // memory, too.
+        // A failure is ignored, as in `unregister_buffer`: closing the ring also unregisters the
+        // memory.
         let _ = ring.update_buffer(0, std::ptr::null_mut(), 0);
         Ok(())
     };

@@ -10,7 +10,7 @@ impl Sink for ArraySink {
     unsafe fn fill_with(&self, _: usize, _: usize, write: &mut Write<'_>) -> Result<usize, Fault> {
         let mut bytes = [MaybeUninit::new(0); 64];
         let written = write(&mut bytes).map_err(Fault::Read)?;
-        // SAFETY: all bytes were initialised above.
+        // SAFETY: all bytes were initialized above.
         *self.0.lock().unwrap() = bytes.map(|byte| unsafe { byte.assume_init() });
         Ok(written)
     }
@@ -110,7 +110,7 @@ fn copy_without_threads_is_done_inline_and_reported() {
     }
 }
 
-/// A sink whose memory would be populated by a heap.
+/// A sink that stands for memory that a heap populates.
 #[derive(Debug)]
 struct HeapSink;
 
@@ -138,7 +138,6 @@ fn copy_that_would_call_a_heap_is_refused_without_a_thread() {
     assert_eq!(done[0].result, Err(Fault::Memory(Errno::AGAIN)));
 }
 
-/// A sink that panics.
 #[derive(Debug)]
 struct PanickingSink;
 

@@ -15,14 +15,14 @@ pub(super) const BEYOND_END: u8 = 0xBB;
 #[derive(Debug, Clone)]
 pub(super) struct SimFile {
     pub(super) number: u64,
-    /// Length on disk, which may differ from the planned one.
+    /// Length on disk, which may differ from the planned length.
     pub(super) bytes: u64,
     pub(super) faults: Rc<FileFaults>,
 }
 
 #[derive(Debug, Default)]
 pub(super) struct FileFaults {
-    /// Range in which every read fails, and the error that it fails with.
+    /// A range that can't be read: reads that touch it fail with this error.
     pub(super) bad: Option<(Range<u64>, Errno)>,
     /// The error of every direct read.
     pub(super) no_direct: Option<Errno>,
@@ -38,8 +38,8 @@ impl SimFile {
     }
 }
 
-/// The byte at `offset` in the file with this number. It is never zero and never poison, so
-/// neither zeroed memory nor memory that was not written to passes for a file's bytes.
+/// The byte at `offset` in the file with this number. It is neither zero nor poison, so zeroed
+/// memory and memory that was never written to are not mistaken for a file's bytes.
 pub(super) fn byte_of(number: u64, offset: u64) -> u8 {
     let mixed = (offset ^ number << 40).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
     let byte = (mixed & 0xFF) as u8;

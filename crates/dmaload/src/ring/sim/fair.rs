@@ -1,4 +1,4 @@
-//! Loads whose reads never complete hold their file system's share of each resource, and no more:
+//! Loads whose reads never complete hold at most their file system's share of each resource, so
 //! other loads proceed.
 
 use std::cell::{Cell, RefCell};
@@ -24,10 +24,10 @@ use crate::route::Route;
 use crate::support::id::LoadId;
 
 const PIECES: usize = 24;
-/// More than the number of pieces in a load.
+/// More of a resource than all loads of a test need.
 const ENOUGH: u16 = 1000;
 
-/// The resources that loads share.
+/// How much there is of each resource that loads share.
 #[derive(Debug, Clone, Copy)]
 struct Shared {
     window_pieces: u16,
@@ -36,7 +36,6 @@ struct Shared {
     buffer_slots: u16,
 }
 
-/// An observer that accepts everything.
 #[derive(Debug)]
 struct AcceptAll;
 
@@ -93,7 +92,7 @@ impl FairMachine {
         self.scheduler.submit(LoadId(number));
     }
 
-    /// Runs until nothing changes any more; returns the complete loads.
+    /// Runs until nothing changes any more. Returns the loads that are complete.
     fn run(&mut self) -> Vec<LoadId> {
         let mut idle = 0;
         while idle < 100 {
@@ -172,7 +171,7 @@ impl FairMachine {
 
 const PLENTY: Shared = Shared { window_pieces: ENOUGH, depth: ENOUGH, staging_slots: ENOUGH, buffer_slots: ENOUGH };
 
-/// Makes each resource scarce in turn.
+/// Resources of which one is scarce: each of the four in turn, with this many units.
 fn each_scarce(window_pieces: u16, depth: u16, staging_slots: u16, buffer_slots: u16) -> [Shared; 4] {
     [
         Shared { window_pieces, ..PLENTY },
@@ -182,15 +181,15 @@ fn each_scarce(window_pieces: u16, depth: u16, staging_slots: u16, buffer_slots:
     ]
 }
 
-/// Each pair of routes, with each scarce resource.
+/// Combines each scarce resource with each pair of routes: of silent loads, and of other loads.
 fn each_case(scarce: [Shared; 4]) -> impl Iterator<Item = (Shared, Route, Route)> {
     let routes = || Route::ALL.into_iter();
     let pairs = move || routes().flat_map(move |hung_by| routes().map(move |others_by| (hung_by, others_by)));
     scarce.into_iter().flat_map(move |shared| pairs().map(move |(hung_by, others_by)| (shared, hung_by, others_by)))
 }
 
-/// Loads of a third file system proceed, whichever resource is scarce, and however many loads two
-/// silent file systems have.
+/// Loads of a third file system proceed, whichever resource is scarce, and whether each silent
+/// file system has one load or ten.
 #[test]
 fn two_silent_file_systems_do_not_stop_a_third() {
     for (shared, hung_by, others_by) in each_case(each_scarce(8, 8, 8, 8)) {
@@ -213,7 +212,8 @@ fn two_silent_file_systems_do_not_stop_a_third() {
     }
 }
 
-/// The same when all loads start at once, the silent ones first, with many from one file system.
+/// Loads also proceed if 20 silent loads of another file system start at the same time, ahead of
+/// them.
 #[test]
 fn loads_that_start_alongside_many_silent_ones_proceed() {
     for (shared, hung_by, others_by) in each_case(each_scarce(8, 8, 8, 8)) {
@@ -230,8 +230,7 @@ fn loads_that_start_alongside_many_silent_ones_proceed() {
     }
 }
 
-/// If a resource is not too scarce, a silent load leaves a share of it to other loads of its file
-/// system.
+/// If there is room for 16 permits, a silent load leaves one to other loads of its file system.
 #[test]
 fn silent_load_leaves_a_share_to_its_file_system() {
     // Of 22 slots, 16 may be read into at once.
@@ -259,7 +258,7 @@ fn many_loads_of_one_file_system_all_finish() {
         let faults = Faults { short_per_mille: 200, interrupted_per_mille: 200, ..Faults::none() };
         let mut machine = FairMachine::new(seed, shared, &faults);
         let all: Vec<_> = (0..16).map(LoadId).collect();
-        // Loads that are observed in staging use staging on every route.
+        // As in the engine: a load that is observed in staging starts at `bounce` or below.
         machine.observed = all.iter().copied().filter(|load| (load.0 + seed).is_multiple_of(3)).collect();
         for load in &all {
             let route = if machine.observed.contains(load) {
@@ -273,8 +272,8 @@ fn many_loads_of_one_file_system_all_finish() {
     }
 }
 
-/// The staged chunks of an observed load wait for an earlier chunk, which may have to be retried:
-/// other loads must not take its slot permanently.
+/// Observed chunks hold their slots until earlier ones were observed, and those may have to be
+/// retried: loads that hang must not hold all slots that a retry could use.
 #[test]
 fn observed_load_proceeds_despite_hanging_ones() {
     let faults = Faults { short_per_mille: 300, interrupted_per_mille: 300, ..Faults::none() };

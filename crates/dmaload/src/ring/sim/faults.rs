@@ -1,9 +1,10 @@
-//! The faults of the simulated kernel: operations that it refuses, interrupts or never completes.
+//! The faults of the simulated kernel: operations that it refuses, cuts short, fails or never
+//! completes.
 //! For faults of single files see [`super::disk::FileFaults`].
 
 use rustix::io::Errno;
 
-/// Rates are per thousand of the operations that they name.
+/// The faults of one world. Rates are per thousand of the operations that they name.
 #[derive(Debug, Clone)]
 pub(super) struct Faults {
     /// The error of setting up io_uring.
@@ -16,9 +17,9 @@ pub(super) struct Faults {
     pub(super) short_per_mille: u64,
     /// Reads that fail with `EINTR` or `EAGAIN`.
     pub(super) interrupted_per_mille: u64,
-    /// Reads that fail because another read of the same file, also in flight, hits a bad block.
+    /// Reads that fail as if another read of the same file, also in flight, had hit a bad block.
     pub(super) collateral_per_mille: u64,
-    /// Submissions that fail after the kernel took part of the queue.
+    /// Submissions that fail after the kernel took none, some or all of the queue.
     pub(super) breaks_per_mille: u64,
     /// Reads that return no bytes although the file has not ended.
     pub(super) nothing_per_mille: u64,
@@ -28,13 +29,13 @@ pub(super) struct Faults {
     pub(super) buffer_slots: u16,
     /// Whether the heap's memory can be pinned neither by registration nor by a direct read.
     pub(super) unpinnable: bool,
-    /// Whether no thread can be started for copies and observations.
+    /// Whether no thread can be started for copies. Nothing is copied from the page cache then.
     pub(super) no_threads: bool,
     /// How many staging buffers can be allocated.
     pub(super) staging: usize,
-    /// Pieces without pages that can't be populated when they are filled.
+    /// Batches without pages that can't be populated when they are filled.
     pub(super) no_memory_per_mille: u64,
-    /// Cached chunks that are evicted, wholly or in part, before they are copied.
+    /// Copies from the page cache whose chunk was evicted in the meantime, wholly or in part.
     pub(super) evicted_per_mille: u64,
 }
 

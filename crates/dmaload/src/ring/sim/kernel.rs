@@ -1,5 +1,5 @@
-//! A kernel that is a list of operations in flight. It completes them in any order and in any way
-//! that the real one may, and checks that the driver makes only valid requests.
+//! The simulated kernel: a list of operations in flight. It completes them in any order and in any
+//! way that the real one may, and checks that the driver makes only valid requests.
 #![allow(unsafe_code)]
 
 use std::cell::{Cell, RefCell};
@@ -40,7 +40,7 @@ pub(super) struct SimKernel {
     faults: Faults,
     memory: Rc<RefCell<Memory>>,
     clock: Rc<Cell<Duration>>,
-    /// Queued by the driver and not yet submitted.
+    /// Reads that the driver has queued and not yet submitted.
     queued: Vec<SimInFlight>,
     in_flight: Vec<SimInFlight>,
     /// Operations in flight that are completed only by [`SimKernel::complete_late`].
@@ -54,7 +54,7 @@ pub(super) struct SimKernel {
     pub(super) copiers: Vec<Duration>,
     disk_free_at: Duration,
     attached: BTreeMap<u64, usize>,
-    /// Number of reads and registrations refused so far.
+    /// Number of reads refused by file systems, and of registrations refused by memory, so far.
     pub(super) refusals: usize,
 }
 
@@ -86,7 +86,7 @@ impl SimKernel {
         }
     }
 
-    /// Stops refusing registrations, as if the limit of locked memory was raised.
+    /// Stops refusing registrations, as if the limit of locked memory had been raised.
     pub(super) fn allow_registration(&mut self) {
         self.faults.register = None;
     }
@@ -135,7 +135,8 @@ impl SimKernel {
         !self.hung.is_empty() && self.in_flight.is_empty() && self.queued.is_empty() && self.done.is_empty()
     }
 
-    /// Completes the reads that hang, as a device may long after the engine gave up on them.
+    /// Completes everything in flight, including reads that hang, as may happen long after the
+    /// engine gave up.
     pub(super) fn complete_late(&mut self) {
         self.in_flight.append(&mut self.hung);
         self.in_flight.append(&mut self.queued);
@@ -150,7 +151,7 @@ impl SimKernel {
             SimJob::Copy(copy) => (copy.token, self.complete_copy(&copy)),
             SimJob::Cached(file, read) => (read.token, self.complete_cached_read(&file, &read)),
             SimJob::Observe(request) => {
-                // SAFETY: the driver guarantees that these bytes are initialised, and that nothing
+                // SAFETY: the driver guarantees that these bytes are initialized, and that nothing
                 // writes to them until this observation completes.
                 let bytes = unsafe { std::slice::from_raw_parts(request.address.as_ptr(), request.bytes) };
                 let verdict = request.watch.observe(request.file, request.offset, bytes);
@@ -261,7 +262,8 @@ impl SimKernel {
     }
 }
 
-/// The token that reserves a copy's source: no read may write to that in the meantime, either.
+/// The token under which a copy's source is reserved, so that no read writes to it before the copy
+/// completes.
 fn source_token(copy: &StagedCopy) -> u64 {
     !copy.token.user_data()
 }
@@ -374,7 +376,7 @@ impl Kernel for SimKernel {
         let (from, to) = (range(copy.from.addr().get()), range(memory.address_of(&copy.to)));
         assert!(memory.is_staging(from.start) && !memory.is_staging(to.start));
         assert!(!memory.is_written_to(&from), "staging is copied while a read writes to it");
-        assert!(!memory.is_written_to(&to), "a copy goes to memory that is being written");
+        assert!(!memory.is_written_to(&to), "a copy goes to memory that is being written to");
         memory.begin_use(copy.token.user_data(), to);
         memory.begin_use(source_token(&copy), from);
         drop(memory);
@@ -397,7 +399,7 @@ impl Kernel for SimKernel {
         let start = memory.address_of(&read.to);
         let range = start..start + read.bytes;
         assert!(read.bytes > 0 && !memory.is_staging(start));
-        assert!(!memory.is_written_to(&range), "a copy goes to memory that is being written");
+        assert!(!memory.is_written_to(&range), "a copy goes to memory that is being written to");
         memory.begin_use(read.token.user_data(), range);
         drop(memory);
         self.in_flight.push(SimInFlight { job: SimJob::Cached(file.clone(), read), due: self.clock.get() + self.copying });
@@ -407,7 +409,7 @@ impl Kernel for SimKernel {
         let start = request.address.addr().get();
         let range = start..start + request.bytes;
         let mut memory = self.memory.borrow_mut();
-        assert!(request.bytes > 0 && !memory.is_written_to(&range), "bytes are observed while they are being written");
+        assert!(request.bytes > 0 && !memory.is_written_to(&range), "bytes are observed while they are being written to");
         if memory.is_staging(start) {
             memory.observed_in_staging += 1;
         } else {

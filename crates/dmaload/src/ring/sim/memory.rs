@@ -1,5 +1,5 @@
-//! Memory that knows which operations may still write to it, and panics when the driver frees it,
-//! shows it or hands it to a second writer too early.
+//! Memory that records which operations use it, and panics if the driver frees it, outputs it or
+//! lets a second operation write to it while one does.
 #![allow(unsafe_code)]
 
 use std::alloc::{Layout, alloc, dealloc};
@@ -20,7 +20,7 @@ const BLOCK_BYTES: usize = 4096;
 /// The owner of staging, which belongs to no load.
 const STAGING: LoadId = LoadId(u64::MAX);
 
-/// The existing memory and the operations that use it. The kernel and the buffers share it.
+/// All allocated memory, and the operations that use it. The kernel and the buffers share this.
 #[derive(Debug, Default)]
 pub(super) struct Memory {
     /// Memory that operations in flight may write to or read from, by token.
@@ -84,7 +84,7 @@ fn overlaps(one: &Range<usize>, other: &Range<usize>) -> bool {
     one.start < other.end && other.start < one.end
 }
 
-/// One allocation.
+/// The memory of a piece.
 #[derive(Debug)]
 pub(super) struct SimBuffer {
     address: NonNull<u8>,
@@ -95,12 +95,12 @@ pub(super) struct SimBuffer {
     memory: Rc<RefCell<Memory>>,
 }
 
-/// Populates and fills memory one block at a time.
+/// Fills memory one block at a time.
 #[derive(Debug)]
 struct SimSink {
     address: NonNull<u8>,
     bytes: usize,
-    /// The error of populating a block, if it fails.
+    /// The error of populating a block, if that fails.
     refuses: Option<Errno>,
 }
 
@@ -152,8 +152,7 @@ impl SimBuffer {
         buffer
     }
 
-    /// Creates a buffer without pages. They are populated as it is filled, or refused with
-    /// `refuses`.
+    /// Creates a buffer without pages. Its sink populates them, or fails with `refuses`.
     pub(super) fn unpopulated(load: LoadId, bytes: u64, memory: &Rc<RefCell<Memory>>, refuses: Option<Errno>) -> Self {
         let mut buffer = Self::new(load, bytes, memory);
         buffer.unregister_sink();
@@ -182,8 +181,8 @@ impl SimBuffer {
     }
 
     pub(super) fn contents(&self) -> &[u8] {
-        assert!(!self.memory.borrow().is_written_to(&self.range()), "bytes are accessed while a read may write to them");
-        // SAFETY: the memory has `bytes` bytes, initialised with poison, and nothing writes to it.
+        assert!(!self.memory.borrow().is_written_to(&self.range()), "bytes are accessed while an operation uses them");
+        // SAFETY: the memory has `bytes` bytes, initialized with poison, and nothing writes to it.
         unsafe { std::slice::from_raw_parts(self.address.as_ptr(), self.bytes) }
     }
 
@@ -197,8 +196,8 @@ fn layout(bytes: usize) -> Layout {
     Layout::from_size_align(bytes, BLOCK_BYTES).expect("the layout is valid")
 }
 
-// SAFETY: the memory stays allocated until the drop, and only `contents` shows it, after checking
-// that nothing writes to it.
+// SAFETY: the memory stays allocated until the drop, and only `contents` gives access to it, after
+// checking that nothing writes to it.
 unsafe impl Buffer for SimBuffer {
     fn address(&self) -> NonNull<u8> {
         self.address
@@ -232,7 +231,7 @@ impl Drop for SimBuffer {
         let mut memory = self.memory.borrow_mut();
         memory.unpopulated.retain(|other| *other != range);
         if !std::thread::panicking() {
-            assert!(!memory.is_written_to(&range), "memory is freed while a read may write to it");
+            assert!(!memory.is_written_to(&range), "memory is freed while an operation uses it");
             assert!(!memory.is_registered(&range), "memory is freed while it is registered");
         }
         *memory.unfilled_by(self.load) -= self.bytes as u64;

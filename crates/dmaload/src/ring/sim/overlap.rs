@@ -1,5 +1,5 @@
-//! The main point of the design: allocating and reading together take as long as the longer of the
-//! two, not as long as both in sequence.
+//! Allocating, reading and copying overlap: a load takes about as long as the longest of them, not
+//! as long as all in sequence.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -34,18 +34,18 @@ struct TimedMachine {
     allocating: Duration,
     reading: Duration,
     copying: Duration,
-    /// The number of copiers; 0 means as many as there are copies.
+    /// The number of copiers; 0 means one for each copy.
     copiers: usize,
 }
 
-/// Simulates loading a file of 24 pieces with one allocator that takes `allocating` per piece and
-/// a disk that takes `reading` per piece. Returns how long it took, and the largest number of
-/// pieces that the allocator was ahead.
+/// Simulates loading a file of [`PIECES`] pieces with one allocator that takes `allocating` per
+/// piece, and a disk that takes `reading` per piece. Returns how long it took, and the largest
+/// number of pieces whose allocation had begun and that were not full.
 fn simulate(window_pieces: u64, allocating: Duration, reading: Duration) -> (Duration, u64) {
     simulate_route(Route::UringFixedDirect, window_pieces, allocating, reading, Duration::ZERO)
 }
 
-/// The same by any route; a copy from staging takes `copying` per piece.
+/// Like [`simulate`], by any route. A copy from staging takes `copying` per piece.
 fn simulate_route(
     route: Route,
     window_pieces: u64,
@@ -68,8 +68,8 @@ fn simulate_route(
     (total, most_out)
 }
 
-/// Returns how long the load took, how far the allocator was ahead at most, and how many reads
-/// were in flight at most.
+/// Simulates a load. Returns how long it took, and the largest numbers of pieces whose allocation
+/// had begun and that were not full, and of reads in flight.
 fn simulate_machine(machine: &TimedMachine) -> (Duration, u64, usize) {
     let &TimedMachine { route, pieces, window_pieces, staging, filled_by_copiers, allocating, reading, copying, copiers } =
         machine;
@@ -114,7 +114,7 @@ fn simulate_machine(machine: &TimedMachine) -> (Duration, u64, usize) {
         }
         driver.kernel().complete_due();
         driver.turn(false).unwrap();
-        // Completions make room for reads that are issued at the same moment.
+        // Completions make room for reads, which are issued without delay.
         driver.issue();
         driver.turn(false).unwrap();
         most_reads = most_reads.max(driver.kernel().reads_in_flight());
@@ -147,7 +147,8 @@ fn longer_phase_hides_the_shorter_one() {
     for (allocating, reading) in [(10, 10), (10, 3), (3, 10), (10, 1), (1, 10)] {
         let (total, _) = simulate(2, allocating * MS, reading * MS);
         let (longer, shorter) = (allocating.max(reading), allocating.min(reading));
-        // One piece is allocated before the first read, and one is read after the last allocation.
+        // The shorter phase adds the time of one piece: of the first allocation or of the last
+        // read.
         assert_eq!(total, (PIECES * longer + shorter) * MS, "allocating {allocating} ms, reading {reading} ms");
     }
 }
@@ -162,8 +163,8 @@ fn bounced_reads_copies_and_allocation_all_overlap() {
     }
 }
 
-/// Simulates staged reads whose copiers also populate: `copying` covers both. Returns how long the
-/// load took, and how many reads were in flight at most.
+/// Simulates staged reads with two copiers that also populate; `copying` covers both. Returns how
+/// long the load took, and the largest number of reads in flight.
 fn simulate_staged(slots: usize, reading: Duration, copying: Duration) -> (Duration, usize) {
     let machine = TimedMachine {
         route: Route::Bounce,
@@ -192,8 +193,8 @@ fn reads_overlap_with_copies_that_populate() {
     }
 }
 
-/// Copies must not wait for reads, nor reads for copies, on a device that finishes all its reads
-/// at about the same time.
+/// Devices finish all their reads at about the same time. If reads used all slots, reads and
+/// copies would wait for each other.
 #[test]
 fn some_staging_is_left_for_copies() {
     for (slots, most) in [(1, 1), (2, 1), (4, 3), (8, 4), (16, 9)] {
@@ -210,8 +211,8 @@ fn window_of_one_piece_prevents_overlap() {
 
 #[test]
 fn allocator_stays_within_the_window() {
-    // A window of four pieces or more reserves some for other file systems; one of 16 or more also
-    // reserves a piece for other loads.
+    // A window of four or more pieces reserves some for other file systems; one of 16 or more also
+    // reserves a piece for other loads of the same file system.
     for (window, most) in [(1, 1), (2, 2), (3, 3), (4, 3), (8, 6), (16, 11)] {
         // The disk is so slow that only the window limits the allocator.
         let (_, most_ahead) = simulate(window, MS, 1000 * MS);

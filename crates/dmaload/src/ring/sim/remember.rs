@@ -1,5 +1,5 @@
-//! Refusals by memory or a file system are remembered, so later loads do not try again, but still
-//! report them.
+//! Refusals by memory or by a file system are remembered: later loads do not try again, but report
+//! them.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -34,7 +34,7 @@ struct RefusingMachine {
 struct Done {
     fallbacks: Vec<Fallback>,
     failure: Option<Failure>,
-    /// Registrations and reads that were refused during the load.
+    /// Number of reads refused by the file system, and of registrations refused by memory.
     refusals: usize,
 }
 
@@ -47,7 +47,7 @@ impl RefusingMachine {
         RefusingMachine { driver: Driver::new(kernel, 4, staging), memory, clock, loads: 0, route: Route::UringFixedDirect }
     }
 
-    /// Loads a file of three pieces on this mount; direct reads fail with `no_direct`.
+    /// Loads a file of three pieces on this mount. Direct reads fail with `no_direct`, if set.
     fn load(&mut self, mount: u64, no_direct: Option<Errno>, strict: bool) -> Done {
         self.load_with(mount, FileFaults { no_direct, ..FileFaults::default() }, strict)
     }
@@ -56,7 +56,7 @@ impl RefusingMachine {
         self.load_file(0, mount, faults, strict)
     }
 
-    /// The same for a file that has shrunk by `lost` bytes since it was planned.
+    /// Like [`Self::load`], but the file has shrunk by `lost` bytes since it was planned.
     fn load_shrunk(&mut self, lost: u64, mount: u64, no_direct: Option<Errno>, strict: bool) -> Done {
         self.load_file(lost, mount, FileFaults { no_direct, ..FileFaults::default() }, strict)
     }
@@ -127,11 +127,11 @@ fn unpinnable_memory_is_tried_once() {
     let expected = [(Route::UringFixedDirect, Route::Bounce, Attempt::RegisterBuffer, Errno::FAULT)];
     let first = machine.load(0, None, false);
     assert_eq!((first.steps(), first.refusals), (expected.to_vec(), 1));
-    // The same on another mount, because the memory is the cause.
+    // The refusal applies to another mount, too, because the memory is the cause.
     let second = machine.load(1, None, false);
     assert_eq!((second.steps(), second.refusals), (expected.to_vec(), 0), "the refusal is known, and still reported");
     let strict = machine.load(0, None, true);
-    assert_eq!(strict.refusals, 1, "a strict load always tries");
+    assert_eq!(strict.refusals, 1, "a strict load tries despite a known refusal");
     assert!(matches!(strict.failure, Some(Failure::Refused { attempt: Attempt::RegisterBuffer, errno: Errno::FAULT, .. })));
 }
 

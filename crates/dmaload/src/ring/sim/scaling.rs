@@ -1,13 +1,14 @@
 //! Fast devices and many processors, in virtual time: how close the engine comes to the machine's
 //! limit, and with how many threads.
 //!
-//! The machine is modelled by flows. Each processor zeroes or copies at [`PASS`]; if there are
-//! more threads than processors, they share them. A device works on all of its reads at once, each
-//! after [`LATENCY`], and finishes them at about the same time. The memory bus moves [`BUS`]; if
-//! more is demanded, all its users slow down equally. The driver, scheduler, window, staging and
-//! both paces are the engine's, with its defaults; only the kernel is simulated.
+//! The machine is modeled by flows. Each processor zeroes or copies at [`PASS`]; if there are more
+//! threads than processors, the threads share the processors. A device works on all of its reads
+//! at once, each after [`LATENCY`], and finishes them at about the same time. The memory bus moves
+//! at most [`BUS`]; if more is demanded, all its users slow down equally. The driver, scheduler,
+//! window, staging and both paces are the engine's, with its defaults; the kernel, the copiers and
+//! the allocators are simulated.
 //!
-//! The costs are fixed, and not tuned:
+//! The costs follow from what is moved:
 //!
 //! | path | processor, passes per byte | bus, bytes per byte |
 //! |---|---|---|
@@ -16,7 +17,7 @@
 //! | staged, not in the cache | 2 | 4: the device writes staging; the copier reads it, zeroes, and writes |
 //!
 //! The ring thread takes [`CALL`] for each read and copy that it issues or completes, and
-//! [`REGISTER`] to register a piece.
+//! [`REGISTER`] to register a piece or a staging slot.
 #![allow(unsafe_code)]
 
 use std::alloc::{Layout as Allocation, alloc, dealloc};
@@ -46,12 +47,17 @@ use crate::support::id::LoadId;
 const GIB: f64 = (1 << 30) as f64;
 /// Speed of zeroing or copying on one processor, in bytes per second.
 const PASS: f64 = 9.0 * GIB;
+/// Bytes per second that the memory bus moves.
 const BUS: f64 = 100.0 * GIB;
+/// The time from issuing a read to its first byte, in seconds.
 const LATENCY: f64 = 100e-6;
+/// The ring thread's time to issue or complete a read or a copy, in seconds.
 const CALL: f64 = 2e-6;
+/// The ring thread's time to register memory, in seconds.
 const REGISTER: f64 = 20e-6;
-/// The time that an allocator spends on a batch, apart from its pages.
+/// An allocator's time for a batch of a staged load, whose pages the copiers populate, in seconds.
 const PREPARE: f64 = 20e-6;
+/// Speeds of devices, in GiB/s.
 const DEVICES: [f64; 4] = [3.0, 14.0, 28.0, 50.0];
 const CORES: [usize; 5] = [2, 4, 8, 16, 32];
 const FILE_BYTES: u64 = 16 << 30;
@@ -66,12 +72,12 @@ enum Path {
 }
 
 impl Path {
-    /// How many passes a processor makes over each byte.
+    /// Number of passes that a processor makes over each byte.
     fn passes(self) -> f64 {
         if self == Path::Direct { 1.0 } else { 2.0 }
     }
 
-    /// The memory traffic per byte that the processor causes; the device causes 1.
+    /// Bytes of memory traffic that processors cause for each byte; the device causes one more.
     fn traffic(self) -> f64 {
         if self == Path::StagedOutOfCache { 3.0 } else { 1.0 }
     }
@@ -90,7 +96,7 @@ struct CpuTask {
     /// Bytes that are left to process.
     left: f64,
     bytes: u64,
-    /// Passes and traffic per byte.
+    /// See [`Path::passes`] and [`Path::traffic`].
     passes: f64,
     traffic: f64,
 }
@@ -146,7 +152,7 @@ impl FlowMachine {
         }
     }
 
-    /// The speed of a thread that makes one pass, and of each transfer, in bytes per second.
+    /// The speeds of a pass on one thread and of each transfer, in bytes per second.
     fn rates(&self) -> (f64, f64) {
         let running = || self.tasks.iter().filter(|task| task.from <= self.now);
         let threads = running().count() + usize::from(self.ring_until > self.now);
@@ -401,7 +407,7 @@ fn load(path: Path, device: f64, cores: usize, loads: usize) -> Outcome {
             let bytes = usize::try_from(piece.memory_bytes).unwrap();
             driver.enqueue_piece(id, number, piece, spec, Untouched::new(bytes, path == Path::Direct));
         }
-        // The ring thread handles completions and pieces only when it is not busy.
+        // The ring thread handles completions and issues reads only when it is not busy.
         if machine.borrow().ring_until <= now {
             driver.turn(false).unwrap();
             driver.issue();
@@ -467,8 +473,8 @@ fn threads_and_staging_grow_to_the_machines_limit() {
     assert_eq!(wrong, Vec::<String>::new(), "{table}");
 }
 
-/// Together, the loads hold no more of any resource than a single load would: that must suffice
-/// for all of them.
+/// Together, the loads may hold hardly more of any resource than a single load may. That must
+/// suffice for all of them.
 #[test]
 fn many_loads_of_one_file_system_are_as_fast_as_one() {
     for path in [Path::Direct, Path::StagedInCache] {

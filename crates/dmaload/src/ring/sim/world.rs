@@ -1,4 +1,4 @@
-//! A world made from a seed: loads, faults and cancellations in any order.
+//! A world made from a seed: loads with faults, some of them abandoned, in any order.
 
 mod checks;
 mod load;
@@ -32,12 +32,13 @@ use crate::support::id::LoadId;
 use crate::telemetry::metrics::ReadCounters;
 
 /// The permit for memory of a load. There are two file systems, and a load may have files on both;
-/// its memory counts for one of them.
+/// all its memory counts towards one of them.
 fn need(load: LoadId, bytes: u64) -> Need {
     Need { bytes, file_system: load.0 % 2, ..Need::default() }
 }
 
-/// The number of turns without a completion after which a shutdown reaches its deadline.
+/// The number of consecutive steps in which everything in flight hangs, after which the world is
+/// shut down.
 const PATIENCE: u32 = 200;
 
 /// A batch whose memory is being allocated. It holds a permit of `bytes` bytes.
@@ -156,7 +157,7 @@ impl World {
             window_bytes,
             depth,
             scheduler: Scheduler::new(window_bytes, u64::MAX, 1, 1 + usize::try_from(random.below(3)).unwrap()),
-            // With even seeds, staging grows with the number of copiers while slots are taken.
+            // With even seeds, staging grows with the number of copiers.
             driver: Driver::new(kernel, depth, staging)
                 .with_counters(Arc::clone(&counters))
                 .with_pace(Pace::new(1, MOST_COPIERS), seed.is_multiple_of(2)),
@@ -205,7 +206,7 @@ impl World {
             let watch = Arc::new(Watch::new(Some(ObserverOption::new(observer.clone()))));
             (observer, Observation { watch, staged: random.chance(500) })
         });
-        // As in the engine: a load observed in staging starts at the bounce route or below.
+        // As in the engine: a load that is observed in staging starts at `bounce` or below.
         let staged = observed.as_ref().is_some_and(|(_, observation)| observation.staged);
         let start = if staged { start.max(Route::Bounce) } else { start };
         let load = SimLoad {
@@ -214,7 +215,8 @@ impl World {
             strict: random.chance(150),
             in_memory: start == Route::PreadDirect && random.chance(500),
             unpopulated_per_mille: *random.pick(&[0, 0, 300, 1000]),
-            // As in the engine: a load observed in staging copies nothing from the page cache.
+            // As in the engine: a load that is observed in staging copies nothing from the page
+            // cache.
             cached_per_mille: if staged { 0 } else { *random.pick(&[0, 0, 300, 700, 1000]) },
             cacheable_bytes: 0,
             cached_bytes: 0,
@@ -242,7 +244,7 @@ impl World {
         let (mut steps, mut stuck) = (0, 0);
         while !self.loads.values().all(SimLoad::is_over) {
             steps += 1;
-            assert!(steps < 200_000, "the world stands still: {} reads in flight", self.driver.in_flight());
+            assert!(steps < 200_000, "the world stands still: {} operations in flight", self.driver.in_flight());
             match self.random.below(4) {
                 0 => self.schedule(),
                 1 => self.finish_allocation(),
@@ -369,8 +371,7 @@ impl World {
         self.scheduler.give_back(&load, need(load, bytes));
     }
 
-    /// Returns the permits of dropped buffers, as computed from the bytes that are still
-    /// allocated.
+    /// Returns the permits of dropped buffers, computed from the bytes that are still allocated.
     fn sync_window(&mut self) {
         let ids: Vec<_> = self.loads.keys().copied().collect();
         for id in ids {
@@ -390,11 +391,11 @@ impl World {
             self.leaked_bytes += self.driver.give_up(Failure::Kernel { errno });
             let calmer = Faults { breaks_per_mille: 0, ..self.faults.clone() };
             self.broken = true;
-            // Reads of a dead ring may continue to write. The simulator forgets them together with
-            // their leaked memory.
+            // Reads of a dead ring may continue to write to leaked memory. The simulator never
+            // completes them.
             self.act_on_outputs();
-            // Memory that was not in flight was freed while registered with the dead ring, whose
-            // table the new kernel clears.
+            // Leaked memory is still registered with the dead ring. The new kernel has an empty
+            // table.
             let seed = self.random.next();
             self.driver.replace_kernel(SimKernel::new(seed, calmer, &self.memory, &self.clock, Duration::ZERO));
         }

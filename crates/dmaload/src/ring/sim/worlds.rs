@@ -3,7 +3,7 @@
 use super::world::World;
 use crate::ring::message::Failure;
 
-/// How many loads had each outcome.
+/// How many loads had each outcome, and how many bytes were leaked.
 #[derive(Debug, Default)]
 struct Outcomes {
     complete: u64,
@@ -98,13 +98,13 @@ fn every_world_loads_the_right_bytes_or_reports_failure() {
     }
     let (from, count) = (number_from("DMALOAD_SIM_FROM").unwrap_or(0), number_from("DMALOAD_SIM_SEEDS").unwrap_or(2_000));
     let mut outcomes = Outcomes::default();
-    // A regression test: this world once stood still, because a chunk to be read alone held the
-    // only buffer slot, and an earlier chunk waited for that slot.
+    // In this world, the piece of a chunk to be read alone holds the only buffer slot, for which
+    // an earlier chunk waits. Both must proceed.
     run_world(48_760);
     for seed in from..from + count {
         outcomes.add(run_world(seed));
     }
     println!("{count} worlds from seed {from} on: {outcomes:?}");
-    // Worlds without faults would test nothing.
+    // If an outcome never occurs, these worlds do not test it.
     assert!(count < 2_000 || outcomes.all_happened(), "an outcome never occurred: {outcomes:?}");
 }

@@ -1,4 +1,4 @@
-//! The invariants that must hold at the end of every world, whatever went wrong in it.
+//! Checks what must hold at the end of every world, whatever went wrong in it.
 
 use std::sync::atomic::Ordering;
 
@@ -53,7 +53,7 @@ impl World {
         assert_eq!(memory.unfilled_bytes(), 0, "all memory is freed except what was leaked on purpose");
         assert_eq!(memory.leaked_bytes, self.leaked_bytes, "every leaked byte was reported");
         let counted = self.counters.leaked_bytes.load(Ordering::Relaxed);
-        assert_eq!(counted, self.leaked_bytes, "the counter, which a shutdown after a panic reports, has all leaked bytes");
+        assert_eq!(counted, self.leaked_bytes, "the counter, which the ring thread reports at its end, has all leaked bytes");
         assert_eq!(self.scheduler.window_taken_bytes(), 0, "all permits were returned");
         drop(memory);
         assert!(self.broken || self.driver.kernel().is_clean(), "everything is unregistered and detached");
@@ -78,8 +78,8 @@ impl World {
         match failure {
             Failure::Ended { file: index, offset, .. } => {
                 let (file, planned) = file(index);
-                // A strict load makes no buffered read, so it cannot find where in the last block
-                // the file ends.
+                // A strict load that reads directly can't step down to buffered reads, so it can't
+                // find where in the last block the file ends.
                 let end = if load.strict { file.bytes / BLOCK * BLOCK } else { file.bytes };
                 let nothing_came = self.faults.nothing_per_mille > 0 && offset < *planned;
                 let ended = file.bytes < *planned && end <= offset && offset < *planned;

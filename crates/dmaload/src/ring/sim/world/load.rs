@@ -16,12 +16,12 @@ pub(crate) struct SimLoad {
     /// Whether direct reads are copies from memory, which threads may make into memory without
     /// pages.
     pub(crate) in_memory: bool,
-    /// Pieces per thousand that come without pages. Unless the files are in memory, these are
-    /// filled from staging on every route.
+    /// Batches per thousand that come without pages. Unless the files are in memory, they start at
+    /// `bounce` or a lower route.
     pub(crate) unpopulated_per_mille: u64,
     /// Chunks per thousand that are in the page cache.
     pub(crate) cached_per_mille: u64,
-    /// Bytes of the chunks that the driver may copy from the page cache.
+    /// Bytes of chunks that were in the page cache when their pieces were prepared.
     pub(crate) cacheable_bytes: u64,
     /// Bytes that the driver has copied from the page cache.
     pub(crate) cached_bytes: u64,
@@ -34,7 +34,7 @@ pub(crate) struct SimLoad {
     pub(crate) abandoned: bool,
     pub(crate) failure: Option<Failure>,
     pub(crate) gone: bool,
-    /// The lowest route that was reported.
+    /// The lowest route that was reported, initially `start`.
     pub(crate) lowest_reported: Route,
     /// Attempts that were reported as refused.
     pub(crate) refused: Vec<Attempt>,
@@ -62,8 +62,8 @@ impl SimLoad {
         (self.plan.segments[piece.segment].file, piece)
     }
 
-    /// Whether its files have a fault that no route avoids. A bad block does not count if the page
-    /// cache may hold it.
+    /// Whether its files have a fault that no route avoids. Bad blocks do not count if any bytes
+    /// were copied from the page cache, since that may hold them.
     pub(crate) fn must_fail(&self) -> bool {
         self.files.iter().any(|(file, planned)| {
             let bad = file.faults.bad.as_ref().is_some_and(|(range, _)| range.start < planned.next_multiple_of(BLOCK));
@@ -83,7 +83,7 @@ impl SimLoad {
     }
 }
 
-/// Checks every byte that it observes, and that bytes arrive in file order.
+/// An observer that checks every byte, and that bytes arrive in file order.
 pub(crate) struct SimObserver {
     /// Number and planned length of each file.
     files: Vec<(u64, u64)>,
@@ -116,7 +116,7 @@ impl Observer for SimObserver {
         }
         let (number, planned) = self.files[file_index];
         let end = offset + bytes.len() as u64;
-        // The engine reports a panic here as a rejection, which `check_failure` does not expect.
+        // `Watch` turns a panic here into a verdict that `check_failure` does not accept.
         assert!((file_index, offset) == *seen && end <= planned, "file {file_index}, {offset}..{end}, but {seen:?} is next");
         for (at, &byte) in bytes.iter().enumerate() {
             assert_eq!(byte, byte_of(number, offset + at as u64), "byte {at} from {offset} on");
