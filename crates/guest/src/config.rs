@@ -1,10 +1,9 @@
-//! A kernel's configuration (`.config`), as a row of the documentation.
+//! A kernel's configuration (`.config`), as a row of docs/kernels.md.
 
 use crate::rows::Row;
 
-/// The table's name.
 const TABLE: &str = "kernels";
-/// The columns, in this order.
+/// The options to show, in the order of the table's columns.
 const OPTIONS: [&str; 5] = ["UDMABUF", "DMABUF_HEAPS_SYSTEM", "DMABUF_HEAPS_CMA", "VIDEO_VIVID", "DRM_VGEM"];
 
 /// The row of a kernel with this `.config`.
