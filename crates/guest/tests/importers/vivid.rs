@@ -41,7 +41,7 @@ pub(crate) struct Loopback {
 
 impl Loopback {
     /// Opens the nodes and sets them up for frames of 1280 by 720 pixels, which exceed 2 MiB. The
-    /// settings belong to the driver and not to the open file, so use one `Loopback` at a time.
+    /// settings belong to the device and not to the open file, so use one `Loopback` at a time.
     pub(crate) fn open() -> io::Result<Self> {
         Self::with_frames_of(1280, 720)
     }
@@ -79,9 +79,9 @@ impl Loopback {
     /// Returns the first [`frame_bytes`](Self::frame_bytes) of a dma-buf of `buffer_bytes`, as
     /// vivid sees them.
     ///
-    /// Accepts a frame once two in a row are equal: without a looped picture vivid fills every
+    /// Accepts a frame once two in a row are equal. Without a looped picture, vivid fills every
     /// frame with fresh noise, so equal frames come from the output. The dma-buf must not change
-    /// meanwhile.
+    /// during the call.
     pub(crate) fn pass(&mut self, dma_buf: BorrowedFd<'_>, buffer_bytes: usize) -> io::Result<Vec<u8>> {
         let length = u32::try_from(buffer_bytes).map_err(|_| vivid_error(ErrorKind::InvalidInput, "4 GiB or more"))?;
         if length < self.frame {
@@ -94,7 +94,7 @@ impl Loopback {
         }
         let fd = u32::try_from(dma_buf.as_raw_fd()).map_err(|_| Error::from_raw_os_error(libc::EBADF))?;
 
-        // Output before capture, so that the first captured frame can be a looped one.
+        // The output starts before the capture, so that the first captured frame can be looped.
         let output = Queue::new(&self.output, OUTPUT, MEMORY_DMABUF, OUTPUT_BUFFERS)?;
         for index in 0..output.count {
             let mut buffer = output.buffer(index);
@@ -115,7 +115,7 @@ impl Loopback {
 }
 
 /// Opens the output and the capture node of one vivid instance. Also returns the instance's
-/// number, as its controls spell it.
+/// number, as the names of its controls contain it.
 fn open_nodes() -> io::Result<(File, File, String)> {
     let mut paths: Vec<PathBuf> = Vec::new();
     for entry in fs::read_dir("/dev")? {
@@ -175,8 +175,8 @@ fn find_timings(node: &File, width: u32, height: u32) -> io::Result<DvTimings> {
     Err(vivid_error(ErrorKind::Unsupported, "no timings of this size"))
 }
 
-/// Sets RGB24, which passes the loopback as plain bytes. With cropping and scaling off, the driver
-/// uses the signal's size, whatever is requested.
+/// Sets the format RGB24, which passes the loopback unchanged. With cropping and scaling off, the
+/// driver uses the signal's size, whatever is requested.
 fn set_format(node: &File, kind: u32, timings: &DvTimings) -> io::Result<PixFormat> {
     let pix = PixFormat {
         width: timings.width,
