@@ -1,4 +1,4 @@
-//! The engine under test.
+//! The interface through which the bench creates the loaders to measure.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,10 +10,10 @@ use dmaload::{Loader, Route};
 
 /// Creates the loaders to measure, from the options of the program that runs the bench.
 ///
-/// Each method is called only in the process of a mode that needs it: a mode without a heap must
-/// not fail because a heap is not available.
+/// Each method is called only in the process of a mode that needs it, so a mode without a heap
+/// does not fail because a heap is not available.
 pub trait Engine {
-    /// Creates a loader with these options.
+    /// Creates a loader with the program's options.
     ///
     /// # Errors
     /// If this machine lacks what the options require, or they contradict each other.
@@ -40,7 +40,7 @@ pub trait Engine {
     /// The page size that the options select.
     fn pages(&self) -> Pages;
 
-    /// Loads these files and returns what `recorder` records of them.
+    /// Loads these files, and returns the manifest that `recorder` makes from them.
     ///
     /// # Errors
     /// Those of the load.
