@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 
 use memmap2::{Advice, MmapMut, MmapOptions};
 
-/// Memory to warm for the processes themselves. Twice the size of the files is added to it, because
-/// `normal` needs page cache and memory for them.
+/// Memory to warm for the processes themselves. Twice the size of the files is added to it,
+/// because `normal` needs page cache and memory for them.
 const EXTRA_BYTES: u64 = 128 << 20;
 
 fn meminfo_bytes(key: &str) -> u64 {
