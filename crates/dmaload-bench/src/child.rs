@@ -1,7 +1,8 @@
-//! The child process that measures one run: on command it prepares, then runs, and reports the
-//! result as a line of JSON.
+//! The child process that measures one run ([`Load`]): on command it prepares, then runs, and
+//! reports the result as a line of JSON. [`fill`] and [`hog`] are the child processes that create
+//! memory pressure.
 //!
-//! Each run has its own process, so the CPU time, peak memory and leftovers of one mode do not
+//! Each run has a separate process, so the CPU time, peak memory and leftovers of one mode do not
 //! count against another.
 
 use std::io::{self, Write};

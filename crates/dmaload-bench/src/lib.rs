@@ -74,7 +74,7 @@ use worker::Worker;
 /// What to measure, and how.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// The files to load; several files form one load.
+    /// The files to load. Several files form one load, except in the mode `at-once`.
     pub paths: Vec<PathBuf>,
     /// The file created for the bench, if any, which is one of `paths`. Child processes receive it
     /// as `--scratch`.

@@ -157,7 +157,7 @@ impl Results {
         self.modes.iter().find(|runs| runs.mode == mode)
     }
 
-    /// The time of `reference` divided by that of `mode`, round by round: above 1, `mode` is
+    /// Divides the time of `reference` by that of `mode`, round by round. Above 1, `mode` is
     /// faster.
     pub(crate) fn ratio(&self, reference: Mode, mode: Mode) -> Option<Spread> {
         let (reference, mode) = (self.runs_of(reference)?, self.runs_of(mode)?);
@@ -168,8 +168,8 @@ impl Results {
         }))
     }
 
-    /// How well a mode hides the shorter of allocating and reading behind the longer: the longer
-    /// of the two alone (from `no-overlap`, in the same round) divided by the mode's time.
+    /// Computes how well a mode hides the shorter of allocating and reading behind the longer: the
+    /// longer of the two alone (from `no-overlap`, in the same round) divided by the mode's time.
     pub(crate) fn overlap(&self, mode: Mode) -> Option<Spread> {
         let (apart, mode) = (self.runs_of(Mode::NoOverlap)?, self.runs_of(mode)?);
         let pairs = apart.runs.iter().zip(&mode.runs);

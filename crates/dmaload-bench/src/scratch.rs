@@ -96,9 +96,9 @@ impl fmt::Display for Reasons<'_> {
 }
 
 impl ScratchFile {
-    /// Creates an empty scratch file where `length` bytes fit. It is created in `folder` or,
-    /// without one, in the first suitable folder of `$TMPDIR` (or `/tmp`), `/var/tmp` and the
-    /// current folder. Its name ends with `suffix`, such as `"demo.safetensors"`.
+    /// Creates an empty scratch file on a disk with room for `length` bytes. It is created in
+    /// `folder` or, without one, in the first suitable folder of `$TMPDIR` (or `/tmp`), `/var/tmp`
+    /// and the current folder. Its name ends with `suffix`, such as `"demo.safetensors"`.
     ///
     /// An unsuitable `folder` is an error: it is never silently replaced.
     ///
@@ -216,8 +216,8 @@ fn remove_on_signals() {
     });
 }
 
-/// Returns the signals that ask a process to end, except those that it ignores: `nohup`, and
-/// shells for background jobs, ignore them on purpose, and a handler would undo that.
+/// Returns the signals that ask a process to end, except those that this process ignores. `nohup`,
+/// and shells for background jobs, ignore them on purpose, and a handler would undo that.
 fn handled_signals() -> impl Iterator<Item = i32> {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

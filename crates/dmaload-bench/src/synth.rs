@@ -306,7 +306,7 @@ fn random(seed: u64, index: u64) -> u64 {
     upper as u64 ^ state.wrapping_mul(other)
 }
 
-/// Compares two blocks; the error is the index of the first difference. Equal blocks, the usual
+/// Compares two blocks. The error is the index of the first difference. Equal blocks, the usual
 /// case, are compared at memory speed.
 fn compare(expected: &[u8], found: &[u8]) -> Result<(), usize> {
     if expected == found {
@@ -407,7 +407,7 @@ fn sum(tensors: &[Tensor]) -> u64 {
     tensors.iter().map(|tensor| tensor.bytes).sum()
 }
 
-/// Sets the offsets of the tensors, one after another.
+/// Places the tensors one after another, beginning at `start`.
 fn set_offsets(tensors: &mut [Tensor], start: u64) {
     let mut offset = start;
     for tensor in tensors {

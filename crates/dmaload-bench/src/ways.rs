@@ -270,7 +270,9 @@ fn limit_reader() -> Result<(Reader, Vec<String>)> {
     let reader = Reader::new(u32::try_from(LARGEST.depth)?, region)
         .context("io_uring is not available, so the device's limit is unknown")?;
     if !reader.is_registered() {
-        notes.push("its buffers are not registered: the locked memory limit (ulimit -l) is below 64 MiB".to_owned());
+        notes.push(
+            "its buffers are not registered, probably because the locked memory limit (ulimit -l) is below 64 MiB".to_owned(),
+        );
     }
     Ok((reader, notes))
 }

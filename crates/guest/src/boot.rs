@@ -18,7 +18,8 @@ impl Boot<'_> {
         self.outcome.as_ref().map_or(&[], |outcome| &outcome.transcript.suites)
     }
 
-    /// Commands that rerun each failed test, or a whole suite that failed without a failed test.
+    /// Returns commands that rerun each failed test, or a whole suite that failed without a failed
+    /// test.
     pub(crate) fn replays(&self) -> Vec<String> {
         let mut commands = Vec::new();
         for suite in self.suites().iter().filter(|suite| suite.failed(self.plan.filter.is_some())) {

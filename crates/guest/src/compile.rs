@@ -29,7 +29,7 @@ const PROFILE: [&str; 6] = [
     "profile.guest.package.\"*\".opt-level=1",
 ];
 
-/// The packages of the command and of all suites.
+/// Options that select the packages of the command and of all suites.
 const PACKAGES: [&str; 8] = ["-p", "dmabuf", "-p", "dmaload", "-p", "dmaload-cli", "-p", "dmaload-guest"];
 
 #[derive(Debug)]
@@ -160,8 +160,8 @@ fn parse_artifact(message: &Value) -> Option<Artifact> {
     })
 }
 
-/// The package's name in its id: `…/guest#dmaload-guest@0.1.0`, or `…/dmaload#0.1.0` if its folder
-/// has the same name.
+/// Parses the package's name in its id: `…/guest#dmaload-guest@0.1.0`, or `…/dmaload#0.1.0` if its
+/// folder has the same name.
 fn parse_package_name(id: &str) -> &str {
     let (path, fragment) = id.rsplit_once('#').unwrap_or((id, ""));
     match fragment.split_once('@') {

@@ -89,7 +89,8 @@ fn download(release: &Release, archive: &Archive, folder: &Path) -> Result<()> {
         let packages = if is_split { parts.to_vec() } else { vec![image.clone()] };
         packages.iter().try_for_each(|package| archive.download(package, folder))
     };
-    // Outdated lists name packages that have left the archive.
+    // If the lists are outdated, the packages may have left the archive: renew the lists and try
+    // again.
     fetch().or_else(|_| archive.renew().and_then(|()| fetch()))
 }
 
@@ -128,7 +129,7 @@ struct Release {
 }
 
 impl Release {
-    /// The release in a package's name, if the package is a signed kernel of this flavor.
+    /// Parses the release in a package's name, if the package is a signed kernel of this flavor.
     fn parse(package: &str, flavor: Flavor) -> Option<Self> {
         let name = package.strip_prefix("linux-image-")?;
         let version = name.strip_suffix("-amd64")?;

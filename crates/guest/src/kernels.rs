@@ -2,12 +2,12 @@
 
 use dmaload_guest::Line;
 
-/// The configurations for which Debian builds each kernel.
+/// Which of Debian's configurations a kernel was built with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Flavor {
-    /// For virtual machines: few drivers, with disk drivers built in.
+    /// For virtual machines, with few drivers and no importers.
     Cloud,
-    /// For every machine: importers and disk drivers are modules.
+    /// For every machine. Importers are modules.
     Full,
 }
 

@@ -131,7 +131,7 @@ pub fn has_bad_disks() -> bool {
 pub fn record_row(table: &str, cells: &[&str]) {
     let path = env::var(ROWS).unwrap_or_else(|_| panic!("{ROWS} is not set: rows are collected in a guest only"));
     let row = format_row(table, cells);
-    // A single write, so that rows of concurrent processes do not mix.
+    // A row is written by a single call, so that rows of concurrent processes do not mix.
     let written = OpenOptions::new().append(true).open(&path).and_then(|mut file| file.write_all(row.as_bytes()));
     written.unwrap_or_else(|error| panic!("cannot append a row to {path}: {error}"));
 }

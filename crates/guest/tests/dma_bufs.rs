@@ -463,7 +463,7 @@ fn invalid_vendor_dma_buf_fails_the_load_and_names_the_heap() {
     }
 }
 
-/// On other kernels the same request succeeds.
+/// On kernels where importers see the right bytes, the same request succeeds.
 #[test]
 fn huge_pages_are_refused_if_importers_see_wrong_bytes() {
     assert_eq!(dmabuf::Udmabuf::huge_pages_show_wrong_bytes(), has_udmabuf_bug());

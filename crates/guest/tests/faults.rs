@@ -391,7 +391,8 @@ fn fill_memory() {
     }
 }
 
-/// Sets udmabuf's size limit below 2 MiB, of which segment sizes are usually multiples, and to 0.
+/// Segment sizes are usually multiples of 2 MiB. With a limit of 1 MiB, segments have 1 MiB. With
+/// a limit of 0, a load into udmabufs fails, and `--dma-buf` uses the system heap.
 #[test]
 fn low_size_limit_leads_to_smaller_segments_or_another_heap() {
     let path = file(4 * MIB);

@@ -76,7 +76,7 @@ impl Mapped {
 
 impl Drop for Mapped {
     fn drop(&mut self) {
-        // SAFETY: this value owns the range, and nothing uses it any more.
+        // SAFETY: this value owns the range, and nothing uses it afterwards.
         assert_eq!(unsafe { libc::munmap(self.start.cast(), self.bytes) }, 0);
     }
 }

@@ -77,7 +77,7 @@ fn bad_sizes_and_flags_are_refused() {
     assert_eq!(AddressRange::reserve(4096).unwrap().map(&memory, 0, 4096).unwrap_err().errno, dmabuf::Errno::EACCES);
 }
 
-/// An ioctl with an argument that our API does not make.
+/// An ioctl with arguments that our API cannot make.
 struct Raw<'a> {
     opcode: rustix::ioctl::Opcode,
     words: &'a mut [u64],

@@ -81,7 +81,7 @@ pub fn shut_down(loader: Loader) {
     block_on(loader.shutdown()).unwrap();
 }
 
-/// Maps a dma-buf, and passes its bytes to `inspect` between the begin and the end of CPU access.
+/// Maps a dma-buf, begins CPU access, and passes its bytes to `inspect`.
 pub fn with_mapping<T>(dma_buf: OwnedFd, inspect: impl FnOnce(&[u8]) -> T) -> T {
     let memory = Memory::DmaBuf(DmaBuf::from_fd(dma_buf).unwrap());
     let dma_buf = memory.dma_buf().unwrap();
@@ -149,7 +149,7 @@ pub fn open_descriptors() -> usize {
     fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
-/// Waits until the number of open descriptors is stable, and returns it: a thread may still be
+/// Waits until the number of open descriptors is stable, and returns it. A thread may still be
 /// closing the segments of earlier tests.
 pub fn settle_descriptors() -> usize {
     let mut seen = open_descriptors();
@@ -174,8 +174,8 @@ pub fn assert_descriptors_are_closed(before: usize) {
 
 pub const SIZE_LIMIT: &str = "/sys/module/udmabuf/parameters/size_limit_mb";
 
-/// A changed size limit of udmabuf. The limit before, which depends on the kernel, is restored
-/// when this is dropped.
+/// A changed size limit of udmabuf. Dropping it restores the previous limit, which differs between
+/// kernels.
 pub struct SizeLimit(String);
 
 impl SizeLimit {
@@ -194,8 +194,7 @@ impl Drop for SizeLimit {
 
 const THP: &str = "/sys/kernel/mm/transparent_hugepage";
 
-/// Changed settings of transparent huge pages. The settings before are restored when this is
-/// dropped.
+/// Changed settings of transparent huge pages. Dropping it restores the previous settings.
 pub struct ThpSettings(Vec<(String, String)>);
 
 impl ThpSettings {

@@ -1,8 +1,8 @@
 //! Real importers: kernel drivers that use a dma-buf's memory themselves.
 //!
 //! **vivid** outputs a frame from the dma-buf, sends it through its loopback and captures it
-//! again, so the captured bytes are those in its own mapping of the dma-buf. **vgem** attaches by
-//! PRIME, as a GPU driver does.
+//! again, so the captured bytes are those that the driver sees in its mapping of the dma-buf.
+//! **vgem** attaches by PRIME, as a GPU driver does.
 //!
 //! The module `every` runs on all kernels with importers, `small` on those whose importers see
 //! wrong bytes on huge pages, and `huge` on the others: see `src/suites.rs`.

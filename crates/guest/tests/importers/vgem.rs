@@ -1,6 +1,6 @@
 //! Attaches a dma-buf to a real DRM driver. vgem asks the exporter for the buffer's page list, as
 //! any graphics driver does, but its imports cannot be mapped. A successful import proves that
-//! attaching works, and not which bytes the driver sees.
+//! attaching works, but not which bytes the driver sees.
 
 use std::{
     ffi::c_int,

@@ -26,9 +26,10 @@ use self::v4l2::{
     RGB24_BYTES, S_DV_TIMINGS, S_FMT, field_text, ioctl, name_step, vivid_error,
 };
 
-/// Output buffers, all of the same dma-buf. Older kernels need at least two to start.
+/// The number of output buffers, all of the same dma-buf. Older kernels need at least two to
+/// start.
 const OUTPUT_BUFFERS: u32 = 2;
-/// Capture buffers: the driver fills some while one is being read.
+/// The number of capture buffers. The driver fills some while one is being read.
 const CAPTURE_BUFFERS: u32 = 4;
 
 /// Both ends of one vivid instance, set up so that a captured frame has the bytes of the output
@@ -46,7 +47,8 @@ impl Loopback {
         Self::with_frames_of(1280, 720)
     }
 
-    /// Like [`open`](Self::open), with frames of this size, which must be a video standard's.
+    /// Like [`open`](Self::open), with frames of this size, which must be that of a video
+    /// standard.
     pub(crate) fn with_frames_of(width: u32, height: u32) -> io::Result<Self> {
         let (output, capture, instance) = open_nodes()?;
         let linked = name_step("output controls", set_controls(&output, &instance))?;

@@ -14,7 +14,7 @@ use super::v4l2::{
 
 /// Maximum number of times that a link is set again after vivid reset it.
 const LINK_TRIES: u32 = 20;
-/// Longer than vivid's work item takes after the control was set.
+/// A time in which vivid's work item has run after the control was set.
 const LINK_SETTLE_TIME: Duration = Duration::from_millis(100);
 
 /// The value that lets a frame pass unchanged.
@@ -38,11 +38,11 @@ fn choose_setting(name: &str, instance: &str) -> Option<Setting> {
         "Show Border" | "Show Square" => Setting::Value(0),
         _ if name.starts_with("Insert ") => Setting::Value(0),
         "Fill Percentage of Frame" => Setting::Value(100),
-        // Moves and scales.
+        // Controls that move or scale the picture.
         "Horizontal Flip" | "Vertical Flip" => Setting::Value(0),
         _ if name.starts_with("Sensor Flipped") => Setting::Value(0),
         _ if name.starts_with("Enable Capture ") || name.starts_with("Enable Output ") => Setting::Value(0),
-        // Dropped frames and signals.
+        // Controls that drop frames or the signal.
         "Percentage of Dropped Buffers" => Setting::Value(0),
         "DV Timings Signal Mode" => Setting::Item("Current DV Timings"),
         // Without a looped picture, no two frames may be equal: see `Loopback::pass`.

@@ -243,7 +243,7 @@ pub(super) fn vivid_error(kind: ErrorKind, why: &str) -> Error {
     Error::new(kind, format!("vivid: {why}"))
 }
 
-/// The text of a fixed-size, NUL-padded field.
+/// Returns the text of a fixed-size, NUL-padded field.
 pub(super) fn field_text(field: &[u8]) -> &str {
     let end = field.iter().position(|&byte| byte == 0).unwrap_or(field.len());
     str::from_utf8(&field[..end]).unwrap_or("")
