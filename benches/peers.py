@@ -1,4 +1,4 @@
-"""Loads a file into CPU memory in another way than `dmaload`, for `dmaload bench --peer`.
+"""Loads a file into CPU memory by the wheel or another program, for `dmaload bench --peer`.
 
     peers.py NAME PATH    NAME: wheel, safetensors, safetensors-clone, fastsafetensors, runai,
                           fio, copies

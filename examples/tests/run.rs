@@ -113,9 +113,8 @@ fn evict(path: &Path) {
     assert!(dd.unwrap().success());
 }
 
-/// Swaps two models a hundred times, with requests in between. The bytes are right, and
-/// descriptors and memory grow by no more than a little. At first, one model is cached and the
-/// other is not.
+/// Swaps two models a hundred times, with requests in between. The bytes are right, and neither
+/// descriptors nor memory accumulate. At first, one model is cached and the other is not.
 #[test]
 fn service_loads_swaps_and_serves_models() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();

@@ -167,7 +167,7 @@ pub fn settle_descriptors() -> usize {
 pub fn assert_descriptors_are_closed(before: usize) {
     let deadline = Instant::now() + Duration::from_secs(10);
     while open_descriptors() != before {
-        assert!(Instant::now() < deadline, "{} descriptors are open; before it was {before}", open_descriptors());
+        assert!(Instant::now() < deadline, "{} descriptors are open; {before} were open before", open_descriptors());
         std::thread::sleep(Duration::from_millis(20));
     }
 }
