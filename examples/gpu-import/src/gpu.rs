@@ -159,7 +159,7 @@ impl Gpu {
     pub(crate) fn sum(&self, words: &Buffer) -> Result<u32> {
         let sums = self.make_visible(u64::from(LANES) * 4, vk::BufferUsageFlags::STORAGE_BUFFER)?;
         let code = compile_shader()?;
-        // SAFETY: everything made here is destroyed here, after the queue is idle; the structures
+        // SAFETY: everything made here is destroyed only after the queue is idle, and the structures
         // outlive the calls.
         unsafe {
             let kind = vk::DescriptorType::STORAGE_BUFFER;
@@ -227,7 +227,7 @@ impl Gpu {
 
     /// Records commands, and waits until the GPU has run them.
     fn run(&self, record: impl FnOnce(vk::CommandBuffer)) -> Result<()> {
-        // SAFETY: everything made here is destroyed here, after the queue is idle.
+        // SAFETY: everything made here is destroyed only after the queue is idle.
         unsafe {
             let pool =
                 self.device.create_command_pool(&vk::CommandPoolCreateInfo::default().queue_family_index(self.family), None)?;
