@@ -159,8 +159,8 @@ impl Gpu {
     pub(crate) fn sum(&self, words: &Buffer) -> Result<u32> {
         let sums = self.make_visible(u64::from(LANES) * 4, vk::BufferUsageFlags::STORAGE_BUFFER)?;
         let code = compile_shader()?;
-        // SAFETY: everything made here is destroyed only after the queue is idle, and the structures
-        // outlive the calls.
+        // SAFETY: everything made here is destroyed only after the queue is idle, and the
+        // structures outlive the calls.
         unsafe {
             let kind = vk::DescriptorType::STORAGE_BUFFER;
             let bindings = [0, 1].map(|binding| {
