@@ -23,11 +23,11 @@ load *ARGS:
 test *ARGS:
     cargo test --workspace {{ARGS}}
 
-# Runs CI's checks other than tests: formatting, texts, imports, lints, documentation.
+# Runs CI's quick checks: formatting, texts, imports, lints, documentation.
 [group('everyday')]
 check: fmt-check texts lint doc
 
-# Formats the sources.
+# Formats the workspace's sources.
 [group('everyday')]
 fmt:
     cargo fmt --all
@@ -104,7 +104,7 @@ hostile INPUTS="1000000" SEED="1":
 loom:
     .ci/loom
 
-# Runs the tests under valgrind (an hour).
+# Runs the library's tests under valgrind (an hour).
 [group('deep tests')]
 valgrind *ARGS:
     .ci/valgrind {{ARGS}}

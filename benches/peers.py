@@ -1,11 +1,12 @@
-"""Loads a safetensors file into CPU memory with another loader, for `dmaload bench --peer`.
+"""Loads a file into CPU memory by the wheel or another program, for `dmaload bench --peer`.
 
     peers.py NAME PATH    NAME: wheel, safetensors, safetensors-clone, fastsafetensors, runai,
                           fio, copies
 
-Reads `prepare`, then `go` from standard input, and answers each with a line of JSON. The
-measurement starts just before the file is opened and ends when every byte is in the caller's
-memory. If a loader returns a mapping, the measurement includes reading a byte of each page.
+The loaders need a safetensors file; fio and copies read any file. Reads `prepare`, then `go` from
+standard input, and answers each with a line of JSON. The measurement starts just before the file
+is opened and ends when every byte is in the caller's memory. If a loader returns a mapping, the
+measurement includes reading a byte of each page. fio measures with its own clock.
 """
 
 import json
@@ -19,7 +20,7 @@ import time
 
 
 def page_bytes(path):
-    """The size of most pages of the loaded memory."""
+    """Returns the size of most pages of the loaded memory, which must be private memory."""
     with open("/proc/self/smaps_rollup", encoding="ascii") as file:
         huge_kib = sum(int(line.split()[1]) for line in file if line.startswith("AnonHugePages"))
     huge = huge_kib << 10 > os.path.getsize(path) // 2
@@ -89,7 +90,7 @@ def by_copies(path):
 
 
 def by_fio(path):
-    """Measures the device's limit with fio's own clock, to check the mode `limit`."""
+    """Returns the seconds that fio takes, to check the mode `limit`."""
     job = ["fio", "--name=limit", f"--filename={path}", "--rw=read", "--direct=1", "--ioengine=io_uring", "--fixedbufs=1"]
     job += ["--bs=4M", "--iodepth=16", "--mem=mmaphuge" if huge_pages() else "--mem=mmap", "--output-format=json", "--readonly"]
     run = subprocess.run(job, capture_output=True, check=True, text=True)

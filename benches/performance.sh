@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs the measurements of docs/performance.md and writes its tables and pictures:
-# `just bench [FILTER]`. Needs an idle machine, and root to evict files from the page cache, create
-# cgroups and run as other users. FILTER selects measurements. `peers`, which installs other
-# loaders (gigabytes) and measures them, runs only if selected.
+# `just bench [FILTER]`. Needs an idle machine, perf, and root to create cgroups, mount a tmpfs and
+# run as other users. FILTER selects the measurements whose names contain it. `peers`, which
+# installs other loaders (gigabytes) and measures them, runs only if selected.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 page=docs/performance.md out=target/performance filter=${1:-}
@@ -84,7 +84,7 @@ measure_files() {
     insert "$name" "$out/$name"
 }
 
-# TABLE: prints the overhead of the Python package, from the medians of a table.
+# TABLE: prints how much longer the Python package takes than the command, from a table's medians.
 python_overhead() {
     awk -F'|' '
         { gsub(/ /, "", $2); split($4, seconds, " ") }
@@ -101,7 +101,7 @@ peers() {
         python3 -m venv "$out/peers"
         "$python" -m pip install --quiet safetensors fastsafetensors runai-model-streamer torch numpy
     fi
-    # The wheel is built from these sources, so it differs from `direct_io` only by Python.
+    # The wheel is built from these sources, so that it has the same engine as `direct_io`.
     "$python" -m pip install --quiet --no-deps --force-reinstall ./crates/dmaload-python
     for way in wheel safetensors safetensors-clone fastsafetensors runai $(command -v fio); do
         command+=(--peer "${way##*/}=$python benches/peers.py ${way##*/}")
@@ -132,7 +132,7 @@ if [[ $filter == peers ]]; then
     exit
 fi
 
-# Profiles the engine's threads during loads on 2 MiB and 4 KiB pages, for the rows on CPU time.
+# Profiles the engine's threads during loads on 2 MiB and 4 KiB pages.
 profile() {
     [[ profile == *$filter* ]] || return 0
     local pages arguments

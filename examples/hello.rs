@@ -1,4 +1,4 @@
-//! Loads a model and prints its first tensors, without copying them.
+//! Loads a model and describes its first tensors, whose bytes are not copied.
 
 use dmaload::Loader;
 

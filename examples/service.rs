@@ -2,16 +2,16 @@
 //!
 //! ```sh
 //! cargo run -p dmaload-examples --example service -- 127.0.0.1:8080
-//! curl -X PUT localhost:8080/models/llama -d '{"path": "model.safetensors"}'   # loads or swaps
+//! curl -X PUT localhost:8080/models/llama --json '{"path": "model.safetensors"}' # loads or swaps
 //! curl localhost:8080/models
 //! curl localhost:8080/models/llama/tensors/lm_head.weight -o lm_head
 //! curl -X DELETE localhost:8080/models/llama
-//! curl localhost:8080/metrics   # for Prometheus
+//! curl localhost:8080/metrics # for Prometheus
 //! ```
 //!
 //! One loader serves all requests: its memory limit covers the whole service, and its pool makes
-//! reloads cheap. Dropping a request cancels its load. On SIGINT the service finishes running
-//! requests and shuts down the loader.
+//! reloads cheap. A client that disconnects cancels its load. On SIGINT the service finishes
+//! running requests and shuts down the loader.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -55,8 +55,8 @@ fn describe(name: &str, image: &Image) -> Value {
     })
 }
 
-/// Loads a model. An older model of that name stays available until the new one is loaded, and
-/// requests that use it keep it alive.
+/// Loads a model. An older model of the same name stays available until the new one is loaded, and
+/// requests that use the older one keep it alive.
 async fn load(State(service): State<Service>, Path(name): Path<String>, Json(body): Json<Value>) -> Answer<Json<Value>> {
     let path = body["path"].as_str().ok_or((StatusCode::BAD_REQUEST, "the request body must contain \"path\"\n".to_owned()))?;
     let image = service.loader.load(path).await.map_err(to_response)?;

@@ -1,5 +1,5 @@
-//! Shares loaded memory between two processes: this one loads a model and serves it; a child maps
-//! the same pages and computes a checksum of them.
+//! Shares loaded memory between two processes. The parent loads a model and serves it; the child
+//! maps the same pages. Both print a checksum of the bytes.
 //!
 //! `cargo run -p dmaload-examples --example share -- MODEL`
 
@@ -8,7 +8,7 @@ use std::process::Command;
 use dmaload::Loader;
 use dmaload::share::{AttachOptions, Server, ServerOptions, attach};
 
-/// A checksum that depends on every byte and its position.
+/// Computes a checksum that depends on every byte and its position.
 fn checksum(image: &dmaload::Image) -> anyhow::Result<u64> {
     let mut sum = 0u64;
     for segment in image.segments() {

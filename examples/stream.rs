@@ -1,5 +1,5 @@
-//! Processes each segment while the rest is still being read, and keeps none, as a consumer that
-//! uploads to a device would.
+//! Processes each segment while the rest of the file is still being read, and keeps none of them,
+//! like a consumer that uploads to a device.
 
 use dmaload::{LoadOptions, Loader};
 

@@ -1,7 +1,8 @@
 //! Measures how far allocation and reading overlap.
 //!
 //! Measures the read time per piece, then slows allocation down by multiples of it. With full
-//! overlap the total is close to the longer of the two times; without overlap, to their sum.
+//! overlap, the total time is close to the longer of the two; without overlap, it is close to
+//! their sum.
 
 use std::io::Write;
 use std::ops::Range;
@@ -17,7 +18,7 @@ const FILE_BYTES: usize = 512 << 20;
 const SEGMENT_BYTES: usize = 16 << 20;
 const ROUNDS: usize = 5;
 
-/// A heap that sleeps each time before it populates memory.
+/// Sleeps each time before a heap populates memory.
 #[derive(Debug)]
 struct SlowHeap(Duration);
 

@@ -1,6 +1,6 @@
-//! Hours of use in minutes: several tasks load real files with random sizes, routes, heaps,
-//! cancellations and faults, and compare every byte that they receive. After each period,
-//! everything is dropped, and the process must hold no more resources than after the first one.
+//! A soak test: several tasks load files with random sizes, routes, heaps, cancellations and
+//! faults, and compare every byte that they receive. After each period, everything is dropped, and
+//! the process must hold no more than after the first one, apart from a few mappings and 2 MiB.
 //!
 //! `just soak --minutes 30`
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
@@ -25,14 +25,14 @@ const MIB: u64 = 1 << 20;
 /// The number of concurrent tasks.
 const TASKS: u64 = 4;
 const PERIOD: Duration = Duration::from_secs(20);
-/// How much resident memory may grow after the first period, because allocator caches and stacks
-/// can grow.
+/// How much resident memory may grow after the first period, because the allocator's caches and
+/// stacks can grow.
 const SLACK_KIB: u64 = 2 << 10;
-/// The C library keeps an arena for each thread, whose growth over half an hour would hide leaks.
-/// A single arena does not.
+/// The environment variable that limits the C library's allocator to one arena. By default it has
+/// an arena for each thread, and their growth over half an hour would hide leaks.
 const ONE_HEAP: (&str, &str) = ("MALLOC_ARENA_MAX", "1");
 
-/// Eight bytes of a file, determined by the file's number and the word's index.
+/// Returns eight bytes of a file, determined by the file's number and the word's index.
 fn word(number: u64, index: u64) -> [u8; 8] {
     ((number << 48 | index) ^ 0x5DEE_CE66_D1CE_4E5B).wrapping_mul(0x9E37_79B9_7F4A_7C15).to_le_bytes()
 }
@@ -61,7 +61,7 @@ fn write_file(path: &Path, number: u64, bytes: u64) -> Result<()> {
     Ok(())
 }
 
-/// A heap that fails allocations at random.
+/// Makes a heap's allocations fail at random.
 #[derive(Debug)]
 struct Failing(std::sync::Mutex<Random>);
 
@@ -288,7 +288,7 @@ async fn task(world: Arc<World>, task: u64, seed: u64, until: Instant) -> Result
         for _ in 0..random.below(12) {
             act(&mut random, &own, &world, task, &mut counts).await.with_context(|| format!("seed {seed}"))?;
         }
-        // Sometimes shut down while a load is running.
+        // Sometimes the loader is shut down while a load is running.
         let running = random.chance(300).then(|| own.load(&world.files[3].0).start());
         if let Err(leaked) = own.shutdown().await {
             bail!("{leaked}");

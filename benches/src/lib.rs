@@ -1,1 +1,1 @@
-//! The benches are in `benches/`: `cargo bench -p dmaload-benches`.
+//! Empty: the benches are in `benches/`. Run them with `cargo bench -p dmaload-benches`.

@@ -162,7 +162,7 @@ static int normal_io(const char *heap, int file, size_t bytes)
     return fd;
 }
 
-/* Stores in `huge_bytes` how many bytes are in 2 MiB pages, or 0 if that is unknown. */
+/* Loads by dmaload. Stores in `huge_bytes` how many bytes are in 2 MiB pages; 0 if unknown. */
 static int direct_io(const char *heap, int file, uint64_t *huge_bytes)
 {
     int fd = -1;

@@ -1,4 +1,4 @@
-//! Runs the examples on small models, and checks that the README shows the shortest one verbatim.
+//! Runs the examples on small models, and checks that the README shows the code of `hello.rs`.
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
 
 use std::io::{BufRead, BufReader, Read, Write};
@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 
 use serde_json::{Value, json};
 
-/// The command for an example that cargo built along with this test.
+/// Makes a command for an example, which cargo built along with this test.
 fn example(name: &str) -> Command {
     let tests = std::env::current_exe().unwrap();
     let path = tests.parent().and_then(Path::parent).unwrap().join("examples").join(name);
@@ -71,7 +71,7 @@ impl Service {
         Service { child, address, rest }
     }
 
-    /// Sends a request; returns the status and the body of the response.
+    /// Sends a request, and returns the status and the body of the response.
     fn request(&self, method: &str, path: &str, body: &str) -> (u16, Vec<u8>) {
         let mut stream = TcpStream::connect(&self.address).unwrap();
         let length = body.len();
@@ -94,7 +94,6 @@ impl Service {
         serde_json::from_slice(&body).unwrap()
     }
 
-    /// The value of a metric.
     fn metric(&self, name: &str) -> u64 {
         let (_, text) = self.request("GET", "/metrics", "");
         let text = String::from_utf8(text).unwrap();
@@ -115,7 +114,7 @@ fn evict(path: &Path) {
 }
 
 /// Swaps two models a hundred times, with requests in between. The bytes are right, and neither
-/// descriptors nor memory grow. Initially, one model is cached, and the other is not.
+/// descriptors nor memory accumulate. At first, one model is cached and the other is not.
 #[test]
 fn service_loads_swaps_and_serves_models() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();

@@ -1,9 +1,9 @@
 //! The baseline: loads a file in the usual way (allocate, map the file, copy).
 //!
-//! This is the baseline of the kernel's "allocate and read" patch series, with a memfd in place of
-//! the dma-buf: shareable memory of the file's size, the file mapped through the page cache, and
-//! one `memcpy` between them, which faults in the pages of both. It is neither tuned nor
-//! slowed down: it leaves the page size to the kernel.
+//! This is the baseline of the kernel patch series of 2024 (`DMA_HEAP_IOCTL_ALLOC_AND_READ`), with
+//! a memfd in place of the dma-buf. It allocates shareable memory of the file's size, maps the
+//! file through the page cache, and copies it by one `memcpy`, which faults in the pages of both.
+//! It is neither tuned nor slowed down, and leaves the page size to the kernel.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};

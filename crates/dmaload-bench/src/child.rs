@@ -1,7 +1,8 @@
-//! The child process that measures one run: on command it prepares, then runs, and reports the
-//! result as a line of JSON.
+//! The child process that measures one run ([`Load`]): on command it prepares, then runs, and
+//! reports the result as a line of JSON. [`fill`] and [`hog`] are the child processes that create
+//! memory pressure.
 //!
-//! Each run has its own process, so the CPU time, peak memory and leftovers of one mode do not
+//! Each run has a separate process, so the CPU time, peak memory and leftovers of one mode do not
 //! count against another.
 
 use std::io::{self, Write};
@@ -46,7 +47,8 @@ impl Load {
     /// must be standard output. `describe` formats the error of a run.
     ///
     /// # Errors
-    /// If `output` can't be written to. The error of a run is written to it, not returned.
+    /// If standard input can't be read, or `output` can't be written to. The error of a run is
+    /// written to `output`, not returned.
     pub fn run(self, engine: &dyn Engine, describe: fn(&anyhow::Error) -> String, output: &mut dyn Write) -> Result<()> {
         let prepare = || {
             if self.user.is_some() && self.mode != Mode::Limit {
@@ -58,8 +60,8 @@ impl Load {
     }
 }
 
-/// Waits for `prepare`, prepares, waits for `go`, runs. Returns early if standard input ends,
-/// because then the parent has exited.
+/// Waits for `prepare`, prepares, waits for `go`, and runs. Returns early if standard input ends,
+/// because the parent has then exited.
 fn measure(
     prepare: impl FnOnce() -> Result<ways::Ready>,
     describe: fn(&anyhow::Error) -> String,
@@ -116,7 +118,8 @@ fn to_json(run: &Run) -> Value {
     })
 }
 
-/// Parses a line written by [`Load::run`]; `None` for any other line.
+/// Parses a line with the result or the error of a run, as [`Load::run`] and peers write it.
+/// Returns `None` for any other line, such as `{"ready":true}`.
 pub(crate) fn parse_line(line: &str) -> Option<Result<Run, Failure>> {
     let value: Value = serde_json::from_str(line).ok()?;
     if let Some(reason) = value.get("error").and_then(Value::as_str) {

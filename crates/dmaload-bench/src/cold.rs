@@ -1,5 +1,5 @@
 //! Makes sure that a file is read from storage: evicts it from the page cache, and checks that
-//! none of it is cached any more.
+//! none of it is still cached.
 //!
 //! `POSIX_FADV_DONTNEED` is only a hint: dirty pages, mapped pages and the pages of in-memory file
 //! systems stay cached, and the call still returns 0. A measurement that relied on it could
@@ -116,7 +116,7 @@ fn count_by_mincore(file: &File, path: &Path) -> Result<u64, FileError> {
     mapping::mincore(&mapping).at("count the cached pages of", path)
 }
 
-/// Evicts the file from the page cache and verifies that none of it is cached any more.
+/// Evicts the file from the page cache and verifies that none of it is still cached.
 ///
 /// # Errors
 /// [`ColdError::StillCached`] if pages remain after several attempts, otherwise the error of the

@@ -24,7 +24,7 @@ pub(crate) struct Curves {
 }
 
 impl Curves {
-    /// The curves of a traced load.
+    /// Computes the curves of a traced load.
     pub(crate) fn from_report(report: &Report) -> Self {
         let events: Vec<_> = report.trace.iter().map(Event::from).collect();
         let allocated = events.iter().filter(|event| event.kind == TraceKind::Allocate);
@@ -68,8 +68,8 @@ impl From<&TraceEvent> for Event {
     }
 }
 
-/// The events that put bytes into their final place: copies from staging or from the page cache,
-/// and reads that are not followed by a copy. A load may stage only some of its reads.
+/// Selects the events that put bytes into their final place: copies from staging or from the page
+/// cache, and reads that are not followed by a copy. A load may stage only some of its reads.
 fn filling_events(events: &[Event]) -> Vec<&Event> {
     let of_kind = |kind| events.iter().filter(move |event| event.kind == kind);
     let mut filling: Vec<_> = of_kind(TraceKind::Copy).chain(of_kind(TraceKind::FromCache)).collect();
@@ -79,7 +79,8 @@ fn filling_events(events: &[Event]) -> Vec<&Event> {
     }
     reads.values_mut().for_each(|reads| reads.sort_by_key(|read| read.end));
     for copy in of_kind(TraceKind::Copy) {
-        // A copy belongs to the last read of its size that completed before the copy began.
+        // A copy belongs to the last read of its segment and size that completed before the copy
+        // began.
         let same = reads.get_mut(&(copy.segment, copy.bytes));
         if let Some((reads, at)) = same.and_then(|reads| {
             let at = reads.partition_point(|read| read.end <= copy.start).checked_sub(1)?;
@@ -92,7 +93,7 @@ fn filling_events(events: &[Event]) -> Vec<&Event> {
     filling
 }
 
-/// The cumulative bytes at the end of each event.
+/// Sums up the bytes at the end of each event, and drops points that are too close together.
 fn curve<'a>(events: impl IntoIterator<Item = &'a Event>) -> Vec<Point> {
     let mut ends: Vec<_> = events.into_iter().map(|event| (event.end, event.bytes)).collect();
     ends.sort_unstable();

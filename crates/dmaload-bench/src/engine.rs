@@ -1,4 +1,4 @@
-//! The engine under test.
+//! The interface through which the bench creates the loaders to measure.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,13 +10,13 @@ use dmaload::{Loader, Route};
 
 /// Creates the loaders to measure, from the options of the program that runs the bench.
 ///
-/// Each method is called only in the process of a mode that needs it: a mode without a heap must
-/// not fail because a heap is not available.
+/// Each method is called only in the process of a mode that needs it, so a mode without a heap
+/// does not fail because a heap is not available.
 pub trait Engine {
-    /// Creates a loader with these options.
+    /// Creates a loader with the program's options.
     ///
     /// # Errors
-    /// If this machine lacks what the options require, or they contradict each other.
+    /// If this machine lacks what the options require, or the options contradict each other.
     fn loader(&self) -> dmaload::Result<Loader>;
 
     /// Creates a strict loader that starts at this route and fails rather than step down.
@@ -31,23 +31,23 @@ pub trait Engine {
     /// Those of [`Engine::loader`].
     fn loader_with_pool(&self) -> dmaload::Result<Loader>;
 
-    /// The heap that these loaders allocate from.
+    /// Returns the heap that these loaders allocate from.
     ///
     /// # Errors
     /// If this machine has no such heap.
     fn heap(&self) -> dmaload::Result<Arc<dyn Heap>>;
 
-    /// The page size that the options select.
+    /// Returns the page size that the options select.
     fn pages(&self) -> Pages;
 
-    /// Loads these files and returns what `recorder` records of them.
+    /// Loads these files, and returns the manifest that `recorder` makes from them.
     ///
     /// # Errors
     /// Those of the load.
     fn manifest(&self, paths: &[PathBuf], recorder: Recorder) -> anyhow::Result<Manifest>;
 }
 
-/// Runs a future to completion. One thread is enough: the loader has its own threads.
+/// Runs a future to completion. One thread is enough, because the loader has separate threads.
 pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> anyhow::Result<T> {
     Ok(tokio::runtime::Builder::new_current_thread().enable_time().build()?.block_on(future))
 }

@@ -1,8 +1,8 @@
 //! The machine: its available memory, which is warmed before each run, and its disk's readahead.
 //!
-//! A virtual machine returns free memory to its host, and getting it back takes seconds per GiB,
-//! so the first run after a pause would measure the host. Therefore, as much memory as any mode
-//! needs is touched and freed before each run.
+//! A virtual machine may return free memory to its host. Getting it back takes seconds per GiB, so
+//! the first run after a pause would measure the host. Therefore, as much memory as any mode needs
+//! is touched and freed before each run.
 
 use std::fs;
 use std::io;
@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 
 use memmap2::{Advice, MmapMut, MmapOptions};
 
-/// Memory for the processes themselves, in addition to twice the size of the file (`normal` needs
-/// page cache and memory).
+/// Memory to warm for the processes themselves. Twice the size of the files is added to it,
+/// because `normal` needs page cache and memory for them.
 const EXTRA_BYTES: u64 = 128 << 20;
 
 fn meminfo_bytes(key: &str) -> u64 {
@@ -21,7 +21,7 @@ fn meminfo_bytes(key: &str) -> u64 {
     kib.unwrap_or(0).saturating_mul(1024)
 }
 
-/// Memory that can be allocated, including reclaimable page cache.
+/// Returns the memory that can be allocated, including reclaimable page cache.
 pub(crate) fn available_bytes() -> u64 {
     meminfo_bytes("MemAvailable")
 }
@@ -39,7 +39,7 @@ pub(crate) fn warm(file_bytes: u64, is_short: bool) -> io::Result<()> {
     Ok(())
 }
 
-/// The readahead of the file's disk; `None` if the file is not on a single disk.
+/// Returns the readahead of the file's disk, or `None` if the file is not on a single disk.
 pub(crate) fn read_ahead_kib(path: &Path) -> Option<u64> {
     let device = rustix::fs::stat(path).ok()?.st_dev;
     let device = PathBuf::from(format!("/sys/dev/block/{}:{}", rustix::fs::major(device), rustix::fs::minor(device)));
@@ -48,13 +48,13 @@ pub(crate) fn read_ahead_kib(path: &Path) -> Option<u64> {
     settings.filter_map(|setting| fs::read_to_string(setting).ok()).find_map(|text| text.trim().parse().ok())
 }
 
-/// Allocates private memory and populates all of it, with huge pages if possible, which is faster.
+/// Allocates private memory and populates all of it, with huge pages if possible.
 ///
 /// # Errors
 /// If there is not enough memory.
 pub(crate) fn allocate_touched(bytes: usize) -> io::Result<MmapMut> {
     let mut memory = MmapOptions::new().len(bytes).map_anon()?;
-    // Only an optimization.
+    // Populating huge pages is faster, but small pages will do.
     let _ = memory.advise(Advice::HugePage);
     if memory.advise(Advice::PopulateWrite).is_err() {
         // Kernels before Linux 5.14 lack MADV_POPULATE_WRITE.

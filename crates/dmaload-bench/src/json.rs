@@ -6,7 +6,7 @@ use crate::mode::Mode;
 use crate::results::{ModeRuns, Results, Run};
 use crate::stats::Spread;
 
-/// All results as one object: see docs/cli.md.
+/// Returns all results as one object: see docs/cli.md.
 pub(crate) fn to_json(results: &Results) -> Value {
     json!({
         "rounds": results.rounds,
@@ -62,7 +62,7 @@ fn spread_to_json(spread: Spread) -> Value {
     json!({ "median": spread.median, "min": spread.min, "max": spread.max })
 }
 
-/// A page size as in `--pages` (`4k`, `2m`), or `mixed` if the runs got different ones.
+/// Formats a page size as in `--pages` (`4k`, `2m`), or as `mixed` if the runs got different ones.
 fn page_size_name((smallest, largest): (u64, u64)) -> String {
     match smallest {
         _ if smallest != largest => "mixed".to_owned(),

@@ -30,7 +30,8 @@ struct Alive {
     groups: BTreeSet<PathBuf>,
 }
 
-/// Every change is a single call, so a panicking thread leaves the state consistent.
+/// Ignores poisoning: every change is a single call, so a panicking thread leaves the state
+/// consistent.
 fn lock_alive() -> MutexGuard<'static, Alive> {
     ALIVE.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -11,8 +11,9 @@
 //! round; their median is reported.
 //!
 //! The program that runs a [`Bench`] also serves as its child processes: it is started through
-//! `/proc/self/exe` with `bench-child` as the first argument, and must then call [`child`]. The
-//! program also implements [`Engine`], which creates the loaders to measure.
+//! `/proc/self/exe` (unless [`run_children_by`] sets another command) with `bench-child` as the
+//! first argument, and must then call one of the functions in [`child`]. The program also
+//! implements [`Engine`], which creates the loaders to measure.
 //!
 //! The other public modules are useful for any measurement: [`synth`] generates models whose every
 //! byte is known, [`scratch`] keeps them on a disk and removes them on a signal, [`cold`] evicts
@@ -73,7 +74,7 @@ use worker::Worker;
 /// What to measure, and how.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// The files to load; several files form one load.
+    /// The files to load. Several files form one load, except in the mode `at-once`.
     pub paths: Vec<PathBuf>,
     /// The file created for the bench, if any, which is one of `paths`. Child processes receive it
     /// as `--scratch`.
@@ -95,25 +96,25 @@ pub struct Settings {
 }
 
 impl Results {
-    /// The results as a table for a terminal, with a summary.
+    /// Formats the results as a table for a terminal, with conclusions and remarks.
     #[must_use]
     pub fn to_text(&self) -> String {
         table::plain(self)
     }
 
-    /// The results as Markdown.
+    /// Formats the results as Markdown.
     #[must_use]
     pub fn to_markdown(&self) -> String {
         table::markdown(self)
     }
 
-    /// The results as one JSON object: see docs/cli.md.
+    /// Returns the results as one JSON object: see docs/cli.md.
     #[must_use]
     pub fn to_json(&self) -> Value {
         json::to_json(self)
     }
 
-    /// The results as an SVG chart.
+    /// Draws the results as an SVG chart.
     #[must_use]
     pub fn to_svg(&self) -> String {
         plot::svg(self)
@@ -129,11 +130,12 @@ pub struct Bench {
 }
 
 impl Bench {
-    /// Checks the files and applies the memory pressure. From then on, an interrupt leaves nothing
-    /// behind.
+    /// Checks the files and applies the memory pressure. An interrupt from then on ends the
+    /// bench's processes and removes its files and cgroups.
     ///
     /// # Errors
-    /// If a path is not a file, all files are empty, or the pressure can't be applied.
+    /// If a path can't be inspected or is not a regular file, if all files are empty, or if the
+    /// pressure can't be applied.
     pub fn set_up(settings: Settings) -> Result<Self> {
         leftovers::remove_on_interrupt();
         let paths = &settings.paths;
@@ -244,7 +246,7 @@ impl Bench {
     }
 }
 
-/// A short description of a run's result.
+/// Describes a run's result briefly.
 fn describe_outcome(mode: Mode, run: &Result<Run, Failure>) -> String {
     match run {
         Ok(run) if mode == Mode::Limit => {

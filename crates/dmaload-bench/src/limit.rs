@@ -4,9 +4,9 @@
 //! repeatedly reads into its own buffer ([`Into::Slots`], the limit), or every read has its own
 //! place ([`Into::Places`], the second half of `no-overlap`).
 //!
-//! The total size of the buffers determines the speed of a virtual disk, because its host copies
-//! into the guest's memory: buffers that stay in the CPU cache are filled faster. So the limit is
-//! measured for several [`DESTINATIONS`], and the fastest one counts.
+//! The total size of the buffers affects the speed of a virtual disk: its host copies into the
+//! guest's memory, and buffers that stay in the CPU cache are filled faster. The limit is
+//! therefore measured for several [`DESTINATIONS`], and the one with the best median counts.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -33,7 +33,7 @@ impl Destination {
     }
 }
 
-/// Buffers of 4, 8, 16 and 64 MiB in total. Eight reads in flight keep every disk tested so far
+/// Buffers of 4, 8, 16 and 64 MiB in total. Eight reads in flight kept every disk that was tested
 /// busy.
 pub(crate) const DESTINATIONS: [Destination; 4] = [
     Destination { chunk_bytes: 512 << 10, depth: 8 },
@@ -43,7 +43,7 @@ pub(crate) const DESTINATIONS: [Destination; 4] = [
 ];
 /// Also used by `no-overlap`.
 pub(crate) const LARGEST: Destination = Destination { chunk_bytes: 4 << 20, depth: 16 };
-/// The largest alignment that `O_DIRECT` requires of offsets, lengths and addresses.
+/// The largest alignment that `O_DIRECT` usually requires of offsets, lengths and addresses.
 const ALIGNMENT: usize = 4096;
 
 /// Where reads go.
@@ -77,13 +77,13 @@ impl Into {
 pub(crate) struct Chunk {
     pub(crate) file: usize,
     pub(crate) offset: u64,
-    /// The number of bytes in the file, not rounded up to whole sectors.
+    /// The number of bytes in the file, not rounded up to whole blocks.
     pub(crate) bytes: usize,
     /// Its place in the memory that holds all files.
     pub(crate) at: usize,
 }
 
-/// Plans reads of `chunk_bytes` for files of these lengths; returns them and the size of the
+/// Plans reads of up to `chunk_bytes` for files of these lengths. Returns them and the size of the
 /// memory that holds all files. Each file begins at a multiple of the alignment, and no chunk
 /// crosses a boundary between parts of the memory.
 pub(crate) fn plan(lengths: &[u64], part_bytes: usize, chunk_bytes: usize) -> (Vec<Chunk>, usize) {
@@ -158,7 +158,7 @@ pub(crate) fn read_all(
     Ok(())
 }
 
-/// The state of a chunk after a completion; `None` once it is complete.
+/// Returns the state of a chunk after a completion, or `None` once it is complete.
 fn advance(active: Active, result: io::Result<usize>) -> io::Result<Option<Active>> {
     let count = match result {
         Ok(count) => count,
@@ -169,7 +169,7 @@ fn advance(active: Active, result: io::Result<usize>) -> io::Result<Option<Activ
     if done >= active.chunk.bytes {
         return Ok(None);
     }
-    // The rest must begin at an aligned offset again.
+    // The rest must begin at an aligned offset.
     let done = done / ALIGNMENT * ALIGNMENT;
     if done <= active.done {
         return Err(io::ErrorKind::UnexpectedEof.into());
@@ -199,7 +199,7 @@ fn push(
     let Active { chunk, done } = active;
     let file = files.get(chunk.file).ok_or(io::ErrorKind::InvalidInput)?;
     let at = into.place(slot, &chunk);
-    // The last sector is read whole, even if the file ends within it.
+    // The last block is read whole, even if the file ends within it.
     let bytes = (chunk.bytes - done).next_multiple_of(ALIGNMENT);
     reader.push(Read { file, offset: chunk.offset + done as u64, at: at + done, bytes, token: slot as u64 })?;
     if let Some(place) = slots.get_mut(slot) {
@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn short_read_resumes_at_a_sector_or_is_an_early_end() {
+    fn short_read_resumes_at_a_block_or_is_an_early_end() {
         let active = Active { chunk: Chunk { file: 0, offset: 0, bytes: 10_000, at: 0 }, done: 0 };
         assert!(advance(active, Ok(10_000)).unwrap().is_none());
         assert_eq!(advance(active, Ok(9_999)).unwrap().unwrap().done, 8192);

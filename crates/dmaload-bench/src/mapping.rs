@@ -22,7 +22,7 @@ pub(crate) fn map_memory(memory: &File) -> io::Result<MmapMut> {
     unsafe { MmapMut::map_mut(memory) }
 }
 
-/// The number of bytes of a mapped file that are in the page cache, in whole pages, according to
+/// Returns how many bytes of a mapped file are in the page cache, in whole pages, according to
 /// `mincore(2)`.
 pub(crate) fn mincore(mapping: &Mmap) -> io::Result<u64> {
     let page = rustix::param::page_size();

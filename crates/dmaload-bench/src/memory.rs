@@ -7,7 +7,7 @@ use std::sync::Arc;
 use dmabuf::{AddressRange, Error, HUGE_PAGE_BYTES, Mapping, Memory, huge_bytes_in, page_bytes};
 use dmaload::heap::Heap;
 
-/// The size of a region's parts, equal to the engine's default segment size.
+/// The maximum size of a region's parts, equal to the engine's default segment size.
 pub(crate) const PART_BYTES: usize = 64 << 20;
 
 /// A contiguous range of memory.
@@ -97,7 +97,8 @@ impl Region {
         self.bytes
     }
 
-    /// A range within the region; `None` if it crosses a boundary between parts, or the end.
+    /// Returns a range within the region, or `None` if it crosses a boundary between parts, or the
+    /// end.
     pub(crate) fn place(&self, at: usize, bytes: usize) -> Option<Place> {
         let number = at / self.part_bytes();
         let (mapping, _) = self.parts.get(number)?;

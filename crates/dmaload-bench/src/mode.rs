@@ -3,16 +3,17 @@
 use std::fmt;
 use std::str::FromStr;
 
-/// A way of loading. The first four are named as in the kernel series' own test program.
+/// A way of loading. The names of `normal`, `normal_io`, `direct_io` and `direct_io_check` are
+/// those of the modes in `examples/c/dmabuf-heap-file-read.c`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Mode {
     /// Allocate, map the file, copy: the usual way, on 4 KiB pages.
     Normal,
-    /// The same allocation, filled by `read(2)` through the page cache.
+    /// Allocate a memfd, fill it by `read(2)` through the page cache.
     NormalIo,
-    /// This engine.
+    /// The engine.
     DirectIo,
-    /// This engine, followed by a comparison of every byte with the file, outside the measured
+    /// The engine, followed by a comparison of every byte with the file, outside the measured
     /// time.
     DirectIoCheck,
     /// The device limit: direct reads into memory that is already allocated.
@@ -21,18 +22,18 @@ pub enum Mode {
     Mmap,
     /// `tokio::fs::read`.
     TokioFs,
-    /// This engine, by the route of that name.
+    /// The engine, only by the route of that name.
     PreadDirect,
     /// Allocate everything, then read everything.
     NoOverlap,
-    /// This engine, into the pooled memory of an earlier load that was dropped.
+    /// The engine, into the pooled memory of an earlier load that was dropped.
     Reuse,
-    /// This engine, with a pool, while it holds another load of the same files: a service that
-    /// swaps models.
+    /// Like `reuse`, while another load of the same files is held, as in a service that swaps
+    /// models.
     Swap,
-    /// This engine, with each file as its own load, all at once.
+    /// The engine, with a separate load for each file, all at once.
     AtOnce,
-    /// This engine, verifying each chunk against a manifest as it arrives.
+    /// The engine, verifying each chunk against a manifest as it arrives.
     Verify,
     /// Another program.
     Peer(&'static Peer),
@@ -50,7 +51,7 @@ pub struct Peer {
 }
 
 impl Mode {
-    /// Every mode, in display order.
+    /// Every mode except peers, in display order.
     pub const ALL: [Mode; 13] = [
         Mode::Normal,
         Mode::NormalIo,
@@ -100,9 +101,9 @@ impl Mode {
         Ok(Mode::Peer(Box::leak(Box::new(Peer { name: name.to_owned(), command: command.to_owned() }))))
     }
 
-    /// The modes to measure: the requested ones or, if there are none, all except `reuse`, `swap`,
-    /// `at-once` and `verify`, which are measured only on request; plus `normal` and `limit`,
-    /// which the others are compared with.
+    /// Returns the modes to measure: the requested ones or, if there are none, all except `reuse`,
+    /// `swap`, `at-once` and `verify`. Always includes `normal` and `limit`, because the others
+    /// are compared with them.
     pub fn chosen(requested: &[Mode]) -> Vec<Mode> {
         let special = |mode: &Mode| matches!(mode, Mode::Reuse | Mode::Swap | Mode::AtOnce | Mode::Verify);
         let compared_with = |mode: &Mode| matches!(mode, Mode::Normal | Mode::Limit);
@@ -110,8 +111,8 @@ impl Mode {
         Mode::ALL.into_iter().filter(wanted).collect()
     }
 
-    /// The order of the modes in a round, rotated by one in each round so that each begins with a
-    /// different mode.
+    /// Returns the order of the modes in a round. It is rotated by one in each round, so that each
+    /// round begins with a different mode.
     pub fn rotated(modes: &[Mode], round: usize) -> Vec<Mode> {
         let mut modes = modes.to_vec();
         let by = round % modes.len().max(1);

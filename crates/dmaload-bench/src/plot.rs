@@ -91,7 +91,7 @@ fn draw_label(svg: &mut String, scale: &Scale, middle: f64, results: &Results, r
     text(svg, scale.x(max) + 9.0, middle + 4.5, style, &format!("{median:.2} s{ratio}"));
 }
 
-/// Highlights the engine and the limit that it is compared with; everything else is gray.
+/// The engine is blue, `no-overlap` light blue and the limit light red. Everything else is gray.
 fn color(mode: Mode) -> &'static str {
     match mode {
         Mode::DirectIo | Mode::DirectIoCheck | Mode::PreadDirect | Mode::Reuse | Mode::Swap | Mode::AtOnce | Mode::Verify => {

@@ -143,8 +143,8 @@ impl Applied {
         Ok(())
     }
 
-    /// Writes back and evicts what a run has left of the cache file, whose dirty pages would
-    /// otherwise be written during the next run.
+    /// Writes back and evicts what a run has left of the cache file in the page cache. Otherwise
+    /// dirty pages would be written back during the next run.
     ///
     /// # Errors
     /// If the pages can't be written back or evicted.
@@ -177,8 +177,9 @@ pub fn hog(bytes: u64, output: &mut dyn Write) -> Result<()> {
     Ok(())
 }
 
-/// Fills the page cache: the child process `bench-child fill BYTES PATH [--dirty]`. The kernel
-/// charges a cached page to the cgroup of the process that first reads or writes it.
+/// Waits for a line, then fills the page cache: the child process `bench-child fill BYTES PATH
+/// [--dirty]`. The kernel charges a cached page to the cgroup of the process that first reads or
+/// writes it.
 ///
 /// # Errors
 /// If the file can't be read or written.
@@ -200,8 +201,8 @@ fn report_ready(output: &mut dyn Write) -> Result<()> {
     Ok(output.flush()?)
 }
 
-/// Writes bytes that lower layers can neither compress nor deduplicate: random, with a different
-/// number in each sector.
+/// Writes bytes that lower layers can neither compress nor deduplicate: the same random block over
+/// and over, with a different number in each sector.
 fn write_noise(mut file: &File, bytes: u64) -> io::Result<()> {
     let mut block = MmapOptions::new().len(BLOCK).map_anon()?;
     let mut state = 0x9E37_79B9_7F4A_7C15_u64;

@@ -26,7 +26,7 @@ pub(crate) struct Run {
     /// Remarks, such as the engine's route.
     pub(crate) notes: Vec<String>,
     /// For [`Mode::Limit`]: the results for each destination. [`Results::choose_limit`] copies
-    /// `seconds` and `cpu_seconds` from the fastest one.
+    /// `seconds` and `cpu_seconds` from the chosen one.
     pub(crate) destinations: Vec<ReadInto>,
 }
 
@@ -118,12 +118,12 @@ pub struct Results {
     pub(crate) file_bytes: u64,
     /// A description of the pressure.
     pub(crate) pressure: Option<String>,
-    /// The user that the modes ran as, if not the user who started the command.
+    /// The user that all modes except `limit` ran as, if not the user who started the command.
     pub(crate) user: Option<u32>,
     /// Whether the files were in the page cache before each run.
     pub(crate) warm: bool,
-    /// The readahead of the first file's disk, which determines the speed of every mode that uses
-    /// the page cache.
+    /// The readahead of the first file's disk, which affects every mode that reads through the
+    /// page cache.
     pub(crate) read_ahead_kib: Option<u64>,
     /// In display order.
     pub(crate) modes: Vec<ModeRuns>,
@@ -134,8 +134,8 @@ pub struct Results {
 impl Results {
     /// Makes the destination with the best median the limit: its times are used in every round.
     ///
-    /// Choosing per round would take the luckiest of four noisy runs each time, which overstates
-    /// the device's speed.
+    /// Choosing per round would take the luckiest of four noisy measurements each time, and
+    /// overstate the device's speed.
     pub(crate) fn choose_limit(&mut self) {
         let Some(limit) = self.modes.iter_mut().find(|runs| runs.mode == Mode::Limit) else { return };
         let reads = || limit.successes().flat_map(|run| &run.destinations);
@@ -157,7 +157,7 @@ impl Results {
         self.modes.iter().find(|runs| runs.mode == mode)
     }
 
-    /// The time of `reference` divided by that of `mode`, round by round: above 1, `mode` is
+    /// Divides the time of `reference` by that of `mode`, round by round. Above 1, `mode` is
     /// faster.
     pub(crate) fn ratio(&self, reference: Mode, mode: Mode) -> Option<Spread> {
         let (reference, mode) = (self.runs_of(reference)?, self.runs_of(mode)?);
@@ -168,8 +168,8 @@ impl Results {
         }))
     }
 
-    /// How well a mode hides the shorter of allocating and reading behind the longer: the longer
-    /// of the two alone (from `no-overlap`, in the same round) divided by the mode's time.
+    /// Computes how well a mode hides the shorter of allocating and reading behind the longer: the
+    /// longer of the two alone (from `no-overlap`, in the same round) divided by the mode's time.
     pub(crate) fn overlap(&self, mode: Mode) -> Option<Spread> {
         let (apart, mode) = (self.runs_of(Mode::NoOverlap)?, self.runs_of(mode)?);
         let pairs = apart.runs.iter().zip(&mode.runs);
@@ -188,15 +188,15 @@ impl Results {
         Some(self.file_bytes as f64 / self.runs_of(Mode::Limit)?.seconds()?.median)
     }
 
-    /// The page size of the engine's runs (the smallest if it varied); without such runs, that of
-    /// `no-overlap`, or else of `normal`.
+    /// The page size (the smallest if it varied) of the first mode with results among `direct_io`,
+    /// `direct_io_check`, `pread-direct`, `no-overlap` and `normal`.
     pub(crate) fn page_size_bytes(&self) -> Option<u64> {
         let modes = [Mode::DirectIo, Mode::DirectIoCheck, Mode::PreadDirect, Mode::NoOverlap, Mode::Normal];
         modes.into_iter().find_map(|mode| self.runs_of(mode)?.page_bytes()).map(|(smallest, _)| smallest)
     }
 
-    /// Whether the bench has failed: if wrong bytes were loaded, or if any run failed without
-    /// pressure.
+    /// Returns whether the bench has failed: whether wrong bytes were loaded, or any run failed
+    /// without pressure.
     #[must_use]
     pub fn failed(&self) -> bool {
         let mut failures = self.modes.iter().flat_map(ModeRuns::failures);

@@ -1,14 +1,15 @@
-//! A large temporary file: on a real disk with enough free space, removed on drop and on Ctrl-C.
+//! A large temporary file: on a disk with enough free space, removed on drop and on a signal.
 //!
-//! - **On a disk.** `/tmp` is often a tmpfs: reading from there measures memory, `O_DIRECT` is
-//!   refused or emulated, and a few GiB may trigger the OOM killer. So the file system of each
-//!   folder is checked first.
+//! - **On a disk.** `/tmp` is often a tmpfs. Reading from there measures memory, `O_DIRECT` is
+//!   refused or emulated, and a few GiB may invoke the OOM killer. The file system of each folder
+//!   is therefore checked first.
 //! - **Enough space.** A demo must not fill up a file system: free space is checked before the
 //!   first byte is written, and a tenth of it stays free.
 //! - **With a name.** A nameless file (`O_TMPFILE`) would need no cleanup, but loaders choose the
-//!   format by the file's extension, and other programs receive the same path. So the file has a
-//!   name, and a signal thread removes it when the process is interrupted. Only SIGKILL leaves it
-//!   behind; the name `dmaload-PID-…` makes it easy to find.
+//!   format by the file's extension, and other programs receive the same path. The file therefore
+//!   has a name, and a signal thread removes it on SIGHUP, SIGINT or SIGTERM. A process that ends
+//!   in another way, such as by SIGKILL, may leave it behind; the name `dmaload-PID-…` makes it
+//!   easy to find.
 
 use std::collections::BTreeSet;
 use std::env;
@@ -37,7 +38,7 @@ const IN_MEMORY: &[(FsWord, &str)] =
 /// The existing scratch files, which the signal thread removes.
 static ALIVE: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
 
-/// A hook that runs when the process is interrupted, before the files are removed.
+/// The hook to run when a signal ends the process, before the files are removed.
 static BEFORE_EXIT: OnceLock<fn()> = OnceLock::new();
 
 /// Registers a function to call when a signal ends the process. Only the first registration
@@ -95,9 +96,9 @@ impl fmt::Display for Reasons<'_> {
 }
 
 impl ScratchFile {
-    /// Creates an empty scratch file that has room for `length` bytes. It is created in `folder`
-    /// or, without one, in the first suitable folder of `$TMPDIR`, `/var/tmp` and the current
-    /// folder. Its name ends with `suffix`, such as `"demo.safetensors"`.
+    /// Creates an empty scratch file on a disk with room for `length` bytes. It is created in
+    /// `folder` or, without one, in the first suitable folder of `$TMPDIR` (or `/tmp`), `/var/tmp`
+    /// and the current folder. Its name ends with `suffix`, such as `"demo.safetensors"`.
     ///
     /// An unsuitable `folder` is an error: it is never silently replaced.
     ///
@@ -145,7 +146,7 @@ impl Drop for ScratchFile {
     }
 }
 
-/// The folders to try. The first is `/tmp` if `$TMPDIR` is not set.
+/// Returns the folders to try. The first is `/tmp` if `$TMPDIR` is not set.
 fn usual_folders() -> Vec<PathBuf> {
     let mut folders = vec![env::temp_dir(), PathBuf::from("/var/tmp"), PathBuf::from(".")];
     folders.dedup();
@@ -185,14 +186,14 @@ fn free_name(folder: &Path, suffix: &str, alive: &BTreeSet<PathBuf>) -> PathBuf 
         .expect("fewer than 2^32 scratch files in one process")
 }
 
-/// Every change is a single call, so a thread that panics while holding the lock leaves the set
+/// Ignores poisoning: every change is a single call, so a panicking thread leaves the set
 /// consistent.
 fn lock_alive() -> MutexGuard<'static, BTreeSet<PathBuf>> {
     ALIVE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Starts, once, the thread that removes the existing files when a signal ends the process. If it
-/// can't be started, the files are still removed on drop.
+/// Starts the thread that removes the existing files when a signal ends the process, unless it was
+/// already started. If it can't be started, the files are still removed on drop.
 fn remove_on_signals() {
     static STARTED: Once = Once::new();
     STARTED.call_once(|| {
@@ -215,7 +216,7 @@ fn remove_on_signals() {
     });
 }
 
-/// The signals that ask a process to end, except those that were ignored when it started: `nohup`,
+/// Returns the signals that ask a process to end, except those that this process ignores. `nohup`,
 /// and shells for background jobs, ignore them on purpose, and a handler would undo that.
 fn handled_signals() -> impl Iterator<Item = i32> {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
@@ -224,7 +225,7 @@ fn handled_signals() -> impl Iterator<Item = i32> {
     [SIGHUP, SIGINT, SIGTERM].into_iter().filter(move |signal| ignored >> (signal - 1) & 1 == 0)
 }
 
-/// The file system's name if it keeps its files in memory.
+/// Returns the file system's name if it keeps its files in memory.
 fn in_memory_name(about: &StatFs) -> Option<&'static str> {
     IN_MEMORY.iter().find(|&&(magic, _)| magic == about.f_type).map(|&(_, name)| name)
 }

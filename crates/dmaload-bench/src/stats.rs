@@ -9,8 +9,8 @@ pub(crate) struct Spread {
 }
 
 impl Spread {
-    /// Returns `None` if there are no values. For an even number of values, the median is the mean
-    /// of the two in the middle.
+    /// Computes the spread, or returns `None` if there are no values. For an even number of
+    /// values, the median is the mean of the two in the middle.
     pub(crate) fn from_values(values: impl IntoIterator<Item = f64>) -> Option<Spread> {
         let mut values: Vec<f64> = values.into_iter().collect();
         values.sort_unstable_by(f64::total_cmp);
@@ -21,7 +21,7 @@ impl Spread {
     }
 }
 
-/// The median alone; `None` if there are no values.
+/// Returns the median alone, or `None` if there are no values.
 pub(crate) fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
     Spread::from_values(values).map(|spread| spread.median)
 }

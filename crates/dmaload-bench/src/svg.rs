@@ -1,4 +1,4 @@
-//! Drawing helpers for both halves of the chart: lines, text, and the time scale.
+//! Drawing helpers for both halves of the chart: lines, text and the time scale.
 
 use std::fmt::Write as _;
 

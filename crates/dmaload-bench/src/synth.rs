@@ -10,13 +10,13 @@
 //!  header: from the layout      data: word i = random(seed, i), made finite for its type
 //! ```
 //!
-//! So a load is verified against the generator, not against the file: if a reader mixes up blocks
-//! or returns stale page cache, reading the file again for comparison could repeat the mistake.
-//! Any part can be verified on its own.
+//! A load is therefore verified against the generator, not against the file. If a reader mixes up
+//! blocks or returns stale page cache, reading the file again for comparison could repeat the
+//! mistake.
 //!
 //! No weight is zero, infinite or NaN: unfilled memory can't pass for a weight, and real code can
-//! compute with the weights. Random bits also prevent lower layers from compressing or
-//! deduplicating the file.
+//! compute with the weights. Random bits also prevent lower layers from deduplicating the file, or
+//! compressing it much.
 
 use std::fmt;
 use std::fmt::Write as _;
@@ -139,7 +139,8 @@ pub enum Mismatch {
 }
 
 impl Model {
-    /// Lays out a model, without writing anything.
+    /// Lays out a model, without writing anything. Its size is `bytes`, rounded down to a multiple
+    /// of 8.
     ///
     /// # Errors
     /// If the size is below [`BYTES_MIN`].
@@ -240,8 +241,8 @@ impl Model {
         Mismatch::Byte { offset, place, expected, found }
     }
 
-    /// Fills a block with the file's bytes at `offset`. The offset and the length of the block are
-    /// multiples of a word.
+    /// Fills a block with the file's bytes at `offset`. The offset and the length of the block
+    /// must be multiples of a word.
     fn generate(&self, offset: u64, block: &mut [u8]) {
         let mut at = offset;
         let mut rest = block;
@@ -265,14 +266,15 @@ impl Model {
     }
 }
 
-/// The part of `block` to process next: all of it or, at the end, the last `left` bytes.
+/// Returns the part of `block` to use next: all of it or, near the file's end, its first `left`
+/// bytes.
 fn next_block(block: &mut [u8], left: u64) -> &mut [u8] {
     let length = usize::try_from(left).unwrap_or(usize::MAX).min(block.len());
     &mut block[..length]
 }
 
 fn fill_weights(words: &mut [u8], dtype: Dtype, seed: u64, offset: u64) {
-    // Seeds are small, consecutive numbers; mixing them keeps the sequences from overlapping.
+    // Seeds may be small, consecutive numbers. Mixing them keeps the sequences from overlapping.
     let seed = random(seed, 1);
     let first = offset / WORD as u64;
     // One loop per type keeps its constants in registers.
@@ -291,11 +293,11 @@ fn fill_words(words: &mut [u8], word: impl Fn(u64) -> u64) {
     }
 }
 
-/// The number at position `index` of the generator `WyRand`. Its state is a counter, so one
-/// multiplication yields the state at any position.
+/// Returns the number at position `index` of the generator `WyRand`. Its state is a counter, so
+/// one multiplication yields the state at any position.
 ///
-/// One widening multiplication per word gives several GB/s on one core. The only requirement on
-/// the randomness is that no two words of a file are alike.
+/// One widening multiplication per word gives several GB/s on one core. The numbers only have to
+/// make equal words in a file unlikely.
 #[inline]
 fn random(seed: u64, index: u64) -> u64 {
     let state = seed.wrapping_add(index.wrapping_mul(0xA076_1D64_78BD_642F));
@@ -304,7 +306,7 @@ fn random(seed: u64, index: u64) -> u64 {
     upper as u64 ^ state.wrapping_mul(other)
 }
 
-/// Compares two blocks; the error is the index of the first difference. Equal blocks, the usual
+/// Compares two blocks. The error is the index of the first difference. Equal blocks, the usual
 /// case, are compared at memory speed.
 fn compare(expected: &[u8], found: &[u8]) -> Result<(), usize> {
     if expected == found {
@@ -328,7 +330,7 @@ impl Dimensions {
     /// The minimum number of layers, except in models too small for them.
     const LAYERS_MIN: u64 = 12;
 
-    /// The widest dimensions that leave room for enough layers.
+    /// Returns the widest dimensions that leave room for enough layers, or else the narrowest.
     fn for_size(bytes: u64) -> Self {
         let widths = [8192, 4096, 2048, 1024, 512, 256, 128, 64, 32, 16, 8];
         let [.., narrowest] = widths.map(Self::with_width);
@@ -354,7 +356,8 @@ impl Dimensions {
         bytes.saturating_sub(around) / layer
     }
 
-    /// All tensors except the last ones, which fill the rest of the file. Offsets are not set yet.
+    /// Returns all tensors except the last ones, which fill the rest of the file. Their offsets
+    /// are not set yet.
     fn tensors(self, layers: u64) -> Vec<Tensor> {
         let mut tensors = vec![tensor("model.embed_tokens.weight", Dtype::Bf16, &[self.vocabulary, self.hidden])];
         tensors.extend((0..layers).flat_map(|layer| self.layer(layer)));
@@ -362,8 +365,8 @@ impl Dimensions {
         tensors
     }
 
-    /// Grouped-query attention with a quarter of the heads for keys and values, and a gated
-    /// feed-forward block.
+    /// Returns a layer's tensors: grouped-query attention with a quarter of the heads for keys and
+    /// values, and a gated feed-forward block.
     fn layer(self, layer: u64) -> [Tensor; 9] {
         let Self { hidden, .. } = self;
         let (values, inner) = (hidden / 4, hidden * 4);
@@ -382,8 +385,8 @@ impl Dimensions {
         ]
     }
 
-    /// The tensors that fill the rest of the file: an output head with as many rows as fit, then a
-    /// tensor smaller than a row.
+    /// Returns the tensors that fill the rest of the file: an output head with as many rows as
+    /// fit, then a tensor smaller than a row.
     fn last_tensors(self, bytes: u64) -> impl Iterator<Item = Tensor> {
         self.tail(bytes / self.row_bytes(), bytes % self.row_bytes())
     }
@@ -404,7 +407,7 @@ fn sum(tensors: &[Tensor]) -> u64 {
     tensors.iter().map(|tensor| tensor.bytes).sum()
 }
 
-/// Sets the offsets of the tensors, one after another.
+/// Places the tensors one after another, beginning at `start`.
 fn set_offsets(tensors: &mut [Tensor], start: u64) {
     let mut offset = start;
     for tensor in tensors {
@@ -413,8 +416,8 @@ fn set_offsets(tensors: &mut [Tensor], start: u64) {
     }
 }
 
-/// The header's JSON. Its offsets count from the end of the header, so they do not depend on the
-/// header's length.
+/// Formats the header's JSON. Its offsets count from the end of the header, so they do not depend
+/// on the header's length.
 fn json(tensors: &[Tensor], seed: u64) -> String {
     let mut json = format!(r#"{{"__metadata__":{{"format":"pt","generator":"dmaload","seed":"{seed}"}}"#);
     let mut begin = 0;

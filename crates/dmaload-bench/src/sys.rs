@@ -33,8 +33,8 @@ pub(crate) struct Reader {
 }
 
 impl Reader {
-    /// Creates a ring for `depth` reads into this memory, which is registered with the ring if the
-    /// locked memory limit allows that.
+    /// Creates a ring for `depth` reads into this memory, and registers the memory with the ring
+    /// unless the kernel refuses, for example because of the locked memory limit.
     ///
     /// # Errors
     /// If io_uring is not available.
@@ -125,7 +125,7 @@ impl Drop for Reader {
     }
 }
 
-/// The region's bytes.
+/// Returns the region's bytes.
 #[cfg(test)]
 pub(crate) fn bytes(region: &Region) -> &[u8] {
     // SAFETY: the parts are adjacent, mapped and readable as long as the region exists. Nothing
@@ -133,7 +133,7 @@ pub(crate) fn bytes(region: &Region) -> &[u8] {
     unsafe { std::slice::from_raw_parts(region.address().as_ptr(), region.bytes()) }
 }
 
-/// The region's bytes, mutably.
+/// Returns the region's bytes, mutably.
 pub(crate) fn bytes_mut(region: &mut Region) -> &mut [u8] {
     // SAFETY: the parts are adjacent, mapped and writable as long as the region exists. The region
     // is borrowed exclusively, no `Reader` owns it, and its descriptors are never shared.

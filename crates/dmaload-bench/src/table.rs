@@ -14,7 +14,7 @@ const HEADER: [&str; 8] =
 const DEFAULT_READ_AHEAD_KIB: u64 = 128;
 const NOTHING: &str = "–";
 
-/// The table for a terminal.
+/// Formats the table and the remarks for a terminal.
 pub(crate) fn plain(results: &Results) -> String {
     let align = |(column, name)| (name, if column < 2 { Align::Left } else { Align::Right });
     let mut table = Table::new(HEADER.into_iter().enumerate().map(align));
@@ -30,7 +30,7 @@ pub(crate) fn plain(results: &Results) -> String {
     text
 }
 
-/// The table in Markdown.
+/// Formats the table and the remarks in Markdown.
 pub(crate) fn markdown(results: &Results) -> String {
     let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
     let mut text = line(&HEADER.map(str::to_owned));
@@ -39,7 +39,7 @@ pub(crate) fn markdown(results: &Results) -> String {
         text.push_str(&line(&row));
     }
     for remark in verdicts(results).into_iter().chain(remarks(results)) {
-        // An empty line makes each remark a paragraph of its own.
+        // An empty line makes each remark a separate paragraph.
         let _ = write!(text, "\n{}\n", remark.replace('|', "\\|"));
     }
     text

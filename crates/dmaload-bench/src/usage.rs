@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
 
-/// User and system CPU time of all threads so far.
+/// Returns the user and system CPU time of all threads so far.
 #[must_use]
 pub fn cpu_time() -> Duration {
     clock_gettime(ClockId::ProcessCPUTime).try_into().unwrap_or_default()
 }
 
-/// Peak resident memory, including shared memory (`VmHWM`); `None` without `/proc`.
+/// Returns the peak resident memory, including shared memory (`VmHWM`), or `None` without `/proc`.
 #[must_use]
 pub fn peak_resident_bytes() -> Option<u64> {
     let status = fs::read_to_string("/proc/self/status").ok()?;

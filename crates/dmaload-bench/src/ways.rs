@@ -1,8 +1,8 @@
 //! Prepares and runs each mode once.
 //!
 //! Preparation covers what a process needs only once, no matter how much it loads: the engine's
-//! threads and ring, and the limit's buffers. Timing begins just before memory is allocated and
-//! ends when the last byte is in it.
+//! threads and ring, the pool's memory, a manifest, and the limit's buffers. Timing begins just
+//! before memory is allocated and ends when the last byte is in it.
 
 use std::fs::{self, File};
 use std::hint::black_box;
@@ -41,7 +41,8 @@ pub(crate) struct WrongBytes {
 /// A prepared run.
 pub(crate) type Ready = Box<dyn FnOnce() -> Result<Run>>;
 
-/// Prepares a mode. With `curves`, the engine records its progress over time.
+/// Prepares a mode. With `curves`, `direct_io` and `direct_io_check` record their progress over
+/// time.
 ///
 /// # Errors
 /// If this machine lacks something that the mode needs, or a file can't be inspected.
@@ -173,7 +174,7 @@ fn run_normal(files: &Files) -> Result<Run> {
     let watch = Stopwatch::start();
     let loaded: Vec<_> = files.paths.iter().map(|path| baseline::load(path)).collect::<Result<_, _>>()?;
     let run = watch.stop(files);
-    // Excludes unmapping the files.
+    // The sum excludes unmapping the files.
     let seconds = loaded.iter().map(|loaded| loaded.elapsed.as_secs_f64()).sum();
     let page_bytes = loaded.first().map_or(run.page_bytes, |loaded| page_bytes_of_slice(&loaded.memory));
     Ok(Run { seconds, page_bytes, ..run })
@@ -269,7 +270,9 @@ fn limit_reader() -> Result<(Reader, Vec<String>)> {
     let reader = Reader::new(u32::try_from(LARGEST.depth)?, region)
         .context("io_uring is not available, so the device's limit is unknown")?;
     if !reader.is_registered() {
-        notes.push("its buffers are not registered: the locked memory limit (ulimit -l) is below 64 MiB".to_owned());
+        notes.push(
+            "its buffers are not registered, probably because the locked memory limit (ulimit -l) is below 64 MiB".to_owned(),
+        );
     }
     Ok((reader, notes))
 }

@@ -24,7 +24,7 @@ pub fn run_children_by(program: Vec<OsString>) {
     let _ = PROGRAM.set(program);
 }
 
-/// The command `dmaload bench-child`, to which the caller adds arguments.
+/// Makes the command `dmaload bench-child`, to which the caller adds arguments.
 pub(crate) fn command() -> Command {
     let mut command = match PROGRAM.get().and_then(|program| program.split_first()) {
         Some((executable, arguments)) => {
@@ -42,7 +42,7 @@ pub(crate) fn command() -> Command {
     command
 }
 
-/// The command that runs another program in a shell. The program must exit when its standard
+/// Makes the command that runs another program in a shell. The program must exit when its standard
 /// input ends.
 pub(crate) fn peer_command(command: &str, paths: &[PathBuf]) -> Command {
     let mut shell = Command::new("sh");
@@ -103,8 +103,7 @@ impl Worker {
 impl Drop for Worker {
     fn drop(&mut self) {
         drop(self.stdin.take());
-        // The process is no longer needed. Killing one that has exited does no harm, and one that
-        // hangs would block the wait.
+        // The process is no longer needed. Without the kill, one that hangs would block the wait.
         let _ = self.child.kill();
         let _ = self.child.wait();
         leftovers::forget_process(&self.child);

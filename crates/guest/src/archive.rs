@@ -1,13 +1,13 @@
 //! Debian's package archive, one suite at a time.
 //!
-//! Each suite has its own folder of apt's lists. So packages never come from another suite, and
-//! the suites that this machine installs from do not matter.
+//! Each suite has a separate folder for apt's lists, so packages never come from another suite,
+//! and the suites that this machine installs from do not matter.
 //!
 //! ```text
-//! target/guest/apt/trixie-backports/{sources.list,status,lists,cache}
+//! target/guest/apt/trixie-backports/{sources.list,status,lists,cache,renewed}
 //! ```
 //!
-//! Requires an apt with a Debian mirror, whose address is taken from apt's configuration.
+//! Requires apt, and takes the address of a Debian mirror from its configuration.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -21,11 +21,11 @@ use crate::run;
 
 /// Lists older than this are renewed. Debian renews its own every 6 hours.
 const LISTS_AGE_MAX: Duration = Duration::from_secs(6 * 3600);
-/// Its keys verify all suites, including those newer than this machine's.
+/// Keys that verify all suites, including those newer than this machine's.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 const SECURITY: &str = "-security";
 
-/// One suite of the archive, with its package lists.
+/// One suite of the archive.
 #[derive(Debug, Clone)]
 pub(crate) struct Archive {
     suite: String,
@@ -59,14 +59,13 @@ impl Archive {
         &self.suite
     }
 
-    /// Fetches the package lists.
     pub(crate) fn renew(&self) -> Result<()> {
         let mirror = configured_mirror(&self.suite)?;
-        // Guests are amd64, whatever this machine is.
+        // Guests are amd64, whatever this machine's architecture.
         let source = format!("deb [arch=amd64 signed-by={KEYRING}] {mirror} {} main\n", self.suite);
         fs::write(self.folder.join("sources.list"), source)?;
         fs::write(self.folder.join("status"), "")?;
-        // By default apt only warns of a failed download.
+        // By default apt only warns about a failed download.
         run::output(self.apt("apt-get").args(["-q", "update", "-o", "APT::Update::Error-Mode=any"]))
             .with_context(|| format!("cannot fetch the package lists of {}", self.suite))?;
         fs::write(self.stamp(), "").map_err(Into::into)
@@ -97,7 +96,7 @@ impl Archive {
         run::output(&mut command).with_context(|| format!("cannot download {package} from {}", self.suite)).map(drop)
     }
 
-    /// Downloads packages and their dependencies, and returns the files.
+    /// Downloads packages and their dependencies. Returns every package in this suite's cache.
     pub(crate) fn download_all(&self, packages: &[&str]) -> Result<Vec<PathBuf>> {
         let mut command = self.apt("apt-get");
         command.args(["-q", "-y", "--download-only", "--no-install-recommends", "install"]).args(packages);
@@ -112,7 +111,7 @@ impl Archive {
         Ok(files)
     }
 
-    /// A command of apt that sees only this suite.
+    /// Makes a command for one of apt's programs, which sees only this suite.
     fn apt(&self, program: &str) -> Command {
         let mut command = Command::new(program);
         command.env("LC_ALL", "C");
@@ -156,7 +155,7 @@ fn find_mirror(targets: &str, suite: &str) -> Option<String> {
     known.find(|(_, release)| is_same_kind(release)).map(|(uri, _)| uri.to_owned())
 }
 
-/// Unpacks a package into `folder`, without its documentation, and keeps other files there.
+/// Unpacks a package into `folder`, except for `/usr/share`. Other files in the folder stay.
 pub(crate) fn unpack(package: &Path, folder: &Path) -> Result<()> {
     fs::create_dir_all(folder)?;
     let mut reader = Command::new("dpkg-deb").arg("--fsys-tarfile").arg(package).stdout(Stdio::piped()).spawn()?;
@@ -165,7 +164,7 @@ pub(crate) fn unpack(package: &Path, folder: &Path) -> Result<()> {
     tar.args(["-x", "--exclude=./usr/share", "-C"]).arg(folder).stdin(archive);
     let (unpacked, read) = (tar.status(), reader.wait());
     if !unpacked.context("cannot run tar")?.success() || !read?.success() {
-        bail!("cannot unpack {}: remove the file to download it again", package.display());
+        bail!("cannot unpack {}: remove its folder to download it again", package.display());
     }
     Ok(())
 }

@@ -4,11 +4,10 @@ use crate::initramfs::Plan;
 use crate::machine::Outcome;
 use crate::transcript::SuiteRun;
 
-/// A boot and its outcome.
 #[derive(Debug)]
 pub(crate) struct Boot<'a> {
     pub(crate) plan: Plan<'a>,
-    /// `None` if it could not be started.
+    /// `None` if the harness could not start or follow it.
     pub(crate) outcome: Option<Outcome>,
     /// Why it failed; empty on success.
     pub(crate) problems: Vec<String>,
@@ -19,11 +18,13 @@ impl Boot<'_> {
         self.outcome.as_ref().map_or(&[], |outcome| &outcome.transcript.suites)
     }
 
-    /// Commands that rerun each failed test, or a whole suite that failed without a failed test.
+    /// Returns commands that rerun each failed test, or a whole suite that failed without a failed
+    /// test.
     pub(crate) fn replays(&self) -> Vec<String> {
         let mut commands = Vec::new();
         for suite in self.suites().iter().filter(|suite| suite.failed(self.plan.filter.is_some())) {
-            // `--kernel` accepts only the ids of the table, which may lack a replacing line.
+            // `--kernel` accepts only ids of `KERNELS`, which may lack the line that was booted
+            // instead.
             let command = format!("just guest-test --kernel {} --only {}", self.plan.kernel.id, suite.name);
             let tests = suite.failed_tests();
             commands.extend(tests.iter().map(|test| format!("{command} --filter {test}")));

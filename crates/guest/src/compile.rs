@@ -1,4 +1,5 @@
-//! Builds the command and the suites, statically linked, and locates them by cargo's messages.
+//! Builds the command, the suites and C programs, statically linked. Cargo's messages name the
+//! executables that it built.
 //!
 //! Uses a separate target folder, because alternating flags would rebuild the workspace each time.
 
@@ -13,11 +14,12 @@ use serde_json::Value;
 use crate::run;
 use crate::suites::{Program, Suite};
 
-/// Named explicitly, so that procedural macros are built for the host and not linked statically.
+/// Named explicitly, so that `RUSTFLAGS` do not apply to procedural macros, which cannot be linked
+/// statically.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// Optimized because emulation is slow, but with all debug checks. More optimization would cost
-/// more time to build than it saves.
+/// Optimized because emulation is slow, but with all debug checks. More optimization would add
+/// more time to the build than it saves in the guests.
 const PROFILE: [&str; 6] = [
     "profile.guest.inherits=\"dev\"",
     "profile.guest.opt-level=1",
@@ -27,25 +29,24 @@ const PROFILE: [&str; 6] = [
     "profile.guest.package.\"*\".opt-level=1",
 ];
 
-/// The packages of the command and of all suites.
+/// Options that select the packages of the command and of all suites.
 const PACKAGES: [&str; 8] = ["-p", "dmabuf", "-p", "dmaload", "-p", "dmaload-cli", "-p", "dmaload-guest"];
 
-/// The built programs.
 #[derive(Debug)]
 pub(crate) struct Built {
-    /// The command.
+    /// The program `dmaload`.
     pub(crate) command: PathBuf,
     /// Each suite's program, by the suite's name.
     pub(crate) suites: BTreeMap<&'static str, PathBuf>,
-    /// Programs in C, on the static library.
+    /// C programs, linked with the static library.
     pub(crate) c_programs: Vec<PathBuf>,
-    /// The folder that integration tests were compiled to use: an absolute path.
+    /// The `CARGO_TARGET_TMPDIR` that was compiled into the integration tests.
     pub(crate) tests_folder: PathBuf,
-    /// The folder that unit tests use: an absolute path.
+    /// The folder in which unit tests make files. They know its absolute path.
     pub(crate) unit_tests_folder: PathBuf,
 }
 
-/// Builds the command and these suites.
+/// Builds the command, these suites and the C programs.
 pub(crate) fn build(workspace: &Path, target_dir: &Path, suites: &[&Suite]) -> Result<Built> {
     let cargo = || {
         let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
@@ -85,7 +86,7 @@ pub(crate) fn build(workspace: &Path, target_dir: &Path, suites: &[&Suite]) -> R
         };
         found.insert(suite.name, artifact.executable.clone());
     }
-    // Without the shared library, which cannot be linked statically.
+    // Builds only the static library, because a shared one cannot be linked with these flags.
     build(cargo().args(["rustc", "-p", "dmaload-capi", "--crate-type", "staticlib"]))?;
     let folder = target_dir.join(TARGET);
     let c_programs = C_PROGRAMS.map(|(name, source)| compile_c(workspace, &folder.join("guest"), name, source));
@@ -94,7 +95,7 @@ pub(crate) fn build(workspace: &Path, target_dir: &Path, suites: &[&Suite]) -> R
     Ok(Built { command, suites: found, c_programs, tests_folder, unit_tests_folder })
 }
 
-/// Programs in C, and their sources.
+/// The names of the C programs, and their sources.
 const C_PROGRAMS: [(&str, &str); 2] =
     [("dmabuf-heap-file-read", "examples/c/dmabuf-heap-file-read.c"), ("capi-suite", "crates/dmaload-capi/tests/c/suite.c")];
 
@@ -118,7 +119,7 @@ fn run_cargo(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// cargo's options to build the integration tests among these suites.
+/// Returns cargo's options that select the integration tests among these suites.
 fn select_tests(suites: &[&Suite]) -> Vec<&'static str> {
     let names = suites.iter().filter_map(|suite| match suite.program {
         Program::Test(_, name) => Some(name),
@@ -159,8 +160,8 @@ fn parse_artifact(message: &Value) -> Option<Artifact> {
     })
 }
 
-/// The package's name in its id: `…/guest#dmaload-guest@0.1.0`, or `…/dmaload#0.1.0` if its folder
-/// has the same name.
+/// Parses the package's name in its id: `…/guest#dmaload-guest@0.1.0`, or `…/dmaload#0.1.0` if its
+/// folder has the same name.
 fn parse_package_name(id: &str) -> &str {
     let (path, fragment) = id.rsplit_once('#').unwrap_or((id, ""));
     match fragment.split_once('@') {

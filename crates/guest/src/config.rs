@@ -1,13 +1,12 @@
-//! A kernel's configuration (`.config`), as a row of the documentation.
+//! A kernel's configuration (`.config`), as a row of docs/kernels.md.
 
 use crate::rows::Row;
 
-/// The table's name.
 const TABLE: &str = "kernels";
-/// The columns, in this order.
+/// The options to show, in the order of the table's columns.
 const OPTIONS: [&str; 5] = ["UDMABUF", "DMABUF_HEAPS_SYSTEM", "DMABUF_HEAPS_CMA", "VIDEO_VIVID", "DRM_VGEM"];
 
-/// The row of a kernel with this `.config`.
+/// Makes the row of a kernel with this `.config`.
 pub(crate) fn rows(kernel: &str, config: &str) -> Vec<Row> {
     let facts = OPTIONS.iter().map(|option| describe_option(config, option).to_owned());
     vec![Row { table: TABLE.to_owned(), cells: std::iter::once(kernel.to_owned()).chain(facts).collect() }]

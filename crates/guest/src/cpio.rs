@@ -1,12 +1,12 @@
 //! The archive format of initramfs, `newc`: for each entry a header of hexadecimal numbers, its
 //! name and its contents.
 
-/// A file type and its permissions, as in `st_mode`.
+// File types, as in `st_mode`.
 const FOLDER: u32 = 0o04_0000;
 const FILE: u32 = 0o10_0000;
 const DEVICE: u32 = 0o02_0000;
 
-/// An archive that is written entry by entry. Root owns all of them.
+/// An archive that is written entry by entry. Root owns every entry.
 #[derive(Debug, Default)]
 pub(crate) struct CpioArchive {
     bytes: Vec<u8>,
@@ -14,12 +14,12 @@ pub(crate) struct CpioArchive {
 }
 
 impl CpioArchive {
-    /// Adds a folder, whose parents must precede it.
+    /// Adds a folder. Its parents must have been added before.
     pub(crate) fn add_folder(&mut self, path: &str) {
         self.add_entry(path, FOLDER | 0o755, &[], (0, 0));
     }
 
-    /// Adds a file that all users may read, and run if `program`.
+    /// Adds a file that all users may read. They may run it if `program` is set.
     pub(crate) fn add_file(&mut self, path: &str, contents: &[u8], program: bool) {
         self.add_entry(path, FILE | if program { 0o755 } else { 0o644 }, contents, (0, 0));
     }
@@ -40,8 +40,8 @@ impl CpioArchive {
         let len = u32::try_from(contents.len()).expect("file length overflows newc's 4 GiB");
         let name_len = u32::try_from(path.len() + 1).expect("path length overflow");
         let links = 1;
-        // Inode, mode, user, group, links, time, length, the disk's device, this device, length of
-        // name, checksum.
+        // Inode, mode, user, group, links, time, length, the file system's device (major, minor),
+        // this device (major, minor), length of the name, checksum.
         let fields = [self.entries, mode, 0, 0, links, 0, len, 0, 0, device.0, device.1, name_len, 0];
         self.bytes.extend_from_slice(b"070701");
         for field in fields {

@@ -8,8 +8,9 @@
 //!   linux-base-7.2.12+deb13-amd64                 its configuration, the list of built-in modules
 //! ```
 //!
-//! A line that has left the archive is replaced by the next line that is in it. Without a network,
-//! the newest cached release is used: `target/guest/kernels/7.2-full/7.2.12+deb13-amd64/`.
+//! A line that has left the archive is replaced by the next later line that is in it. If a kernel
+//! cannot be fetched, the newest cached release is used, such as
+//! `target/guest/kernels/7.2-full/7.2.12+deb13-amd64/`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -26,14 +27,15 @@ use crate::progress;
 #[derive(Debug)]
 pub(crate) struct Fetched {
     pub(crate) line: Line,
-    /// A folder that contains only this release's packages.
+    /// The folder of this release. All packages in it belong to the release.
     pub(crate) folder: PathBuf,
 }
 
-/// The name of a file that marks a complete download.
+/// The name of the file that marks a complete download.
 const COMPLETE: &str = "complete";
 
-/// Fetches the newest release of a kernel's line into `kernels`. apt's lists are in `lists`.
+/// Fetches the newest release of a kernel's line into a folder below `kernels`. apt's lists are in
+/// `lists`.
 pub(crate) fn fetch(kernel: &Kernel, kernels: &Path, lists: &Path) -> Result<Fetched> {
     let folder = kernels.join(kernel.id);
     fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
@@ -87,11 +89,12 @@ fn download(release: &Release, archive: &Archive, folder: &Path) -> Result<()> {
         let packages = if is_split { parts.to_vec() } else { vec![image.clone()] };
         packages.iter().try_for_each(|package| archive.download(package, folder))
     };
-    // Outdated lists name packages that have left the archive.
+    // If the lists are outdated, the packages may have left the archive: renew the lists and try
+    // again.
     fetch().or_else(|_| archive.renew().and_then(|()| fetch()))
 }
 
-/// Removes other releases from the cache.
+/// Removes this kernel's other releases from the cache.
 fn remove_others(folder: &Path) -> Result<()> {
     let parent = folder.parent().context("cannot find the folder of releases")?;
     for entry in fs::read_dir(parent)? {
@@ -103,7 +106,7 @@ fn remove_others(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Finds the newest release with all packages.
+/// Finds the newest release whose download is complete.
 fn find_newest_cached(folder: &Path) -> Result<Option<Fetched>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder)? {
@@ -126,7 +129,7 @@ struct Release {
 }
 
 impl Release {
-    /// The release in a package's name, if the package is a signed kernel of this flavor.
+    /// Parses the release in a package's name, if the package is a signed kernel of this flavor.
     fn parse(package: &str, flavor: Flavor) -> Option<Self> {
         let name = package.strip_prefix("linux-image-")?;
         let version = name.strip_suffix("-amd64")?;

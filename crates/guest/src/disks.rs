@@ -9,7 +9,8 @@ use dmaload_guest::{SECTOR, bad_bytes};
 
 use crate::run;
 
-/// The sparse file stays empty, because guests write to snapshots.
+/// The length of the empty disk in bytes. Its file stays sparse, because guests write to
+/// snapshots.
 const DISK_LEN: u64 = 3 << 30;
 const BAD_DISK_LEN: u64 = 64 << 20;
 const BLOCK: u64 = 4096;
@@ -18,11 +19,12 @@ const BAD_BLOCK: u64 = 2_049;
 /// The bad sector is neither the first nor the last one of its block.
 const BAD_SECTOR_IN_BLOCK: u64 = 3;
 
-/// Image files, shared by all guests, which write to snapshots.
+/// Image files, shared by all guests. A guest writes to a snapshot of the empty disk, and only
+/// reads the other disks.
 #[derive(Debug)]
 pub(crate) struct Disks {
     pub(crate) empty: PathBuf,
-    /// How QEMU opens the empty disk: with `O_DIRECT` if the file system can do that.
+    /// QEMU's options for the empty disk: with `O_DIRECT` if the host's file system supports it.
     pub(crate) cache: &'static str,
     pub(crate) bad: PathBuf,
     /// The bad sector's number on the disk.
@@ -38,7 +40,7 @@ pub(crate) fn make(folder: &Path) -> Result<Disks> {
     let empty = folder.join("disk.img");
     make_sparse_file(&empty, DISK_LEN)?;
     make_file_system(&empty, None)?;
-    // Without O_DIRECT in the file system, QEMU would refuse `cache=none`.
+    // If the file system lacks O_DIRECT, QEMU refuses `cache=none`.
     let direct = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(&empty).is_ok();
     let cache = if direct { "cache=none,aio=native" } else { "cache=writeback,aio=threads" };
 
@@ -77,7 +79,7 @@ fn make_file_system(image: &Path, contents: Option<&Path>) -> Result<()> {
     run::output(command.arg(image)).map(drop)
 }
 
-/// The last number that debugfs printed; block 0 is a hole.
+/// Parses the last number that debugfs printed. Block 0 means a hole.
 fn parse_block(bmap: &str) -> Option<u64> {
     bmap.split_whitespace().last()?.parse().ok().filter(|&block| block != 0)
 }

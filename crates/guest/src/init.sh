@@ -1,5 +1,6 @@
 #!/bin/busybox sh
-# Process 1 of the guest. Mounts and loads what suites need, runs them, and powers the machine off.
+# Process 1 of the guest. Mounts file systems, loads modules, runs the suites, and powers the
+# machine off.
 #
 # The first serial port is the console: kernel messages, and the suites' stderr. The second one
 # carries results: the suites' stdout, between lines that begin with @@ (see transcript.rs).
@@ -55,8 +56,8 @@ while read -r serial folder options; do
     mount -t ext4 -o "$options" "$device" "$folder" || echo "@@problem cannot mount the disk $serial"
 done </etc/guest/disks
 
-# The tests were compiled with paths of the build machine: of their folders and of the command.
-# Links lead from there to the disk and to /bin.
+# The paths of the tests' folders and of the command on the build machine were compiled into the
+# tests. Links at these paths lead to the disk and to /bin.
 mkdir -p -m 1777 /disk/tests /disk/unit-tests
 chmod 1777 /disk/tests /disk/unit-tests
 mkdir -p "$(dirname "$GUEST_TESTS_FOLDER")" "$(dirname "$GUEST_UNIT_TESTS_FOLDER")" "$(dirname "$GUEST_COMMAND")"
@@ -79,7 +80,7 @@ while read -r name program seconds_max arguments; do
     status=$?
     # Kills processes that a suite has left running. Process 1 is exempt.
     kill -9 -1
-    # Waits until the console has written its output.
+    # Changing a terminal's settings waits until its output was written.
     stty -F /dev/ttyS0 -echo
     echo
     echo "@@end $name status=$status seconds=$(($(uptime_seconds) - begin))"

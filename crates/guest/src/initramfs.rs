@@ -1,4 +1,5 @@
-//! The guest's root: busybox, the init script, the programs, and the lists that the script reads.
+//! The guest's root: busybox, the init script, programs, kernel modules, and the lists that the
+//! script reads.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -21,7 +22,7 @@ pub(crate) struct Plan<'a> {
     /// The booted kernel's id. Differs from `kernel.id` if that line has left the archive.
     pub(crate) id: String,
     pub(crate) modules: &'a [Module],
-    /// The options that the kernel was built with.
+    /// The text of the kernel's `.config`.
     pub(crate) config: &'a str,
     pub(crate) suites: &'a [&'a Suite],
     /// The user's filter, which replaces the suites' `only`.
@@ -41,7 +42,7 @@ pub(crate) fn pack(plan: &Plan<'_>, built: &Built, disks: &Disks) -> Result<Vec<
     for folder in ["bin", "dev", "etc", "etc/guest", "modules", "suites"] {
         archive.add_folder(folder);
     }
-    // The kernel opens it for process 1 before devtmpfs is mounted.
+    // The kernel opens it for process 1, before devtmpfs is mounted.
     archive.add_device("dev/console", (5, 1));
     let busybox = run::find("busybox").context("cannot find busybox")?;
     archive.add_file("bin/busybox", &read(&busybox)?, true);
@@ -80,8 +81,8 @@ pub(crate) fn pack(plan: &Plan<'_>, built: &Built, disks: &Disks) -> Result<Vec<
     Ok(archive.finish())
 }
 
-/// A line for each disk: its serial number, by which the guest finds it, its folder, and its mount
-/// options.
+/// Formats a line for each disk: its serial number (by which the guest finds it), the folder to
+/// mount it at, and mount options.
 fn disk_lines(plan: &Plan<'_>) -> String {
     let mut lines = String::from("disk /disk rw\n");
     if plan.has_vulkan() {
@@ -93,7 +94,8 @@ fn disk_lines(plan: &Plan<'_>) -> String {
     lines
 }
 
-/// The suite's name, its program, its time limit, and arguments for libtest.
+/// Formats a suite's line: its name, its program, its time limit in seconds, and arguments for
+/// libtest.
 fn format_suite(suite: &Suite, program: &str, filter: Option<&str>) -> String {
     let mut words = vec![suite.name.to_owned(), program.to_owned(), suite.seconds_max.to_string()];
     for skip in suite.skip {

@@ -2,12 +2,12 @@
 
 use dmaload_guest::Line;
 
-/// Debian's builds of one source.
+/// Which of Debian's configurations a kernel was built with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Flavor {
-    /// For virtual machines: few drivers, with disk drivers built in.
+    /// For virtual machines, with few drivers and no importers.
     Cloud,
-    /// For every machine: importers and disk drivers are modules.
+    /// For every machine. Importers are modules.
     Full,
 }
 
@@ -25,12 +25,12 @@ impl Flavor {
     }
 }
 
-/// A module to load.
+/// A kernel module to load.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Wanted {
     pub(crate) name: &'static str,
     pub(crate) parameters: &'static str,
-    /// Whether a kernel may lack it.
+    /// Whether the kernel may lack it.
     pub(crate) optional: bool,
 }
 
@@ -43,9 +43,9 @@ pub(crate) struct Kernel {
     pub(crate) flavor: Flavor,
     /// The archive's suites to search for its packages, in this order.
     pub(crate) suites: &'static [&'static str],
-    /// Whether it is booted unless others are named.
+    /// Whether it is booted if no kernel is named.
     pub(crate) by_default: bool,
-    /// Modules to load, in this order. Those that are built in are skipped.
+    /// Modules to load, in this order. Those that are built into the kernel are skipped.
     pub(crate) modules: &'static [Wanted],
     pub(crate) memory_mib: u32,
     /// A guest that runs longer is killed.
@@ -62,7 +62,7 @@ const fn optional(name: &'static str) -> Wanted {
     Wanted { name, parameters: "", optional: true }
 }
 
-/// Disk drivers, and the devices that make dma-bufs in case they are modules.
+/// Drivers for the disks and their file system, and for the devices that make dma-bufs.
 const CLOUD: [Wanted; 8] = [
     required("virtio_pci", ""),
     required("virtio_blk", ""),
@@ -75,8 +75,8 @@ const CLOUD: [Wanted; 8] = [
     optional("cma_heap"),
 ];
 
-/// The same, and importers. vivid is a video loopback: an output device that takes dma-bufs, and a
-/// capture device that receives the output's frames.
+/// The modules of `CLOUD`, and importers. vivid is a video loopback: an output device that takes
+/// dma-bufs, and a capture device that receives the output's frames.
 const FULL: [Wanted; 10] = [
     CLOUD[0],
     CLOUD[1],
@@ -92,7 +92,7 @@ const FULL: [Wanted; 10] = [
 
 const OLD: &[&str] = &["bookworm-security", "bookworm"];
 const LONG_TERM: &[&str] = &["bookworm-security", "trixie-security", "trixie"];
-/// Backports keep earlier releases; testing has only the newest.
+/// Backports keep earlier releases; testing (forky) has only the newest.
 const RECENT: &[&str] = &["trixie-backports", "forky"];
 /// A line's first releases are in experimental before they reach backports.
 const NEXT: &[&str] = &["trixie-backports", "experimental"];

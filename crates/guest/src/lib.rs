@@ -1,20 +1,25 @@
-//! What suites use inside a guest.
+//! Helpers for the suites that run inside a guest, and definitions that the harness shares with
+//! them.
 //!
-//! A suite is an integration test of this package (`tests/*.rs`, listed in `src/suites.rs`). The
-//! harness (`src/main.rs`) builds it statically, packs it into an initramfs and runs it as root on
-//! a stock kernel. The guest provides:
+//! Most suites are integration tests of this package (`tests/`); `src/suites.rs` lists all of
+//! them. The harness (`src/main.rs`) builds them statically, packs them into an initramfs and runs
+//! them as root on a stock kernel. The guest provides:
 //!
 //! ```text
 //! /bin/dmaload              the command                         [`run_dmaload`]
-//! /bin/*                    busybox
-//! /disk                     an empty ext4 on nvme, 3 GiB; CARGO_TARGET_TMPDIR links to it
-//! /bad-nvme, /bad-virtio    read-only ext4 with `bad.bin`, which has a bad sector  [`BadDisk`]
+//! /bin/*                    busybox, and C programs
+//! /disk                     ext4 on nvme, 3 GiB, empty at boot; CARGO_TARGET_TMPDIR links to
+//!                           a folder on it
+//! /bad-nvme, /bad-virtio    on some kernels: read-only ext4 with `bad.bin`, which has an
+//!                           unreadable sector                   [`BadDisk`]
+//! /vulkan                   for the suite `vulkan`: read-only ext4 with a Vulkan driver
 //! /tmp, /dev/shm            tmpfs
-//! /sys/fs/cgroup            cgroup2; /sys/kernel/debug
+//! /sys/fs/cgroup            cgroup2
+//! /sys/kernel/debug         debugfs
 //! ```
 //!
-//! [`record_row`] passes a fact about this kernel to the harness, which writes it into a table of
-//! docs/kernels.md.
+//! [`record_row`] passes a fact about this kernel to the harness, which compares it with the
+//! tables of docs/kernels.md or writes it there.
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
 
 use std::env;
@@ -23,29 +28,29 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-/// The variable that holds the kernel's id, such as `6.12-full`. Set in guests only.
+/// The environment variable that holds the kernel's id, such as `6.12-full`. Set in guests only.
 pub const KERNEL: &str = "DMALOAD_GUEST_KERNEL";
-/// The variable that names the file to which [`record_row`] appends.
+/// The environment variable that names the file to which [`record_row`] appends.
 pub const ROWS: &str = "DMALOAD_GUEST_ROWS";
-/// The variable that holds the offset in `bad.bin`, in bytes, of the unreadable sector.
+/// The environment variable that holds the unreadable sector's offset in `bad.bin`, in bytes.
 pub const BAD_OFFSET: &str = "DMALOAD_BAD_OFFSET";
 
-/// The length of `bad.bin`.
+/// The length of `bad.bin` in bytes.
 pub const BAD_LEN: usize = 16 << 20;
-/// The length of the unreadable part of `bad.bin`, which begins at a multiple of it.
+/// The length in bytes of the unreadable sector of `bad.bin`. Its offset is a multiple of this.
 pub const SECTOR: usize = 512;
 const BAD_SEED: u64 = 7;
 
 /// A kernel's line: `(6, 12)` for all releases of Linux 6.12.
 pub type Line = (u32, u32);
 
-/// Whether kernels of this line have devices that make dma-bufs, as Debian configures them.
+/// Whether Debian's kernels of this line have devices that make dma-bufs.
 #[must_use]
 pub const fn line_makes_dma_bufs(line: Line) -> bool {
     line.0 > 6 || (line.0 == 6 && line.1 >= 12)
 }
 
-/// Whether kernel drivers see wrong bytes in a udmabuf on huge pages: Linux 6.11 to 6.15.
+/// Whether kernel drivers that map a udmabuf on huge pages see wrong bytes: Linux 6.11 to 6.15.
 #[must_use]
 pub const fn line_has_udmabuf_bug(line: Line) -> bool {
     line.0 == 6 && line.1 >= 11 && line.1 < 16
@@ -55,7 +60,7 @@ pub const fn line_has_udmabuf_bug(line: Line) -> bool {
 ///
 /// # Panics
 ///
-/// Outside of a guest, since suites assert facts about known kernels.
+/// Outside a guest: suites assert facts about known kernels.
 #[must_use]
 pub fn kernel_id() -> String {
     env::var(KERNEL).unwrap_or_else(|_| {
@@ -65,11 +70,11 @@ pub fn kernel_id() -> String {
 
 /// The kernel's line.
 ///
-/// Only suites decide by it what to expect; the library never does.
+/// Suites choose by the line which behavior to expect.
 ///
 /// # Panics
 ///
-/// Outside of a guest.
+/// Outside a guest, or if the kernel's id does not begin with a line.
 #[must_use]
 pub fn kernel_line() -> Line {
     parse_line(&kernel_id()).unwrap_or_else(|| panic!("not LINE-FLAVOR: {}", kernel_id()))
@@ -84,27 +89,27 @@ fn parse_line(id: &str) -> Option<Line> {
 ///
 /// # Panics
 ///
-/// Outside of a guest.
+/// Outside a guest.
 #[must_use]
 pub fn makes_dma_bufs() -> bool {
     line_makes_dma_bufs(kernel_line())
 }
 
-/// Whether this kernel has importers, and disk drivers as modules.
+/// Whether this is one of Debian's full kernels, which have importers.
 ///
 /// # Panics
 ///
-/// Outside of a guest.
+/// Outside a guest.
 #[must_use]
 pub fn is_full() -> bool {
     kernel_id().ends_with("-full")
 }
 
-/// Whether drivers of this kernel see wrong bytes in a udmabuf on huge pages.
+/// Whether drivers of this kernel that map a udmabuf on huge pages see wrong bytes.
 ///
 /// # Panics
 ///
-/// Outside of a guest.
+/// Outside a guest.
 #[must_use]
 pub fn has_udmabuf_bug() -> bool {
     line_has_udmabuf_bug(kernel_line())
@@ -120,12 +125,13 @@ pub fn has_bad_disks() -> bool {
 ///
 /// # Panics
 ///
-/// If a cell contains `|` or a line feed, or the row cannot be written.
+/// Outside a guest, if `table` or a cell contains `|` or a line end, or if the row cannot be
+/// written.
 #[track_caller]
 pub fn record_row(table: &str, cells: &[&str]) {
     let path = env::var(ROWS).unwrap_or_else(|_| panic!("{ROWS} is not set: rows are collected in a guest only"));
     let row = format_row(table, cells);
-    // A single write, so that rows of concurrent processes do not mix.
+    // A row is written by a single call, so that rows of concurrent processes do not mix.
     let written = OpenOptions::new().append(true).open(&path).and_then(|mut file| file.write_all(row.as_bytes()));
     written.unwrap_or_else(|error| panic!("cannot append a row to {path}: {error}"));
 }
@@ -151,19 +157,19 @@ pub fn run_dmaload(arguments: &[&str]) -> Output {
     Command::new(program).args(arguments).output().unwrap_or_else(|error| panic!("cannot run {program} {arguments:?}: {error}"))
 }
 
-/// A file with one sector that its disk fails to read.
+/// A disk with one unreadable sector, which belongs to the file `bad.bin`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BadDisk {
-    /// Its `bad.bin`: [`BAD_LEN`] bytes, as in [`bad_bytes`].
+    /// The path of `bad.bin`, which has the contents [`bad_bytes`].
     pub file: PathBuf,
-    /// Where the unreadable [`SECTOR`] begins.
+    /// The unreadable sector's offset in the file.
     pub offset: u64,
-    /// The errno of reading it.
+    /// The errno of a direct read of the sector. A read through the page cache fails with `EIO`.
     pub errno: i32,
 }
 
 impl BadDisk {
-    /// The disk under nvme, whose driver tells medium errors from others: `ENODATA`.
+    /// The disk on nvme, whose driver reports a medium error as `ENODATA`.
     ///
     /// # Panics
     ///
@@ -173,7 +179,7 @@ impl BadDisk {
         Self::mounted_at("/bad-nvme", libc::ENODATA)
     }
 
-    /// The disk under virtio-blk, which reports every error as `EIO`.
+    /// The disk on virtio-blk, whose driver reports a medium error as `EIO`.
     ///
     /// # Panics
     ///
@@ -190,7 +196,7 @@ impl BadDisk {
     }
 }
 
-/// The contents of `bad.bin`, including the unreadable sector.
+/// The contents of `bad.bin`, including those of the unreadable sector.
 #[must_use]
 pub fn bad_bytes() -> Vec<u8> {
     dmaload_testing::random_bytes(BAD_LEN, BAD_SEED)

@@ -15,12 +15,13 @@ use crate::kernels::Kernel;
 use crate::run;
 use crate::transcript::{Event, Transcript};
 
-/// A guest that prints nothing for this long hangs.
+/// A guest that prints nothing for this long is considered hung.
 const SILENCE_MAX: Duration = Duration::from_secs(120);
 const TICK: Duration = Duration::from_millis(200);
 
-/// For fast boots: no mitigations, no self tests, no calibration of clocks. Any oops panics, and a
-/// panic reboots, which ends QEMU. Two serial ports. Memory for a CMA heap, if the kernel has one.
+/// The kernel's parameters. To boot fast, they turn off mitigations, self tests and the
+/// calibration of clocks. An oops panics, and a panic reboots, which ends QEMU. They also enable
+/// the second serial port, and reserve memory for a CMA heap.
 const APPEND: &str = "console=ttyS0 quiet panic=-1 oops=panic mitigations=off nokaslr cryptomgr.notests tsc=reliable \
                       no_timer_check 8250.nr_uarts=2 rcupdate.rcu_expedited=1 cma=64M";
 
@@ -28,7 +29,7 @@ const APPEND: &str = "console=ttyS0 quiet panic=-1 oops=panic mitigations=off no
 #[derive(Debug)]
 pub(crate) struct Outcome {
     pub(crate) transcript: Transcript,
-    /// Why the guest did not run to its end.
+    /// Why the guest did not run to its end; `None` if it did.
     pub(crate) trouble: Option<String>,
     /// The console's output since power-on.
     pub(crate) console: String,
@@ -36,12 +37,13 @@ pub(crate) struct Outcome {
 }
 
 impl Outcome {
-    /// Whether a fault of the emulator ended the guest. With QEMU 7.2 a processor occasionally
-    /// executes a breakpoint that the other one has already removed; the kernel patches its code
-    /// by breakpoints, mostly while it boots. The resulting panic says nothing about what was
-    /// tested.
+    /// Whether a fault of the emulator ended the guest.
+    ///
+    /// The kernel uses breakpoints to patch its code, mostly while it boots. With QEMU 7.2, a
+    /// processor occasionally executes a breakpoint that the other one has already removed. The
+    /// resulting panic says nothing about the tests.
     pub(crate) fn is_emulator_fault(&self) -> bool {
-        // The kernel numbers its oopses; newer ones print `Oops: int3: 0000 [#1]`.
+        // The kernel numbers its oopses. Newer kernels print `Oops: int3: 0000 [#1]`.
         let first = self.console.lines().find(|line| line.contains("[#1]"));
         self.trouble.is_some() && first.is_some_and(|line| line.contains("int3: "))
     }
@@ -60,7 +62,7 @@ pub(crate) struct Parts<'a> {
     pub(crate) console: PathBuf,
 }
 
-/// Boots, and calls `on_event` for each event, with the time since power-on.
+/// Boots a kernel, and calls `on_event` for each event with the time since QEMU's start.
 pub(crate) fn boot(parts: &Parts<'_>, mut on_event: impl FnMut(&Transcript, &Event, Duration)) -> Result<Outcome> {
     File::create(&parts.console).with_context(|| format!("cannot make {}", parts.console.display()))?;
     let mut command = qemu(parts);
@@ -137,7 +139,7 @@ fn qemu(parts: &Parts<'_>) -> Command {
     command
 }
 
-/// QEMU's options for an image with one sector that always fails to be read.
+/// Formats QEMU's options for the bad disk: every read of its bad sector fails.
 fn bad_blockdev(node: &str, disks: &Disks) -> String {
     let sector = disks.bad_sector;
     let error = format!("event=read_aio,errno=5,sector={sector},once=off,immediately=off");
@@ -149,7 +151,7 @@ fn bad_blockdev(node: &str, disks: &Disks) -> String {
     )
 }
 
-/// A path as part of a QEMU option, where a comma ends a value unless it is doubled.
+/// Formats a path for a QEMU option, where a comma ends a value unless it is doubled.
 fn escape_commas(path: &Path) -> String {
     path.display().to_string().replace(',', ",,")
 }

@@ -1,11 +1,11 @@
-//! Runs dmaload's tests on kernels that have real dma-bufs, on any machine that runs QEMU.
+//! Runs dmaload's tests on stock Debian kernels in QEMU. Most of these kernels make dma-bufs.
 //!
 //! ```text
 //! cargo run -p dmaload-guest -- test
 //!
 //!   tools.rs      qemu, busybox, …              archive.rs, debian.rs   a stock kernel,
 //!                                                        modules.rs   unpacked
-//!   compile.rs    static test programs          disks.rs                an empty and a bad disk
+//!   compile.rs    static test programs          disks.rs, vulkan.rs     disk images
 //!        └──────────────┬──────────────────────────────┘
 //!   initramfs.rs   init.sh, programs, lists
 //!        │
@@ -14,7 +14,8 @@
 //!   transcript.rs  verdicts, rows, what is missing      →  rows.rs, report.md, exit status
 //! ```
 //!
-//! Needs no KVM: QEMU emulates the processor. So guests prove correctness, not speed.
+//! Requires cargo, a C compiler, and apt with a Debian mirror. KVM is not needed: QEMU emulates
+//! the processor, so guests prove correctness, not speed.
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
 
 mod archive;

@@ -1,5 +1,5 @@
-//! Unpacks what a guest needs of a kernel's packages: the image, modules in the order to load
-//! them, and its configuration. The result is kept beside the packages, because unpacking is slow.
+//! Unpacks what a guest needs from a kernel's packages: the image, the modules and the
+//! configuration. The result is kept beside the packages, because unpacking is slow.
 //!
 //! Debian's packages have no index of modules. `depmod` would decompress all of a generic kernel's
 //! thousands of modules, so `modinfo` reads the dependencies of each module that is needed.
@@ -21,15 +21,15 @@ use crate::run;
 /// An unpacked kernel.
 #[derive(Debug)]
 pub(crate) struct Unpacked {
-    /// Its line: later than the table's if that one has left the archive.
+    /// Its line, which is later than the requested one if that has left the archive.
     pub(crate) line: Line,
     pub(crate) image: PathBuf,
+    /// In the order to load them.
     pub(crate) modules: Vec<Module>,
     /// The text of its `.config`.
     pub(crate) config: String,
 }
 
-/// One module to load.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Module {
     /// A decompressed `.ko`.
@@ -37,7 +37,8 @@ pub(crate) struct Module {
     pub(crate) parameters: String,
 }
 
-/// Unpacks what the guest needs of a kernel's packages, unless that was done before.
+/// Unpacks what the guest needs from a kernel's packages, unless an earlier run did so with the
+/// same modules.
 pub(crate) fn unpack(kernel: &Kernel, fetched: &Fetched) -> Result<Unpacked> {
     let ready = fetched.folder.join("unpacked");
     let list = ready.join("modules.list");
@@ -75,7 +76,8 @@ pub(crate) fn unpack(kernel: &Kernel, fetched: &Fetched) -> Result<Unpacked> {
     })
 }
 
-/// The table's modules as one line. If it differs from the kept one, the table has changed.
+/// Formats the wanted modules as one line. It is kept with the result, to detect that they
+/// changed.
 fn format_wanted(kernel: &Kernel) -> String {
     let words = kernel.modules.iter().map(|module| format!("{} {}", module.name, module.parameters));
     words.collect::<Vec<_>>().join(",")
@@ -129,7 +131,7 @@ fn list_modules(folder: &Path, files: &mut BTreeMap<String, PathBuf>) -> Result<
     Ok(())
 }
 
-/// The name of the module in this file: `dm_mod` for `dm-mod.ko.xz`.
+/// Returns the name of the module in this file: `dm_mod` for `dm-mod.ko.xz`.
 fn module_name(path: &Path) -> String {
     let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     name.split('.').next().unwrap_or_default().replace('-', "_")
@@ -166,7 +168,7 @@ fn unpack_modules(kernel: &Kernel, tree: &Tree, folder: &Path) -> Result<String>
 #[derive(Debug, Default, Clone)]
 struct Needs {
     hard: Vec<String>,
-    /// Optional ones.
+    /// Modules to load first, if they exist.
     soft: Vec<String>,
 }
 
@@ -179,7 +181,7 @@ fn parse_depends(field: &str) -> Vec<String> {
     field.split([',', '\n']).map(|name| name.trim().replace('-', "_")).filter(|name| !name.is_empty()).collect()
 }
 
-/// The modules to load first: `one` and `two` in `pre: one two post: three`.
+/// Parses the modules to load first: `one` and `two` in `pre: one two post: three`.
 fn parse_softdep(field: &str) -> Vec<String> {
     let mut is_pre = false;
     let mut names = Vec::new();
@@ -196,7 +198,7 @@ fn parse_softdep(field: &str) -> Vec<String> {
 /// The modules of a kernel.
 struct Known<'a> {
     built_in: &'a [String],
-    /// A module's dependencies; `None` if it does not exist.
+    /// Returns a module's dependencies, or `None` if the module does not exist.
     needs: &'a dyn Fn(&str) -> Result<Option<Needs>>,
 }
 

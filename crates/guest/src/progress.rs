@@ -1,17 +1,17 @@
-//! Prints progress to the user, in whole lines, and the duration of each step.
+//! Prints progress and the duration of each step.
 
 use std::io::{Write, stdout};
 use std::time::Instant;
 
 use anyhow::Result;
 
-/// Prints whole lines, so that those of concurrent guests do not mix. A closed pipe is ignored:
-/// the exit status reports the outcome.
+/// Prints whole lines, so that those of concurrent guests do not mix. Ignores errors such as a
+/// closed pipe, because the exit status reports the outcome.
 pub(crate) fn print(text: &str) {
     let _ = writeln!(stdout().lock(), "{text}");
 }
 
-/// Runs a step and prints how long it took.
+/// Runs a step, and prints how long it took unless it failed.
 pub(crate) fn time_step<T>(name: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
     let begin = Instant::now();
     let done = work()?;

@@ -9,12 +9,12 @@
 //! ```
 //!
 //! Kernels with equal facts share a row. Lines between the two comments are replaced. Rows without
-//! a table are an error, and so are tables without rows, so the documentation shows all that was
-//! recorded.
+//! a table are an error, so that the documentation shows all recorded facts. A table without rows
+//! is an error too.
 
 use anyhow::{Context, Result, bail};
 
-/// One row of a table, as `dmaload_guest::record_row` wrote it.
+/// One row of a table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Row {
     pub(crate) table: String,
@@ -22,7 +22,8 @@ pub(crate) struct Row {
     pub(crate) cells: Vec<String>,
 }
 
-/// Parses the lines that the guest of this kernel wrote. Repeated lines count once.
+/// Parses the lines that `dmaload_guest::record_row` wrote in the guest with this kernel. Repeated
+/// lines count once.
 pub(crate) fn parse(kernel: &str, lines: &[String]) -> Vec<Row> {
     let mut rows = Vec::new();
     for line in lines {
@@ -47,7 +48,7 @@ pub(crate) fn list_tables(rows: &[Row]) -> Vec<&str> {
     names
 }
 
-/// Formats a Markdown table. A row of several kernels appears once, with all of them.
+/// Formats a Markdown table. Rows that differ only in their kernel are merged.
 pub(crate) fn format_table(head: &[&str], rows: &[&Row]) -> String {
     let mut text = format!("| {} |\n|{}\n", head.join(" | "), "---|".repeat(head.len()));
     let mut merged: Vec<(Vec<&str>, &[String])> = Vec::new();

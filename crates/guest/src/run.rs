@@ -1,11 +1,11 @@
-//! Runs other programs. Errors name the program and what it printed.
+//! Runs other programs. An error quotes the command line and what it printed to stderr.
 
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
-/// Runs a program to its end, and returns what it printed.
+/// Runs a program to its end, and returns what it printed to stdout.
 pub(crate) fn output(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&bytes(command)?).into_owned())
 }
@@ -20,20 +20,20 @@ pub(crate) fn bytes(command: &mut Command) -> Result<Vec<u8>> {
     Ok(output.stdout)
 }
 
-/// The program and its arguments, as one would type them.
+/// The program and its arguments, separated by spaces.
 pub(crate) fn describe(command: &Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
     words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
 }
 
-/// Finds a program. Administrators' programs may not be on PATH.
+/// Finds a program on PATH, or in the system's folders of programs, which PATH may lack.
 pub(crate) fn find(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let folders = std::env::split_paths(&path).chain(["/usr/sbin", "/sbin", "/usr/bin"].map(PathBuf::from));
     folders.map(|folder| folder.join(program)).find(|candidate| candidate.is_file())
 }
 
-/// A command for a program that may be in an administrators' folder.
+/// A command for a program that may be in a folder that PATH lacks.
 pub(crate) fn tool(program: &str) -> Command {
     Command::new(find(program).unwrap_or_else(|| program.into()))
 }

@@ -1,4 +1,4 @@
-//! One run, from the tools to the summary.
+//! One run of the harness, from installing tools to printing the summary.
 
 use std::env;
 use std::fs::{self, File};
@@ -29,12 +29,12 @@ use crate::vulkan;
 
 /// Maximum number of differing lines to print.
 const DIFFERENCE_MAX: usize = 40;
-/// Kernels that are unpacked at a time, each on one processor.
+/// The number of kernels to unpack at a time, each on one processor.
 const UNPACK_JOBS: usize = 2;
-/// Maximum boots of one kernel if the emulator keeps failing.
+/// Maximum number of boots of one kernel if faults of the emulator end them.
 const BOOTS_MAX: usize = 4;
 
-/// Runs the chosen suites on the chosen kernels. Returns whether all passed.
+/// Runs the chosen suites on the chosen kernels. Returns whether the run had no problems.
 pub(crate) fn run(options: &Options) -> Result<bool> {
     let begin = Instant::now();
     let kernels = choose_kernels(options)?;
@@ -74,9 +74,9 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
     finish(options, boots, &folder, begin)
 }
 
-/// Writes the report and the tables, and prints problems and the summary.
+/// Writes the report, writes or checks the tables, and prints problems and the summary.
 fn finish(options: &Options, mut boots: Vec<Boot<'_>>, folder: &Path, begin: Instant) -> Result<bool> {
-    // Tables are in the order of lines, not in that of boots.
+    // Tables list kernels by line, not in the order of their boots.
     boots.sort_by_key(|boot| boot.plan.kernel.line);
     let mut problems = Vec::new();
     let (mut ran, mut failed) = (0, 0);
@@ -103,13 +103,13 @@ fn finish(options: &Options, mut boots: Vec<Boot<'_>>, folder: &Path, begin: Ins
         progress::print(&format!("guest: {problem}"));
     }
     let seconds = begin.elapsed().as_secs();
-    // A guest that does not boot has no failed test.
+    // A run can fail without a failed test, for example if a guest does not boot.
     let hint = if problems.is_empty() { "" } else { "; this run failed, see above" };
     progress::print(&format!("guest: {} kernels, {ran} tests, {failed} failed, {seconds} s{hint}", boots.len()));
     Ok(problems.is_empty())
 }
 
-/// All rows. `name` returns the name of a boot's kernel.
+/// Collects the rows of all boots. `name` returns the kernel's name to show for a boot.
 fn collect_rows<'a>(boots: &'a [Boot<'a>], name: impl Fn(&'a Boot<'a>) -> &'a str) -> Vec<Row> {
     let rows = boots.iter().flat_map(|boot| {
         let recorded = boot.outcome.as_ref().map_or(&[][..], |outcome| &outcome.transcript.rows);
@@ -118,7 +118,7 @@ fn collect_rows<'a>(boots: &'a [Boot<'a>], name: impl Fn(&'a Boot<'a>) -> &'a st
     rows.collect()
 }
 
-/// A file's text, and the same text with its tables filled.
+/// Returns a file's text, and the same text with its tables filled.
 fn read_and_fill(file: &Path, all: &[Row]) -> Result<(String, String)> {
     let text = fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
     let filled = rows::fill_tables(&text, all).with_context(|| format!("cannot fill the tables of {}", file.display()))?;
@@ -130,8 +130,8 @@ fn write_tables(file: &Path, all: &[Row]) -> Result<()> {
     fs::write(file, filled).with_context(|| format!("cannot write {}", file.display()))
 }
 
-/// Compares the tables with the recorded rows. The tables may name a replaced line, or the line
-/// that replaced it if they were written since.
+/// Compares the tables with the recorded rows. If a line has left the archive, the tables may name
+/// either that line or the one that replaced it.
 fn check_tables(file: &Path, boots: &[Boot<'_>]) -> Result<()> {
     let (_, renamed) = read_and_fill(file, &collect_rows(boots, |boot| &boot.plan.id))?;
     let (text, filled) = read_and_fill(file, &collect_rows(boots, |boot| boot.plan.kernel.id))?;
@@ -200,7 +200,7 @@ impl<'a> Work<'a> {
         }
     }
 
-    /// Boots, and prints progress meanwhile.
+    /// Boots a guest, and prints its progress.
     fn run_guest(&self, plan: &Plan<'_>, image: &Path) -> Result<Outcome> {
         let id = plan.id.as_str();
         let initramfs = self.folder.join(format!("{id}.cpio"));
@@ -237,13 +237,13 @@ impl<'a> Work<'a> {
     }
 }
 
-/// A suite's output without passed tests, which were printed as they ended.
+/// Returns a suite's output without the lines of passed tests, which were already printed.
 fn without_passed_tests(run: &SuiteRun) -> String {
     let printed = |line: &str| line.trim().is_empty() || (line.starts_with("test ") && line.ends_with(" ... ok"));
     run.output.iter().map(String::as_str).filter(|line| !printed(line)).collect::<Vec<_>>().join("\n")
 }
 
-/// The last lines of a text, each prefixed with its source.
+/// Formats the last lines of a text, each prefixed with its source.
 fn format_tail(id: &str, what: &str, text: &str, lines_max: usize) -> String {
     let lines = text.trim_end().lines().collect::<Vec<_>>();
     let skipped = lines.len().saturating_sub(lines_max);
@@ -276,8 +276,8 @@ fn in_parallel<T: Send>(jobs: usize, count: usize, work: impl Fn(usize) -> T + S
     all.into_iter().map(|(_, result)| result).collect()
 }
 
-/// Fetches and unpacks kernels. If two lines are replaced by the same one, keeps only the first,
-/// so each kernel boots once.
+/// Fetches and unpacks kernels. If two of them are of the same line and flavor, because a line was
+/// replaced, only the first is kept.
 fn unpack(kernels: &[&'static Kernel], folder: &Path) -> Result<Vec<Booted>> {
     let (kept, lists) = (folder.join("kernels"), folder.join("apt"));
     // Downloads share the network, so they run one after the other.
@@ -289,7 +289,7 @@ fn unpack(kernels: &[&'static Kernel], folder: &Path) -> Result<Vec<Booted>> {
     booted.collect()
 }
 
-/// Adds the ids of the fetched kernels, and keeps the first of those with equal ids.
+/// Returns the fetched kernels with their ids. Of several with equal ids, keeps the first.
 fn distinct_boots(fetched: Vec<(&'static Kernel, Fetched)>) -> Vec<(&'static Kernel, Fetched, String)> {
     let mut distinct: Vec<(&'static Kernel, Fetched, String)> = Vec::new();
     for (kernel, fetched) in fetched {
@@ -348,7 +348,7 @@ fn target_folder() -> Result<PathBuf> {
     }
 }
 
-/// The folder of this run's images, removed at its end.
+/// The folder of this run's images and consoles. Removed when dropped, unless `keep` is set.
 struct Scratch {
     folder: PathBuf,
     keep: bool,

@@ -4,33 +4,33 @@ use dmaload_guest::{Line, line_has_udmabuf_bug, line_makes_dma_bufs};
 
 use crate::kernels::{Flavor, Kernel};
 
-/// A program with tests in it.
+/// A test program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Program {
     /// The unit tests of a package's library.
     Lib(&'static str),
-    /// A package's integration test of that name.
+    /// A package's integration test, by its name.
     Test(&'static str, &'static str),
 }
 
-/// Whether a suite runs on a kernel. The line is that of the booted release, which is later than
-/// the kernel's if that one has left the archive.
+/// Returns whether a suite runs on a kernel. The line is that of the booted release. It is later
+/// than the kernel's line if that has left the archive.
 type Condition = fn(&Kernel, Line) -> bool;
 
-/// One entry of the table.
+/// One entry of `SUITES`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Suite {
     /// Its name for `--only`; without spaces.
     pub(crate) name: &'static str,
     pub(crate) program: Program,
     pub(crate) runs_on: Condition,
-    /// Runs only tests whose names contain one of these; all if empty.
+    /// Runs only tests whose names contain one of these; all tests if empty.
     pub(crate) only: &'static [&'static str],
-    /// Never runs tests whose names contain one of these.
+    /// Skips tests whose names contain one of these.
     pub(crate) skip: &'static [&'static str],
-    /// A suite that runs longer is killed.
+    /// The time limit, after which the suite is killed.
     pub(crate) seconds_max: u32,
-    /// Whether it runs unless others are named.
+    /// Whether it runs if no suite is named.
     pub(crate) by_default: bool,
 }
 
@@ -56,7 +56,7 @@ fn has_importers(kernel: &Kernel, line: Line) -> bool {
     kernel.flavor == Flavor::Full && line_makes_dma_bufs(line)
 }
 
-/// Importers see wrong bytes of a udmabuf on huge pages.
+/// Whether importers exist and see wrong bytes of a udmabuf on huge pages.
 fn has_udmabuf_bug(kernel: &Kernel, line: Line) -> bool {
     has_importers(kernel, line) && line_has_udmabuf_bug(line)
 }
@@ -69,17 +69,16 @@ fn has_bad_disks(kernel: &Kernel, line: Line) -> bool {
     kernel.bad_disks && line_makes_dma_bufs(line)
 }
 
-/// System calls differ most between the oldest line and the newest ones.
+/// Selects the lines between which system calls differ most.
 fn oldest_or_newest(_: &Kernel, line: Line) -> bool {
     !line_makes_dma_bufs(line) || line >= (7, 2)
 }
 
-/// Unit tests of pure logic make no system calls, so they say nothing about a kernel. They run on
-/// the host.
+/// Unit tests that do not depend on the kernel. They run on the host only.
 const PURE: &[&str] = &[
     "budget::",
     "engine::jobs",
-    // Error texts; one of these tests reads the sources.
+    // One of these tests reads the sources, which a guest lacks.
     "error::",
     "glob::",
     "lent::",
@@ -97,17 +96,17 @@ const PURE: &[&str] = &[
     "window::",
 ];
 
-/// A suite of this package, which also needs a `[[test]]` in Cargo.toml.
+/// A suite of this package. It also needs a `[[test]]` in Cargo.toml.
 const fn guest(name: &'static str, runs_on: Condition) -> Suite {
     Suite::new(name, Program::Test("dmaload-guest", name), runs_on)
 }
 
-/// A suite that consists of the `importers` program without some of its modules.
+/// A suite that runs the program `importers` without some of its modules.
 const fn importers(name: &'static str, runs_on: Condition, skip: &'static [&'static str]) -> Suite {
     Suite { skip, ..Suite::new(name, Program::Test("dmaload-guest", "importers"), runs_on) }
 }
 
-/// The suite that needs a disk image with a Vulkan driver.
+/// The name of the suite that needs the disk image with a Vulkan driver.
 pub(crate) const VULKAN: &str = "vulkan";
 
 pub(crate) const SUITES: &[Suite] = &[

@@ -1,4 +1,4 @@
-//! The programs that the harness calls. Missing ones are installed if possible.
+//! Installs programs that the harness calls.
 
 use std::fs::File;
 use std::io::Read;
@@ -20,7 +20,7 @@ const TOOLS: [(&str, &str); 6] = [
     ("dpkg-deb", "dpkg"),
 ];
 
-/// Installs missing programs, or fails with their packages.
+/// Installs missing programs, or fails and names their packages.
 pub(crate) fn ensure() -> Result<()> {
     let missing = list_missing_packages();
     if missing.is_empty() {
@@ -42,7 +42,6 @@ pub(crate) fn ensure() -> Result<()> {
     Ok(())
 }
 
-/// Whether this process can install packages.
 fn is_root() -> bool {
     use std::os::unix::fs::MetadataExt;
     std::fs::metadata("/proc/self").is_ok_and(|me| me.uid() == 0)
@@ -70,15 +69,16 @@ fn list_missing_packages() -> Vec<&'static str> {
     packages
 }
 
-/// Whether a program runs without a dynamic linker, which guests lack. Programs that need one have
-/// its name among their first bytes.
+/// Whether a program runs without a dynamic linker, which guests lack. A program that needs one
+/// contains the linker's path in its first 4 KiB.
 fn is_static(program: &Path) -> bool {
     let mut head = Vec::new();
     let read = File::open(program).and_then(|file| file.take(4096).read_to_end(&mut head));
     read.is_ok() && !head.windows(6).any(|window| window == b"/ld-li")
 }
 
-/// Whether the compiler finds libc.a: it prints the absolute path then, and else only the name.
+/// Whether the compiler finds libc.a. If it does, it prints the absolute path; otherwise it prints
+/// only the name.
 fn has_static_libc() -> bool {
     run::output(Command::new("cc").arg("-print-file-name=libc.a")).is_ok_and(|path| Path::new(path.trim()).is_absolute())
 }

@@ -1,17 +1,18 @@
 //! Parses what a guest prints on its second serial port: libtest's output, framed by init.sh.
 //!
 //! ```text
+//! @@problem cannot mount the disk vulkan
 //! @@ready
 //! @@begin smoke
 //! test io_uring_works ... ok
 //! test result: ok. 1 passed; 0 failed; 0 ignored; …
 //! @@end smoke status=0 seconds=1
-//! @@rows           lines of dmaload_guest::record_row
-//! @@kernel         warnings of the kernel
+//! @@rows           followed by the lines of dmaload_guest::record_row
+//! @@kernel         followed by warnings of the kernel
 //! @@done
 //! ```
 //!
-//! The transcript may stop at any point; [`Transcript::problems`] reports what is missing.
+//! The transcript may stop at any point. [`Transcript::problems`] reports what is missing.
 
 /// The outcome of one test.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,19 +48,19 @@ impl Verdict {
 pub(crate) struct SuiteRun {
     pub(crate) name: String,
     pub(crate) tests: Vec<(String, Verdict)>,
-    /// All lines, shown if the suite fails.
+    /// All lines between `@@begin` and `@@end`.
     pub(crate) output: Vec<String>,
-    /// What the console printed meanwhile.
+    /// The console's output while the suite ran.
     pub(crate) console: String,
     /// Exit status and seconds, once it has ended.
     pub(crate) end: Option<(i32, u64)>,
-    /// A test that has begun and not ended.
+    /// The test that has begun and not ended.
     pending: Option<String>,
     /// The number of passed, failed and ignored tests in libtest's own summary.
     counted: Option<usize>,
 }
 
-/// What a line reports to a caller that follows the run.
+/// An event that a caller can report while the guest runs.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Event {
     Ready,
@@ -169,7 +170,7 @@ impl Transcript {
         }
     }
 
-    /// Whether the guest has run all suites.
+    /// Whether the guest has printed its last line.
     pub(crate) fn is_done(&self) -> bool {
         self.part == Part::Done
     }
@@ -179,8 +180,8 @@ impl Transcript {
         self.suites.last().filter(|suite| suite.end.is_none())
     }
 
-    /// Everything that makes this run a failure, given the suites that should have run. With a
-    /// filter, a suite may have no matching test.
+    /// Lists everything that makes this run a failure, given the suites that should have run. If
+    /// `filtered`, a suite need not run a test.
     pub(crate) fn problems(&self, expected: &[&str], filtered: bool) -> Vec<String> {
         let mut problems = self.problems.clone();
         for name in expected {
@@ -206,7 +207,6 @@ impl SuiteRun {
         failed.chain(&self.pending).map(String::as_str).collect()
     }
 
-    /// Whether the suite failed.
     pub(crate) fn failed(&self, filtered: bool) -> bool {
         !self.problems(filtered).is_empty()
     }
@@ -249,7 +249,7 @@ impl SuiteRun {
         let during = self.pending.as_ref().map(|test| format!(", during {test}")).unwrap_or_default();
         match self.end {
             None => problems.push(format!("{name}: the guest stopped{during}")),
-            // libtest's status for failed tests, which are listed above.
+            // This is libtest's status for failed tests, which are listed above.
             Some((101, _)) if !problems.is_empty() => {}
             Some((0, _)) => {}
             Some((137, seconds)) => {
@@ -270,7 +270,8 @@ impl SuiteRun {
     }
 }
 
-/// The sum of passed, failed and ignored in `ok. 5 passed; 0 failed; 1 ignored; 0 measured; …`.
+/// Parses `ok. 5 passed; 0 failed; 1 ignored; 0 measured; …`, and returns the sum of the first
+/// three numbers.
 fn parse_counts(result: &str) -> Option<usize> {
     let (_, counts) = result.split_once(". ")?;
     let mut sum = 0;

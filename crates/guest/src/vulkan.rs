@@ -1,8 +1,8 @@
 //! A disk image with a software Vulkan driver (Mesa's lavapipe) and `examples/gpu-import`.
 //!
-//! The guest's root has no dynamic linker. Debian's packages of the driver and its dependencies
-//! are unpacked into a separate root, into which the guest changes (`chroot`). Nothing is
-//! installed, so no script of a package runs.
+//! The guest's root has no dynamic linker. The driver's Debian packages and their dependencies are
+//! therefore unpacked into a separate root, in which the suite runs the example (`chroot`). The
+//! packages are not installed, so none of their scripts runs.
 
 use std::env;
 use std::fs;
@@ -16,14 +16,15 @@ use crate::archive::{self, Archive};
 use crate::progress;
 use crate::run;
 
-/// The archive's suite that Mesa comes from.
+/// The archive's suite that provides Mesa.
 const SUITE: &str = "trixie";
 const PACKAGES: [&str; 2] = ["mesa-vulkan-drivers", "libvulkan1"];
-/// The driver to keep; the package's others are for real devices.
+/// The driver to keep. The package's other drivers are for real devices.
 const DRIVER: &str = "libvulkan_lvp.so";
 const IMAGE_LEN: u64 = 512 << 20;
 
-/// Makes the image `scratch/vulkan.img`. Downloads and builds stay in `kept` between runs.
+/// Makes the image `vulkan.img` in `scratch`. The unpacked packages and the build stay in `kept`
+/// between runs.
 pub(crate) fn make_image(workspace: &Path, kept: &Path, lists: &Path, scratch: &Path) -> Result<PathBuf> {
     let root = kept.join("root");
     if !root.join("complete").exists() {
@@ -68,7 +69,7 @@ fn make_root(root: &Path, lists: &Path) -> Result<()> {
     fs::write(root.join("complete"), "").map_err(Into::into)
 }
 
-/// Builds the example, which is dynamically linked, since it opens the Vulkan loader.
+/// Builds the example. It is linked dynamically, because it opens the Vulkan loader at run time.
 fn build_example(workspace: &Path, kept: &Path) -> Result<PathBuf> {
     let target = kept.join("build");
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));

@@ -1,4 +1,5 @@
-//! C programs on real dma-bufs: the kernel series' own program, and the C suite.
+//! C programs on real dma-bufs: `examples/c/dmabuf-heap-file-read.c`, and the C library's own
+//! suite.
 #![allow(clippy::unwrap_used, reason = "a failure here should fail the test")]
 #![allow(clippy::print_stdout, reason = "prints the programs' output")]
 
@@ -15,7 +16,7 @@ fn run(program: &str, arguments: &[&str]) -> Output {
     output
 }
 
-/// Runs all modes of the program on this heap. Each loads the whole file into one dma-buf.
+/// Runs the example in all modes but `bench`. Each loads the whole file into one dma-buf.
 fn run_every_mode(heap: &str) {
     let path = file(LARGE);
     for mode in ["normal", "normal_io", "direct_io", "direct_io_check"] {
@@ -30,12 +31,12 @@ fn run_every_mode(heap: &str) {
 }
 
 #[test]
-fn kernel_series_program_runs_on_the_system_heap() {
+fn c_example_runs_in_each_mode_on_the_system_heap() {
     run_every_mode("system");
 }
 
 #[test]
-fn kernel_series_program_runs_on_udmabuf() {
+fn c_example_runs_in_each_mode_on_udmabuf() {
     let _raised = SizeLimit::set_mib(256);
     run_every_mode("udmabuf");
 }

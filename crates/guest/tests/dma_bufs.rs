@@ -1,5 +1,5 @@
-//! Dma-bufs equal the file with every heap, layout, route and size, read through their own
-//! mappings, and when they are shared, handed out or inherited.
+//! Dma-bufs equal the file for every heap, layout, route and size, and after they were shared,
+//! handed out or inherited. Their bytes are read through the dma-bufs' own mappings.
 #![allow(clippy::unwrap_used, reason = "a failure here should fail the test")]
 
 mod common;
@@ -24,7 +24,8 @@ fn sizes() -> [usize; 9] {
     [0, 1, 4095, 4096, 4097, SEGMENT - 1, SEGMENT, SEGMENT + 1, LARGE]
 }
 
-/// The route that a load takes if `requested` is set: direct reads cannot go into the system heap.
+/// Returns the route that a load takes if it requests `requested`. Direct reads into the system
+/// heap are refused.
 fn expected_route(heap: &str, requested: Route) -> Route {
     if heap == "dma-heap:system" && requested < Route::Bounce { Route::Bounce } else { requested }
 }
@@ -32,7 +33,7 @@ fn expected_route(heap: &str, requested: Route) -> Route {
 fn assert_every_route_and_size(name: &str, layout: Layout) {
     let _raised = SizeLimit::set_mib(256);
     for route in Route::ALL {
-        // A new loader, since a loader remembers what earlier loads found out.
+        // A new loader, because a loader remembers which routes were refused.
         let loader = Loader::builder()
             .heap(heap(name))
             .load_options(LoadOptions::new().segment_bytes(SEGMENT as u64))
@@ -63,7 +64,8 @@ fn assert_every_route_and_size(name: &str, layout: Layout) {
     assert_every_size_from_the_page_cache(name, layout);
 }
 
-/// Cached bytes are copied from the page cache, even into memory that cannot be pinned.
+/// Asserts that cached bytes are copied from the page cache, even into memory that cannot be
+/// pinned.
 fn assert_every_size_from_the_page_cache(name: &str, layout: Layout) {
     let loader = Loader::builder()
         .heap(heap(name))
@@ -157,7 +159,7 @@ fn refusal_of_a_heap_is_remembered_and_reported() {
     for round in 0..3 {
         let image = load(&loader, &file(4097), loader.load_options().cache(Cache::Bypass)).unwrap();
         let report = image.report();
-        // Loads that did not have to try report it too.
+        // Later loads do not try again, and report the step too.
         let steps: Vec<_> = report.fallbacks.iter().map(|step| (step.from, step.to, step.attempt, step.errno)).collect();
         let expected = [(Route::UringFixedDirect, Route::Bounce, Attempt::RegisterBuffer, Errno::EFAULT)];
         assert_eq!(steps, expected, "load {round}");
@@ -177,7 +179,7 @@ fn auto_takes_udmabuf_for_required_dma_bufs_and_says_why() {
     assert!(report.notes[0].contains("dma-bufs are required"), "{:?}", report.notes);
     assert_eq!(dmabuf::Udmabuf::huge_pages_show_wrong_bytes(), report.notes.len() == 2, "{:?}", report.notes);
     shut_down(loader);
-    // Loads that require no dma-bufs get memfds.
+    // A loader that does not require dma-bufs makes memfds.
     let loader = Loader::new().unwrap();
     let image = load(&loader, &file(4097), loader.load_options()).unwrap();
     assert_eq!(image.report().heap, "memfd");
@@ -204,7 +206,7 @@ fn bytes_are_lent_or_the_dma_buf_is_handed_out_never_both() {
         assert!(matches!(image.files()[0].bytes(), Err(Error::HandedOut { .. })), "{name}");
         let mut seen = vec![0; 100];
         let access = segment.cpu_access().unwrap();
-        assert_eq!(access.read_at(&mut seen, SEGMENT - 49), 50, "{name}: what is left");
+        assert_eq!(access.read_at(&mut seen, SEGMENT - 49), 50, "{name}: bytes up to the end");
         assert_same(&seen[..50], &original()[SEGMENT - 49..SEGMENT + 1], name);
         drop(access);
         shut_down(loader);
@@ -244,7 +246,8 @@ fn memory_is_shared_read_only_or_as_dma_bufs() {
         } else {
             assert_same(&theirs.files()[0].bytes().unwrap(), &original()[..len], &what);
             for segment in image.segments() {
-                // Drivers ignore seals, so the dma-buf itself is never handed out.
+                // Drivers ignore seals, so the dma-buf cannot be handed out while its memory is
+                // shared read-only.
                 assert!(matches!(segment.hand_out_owned_dma_buf(), Err(Error::Viewed { .. })), "{what}");
             }
         }
@@ -257,7 +260,7 @@ fn memory_is_shared_read_only_or_as_dma_bufs() {
     }
 }
 
-/// The variable that gives a child process of these tests its role.
+/// The environment variable that tells a child process of these tests its role.
 const ROLE: &str = "DMALOAD_GUEST_ROLE";
 
 fn child_command(test: &str, role: &str) -> Command {
@@ -266,8 +269,8 @@ fn child_command(test: &str, role: &str) -> Command {
     command
 }
 
-/// A process loads, sends the dma-buf to another one, drops everything and exits. The other one
-/// reads the file's bytes.
+/// A process loads a file, drops loader and image, sends the dma-buf to another process and exits.
+/// The other process reads the file's bytes.
 #[test]
 fn dma_buf_survives_its_loader_and_its_process() {
     let socket = disk().join("socket");
@@ -287,7 +290,7 @@ fn dma_buf_survives_its_loader_and_its_process() {
         let (stream, _) = listener.accept().unwrap();
         let output = sender.wait_with_output().unwrap();
         assert!(output.status.success(), "{output:?}");
-        // The sender has exited, and its message is still in the socket.
+        // The sender has exited; its message is still in the socket.
         let dma_buf = receive(&stream);
         with_mapping(dma_buf, |seen| assert_same(&seen[..SEGMENT + 1], &original()[..SEGMENT + 1], name));
         record_row("handing", &[name, "loader dropped, process ended", "another process maps it", "equal"]);
@@ -313,8 +316,7 @@ fn receive(stream: &UnixStream) -> OwnedFd {
     fds.next().unwrap()
 }
 
-/// Small files of one load share a dma-buf, each at its offset. Handing it out hands out all of
-/// them.
+/// Handing out the dma-buf that small files share gives access to all of them.
 #[test]
 fn small_files_that_share_a_dma_buf_are_handed_out_together() {
     let paths: Vec<_> = [700_001, 1, 4097, 2 * MIB + 5].into_iter().map(file).collect();
@@ -346,7 +348,7 @@ fn small_files_that_share_a_dma_buf_are_handed_out_together() {
     }
 }
 
-/// A program that `--exec` starts gets the dma-bufs, and a description of them.
+/// The program gets the dma-bufs as descriptors, described by environment variables.
 #[test]
 fn program_started_by_exec_inherits_the_dma_bufs() {
     if std::env::var(ROLE).is_ok() {
@@ -394,7 +396,7 @@ fn check_inherited_dma_bufs() {
     assert_eq!(at, LARGE);
 }
 
-/// Allocates a dma-buf as a vendor's library does: by descriptor, with the memfd below it closed.
+/// Allocates a dma-buf as a vendor's library does, which returns only the dma-buf's descriptor.
 fn allocate_descriptor(source: &str, bytes: usize) -> Result<OwnedFd, Errno> {
     let dma_buf = match source {
         "udmabuf" => {
@@ -461,7 +463,7 @@ fn invalid_vendor_dma_buf_fails_the_load_and_names_the_heap() {
     }
 }
 
-/// Huge pages are refused if importers would see wrong bytes, and used on other kernels.
+/// On kernels where importers see the right bytes, the same request succeeds.
 #[test]
 fn huge_pages_are_refused_if_importers_see_wrong_bytes() {
     assert_eq!(dmabuf::Udmabuf::huge_pages_show_wrong_bytes(), has_udmabuf_bug());

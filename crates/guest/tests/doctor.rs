@@ -8,7 +8,7 @@ use dmaload_guest::{has_udmabuf_bug, makes_dma_bufs, record_row, run_dmaload};
 use serde_json::Value;
 
 fn doctor(arguments: &[&str]) -> Value {
-    // Not a folder, which `load` refuses without a model.
+    // A file, because `load` refuses a folder without a model.
     let place = file(4097);
     let mut all = vec!["doctor", "--json", place.to_str().unwrap()];
     all.extend(arguments);
@@ -19,7 +19,7 @@ fn doctor(arguments: &[&str]) -> Value {
 
 fn heap<'a>(doctor: &'a Value, name: &str) -> &'a Value {
     let heaps = doctor["heaps"].as_array().unwrap();
-    heaps.iter().find(|heap| heap["name"] == name).unwrap_or_else(|| panic!("no {name} in {doctor:#}"))
+    heaps.iter().find(|heap| heap["name"] == name).unwrap_or_else(|| panic!("{name} is not in {doctor:#}"))
 }
 
 #[test]
@@ -50,7 +50,6 @@ fn doctor_names_the_heap_that_works_and_its_route() {
     }
 }
 
-/// Doctor's forecast for a file equals the report of its load.
 #[test]
 fn doctor_predicts_heap_route_and_pages_of_load_dma_buf() {
     for len in [4097, 2 * MIB, 24 * MIB + 777] {
@@ -79,7 +78,7 @@ fn doctor_predicts_heap_route_and_pages_of_load_dma_buf() {
     }
 }
 
-/// Doctor names the command that loads a heap's module.
+/// On a kernel without the devices, the advice depends on the modules that are installed.
 #[test]
 fn doctor_names_the_module_that_is_missing() {
     if makes_dma_bufs() {

@@ -1,5 +1,5 @@
-//! Faults with dma-bufs: no permission, no such heap, no memory, a bad sector. Checks that errors
-//! say what failed, and that everything is released.
+//! Faults with dma-bufs: no permission, an unknown heap, too little memory, a bad sector. Errors
+//! say what failed, and everything is released.
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
 #![allow(clippy::unwrap_used, reason = "a failure here should fail the test")]
 
@@ -40,7 +40,7 @@ fn devices_without_permission_are_reported_with_their_mode() {
     };
     assert_fails(&as_nobody(&["--heap", "udmabuf"]), &["/dev/udmabuf", "EACCES", "mode is 0600", "owner 0", "setfacl"]);
     assert_fails(&as_nobody(&["--heap", "dma-heap:system"]), &["/dev/dma_heap/system", "EACCES", "mode is 0600"]);
-    // It does not silently use a memfd.
+    // `--dma-buf` does not silently fall back to a memfd.
     assert_fails(
         &as_nobody(&["--dma-buf"]),
         &["no heap on this machine provides dma-bufs", "udmabuf: ", "dma-heap:system: ", "EACCES", "doctor"],
@@ -57,7 +57,7 @@ fn error_of_an_unknown_heap_lists_the_known_ones() {
     assert_fails(&output, &["EINVAL", "by its name, not by a path"]);
 }
 
-/// The system heap would invoke the OOM killer, so it must not even be asked.
+/// The system heap would invoke the OOM killer instead of failing.
 #[test]
 fn heap_is_never_asked_for_more_than_the_machine_has() {
     let path = sparse_file("too-large.bin", 8 << 30);
@@ -65,7 +65,7 @@ fn heap_is_never_asked_for_more_than_the_machine_has() {
         for heap in ["dma-heap:system", "udmabuf"] {
             for layout in ["segmented", "single"] {
                 let output = run_dmaload(&["load", "--heap", heap, "--layout", layout, path.to_str().unwrap()]);
-                // Memory is checked first, even if a single udmabuf would exceed its size limit.
+                // The memory is checked before udmabuf's size limit, which `single` would exceed.
                 assert_fails(&output, &["8589934592 more bytes are needed", "MemAvailable"]);
             }
         }
@@ -73,7 +73,7 @@ fn heap_is_never_asked_for_more_than_the_machine_has() {
     std::fs::remove_file(path).unwrap();
 }
 
-/// A stream's consumer keeps all segments until memory runs out.
+/// The consumer of a stream keeps all segments until memory runs out.
 #[test]
 fn load_that_runs_out_of_memory_releases_everything() {
     let path = sparse_file("half-way.bin", 3 << 30);
@@ -133,13 +133,13 @@ fn drop_loads(name: &str) {
     shut_down(loader);
 }
 
-/// A real medium error, on every heap and route: the load fails and says where, earlier segments
-/// are right, and the next load works.
+/// Loads a file with a bad sector into every heap by every route. The load fails and names the
+/// place, the segments before it are right, and the next load succeeds.
 fn assert_bad_sector_fails_the_load(disk: &BadDisk, how: &str) {
     let (expected, bad) = (bad_bytes(), disk.offset);
     for name in ["memfd", "udmabuf", "dma-heap:system"] {
         for route in Route::ALL {
-            // A new loader, since a loader remembers what earlier loads found out.
+            // A new loader, because a loader remembers which routes were refused.
             let loader = Loader::builder()
                 .heap(heap(name))
                 .load_options(LoadOptions::new().segment_bytes(2 << 20))
@@ -174,7 +174,7 @@ fn assert_bad_sector_fails_the_load(disk: &BadDisk, how: &str) {
             assert_eq!((path, *reported), (&disk.file, errno), "{what}: {error}");
             assert!((*offset..offset + bytes).contains(&bad), "{what}: {error}");
             assert!(error.hint().unwrap().contains("storage"), "{what}");
-            // Segments come in order, so none behind the bad one was handed out.
+            // Segments come in order, so none after the bad one was handed out.
             assert!(seen <= bad / (2 << 20), "{what}: {seen} segments");
             let image = load(&loader, &file(4 * MIB), loader.load_options().cache(Cache::Bypass)).unwrap();
             for (segment, part) in image.segments().iter().zip(original()[..4 * MIB].chunks(2 * MIB)) {
@@ -226,7 +226,7 @@ impl MemoryGroup {
         command
     }
 
-    /// Asserts that the kernel has killed no process of the group.
+    /// Asserts that the OOM killer has killed no process of the group.
     #[track_caller]
     fn assert_none_was_killed(&self) {
         let events = std::fs::read_to_string(self.0.join("memory.events")).unwrap();
@@ -263,7 +263,7 @@ fn load_above_a_cgroup_v2_limit_fails_before_allocating() {
         }
         group.assert_none_was_killed();
     }
-    // Memory of another process in the group is not available.
+    // Memory that another process of the group holds is not available.
     let group = MemoryGroup::new(Path::new(GROUPS), "limit", &[("memory.max", 200 * MIB)]);
     let path = file(64 * MIB);
     let mut holder = group.load(&["--quiet"], &path);
@@ -302,7 +302,7 @@ fn concurrent_loads_in_a_cgroup_v2_fail_without_being_killed() {
         }
     }
     assert!(succeeded > 0 && failed > 0, "{succeeded} loads succeeded, {failed} failed");
-    // Each succeeds alone.
+    // Each file can be loaded alone.
     let group = MemoryGroup::new(Path::new(GROUPS), "at-once", &[("memory.max", 300 * MIB)]);
     for path in &paths {
         let output = group.load(&[], path).output().unwrap();
@@ -339,13 +339,17 @@ fn dma_buf_of_the_system_heap_takes_its_size_and_is_freed() {
     });
 }
 
-/// Each of two loads fits alone, but both together do not: one fails, and no process is killed.
+/// Each of two loads fits into memory, but both together do not.
 #[test]
 fn concurrent_loads_do_not_invoke_the_oom_killer() {
     assert_memory_is_released(fill_memory);
     record_row(
         "faults",
-        &["dma-heap:system", "two loads, each of 60 % of the memory", "at most one succeeds; no process is killed"],
+        &[
+            "dma-heap:system",
+            "two loads, each of 60 % of the memory",
+            "each succeeds or fails with OutOfMemory; no process is killed",
+        ],
     );
 }
 
@@ -387,7 +391,8 @@ fn fill_memory() {
     }
 }
 
-/// Limits below the usual smallest segment.
+/// Segment sizes are usually multiples of 2 MiB. With a limit of 1 MiB, segments have 1 MiB. With
+/// a limit of 0, a load into udmabufs fails, and `--dma-buf` uses the system heap.
 #[test]
 fn low_size_limit_leads_to_smaller_segments_or_another_heap() {
     let path = file(4 * MIB);

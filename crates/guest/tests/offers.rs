@@ -1,5 +1,5 @@
-//! What a kernel offers, found by trying. Each answer is a row of docs/kernels.md, and must equal
-//! the known one: a kernel that answers differently fails the test of that feature.
+//! Tries which features a kernel offers. Each answer is a row of docs/kernels.md and must equal
+//! the known one, so a kernel that answers differently fails the test of that feature.
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
 #![allow(clippy::unwrap_used, reason = "a failure here should fail the test")]
 #![allow(unsafe_code, reason = "requests and mappings beyond our API")]
@@ -27,7 +27,7 @@ fn assert_answer(what: &str, answer: &str, since: Line, before: &str, after: &st
     assert_known(what, answer, if kernel_line() >= since { after } else { before });
 }
 
-/// Records an answer, and asserts that it is the one that all kernels with the feature give.
+/// Records an answer, and asserts that it is the expected one.
 #[track_caller]
 fn assert_known(what: &str, answer: &str, expected: &str) {
     record_row("offers", &[what, answer]);
@@ -39,7 +39,7 @@ fn errno_name(error: &io::Error) -> String {
     errno.name().map_or_else(|| errno.raw_os_error().to_string(), str::to_owned)
 }
 
-/// The answer of a call: `ok`, or the errno.
+/// Formats the answer of a call: `ok`, or the errno's name.
 fn describe<T>(result: io::Result<T>) -> String {
     result.map_or_else(|error| errno_name(&error), |_| "ok".to_owned())
 }
@@ -76,7 +76,7 @@ impl Mapped {
 
 impl Drop for Mapped {
     fn drop(&mut self) {
-        // SAFETY: this value owns the range, and its users are gone.
+        // SAFETY: this value owns the range, and nothing uses it afterwards.
         assert_eq!(unsafe { libc::munmap(self.start.cast(), self.bytes) }, 0);
     }
 }
@@ -102,7 +102,7 @@ fn default_size_limit_of_udmabuf_is_the_known_one() {
     assert_answer("size_limit_mb of udmabuf, by default", limit.trim(), (7, 3), "64", &i32::MAX.to_string());
 }
 
-/// Maps one huge page repeatedly, since a guest has less memory than that.
+/// Maps the same 2 MiB repeatedly, so that the test does not need 1 GiB of memory.
 #[test]
 fn registered_buffers_may_exceed_1_gib_since_7_2() {
     let (count, bytes) = (513, (1 << 30) + PAGE);
@@ -159,8 +159,7 @@ fn rings_can_be_resized_since_6_13() {
     const _: () = assert!(size_of::<Params>() == 120);
     let ring: IoUring = IoUring::builder().setup_single_issuer().setup_defer_taskrun().build(8).unwrap();
     let mut params = Params { sq_entries: 32, cq_entries: 64, ..Params::default() };
-    // SAFETY: the kernel reads and writes only this structure, and the ring is not used
-    // afterwards.
+    // SAFETY: the kernel accesses only this structure, and the ring is not used afterwards.
     let resized = unsafe { libc::syscall(libc::SYS_io_uring_register, ring.as_raw_fd(), RESIZE_RINGS, &raw mut params, 1) };
     let resized = if resized < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
     assert_answer("resizing the rings of io_uring", &describe(resized), (6, 13), "EINVAL", "ok");
@@ -178,7 +177,7 @@ fn buffered_reads_can_bypass_the_cache_since_6_14() {
     assert_answer("RWF_DONTCACHE on ext4", &describe(read), (6, 14), "EOPNOTSUPP", "ok");
 }
 
-/// Allocates from the system heap in a cgroup, and reads what the cgroup is charged.
+/// Compares the memory that a cgroup is charged before and after an allocation.
 #[test]
 fn memory_of_a_dma_heap_is_not_charged_to_the_cgroup() {
     if !makes_dma_bufs() {

@@ -27,7 +27,7 @@ fn memfds_hold_the_file_by_every_route_layout_and_size() {
     }
 }
 
-/// This kernel has no `cachestat(2)`, so probes find what is cached.
+/// This kernel lacks `cachestat(2)`, so loads find cached chunks by probing.
 #[test]
 fn memfds_hold_the_file_from_the_page_cache() {
     for layout in [Layout::Segmented, Layout::Single] {

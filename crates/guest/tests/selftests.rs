@@ -1,6 +1,6 @@
-//! Repeats the kernel's own selftests for dma-heaps and udmabuf through our API: allocation,
-//! zeroed memory on reuse, older and newer structures, bad flags and sizes, coherence, leaks. Also
-//! tries which mappings refuse direct reads.
+//! Repeats the kernel's own selftests for dma-heaps and udmabuf, where possible through our API:
+//! allocation, zeroed memory on reuse, older and newer structures, bad flags and sizes, coherence,
+//! leaks. Also tries which mappings refuse direct reads.
 #![allow(clippy::unwrap_used, reason = "a failure here should fail the test")]
 #![allow(unsafe_code, reason = "writes to mappings, and makes requests that our API rules out")]
 
@@ -77,13 +77,13 @@ fn bad_sizes_and_flags_are_refused() {
     assert_eq!(AddressRange::reserve(4096).unwrap().map(&memory, 0, 4096).unwrap_err().errno, dmabuf::Errno::EACCES);
 }
 
-/// An ioctl with structures and descriptors that our API does not make.
+/// An ioctl with arguments that our API cannot make.
 struct Raw<'a> {
     opcode: rustix::ioctl::Opcode,
     words: &'a mut [u64],
 }
 
-// SAFETY: the tests below use opcodes with the size of the words.
+// SAFETY: the opcodes of the tests below state the size of `words`.
 unsafe impl rustix::ioctl::Ioctl for Raw<'_> {
     type Output = i32;
     const IS_MUTATING: bool = true;
@@ -99,11 +99,11 @@ unsafe impl rustix::ioctl::Ioctl for Raw<'_> {
 }
 
 fn call_ioctl(fd: impl AsFd, opcode: u32, words: &mut [u64]) -> Result<i32, Errno> {
-    // SAFETY: callers pass an opcode with the size of the words, as `Raw` requires.
+    // SAFETY: callers pass an opcode that states the size of `words`, as `Raw` requires.
     unsafe { rustix::ioctl::ioctl(fd, Raw { opcode, words }) }
 }
 
-/// `_IOWR('H', 0, …)` of a structure of this size.
+/// Computes `_IOWR('H', 0, …)` for a structure of this size.
 fn allocate_opcode(bytes: u32) -> u32 {
     0xC000_4800 | bytes << 16
 }
@@ -176,7 +176,8 @@ fn udmabuf_refuses_the_end_of_an_access_without_begin() {
     dma_buf.cpu_access(Access::ReadWrite).unwrap().end().unwrap();
 }
 
-/// Writes through the memfd are visible in the mapping of a part's dma-buf, and vice versa.
+/// Asserts that writes through the memfd are visible in the mapping of a part's dma-buf, and vice
+/// versa.
 fn assert_part_is_coherent(pages: Pages) {
     let device = Udmabuf::open().unwrap();
     let bytes = 3 * HUGE_PAGE_BYTES;
@@ -194,7 +195,7 @@ fn assert_part_is_coherent(pages: Pages) {
         // SAFETY: the address is aligned, a page follows, and only this function uses the mapping.
         unsafe { page.cast::<u64>().write(number as u64) };
     }
-    // A whole huge page, small pages within one, and small pages across the boundary of two.
+    // A whole huge page, small pages within one, and small pages across the boundary between two.
     let parts = [(2 * HUGE_PAGE_BYTES, HUGE_PAGE_BYTES), (5 * page, 3 * page), (HUGE_PAGE_BYTES - page, 2 * page)];
     for (offset, len) in parts {
         let dma_buf = Memory::DmaBuf(device.create(Part { memfd, offset: offset as u64, bytes: len }).unwrap());
@@ -249,7 +250,7 @@ fn describe(answer: Result<(), Errno>) -> String {
     answer.map_or_else(|errno| name(errno).map_or_else(|| errno.to_string(), str::to_owned), |()| "ok".to_owned())
 }
 
-/// Registers a mapping with io_uring, and reads into it directly. Returns both answers.
+/// Registers a mapping with io_uring, and reads into it with `O_DIRECT`. Returns both answers.
 fn try_mapping(mapping: &Mapping) -> (Result<(), Errno>, Result<(), Errno>) {
     let ring = io_uring::IoUring::new(8).unwrap();
     ring.submitter().register_buffers_sparse(1).unwrap();

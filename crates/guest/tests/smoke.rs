@@ -1,4 +1,5 @@
-//! The environment that every guest must provide. Without it the other suites prove nothing.
+//! Checks the environment that every guest must provide. Without it, the other suites prove
+//! nothing.
 
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
@@ -32,8 +33,8 @@ fn devices_exist_where_the_kernel_makes_dma_bufs() {
     assert!(exists("/dev/nvme0n1"));
 }
 
-/// A CMA heap would need its own suite, since its mappings can be pinned on some kernels. All
-/// guests reserve memory for one (`cma=64M`), so this fails as soon as a kernel has one.
+/// A CMA heap would need a separate suite, since its mappings can be pinned on some kernels. All
+/// guests reserve memory for one (`cma=64M`), so this test fails as soon as a kernel has one.
 #[test]
 fn system_heap_is_the_only_dma_heap() {
     let expected: &[&str] = if makes_dma_bufs() { &["system"] } else { &[] };
@@ -59,7 +60,7 @@ fn kernel_is_the_requested_one() {
 
 #[test]
 fn io_uring_works() {
-    // Since Linux 6.6.
+    // Linux 6.6 added this setting.
     let switch = fs::read_to_string("/proc/sys/kernel/io_uring_disabled").ok();
     assert_eq!(switch.as_deref().map(str::trim), (kernel_line() >= (6, 6)).then_some("0"));
     io_uring::IoUring::new(8).unwrap();

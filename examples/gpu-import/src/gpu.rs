@@ -9,9 +9,9 @@ use ash::{Device, Entry, Instance, ext, khr, vk};
 const DMA_BUF: vk::ExternalMemoryHandleTypeFlags = vk::ExternalMemoryHandleTypeFlags::DMA_BUF_EXT;
 const EXTENSIONS: [&CStr; 2] = [khr::external_memory_fd::NAME, ext::external_memory_dma_buf::NAME];
 
-/// The lanes of `sum.wgsl`, each of which computes one sum.
+/// The number of lanes of `sum.wgsl`, each of which computes one sum.
 const LANES: u32 = 1024;
-/// The lanes of one of its workgroups.
+/// The number of lanes of one workgroup.
 const WORKGROUP_LANES: u32 = 64;
 
 /// A device that imports dma-bufs.
@@ -32,7 +32,8 @@ pub(crate) struct Buffer {
 }
 
 impl Gpu {
-    /// Opens the first device that imports dma-bufs. If there is none, returns the reason.
+    /// Opens the first device that imports dma-bufs and runs compute shaders. If there is none,
+    /// returns the reason.
     ///
     /// # Safety
     /// `entry` must outlive the returned value.
@@ -142,7 +143,7 @@ impl Gpu {
         }
     }
 
-    /// Copies a buffer by the GPU, and returns the copy.
+    /// Copies a buffer on the GPU, and returns the copy.
     pub(crate) fn copy(&self, from: &Buffer) -> Result<Vec<u8>> {
         let to = self.make_visible(from.bytes, vk::BufferUsageFlags::TRANSFER_DST)?;
         // SAFETY: both buffers have memory of this size.
@@ -154,12 +155,12 @@ impl Gpu {
         bytes
     }
 
-    /// Sums the words of a buffer by the GPU, with `sum.wgsl`.
+    /// Sums the words of a buffer on the GPU, with `sum.wgsl`.
     pub(crate) fn sum(&self, words: &Buffer) -> Result<u32> {
         let sums = self.make_visible(u64::from(LANES) * 4, vk::BufferUsageFlags::STORAGE_BUFFER)?;
         let code = compile_shader()?;
-        // SAFETY: everything made here is destroyed here, after the queue is idle; the structures
-        // outlive the calls.
+        // SAFETY: everything made here is destroyed only after the queue is idle, and the
+        // structures outlive the calls.
         unsafe {
             let kind = vk::DescriptorType::STORAGE_BUFFER;
             let bindings = [0, 1].map(|binding| {
@@ -226,7 +227,7 @@ impl Gpu {
 
     /// Records commands, and waits until the GPU has run them.
     fn run(&self, record: impl FnOnce(vk::CommandBuffer)) -> Result<()> {
-        // SAFETY: everything made here is destroyed here, after the queue is idle.
+        // SAFETY: everything made here is destroyed only after the queue is idle.
         unsafe {
             let pool =
                 self.device.create_command_pool(&vk::CommandPoolCreateInfo::default().queue_family_index(self.family), None)?;
@@ -254,7 +255,7 @@ impl Drop for Gpu {
     }
 }
 
-/// Computes the sum of `sum.wgsl` by the CPU. Bytes after the last whole word are padded with
+/// Computes the same sum as `sum.wgsl` on the CPU. Bytes after the last whole word are padded with
 /// zeros.
 pub(crate) fn sum(bytes: &[u8]) -> u32 {
     let word = |part: &[u8]| {

@@ -2,9 +2,9 @@
 //! (`VK_EXT_external_memory_dma_buf`). The GPU copies them and sums them with a compute shader;
 //! both results are compared with the file.
 //!
-//! `just gpu-import MODEL [HEAP]`, where the heap is `udmabuf` or `dma-heap:NAME`. If there is no
-//! dma-buf heap, no Vulkan, or no driver that imports dma-bufs, prints the reason and exits with
-//! 0.
+//! `just gpu-import MODEL`. The program also accepts a heap as its second argument: `udmabuf` or
+//! `dma-heap:NAME`. Without that argument, if no heap makes dma-bufs, or if there is no Vulkan or
+//! no driver that imports dma-bufs, it prints the reason and exits with 0.
 #![allow(unsafe_code, reason = "Vulkan")]
 
 mod gpu;
@@ -54,7 +54,7 @@ async fn main() -> Result<()> {
         let copy = gpu.copy(&buffer)?;
         let seen = &copy[segment.memory_offset()..][..segment.len()];
         ensure!(seen == expected, "the GPU's copy differs from the file in {range:?}");
-        // The sum is of the whole dma-buf, and so is the copy: of bytes around the segment too.
+        // Both cover the whole dma-buf, including bytes before and after the segment.
         ensure!(gpu.sum(&buffer)? == gpu::sum(&copy), "the GPU's sum differs from that of its copy in {range:?}");
         if segment.memory_offset() == 0 {
             ensure!(gpu.sum(&buffer)? == gpu::sum(expected), "the GPU's sum differs from that of the file in {range:?}");

@@ -1,5 +1,5 @@
-//! Shared by the suites: files on the guest's disk, loads, and dma-bufs read through their own
-//! mappings.
+//! Helpers for the suites: files on the guest's disk, loads, dma-bufs read through their own
+//! mappings, and settings of the kernel.
 #![allow(dead_code, unreachable_pub, reason = "each suite uses a part of it")]
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the suite")]
 #![allow(unsafe_code, reason = "mappings of dma-bufs are viewed as slices")]
@@ -20,8 +20,9 @@ use dmaload_testing::{meminfo_bytes, random_bytes};
 pub use dmaload_testing::assert_same;
 
 pub const MIB: usize = 1 << 20;
-/// The length of a large file: above the default limit of one udmabuf (64 MiB), more than twice
-/// the window of the loaders here, and not a multiple of a block or page.
+/// The length of a large file: above the default limit of one udmabuf (64 MiB before Linux 7.3),
+/// more than twice the windows of 32 MiB that `dma_bufs` uses, and not a multiple of a block or
+/// page.
 pub const LARGE: usize = 72 * MIB + 777;
 
 /// A folder on the guest's disk.
@@ -29,13 +30,13 @@ pub fn disk() -> &'static Path {
     Path::new(env!("CARGO_TARGET_TMPDIR"))
 }
 
-/// The bytes of all files here: a file of `len` bytes has the first `len` of them.
+/// The bytes of the files that [`file`] makes: a file of `len` bytes has the first `len` of them.
 pub fn original() -> &'static [u8] {
     static BYTES: OnceLock<Vec<u8>> = OnceLock::new();
     BYTES.get_or_init(|| random_bytes(LARGE, 11))
 }
 
-/// Returns a file with the first `len` bytes of [`original`], made once.
+/// Returns a file with the first `len` bytes of [`original`]. Makes it unless it exists.
 pub fn file(len: usize) -> PathBuf {
     let path = disk().join(format!("{len}.bin"));
     if fs::metadata(&path).map_or(0, |found| found.len()) != len as u64 || len == 0 {
@@ -80,20 +81,22 @@ pub fn shut_down(loader: Loader) {
     block_on(loader.shutdown()).unwrap();
 }
 
-/// Maps a dma-buf, and passes its bytes to `inspect` between begin and end of CPU access.
+/// Maps a dma-buf, begins CPU access, and passes its bytes to `inspect`.
 pub fn with_mapping<T>(dma_buf: OwnedFd, inspect: impl FnOnce(&[u8]) -> T) -> T {
     let memory = Memory::DmaBuf(DmaBuf::from_fd(dma_buf).unwrap());
     let dma_buf = memory.dma_buf().unwrap();
     let bytes = dma_buf.bytes();
     let mapping = AddressRange::reserve(bytes).unwrap().map(&memory, 0, bytes).unwrap();
     let access = dma_buf.cpu_access(Access::Read).unwrap();
-    // SAFETY: the mapping has that many bytes, and nothing writes to the dma-buf meanwhile.
+    // SAFETY: the mapping has that many bytes, and nothing writes to the dma-buf while the slice
+    // is alive.
     let seen = inspect(unsafe { std::slice::from_raw_parts(mapping.address().as_ptr(), bytes) });
     access.end().unwrap();
     seen
 }
 
-/// Asserts that the segments' dma-bufs have exactly these bytes, followed by zeros to their ends.
+/// Asserts that the segments' dma-bufs have exactly these bytes, and that each dma-buf's bytes
+/// behind its segment are zero.
 #[track_caller]
 pub fn assert_dma_bufs(segments: &[Segment], expected: &[u8], what: &str) {
     let mut at = 0;
@@ -102,22 +105,24 @@ pub fn assert_dma_bufs(segments: &[Segment], expected: &[u8], what: &str) {
         with_mapping(segment.hand_out_owned_dma_buf().unwrap(), |seen| {
             assert_eq!(seen.len(), segment.memory_bytes(), "{what}: the dma-buf's length");
             assert_same(&seen[..len], &expected[at..at + len], what);
-            assert!(seen[len..].iter().all(|&byte| byte == 0), "{what}: the tail is zero");
+            assert!(seen[len..].iter().all(|&byte| byte == 0), "{what}: the tail is not zero");
         });
         at += len;
     }
-    assert_eq!(at, expected.len(), "{what}: all of the file");
+    assert_eq!(at, expected.len(), "{what}: the segments' total length");
 }
 
-/// The memory that is available after the page cache was dropped.
+/// Drops the kernel's caches, and returns the available memory in bytes.
 pub fn available_bytes() -> u64 {
     rustix::fs::sync();
     fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
     meminfo_bytes("MemAvailable")
 }
 
-/// Asserts that `work` releases the guest's memory. Kernel caches and new threads may keep some of
-/// it once; a leak loses as much each time. So one of three rounds must release all but 24 MiB.
+/// Asserts that `work` releases the guest's memory.
+///
+/// Kernel caches and new threads may keep memory in the first round, but a leak loses memory in
+/// every round. One of three rounds must therefore release all but 24 MiB.
 #[track_caller]
 pub fn assert_memory_is_released(mut work: impl FnMut()) {
     let mut lost = Vec::new();
@@ -137,15 +142,15 @@ pub fn assert_memory_is_released(mut work: impl FnMut()) {
             std::thread::sleep(Duration::from_millis(50));
         }
     }
-    panic!("bytes that were not released, in each round: {lost:?}");
+    panic!("memory was not released; bytes lost in each round: {lost:?}");
 }
 
 pub fn open_descriptors() -> usize {
     fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
-/// Waits until a thread has closed the segments of earlier tests, and returns the number of open
-/// descriptors.
+/// Waits until the number of open descriptors is stable, and returns it. A thread may still be
+/// closing the segments of earlier tests.
 pub fn settle_descriptors() -> usize {
     let mut seen = open_descriptors();
     loop {
@@ -162,14 +167,15 @@ pub fn settle_descriptors() -> usize {
 pub fn assert_descriptors_are_closed(before: usize) {
     let deadline = Instant::now() + Duration::from_secs(10);
     while open_descriptors() != before {
-        assert!(Instant::now() < deadline, "{} descriptors are open, and {before} were before", open_descriptors());
+        assert!(Instant::now() < deadline, "{} descriptors are open; {before} were open before", open_descriptors());
         std::thread::sleep(Duration::from_millis(20));
     }
 }
 
 pub const SIZE_LIMIT: &str = "/sys/module/udmabuf/parameters/size_limit_mb";
 
-/// udmabuf's size limit, whose default depends on the kernel. Restored when dropped.
+/// A changed size limit of udmabuf. Dropping it restores the previous limit, which differs between
+/// kernels.
 pub struct SizeLimit(String);
 
 impl SizeLimit {
@@ -188,7 +194,7 @@ impl Drop for SizeLimit {
 
 const THP: &str = "/sys/kernel/mm/transparent_hugepage";
 
-/// Settings of transparent huge pages. Restored when dropped.
+/// Changed settings of transparent huge pages. Dropping it restores the previous settings.
 pub struct ThpSettings(Vec<(String, String)>);
 
 impl ThpSettings {
@@ -227,7 +233,7 @@ pub struct Folios {
 }
 
 impl Folios {
-    /// Formats them for people, if the larger ones have 2 MiB.
+    /// Formats the counts, assuming that all larger folios have 2 MiB.
     pub fn describe(self) -> String {
         match self.pages {
             0 => format!("{} folios of 2 MiB", self.compound),
@@ -235,7 +241,7 @@ impl Folios {
         }
     }
 
-    /// Adds the folios under mapped memory. Reads the page tables, which requires root.
+    /// Adds the folios under mapped memory. Requires root, to read page frame numbers.
     #[track_caller]
     pub fn add(&mut self, address: usize, bytes: usize) {
         use std::os::unix::fs::FileExt;
@@ -262,7 +268,7 @@ impl Folios {
     }
 }
 
-/// Populates the first bytes of a memfd by faults, and returns their folios.
+/// Populates the first `bytes` of a memfd by faults, and returns their folios.
 ///
 /// Maps them at a multiple of 2 MiB: a fault makes a large folio only if the folio's offset in the
 /// memfd and its address are both multiples of its size.
@@ -294,7 +300,7 @@ struct Create {
     size: u64,
 }
 
-/// Makes a dma-buf of a memfd, as a vendor's library does.
+/// Makes a dma-buf from a memfd by calling the kernel directly, as a vendor's library does.
 ///
 /// # Errors
 /// The kernel's errno.

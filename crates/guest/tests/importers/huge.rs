@@ -1,5 +1,6 @@
-//! Kernels whose importers see the right bytes of a udmabuf on huge pages, which are its default
-//! there. Compares every page of every folio, by every way of filling and for every kind of folio.
+//! Tests for kernels whose importers see the right bytes of a udmabuf on huge pages, which are its
+//! default there. They compare every page of every folio, for every way of filling and for folios
+//! of several sizes.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex};
@@ -81,7 +82,7 @@ fn importers_see_the_latest_load_in_memory_of_the_pool() {
     );
 }
 
-/// Makes and populates a memfd, and returns its folios.
+/// Makes and populates a memfd of whole huge pages, and returns its folios.
 fn create_vendors_memfd(bytes: usize, flags: MemfdFlags) -> (OwnedFd, Folios) {
     let memfd = memfd_create("vendor", flags | MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
     let whole = bytes.next_multiple_of(HUGE);
@@ -91,8 +92,9 @@ fn create_vendors_memfd(bytes: usize, flags: MemfdFlags) -> (OwnedFd, Folios) {
     (memfd, folios)
 }
 
-/// Loads into a vendor's udmabuf over such a memfd, and passes it through vivid. Returns the
-/// folios of the memfd, since the page tables do not show those below the mapping of a dma-buf.
+/// Loads into a vendor's udmabuf over a memfd with these flags, and passes it through vivid.
+/// Returns the folios of the memfd and the frame. The folios are counted in a mapping of the
+/// memfd, because the mapping of a dma-buf does not show them.
 fn pass_vendors_udmabuf(loopback: &mut Loopback, name: &str, flags: MemfdFlags) -> (Folios, Vec<u8>) {
     let seen = Arc::new(Mutex::new(Folios::default()));
     let folios = Arc::clone(&seen);
@@ -101,7 +103,7 @@ fn pass_vendors_udmabuf(loopback: &mut Loopback, name: &str, flags: MemfdFlags) 
         *folios.lock().unwrap() = populated;
         create_udmabuf(&memfd, bytes)
     };
-    // SAFETY: each dma-buf is of new memory, and its memfd is closed before it is returned.
+    // SAFETY: each dma-buf has new memory, and its memfd is closed before the dma-buf is returned.
     let heap = unsafe { FromDescriptors::new(name, allocate) };
     let (_image, frame) = load_and_pass(loopback, heap, LEN, |options| options.cache(Cache::Bypass));
     let folios = *seen.lock().unwrap();
@@ -166,7 +168,7 @@ fn count_read_requests() -> u64 {
     stat.split_whitespace().next().unwrap().parse().unwrap()
 }
 
-/// The benefit of huge pages, as counts: times on an emulated machine mean nothing.
+/// Shows the benefit of huge pages by counts, because times on an emulated machine mean nothing.
 #[test]
 fn huge_pages_take_fewer_folios_and_no_more_requests() {
     let len = 64 * MIB;
@@ -184,8 +186,8 @@ fn huge_pages_take_fewer_folios_and_no_more_requests() {
             let folios = count_folios(&image);
             (folios.pages + folios.compound, requests)
         };
-        // The file system may read metadata meanwhile, so the lowest of several counts is that of
-        // the load alone.
+        // The file system may read metadata during a load, so the lowest of several counts is that
+        // of the load alone.
         let (folios, requests) = (0..5).map(|_| count_load()).min().unwrap();
         seen.push((folios, requests));
         record_row("counts", &[name, "64 MiB", &folios.to_string(), &requests.to_string()]);

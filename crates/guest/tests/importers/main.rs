@@ -1,11 +1,11 @@
 //! Real importers: kernel drivers that use a dma-buf's memory themselves.
 //!
 //! **vivid** outputs a frame from the dma-buf, sends it through its loopback and captures it
-//! again, so the bytes in its own mapping of the dma-buf come back. **vgem** attaches by PRIME, as
-//! a GPU driver does.
+//! again, so the captured bytes are those that the driver sees in its mapping of the dma-buf.
+//! **vgem** attaches by PRIME, as a GPU driver does.
 //!
-//! `every` runs on all kernels with importers, `small` on those whose importers see wrong bytes on
-//! huge pages, and `huge` on the others: see `src/suites.rs`.
+//! The module `every` runs on all kernels with importers, `small` on those whose importers see
+//! wrong bytes on huge pages, and `huge` on the others: see `src/suites.rs`.
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
 #![allow(clippy::unwrap_used, reason = "a failure here should fail the test")]
 #![allow(unsafe_code, reason = "ioctls of drivers, and their mappings")]
@@ -28,11 +28,11 @@ use rustix::fs::{Advice, fadvise};
 use vivid::Loopback;
 
 const HUGE: usize = 2 * MIB;
-/// Larger than a frame and than two huge pages, and not a multiple of either.
+/// Larger than a frame and than two huge pages, and not a multiple of a page.
 const LEN: usize = 9 * MIB + 777;
 
-/// Loads a file of this length into one dma-buf, passes it through vivid, and returns the image
-/// and the frame.
+/// Loads a file of this length into one dma-buf, passes it through vivid and attaches it to vgem.
+/// Returns the image and vivid's frame.
 fn load_and_pass(
     loopback: &mut Loopback,
     heap: impl Heap,
@@ -47,12 +47,12 @@ fn load_and_pass(
     assert_eq!(frame.len(), loopback.frame_bytes());
     assert!(frame.len() > HUGE && frame.len() <= len);
     vgem::attach(segment.hand_out_dma_buf().unwrap()).unwrap();
-    // The dma-buf's own mapping is always right.
+    // The dma-buf's own mapping shows the right bytes even if an importer sees wrong ones.
     assert_dma_bufs(image.segments(), &original()[..len], "the dma-buf's own mapping");
     (image, frame)
 }
 
-/// The numbers of the pages of a frame that differ from the file's.
+/// Returns the numbers of a frame's pages that differ from the file's.
 fn wrong_pages(frame: &[u8]) -> Vec<usize> {
     let pages = frame.chunks(PAGE).zip(original().chunks(PAGE)).enumerate();
     pages.filter(|(_, (seen, expected))| *seen != &expected[..seen.len()]).map(|(page, _)| page).collect()
@@ -72,9 +72,9 @@ fn count_folios(image: &Image) -> Folios {
 struct Way {
     name: &'static str,
     options: fn(LoadOptions) -> LoadOptions,
-    /// How many halves of the file are in the page cache before the load.
+    /// How many halves of the file (0 to 2) are in the page cache before the load.
     cached_halves: usize,
-    /// The route that the report names, if anything is read from storage.
+    /// The route that the report names; `None` if nothing is read from storage.
     route: Option<Route>,
 }
 
@@ -84,7 +84,7 @@ impl Way {
     }
 }
 
-/// Every way. Those of a given route are strict, so the load fails rather than take another one.
+/// Every way. Those that set a route are strict, so the load fails rather than take another route.
 /// `default` is the route that the loader chooses.
 const fn ways(default: Route) -> [Way; 9] {
     const fn by_route(name: &'static str, options: fn(LoadOptions) -> LoadOptions, route: Route) -> Way {

@@ -1,5 +1,6 @@
-//! Kernels whose importers see wrong bytes of a udmabuf on huge pages: the heap keeps huge pages
-//! out, by every way of filling it and under every setting of the machine.
+//! Tests for kernels whose importers see wrong bytes of a udmabuf on huge pages. The heap keeps
+//! huge pages out, whichever way memory is filled and whatever the settings of transparent huge
+//! pages.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -14,7 +15,7 @@ use crate::common::{MIB, PAGE, ThpSettings, assert_dma_bufs, block_on, file, hea
 use crate::vivid::Loopback;
 use crate::{HUGE, LEN, Way, cache_first_bytes, count_folios, load_and_pass, ways, wrong_pages};
 
-/// The bug that the default avoids. If this fails, the kernel was fixed: adapt
+/// Shows the bug that the default avoids. If this test fails, the kernel was fixed: adapt
 /// `Udmabuf::huge_pages_show_wrong_bytes`.
 #[test]
 fn importers_see_wrong_bytes_on_huge_pages() {
@@ -27,7 +28,7 @@ fn importers_see_wrong_bytes_on_huge_pages() {
     let wrong = wrong_pages(&frame);
     for (page, seen) in frame.chunks(PAGE).enumerate() {
         let folio = page / (HUGE / PAGE) * HUGE;
-        assert_eq!(seen, &original()[folio..folio + seen.len()], "page {page} shows the first page of its folio");
+        assert_eq!(seen, &original()[folio..folio + seen.len()], "page {page} does not show the first page of its folio");
     }
     let seen = format!("vivid: {} of {} pages wrong, each the first page of its folio", wrong.len(), frame.len().div_ceil(PAGE));
     assert!(wrong.len() > 600, "{seen}");
@@ -67,7 +68,7 @@ fn default_avoids_the_bug_with_multi_size_thp() {
 #[derive(Debug, Default)]
 struct PopulateRequests(Mutex<Mappings>);
 
-/// By the first and the end address of each mapping, the parts that were populated.
+/// The requested parts of each mapping, by the mapping's start and end addresses.
 type Mappings = BTreeMap<(usize, usize), Vec<Range<usize>>>;
 
 impl HeapHooks for PopulateRequests {
@@ -83,8 +84,8 @@ impl HeapHooks for PopulateRequests {
 }
 
 impl PopulateRequests {
-    /// Asserts that the heap populated all of the load's memory, each part once: udmabuf would
-    /// allocate a missing page, of any size. Returns the number of parts.
+    /// Asserts that the heap populated all of the load's memory, each part once. udmabuf would
+    /// allocate a missing page itself, of any size. Returns the number of parts.
     fn assert_cover(&self, image: &Image, what: &str) -> usize {
         let mut requested = std::mem::take(&mut *self.0.lock().unwrap());
         for (&(start, end), parts) in &mut requested {
@@ -98,7 +99,7 @@ impl PopulateRequests {
     }
 }
 
-/// Every way of filling memory populates it by the heap, which keeps large pages out.
+/// However memory is filled, the heap populates it first, and keeps huge pages out.
 #[test]
 fn no_way_of_filling_a_udmabuf_lets_huge_pages_in() {
     let _settings = ThpSettings::set(&[("shmem_enabled", "always"), ("enabled", "always")]);
@@ -113,8 +114,8 @@ fn no_way_of_filling_a_udmabuf_lets_huge_pages_in() {
         let (image, frame) = load_and_pass(&mut loopback, heap, LEN, options);
         assert_eq!((wrong_pages(&frame), count_folios(&image).compound_pages), (vec![], 0), "{name}");
         let parts = requests.assert_cover(&image, name);
-        // Direct reads need a whole piece first; threads that copy or read populate extents as
-        // they go.
+        // Reads by a ring and direct reads need a populated piece. Threads that copy, or read
+        // through the page cache, populate extents as they go.
         let by_extents = route.is_none_or(|route| matches!(route, Route::Bounce | Route::Buffered));
         assert_eq!(parts > 1, by_extents, "{name}: {parts}");
         let report = image.report();
@@ -128,7 +129,7 @@ fn no_way_of_filling_a_udmabuf_lets_huge_pages_in() {
     }
 }
 
-/// A load that is long enough to measure direct and staged reads fills memory by both.
+/// A load that is large enough to measure direct and staged reads fills memory by both.
 #[test]
 fn a_load_that_measures_both_ways_lets_no_huge_pages_in() {
     const COUNT: usize = 9;

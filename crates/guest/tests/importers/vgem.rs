@@ -1,6 +1,6 @@
 //! Attaches a dma-buf to a real DRM driver. vgem asks the exporter for the buffer's page list, as
-//! any graphics driver does, but its imports cannot be mapped: this proves that attaching works,
-//! not which bytes the driver sees.
+//! any graphics driver does, but its imports cannot be mapped. A successful import proves that
+//! attaching works, but not which bytes the driver sees.
 
 use std::{
     ffi::c_int,
@@ -120,7 +120,7 @@ fn is_vgem(node: &File) -> bool {
         desc_len: 0,
         desc: ptr::null_mut(),
     };
-    let asked = retry("asking for the driver's name", || {
+    let asked = retry("reading the driver's name", || {
         // SAFETY: the number is the one of `Version` (asserted above); the kernel writes at most
         // `name_len` bytes to `name`, which is that long and lives here, and nothing through the
         // pointers whose lengths are 0.

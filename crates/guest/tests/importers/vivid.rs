@@ -26,9 +26,10 @@ use self::v4l2::{
     RGB24_BYTES, S_DV_TIMINGS, S_FMT, field_text, ioctl, name_step, vivid_error,
 };
 
-/// Output buffers, all of the same dma-buf. Older kernels need at least two to start.
+/// The number of output buffers, all of the same dma-buf. Older kernels need at least two to
+/// start.
 const OUTPUT_BUFFERS: u32 = 2;
-/// Capture buffers: the driver fills some while one is being read.
+/// The number of capture buffers. The driver fills some while one is being read.
 const CAPTURE_BUFFERS: u32 = 4;
 
 /// Both ends of one vivid instance, set up so that a captured frame has the bytes of the output
@@ -41,12 +42,13 @@ pub(crate) struct Loopback {
 
 impl Loopback {
     /// Opens the nodes and sets them up for frames of 1280 by 720 pixels, which exceed 2 MiB. The
-    /// settings belong to the driver and not to the open file, so use one `Loopback` at a time.
+    /// settings belong to the device and not to the open file, so use one `Loopback` at a time.
     pub(crate) fn open() -> io::Result<Self> {
         Self::with_frames_of(1280, 720)
     }
 
-    /// Like [`open`](Self::open), with frames of this size, which must be a video standard's.
+    /// Like [`open`](Self::open), with frames of this size, which must be that of a video
+    /// standard.
     pub(crate) fn with_frames_of(width: u32, height: u32) -> io::Result<Self> {
         let (output, capture, instance) = open_nodes()?;
         let linked = name_step("output controls", set_controls(&output, &instance))?;
@@ -79,9 +81,9 @@ impl Loopback {
     /// Returns the first [`frame_bytes`](Self::frame_bytes) of a dma-buf of `buffer_bytes`, as
     /// vivid sees them.
     ///
-    /// Accepts a frame once two in a row are equal: without a looped picture vivid fills every
+    /// Accepts a frame once two in a row are equal. Without a looped picture, vivid fills every
     /// frame with fresh noise, so equal frames come from the output. The dma-buf must not change
-    /// meanwhile.
+    /// during the call.
     pub(crate) fn pass(&mut self, dma_buf: BorrowedFd<'_>, buffer_bytes: usize) -> io::Result<Vec<u8>> {
         let length = u32::try_from(buffer_bytes).map_err(|_| vivid_error(ErrorKind::InvalidInput, "4 GiB or more"))?;
         if length < self.frame {
@@ -94,7 +96,7 @@ impl Loopback {
         }
         let fd = u32::try_from(dma_buf.as_raw_fd()).map_err(|_| Error::from_raw_os_error(libc::EBADF))?;
 
-        // Output before capture, so that the first captured frame can be a looped one.
+        // The output starts before the capture, so that the first captured frame can be looped.
         let output = Queue::new(&self.output, OUTPUT, MEMORY_DMABUF, OUTPUT_BUFFERS)?;
         for index in 0..output.count {
             let mut buffer = output.buffer(index);
@@ -115,7 +117,7 @@ impl Loopback {
 }
 
 /// Opens the output and the capture node of one vivid instance. Also returns the instance's
-/// number, as its controls spell it.
+/// number, as the names of its controls contain it.
 fn open_nodes() -> io::Result<(File, File, String)> {
     let mut paths: Vec<PathBuf> = Vec::new();
     for entry in fs::read_dir("/dev")? {
@@ -175,8 +177,8 @@ fn find_timings(node: &File, width: u32, height: u32) -> io::Result<DvTimings> {
     Err(vivid_error(ErrorKind::Unsupported, "no timings of this size"))
 }
 
-/// Sets RGB24, which passes the loopback as plain bytes. With cropping and scaling off, the driver
-/// uses the signal's size, whatever is requested.
+/// Sets the format RGB24, which passes the loopback unchanged. With cropping and scaling off, the
+/// driver uses the signal's size, whatever is requested.
 fn set_format(node: &File, kind: u32, timings: &DvTimings) -> io::Result<PixFormat> {
     let pix = PixFormat {
         width: timings.width,

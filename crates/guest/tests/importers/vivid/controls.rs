@@ -12,9 +12,9 @@ use super::v4l2::{
     QueryControl, QueryMenu, S_CTRL, field_text, ioctl, name_step, vivid_error,
 };
 
-/// How often a link that vivid resets is set again.
+/// Maximum number of times that a link is set again after vivid reset it.
 const LINK_TRIES: u32 = 20;
-/// Longer than vivid's work item takes after the control was set.
+/// A time in which vivid's work item has run after the control was set.
 const LINK_SETTLE_TIME: Duration = Duration::from_millis(100);
 
 /// The value that lets a frame pass unchanged.
@@ -25,8 +25,9 @@ enum Setting {
     Link,
 }
 
-/// Chooses by name, because numbers and kinds of vivid's controls differ between kernels. Leaves
-/// names with "Inject" alone: those buttons break the device on purpose.
+/// Chooses a setting by the control's name, because the numbers and kinds of vivid's controls
+/// differ between kernels. Leaves names with "Inject" alone: those buttons break the device on
+/// purpose.
 fn choose_setting(name: &str, instance: &str) -> Option<Setting> {
     Some(match name {
         // The loopback: a switch on older kernels, a choice of partner on newer ones.
@@ -37,14 +38,14 @@ fn choose_setting(name: &str, instance: &str) -> Option<Setting> {
         "Show Border" | "Show Square" => Setting::Value(0),
         _ if name.starts_with("Insert ") => Setting::Value(0),
         "Fill Percentage of Frame" => Setting::Value(100),
-        // Moves and scales.
+        // Controls that move or scale the picture.
         "Horizontal Flip" | "Vertical Flip" => Setting::Value(0),
         _ if name.starts_with("Sensor Flipped") => Setting::Value(0),
         _ if name.starts_with("Enable Capture ") || name.starts_with("Enable Output ") => Setting::Value(0),
-        // Dropped frames and signals.
+        // Controls that drop frames or the signal.
         "Percentage of Dropped Buffers" => Setting::Value(0),
         "DV Timings Signal Mode" => Setting::Item("Current DV Timings"),
-        // Without a looped picture, no two frames may be alike.
+        // Without a looped picture, no two frames may be equal: see `Loopback::pass`.
         "Test Pattern" => Setting::Item("Noise"),
         _ => return None,
     })
@@ -98,11 +99,12 @@ fn set_control(node: &File, id: u32, value: i32) -> io::Result<()> {
     Err(vivid_error(ErrorKind::Unsupported, &format!("the control became {} instead of {value}", control.value)))
 }
 
-/// Waits until a link lasts that was set before, and sets it again if vivid resets it.
+/// Checks that the link keeps the value that was just set, and sets it again if vivid resets it.
 ///
 /// On kernels where the link is a choice of partner, setting it queues a work item that updates
 /// the menu. If that runs before the control has its new value, it takes the chosen output for
-/// another input's, and resets the control to the test pattern: 2 of 300 times on Linux 7.2.
+/// another input's, and resets the control to the test pattern. That happened 2 of 300 times on
+/// Linux 7.2.
 fn keep_link(node: &File, id: u32, value: i32) -> io::Result<()> {
     for _ in 0..LINK_TRIES {
         thread::sleep(LINK_SETTLE_TIME);

@@ -1,4 +1,4 @@
-//! Buffers of one direction of the loopback, and captured frames.
+//! The buffers of one direction of the loopback, and capturing frames.
 
 use std::{
     fs::File,
@@ -15,11 +15,11 @@ use super::v4l2::{
 
 /// The time limit for one pass. An emulated guest needs a fraction of a second on an idle host.
 const LIMIT: Duration = Duration::from_secs(20);
-/// Frames to discard after the start, which may be of an earlier pass.
+/// The number of frames to discard after the start, because they may be from an earlier pass.
 const SKIPPED: u32 = 2;
 
-/// The buffers of one direction. Dropping it frees them, also after a failed pass: the driver must
-/// neither keep a dma-buf that was queued nor refuse the next pass.
+/// The buffers of one direction. Dropping it frees them even after a failed pass. Otherwise the
+/// driver would keep a queued dma-buf and refuse the next pass.
 pub(super) struct Queue<'a> {
     pub(super) node: &'a File,
     kind: u32,
@@ -52,7 +52,8 @@ impl<'a> Queue<'a> {
         stopped.and(freed)
     }
 
-    /// Captures until two successive frames are equal. Fails after [`LIMIT`].
+    /// Captures until two successive frames are equal, and returns that frame. Fails after
+    /// [`LIMIT`].
     pub(super) fn capture_frame(&self, frame: usize) -> io::Result<Vec<u8>> {
         let mut mappings = Vec::new();
         for index in 0..self.count {
@@ -99,12 +100,12 @@ impl<'a> Queue<'a> {
 
 impl Drop for Queue<'_> {
     fn drop(&mut self) {
-        // An error cannot be reported here; a successful pass has stopped the queue before.
+        // An error cannot be reported here. A successful pass has already stopped the queue.
         let _ = self.stop();
     }
 }
 
-/// Waits for a captured frame. Returns whether one came before the deadline.
+/// Waits for a captured frame. Returns whether one arrived before the deadline.
 fn wait_until_readable(node: &File, deadline: Instant) -> io::Result<bool> {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
@@ -148,17 +149,17 @@ impl Mapping {
 
     /// Copies the buffer. It must be dequeued, so that the driver does not write to it.
     fn to_vec(&self) -> Vec<u8> {
-        // SAFETY: `length` bytes from `start` are mapped readable until `self` is dropped, and the
-        // slice ends before the buffer is queued again, so the driver does not write to it
-        // meanwhile.
+        // SAFETY: `length` bytes from `start` are mapped readable until `self` is dropped. The
+        // slice ends before the buffer is queued again, so the driver does not write to it while
+        // the slice exists.
         unsafe { slice::from_raw_parts(self.start.as_ptr(), self.length) }.to_vec()
     }
 }
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: the range that `new` mapped, which nothing else unmaps and no reference
-        // outlives.
+        // SAFETY: `new` mapped this range, nothing else unmaps it, and no reference outlives
+        // `self`.
         let _ = unsafe { libc::munmap(self.start.as_ptr().cast(), self.length) };
     }
 }

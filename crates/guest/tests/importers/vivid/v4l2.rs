@@ -83,7 +83,8 @@ pub(super) struct RequestBuffers {
 }
 const _: () = assert!(size_of::<RequestBuffers>() == 20);
 
-/// `place` is the union's first half: the offset to map at (MMAP) or the fd (DMABUF).
+/// `place` is the first half of the kernel's union: the offset to map at (MMAP), or the descriptor
+/// (DMABUF).
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 pub(super) struct Buffer {
@@ -139,7 +140,8 @@ pub(super) struct Control {
 }
 const _: () = assert!(size_of::<Control>() == 8);
 
-/// Opaque except for the size of the picture, since it is only passed from one node to the other.
+/// Opaque except for the picture's size and scan, since it is only passed from one node to the
+/// other.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 pub(super) struct DvTimings {
@@ -241,7 +243,7 @@ pub(super) fn vivid_error(kind: ErrorKind, why: &str) -> Error {
     Error::new(kind, format!("vivid: {why}"))
 }
 
-/// The text of a fixed-size, NUL-padded field.
+/// Returns the text of a fixed-size, NUL-padded field.
 pub(super) fn field_text(field: &[u8]) -> &str {
     let end = field.iter().position(|&byte| byte == 0).unwrap_or(field.len());
     str::from_utf8(&field[..end]).unwrap_or("")
