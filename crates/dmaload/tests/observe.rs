@@ -15,7 +15,7 @@ use dmaload::{Error, LoadOptions, Loader, Observer, Rejection, Route};
 
 const SEGMENT: usize = 2 << 20;
 
-/// A memfd heap that records its mappings, and can claim to be uncached.
+/// Hooks that record the mappings that are populated, and can claim that the heap is uncached.
 #[derive(Debug, Default, Clone)]
 struct SpiedHeap {
     uncached: bool,
@@ -51,7 +51,7 @@ struct Recorder {
     files: Mutex<Vec<Vec<u8>>>,
     in_segments: AtomicBool,
     elsewhere: AtomicBool,
-    /// How long each call takes.
+    /// How long each call is delayed.
     delay: Duration,
 }
 
