@@ -132,7 +132,7 @@ async fn check_partly_cached_file(what: &str, at: &Path) {
     }
 }
 
-/// Small files are opened only when their memory is allocated.
+/// Small files are opened just before their memory is allocated, and the cache is queried then.
 #[tokio::test]
 async fn small_files_are_taken_from_the_cache() {
     let folder = folder();
@@ -189,7 +189,7 @@ impl GatedHeap {
     }
 }
 
-/// The last segment is cached when the load is planned, and evicted before its memory is
+/// The last segment is cached when a worker prepares its batch, and evicted before its memory is
 /// allocated.
 #[tokio::test]
 async fn evicted_chunks_are_read_from_storage() {

@@ -60,7 +60,7 @@ async fn load(loader: &Loader, path: &Path, options: LoadOptions, block: &[u8], 
     for rate in [direct, staged] {
         assert!(rate > 1e6 && rate < 1e12, "{what}: {rate} bytes per second");
     }
-    // The way that is expected to be slower wins only if it is at least 3 % faster, so the choice
+    // The way that is expected to be slower wins only if it is more than 3 % faster, so the choice
     // is asserted only if the rates differ by more than 4 %.
     if direct > 1.04 * staged {
         assert_eq!(measured.chosen, Way::Direct, "{what}");

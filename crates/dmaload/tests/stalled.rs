@@ -32,7 +32,7 @@ use tracing::{Event, Metadata, Subscriber};
 
 const SEGMENT: usize = 2 << 20;
 const LARGE: usize = 2 * SEGMENT + 777;
-/// Files this small share memory, and are opened when it is allocated.
+/// Files this small share memory, and are opened just before it is allocated.
 const SMALL: usize = 9_000;
 /// A deadline for work that must not wait for a server. Such work takes about 1 s, or a few
 /// seconds on a busy machine; work that waits for the server never ends.
@@ -304,7 +304,7 @@ fn assert_image(image: &Image, bytes: &[u8], what: &str) {
 const KINDS: [(Hangs, &[&str]); 8] = [
     (Hangs::Lookup, &["large-0", "large-1"]),
     (Hangs::Lookup, &["small-0", "small-1"]),
-    // Large files are opened during planning, small ones when they get their memory.
+    // Large files are opened during planning, small ones just before their memory is allocated.
     (Hangs::Open, &["large-0", "large-1"]),
     (Hangs::Open, &["small-0", "small-1", "small-2"]),
     (Hangs::Attributes, &["large-0", "large-1", "large-2"]),
@@ -449,7 +449,7 @@ async fn shutdown_counts_each_hanging_worker() {
     }
 }
 
-/// Delays every allocation by more than 1 s. A worker that waits so long for a file is stalled.
+/// Delays every allocation by 1.5 s. A worker that waits for a file for more than 1 s is stalled.
 #[derive(Debug)]
 struct SlowMemory;
 
