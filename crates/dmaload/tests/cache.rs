@@ -44,8 +44,8 @@ fn cache_only(path: &Path, ranges: &[Range<u64>]) -> Result<(), String> {
     still_cached(path, ranges)
 }
 
-/// Returns an error unless as many bytes of a file are cached as these ranges' pages have. Memory
-/// pressure from other processes can evict some.
+/// Compares the number of a file's cached bytes with the size of these ranges, rounded to pages;
+/// returns an error if they differ. Memory pressure from other processes can evict pages.
 fn still_cached(path: &Path, ranges: &[Range<u64>]) -> Result<(), String> {
     let cached = probe::cached_bytes(File::open(path).unwrap()).map_err(|errno| format!("cachestat: {errno}"))?;
     let expected: u64 = ranges.iter().map(|range| range.end.next_multiple_of(4096) - range.start / 4096 * 4096).sum();

@@ -228,7 +228,8 @@ async fn last_segment_of_a_changed_file_is_withheld() {
     assert!(segments.next().await.is_none(), "an error ends the stream");
 }
 
-/// Hooks that fail one call of `allocate` and one of `populate`, each after this many successes.
+/// Hooks that fail one call of `allocate` and one of `populate`, each after the given number of
+/// successes.
 #[derive(Debug)]
 struct FailingHeap {
     allocations: AtomicUsize,
@@ -363,7 +364,7 @@ async fn shutdown_closes_every_file() {
             Loader::builder().load_options(LoadOptions::new().segment_bytes(SEGMENT as u64).route(route)).build().unwrap();
         let mut large = loader.load(&path).start();
         let others = [loader.load(&path).start(), loader.load(&small).start()];
-        // Shut down while files are being opened, after the first segment, or amid reads.
+        // Shut down while files are being opened, after the first segment, or during reads.
         match round % 3 {
             0 => tokio::time::sleep(std::time::Duration::from_micros(300 * round)).await,
             1 => drop(large.next().await.unwrap().unwrap()),

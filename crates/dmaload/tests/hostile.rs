@@ -266,7 +266,7 @@ fn damaged_manifests_cost_little_and_round_trip() {
 }
 
 #[test]
-fn damaged_gguf_headers_cost_little_and_map_within_the_file() {
+fn damaged_gguf_headers_cost_little_and_stay_within_the_file() {
     for_each_input("gguf", |file| {
         let length = file.len() as u64;
         let (parsed, memory, time) = measure(|| gguf::parse(file, length));

@@ -135,7 +135,7 @@ async fn segments_wait_for_a_slow_observer_in_bounded_memory() {
     }
 }
 
-/// Rejects the chunk that contains the byte `at`, or panics on it.
+/// Rejects the call whose bytes include the one at offset `at`, or panics in it.
 struct Judge {
     at: u64,
     panics: bool,

@@ -20,8 +20,8 @@ fn loader() -> Loader {
     Loader::builder().load_options(LoadOptions::new().segment_bytes(SEGMENT)).build().unwrap()
 }
 
-/// The contents of files: of lengths around a page and around the limit for small files, with
-/// larger and empty files among them.
+/// File contents with lengths around a page and around the limit for small files. Larger and empty
+/// files are among them.
 fn contents() -> Vec<Vec<u8>> {
     let mut lengths = vec![1, 4095, 4096, 4097, 0, 2 << 20, (2 << 20) + 1, 700_001, 0, 1_999_999, 9 << 20, 3, 5];
     lengths.extend((0..40).map(|number| 65_536 + number * 9973));

@@ -90,8 +90,8 @@ enum Verdict {
     OnlyWeRefuse,
 }
 
-/// Reads a file with both. Fails if the parser is looser than the crate, or stricter without a
-/// known reason.
+/// Reads a file with the parser and the crate. Fails if the parser is looser than the crate, or
+/// stricter without a known reason.
 fn compare(file: &[u8]) -> Result<Verdict, TestCaseError> {
     match parse_file(file) {
         Ok(map) => check_agreement(&map, file).map(|()| Verdict::BothAccept),

@@ -71,8 +71,8 @@ async fn sparse_files_of_terabytes_take_bounded_memory() {
                 for layout in [Layout::Segmented, Layout::Single, Layout::Tensors] {
                     for kept in [true, false] {
                         let what = format!("{bytes} bytes, header {header}, {what}, {layout}, kept {kept}");
-                        // The previous load's memory is freed in the background, and would be
-                        // measured too.
+                        // Wait until the previous load's memory is freed, or it would be measured
+                        // too.
                         let deadline = Instant::now() + Duration::from_secs(20);
                         while loader.memory_bytes() > 0 {
                             assert!(
@@ -109,7 +109,7 @@ async fn sparse_files_of_terabytes_take_bounded_memory() {
 /// A length beyond a process's address space is refused with the same errors as one that only
 /// exceeds memory.
 #[tokio::test]
-async fn length_beyond_address_space_is_refused_by_a_memory_limit() {
+async fn length_beyond_the_address_space_is_refused_as_too_large() {
     // tmpfs allows files of these lengths; ext4 does not.
     let Ok(folder) = tempfile::tempdir_in("/dev/shm") else { return println!("skipped: no /dev/shm") };
     let loader =

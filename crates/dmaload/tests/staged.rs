@@ -121,8 +121,8 @@ impl HeapHooks for Recorder {
     }
 }
 
-/// The contents of files: of lengths around a page, an extent and the limit for small files, and
-/// of several segments.
+/// File contents with lengths around a page, an extent and the limit for small files, and with
+/// several segments.
 fn contents() -> Vec<Vec<u8>> {
     let mut lengths = vec![3, 0, 2 * MIB + 1, 4096, 21 * MIB + 4097, 2 * MIB, 512 << 10, (512 << 10) + 5, 17 * MIB];
     lengths.extend([700_000; 50]);
@@ -205,7 +205,7 @@ async fn buffered_and_cached_reads_populate_each_extent_once() {
 }
 
 #[tokio::test]
-async fn staged_tensors_are_populated_and_read_by_any_selection() {
+async fn any_selection_of_tensors_is_staged_and_populated_once() {
     const NAMES: [&str; 5] = ["a", "b", "c", "d", "e"];
     let folder = folder();
     let lengths = [3 * MIB + 2, 40, 9 * MIB, 700_000, 6 * MIB + 4098];

@@ -201,7 +201,7 @@ async fn dropped_waiter_loses_no_segment_and_is_never_woken() {
         let waker = Waker::from(Arc::clone(&wakes));
         let mut dropped = pin!(load.tensor("t11"));
         assert!(poll(dropped.as_mut(), &waker).is_pending());
-        // By now, one or the other future has received every segment but the last.
+        // By now, every segment but the last has been received by one of the two futures.
         check(&in_time("a tensor", load.tensor("t8")).await.unwrap(), 8, &bytes);
         assert!(poll(dropped.as_mut(), &waker).is_pending());
     }
