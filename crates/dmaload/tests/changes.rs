@@ -320,6 +320,7 @@ async fn shutdown_fails_running_loads_even_if_a_heap_hangs() {
     heap.0.open();
 }
 
+/// If no thread can be started to wait for the others, the shutdown's deadline counts as passed.
 #[tokio::test]
 async fn shutdown_without_a_waiting_thread_reports_leaks() {
     let folder = folder();
