@@ -57,7 +57,7 @@ impl Watch {
     }
 }
 
-/// Writes a file of `mib` MiB, no two of which are equal, and returns its digest.
+/// Writes a file of `mib` different blocks of 1 MiB; returns its path and digest.
 fn write_large_file(folder: &Path, name: &str, mib: u64) -> (PathBuf, Vec<u8>) {
     let path = folder.join(name);
     let mut file = fs::File::create(&path).unwrap();
@@ -374,7 +374,7 @@ async fn tensor_streams_never_wait_for_their_own_memory() {
 }
 
 /// A consumer that keeps its tensors and drops none while it waits gets an error. A consumer whose
-/// tensors are dropped by another thread waits until then.
+/// tensors are dropped by another thread waits for these drops.
 #[test]
 fn consumer_that_holds_the_limit_gets_an_error_or_waits() {
     let _alone = ALONE.blocking_lock();

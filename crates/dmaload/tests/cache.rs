@@ -24,7 +24,7 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 const MIB: u64 = 1 << 20;
 
-/// Caches exactly these ranges of a file, or returns the reason why that is impossible.
+/// Caches these ranges of a file and nothing else, or returns the reason why it cannot.
 fn cache_only(path: &Path, ranges: &[Range<u64>]) -> Result<(), String> {
     let file = File::open(path).unwrap();
     let cached = || probe::cached_bytes(&file).map_err(|errno| format!("cachestat: {errno}"));
@@ -44,8 +44,8 @@ fn cache_only(path: &Path, ranges: &[Range<u64>]) -> Result<(), String> {
     still_cached(path, ranges)
 }
 
-/// Returns an error unless exactly these ranges of a file are cached. Memory pressure from other
-/// processes can evict them.
+/// Compares the number of a file's cached bytes with the size of these ranges, rounded to pages;
+/// returns an error if they differ. Memory pressure from other processes can evict pages.
 fn still_cached(path: &Path, ranges: &[Range<u64>]) -> Result<(), String> {
     let cached = probe::cached_bytes(File::open(path).unwrap()).map_err(|errno| format!("cachestat: {errno}"))?;
     let expected: u64 = ranges.iter().map(|range| range.end.next_multiple_of(4096) - range.start / 4096 * 4096).sum();
@@ -56,10 +56,10 @@ async fn load(loader: &Loader, path: &Path, options: LoadOptions) -> Image {
     loader.load(path).options(options).await.unwrap()
 }
 
-/// How often a load is repeated until all cached bytes are copied.
+/// The maximum number of loads until one copies all cached bytes.
 const TRIES: usize = 5;
 
-/// Runs on mounted file systems of known types: not every file system's cache is used.
+/// Runs on mounted file systems of known types, because loads use the cache of only some types.
 #[test]
 fn cached_chunks_are_copied_and_the_rest_is_read() {
     let runtime = tokio::runtime::Builder::new_multi_thread().build().unwrap();
@@ -132,7 +132,7 @@ async fn check_partly_cached_file(what: &str, at: &Path) {
     }
 }
 
-/// Small files are opened only when their memory is allocated.
+/// Small files are opened just before their memory is allocated, and the cache is queried then.
 #[tokio::test]
 async fn small_files_are_taken_from_the_cache() {
     let folder = folder();
@@ -161,7 +161,7 @@ async fn small_files_are_taken_from_the_cache() {
     }
 }
 
-/// A heap that blocks the allocation of the last segment until the test opens it.
+/// Hooks that block the allocation of the last segment until the test opens the gate.
 #[derive(Debug, Clone, Default)]
 struct GatedHeap(Arc<(AtomicUsize, Mutex<bool>, Condvar)>);
 
@@ -189,7 +189,7 @@ impl GatedHeap {
     }
 }
 
-/// The last segment is cached when the load is planned, and evicted before its memory is
+/// The last segment is cached when a worker prepares its batch, and evicted before its memory is
 /// allocated.
 #[tokio::test]
 async fn evicted_chunks_are_read_from_storage() {

@@ -19,9 +19,9 @@ use dmaload_testing::seccomp::{self, Scope};
 const SEGMENT: usize = 2 << 20;
 const SEGMENTS: usize = 4;
 
-/// A heap that blocks the allocation of the last segment until the test opens the gate. By then
-/// the load has been planned and its other segments can be read. With one allocator thread, the
-/// last call is the one for the last segment.
+/// Hooks that block the allocation of the last segment until the test opens the gate. By the time
+/// they block, the load is planned and its other segments have memory. With one allocator thread,
+/// allocation number `SEGMENTS` is the one for the last segment.
 #[derive(Debug, Clone, Default)]
 struct GatedHeap(Arc<Gate>);
 
@@ -109,7 +109,7 @@ async fn memory_past_the_end_of_the_file_is_zero() {
     }
 }
 
-/// Appending cannot be distinguished from rewriting and lengthening the file.
+/// Appending cannot be distinguished from a rewrite that also lengthens the file.
 #[tokio::test]
 async fn loading_a_growing_raw_file_fails() {
     use std::io::Write;
@@ -127,13 +127,13 @@ async fn loading_a_growing_raw_file_fails() {
     }
 }
 
-/// Overwrites the file without truncating it first: a read could notice the truncation.
+/// Overwrites the file without truncating it first, because a read could notice the truncation.
 fn rewrite(path: &Path, bytes: &[u8]) {
     use std::os::unix::fs::FileExt;
     fs::OpenOptions::new().write(true).open(path).unwrap().write_all_at(bytes, 0).unwrap();
 }
 
-/// A range is loaded without reading a header, so no header states the length.
+/// No header is read for a range, so no header states the model's length.
 #[tokio::test]
 async fn loading_a_range_of_a_growing_model_fails() {
     let whole = 0..safetensors().len() as u64;
@@ -228,7 +228,8 @@ async fn last_segment_of_a_changed_file_is_withheld() {
     assert!(segments.next().await.is_none(), "an error ends the stream");
 }
 
-/// A heap that fails one allocation and one populating call, each after a number of successes.
+/// Hooks that fail one call of `allocate` and one of `populate`, each after the given number of
+/// successes.
 #[derive(Debug)]
 struct FailingHeap {
     allocations: AtomicUsize,
@@ -319,6 +320,7 @@ async fn shutdown_fails_running_loads_even_if_a_heap_hangs() {
     heap.0.open();
 }
 
+/// If no thread can be started to wait for the others, the shutdown's deadline counts as passed.
 #[tokio::test]
 async fn shutdown_without_a_waiting_thread_reports_leaks() {
     let folder = folder();
@@ -326,7 +328,8 @@ async fn shutdown_without_a_waiting_thread_reports_leaks() {
     let heap = GatedHeap::default();
     let loader = heap.builder().build().unwrap();
     let load = loader.load(&path).start();
-    // Wait until all segments but the last are read: a read in flight would leak its memory.
+    // Wait until all segments but the last are read: the memory of a read in flight would be
+    // reported as leaked.
     let all_but_one = ((SEGMENTS - 1) * SEGMENT) as u64;
     while heap.0.calls.load(Ordering::Relaxed) < SEGMENTS || loader.metrics().read_bytes < all_but_one {
         tokio::time::sleep(std::time::Duration::from_millis(1)).await;
@@ -362,7 +365,7 @@ async fn shutdown_closes_every_file() {
             Loader::builder().load_options(LoadOptions::new().segment_bytes(SEGMENT as u64).route(route)).build().unwrap();
         let mut large = loader.load(&path).start();
         let others = [loader.load(&path).start(), loader.load(&small).start()];
-        // Shut down while files are being opened, after a segment, or while reads are in flight.
+        // Shut down while files are being opened, after the first segment, or during reads.
         match round % 3 {
             0 => tokio::time::sleep(std::time::Duration::from_micros(300 * round)).await,
             1 => drop(large.next().await.unwrap().unwrap()),
@@ -389,8 +392,8 @@ async fn rewritten_small_model_is_reported_as_changed_not_damaged() {
     let (zeros, cut) = (vec![0; good.len()], good[..good.len() / 2].to_vec());
     let mut longer = good.clone();
     longer.extend([7; 100]);
-    // The file is rewritten while the load waits for memory: the plan has the file's length, and
-    // the header is not read yet.
+    // The file is rewritten while the load waits for memory. The load is already planned with the
+    // file's length, but has not read the header.
     for torn in [&zeros, &cut, &longer, &Vec::new()] {
         let folder = folder();
         let path = file(folder.path(), "model.safetensors", &good);

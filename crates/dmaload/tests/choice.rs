@@ -60,8 +60,8 @@ async fn load(loader: &Loader, path: &Path, options: LoadOptions, block: &[u8], 
     for rate in [direct, staged] {
         assert!(rate > 1e6 && rate < 1e12, "{what}: {rate} bytes per second");
     }
-    // The way that is expected to be slower wins only if it is 3 % faster, so the choice is not
-    // asserted for smaller differences.
+    // The way that is expected to be slower wins only if it is more than 3 % faster, so the choice
+    // is asserted only if the rates differ by more than 4 %.
     if direct > 1.04 * staged {
         assert_eq!(measured.chosen, Way::Direct, "{what}");
     } else if staged > 1.04 * direct {
@@ -126,7 +126,7 @@ async fn rest_of_a_load_takes_the_chosen_way_after_a_trial() {
     let measured = report.measured.expect("a load of 512 MiB is measured");
     assert_eq!((measured.chosen, measured.buffered_bytes_per_second), (Way::Direct, None), "{measured:?}");
     let copied: u64 = report.trace.iter().filter(|event| event.kind == TraceKind::Copy).map(|event| event.bytes).sum();
-    // The trial of 96 MiB, and at most the 128 MiB that were prepared in the meantime.
+    // The trial of 96 MiB, and at most a window of 128 MiB that was prepared before its result.
     assert!((96 << 20..=(96 + 128) << 20).contains(&copied), "{copied} bytes were copied");
 }
 

@@ -1,6 +1,7 @@
 //! The caller's code on the loader's threads: wakers that poll, and code that panics. It runs
 //! without a lock and never on the ring thread. A panic fails only the load it belongs to (for a
-//! waker, the waiting future), with an error that names the code; other loads are not affected.
+//! waker, the future that was polled with it), with an error that names the code. A panic in a
+//! drop is ignored.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -116,7 +117,7 @@ fn waker_that_polls_does_not_deadlock() {
             .unwrap();
 
         let (own, own_path) = (loader.clone(), path.clone());
-        run_inline("a load, dropped half-way, and another load", async move {
+        run_inline("a load, dropped after a segment, and another load", async move {
             let mut load = own.load(&own_path).start();
             load.next().await.unwrap().unwrap();
             drop(load);
@@ -137,7 +138,7 @@ fn waker_that_polls_does_not_deadlock() {
 
         let (own, own_path) = (loader.clone(), path.clone());
         run_inline(
-            "segments, dropped half-way",
+            "segments, dropped after one",
             async move { own.load(&own_path).segments().next().await.unwrap().unwrap().len() },
         );
 
@@ -310,7 +311,7 @@ fn waker_that_panics_fails_only_its_own_wait() {
     }
 }
 
-/// A heap that blocks allocations until the gate opens.
+/// Hooks that block allocations until the test opens the gate.
 #[derive(Debug, Clone, Default)]
 struct Gate(Arc<(Mutex<bool>, std::sync::Condvar)>);
 
@@ -353,9 +354,10 @@ enum In {
     Nothing,
 }
 
-/// Verifies nothing, and panics in one of its calls.
+/// A verifier that checks nothing and panics in one of its calls. The number is the file's length.
 struct Panics(In, u64);
 
+/// An observer of the same kind, which [`Panics`] also returns.
 struct PanicsToo(In, u64);
 
 impl Verify for Panics {
@@ -445,7 +447,7 @@ fn panicking_verifiers_and_observers_are_named() {
     assert!(threads.iter().any(|name| name.starts_with("dmaload-observe")), "{threads:?}");
 }
 
-/// A loader owns its default options, and with them the verifier; its threads do not.
+/// A loader owns its default options and their verifier, so dropping the loader drops both.
 #[test]
 fn verifier_in_default_options_may_panic_on_drop() {
     let folder = folder();

@@ -72,7 +72,7 @@ impl Observer for ForkingObserver {
 }
 
 #[tokio::test]
-async fn child_sees_private_memory_only_once_it_is_complete() {
+async fn child_sees_private_memory_only_once_it_is_handed_over() {
     let folder = folder();
     let bytes = random_bytes(3 * SEGMENT + 5, 1);
     let path = file(folder.path(), "model.bin", &bytes);

@@ -1,10 +1,10 @@
-//! Damaged headers cause no panic, no endless loop and no out-of-bounds read, and take no more
-//! memory than a small multiple of the header. The safetensors crate reads every accepted file in
-//! the same way.
+//! Damaged headers cause no panic, no endless loop and no out-of-bounds read, and parsing them
+//! takes memory in proportion to the input. The safetensors crate finds the same tensors in every
+//! safetensors file that dmaload accepts.
 //!
 //! The tests damage stored inputs (`tests/corpus`) at random, reproducibly for each seed.
-//! `DMALOAD_INPUTS=1000000` tries more inputs of each kind, `DMALOAD_SEED` others. A failing input
-//! is printed with its number; add it to the corpus.
+//! `DMALOAD_INPUTS=1000000` tries more inputs of each kind, and `DMALOAD_SEED=2` other inputs. If
+//! a parser fails, its input is printed: add it to the corpus.
 #![allow(
     clippy::unwrap_used,
     clippy::print_stdout,
@@ -29,7 +29,8 @@ use dmaload::{LoadOptions, Loader};
 use dmaload_testing::Random;
 use safetensors::SafeTensors;
 
-/// The system allocator, which also counts the bytes each thread has allocated, and their peak.
+/// The system allocator, with two counters for each thread: the bytes allocated now, and their
+/// peak.
 struct Counting;
 
 thread_local! {
@@ -118,7 +119,7 @@ const TOKENS: [&str; 36] = [
     "ÿ",
 ];
 
-/// Damages an input in a way that leaves most of it intact.
+/// Returns a random input of the corpus with one to four random changes.
 fn damaged(random: &mut Random, corpus: &[Vec<u8>]) -> Vec<u8> {
     let mut input = corpus[random.index(corpus.len())].clone();
     for _ in 0..1 + random.index(4) {
@@ -200,8 +201,8 @@ fn for_each_input(kind: &str, mut parse: impl FnMut(&[u8]) -> bool) {
         }
     }
     println!("{kind}: {count} damaged inputs (seed {seed}) and {} stored ones, {accepted} accepted", corpus.len());
-    // If nearly all inputs are refused, only the first check was tested; if none is, the inputs
-    // were not damaged.
+    // If nearly all inputs are refused, only the first checks were tested. If none is refused, the
+    // inputs were not damaged.
     assert!(accepted > count / 200 && accepted < count, "{accepted} of {count} accepted");
 }
 
@@ -265,7 +266,7 @@ fn damaged_manifests_cost_little_and_round_trip() {
 }
 
 #[test]
-fn damaged_gguf_headers_cost_little_and_map_within_the_file() {
+fn damaged_gguf_headers_cost_little_and_stay_within_the_file() {
     for_each_input("gguf", |file| {
         let length = file.len() as u64;
         let (parsed, memory, time) = measure(|| gguf::parse(file, length));

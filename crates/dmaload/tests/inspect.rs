@@ -1,5 +1,5 @@
 //! The async inspection functions do not block their caller, need no runtime, and return the same
-//! as the blocking ones.
+//! results as the blocking functions.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -14,7 +14,8 @@ use common::{file, folder};
 use dmaload::{ErrorKind, Format, LoadOptions, inspect, inspect_blocking, inspect_model, inspect_model_blocking};
 use dmaload_testing::{safetensors, safetensors_of};
 
-/// Tests count the threads of the process, so they run one at a time.
+/// Held by tests that start or count inspecting threads, because the count covers all tests of the
+/// process.
 static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
 /// Writes a model whose header takes a good part of a second to parse.

@@ -33,8 +33,8 @@ fn holdings() -> Holdings {
     let mut mappings = BTreeMap::new();
     for line in fs::read_to_string("/proc/self/maps").unwrap().lines() {
         let name = line.splitn(6, ' ').last().unwrap_or("").trim();
-        // Reserved address ranges have no name. Unlike arenas of the C library, they start at a
-        // multiple of 2 MiB.
+        // Reserved address ranges have no name. Unlike the unused ends of the C library's arenas,
+        // they start at a multiple of 2 MiB.
         let (start, bytes) = parse_range(line);
         let reserved = line.contains("---p") && name.is_empty() && start % SEGMENT == 0 && bytes >= SEGMENT;
         if name.contains("dmaload") || name.contains("io_uring") || reserved {
@@ -132,8 +132,8 @@ async fn run_failing_loads(files: &Files, folder: &Path) {
     let mut load = loader.load(&shrinking).start();
     drop(load.next().await);
     fs::OpenOptions::new().write(true).open(&shrinking).unwrap().set_len(1000).unwrap();
-    // The load may have been read and checked before the file shrank, so it may succeed;
-    // tests/changes.rs tests this case deterministically.
+    // The file may have been read and checked before it shrank, so the load may succeed.
+    // tests/changes.rs shrinks a file at a known moment.
     drop(load.finish().await);
     drop(loader);
 
@@ -176,7 +176,7 @@ async fn keep_ended_loads(files: &Files, folder: &Path) {
     let paths: Vec<_> = files.files.iter().map(|(path, _)| path.clone()).collect();
     for builder in [small_window(), small_window().heap(AnonHeap::default())] {
         let loader = builder.build().unwrap();
-        // The first load starts threads and their resources.
+        // The first load allocates what the loader's threads keep.
         drop(loader.load(&files.large).await.unwrap());
         tokio::time::sleep(Duration::from_millis(200)).await;
         let now = holdings();

@@ -1,4 +1,5 @@
-//! Loads of real files: the memory equals the file, for every route, heap, layout and size.
+//! Loads files of many sizes by every route, and compares the memory with the file. Also tests
+//! what a caller gets from a load: images, streams, views, and errors.
 
 mod common;
 

@@ -15,7 +15,7 @@ use dmaload::{Error, LoadOptions, Loader, Observer, Rejection, Route};
 
 const SEGMENT: usize = 2 << 20;
 
-/// A memfd heap that records its mappings, and can claim to be uncached.
+/// Hooks that record the mappings that are populated, and can claim that the heap is uncached.
 #[derive(Debug, Default, Clone)]
 struct SpiedHeap {
     uncached: bool,
@@ -51,7 +51,7 @@ struct Recorder {
     files: Mutex<Vec<Vec<u8>>>,
     in_segments: AtomicBool,
     elsewhere: AtomicBool,
-    /// How long each call takes.
+    /// How long each call is delayed.
     delay: Duration,
 }
 
@@ -135,7 +135,7 @@ async fn segments_wait_for_a_slow_observer_in_bounded_memory() {
     }
 }
 
-/// Rejects the chunk that contains the byte `at`, or panics on it.
+/// Rejects the call whose bytes include the one at offset `at`, or panics in it.
 struct Judge {
     at: u64,
     panics: bool,

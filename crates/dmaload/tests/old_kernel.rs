@@ -1,6 +1,6 @@
-//! Loads without the seal against future writes, which came with Linux 5.1: a seccomp filter
-//! refuses it with EINVAL. The filter cannot be removed, so this file has one test, which runs in
-//! its own process.
+//! Loads without the seal against future writes, as before Linux 5.1: a seccomp filter refuses the
+//! seal with EINVAL. The filter cannot be removed, so this file has one test, which runs in its
+//! own process.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(unsafe_code, reason = "implements a heap")]
 
@@ -19,7 +19,7 @@ fn refuse_the_seal() {
     const F_ADD_SEALS: u32 = 1033;
     const F_SEAL_FUTURE_WRITE: u32 = 0x10;
     // Offsets in `struct seccomp_data` of the system call number and of the low halves of the
-    // second and third argument.
+    // second and third arguments, on a little-endian machine.
     const CALL: u32 = 0;
     const COMMAND: u32 = 24;
     const SEALS: u32 = 32;

@@ -20,8 +20,8 @@ fn loader() -> Loader {
     Loader::builder().load_options(LoadOptions::new().segment_bytes(SEGMENT)).build().unwrap()
 }
 
-/// Files with lengths around the limits for pages, huge pages, batches and small files, and large
-/// and empty files between them.
+/// File contents with lengths around a page and around the limit for small files. Larger and empty
+/// files are among them.
 fn contents() -> Vec<Vec<u8>> {
     let mut lengths = vec![1, 4095, 4096, 4097, 0, 2 << 20, (2 << 20) + 1, 700_001, 0, 1_999_999, 9 << 20, 3, 5];
     lengths.extend((0..40).map(|number| 65_536 + number * 9973));
@@ -119,7 +119,7 @@ async fn shared_memory_lives_as_long_as_any_of_its_segments() {
     }
 }
 
-/// A descriptor exposes all files in its memory, so a change of one of them withholds them all.
+/// A descriptor exposes all files in its memory, so a change to one of them withholds them all.
 #[tokio::test]
 async fn changed_small_file_withholds_all_that_share_its_memory() {
     let folder = folder();

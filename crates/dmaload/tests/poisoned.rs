@@ -18,7 +18,7 @@ use dmaload_testing::seccomp::{self, Scope};
 const SEGMENT: usize = 2 << 20;
 const IO_URING_ENTER: u32 = 426;
 
-/// A heap that allocates three segments, and blocks further allocations until the test opens it.
+/// Hooks that allow three allocations, and block further ones until the test opens the gate.
 #[derive(Debug, Clone, Default)]
 struct Gated(Arc<(Mutex<u32>, Condvar)>);
 

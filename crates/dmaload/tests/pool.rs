@@ -30,8 +30,8 @@ async fn load(loader: &Loader, path: &Path, options: LoadOptions) -> Image {
     loader.load(path).options(options).await.unwrap()
 }
 
-/// Waits until the pool holds `bytes`: a thread of the loader can be the last owner of a segment,
-/// and returns its memory only when it drops it.
+/// Waits until the pool holds `bytes`, because a thread of the loader can drop its reference to a
+/// segment after the caller does.
 async fn assert_pooled(loader: &Loader, bytes: u64, what: &str) {
     let deadline = Instant::now() + Duration::from_secs(10);
     while loader.pooled_bytes() != bytes {
@@ -58,7 +58,7 @@ async fn pooled_memory_exposes_only_the_bytes_of_its_new_load() {
                 assert_pooled(&loader, memory, &what).await;
                 let image = load(&loader, &paths[1], options).await;
                 assert_eq!(image.report().reused_bytes, memory, "{what}");
-                assert_eq!(image.report().pages.huge_bytes, huge, "{what}: reused memory has other pages");
+                assert_eq!(image.report().pages.huge_bytes, huge, "{what}: reused memory has pages of other sizes");
                 assert_eq!(loader.pooled_bytes(), 0, "{what}");
                 assert_same(&image.files()[0].bytes().unwrap(), &second, &what);
                 drop(image);
@@ -70,7 +70,7 @@ async fn pooled_memory_exposes_only_the_bytes_of_its_new_load() {
     }
 }
 
-/// The shorter file ends in a page that holds bytes of the longer one, which must be zeroed.
+/// The shorter file ends in a page that still holds bytes of the longer one; these must be zeroed.
 #[tokio::test]
 async fn tail_of_reused_memory_is_zero() {
     let folder = folder();
@@ -133,7 +133,8 @@ async fn memory_stays_out_of_the_pool_while_it_is_viewed() {
         let first = load.next().await.unwrap().unwrap();
         drop((load, first));
     }
-    // The pool can keep complete segments that no consumer took; a new load shows its own bytes.
+    // The pool may now hold complete segments that no consumer took. A new load still exposes only
+    // its own bytes.
     let image = load(&loader, &path, loader.load_options()).await;
     assert_same(&image.files()[0].bytes().unwrap(), &bytes, "after dropped loads");
 }

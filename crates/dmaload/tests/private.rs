@@ -135,7 +135,6 @@ async fn memory_that_cannot_be_private_is_refused() {
     let image = Loader::new().unwrap().load(&path).options(options).await.unwrap();
     let refused = image.tensor("t").unwrap().private_memory().unwrap_err();
     assert!(matches!(refused, Error::NotContiguous { .. }), "{refused}");
-    // Only if this machine has udmabuf.
     if let Ok(heap) = UdmabufHeap::open(dmaload::heap::Pages::Auto) {
         let image = load(&path, heap).await;
         let refused = image.tensor("t").unwrap().private_memory().unwrap_err();
@@ -145,7 +144,7 @@ async fn memory_that_cannot_be_private_is_refused() {
 }
 
 /// A seal does not revoke the pool's own writable mapping, so a load into reused memory would
-/// write to it.
+/// change the pages of a private mapping that were not copied yet.
 #[tokio::test]
 async fn pool_does_not_reuse_memory_that_is_mapped_privately() {
     let folder = folder();

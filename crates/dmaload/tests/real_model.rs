@@ -36,5 +36,5 @@ async fn real_model_tensors_match_the_safetensors_crate() {
             }
         }
     }
-    println!("{} tensors, {} bytes: equal by every route and layout", oracle.len(), bytes.len());
+    println!("{} tensors, {} bytes: equal by every route in two layouts", oracle.len(), bytes.len());
 }

@@ -1,5 +1,5 @@
-//! What services rely on: a load never blocks an async thread, a runtime can end at any time, and
-//! a loader reports metrics.
+//! Tests what services rely on: a load never blocks an async thread, a runtime can end during a
+//! load, futures can be dropped as documented, and a loader reports metrics.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(clippy::print_stdout, reason = "measurements are printed")]
 
@@ -24,8 +24,8 @@ fn write_large_file(folder: &Path, mib: u64) -> PathBuf {
     path
 }
 
-/// A ticker on a runtime's only thread keeps ticking while a 1 GiB file is loaded, a stream is
-/// dropped half-way and the loader shuts down.
+/// A ticker on a runtime's only thread keeps ticking while a file of 1 GiB is loaded, a stream is
+/// dropped after its first segment, and the loader shuts down.
 #[test]
 fn single_threaded_runtime_keeps_ticking_during_loads() {
     let folder = folder();
@@ -62,8 +62,8 @@ fn single_threaded_runtime_keeps_ticking_during_loads() {
             ticker.await.unwrap();
             (Duration::from_micros(worst.load(Ordering::Relaxed)), ticks.load(Ordering::Relaxed), took)
         });
-        println!("{route}: {ticks} ticks in {took:?}, the worst {worst:?} late");
-        // If the load blocked the thread, the ticker would be late most of the time.
+        println!("{route}: {ticks} ticks in {took:?}, at most {worst:?} late");
+        // If the load blocked the thread, one tick would be late by most of the time measured.
         assert!(worst < took / 4, "{route}: a tick was {worst:?} late in {took:?}");
         assert!(u128::from(ticks) > took.as_millis() / 40, "{route}: {ticks} ticks in {took:?}");
     }

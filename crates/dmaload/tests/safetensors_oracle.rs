@@ -1,7 +1,7 @@
 //! Compares the parser with the `safetensors` crate, the format's own reader.
 //!
-//! The parser reads every valid file as the crate does, whether the crate wrote it or not. It
-//! accepts no file that the crate refuses, however damaged, and reads accepted files as the crate
+//! The parser reads every valid file as the crate does, whether the crate wrote it or not. Of
+//! damaged files, it accepts none that the crate refuses, and reads those it accepts as the crate
 //! does. [`stricter_on_purpose`] lists where the parser is stricter, with reasons.
 
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
@@ -71,7 +71,7 @@ fn check_agreement(map: &TensorMap, file: &[u8]) -> Result<(), TestCaseError> {
 #[expect(clippy::match_same_arms, reason = "each difference has its own reason")]
 fn stricter_on_purpose(error: &ModelError) -> bool {
     match error {
-        // The README forbids duplicates; the crate lets the last one win.
+        // The crate's README forbids duplicates, but the crate lets the last one win.
         ModelError::DuplicateTensor { .. } | ModelError::DuplicateMetadataKey { .. } => true,
         // The crate's derived deserializer accepts even an array for a struct and an object for an
         // enum.
@@ -90,8 +90,8 @@ enum Verdict {
     OnlyWeRefuse,
 }
 
-/// Reads a file with both. Fails if the parser is looser than the crate, or stricter without a
-/// known reason.
+/// Reads a file with the parser and the crate. Fails if the parser is looser than the crate, or
+/// stricter without a known reason.
 fn compare(file: &[u8]) -> Result<Verdict, TestCaseError> {
     match parse_file(file) {
         Ok(map) => check_agreement(&map, file).map(|()| Verdict::BothAccept),
@@ -298,8 +298,8 @@ proptest! {
 
 // ---- damaged files ----
 
-/// Damage to a valid file. If it changes the header's length, the length prefix is corrected, so
-/// the JSON parser sees the damage.
+/// Damage to a valid file. Edits of the header also correct its length prefix, so the JSON parser
+/// sees them.
 #[derive(Debug, Clone)]
 enum Damage {
     FlipBit(Index, u8),

@@ -1,6 +1,6 @@
-//! Loads of parts of models: selected tensors, ranges, shards, layouts by tensors, and models of
-//! several files. Results are compared with an independent reader (the `safetensors` crate) or
-//! with the file itself.
+//! Loads parts of models (selected tensors, ranges, shards), models of several files and models
+//! inside other files, also with the layout `tensors` and an importer's limits. The results are
+//! compared with an independent reader (the `safetensors` crate) or with the file itself.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(unsafe_code, reason = "reads the memory past the end of a tensor")]
 
@@ -311,8 +311,8 @@ async fn index_that_contradicts_its_files_is_an_error() {
     let folder = folder();
     write_snapshot(folder.path());
     let snapshot = folder.path().join("snapshot");
-    // Large files are compared with the index during planning; small ones, which share memory,
-    // once they are read.
+    // Large files are compared with the index during planning, and small ones, which share memory,
+    // after they are read.
     for loader in [loader().build().unwrap(), Loader::builder().build().unwrap()] {
         let index = |weights: &str| {
             fs::write(snapshot.join("model.safetensors.index.json"), format!(r#"{{"weight_map":{weights}}}"#)).unwrap();
@@ -323,7 +323,7 @@ async fn index_that_contradicts_its_files_is_an_error() {
         index(r#"{"a":"../../etc/passwd"}"#);
         let error = loader.load(&snapshot).await.unwrap_err();
         assert!(error.to_string().contains("not within its folder"), "{error}");
-        // A download that was interrupted at its first byte.
+        // An interrupted download can leave an empty file.
         fs::write(snapshot.join("empty.safetensors"), "").unwrap();
         index(r#"{"a":"model-00001-of-00002.safetensors","z":"empty.safetensors"}"#);
         let error = loader.load(&snapshot).await.unwrap_err();
@@ -333,7 +333,7 @@ async fn index_that_contradicts_its_files_is_an_error() {
         assert!(matches!(error, Error::Incomplete { .. }), "{error}");
         assert!(error.to_string().contains("1 is missing: \"missing.safetensors\""), "{error}");
     }
-    // An index that is a FIFO, which must not block the load.
+    // An index that is a FIFO must not block the load.
     let fifo = folder.path().join("fifo");
     fs::create_dir(&fifo).unwrap();
     let made = std::process::Command::new("mkfifo").arg(fifo.join("model.safetensors.index.json")).status().unwrap();
@@ -396,7 +396,7 @@ async fn gguf_tensors_load_whole_selected_or_sharded() {
     assert!(error.to_string().contains("does not begin with \"GGUF\""), "{error}");
 }
 
-/// Application packages contain models uncompressed, at any offset.
+/// Application packages can contain uncompressed models, at any offset.
 #[tokio::test]
 async fn model_inside_an_open_file_is_loaded() {
     let folder = folder();
@@ -510,7 +510,7 @@ async fn tensors_are_aligned_for_an_importer() {
             loader.shutdown().await.unwrap();
         }
     }
-    // A tensor that is larger than a segment cannot be copied within one.
+    // A tensor that is larger than the importer's largest segment cannot be copied within one.
     let loader = loader().load_options(options().layout(Layout::Tensors)).build().unwrap();
     let importer = ImporterLimits { alignment_bytes: 4096, max_segment_bytes: SEGMENT as u64, ..ImporterLimits::default() };
     let error = loader.load(&path).options(loader.load_options().importer(importer)).await.unwrap_err();

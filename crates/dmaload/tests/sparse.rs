@@ -1,6 +1,8 @@
-//! A stated length must not cost memory: sparse files can claim terabytes. The memory for plans
-//! and allocations is bounded, and loads that do not fit into memory are refused before they are
-//! planned. The tests measure the memory of their whole process, so they have their own file.
+//! A sparse file can be terabytes long and contain nothing, so a length alone must not cost
+//! memory: the memory of plans and allocations is bounded, and loads that do not fit into memory
+//! are refused before they are planned.
+//!
+//! One test measures the memory of its whole process, so these tests have their own file.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(clippy::print_stdout, reason = "measurements are printed")]
 
@@ -16,7 +18,7 @@ use dmaload::{Error, Layout, LoadOptions, Loader};
 const MIB: u64 = 1 << 20;
 const TIB: u64 = 1 << 40;
 
-/// Returns the peak of resident memory since the last call, and resets it.
+/// Returns the peak of resident memory since the previous call, and resets it.
 fn take_peak_bytes() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
@@ -69,7 +71,8 @@ async fn sparse_files_of_terabytes_take_bounded_memory() {
                 for layout in [Layout::Segmented, Layout::Single, Layout::Tensors] {
                     for kept in [true, false] {
                         let what = format!("{bytes} bytes, header {header}, {what}, {layout}, kept {kept}");
-                        // The previous load's memory is still being freed.
+                        // Wait until the previous load's memory is freed, or it would be measured
+                        // too.
                         let deadline = Instant::now() + Duration::from_secs(20);
                         while loader.memory_bytes() > 0 {
                             assert!(
@@ -103,11 +106,11 @@ async fn sparse_files_of_terabytes_take_bounded_memory() {
     assert!(streamed >= 8 && refused >= 40);
 }
 
-/// A length beyond a process's address space is refused with the same error as one that only
+/// A length beyond a process's address space is refused with the same errors as one that only
 /// exceeds memory.
 #[tokio::test]
-async fn length_beyond_address_space_is_refused_by_a_memory_limit() {
-    // Most file systems do not allow files of these lengths; tmpfs does.
+async fn length_beyond_the_address_space_is_refused_as_too_large() {
+    // tmpfs allows files of these lengths; ext4 does not.
     let Ok(folder) = tempfile::tempdir_in("/dev/shm") else { return println!("skipped: no /dev/shm") };
     let loader =
         Loader::builder().window_bytes(64 << 20).load_options(LoadOptions::new().segment_bytes(64 << 20)).build().unwrap();

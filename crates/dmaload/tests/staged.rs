@@ -30,7 +30,7 @@ struct Recorder {
     extent_bytes: usize,
     /// The prefix of the names of the threads that may populate.
     thread_prefix: &'static str,
-    /// How long each call takes, so calls of other threads overlap with it.
+    /// How long each call is delayed, so that calls of other threads overlap with it.
     delay: Duration,
     seen: Mutex<Seen>,
 }
@@ -61,7 +61,7 @@ impl Recorder {
             parts.sort_by_key(|part| part.start);
             let mut end = 0;
             for part in parts {
-                assert_eq!(part.start, end, "{what}: a part of {mapped_bytes} bytes was not populated");
+                assert_eq!(part.start, end, "{what}: a part of an allocation of {mapped_bytes} bytes was not populated");
                 end = part.end;
             }
             assert_eq!(end, mapped_bytes, "{what}: the end of an allocation was not populated");
@@ -71,7 +71,7 @@ impl Recorder {
         assert_eq!((memory_bytes, seen.running_calls), (bytes, 0), "{what}");
         let segment_bytes: usize = image.segments().iter().map(dmaload::Segment::memory_bytes).sum();
         assert!(segment_bytes <= memory_bytes, "{what}: segments of {segment_bytes} bytes, memory of {memory_bytes}");
-        // Page sizes are looked up part by part, for all memory or none.
+        // Page sizes are looked up part by part, for all memory or for none.
         let counted = image.report().pages.seen_bytes;
         assert!(counted == 0 || counted == bytes as u64, "{what}: the page sizes of {counted} of {bytes} bytes were looked up");
     }
@@ -121,7 +121,8 @@ impl HeapHooks for Recorder {
     }
 }
 
-/// Files with lengths around those of pages, extents and segments, and the limit of small files.
+/// File contents with lengths around a page, an extent and the limit for small files, and with
+/// several segments.
 fn contents() -> Vec<Vec<u8>> {
     let mut lengths = vec![3, 0, 2 * MIB + 1, 4096, 21 * MIB + 4097, 2 * MIB, 512 << 10, (512 << 10) + 5, 17 * MIB];
     lengths.extend([700_000; 50]);
@@ -204,7 +205,7 @@ async fn buffered_and_cached_reads_populate_each_extent_once() {
 }
 
 #[tokio::test]
-async fn staged_tensors_are_populated_and_read_by_any_selection() {
+async fn any_selection_of_tensors_is_staged_and_populated_once() {
     const NAMES: [&str; 5] = ["a", "b", "c", "d", "e"];
     let folder = folder();
     let lengths = [3 * MIB + 2, 40, 9 * MIB, 700_000, 6 * MIB + 4098];
@@ -301,7 +302,7 @@ async fn populated_memory_stays_within_the_window() {
     assert!(most <= WINDOW, "{most} bytes were populated and not yet read");
 }
 
-/// A heap that refuses the n-th call of `populate`, or panics in it.
+/// Hooks that refuse the n-th call of `populate`, or panic in it.
 #[derive(Debug, Default)]
 struct Failing {
     left: AtomicUsize,
@@ -437,6 +438,5 @@ async fn errors_of_staged_loads_name_the_heap_and_the_request() {
     let error = loader.load(&path).options(staged(&loader)).await.unwrap_err();
     let Error::Memory { heap, refusal, planned_bytes, .. } = &error else { panic!("{error:?}") };
     assert_eq!((heap.as_str(), refusal.errno), ("failing", Errno::ENXIO));
-    // The error reports the planned size.
     assert_eq!(*planned_bytes, 5 * MIB as u64);
 }

@@ -2,7 +2,7 @@
 //! for attributes, or a close. Loads of other file systems continue, even with one worker. Once
 //! the server answers again, its own loads continue too.
 //!
-//! Mounting needs root; without it, these tests report that they are skipped.
+//! Mounting needs root and `/dev/fuse`; without them, these tests report that they are skipped.
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(clippy::print_stderr, reason = "skipped tests are reported")]
@@ -32,7 +32,7 @@ use tracing::{Event, Metadata, Subscriber};
 
 const SEGMENT: usize = 2 << 20;
 const LARGE: usize = 2 * SEGMENT + 777;
-/// Files this small share memory, and are opened when it is allocated.
+/// Files this small share memory, and are opened just before it is allocated.
 const SMALL: usize = 9_000;
 /// A deadline for work that must not wait for a server. Such work takes about 1 s, or a few
 /// seconds on a busy machine; work that waits for the server never ends.
@@ -63,7 +63,7 @@ struct Server {
 type Answer = Box<dyn FnOnce() + Send>;
 
 impl Server {
-    /// Calls `answer`, later if `hangs` and the answers are still held back.
+    /// Calls `answer`, or holds it back if `hangs` is set and answers are not released yet.
     fn answer(&self, hangs: bool, answer: impl FnOnce() + Send + 'static) {
         match &mut *self.held.lock().unwrap() {
             Some(held) if hangs => held.push(Box::new(answer)),
@@ -230,7 +230,7 @@ async fn run_alone() -> Option<tokio::sync::MutexGuard<'static, ()>> {
     Some(alone)
 }
 
-/// The names of the loaders' threads, which end with their loader.
+/// The names of the running threads that end with their loader.
 fn loader_threads() -> Vec<String> {
     let tasks = std::fs::read_dir("/proc/self/task").unwrap();
     let names = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok());
@@ -304,7 +304,7 @@ fn assert_image(image: &Image, bytes: &[u8], what: &str) {
 const KINDS: [(Hangs, &[&str]); 8] = [
     (Hangs::Lookup, &["large-0", "large-1"]),
     (Hangs::Lookup, &["small-0", "small-1"]),
-    // Large files are opened during planning, small ones when they get their memory.
+    // Large files are opened during planning, small ones just before their memory is allocated.
     (Hangs::Open, &["large-0", "large-1"]),
     (Hangs::Open, &["small-0", "small-1", "small-2"]),
     (Hangs::Attributes, &["large-0", "large-1", "large-2"]),
@@ -317,7 +317,7 @@ fn start_load(loader: &Loader, hanging: &Hanging, names: &[&str]) -> Load {
     loader.load(hanging.files(names)).start()
 }
 
-/// Takes segments until the load blocks; fails if it ends.
+/// Takes segments until none arrives within 50 ms; fails if the load ends.
 async fn assert_waits(load: &mut Load, what: &str) {
     while let Ok(segment) = tokio::time::timeout(Duration::from_millis(50), load.next()).await {
         assert!(segment.is_some_and(|segment| segment.is_ok()), "{what}: the load does not wait for the server");
@@ -351,6 +351,7 @@ async fn hanging_load_does_not_stop_others_and_finishes_later() {
         let image =
             tokio::time::timeout(SOON, held_up).await.unwrap_or_else(|_| panic!("{what}: the load did not continue")).unwrap();
         assert_image(&image, &bytes, &what);
+        // The other three are the ring thread, the teller and the watching thread.
         wait_for_threads(workers_wanted + 3, &what);
         plain.load(&loader, &what).await;
         loader.shutdown().await.unwrap();
@@ -431,7 +432,8 @@ async fn shutdown_counts_each_hanging_worker() {
         let loader = loader(workers_wanted).build().unwrap();
         let mut held_up = start_load(&loader, &hanging, names);
         assert_waits(&mut held_up, &what).await;
-        // On a busy machine the load can block earlier, so wait until a worker is stalled.
+        // On a busy machine, segments can be late for other reasons, so wait until a worker is
+        // stalled.
         wait_until(|| REPLACED.swap(0, Ordering::SeqCst) > 0, &what);
         plain.load(&loader, &what).await;
         let leaked = loader.shutdown().await.unwrap_err();
@@ -447,7 +449,7 @@ async fn shutdown_counts_each_hanging_worker() {
     }
 }
 
-/// Delays every allocation by more than a worker may wait for a file.
+/// Delays every allocation by 1.5 s. A worker that waits for a file for more than 1 s is stalled.
 #[derive(Debug)]
 struct SlowMemory;
 

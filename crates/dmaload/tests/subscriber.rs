@@ -48,8 +48,8 @@ impl CallsBack {
             loader.memory_bytes();
             loader.pooled_bytes();
             loader.trim_pool(u64::MAX);
-            // Drop a load only in every eighth call: some loads then live long enough to be the
-            // one that this event is about. If its lock were held, the drop would deadlock.
+            // Drop a load only in every eighth call, so that some loads live long enough to be the
+            // one that an event is about. If that load's lock were held, its drop would deadlock.
             let mut spare = SPARE.lock().unwrap();
             spare.iter().for_each(|load| _ = load.progress());
             let dropped = CALLS.fetch_add(1, Ordering::Relaxed).is_multiple_of(8).then(|| spare.pop());

@@ -1,4 +1,4 @@
-//! A tensor is available by name as soon as its bytes are loaded, while the rest of the load is
+//! A tensor is available by name as soon as its bytes are loaded, even if the rest of the load is
 //! held back.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
@@ -273,8 +273,8 @@ async fn name_is_unknown_only_after_all_headers_are_read() {
     check(&in_time("a tensor", load.tensor("t0")).await.unwrap(), 0, &bytes);
     drop(load);
 
-    // The header of a small file is read with its data, which the gate holds back. Until then the
-    // file could contain `t3` as well; it does contain `t0`.
+    // The header of a small file is read with its data, which the gate holds back. Until it is
+    // read, the small file could contain `t3` as well. It does contain `t0`.
     let gate = Gate::before(1, 0);
     let load = loader.load([&large, &small]).options(options().observer(gate.clone())).start();
     for name in ["none", "t3", "t0"] {
@@ -346,7 +346,7 @@ async fn every_waiter_gets_the_error_of_a_failed_load() {
     let error = one.unwrap_err();
     assert!(matches!(&error, Error::Rejected { reason, .. } if reason == "requested by a test"), "{error}");
     assert_eq!(other.unwrap_err(), error);
-    // So do requests for tensors that had arrived, and for unknown names.
+    // Requests for tensors that had arrived and for unknown names get the same error.
     for name in ["t0", "t11", "none"] {
         assert_eq!(in_time("an error", load.tensor(name)).await.unwrap_err(), error, "{name}");
     }

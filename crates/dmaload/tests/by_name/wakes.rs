@@ -12,7 +12,8 @@ use dmaload::{Load, Loader, Observer, Rejection, Tensor};
 use crate::common::{assert_same, file, folder};
 use crate::{Gate, PATIENCE, Planned, SEGMENT, TENSORS, check, in_time, last_segment_start, model, options, poll};
 
-/// An observer that blocks at the first bytes past a file and offset that the test can advance.
+/// An observer that blocks at the first bytes past a place (file and offset), which the test
+/// advances.
 #[derive(Debug, Default)]
 struct Steps {
     place: Mutex<(usize, u64)>,
@@ -59,17 +60,17 @@ async fn unpolled_waiter_does_not_delay_others() {
     let gate = Gate::before(0, 0);
     let load = Loader::new().unwrap().load(&path).options(options().observer(gate.clone())).start();
     let last_name = format!("t{last}");
-    // Both futures were polled once and are not polled again until the last tensor has arrived.
+    // These two futures are polled once, and not again until the last tensor has arrived.
     let wakes = Arc::new(CountWakes::default());
     let waker = Waker::from(Arc::clone(&wakes));
     let mut idle = pin!(load.tensor("t0"));
     let mut other = pin!(load.tensor(&last_name));
     assert!(poll(idle.as_mut(), &waker).is_pending() && poll(other.as_mut(), &waker).is_pending());
     gate.open();
-    // Only this future processes the load's events.
+    // Only this third future processes the load's events.
     check(&in_time("the last tensor", load.tensor(&last_name)).await.unwrap(), last, &bytes);
     assert!(wakes.0.load(Ordering::SeqCst) >= 2, "not every future was woken");
-    // The idle futures find the tensors that this future received.
+    // The first two futures find the tensors that the third one received.
     for (waiter, number) in [(idle, 0), (other, last)] {
         let Poll::Ready(tensor) = poll(waiter, Waker::noop()) else { panic!("t{number} is complete but its waiter is pending") };
         check(&tensor.unwrap(), number, &bytes);
@@ -142,7 +143,7 @@ fn segment_wakes_only_tasks_whose_tensor_it_completes() {
             assert!(Instant::now() < deadline, "a task was not woken");
             tasks.iter_mut().for_each(Task::poll_if_woken);
         }
-        assert!(tasks[until..].iter().all(|task| task.tensor.is_none()), "a tensor after t{until} was complete too early");
+        assert!(tasks[until..].iter().all(|task| task.tensor.is_none()), "t{until} or a later tensor was complete too early");
         complete = until;
         if complete == COUNT {
             break;
@@ -152,13 +153,13 @@ fn segment_wakes_only_tasks_whose_tensor_it_completes() {
     for (number, task) in tasks.iter().enumerate() {
         let tensor = task.tensor.as_ref().unwrap();
         assert_same(&tensor.bytes().unwrap(), &bytes[data_start + number * BYTES..][..BYTES], tensor.name());
-        // One wake when the load is planned, and one for the segment with its last byte.
+        // One wake when the load is planned, and one for the segment with the tensor's last byte.
         assert!(task.wakes.0.load(Ordering::SeqCst) <= 2, "t{number} was woken {} times", task.seen);
     }
 }
 
-/// Without an index any file can contain a name, so a task has to wait for all headers. They must
-/// not each wake it.
+/// Without an index, any file can contain a name, so a task waits until all headers are read. It
+/// must not be woken for each header.
 #[test]
 fn small_files_wake_each_task_at_most_twice() {
     const FILES: usize = 48;
@@ -200,12 +201,12 @@ async fn dropped_waiter_loses_no_segment_and_is_never_woken() {
         let waker = Waker::from(Arc::clone(&wakes));
         let mut dropped = pin!(load.tensor("t11"));
         assert!(poll(dropped.as_mut(), &waker).is_pending());
-        // Every segment but the last has arrived, and one of the two futures has received it.
+        // By now, every segment but the last has been received by one of the two futures.
         check(&in_time("a tensor", load.tensor("t8")).await.unwrap(), 8, &bytes);
         assert!(poll(dropped.as_mut(), &waker).is_pending());
     }
     in_time("the waker to be dropped", async {
-        // The thread that wakes tasks can still hold a clone.
+        // The thread that wakes tasks can still hold a clone of it.
         while Arc::strong_count(&wakes) > 1 {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }

@@ -1,4 +1,4 @@
-//! Helpers of the integration tests: files of known random bytes, on a real disk.
+//! Helpers for the integration tests: files of known random bytes, on a disk.
 #![allow(dead_code, unreachable_pub, reason = "no test uses every helper")]
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 

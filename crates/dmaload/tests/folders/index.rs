@@ -127,8 +127,8 @@ async fn index_is_recognized_by_any_of_its_names() {
             }
         }
     }
-    // An index under another name, or of pickled files, is an error: it would load as its own
-    // text.
+    // An index under another name, or of pickled files, is an error. Otherwise its text would be
+    // loaded as raw bytes.
     let folder = folder();
     let other = index(&[("a", "pytorch_model-00001-of-00001.bin")]);
     let files = [("blob", index(&[("a", A)])), ("pytorch_model.bin.index.json", other), ("free.index.json", b"{}".to_vec())];

@@ -1,5 +1,5 @@
 //! Models of several files: which files are loaded, which of several tensors with the same name
-//! counts, and that an incomplete model is never loaded as a complete one. Each test runs with
+//! counts, and that an incomplete model is never loaded as a complete one. Most tests run with
 //! packed files, which share memory and whose headers are read late, and with unpacked ones, whose
 //! headers are read during planning.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
@@ -129,7 +129,7 @@ async fn unindexed_tensor_in_two_files_is_an_error() {
         }
         let inspected = dmaload::inspect_model(folder.path(), Format::Auto).await.unwrap_err();
         assert!(matches!(inspected, Error::DuplicateTensor { .. }), "{inspected}");
-        // Each of these files loads as a model by itself.
+        // Each file loads as a model by itself.
         if tensor == "a" {
             for (name, _) in &files {
                 assert_eq!(loaders()[0].load(folder.path().join(name)).await.unwrap().tensors().count(), 1);

@@ -201,7 +201,7 @@ async fn model_embedded_in_a_file_must_be_whole() {
     }
 }
 
-/// llama.cpp recognizes parts by names with five digits; otherwise it relies on the files'
+/// llama.cpp names parts with five digits. Parts with other names are recognized by their
 /// metadata.
 #[tokio::test]
 async fn unusually_numbered_part_is_never_loaded_as_a_whole_model() {
@@ -231,7 +231,7 @@ async fn unusually_numbered_part_is_never_loaded_as_a_whole_model() {
             let (error, _) = load_refusing_and_allowing_missing(&loader, folder.path()).await;
             assert!(matches!(error.unwrap_err(), Error::Incomplete { .. }));
         }
-        // A file whose metadata says that it is complete is loaded, with a note about its name.
+        // A file whose metadata mentions no other parts is loaded, with a note about its name.
         write_files(folder.path(), &[(first.as_str(), gguf(&[], &[("a", 1)]))]);
         for loader in loaders() {
             for path in [folder.path().to_owned(), at(&first)] {

@@ -14,7 +14,7 @@ use crate::{BYTES, SEGMENT, loader, options};
 #[tokio::test]
 async fn caller_threads_never_close_files() {
     let Some(mounted) = Mounted::new(Manners::AnswersShort(BYTES)) else { return };
-    // A load that stops at its limit keeps its files open, with no read in flight.
+    // A load that stops at its memory limit keeps its files open, with no read in flight.
     let limited = || loader().memory_limit_bytes(2 * SEGMENT as u64).build().unwrap();
     let stopped = async |loader: &Loader| {
         let mut segments = loader.load(&mounted.path).segments();
@@ -30,7 +30,7 @@ async fn caller_threads_never_close_files() {
     let (segments, first) = stopped(&dropped).await;
     drop(segments);
     drop(first);
-    // The load holds the last reference to the loader.
+    // This time, the load holds the last reference to the engine.
     let (segments, _first) = stopped(&dropped).await;
     drop(dropped);
     drop(segments);
@@ -68,11 +68,11 @@ fn assert_closed_by_others(mounted: &Mounted, files: usize) {
     assert!(closers.len() >= files && !closers.contains(&own), "{own} closes: {closers:?}");
 }
 
-/// A slow close on the ring thread would delay all loads, so it closes no files, not even those of
-/// a load that was dropped with reads in flight.
+/// A slow close on the ring thread would delay all loads, so that thread closes no files, not even
+/// those of a load that was dropped with reads in flight.
 #[tokio::test]
 async fn ring_thread_closes_no_files() {
-    // Short answers make the load slow enough to be dropped amid reads.
+    // Short answers make the load slow enough to be dropped while it reads.
     let Some(mounted) = Mounted::new(Manners::AnswersShort(8 << 10)) else { return };
     let loader = loader().build().unwrap();
     for _ in 0..20 {

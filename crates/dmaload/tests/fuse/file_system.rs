@@ -16,13 +16,14 @@ use crate::BYTES;
 use crate::attributes::attributes;
 use crate::common::{folder, random_bytes};
 
-/// Looking up this name silences [`Manners::NeverAnswersAfterSilence`].
+/// Looking up this name silences a server with [`Manners::NeverAnswersAfterSilence`].
 pub(crate) const SILENCE: &str = "silence";
 const MODEL: INodeNo = INodeNo(2);
 /// The kernel does not cache attributes; otherwise it would keep the shortened length after a
 /// short answer.
 const UNCACHED: Duration = Duration::ZERO;
-/// The kernel caches attributes for a minute, as sshfs and network file systems let it.
+/// The kernel caches attributes for a minute. sshfs and network file systems let it cache them
+/// too.
 const CACHED: Duration = Duration::from_mins(1);
 
 /// How the server misbehaves.
@@ -74,7 +75,7 @@ pub(crate) struct Model {
     pub(crate) reads: Arc<PendingReads>,
 }
 
-/// The number of unanswered reads, and its maximum so far.
+/// The number of unanswered reads, and its maximum so far, for [`Manners::AnswersFromAfar`].
 #[derive(Debug, Default)]
 pub(crate) struct PendingReads {
     pub(crate) now: AtomicUsize,

@@ -20,7 +20,7 @@ const IMAGE_BYTES: u64 = 64 << 20;
 struct LoopMounted {
     device: String,
     folder: TempDir,
-    /// Ended before unmounting, so requests that wait for the server fail.
+    /// Dropped before the file system is unmounted, so that requests waiting for the server fail.
     server: Option<SilentServer>,
 }
 

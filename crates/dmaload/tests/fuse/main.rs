@@ -1,8 +1,9 @@
-//! FUSE file systems that misbehave in known ways, under the real kernel and some of them below a
-//! real overlayfs. They refuse the first direct read, return short or empty reads, fail, do not
-//! answer, or rewrite the file while its attributes are cached.
+//! Loads from FUSE file systems that misbehave in known ways, mounted by the real kernel, some of
+//! them below an overlayfs. Their servers refuse direct reads, return short or empty reads, fail,
+//! are slow, do not answer, state a wrong length, or rewrite the file while its attributes are
+//! cached.
 //!
-//! Mounting needs root; without it, these tests report that they are skipped.
+//! Mounting needs root and `/dev/fuse`; without them, these tests report that they are skipped.
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(clippy::print_stderr, reason = "skipped tests are reported")]
@@ -28,8 +29,8 @@ use file_system::{Manners, Model, Mounted, Overlay};
 
 const SEGMENT: usize = 2 << 20;
 const BYTES: usize = 4 * SEGMENT + 777;
-/// Routes past the page cache, which would take a short answer for the end of the file and pad it
-/// with zeros.
+/// Routes that bypass the page cache. The page cache would take a short answer for the end of the
+/// file, and pad the page with zeros.
 const DIRECT_ROUTES: [Route; 4] = [Route::UringFixedDirect, Route::UringDirect, Route::PreadDirect, Route::Bounce];
 
 fn options() -> LoadOptions {
@@ -65,7 +66,7 @@ async fn refused_first_direct_read_steps_down() {
         assert_eq!(read_refused, route.is_direct(), "{route}: {:?}", report.fallbacks);
         let strict = loader.load(&mounted.path).options(loader.load_options().route(route).strict(true)).await;
         match strict {
-            Ok(_) => assert_eq!(route, Route::Buffered, "the server refuses every other route"),
+            Ok(_) => assert_eq!(route, Route::Buffered, "every other route is refused"),
             Err(error) => {
                 assert!(matches!(error, Error::Refused { errno: Errno::EINVAL | Errno::EOPNOTSUPP, .. }), "{route}: {error}");
             }
@@ -97,7 +98,7 @@ async fn assert_read_by_threads(path: &Path, bytes: &[u8], attempt: Attempt, err
     for (route, from, to) in [
         (Route::UringFixedDirect, Route::UringFixedDirect, Route::PreadDirect),
         (Route::UringDirect, Route::UringDirect, Route::PreadDirect),
-        // The route stays `bounce`, but threads read into staging instead of a ring.
+        // The route stays `bounce`, but threads, not a ring, read into staging.
         (Route::Bounce, Route::UringFixedDirect, Route::Bounce),
         (Route::UringBuffered, Route::UringBuffered, Route::Buffered),
     ] {
@@ -145,9 +146,7 @@ async fn more_threads_read_from_a_distant_server() {
     loader.shutdown().await.unwrap();
 }
 
-/// In FUSE a short answer means that the file ends there, and the kernel then shortens the file
-/// for all readers, possibly between two of our reads. The load returns the file's bytes, or
-/// reports that the file ended or changed.
+/// The rest of a short answer is requested again, from the block in which the answer ended.
 #[tokio::test]
 async fn short_answers_load_the_same_bytes() {
     // Multiples of the block size, and other lengths.
@@ -195,8 +194,8 @@ async fn read_error_names_the_file_and_the_offset() {
     }
 }
 
-/// Lazily pulled container images are mounted this way. A ring returns the same bytes twice here
-/// if its descriptor has `O_NONBLOCK`.
+/// Lazily pulled container images are mounted this way. Threads read them, since a ring could
+/// return the same bytes twice.
 #[tokio::test]
 async fn overlay_over_fuse_loads_the_same_bytes_by_every_route() {
     for most in [100_001, 65_535, 12_288] {
@@ -207,7 +206,6 @@ async fn overlay_over_fuse_loads_the_same_bytes_by_every_route() {
             let loader = loader().load_options(options().route(route)).build().unwrap();
             let image = loader.load(&overlay.path).await.unwrap();
             assert_same(&image.files()[0].bytes().unwrap(), &mounted.bytes, &what);
-            // Load a range of an open file.
             let part = 5_000..(BYTES as u64 - 12_345);
             let file = std::fs::File::open(&overlay.path).unwrap();
             let image = loader.load(Source::file(file).range(part.clone())).await.unwrap();
@@ -243,7 +241,7 @@ async fn page_cache_of_fuse_is_not_used() {
     }
 }
 
-/// The kernel caches attributes for a minute; a load requests them from the server.
+/// The kernel caches attributes for a minute, but a load requests them from the server.
 #[tokio::test]
 async fn rewrite_is_noticed_despite_cached_attributes() {
     for route in ROUTES {

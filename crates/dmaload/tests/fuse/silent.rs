@@ -81,8 +81,8 @@ async fn shutdown_with_a_silent_server_ends_and_reports_leaks() {
         // was cancelled.
         assert_eq!(leaked.threads, 4, "{route}: {leaked}");
         let staged = if route == Route::Bounce { 4 * (2 << 20) } else { 0 };
-        // Pieces are read in the order of their allocation, so the last one, of one block, can be
-        // among the four.
+        // Pieces are read in the order in which they were allocated, so the last piece of the
+        // file, of one block, can be among the four.
         let expected = [4 * SEGMENT, 3 * SEGMENT + 4096].map(|bytes| (bytes + staged) as u64);
         assert!(expected.contains(&leaked.bytes), "{route}: {leaked}");
         let ended = tokio::time::timeout(Duration::from_secs(5), load.finish()).await.expect("the load must end with its loader");
@@ -135,7 +135,7 @@ async fn many_silent_loads_do_not_stop_other_file_systems() {
         let overlay = Overlay::over(servers[1].served.path());
         let builder = loader().window_bytes(8 * SEGMENT as u64).shutdown_timeout(Duration::from_millis(300));
         let builder = route.into_iter().fold(builder, |builder, route| builder.load_options(options().route(route)));
-        // Twenty of these files would take up the whole limit.
+        // Twenty loads of such a file would use up the limit.
         let builder = if limited { builder.memory_limit_bytes(20 * BYTES as u64) } else { builder };
         let loader = builder.build().unwrap();
         let paths = [&servers[0].path, &overlay.path].into_iter().flat_map(|path| [path; 20]);
@@ -163,7 +163,7 @@ async fn many_silent_loads_do_not_stop_other_file_systems() {
     }
 }
 
-/// Silent loads take all places of open loads; after some seconds they no longer count as open.
+/// Silent loads occupy every place among the open loads. After some seconds, they no longer count.
 #[tokio::test]
 async fn silent_loads_do_not_keep_all_open_load_places() {
     if !may_mount() {
@@ -185,8 +185,8 @@ async fn silent_loads_do_not_keep_all_open_load_places() {
     loader.shutdown().await.unwrap_err();
 }
 
-/// A read that was sent to a server cannot be cancelled. A read that is still waiting for a thread
-/// can, and must be, because all threads hang.
+/// A read that was sent to a server cannot be cancelled. One that is still waiting for a thread
+/// can be, and must be, because all of the load's threads hang.
 #[tokio::test]
 async fn dropped_silent_load_cancels_reads_that_have_not_started() {
     if !may_mount() {

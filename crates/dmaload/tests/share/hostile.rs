@@ -126,7 +126,8 @@ fn hostile_clients_do_not_stall_other_users() {
             if during > before + 64 + 16 + 4 {
                 wrong.push(format!("{hostility:?} of {hostile}: {during} descriptors, {before} before"));
             }
-            // Once they close, all descriptors are released, and their user is served.
+            // Once the hostile clients close, all descriptors are released, and their user is
+            // served if it may attach.
             for client in kept {
                 // The threads of slow readers hold clones of their connections, so shut those
                 // down.
@@ -157,9 +158,9 @@ fn descriptors_in_flight_to_one_user_are_bounded() {
         return;
     }
     let (folder, alice) = (open_folder(), fresh_user());
-    // The segments of the image, the users who may attach, and the most receivers and descriptors
-    // in flight that MALLORY then has: all users share half of the 128 descriptors, and each has
-    // at most four receivers.
+    // The segments of the image, the number of allowed users, and the most receivers and
+    // descriptors in flight that MALLORY then has. The allowed users and the server's own share
+    // half of the 128 descriptors, and each has at most four receivers.
     for (segments, users, receivers, descriptors) in [(1, 2, 4, 8), (10, 2, 2, 21), (10, 7, 1, 8), (10, 63, 1, 1)] {
         let model = file(folder.path(), "model.bin", &random_bytes(segments << 21, 3));
         let socket = folder.path().join(format!("socket{segments}{users}"));

@@ -186,7 +186,7 @@ fn count_descriptors() -> usize {
     fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
-/// Starts a client process, which prints the digest of the memory that it maps.
+/// Starts a client process, which prints the memfds that it maps and the digest of their bytes.
 fn spawn_client(socket: &Path) -> Child {
     Command::new(std::env::current_exe().unwrap())
         .args(["--ignored", "--exact", "the_client", "--nocapture", "--quiet"])
@@ -303,7 +303,7 @@ async fn processes_share_memory_even_if_others_are_killed() {
 /// descriptors to few clients of one user at a time; if these clients do not receive them, others
 /// of that user wait.
 #[tokio::test]
-async fn clients_hoarding_descriptors_delay_only_until_they_leave() {
+async fn hoarding_clients_delay_others_only_until_they_leave() {
     let folder = folder();
     let (image, socket, _server) = serve_model(folder.path()).await;
     let request = [&b"dmaload\0"[..], &1u32.to_le_bytes(), &1u32.to_le_bytes(), b"model"].concat();
@@ -316,7 +316,7 @@ async fn clients_hoarding_descriptors_delay_only_until_they_leave() {
         .collect();
     // Other clients of that user wait until these close; clients of other users would not.
     let waiting = tokio::time::timeout(Duration::from_millis(300), attach(&socket, default_options())).await;
-    assert!(waiting.is_err(), "the user already has as many clients as it may");
+    assert!(waiting.is_err(), "the user already has as many receivers as allowed");
     drop(hoards);
     assert_same_image(&image, &attach(&socket, default_options()).await.unwrap().image);
 }

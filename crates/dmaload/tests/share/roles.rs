@@ -43,8 +43,8 @@ pub(crate) fn open_folder() -> tempfile::TempDir {
 pub(crate) struct Role<'a> {
     pub(crate) name: &'a str,
     pub(crate) user: u32,
-    /// The uid map of a new user namespace, in which an empty map maps no user; `None` for no new
-    /// namespace.
+    /// The uid map of a new user namespace; `None` to stay in the current one. An empty map maps
+    /// no user.
     pub(crate) map: Option<&'a str>,
     /// Users that the server allows, or that the client trusts.
     pub(crate) named: &'a [u32],
@@ -127,8 +127,8 @@ impl Drop for Serving {
     }
 }
 
-/// Returns a user that no other test uses: all servers of a user share one limit of descriptors in
-/// flight.
+/// Returns a user that no other test uses, because all servers of one user share its limit of
+/// descriptors in flight.
 pub(crate) fn fresh_user() -> u32 {
     static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
     100_000 + 16 * std::process::id() + COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed)

@@ -64,8 +64,8 @@ fn connection_error_suggests_a_remedy() {
     }
 }
 
-/// The kernel reports the peer's user even in user namespaces, where all unmapped users appear as
-/// the overflow id.
+/// In a user namespace, the kernel reports the peer's user by its id in that namespace. All
+/// unmapped users have the overflow id.
 #[test]
 fn clients_trust_their_own_user_and_those_they_name() {
     if !is_root() {
@@ -104,7 +104,7 @@ fn clients_trust_their_own_user_and_those_they_name() {
         (BOB, ALICE, Some("1000 4001 2"), &[], Err(1001)),
         (BOB, ALICE, Some("1000 4001 2"), &[1001], Ok(())),
         (BOB, ALICE, Some("0 4002 1\n1000 4001 1"), &[], Ok(())),
-        // All users are mapped: the overflow id is a user like any other, as in many pods.
+        // All users are mapped: the overflow id is a user like any other, as in many containers.
         (NOBODY, NOBODY, Some(ALL), &[], Ok(())),
         (BOB, NOBODY, Some(ALL), &[], Err(BOB)),
         (ALICE, ALICE, Some(ALL), &[], Ok(())),
@@ -137,8 +137,8 @@ fn servers_serve_their_own_user_and_those_they_allow() {
     let folder = open_folder();
     let model = file(folder.path(), "model.bin", &random_bytes(5_000_000, 3));
     // The server's user, its uid map, the users it allows, the client's user, and whether the
-    // client attaches or as which user it is refused. Allowing any user (here 9) opens the socket
-    // to all, so the server decides.
+    // client attaches or as which user it is refused. With any allowed user (here 9), all users
+    // can connect to the socket, so the server refuses them itself.
     type Case<'a> = (u32, Option<&'a str>, &'a [u32], u32, Result<(), u32>);
     let cases: &[Case<'_>] = &[
         (ALICE, None, &[9], ALICE, Ok(())),
