@@ -68,7 +68,7 @@ impl DmaBuf {
 pub(crate) fn dma_bufs(py: Python<'_>, tensor: &Bound<'_, Tensor>) -> PyResult<Vec<DmaBuf>> {
     guarded(py, || {
         let tensor = tensor.get();
-        let none = || Failure::new("UnsupportedError", "tensors of safe_open and Image.file() have no dma-buf: use a tensor of an image");
+        let none = || Failure::new("UnsupportedError", "safe_open and Image.file() provide no dma-bufs: use an image's tensors");
         let parts = tensor.loaded().ok_or_else(none)?.parts();
         let dma_bufs = parts.iter().map(|part| {
             let fd = Mutex::new(Some(part.segment.hand_out_owned_dma_buf()?));
