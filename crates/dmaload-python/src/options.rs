@@ -12,7 +12,7 @@ use crate::errors::Failure;
 use crate::process::{Process, build};
 
 /// The maximum number of open loads under a memory limit. The library divides the limit by this
-/// number to get the largest segment, so segments are at most a quarter of the limit.
+/// number to get the largest segment, so segments are at most a quarter of the limit, or 2 MiB.
 const MEMORY_PARTS: usize = 4;
 
 /// The keywords of `dmaload.load`, with converted types.
