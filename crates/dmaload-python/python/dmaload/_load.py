@@ -79,7 +79,7 @@ def _keywords(
 
 
 def wait(loading: _native.Loading, progress: Progress | None = None) -> Any:
-    """Blocks until a result is available. An exception, also from Ctrl-C, ends the operation."""
+    """Blocks until a result is available. An exception (Ctrl-C) cancels the operation."""
     try:
         while True:
             has_come = loading.wait(_TICK)
