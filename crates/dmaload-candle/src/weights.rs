@@ -43,7 +43,7 @@ impl Weights {
         Self::load_with(loader, [path], loader.load_options(), dtype, device)
     }
 
-    /// Like [`Self::load`], with options, and for several files, such as the shards of a model.
+    /// Like [`Self::load`], with options, and for several files that form a model.
     ///
     /// A tensor that the options leave out ([`LoadOptions::tensors`]) counts as absent from the
     /// model.
