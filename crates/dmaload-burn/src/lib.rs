@@ -36,8 +36,8 @@
 //!   `HalfPrecisionAdapter` converts F16 to F32 and F32 to F16 only.
 //! - With a backend that copies, the file stays in memory alongside the model until
 //!   [`LoadStore::finish`]: burn requests tensors through closures that may be called twice.
-//! - burn does not have F8, F6, F4, complex numbers, or GGUF blocks, which it quantizes
-//!   differently. Requesting such a tensor is an error.
+//! - burn does not have F8, F6, F4, complex numbers, or GGUF blocks: it has other quantized types.
+//!   Requesting such a tensor is an error.
 //! - Saving with [`burn_store::ModuleStore::collect_from`] is an error. Use burn's
 //!   `SafetensorsStore`.
 

@@ -16,8 +16,8 @@ use burn_tensor::{AllocationProperty, BoolStore, Bytes, DType, TensorData};
 use dmaload::model::TensorInfo;
 use dmaload::{Load, LoadOptions, Loader, Report, inspect_load_blocking};
 
-/// A model that is being loaded, as burn's `ModuleStore`. Dropping it cancels the load; tensors
-/// that were already returned stay valid.
+/// A model that is being loaded, as burn's `ModuleStore`. Dropping it cancels the load unless a
+/// snapshot still exists elsewhere; tensors that were already returned stay valid.
 ///
 /// Do not use it on a worker of an async runtime: filling a module blocks until its bytes are
 /// loaded.
@@ -39,10 +39,11 @@ impl LoadStore {
         Self::load_with(loader, path, loader.load_options())
     }
 
-    /// Like [`Self::load`], with options, such as the order of [`LoadOptions::tensors`]. With
-    /// [`LoadOptions::shard`], tensors are refused when a module requests them. If the model
-    /// exceeds the loader's memory limit, requesting its first tensor fails with
-    /// [`dmaload::Error::OverLimit`], because the load holds the whole model.
+    /// Like [`Self::load`], with options, such as the order of [`LoadOptions::tensors`].
+    ///
+    /// A tensor of which [`LoadOptions::shard`] loads only a part is refused when a module
+    /// requests it. If the model exceeds the loader's memory limit, requesting a tensor fails with
+    /// the text of [`dmaload::Error::OverLimit`], because the load holds the whole model.
     ///
     /// # Errors
     /// Those of [`Self::load`].
@@ -63,8 +64,8 @@ impl LoadStore {
         self
     }
 
-    /// Leaves the module's tensors unchanged that the model does not have, instead of failing with
-    /// [`Error::Missing`]. Default: false.
+    /// If `true`, tensors of the module that the model does not have stay unchanged, instead of
+    /// failing with [`Error::Missing`]. Default: `false`.
     #[must_use]
     pub fn allow_partial(mut self, allow: bool) -> Self {
         self.allows_partial = allow;
@@ -74,8 +75,8 @@ impl LoadStore {
     /// Waits for the rest of the load, and releases it; tensors that were already returned stay
     /// valid.
     ///
-    /// A change to a file during its load is detected when the whole file was read. A module that
-    /// uses only some of a file's tensors relies on this call for that check.
+    /// A change to a file during its load is detected only when the whole file has been read. A
+    /// module that uses only some of a file's tensors needs this call to learn of a change.
     ///
     /// # Errors
     /// The error of the load, or [`Error::InUse`] if a snapshot still exists elsewhere.
@@ -132,7 +133,7 @@ impl fmt::Debug for LoadStore {
 pub enum Error {
     /// The load failed.
     Load(dmaload::Error),
-    /// burn refused tensors. Contains burn's message.
+    /// Some tensors could not be loaded, or burn refused them. Contains burn's message.
     Refused(String),
     /// The module has tensors that the model does not have. Contains burn's message.
     Missing(String),
@@ -169,7 +170,7 @@ impl From<dmaload::Error> for Error {
     }
 }
 
-/// A tensor of the load. It waits for its bytes when burn requests the data.
+/// Returns a snapshot of a tensor, which waits for the bytes when burn requests the data.
 fn snapshot(load: &Arc<Load>, tensor: &TensorInfo) -> TensorSnapshot {
     let (load, name, shape) = (Arc::clone(load), tensor.name.clone(), tensor.shape.clone());
     let dtype = burn_type(tensor.dtype);
@@ -191,7 +192,7 @@ fn snapshot(load: &Arc<Load>, tensor: &TensorInfo) -> TensorSnapshot {
                 return Err(TensorSnapshotError::DataError(message));
             }
             let bytes = tensor.bytes().map_err(io_error)?;
-            // A `bool` with any other value is undefined behavior.
+            // A `bool` with a value other than 0 and 1 is undefined behavior.
             if matches!(dtype, DType::Bool(_)) && bytes.iter().any(|&byte| byte > 1) {
                 let message = format!("cannot load tensor {name:?}: it has values other than 0 and 1");
                 return Err(TensorSnapshotError::DataError(message));

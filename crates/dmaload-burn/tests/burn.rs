@@ -58,7 +58,7 @@ fn loader() -> Loader {
 fn save_model(folder: &Path) -> PathBuf {
     let path = folder.join("model.safetensors");
     Model::<Cpu>::new(&DEVICE).save_into(&mut SafetensorsStore::from_file(&path)).unwrap();
-    // Rewritten, and evicted from the page cache.
+    // `file` evicts what it writes from the page cache.
     file(folder, "model.safetensors", &std::fs::read(&path).unwrap())
 }
 
@@ -84,7 +84,7 @@ fn module_equals_that_of_burns_own_store() {
     theirs.load_from(&mut SafetensorsStore::from_file(&path)).unwrap();
     for from_pytorch in [false, true] {
         let mut ours = Model::<Cpu>::new(&DEVICE);
-        assert_ne!(outputs(&ours), outputs(&theirs), "the models have different random numbers");
+        assert_ne!(outputs(&ours), outputs(&theirs), "the models must have different random numbers");
         let mut store = LoadStore::load(&loader(), &path).unwrap();
         if from_pytorch {
             // In PyTorch's layout, linear layers are transposed and norms have other names.
@@ -119,7 +119,7 @@ fn parameters_are_the_loaded_memory_and_keep_it_alive() {
     let mut model = Model::<Cpu>::new(&DEVICE);
     model.load_from(&mut store).unwrap();
     store.finish().unwrap();
-    assert_eq!(address(&model.layers[1].weight), loaded, "it was copied");
+    assert_eq!(address(&model.layers[1].weight), loaded, "the parameter was copied");
     assert!(loader.memory_bytes() > 0);
     // Changing a tensor copies it first, so the loaded memory stays unchanged.
     let before = outputs(&model);

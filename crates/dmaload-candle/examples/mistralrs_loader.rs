@@ -2,7 +2,8 @@
 //!
 //! mistral.rs (in `utils/varbuilder_utils.rs`) starts a thread for each file, copies every tensor
 //! out of a mapping, and waits in a loop until all threads have ended. This function has the same
-//! signature but returns immediately: tensors arrive while mistral.rs builds its model.
+//! signature but returns once the headers are read: tensors arrive while mistral.rs builds its
+//! model.
 //!
 //! Types of mistral.rs that are not part of candle are replaced: `VarBuilder` stands for its
 //! `ShardedVarBuilder`, which `ShardedSafeTensors::wrap` creates from the same backend.
@@ -65,7 +66,7 @@ fn key(name: &str, adapter: Option<usize>) -> Option<String> {
         if name.contains("internal_xlora_classifier") {
             return None;
         }
-        // `.lora_A` becomes `.lora_A.1`.
+        // With the first adapter, `.lora_A` becomes `.lora_A.1`.
         let after = key.find(".lora")? + ".lora_A".len();
         key.insert_str(after, &format!(".{number}"));
     }
@@ -78,7 +79,7 @@ fn loader() -> Result<&'static Loader> {
     LOADER.get_or_init(Loader::new).as_ref().map_err(|error| Error::wrap(error.clone()))
 }
 
-/// Tensors of several loads, under names that differ from those in their files.
+/// Tensors of several loads, under the names by which mistral.rs requests them.
 #[derive(Default)]
 struct Renamed {
     loads: Vec<Weights>,

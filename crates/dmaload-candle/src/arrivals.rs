@@ -46,7 +46,7 @@ pub(crate) enum Missing {
     Unusable(String),
     /// The load failed before the tensor arrived.
     Failed(Error),
-    /// The tensors held before it fill the loader's memory limit.
+    /// The tensors that arrived before it, and are still held, fill the loader's memory limit.
     HeldUp(Error),
     /// The load has ended without the tensor.
     NotLoaded,
@@ -64,10 +64,10 @@ impl fmt::Display for Missing {
 }
 
 impl<T: Clone + Send + 'static> Arrivals<T> {
-    /// Starts the load.
+    /// Starts the load, on a new thread.
     ///
     /// # Errors
-    /// Fails with [`Error::Start`] if no thread can be started.
+    /// [`Error::Start`] if the thread cannot be started.
     pub(crate) fn start(
         load: LoadRequest,
         convert: impl Fn(&Tensor) -> std::result::Result<T, String> + Send + 'static,
@@ -90,8 +90,7 @@ impl<T: Clone + Send + 'static> Arrivals<T> {
     /// Returns the tensor of this name. Blocks the caller's thread until the tensor arrives.
     ///
     /// # Errors
-    /// [`Missing`] is the reason why the tensor is not available. Returned at the end of the load
-    /// at the latest.
+    /// The reason why the tensor is not available, at the latest when the load ends.
     pub(crate) fn wait(&self, name: &str) -> std::result::Result<T, Missing> {
         let mut state = self.shared.lock();
         loop {

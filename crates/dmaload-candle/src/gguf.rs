@@ -47,8 +47,8 @@ impl QTensors {
     /// Starts to load a GGUF model. Its headers are read before this returns.
     ///
     /// # Errors
-    /// Those of [`dmaload::inspect_load_blocking`]. Later errors are reported by the requested
-    /// tensors and by [`Self::finish`].
+    /// Those of [`dmaload::inspect_load_blocking`], and [`dmaload::Error::Start`] if no thread can
+    /// be started. Later errors are reported by the requested tensors and by [`Self::finish`].
     pub fn load(loader: &Loader, path: impl Into<PathBuf>, device: &Device) -> dmaload::Result<Self> {
         Self::load_with(loader, path, loader.load_options(), device)
     }
@@ -71,7 +71,8 @@ impl QTensors {
     ///
     /// # Errors
     /// `CannotFindTensor`, immediately, if the model does not have the tensor or the load's
-    /// options leave it out; a message if candle does not have its type, or the load failed.
+    /// options leave it out; `Msg` if candle does not have its type, if it has no elements, or if
+    /// the load failed.
     pub fn get(&self, name: &str) -> candle_core::Result<Arc<QTensor>> {
         if !self.contains(name) {
             return Err(Error::CannotFindTensor { path: name.to_owned() }.bt());
@@ -89,7 +90,7 @@ impl QTensors {
         self.0.named.keys().map(String::as_str)
     }
 
-    /// Waits for the rest of the load, and releases the tensors: see
+    /// Waits for the rest of the load, and drops this clone: see
     /// [`Weights::finish`](crate::Weights::finish).
     ///
     /// # Errors
@@ -158,13 +159,13 @@ fn block_type(dtype: dmaload::model::DType) -> candle_core::Result<GgmlDType> {
 /// dropped when it was read to its end. candle makes two copies of each tensor, of which it keeps
 /// one. The load is ahead of the model by its window; if the model requests a tensor early, the
 /// reader keeps all tensors that arrive before it. If these tensors fill the loader's memory
-/// limit, the read fails with [`dmaload::Error::HeldUp`], because nothing else can drop them:
-/// raise the limit, or load in the model's order ([`LoadOptions::tensors`]). With
-/// [`LoadOptions::shard`], reading a tensor is an error.
+/// limit, the read fails with the text of [`dmaload::Error::HeldUp`], because nothing else can
+/// drop them: raise the limit, or load in the model's order ([`LoadOptions::tensors`]). Reading a
+/// tensor of which [`LoadOptions::shard`] loads only a part is an error.
 ///
-/// The header is read when the reader is opened. Bytes outside of tensors, and bytes that are read
-/// a second time, come from the file through the page cache; if the file has changed, that is an
-/// error.
+/// The header is read when the reader is opened, and kept. Tensors that are read a second time,
+/// and the bytes between tensors, come from the file through the page cache; if the file has
+/// changed, reading them is an error.
 #[derive(Debug)]
 pub struct GgufReader {
     file: File,
@@ -208,11 +209,12 @@ impl Identity {
 }
 
 impl GgufReader {
-    /// Opens a file and starts to load it. candle does not read split files.
+    /// Opens a file and starts to load it. Loads only this file, even if it is a part of a split
+    /// model, because candle reads one file.
     ///
     /// # Errors
-    /// Errors of opening and reading the file; a [`dmaload::Error`] is wrapped in an
-    /// [`io::Error`].
+    /// Fails if the file cannot be opened or read, or is not in GGUF format. A [`dmaload::Error`]
+    /// is wrapped in an [`io::Error`].
     pub fn open(loader: &Loader, path: impl AsRef<Path>, options: LoadOptions) -> io::Result<Self> {
         let path = path.as_ref().to_owned();
         let file = File::open(&path)?;

@@ -28,15 +28,15 @@
 //!
 //! candle's CPU tensors own their memory as a `Vec`, so each tensor is copied once. dmaload's
 //! memory of a tensor is dropped after that copy, and the load is ahead of the copies by at most
-//! its window. The peak is the model, the window ([`dmaload::LoaderBuilder::window_bytes`], 128
-//! MiB by default), two segments of 64 MiB, and staging (16 MiB). This crate uses
-//! [`dmaload::Tensors`], since a [`dmaload::Load`] would hold the whole file in memory until its
-//! end.
+//! its window and a segment. The peak is the model, the window
+//! ([`dmaload::LoaderBuilder::window_bytes`], 128 MiB by default), two segments of 64 MiB, and
+//! staging (16 to 72 MiB, depending on the CPUs). This crate uses [`dmaload::Tensors`], since a
+//! [`dmaload::Load`] would hold the whole file in memory until its end.
 //!
 //! # Order
 //!
 //! Tensors arrive in file order. A model that first requests the file's last tensor waits for the
-//! whole file. If the model's order is known, set it; that costs nothing:
+//! whole file. If the order in which the model requests its tensors is known, set it:
 //!
 //! ```no_run
 //! # use candle_core::{DType, Device};

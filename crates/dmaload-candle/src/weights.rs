@@ -14,8 +14,9 @@ use crate::headers::{self, Named};
 /// The weights of a model, as candle's tensors, while they are read. Cheap to clone.
 ///
 /// Each tensor is available as soon as its last byte is loaded; requesting it blocks the thread
-/// until then. Tensors are kept until the last clone and the last `VarBuilder` are dropped, so
-/// requesting a tensor twice returns the same memory. Dropping all of them cancels the load.
+/// until then. Tensors are kept until the last clone and the last `VarBuilder` are dropped. A
+/// tensor that needs no conversion is returned in the same memory each time. Dropping the last
+/// clone and the last `VarBuilder` cancels the load.
 ///
 /// Do not request tensors on a worker of an async runtime: build the model in `spawn_blocking`.
 #[derive(Debug, Clone)]
@@ -36,13 +37,13 @@ impl Weights {
     /// those of [`Self::var_builder`].
     ///
     /// # Errors
-    /// Those of [`dmaload::inspect_load_blocking`]. Later errors are reported by the requested
-    /// tensors and by [`Self::finish`].
+    /// Those of [`dmaload::inspect_load_blocking`], and [`dmaload::Error::Start`] if no thread can
+    /// be started. Later errors are reported by the requested tensors and by [`Self::finish`].
     pub fn load(loader: &Loader, path: impl Into<PathBuf>, dtype: DType, device: &Device) -> dmaload::Result<Self> {
         Self::load_with(loader, [path], loader.load_options(), dtype, device)
     }
 
-    /// Like [`Self::load`], with options, and for several files, such as the shards of a model.
+    /// Like [`Self::load`], with options, and for several files that form a model.
     ///
     /// A tensor that the options leave out ([`LoadOptions::tensors`]) counts as absent from the
     /// model.
@@ -65,7 +66,7 @@ impl Weights {
         Ok(Weights(Arc::new(Inner { named, arrivals, dtype, device: device.clone() })))
     }
 
-    /// candle's view of these weights.
+    /// Returns a `VarBuilder` that provides these weights.
     pub fn var_builder(&self) -> VarBuilder<'static> {
         VarBuilder::from_backend(Box::new(self.clone()), self.0.dtype, self.0.device.clone())
     }
@@ -75,10 +76,10 @@ impl Weights {
         self.0.named.keys().map(String::as_str)
     }
 
-    /// Waits for the rest of the load, and releases the weights.
+    /// Waits for the rest of the load, and drops this clone.
     ///
-    /// A change to a file during its load is detected when the whole file was read. A model that
-    /// uses only some of a file's tensors relies on this call for that check.
+    /// A change to a file during its load is detected only when the whole file has been read. A
+    /// model that uses only some of a file's tensors needs this call to learn of a change.
     ///
     /// # Errors
     /// The error of the load.
@@ -115,10 +116,11 @@ pub(crate) fn unavailable(name: &str, missing: &Missing) -> Error {
     Error::Msg(format!("cannot load tensor {name:?}: {missing}")).bt()
 }
 
-/// Copies a tensor to the device: the only copy.
+/// Copies a tensor to the device.
 ///
-/// If no bits are lost, the tensor is converted to `dtype` immediately, so it is not kept in two
-/// types. Otherwise the original is kept, since the model may request it in a third type.
+/// If `dtype` can represent all of its values, the tensor is converted to it immediately, so it is
+/// not kept in two types. Otherwise the original type is kept, since the model may request the
+/// tensor in a third type.
 fn convert(tensor: &dmaload::Tensor, dtype: DType, device: &Device) -> Result<Tensor> {
     // A rank's part along a dimension other than the first is not contiguous.
     let bytes =

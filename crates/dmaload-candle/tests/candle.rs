@@ -182,7 +182,7 @@ fn tensor_requested_twice_is_the_same_memory() {
         let (storage, _) = tensor.storage_and_layout();
         match &*storage {
             candle_core::Storage::Cpu(storage) => storage.as_slice::<f32>().unwrap().as_ptr().addr(),
-            _ => panic!("on the CPU"),
+            _ => panic!("the tensor is not on the CPU"),
         }
     };
     let get = || weights.var_builder().get((500, 600), "c").unwrap();
@@ -380,7 +380,7 @@ fn rank_gets_its_shard_along_any_dimension() {
     }
 }
 
-/// Writes a GGUF file with candle. It has a tensor for each block type, named after the type.
+/// Writes a GGUF file with candle. It has a tensor for each of these types, named after the type.
 fn write_quantized(folder: &Path, types: &[GgmlDType]) -> PathBuf {
     let source = Tensor::from_raw_buffer(&random_bytes(512 * 1024, 5), DType::U32, &[256, 512], &CPU).unwrap();
     let source = (source.to_dtype(DType::F32).unwrap() / f64::from(u32::MAX)).unwrap();
@@ -423,7 +423,7 @@ fn quantized_tensors_equal_those_of_candles_reader() {
     for dtype in BLOCKS {
         let name = format!("{dtype:?}");
         let expected = content.tensor(&mut file, &name, &CPU).unwrap();
-        // The second read comes from the file.
+        // The bytes of the second read come from the file.
         let read = [(), ()].map(|()| through.tensor(&mut reader, &name, &CPU).unwrap());
         let by_name = tensors.get(&name).unwrap();
         for tensor in read.iter().chain([&*by_name]) {

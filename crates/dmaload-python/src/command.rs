@@ -7,7 +7,7 @@ use pyo3::prelude::*;
 use crate::errors::guarded;
 use crate::process::detached;
 
-/// Runs the command with these arguments, of which the first is the program's name, and returns
+/// Runs the command with these arguments, the first of which is the program's name, and returns
 /// the exit status. `bench` starts its child processes with the command line `program`.
 #[pyfunction]
 pub(crate) fn run_command(py: Python<'_>, arguments: Vec<OsString>, program: Vec<OsString>) -> PyResult<u8> {

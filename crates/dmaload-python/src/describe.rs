@@ -6,7 +6,7 @@ use dmaload::model::gguf::Value;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 
-/// A list with a dictionary for each file.
+/// Returns a list with a dictionary for each file.
 pub(crate) fn headers(py: Python<'_>, headers: Vec<Inspected>) -> PyResult<Py<PyAny>> {
     let files = PyList::empty(py);
     for Inspected { path, file_bytes, tensors, .. } in headers {
@@ -26,7 +26,7 @@ pub(crate) fn headers(py: Python<'_>, headers: Vec<Inspected>) -> PyResult<Py<Py
     Ok(files.into_any().unbind())
 }
 
-/// The metadata of a file: strings in safetensors, values of all types in GGUF.
+/// Returns the metadata of a file: strings in safetensors, values of all types in GGUF.
 pub(crate) fn metadata(py: Python<'_>, map: &TensorMap) -> PyResult<Py<PyDict>> {
     let pairs = PyDict::new(py);
     match map.gguf() {

@@ -82,7 +82,8 @@ struct Context {
     _memory: Arc<Owned<Memory>>,
 }
 
-/// The type's code, bits and lanes, and the first version that has it; `None` for block types.
+/// Returns the type's code, bits and lanes, and the first DLPack version that has it. Returns
+/// `None` for types that DLPack lacks: ggml's blocks.
 fn data_type(dtype: DType) -> Option<(DataType, (u32, u32))> {
     let (before, now) = ((0, 0), VERSION);
     let (code, bits, since) = match dtype {
@@ -113,7 +114,7 @@ fn data_type(dtype: DType) -> Option<(DataType, (u32, u32))> {
     Some((DataType { code, bits, lanes: 1 }, since))
 }
 
-/// Returns a capsule with a tensor's memory.
+/// Returns a capsule with a tensor's memory. Types that DLPack lacks are exported as bytes.
 pub(crate) fn export(
     py: Python<'_>,
     dtype: DType,
@@ -148,7 +149,7 @@ pub(crate) fn export(
     let is_copied = copy == Some(true) || !is_aligned;
     let memory = if is_copied { Arc::new(Owned::new(detached(py, || memory.copy())?)) } else { memory };
     let signed = |length: usize| i64::try_from(length).unwrap_or(i64::MAX);
-    let dimensions = i32::try_from(elements.shape.len()).map_err(|_| Failure::export("it has too many dimensions"))?;
+    let dimensions = i32::try_from(elements.shape.len()).map_err(|_| Failure::export("cannot export so many dimensions"))?;
     let data = if memory.len() == 0 { ptr::null_mut() } else { memory.address().as_ptr().cast::<c_void>() };
     let mut context = Box::new(Context {
         strides: elements.strides().into_iter().map(signed).collect(),
@@ -218,7 +219,8 @@ unsafe extern "C" fn delete_unversioned(managed: *mut Unversioned) {
     drop(unsafe { Box::from_raw(managed.context.cast::<Context>()) });
 }
 
-/// The structure of a capsule that was not consumed; null if a consumer has renamed the capsule.
+/// Returns the structure of a capsule that was not consumed, or null if a consumer has renamed the
+/// capsule.
 ///
 /// # Safety
 /// `capsule` must be a capsule that the interpreter is destroying.

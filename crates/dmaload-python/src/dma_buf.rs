@@ -11,8 +11,9 @@ use crate::tensor::Tensor;
 
 /// A descriptor of a dma-buf, and the range of a tensor's bytes in it.
 ///
-/// It owns the descriptor, and closes it when it is destroyed, in `close()`, or at the end of a
-/// `with` block. The dma-buf lives as long as a descriptor, an import or a mapping of it exists.
+/// The object owns the descriptor. `close()`, the end of a `with` block and the object's
+/// destruction close it. The dma-buf lives as long as a descriptor, an import or a mapping of it
+/// exists.
 #[pyclass(frozen, module = "dmaload")]
 #[derive(Debug)]
 pub(crate) struct DmaBuf {
@@ -31,12 +32,12 @@ fn closed() -> Failure {
 
 #[pymethods]
 impl DmaBuf {
-    /// The descriptor. This object keeps owning it.
+    /// Returns the descriptor, which this object still owns.
     fn fileno(&self, py: Python<'_>) -> PyResult<i32> {
         guarded(py, || Ok(lock(&self.fd).as_ref().ok_or_else(closed)?.as_raw_fd()))
     }
 
-    /// The descriptor. The caller owns it from now on, and must close it.
+    /// Returns the descriptor, which the caller then owns and must close.
     fn detach(&self, py: Python<'_>) -> PyResult<i32> {
         guarded(py, || Ok(lock(&self.fd).take().ok_or_else(closed)?.into_raw_fd()))
     }
@@ -62,12 +63,12 @@ impl DmaBuf {
     }
 }
 
-/// The dma-bufs that contain a tensor's bytes, in order.
+/// Returns the dma-bufs that contain a tensor's bytes, in order.
 #[pyfunction]
 pub(crate) fn dma_bufs(py: Python<'_>, tensor: &Bound<'_, Tensor>) -> PyResult<Vec<DmaBuf>> {
     guarded(py, || {
         let tensor = tensor.get();
-        let none = || Failure::new("UnsupportedError", "this tensor was read into memory that has no descriptor");
+        let none = || Failure::new("UnsupportedError", "safe_open and Image.file() provide no dma-bufs: use an image's tensors");
         let parts = tensor.loaded().ok_or_else(none)?.parts();
         let dma_bufs = parts.iter().map(|part| {
             let fd = Mutex::new(Some(part.segment.hand_out_owned_dma_buf()?));

@@ -25,7 +25,7 @@ pub(crate) struct Failure {
 }
 
 impl Failure {
-    /// A failure without errno, file, hint and offset.
+    /// A failure with only a class and a text.
     pub(crate) fn new(class: &'static str, message: impl Into<String>) -> Self {
         Failure { class, message: message.into(), errno: None, filename: None, hint: None, offset: None }
     }
@@ -53,7 +53,7 @@ impl Failure {
         Failure { errno: Some(errno), filename: Some(filename.into()), ..self }
     }
 
-    /// The library's refusal to export memory by DLPack or the buffer protocol.
+    /// Converts the library's refusal to provide memory for DLPack or the buffer protocol.
     pub(crate) fn of_export(error: &Error) -> Self {
         let class = match error.kind() {
             ErrorKind::Unsupported | ErrorKind::InUse | ErrorKind::Placement => "ExportError",
@@ -62,7 +62,7 @@ impl Failure {
         Failure { class, ..Failure::from(error) }
     }
 
-    /// The exception, or the error that creating it raised.
+    /// Creates the exception. If that fails, returns the error it raised.
     pub(crate) fn into_exception(self, py: Python<'_>) -> PyErr {
         let make = || {
             let Failure { class, message, errno, filename, hint, offset } = self;
@@ -96,7 +96,8 @@ impl From<Error> for Failure {
     }
 }
 
-/// The name of a kind's class: `Error`, the base class, for kinds that are not listed.
+/// Returns the name of the class for errors of this kind: the base class, `Error`, for unknown
+/// kinds.
 fn class_of(kind: ErrorKind) -> &'static str {
     match kind {
         ErrorKind::Config => "ConfigError",

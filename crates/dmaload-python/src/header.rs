@@ -1,4 +1,4 @@
-//! Reads headers, and tensors of files whose header is known: for `dmaload.safe_open`.
+//! For `dmaload.safe_open`: reads headers, and tensors of files whose header is known.
 
 use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -55,7 +55,7 @@ fn borrowed<'a>(fd: i32) -> BorrowedFd<'a> {
 }
 
 /// Reads a small tensor of an open file through the page cache into newly allocated memory. A load
-/// would take longer, and would need a mapping for each tensor.
+/// would take longer, and would create a mapping for each tensor.
 #[pyfunction]
 pub(crate) fn read_small(py: Python<'_>, fd: i32, described: Described) -> PyResult<Tensor> {
     guarded(py, || {

@@ -15,7 +15,8 @@ use crate::tensor::{Part, Tensor};
 
 /// A loaded model: a read-only mapping from names to tensors.
 ///
-/// The memory lives as long as the image, any of its tensors, or any array made from one of them.
+/// The image keeps all of its memory alive. After it is gone, each tensor, and each array made
+/// from one, keeps the segments that hold its bytes.
 #[pyclass(frozen, mapping, module = "dmaload")]
 #[derive(Debug)]
 pub(crate) struct Image {
@@ -23,7 +24,8 @@ pub(crate) struct Image {
     image: Mutex<Option<Owned<dmaload::Image>>>,
     /// In file order, or in the requested order.
     names: Vec<String>,
-    /// The tensors that were looked up: each name has only one object, with one memory.
+    /// The tensors that were looked up. Looking up a name again returns the same object, so all
+    /// arrays of a tensor share its memory.
     tensors: Py<PyDict>,
 }
 
@@ -63,7 +65,7 @@ impl Image {
         guarded(py, || self.find(py, name))
     }
 
-    /// The tensor of this name, or `default`.
+    /// Returns the tensor of this name, or `default` if there is none.
     #[pyo3(signature = (name, default=None))]
     fn get(&self, py: Python<'_>, name: &str, default: Option<Py<PyAny>>) -> PyResult<Option<Py<PyAny>>> {
         guarded(py, || match self.find(py, name) {
@@ -88,12 +90,12 @@ impl Image {
         self.keys(py)?.try_iter()
     }
 
-    /// The names, in file order or in the requested order.
+    /// Returns the names, in file order or in the requested order.
     fn keys<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
         PyList::new(py, &self.names)
     }
 
-    /// The tensors, in the order of their names.
+    /// Returns the tensors, in the order of `keys()`.
     fn values<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
         guarded(py, || {
             let values = self.names.iter().map(|name| self.find(py, name)).collect::<Result<Vec<_>, _>>()?;
@@ -101,7 +103,7 @@ impl Image {
         })
     }
 
-    /// The names with their tensors.
+    /// Returns pairs of names and tensors, in the order of `keys()`.
     fn items<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
         guarded(py, || {
             let items = self.names.iter().map(|name| Ok::<_, Raised>((name, self.find(py, name)?)));
@@ -109,8 +111,8 @@ impl Image {
         })
     }
 
-    /// The metadata of the files: strings in safetensors, values of all types in GGUF. If several
-    /// files have a key, the first file's value counts.
+    /// Returns the metadata of the files: strings in safetensors, values of all types in GGUF. If
+    /// several files have a key, its value is that of the first such file.
     fn metadata<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         guarded(py, || {
             let all = PyDict::new(py);
@@ -122,13 +124,13 @@ impl Image {
         })
     }
 
-    /// The paths of the files, in order.
+    /// Returns the paths of the files, in order.
     fn files(&self, py: Python<'_>) -> PyResult<Vec<OsString>> {
         guarded(py, || Ok(self.image()?.files().iter().map(|file| file.path().as_os_str().to_owned()).collect()))
     }
 
-    /// All bytes of a file, as a `U8` tensor named after the file's path. For raw files, which
-    /// have no tensors.
+    /// Returns all bytes of a file, as a `U8` tensor named after the file's path. For raw files,
+    /// which have no tensors.
     #[pyo3(signature = (index=0))]
     fn file(&self, py: Python<'_>, index: usize) -> PyResult<Tensor> {
         guarded(py, || {
@@ -147,7 +149,7 @@ impl Image {
         })
     }
 
-    /// The report of the load, with the field names of the command's JSON.
+    /// Returns the report of the load, with the field names of the command's JSON.
     fn report<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         guarded(py, || Ok(report(py, self.image()?.report())?))
     }

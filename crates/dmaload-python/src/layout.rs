@@ -2,22 +2,22 @@
 
 use dmaload::model::DType;
 
-/// Elements of a type that array libraries have, or bytes.
+/// The elements of an exported array: those of the tensor's own type, or bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Elements {
     pub(crate) shape: Vec<usize>,
-    /// The size of an element.
+    /// The size of an element in bytes; 1 for elements of less than a byte.
     pub(crate) bytes: usize,
 }
 
 impl Elements {
-    /// Elements of the tensor's own type.
+    /// The tensor as elements of its own type.
     pub(crate) fn of(dtype: DType, shape: &[usize]) -> Self {
         Elements { shape: shape.to_vec(), bytes: dtype.element_bytes().unwrap_or(1) }
     }
 
-    /// Bytes. The last dimension counts them; if rows are not whole blocks, there is only one
-    /// dimension.
+    /// The tensor as bytes, which the last dimension counts. If rows are not whole blocks, or the
+    /// tensor is a scalar, there is only one dimension.
     pub(crate) fn as_bytes(dtype: DType, shape: &[usize]) -> Self {
         let (block, block_bytes) = (dtype.block_elements(), dtype.block_bytes());
         let shape = match shape.split_last() {
@@ -34,8 +34,7 @@ impl Elements {
         let mut stride = 1_usize;
         let of_dimension = |&length: &usize| {
             let own = stride;
-            // Strides of an empty tensor have no meaning. Those of any other are within its
-            // memory.
+            // Saturates only for an empty tensor, whose strides have no meaning.
             stride = stride.saturating_mul(length.max(1));
             own
         };

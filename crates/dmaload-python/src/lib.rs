@@ -15,8 +15,8 @@
 //! - **A forked child never uses objects that need its parent's threads** ([`process`]).
 //! - **No panic crosses into Python**: each becomes a `dmaload.PanickedError` ([`errors`]).
 //!
-//! This module is private to the package. The public interface and its documentation are in
-//! Python.
+//! This module is private to the package, which exports `Image`, `Tensor` and `DmaBuf` under its
+//! own name. The rest of the public interface is written in Python.
 
 mod command;
 mod describe;

@@ -31,7 +31,7 @@ pub(crate) enum Outcome {
     End,
 }
 
-/// A result, or the reason for its failure.
+/// The result of an operation, or the reason why it failed.
 pub(crate) type Answer = Result<Outcome, Failure>;
 
 /// A future of the library.
@@ -47,7 +47,7 @@ enum Origin {
 
 struct State {
     source: Origin,
-    /// The result that was not taken yet.
+    /// A result that was not taken yet.
     ready: Option<Answer>,
     progress: Progress,
 }
@@ -182,7 +182,8 @@ impl Loading {
         })
     }
 
-    /// Bytes read, and bytes to read. Both are 0 until the files are opened.
+    /// Returns the bytes read and the bytes to read. Both are 0 until the files are opened, and
+    /// for operations other than loads and streams.
     fn progress(&self, py: Python<'_>) -> PyResult<(u64, u64)> {
         guarded(py, || {
             let state = self.state()?;
@@ -225,7 +226,7 @@ pub(crate) fn start_load(py: Python<'_>, paths: Vec<PathBuf>, keywords: Keywords
     })
 }
 
-/// Starts a stream of tensors, which keeps none.
+/// Starts a stream of tensors, which keeps no tensor that it has yielded.
 #[pyfunction]
 pub(crate) fn start_stream(py: Python<'_>, paths: Vec<PathBuf>, keywords: Keywords) -> PyResult<Loading> {
     guarded(py, || {

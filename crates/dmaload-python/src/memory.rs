@@ -1,6 +1,7 @@
 //! Memory that Python may write to: private memory of the library, or a copy.
 //!
-//! It is represented by its address. Once Python can access it, no reference to its bytes exists.
+//! The memory is represented by its address. Once Python can access it, no Rust reference to its
+//! bytes exists.
 #![allow(unsafe_code)]
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
@@ -10,7 +11,7 @@ use dmaload::PrivateMemory;
 
 use crate::errors::Failure;
 
-/// The alignment that DLPack recommends. No element needs more.
+/// The alignment that DLPack recommends, in bytes. No element needs more.
 const ALIGNMENT: usize = 256;
 
 /// The memory of a tensor.
@@ -61,7 +62,7 @@ unsafe impl Sync for Copied {}
 
 impl Copied {
     fn new(bytes: usize) -> Result<Self, Failure> {
-        let refused = || Failure::new("OutOfMemoryError", format!("cannot allocate {bytes} bytes for a copy of a tensor"));
+        let refused = || Failure::new("OutOfMemoryError", format!("cannot allocate {bytes} bytes for a tensor"));
         let layout = Layout::from_size_align(bytes, ALIGNMENT).map_err(|_| refused())?;
         if bytes == 0 {
             return Ok(Copied { address: NonNull::dangling(), layout });

@@ -11,7 +11,8 @@ use pyo3::prelude::*;
 use crate::errors::Failure;
 use crate::process::{Process, build};
 
-/// Under a memory limit, a segment is at most the limit divided by this.
+/// The maximum number of open loads under a memory limit. The library divides the limit by this
+/// number to get the largest segment, so segments are at most a quarter of the limit, or 2 MiB.
 const MEMORY_PARTS: usize = 4;
 
 /// The keywords of `dmaload.load`, with converted types.
@@ -64,11 +65,11 @@ impl Keywords {
     }
 }
 
-/// Adds a manifest or checksum, with the syntax of the command's `--verify`.
+/// Adds a manifest or a checksum, in the syntax of the command's `--verify`.
 fn verified(options: LoadOptions, text: &str) -> Result<LoadOptions, Failure> {
     let against: Against = text.parse().map_err(Failure::config)?;
     against.apply_to(options).map_err(|error| {
-        // The command's error has the errno only by name, in its text.
+        // The error of `apply_to` has the errno only by name, in its text.
         let errno = match &against {
             Against::Manifest(path) => File::open(path).err().and_then(|error| error.raw_os_error()),
             Against::Digest(_) => None,

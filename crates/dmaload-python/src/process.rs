@@ -89,7 +89,7 @@ impl Process {
     }
 
     /// Called before a thread attaches to the interpreter. Blocks forever if the interpreter is
-    /// exiting.
+    /// exiting in another thread.
     fn before_attach(&self) {
         let mut gate = lock(&self.gate);
         while gate.exiting.is_some_and(|thread| thread != thread::current().id()) {
@@ -135,8 +135,8 @@ pub(crate) fn detached<T: Send>(py: Python<'_>, work: impl FnOnce() -> T + Send)
     result.unwrap_or_else(|payload| resume_unwind(payload))
 }
 
-/// A value that belongs to one process. A forked child can read it, and leaks it instead of
-/// dropping it: the drop may need locks and threads that the child does not have.
+/// A value that belongs to one process. A forked child can read it, but leaks it instead of
+/// dropping it: the drop may need threads that the child does not have, and locks that they held.
 #[derive(Debug)]
 pub(crate) struct Owned<T> {
     process: &'static Process,

@@ -21,8 +21,8 @@ use crate::process::{Owned, detached, lock};
 /// A tensor: its name, type and shape, and its bytes in memory that Python may write to.
 ///
 /// `numpy()`, `torch()`, DLPack (`np.from_dlpack`, `torch.from_dlpack`) and the buffer protocol
-/// (`memoryview`) create arrays without a copy. All arrays of a tensor share its memory and keep
-/// it alive.
+/// (`memoryview`) create arrays that share the tensor's memory and keep it alive. The methods'
+/// documentation lists the cases in which they copy.
 #[pyclass(frozen, module = "dmaload")]
 #[derive(Debug)]
 pub(crate) struct Tensor {
@@ -40,7 +40,7 @@ pub(crate) struct Tensor {
 enum Source {
     Tensor(dmaload::Tensor),
     Part(ImageFile, Range<u64>),
-    /// Only in [`Tensor::memory`].
+    /// The bytes are only in [`Tensor::memory`].
     Memory,
 }
 
@@ -74,8 +74,8 @@ impl Tensor {
         Tensor { name, dtype, shape, bytes, source: Owned::new(Source::Memory), memory }
     }
 
-    /// The library's tensor, whose segments may have descriptors; `None` for parts of files and
-    /// for copied memory.
+    /// The library's tensor, whose segments may have descriptors. `None` for parts of files and
+    /// for tensors that were read by `read_small`.
     pub(crate) fn loaded(&self) -> Option<&dmaload::Tensor> {
         match &*self.source {
             Source::Tensor(tensor) => Some(tensor),
@@ -83,7 +83,7 @@ impl Tensor {
         }
     }
 
-    /// The tensor's memory. Each call returns the same memory.
+    /// Returns the tensor's memory, the same at each call.
     pub(crate) fn memory(&self, py: Python<'_>) -> Result<Arc<Owned<Memory>>, Failure> {
         if let Some(known) = &*lock(&self.memory) {
             return Ok(Arc::clone(known));
@@ -110,7 +110,7 @@ impl Tensor {
         Ok(Arc::clone(memory.insert(Arc::new(Owned::new(made)))))
     }
 
-    /// The buffer protocol's format of an element, if it has one.
+    /// The buffer protocol's format of the elements, if it has one for their type.
     fn format(&self) -> Option<&'static CStr> {
         Some(match self.dtype {
             DType::Bool => c"?",
@@ -148,7 +148,7 @@ fn gathered(tensor: &dmaload::Tensor) -> Result<Copied, Failure> {
             assert_eq!(copied, part.len, "a part is within its segment");
             rest = behind;
         }
-        assert!(rest.is_empty(), "the parts are all of the tensor");
+        assert!(rest.is_empty(), "the parts are the whole tensor");
         Ok(())
     })
 }
@@ -204,25 +204,26 @@ impl Tensor {
         self.dtype.block_bytes()
     }
 
-    /// A NumPy array that shares the memory. Types that NumPy lacks use `ml_dtypes`. `F4` and the
-    /// `F6` types are unpacked into a copy, since `ml_dtypes` stores each element in a byte. GGUF
-    /// blocks are bytes.
+    /// Returns a NumPy array that shares the memory. Types that NumPy lacks use `ml_dtypes`. `F4`
+    /// and the `F6` types are unpacked into a copy, since `ml_dtypes` stores each element in a
+    /// byte. GGUF blocks become bytes.
     fn numpy(slf: Bound<'_, Self>) -> PyResult<Bound<'_, PyAny>> {
         slf.py().import("dmaload._convert")?.call_method1("to_numpy", (slf,))
     }
 
-    /// A torch tensor that shares the memory. `F4` is `torch.float4_e2m1fn_x2`, with two values in
-    /// each element. GGUF blocks, and types that torch lacks, are bytes. Elements that are not
-    /// aligned in the file are copied.
+    /// Returns a torch tensor that shares the memory. `F4` becomes `torch.float4_e2m1fn_x2`, with
+    /// two values in each element. GGUF blocks, and types that torch lacks, become bytes. Elements
+    /// that are not aligned in the file are copied.
     fn torch(slf: Bound<'_, Self>) -> PyResult<Bound<'_, PyAny>> {
         slf.py().import("dmaload._convert")?.call_method1("to_torch", (slf,))
     }
 
     /// The DLPack protocol: returns a capsule with the writable memory.
     ///
-    /// If `max_version` is 1.0 or later, the capsule has version 1.1 (`dltensor_versioned`),
-    /// otherwise the unversioned structure. `copy=True` copies. Elements that are not aligned to
-    /// their size are also copied, or refused with `copy=False`.
+    /// If `max_version` is 1.0 or later, the capsule has the versioned structure of DLPack 1.1
+    /// (`dltensor_versioned`), otherwise the unversioned one (`dltensor`). `copy=True` copies.
+    /// Elements that are not aligned to their size are copied too, or refused with `copy=False`.
+    /// GGUF blocks become bytes.
     #[pyo3(signature = (*, stream=None, max_version=None, dl_device=None, copy=None))]
     fn __dlpack__(
         &self,
@@ -266,7 +267,7 @@ impl Tensor {
                 signed(stride.saturating_mul(elements.bytes).min(isize::MAX.unsigned_abs()))
             });
             let (strides, item_bytes, shape) = (strides.collect(), elements.bytes, elements.shape);
-            let dimensions = c_int::try_from(shape.len()).map_err(|_| Failure::export("it has too many dimensions"))?;
+            let dimensions = c_int::try_from(shape.len()).map_err(|_| Failure::export("cannot export so many dimensions"))?;
             let mut shown =
                 Box::new(Shown { strides, shape: shape.into_iter().map(signed).collect(), _memory: Arc::clone(&memory) });
             let is_requested = |flag: c_int| flags & flag == flag;

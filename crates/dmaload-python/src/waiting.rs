@@ -25,7 +25,7 @@ pub(crate) struct Parked {
 }
 
 impl Parked {
-    /// A waker for the calling thread.
+    /// Creates a waker for the calling thread.
     pub(crate) fn new() -> Arc<Self> {
         Arc::new(Parked { thread: thread::current(), is_woken: AtomicBool::new(false) })
     }
@@ -54,8 +54,8 @@ impl Wake for Parked {
     }
 }
 
-/// Wakes tasks of an event loop: a descriptor that becomes readable when a future was woken, and
-/// the keys of the woken futures.
+/// Wakes tasks of an event loop. A descriptor becomes readable when a future was woken, and
+/// [`Hub::drain`] returns the keys of the woken futures.
 #[pyclass(frozen, module = "dmaload._native")]
 #[derive(Debug)]
 pub(crate) struct Hub(Arc<Shared>);
@@ -67,7 +67,7 @@ struct Shared {
 }
 
 impl Hub {
-    /// A waker that wakes the event loop with this key.
+    /// Creates a waker that reports this key to the event loop.
     pub(crate) fn waker(&self, key: u64) -> Waker {
         Waker::from(Arc::new(HubWaker { hub: Arc::clone(&self.0), key }))
     }

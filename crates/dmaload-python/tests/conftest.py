@@ -27,18 +27,18 @@ class Finished:
 
 
 class Programs:
-    """Runs Python programs in separate processes, so crashes and complaints are noticed."""
+    """Runs Python programs in separate processes, so tests notice crashes and warnings."""
 
     def __init__(self, folder):
         self.folder = folder
 
     def command(self, text, *arguments):
-        # Development mode warns about leaked resources and checks memory allocators.
         preamble = f"import sys, logging; sys.path.insert(0, {str(HERE)!r})\n"
         # asyncio warns about slow callbacks, which are normal on a busy machine.
         preamble += "logging.getLogger('asyncio').setLevel('ERROR')\n"
         path = self.folder / "program.py"
         path.write_text(preamble + textwrap.dedent(text))
+        # Development mode warns about leaked resources and checks memory allocators.
         return [sys.executable, "-X", "dev", "-W", "error", path, *map(str, arguments)]
 
     def run(self, text, *arguments, timeout=60, **keywords):
@@ -54,7 +54,7 @@ class Programs:
         return Finished(done.returncode, done.stdout, done.stderr)
 
     def succeed(self, text, *arguments, timeout=60, **keywords):
-        """Runs a program that must succeed without complaints, and returns its output."""
+        """Runs a program that must succeed and print no errors or warnings. Returns its output."""
         done = self.run(text, *arguments, timeout=timeout, **keywords)
         assert (done.status, done.err) == (0, ""), done.out + done.err
         return done.out
@@ -88,7 +88,7 @@ def programs(tmp_path):
 
 
 class SlowFile:
-    """A file on its own file system, which holds back bytes."""
+    """A file on its own file system, which holds back some of the bytes."""
 
     def __init__(self, server, path):
         self.server, self.path = server, path
@@ -103,7 +103,7 @@ class SlowFile:
 
 @pytest.fixture
 def slow_file(tmp_path):
-    """Creates files whose bytes are held back from an offset on."""
+    """Returns a function that creates a file whose bytes are held back from an offset on."""
     if os.geteuid() != 0 or not os.path.exists("/dev/fuse"):
         pytest.skip("mounting a file system needs root and /dev/fuse")
     servers = []
@@ -130,7 +130,7 @@ def slow_file(tmp_path):
 
 @pytest.fixture(scope="session")
 def command():
-    """The command with which the extension is compared."""
+    """The path of the command that the package is compared with."""
     path = os.environ.get("DMALOAD_COMMAND")
     assert path, "DMALOAD_COMMAND must name the command to compare with; .ci/python sets it"
     return path
@@ -138,7 +138,7 @@ def command():
 
 @pytest.fixture(scope="session")
 def command_error(command):
-    """Runs the command, which must fail, and returns its error text."""
+    """Returns a function that runs the command, which must fail, and returns its error text."""
 
     def error(*arguments):
         done = subprocess.run(
@@ -174,14 +174,14 @@ def disk(request, tmp_path):
 
 @pytest.fixture
 def corpus():
-    """The corpus of the Rust tests, by format."""
+    """The files of the Rust tests' corpus, by format."""
     folder = REPOSITORY / "crates/dmaload/tests/corpus"
     return {each.name: sorted(each.iterdir()) for each in folder.iterdir()}
 
 
 @pytest.fixture(autouse=True)
 def no_test_hangs():
-    """Fails a test that takes minutes, so the other tests still run."""
+    """Fails a test after 120 s, so the other tests still run."""
 
     def stop(_signal, _frame):
         raise TimeoutError("the test took longer than 120 s")

@@ -1,4 +1,4 @@
-"""Writes model files byte by byte, so no reader is checked by its own writer."""
+"""Writes model files without any library, so no reader is tested with its own writer's files."""
 
 import json
 import os
@@ -58,7 +58,7 @@ NUMPY = {
     "I64": "int64",
     "U64": "uint64",
 }
-# Types that only ml_dtypes adds to NumPy.
+# Types that NumPy lacks and ml_dtypes adds.
 ML_DTYPES = {name for name in NUMPY if "_" in name or name in ("BF16", "F4")}
 
 
@@ -71,7 +71,7 @@ def numpy_dtype(dtype):
 
 @dataclass
 class Expected:
-    """The contents of a tensor in the file."""
+    """A tensor's type, shape and bytes in the file."""
 
     dtype: str
     shape: tuple
@@ -162,7 +162,7 @@ def large(path, mib, seed=1):
 
 
 def sparse(path, tensors):
-    """Writes a model of zeros without blocks on disk; `tensors` maps names to dtype and shape."""
+    """Writes a sparse model of zeros; `tensors` maps names to dtype and shape."""
     entries, at = {}, 0
     for name, (dtype, shape) in tensors.items():
         end = at + byte_size(dtype, shape)

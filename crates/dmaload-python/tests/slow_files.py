@@ -1,9 +1,10 @@
 """A FUSE file system with one file, `model.safetensors`, that holds back bytes from an offset on:
 `slow_files.py MOUNT_POINT SOURCE HELD_FROM`, as root.
 
-Prints `mounted` when it is mounted, and `held` at the first read that it does not answer. After a
-line on standard input, it answers all held reads and all later ones; the end of standard input
-unmounts it. The protocol is defined in include/uapi/linux/fuse.h.
+Prints `mounted` when the file system is mounted, and `held` at the first read that it does not
+answer. After a line on standard input, it answers all held reads and all later ones. At the end of
+standard input, it exits, which fails later requests; the caller unmounts. The protocol is defined
+in include/uapi/linux/fuse.h.
 """
 
 import ctypes
@@ -58,7 +59,7 @@ class Server:
         try:
             os.write(self.device, reply)
         except OSError as refused:
-            # The request was interrupted in the meantime.
+            # ENOENT: the request was interrupted in the meantime.
             if refused.errno != errno.ENOENT:
                 raise
 

@@ -29,7 +29,7 @@ PYTHON, TORCH = snippets("python"), snippets("python torch")
 
 
 def prints(text):
-    """Returns the comments after calls of `print`."""
+    """Returns the comments after calls of `print`: the expected output."""
     return re.findall(r"print\(.*\)  # (.*)$", text, re.MULTILINE)
 
 
@@ -60,7 +60,7 @@ def place(tmp_path, command, monkeypatch):
 
 
 def run(text, place, programs):
-    # Child processes must be able to import the program that starts them.
+    # `programs` runs the text from a file, which child processes can import.
     found = programs.succeed(text, cwd=place).splitlines()
     lines = iter(found)
     for expected in prints(text):

@@ -28,7 +28,7 @@ def elements(expected):
 
 @pytest.fixture
 def everything(tmp_path):
-    """Writes a file with each type in each shape."""
+    """Writes a file with each type in each of its shapes."""
     tensors = {
         f"{dtype} {shape}": tensor(dtype, shape) for dtype in BITS for shape in shapes(dtype)
     }
@@ -106,7 +106,7 @@ def test_arrays_share_the_tensors_memory(tmp_path):
 
 
 def test_values_equal_those_written(tmp_path):
-    """End to end with known numbers, including a type that only ml_dtypes has."""
+    """Known numbers survive a load, also in types that only ml_dtypes has."""
     numbers = [0.0, -1.5, 3.25, 448.0]
     from files import Expected
 
@@ -127,7 +127,7 @@ def test_values_equal_those_written(tmp_path):
         assert image[name].numpy().tolist() == each.tolist(), name
 
 
-# Structures of dlpack.h, version 1, to read DLPack's memory.
+# Codes and bits of types in dlpack.h, and its structures, to read exported capsules.
 
 CODES = {
     "BOOL": (6, 8),

@@ -24,7 +24,7 @@ def every_exception():
 
 
 def check(error):
-    """Checks the properties of every exception of the package."""
+    """Checks what holds for every exception of the package."""
     assert isinstance(error, dmaload.Error), repr(error)
     assert type(error) in every_exception(), "programs must be able to catch it by name"
     assert isinstance(error, Exception), "pyo3's PanicException is not an Exception"
@@ -117,7 +117,7 @@ def test_corpus_inputs_load_or_fail_as_in_the_command(tmp_path, corpus, command)
 def json_text(text):
     import json
 
-    # Like the command's JSON, which does not escape letters.
+    # Like the command's JSON, which does not escape letters outside ASCII.
     return json.dumps(text, ensure_ascii=False)
 
 
@@ -167,7 +167,7 @@ def test_bad_options_raise_the_commands_error(tmp_path, command_error):
             continue
         error = raised(lambda keywords=keywords: dmaload.load(path, **keywords))
         said = command_error("load", path, *arguments)
-        # For errors of the machine, the command also names the file.
+        # If the error does not concern the file, the command still names the file.
         assert said in (str(error), f"{path}: {error}"), keywords
 
 
@@ -293,7 +293,7 @@ def test_invalid_values_are_refused(tmp_path, keywords):
 
 
 def test_damage_is_detected_or_harmless(tmp_path):
-    """A damaged header raises an exception of the package, or still loads."""
+    """A file with a damaged header raises an exception of the package, or still loads."""
     good = write(
         tmp_path / "good.safetensors",
         {"w": tensor("F32", (4, 4)), "v": Expected("U8", (16,), bytes(16))},

@@ -1,4 +1,4 @@
-"""Lifetimes, tested in separate processes under `-X dev`, which must end without complaints."""
+"""Lifetimes, tested in separate processes under `-X dev`, which must exit without warnings."""
 
 import time
 

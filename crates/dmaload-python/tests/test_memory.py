@@ -152,7 +152,8 @@ def test_forked_child_writes_to_its_own_copy(tmp_path):
         array = found.numpy()
         child = os.fork()
         if child == 0:
-            # An exception in the child must not reach pytest, which would run the other tests.
+            # An exception in the child must not reach pytest, which would run the other tests
+            # in the child too.
             try:
                 same = memoryview(found).tobytes() == expected.data
                 array[...] = 7
@@ -277,7 +278,7 @@ def test_five_hundred_loads_leak_nothing(disk, programs):
 
 
 def test_reused_memory_shows_no_old_bytes(tmp_path):
-    """Reused memory does not contain bytes of an earlier load."""
+    """A load that gets freed memory of an earlier one has none of its bytes."""
     first = write(tmp_path / "a.safetensors", {"w": tensor("U8", (3 << 20,), 1)})
     for number in range(20):
         assert dmaload.load(first)["w"].numpy()[-1] == tensor("U8", (3 << 20,), 1).data[-1]

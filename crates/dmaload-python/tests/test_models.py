@@ -134,7 +134,10 @@ def test_every_heap_loads_the_same_bytes(tmp_path, heap):
 
 
 def write_gguf(path):
-    """Writes a file with all kinds of keys and blocks, by the reference package."""
+    """Writes a file with keys of several types and blocks of all types but one.
+
+    Uses the reference package.
+    """
     source = numpy.random.default_rng(1)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_string("general.name", "a näme")

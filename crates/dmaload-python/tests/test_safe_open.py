@@ -71,7 +71,7 @@ def test_slices_equal_those_of_safetensors(model):
                 try:
                     expected = oracle.get_slice(name)[index]
                 except Exception:
-                    # Slices that safetensors refuses are compared with NumPy above.
+                    # safetensors refuses some slices; the test above compares with NumPy.
                     continue
                 found = file.get_slice(name)[index]
                 assert found.shape == expected.shape, (name, index)
@@ -166,12 +166,12 @@ def test_slice_reads_only_its_bytes(disk):
     everything, found = cost(lambda: file.get_tensor("big"))
     assert found.tobytes() == whole["big"].data
     if everything < 64 << 20:
-        pytest.skip(f"reads do not count on {disk}: {everything} bytes of 64 MiB")
+        pytest.skip(f"the kernel does not count reads on {disk}: {everything} bytes of 64 MiB")
     assert opened < 1 << 20, f"opening read {opened} bytes"
     assert rows < 1 << 20, f"160 KiB of rows read {rows} bytes"
     assert 1 << 20 <= one < 3 << 20, f"a tensor of 1 MiB read {one} bytes"
     many, _ = cost(lambda: dmaload.safe_open(path, framework="numpy").get_tensor("t32"), path)
-    assert many < 4 << 20, f"1 MiB of 64 read {many} bytes"
+    assert many < 4 << 20, f"1 MiB of a file of 64 MiB read {many} bytes"
     assert len(tensors) == 64
 
 

@@ -94,7 +94,7 @@ def test_ctrl_c_ends_a_wait(tmp_path, programs, slow_file, way, held_from):
 
 
 def test_load_continues_after_a_signal_handler(tmp_path, programs, slow_file):
-    """A signal whose handler does not raise is handled immediately, and the load continues."""
+    """A signal is handled during the load, which continues if the handler does not raise."""
     path, _ = large(tmp_path / "large.safetensors", 4)
     slow = slow_file(path, 1 << 20)
     text = """
@@ -183,7 +183,7 @@ def test_thousand_cancelled_loads_leak_nothing(disk, programs):
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        # Loads that finished before they were cancelled: their tasks keep the images.
+        # Tasks of loads that finished before they were cancelled keep the images.
         del task, tasks
         image = await dmaload.load_async(path)
         assert len(image) == 8
@@ -284,7 +284,7 @@ FORKED = """
             next(streams[0])
         except dmaload.ForkedError as error:
             assert str(os.getppid()) in str(error)
-        # Dropping the parent's objects must not use threads, which exist only in the parent.
+        # Dropping the parent's objects must not need the parent's threads.
         streams[0].close()
         del streams, before
         gc.collect()

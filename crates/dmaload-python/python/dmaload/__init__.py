@@ -9,10 +9,10 @@
 they arrive. Both have asyncio versions. ``safe_open``, ``dmaload.torch.load_file`` and
 ``dmaload.numpy.load_file`` replace those of ``safetensors``. Files are in safetensors or GGUF
 format; a file loaded with ``format="raw"`` has no tensors. A model can be a single file, several
-parts, or a folder with an index.
+files, or a folder.
 
-The memory is private to this process and writable. Arrays share it without a copy and keep it
-alive.
+Tensors are writable, and writes are visible only in this process. Arrays share a tensor's memory
+and keep it alive.
 """
 
 import atexit as _atexit
@@ -107,7 +107,7 @@ def dma_buf(tensor: Tensor) -> list[DmaBuf]:
     Each :class:`DmaBuf` owns its descriptor; ``offset`` and ``length`` are the range of the
     tensor's bytes in the dma-buf. Most tensors are in one dma-buf; a large one may be in several.
 
-    Raises :class:`UnsupportedError` for memory without dma-bufs.
+    Raises :class:`UnsupportedError` if the tensor's memory has no dma-buf.
     """
     return _native.dma_bufs(tensor)
 

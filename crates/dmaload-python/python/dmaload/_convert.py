@@ -71,7 +71,7 @@ def _numpy_dtype(name: str) -> Any:
 def _byte_shape(tensor: Tensor) -> tuple[int, ...]:
     """Returns the shape of a tensor as bytes: the last dimension counts bytes.
 
-    If rows are not whole blocks, the only dimension is all bytes.
+    A scalar, or a tensor whose rows are not whole blocks, has one dimension.
     """
     shape, block = tensor.shape, tensor.block_elements
     if not shape or shape[-1] % block:
@@ -136,6 +136,6 @@ def to_torch(tensor: Tensor) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype)
     made = torch.frombuffer(tensor, dtype=torch.uint8)
     if dtype.itemsize > 1 and made.data_ptr() % min(dtype.itemsize, 8):
-        # torch expects aligned elements, and these are not aligned in their file.
+        # torch requires aligned elements.
         made = made.clone()
     return made.view(dtype).reshape(shape)

@@ -16,7 +16,7 @@ class Error(Exception):
 
     - ``errno``: the kernel's error, as in the module ``errno``, or ``None``.
     - ``filename``: the affected file, folder, device or socket, or ``None``.
-    - ``hint``: what to do, or ``None``. It is also a note of the exception, so tracebacks show it.
+    - ``hint``: what to do, or ``None``. Tracebacks show it, because it is also a note.
     - ``offset``: the start of the affected bytes in the file, or ``None``.
     """
 
@@ -26,7 +26,7 @@ class Error(Exception):
     offset: int | None
 
     def __new__(cls, message: str = "", *_rest: object, **_named: object) -> Error:
-        # OSError interprets several arguments; MemoryError.__new__ creates only MemoryErrors.
+        # OSError.__new__ interprets further arguments; MemoryError.__new__ refuses these classes.
         return (OSError if issubclass(cls, OSError) else Exception).__new__(cls, message)
 
     def __init__(
@@ -128,7 +128,7 @@ class UnsupportedError(Error):
 
 
 class ExportError(UnsupportedError, BufferError):
-    """The memory cannot be exported by DLPack or the buffer protocol as requested."""
+    """The memory cannot be exported by DLPack or the buffer protocol, or not as requested."""
 
 
 class PlacementError(Error):

@@ -17,8 +17,8 @@ Paths: TypeAlias = "Path | Sequence[Path]"
 Shard: TypeAlias = "tuple[int, int] | tuple[int, int, int | None]"
 Progress: TypeAlias = "Callable[[int, int], object]"
 
-# How long a thread blocks at a time, in seconds: between waits, Python handles signals. A result
-# ends the wait immediately.
+# How long a thread blocks at a time, in seconds. Between waits, Python handles signals. A result
+# ends a wait immediately.
 _TICK = 0.05
 
 
@@ -79,13 +79,13 @@ def _keywords(
 
 
 def wait(loading: _native.Loading, progress: Progress | None = None) -> Any:
-    """Blocks until the result is available. An exception (Ctrl-C) cancels the operation."""
+    """Blocks until a result is available. An exception (Ctrl-C) cancels the operation."""
     try:
         while True:
             has_come = loading.wait(_TICK)
             if progress is not None:
                 progress(*loading.progress())
-            # If another thread took the result first, this one waits for the next.
+            # If another thread took the result first, this one waits for the next one.
             if has_come and (taken := loading.take()) is not None:
                 return taken[0]
     except BaseException:
@@ -94,13 +94,14 @@ def wait(loading: _native.Loading, progress: Progress | None = None) -> Any:
 
 
 class _EventLoop:
-    """Wakes tasks of one event loop. It exists as long as any task waits."""
+    """Wakes the tasks of one event loop. Exists as long as one of them waits."""
 
     _all: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _EventLoop] = weakref.WeakKeyDictionary()
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.hub = _native.Hub()
-        # An abandoned coroutine may end while another loop, or no loop, is running.
+        # `leave` cannot ask for the running loop: an abandoned coroutine may end while another
+        # loop, or none, is running.
         self._loop = weakref.ref(loop)
         self._waiting: dict[int, asyncio.Future[None]] = {}
         self._next = 0
@@ -184,9 +185,9 @@ def load(
 
     - ``tensors``: names or patterns (``model.layers.{0..3}.*``); nothing else is read.
     - ``shard``: ``(rank, world_size)`` or ``(rank, world_size, dim)``: one rank's part of each
-      tensor, cut along dimension 0 or ``dim``. Parts along another dimension are copied when they
-      are first accessed.
-    - ``memory_limit``: the maximum number of bytes that this load may have in memory.
+      tensor, cut along dimension 0 or ``dim``. Parts along other dimensions are not contiguous in
+      memory, so their first conversion to an array copies them.
+    - ``memory_limit``: the maximum number of bytes that this load's segments may occupy.
     - ``progress``: a function that the waiting thread calls with the bytes read and the bytes to
       read, repeatedly and at the end. An exception from it cancels the load.
     - ``verify``: the path of a manifest, or the checksum of a single file: ``sha256:HEX`` (or
@@ -234,8 +235,9 @@ async def load_async(
 class Stream(Iterator["tuple[str, Tensor]"]):
     """An iterator over the names and tensors of a load as they arrive. Created by :func:`stream`.
 
-    It keeps no tensors. The load is ahead of its consumer by a bounded number of bytes. Closing
-    the stream, or leaving its ``with`` block, cancels the load; yielded tensors stay valid.
+    A stream keeps no tensor that it has yielded, and is at most a bounded number of bytes ahead of
+    its consumer. Closing it, or leaving its ``with`` block, cancels the load; yielded tensors stay
+    valid.
     Several threads can read from one stream: each tensor goes to one of them.
     """
 
@@ -257,7 +259,7 @@ class Stream(Iterator["tuple[str, Tensor]"]):
         return self._loading.progress()
 
     def close(self) -> None:
-        """Cancels the load if it has not ended."""
+        """Cancels the load if it has not ended. Later reads raise :class:`ClosedError`."""
         self._loading.close()
 
     def __enter__(self) -> Stream:

@@ -16,14 +16,14 @@ from ._native import Tensor
 
 Index: TypeAlias = "int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]"
 
-# Reading up to this size takes less time than starting a load.
+# Up to this size, reading through the page cache takes less time than starting a load.
 _SMALL_BYTES = 256 << 10
 
 _FRAMEWORKS = {"pt": "pt", "torch": "pt", "pytorch": "pt", "np": "np", "numpy": "np"}
 
 
 class _Entry(NamedTuple):
-    """The entry of a tensor in the header of file number ``file``."""
+    """A tensor in the header of the file with the index ``file``."""
 
     file: int
     name: str
@@ -79,7 +79,7 @@ def _headers(path: str, format: str | None) -> list[dict[str, Any]]:
     headers: list[dict[str, Any]] = wait(_native.read_header(path, format))
     for header in headers:
         if header["format"] is None:
-            # Raises an error that describes the problem.
+            # The file is not a model. This raises an error that says why.
             wait(_native.read_header(header["path"], "safetensors"))
     return headers
 
@@ -93,8 +93,8 @@ def _opened(path: str, format: str | None) -> tuple[list[dict[str, Any]], list[_
         headers = _headers(path, format)
         if [header["path"] for header in headers] == [file.path for file in files] and all(map(_is_same, files)):
             return headers, files
-        # The model has several files, which are known only now. Opens them and reads headers
-        # again.
+        # The path does not name the model's only file, or that file has just changed. Opens the
+        # files that the headers name, and reads the headers again.
         _close(files)
         files.extend(_open(header["path"]) for header in headers)
         if _headers(path, format) == headers and all(map(_is_same, files)):
@@ -113,9 +113,9 @@ class safe_open:  # noqa: N801, the name that safetensors uses
     - ``device``: the torch device of the tensors.
     - ``format``: ``safetensors`` or ``gguf``. Detected by default.
 
-    Opening reads only the headers. Each tensor reads only its own bytes, and a slice only the rows
-    that it needs of the first dimension. The files stay open: replacing one has no effect, and
-    writing to one makes reads raise :class:`ChangedError`.
+    Opening reads only the headers. ``get_tensor`` reads only that tensor, and a slice reads only
+    the rows between the first and the last one that it selects. The files stay open, so replacing
+    one does not affect these reads. If a file is written to, they raise :class:`ChangedError`.
 
         with dmaload.safe_open("model.safetensors", framework="np") as model:
             for name in model.keys():
@@ -168,7 +168,7 @@ class safe_open:  # noqa: N801, the name that safetensors uses
     def metadata(self) -> dict[str, Any] | None:
         """Returns the metadata of the files, or ``None`` if there is none.
 
-        If several files have a key, the first file's value counts.
+        If several files have a key, its value is that of the first such file.
         """
         self._check_open()
         merged: dict[str, Any] = {}
@@ -177,12 +177,15 @@ class safe_open:  # noqa: N801, the name that safetensors uses
         return merged or None
 
     def get_tensor(self, name: str) -> Any:
-        """Reads the tensor of this name, and nothing else."""
+        """Reads the tensor of this name."""
         entry = self._entry(name)
         return self._convert(self._read(entry, entry.start, entry.end, entry.shape))
 
     def get_tensors(self) -> dict[str, Any]:
-        """Loads all tensors, and returns them by name."""
+        """Loads the whole model, and returns its tensors by name.
+
+        Raises :class:`ChangedError` also if a file was replaced.
+        """
         self._check_open()
         with load(self._path, format=self._format) as image:
             for file in self._files:
@@ -191,7 +194,7 @@ class safe_open:  # noqa: N801, the name that safetensors uses
             return {name: self._convert(image[name]) for name in self._entries}
 
     def get_slice(self, name: str) -> SafeSlice:
-        """Returns a slice of the named tensor, whose ``[...]`` reads only the rows it needs."""
+        """Returns an object that reads parts of the named tensor by ``[...]``."""
         return SafeSlice(self, self._entry(name))
 
     def _check_open(self) -> None:
@@ -236,8 +239,9 @@ class safe_open:  # noqa: N801, the name that safetensors uses
 class SafeSlice:
     """A tensor of which parts can be read. Created by :meth:`safe_open.get_slice`.
 
-    ``[...]`` takes integers, slices with positive steps, and an ellipsis. It reads only the
-    requested rows of the first dimension, but all of the other dimensions.
+    ``[...]`` takes integers, slices with positive steps, and an ellipsis. It reads the rows of the
+    first dimension from the first to the last selected one, whatever it selects of the other
+    dimensions. A tensor whose rows are not whole blocks is read as a whole.
     """
 
     def __init__(self, model: safe_open, entry: _Entry) -> None:
@@ -258,7 +262,7 @@ class SafeSlice:
         shape, start, end = entry.shape, entry.start, entry.end
         inner = math.prod(shape[1:])
         if items and shape[0] and inner and inner % entry.block_elements == 0:
-            # Rows are whole bytes, so other rows need not be read.
+            # Rows are whole blocks, so they can be read separately.
             first = items[0]
             if isinstance(first, int):
                 rows, items[0] = range(first, first + 1), 0

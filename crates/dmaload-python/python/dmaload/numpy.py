@@ -20,7 +20,7 @@ def load_file(
 
     The arrays share the loaded memory, which is private and writable. ``BF16``, ``F8_…`` and
     smaller types use ``ml_dtypes``; types of less than a byte are unpacked into a copy. GGUF
-    blocks are bytes, which the last dimension counts.
+    blocks become ``uint8``, and the last dimension counts bytes.
 
     ``progress`` and ``options`` are those of :func:`dmaload.load`.
     """

@@ -18,12 +18,12 @@ def _start(socket: _load.Path, name: str | None, trusted_users: Iterable[int]) -
 def attach(socket: _load.Path, name: str | None = None, *, trusted_users: Iterable[int] = ()) -> Image:
     """Attaches to an image of the server at this socket (``dmaload serve SOCKET MODEL``).
 
-    - ``name``: the name of the image, if the server has several.
+    - ``name``: the name of the image, if the server shares several.
     - ``trusted_users``: user ids, in addition to one's own and root's, whose servers are trusted
       not to change the bytes.
 
     The memory is shared with the server. A page is copied when it is written to, so no other
-    process sees the change. Dma-bufs are not exported as arrays; see :func:`dmaload.dma_buf`.
+    process sees the change. Dma-bufs cannot be exported as arrays; see :func:`dmaload.dma_buf`.
 
     Raises :class:`dmaload.ShareError`.
     """

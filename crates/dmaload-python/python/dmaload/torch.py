@@ -18,8 +18,8 @@ def load_file(
 ) -> dict[str, torch.Tensor]:
     """Loads all tensors of a file, a folder or several files as torch tensors by name.
 
-    On the CPU, tensors share the loaded memory, which is private and writable. For other devices,
-    each tensor is copied.
+    On the CPU, tensors share the loaded memory, which is private and writable; those that are not
+    aligned in the file are copied. For other devices, each tensor is copied.
 
     ``progress`` and ``options`` are those of :func:`dmaload.load`.
     """
