@@ -114,7 +114,7 @@ mod tests {
         let device = dmaload::heap::DmaHeap::open("no/name").expect_err("a heap's name can't contain a slash");
         vec![
             (Error::Config(text()), libc::EINVAL),
-            (Error::Start { operation: "no thread could be started", errno }, libc::EXDEV),
+            (Error::Start { operation: "start a thread", errno }, libc::EXDEV),
             (Error::File { path: path(), operation: "open", errno }, libc::EXDEV),
             (Error::NotAFile { path: path(), kind: "a FIFO" }, libc::EINVAL),
             (Error::NoLength { path: path() }, libc::EINVAL),

@@ -322,8 +322,11 @@ pub unsafe extern "C" fn dmaload_load_report(load: *const dmaload_load, report: 
 /// `load` is null, or came from `dmaload_start`, and was not freed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dmaload_cancel(load: *mut dmaload_load) {
-    with_load(load, |load| {
-        load.cancel();
+    answer(|| {
+        // SAFETY: `load` is null, or a load that was not freed, as the header requires.
+        if let Some(load) = unsafe { load.as_ref() } {
+            load.cancel();
+        }
         Ok(0)
     });
 }

@@ -57,7 +57,7 @@ pub enum Error {
     #[error("{}", printable::text(.0))]
     Config(String),
     /// A thread or a descriptor of the loader could not be created.
-    #[error("cannot start a loader: {operation}: {}", .errno.describe())]
+    #[error("cannot start a loader: cannot {operation}: {}", .errno.describe())]
     Start {
         /// What failed.
         operation: &'static str,

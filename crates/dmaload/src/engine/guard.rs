@@ -57,7 +57,7 @@ impl Guard {
         settings.check(&settings.load)?;
         let no_thread = |error: io::Error| {
             let errno = Errno::from_io_error(&error).unwrap_or(Errno::EAGAIN);
-            Error::Start { operation: "no thread could be started", errno }
+            Error::Start { operation: "start a thread", errno }
         };
         let heap = HeapCode::new(heap);
         let name: Arc<str> = heap.call("of the loader", |heap| heap.name().into())?;
@@ -80,7 +80,7 @@ impl Guard {
             epoch: Instant::now(),
             reaper: Reaper::start().map_err(no_thread)?,
             ring: RingThread::new()
-                .map_err(|errno| Error::Start { operation: "no eventfd could be created", errno: errno::from_rustix(errno) })?,
+                .map_err(|errno| Error::Start { operation: "create an eventfd", errno: errno::from_rustix(errno) })?,
             choices,
             jobs: Jobs::new(
                 settings.window_bytes,

@@ -61,7 +61,7 @@ fn errors() -> Vec<Error> {
     let limit = SizeLimit::new(1, t(), 1);
     vec![
         Error::Config(t()),
-        Error::Start { operation: "no thread could be started", errno: Errno::EAGAIN },
+        Error::Start { operation: "start a thread", errno: Errno::EAGAIN },
         Error::File { path: p(), operation: "open", errno },
         Error::NotAFile { path: p(), kind: "a FIFO" },
         Error::NotAFile { path: p(), kind: "a block device" },

@@ -167,7 +167,11 @@ fn decode_header(header: &[u8]) -> Result<&str, ModelError> {
     match header.iter().find(|byte| !is_blank(byte)) {
         Some(b'{') => {}
         Some(&found) => return Err(ModelError::NotAnObject { found }),
-        None => return Err(ModelError::HeaderTooSmall { header_bytes: 0 }),
+        None => {
+            return Err(header
+                .first()
+                .map_or(ModelError::HeaderTooSmall { header_bytes: 0 }, |&found| ModelError::NotAnObject { found }));
+        }
     }
     str::from_utf8(header).map_err(|error| ModelError::InvalidUtf8 { offset: error.valid_up_to() })
 }

@@ -36,7 +36,7 @@ impl Pattern {
 
     /// Whether the pattern can match names that it does not spell out.
     pub(crate) fn is_wild(&self) -> bool {
-        self.alternatives.iter().any(|pattern| pattern.contains(['*', '?', '[']))
+        self.alternatives.iter().any(|pattern| pattern.contains(['*', '?']))
     }
 
     pub(crate) fn matches(&self, name: &str) -> bool {

@@ -460,7 +460,7 @@ pub(crate) fn tensor_spans(
             return Ok(());
         }
         let (start, end) = (range.start / alignment * alignment, range.end.next_multiple_of(alignment).min(file_bytes));
-        let is_moved = !range.start.is_multiple_of(if wanted > alignment { alignment } else { kept });
+        let is_moved = !range.start.is_multiple_of(kept);
         if is_moved && (!importer.may_copy || end - start > single_bytes) {
             let why = if importer.may_copy {
                 "it is larger than a segment can be, so it can't be copied"

@@ -325,8 +325,9 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
             let mut entry = self.pieces.remove(token).expect(PIECE);
             if entry.in_flight == 0 {
                 // A kernel that failed is leaked: its ring is never closed, and would keep the
-                // buffer's pages pinned.
+                // buffer's pages pinned and the file open.
                 self.unregister(&mut entry);
+                self.kernel.detach(&entry.file.handle);
                 self.released.push((entry.load, entry.file.handle));
             } else {
                 leaked += entry.buffer.bytes() as u64;

@@ -74,15 +74,14 @@ impl Listener {
     ///
     /// # Errors
     /// A reason to append to the path.
-    pub(super) fn bind(path: &Path, mode: Mode) -> Result<Self, String> {
-        Listener::bind_step_by_step(path, mode, &mut |_| {})
+    pub(super) fn bind(socket: OwnedFd, path: &Path, mode: Mode) -> Result<Self, String> {
+        Listener::bind_step_by_step(socket, path, mode, &mut |_| {})
     }
 
-    fn bind_step_by_step(path: &Path, mode: Mode, after: &mut dyn FnMut(BindStep)) -> Result<Self, String> {
+    fn bind_step_by_step(socket: OwnedFd, path: &Path, mode: Mode, after: &mut dyn FnMut(BindStep)) -> Result<Self, String> {
         let (folder, name) = open_folder(path)?;
         let private = PrivateFolder::enter(&folder, &name)?;
         after(BindStep::MadeFolder);
-        let socket = new_socket().map_err(cannot("create a socket"))?;
         // Binding gives the socket's file this mode, minus the umask. The umask belongs to the
         // whole process, so it must not be changed here.
         fchmod(&socket, mode).map_err(cannot("set the mode of a socket"))?;
@@ -172,7 +171,7 @@ fn is_socket(found: &Stat) -> bool {
     FileType::from_raw_mode(found.st_mode) == FileType::Socket
 }
 
-fn new_socket() -> Result<OwnedFd, Errno> {
+pub(super) fn new_socket() -> Result<OwnedFd, Errno> {
     socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)
 }
 

@@ -13,7 +13,7 @@ use rustix::io::Errno;
 
 use super::clients::serve;
 use super::connection::refuse_descriptors;
-use super::listener::Listener;
+use super::listener::{Listener, new_socket};
 use super::peer::Users;
 use super::published::{ServerOptions, ServerShared, refuse};
 use super::queue::is_unreceived;
@@ -53,8 +53,11 @@ impl Server {
         // Each connection's credentials are checked in any case. The mode only keeps users who
         // would be refused from connecting.
         let mode = Mode::from_raw_mode(if options.allowed_users.is_empty() { 0o600 } else { 0o666 });
-        let listener = Listener::bind(path, mode).map_err(|reason| refuse(path, reason))?;
-        let closer = (!refuse_descriptors(listener.socket.as_fd())).then(Arc::default);
+        let socket = new_socket().map_err(|errno| failed("create a socket", errno))?;
+        // A connection inherits the option from the listener when the client connects, so it is set
+        // before anyone can connect.
+        let closer = (!refuse_descriptors(socket.as_fd())).then(Arc::default);
+        let listener = Listener::bind(socket, path, mode).map_err(|reason| refuse(path, reason))?;
         // A trial: if a system call filter refuses this query, `bind` should fail rather than
         // every client.
         is_unreceived(&listener.socket).map_err(|errno| failed("check what clients have received", errno))?;
@@ -207,7 +210,11 @@ mod tests {
             socket
         };
         // With this kernel's behavior, and with that of kernels before Linux 6.16.
-        for refuse in [refuse_descriptors, |_: BorrowedFd<'_>| false] {
+        let refuse_in_time = |listener: BorrowedFd<'_>| {
+            assert!(!sockopt::socket_acceptconn(listener).unwrap(), "a client could connect before this");
+            refuse_descriptors(listener)
+        };
+        for refuse in [refuse_in_time, |_: BorrowedFd<'_>| false] {
             let server = Server::bind_with(&path, ServerOptions::default(), refuse).unwrap();
             let is_refused = server.shared.closer.is_none();
             let mut others = Vec::new();

@@ -69,8 +69,7 @@ pub struct Report {
     /// What was compared ([`crate::LoadOptions::verify`]), as described by the verifier; `None`
     /// without verification.
     pub verified: Option<String>,
-    /// A timeline, in the order in which events were recorded, which is not quite the order in
-    /// which they ended. Empty without [`crate::LoadOptions::trace`].
+    /// A timeline, sorted by when each event ended. Empty without [`crate::LoadOptions::trace`].
     pub trace: Vec<TraceEvent>,
     /// The files, in load order.
     pub files: Vec<FileReport>,

@@ -187,8 +187,12 @@ impl LoadShared {
         }
         if let Some(cached_bytes) = filled_cache_bytes(state) {
             notes.push(format!(
-                "{cached_bytes} bytes were read through the page cache, which keeps a second copy of them for now{}",
-                if self.options.route == Some(Route::UringBuffered) { ", unless RWF_DONTCACHE works" } else { "" }
+                "up to {cached_bytes} bytes were read through the page cache, which keeps a second copy of them for now{}",
+                if state.files.iter().any(|file| file.route == Route::UringBuffered) {
+                    ", unless RWF_DONTCACHE works"
+                } else {
+                    ""
+                }
             ));
         }
         if self.allocates_at_once && self.options.layout == Layout::Single {
@@ -204,6 +208,8 @@ impl LoadShared {
             bytes: file.planned.identity.bytes,
             route: file.route,
         });
+        let mut trace = std::mem::take(&mut state.trace);
+        trace.sort_by_key(|event| event.end);
         Report {
             bytes: self.planned_bytes.load(Ordering::Relaxed),
             wanted_bytes: state.files.iter().map(|file| file.planned.wanted_bytes).sum(),
@@ -233,7 +239,7 @@ impl LoadShared {
             fallbacks: merge_fallbacks(&state.fallbacks),
             measured: state.measured,
             verified: self.verified.get().cloned(),
-            trace: std::mem::take(&mut state.trace),
+            trace,
             files: files.collect(),
         }
     }

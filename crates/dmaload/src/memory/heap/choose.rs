@@ -115,6 +115,11 @@ fn open_for_dma_buf(pages: Pages) -> Result<(Arc<dyn Heap>, String)> {
         Err(error @ Error::Config(_)) => return Err(error),
         Err(error) => format!("udmabuf: {error}"),
     };
+    if pages != Pages::Auto {
+        return Err(Error::NoDmaBuf {
+            tried: vec![udmabuf, "dma-heap:system: a dma-heap chooses its page sizes itself".to_owned()],
+        });
+    }
     match DmaHeap::open("system") {
         Ok(heap) => Ok((Arc::new(heap), format!("dma-heap:system: dma-bufs are required, and {udmabuf}"))),
         Err(error) => Err(Error::NoDmaBuf { tried: vec![udmabuf, format!("dma-heap:system: {error}")] }),
@@ -136,6 +141,15 @@ mod tests {
             Err(Error::NoDmaBuf { tried }) => {
                 assert!(tried[0].contains("/dev/udmabuf") && tried[1].contains("/dev/dma_heap/system"), "{tried:?}");
             }
+            Err(other) => panic!("{other}"),
+        }
+    }
+
+    #[test]
+    fn page_size_is_not_ignored_for_want_of_udmabuf() {
+        match HeapChoice::DmaBuf.open(Pages::Small) {
+            Ok((heap, _)) => assert_eq!(&*heap.name(), "udmabuf"),
+            Err(Error::NoDmaBuf { tried }) => assert!(tried[1].contains("chooses its page sizes itself"), "{tried:?}"),
             Err(other) => panic!("{other}"),
         }
     }

@@ -335,7 +335,7 @@ fn skip_array(cursor: &mut Cursor<'_>, kind: Kind, len: u64, depth: u32) -> Resu
             .ok_or_else(|| cursor.fault(at, format!("an array of {len} values is larger than any file")))?;
         return cursor.bytes(all, "an array").map(|_| ());
     }
-    if depth >= DEPTH_LIMIT {
+    if kind == Kind::Array && depth >= DEPTH_LIMIT {
         return Err(cursor.fault(at, format!("arrays are nested more than {DEPTH_LIMIT} deep")));
     }
     // Each string or array takes at least the 8 bytes of its length, so an excessive count reaches

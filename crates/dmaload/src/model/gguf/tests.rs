@@ -142,6 +142,13 @@ fn excessive_counts_and_nesting_are_refused() {
     let mut deep = vec![];
     (0..9).for_each(|_| deep.extend([&9u32.to_le_bytes()[..], &1u64.to_le_bytes()].concat()));
     assert!(fault(&self::file(2, &[pair("a", 9, &deep)], &[], 64)).contains("arrays are nested"));
+    // Values are not arrays, so the innermost array may hold any of them.
+    for (kind, value) in [(0_u32, &[7_u8][..]), (8, &[1, 0, 0, 0, 0, 0, 0, 0, b'x'])] {
+        let inner = [&kind.to_le_bytes()[..], &1u64.to_le_bytes(), value].concat();
+        let four = [&9u32.to_le_bytes()[..], &1u64.to_le_bytes()].concat().repeat(4);
+        let file = self::file(2, &[pair("a", 9, &[four, inner].concat())], &[], 64);
+        assert!(parse(&file, file.len() as u64).is_ok(), "type {kind}");
+    }
 }
 
 proptest::proptest! {

@@ -37,11 +37,11 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         }
         let (id, file, offset) = (entry.load, entry.file.index, entry.piece.file_offset + chunk.range.start);
         let strict = self.loads.get(&id).expect(LOAD).spec.strict;
-        if bytes == 0 || (strict && chunk.parts_of_a_block == PARTS_OF_A_BLOCK) {
+        let progress = progress(&chunk, bytes, route, entry.file.alignment_bytes);
+        if bytes == 0 || (strict && progress == 0 && chunk.parts_of_a_block == PARTS_OF_A_BLOCK) {
             self.fail(id, Failure::Ended { file, offset: offset + bytes, route });
             return;
         }
-        let progress = progress(&chunk, bytes, route, entry.file.alignment_bytes);
         if progress > 0 {
             self.requeue(id, chunk.rest(progress));
         } else if chunk.parts_of_a_block < PARTS_OF_A_BLOCK {

@@ -4,6 +4,10 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt, symlink};
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::PathBuf;
 
+fn bind_listener(path: &Path, mode: Mode) -> Result<Listener, String> {
+    Listener::bind(new_socket().unwrap(), path, mode)
+}
+
 fn owner_only() -> Mode {
     Mode::from_raw_mode(0o600)
 }
@@ -60,7 +64,7 @@ fn folder_owner_cannot_redirect_anything_at_any_step() {
                 fs::set_permissions(&victim, fs::Permissions::from_mode(0o600)).unwrap();
                 let target = if target_is_folder { &victims } else { &victim };
                 let mut steps = Vec::new();
-                let listener = Listener::bind_step_by_step(&folder.join("socket"), mode, &mut |step| {
+                let listener = Listener::bind_step_by_step(new_socket().unwrap(), &folder.join("socket"), mode, &mut |step| {
                     steps.push(step);
                     if step == thief_at {
                         replace_with_links(&folder, target);
@@ -100,7 +104,7 @@ fn file_in_place_of_the_bound_socket_is_left_alone() {
     ];
     for (lie, lie_at) in lies.into_iter().flat_map(|lie| [(lie, BindStep::Bound), (lie, BindStep::Found)]) {
         let mode = everyone();
-        let listener = Listener::bind_step_by_step(&place.path().join("socket"), mode, &mut |step| {
+        let listener = Listener::bind_step_by_step(new_socket().unwrap(), &place.path().join("socket"), mode, &mut |step| {
             if step == lie_at {
                 let fresh = place.path().join(".socket.dmaload").join(FRESH);
                 fs::remove_file(&fresh).unwrap();
@@ -121,7 +125,7 @@ fn socket_has_its_mode_before_it_is_in_its_place() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");
         let mut seen = Vec::new();
-        let listener = Listener::bind_step_by_step(&path, mode, &mut |step| {
+        let listener = Listener::bind_step_by_step(new_socket().unwrap(), &path, mode, &mut |step| {
             let private = folder.path().join(".socket.dmaload");
             assert_eq!(mode_of(&private), 0o700, "{step:?}");
             assert_eq!(step == BindStep::Placed, path.exists(), "{step:?}");
@@ -148,7 +152,7 @@ fn only_dead_sockets_are_replaced() {
     drop(UnixDatagram::bind(at("datagram")).unwrap());
     for name in ["seqpacket", "stream", "datagram", "none"] {
         Listener::check(&at(name)).unwrap();
-        let listener = Listener::bind(&at(name), owner_only()).unwrap();
+        let listener = bind_listener(&at(name), owner_only()).unwrap();
         assert!(is_served(&at(name)), "{name}");
         drop(listener);
         assert!(!at(name).exists(), "{name}");
@@ -161,13 +165,13 @@ fn only_dead_sockets_are_replaced() {
     let alive = (
         UnixListener::bind(at("alive stream")).unwrap(),
         UnixDatagram::bind(at("alive datagram")).unwrap(),
-        Listener::bind(&at("alive"), owner_only()).unwrap(),
+        bind_listener(&at("alive"), owner_only()).unwrap(),
     );
     symlink(at("alive"), at("link to alive")).unwrap();
     let before = list_names(folder.path());
     for name in &before {
         let expected = if name.starts_with("alive") { "another process is listening there" } else { "not a socket" };
-        for refused in [Listener::bind(&at(name), owner_only()).map(|_| ()), Listener::check(&at(name))] {
+        for refused in [bind_listener(&at(name), owner_only()).map(|_| ()), Listener::check(&at(name))] {
             let reason = refused.unwrap_err();
             assert!(reason.contains(expected), "{name}: {reason}");
         }
@@ -191,16 +195,16 @@ fn dropped_server_does_not_remove_its_successors_socket() {
         },
     ];
     for change in changes {
-        let first = Listener::bind(&path, owner_only()).unwrap();
+        let first = bind_listener(&path, owner_only()).unwrap();
         change(&path);
-        let second = Listener::bind(&path, owner_only()).unwrap();
+        let second = bind_listener(&path, owner_only()).unwrap();
         drop(first);
         assert!(is_served(&path));
         drop(second);
         assert!(!path.exists());
         let _ = fs::remove_file(path.with_file_name("moved"));
     }
-    let first = Listener::bind(&path, owner_only()).unwrap();
+    let first = bind_listener(&path, owner_only()).unwrap();
     fs::remove_file(&path).unwrap();
     fs::write(&path, "kept").unwrap();
     drop(first);
@@ -213,10 +217,10 @@ fn racing_servers_leave_exactly_one_socket() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("socket");
     for _ in 0..100 {
-        let first = Listener::bind(&path, owner_only()).unwrap();
+        let first = bind_listener(&path, owner_only()).unwrap();
         fs::remove_file(&path).unwrap();
         let second = thread::scope(|scope| {
-            let second = scope.spawn(|| Listener::bind(&path, owner_only()));
+            let second = scope.spawn(|| bind_listener(&path, owner_only()));
             drop(first);
             second.join().unwrap()
         });
@@ -225,8 +229,8 @@ fn racing_servers_leave_exactly_one_socket() {
         // Two servers find a dead socket at once. One of them replaces it.
         create_dead_socket(&path);
         let both = thread::scope(|scope| {
-            let other = scope.spawn(|| Listener::bind(&path, owner_only()));
-            (Listener::bind(&path, owner_only()), other.join().unwrap())
+            let other = scope.spawn(|| bind_listener(&path, owner_only()));
+            (bind_listener(&path, owner_only()), other.join().unwrap())
         });
         assert!(is_served(&path));
         let one = match both {
@@ -275,10 +279,10 @@ fn private_folder_is_taken_over_only_from_killed_servers() {
     make(0o700);
     create_dead_socket(&private.join(FRESH));
     create_dead_socket(&private.join(TAKEN));
-    drop(Listener::bind(&path, owner_only()).unwrap());
+    drop(bind_listener(&path, owner_only()).unwrap());
     assert_eq!(list_names(folder.path()), [""; 0]);
     let refused = |expected: &str| {
-        let reason = Listener::bind(&path, everyone()).unwrap_err();
+        let reason = bind_listener(&path, everyone()).unwrap_err();
         assert!(reason.contains(expected), "{reason}");
         assert!(!path.exists());
     };
@@ -330,13 +334,13 @@ fn long_path_works_until_its_name_exceeds_the_limit() {
     let deep = folder.path().join("d".repeat(200)).join("e".repeat(200));
     fs::create_dir_all(&deep).unwrap();
     let path = deep.join("n".repeat(240));
-    let listener = Listener::bind(&path, everyone()).unwrap();
+    let listener = bind_listener(&path, everyone()).unwrap();
     assert!(is_served(&path) && mode_of(&path) == 0o666);
-    assert!(Listener::bind(&path, owner_only()).unwrap_err().contains("another process is listening there"));
+    assert!(bind_listener(&path, owner_only()).unwrap_err().contains("another process is listening there"));
     drop(listener);
     assert!(!path.exists());
     let refused = |path: PathBuf, expected: &str| {
-        let reason = Listener::bind(&path, owner_only()).unwrap_err();
+        let reason = bind_listener(&path, owner_only()).unwrap_err();
         assert!(reason.contains(expected), "{reason}");
     };
     refused(deep.join("n".repeat(250)), "ENAMETOOLONG");
