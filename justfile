@@ -27,10 +27,14 @@ test *ARGS:
 [group('everyday')]
 check: fmt-check texts lint doc
 
-# Formats the workspace's sources.
+# Formats the Rust sources, also those outside the workspace.
 [group('everyday')]
-fmt:
-    cargo fmt --all
+fmt *ARGS:
+    cargo fmt --all {{ARGS}}
+    cargo fmt --manifest-path crates/dmaload-burn/Cargo.toml {{ARGS}}
+    cargo fmt --manifest-path crates/dmaload-candle/Cargo.toml {{ARGS}}
+    cargo fmt --manifest-path crates/dmaload-python/Cargo.toml {{ARGS}}
+    cargo fmt --manifest-path examples/gpu-import/Cargo.toml {{ARGS}}
 
 # Measures docs/performance.md, or one part of it: `just bench reuse` (as root, 45 minutes).
 [group('everyday')]
@@ -49,8 +53,7 @@ ci:
 
 # Checks the formatting.
 [group('checks')]
-fmt-check:
-    cargo fmt --all --check
+fmt-check: (fmt "--check")
 
 # Checks line lengths, references in documents, and that imports run one way.
 [group('checks')]
@@ -179,10 +182,10 @@ candle:
 burn:
     .ci/burn
 
-# Imports a model's dma-bufs into Vulkan: `just gpu-import model.safetensors`.
+# Imports a model's dma-bufs into Vulkan: `just gpu-import model.safetensors udmabuf`.
 [group('other programs')]
-gpu-import *MODEL:
-    .ci/gpu-import {{MODEL}}
+gpu-import *ARGS:
+    .ci/gpu-import {{ARGS}}
 
 # Runs the small benches: overlap, and instruction counts of plan, window, slots and parser.
 [group('measuring')]

@@ -20,9 +20,10 @@ import time
 
 
 def page_bytes(path):
-    """Returns the size of most pages of the loaded memory, which must be private memory."""
+    """Returns the size of most pages of the loaded memory, which is private or a memfd."""
     with open("/proc/self/smaps_rollup", encoding="ascii") as file:
-        huge_kib = sum(int(line.split()[1]) for line in file if line.startswith("AnonHugePages"))
+        kinds = ("AnonHugePages:", "ShmemPmdMapped:")
+        huge_kib = sum(int(line.split()[1]) for line in file if line.startswith(kinds))
     huge = huge_kib << 10 > os.path.getsize(path) // 2
     return 2 << 20 if huge else os.sysconf("SC_PAGE_SIZE")
 

@@ -347,6 +347,22 @@ pub(crate) fn is_reserved(address: *mut c_void) -> bool {
     })
 }
 
+/// Compares the observed value with the expected one, both returned by `attempt`. Another thread
+/// may reserve addresses that an attempt has just unmapped, so only ten attempts in a row that
+/// differ are an error.
+#[cfg(test)]
+#[track_caller]
+pub(crate) fn assert_in_some_attempt<T: PartialEq + std::fmt::Debug>(mut attempt: impl FnMut() -> (T, T)) {
+    for _ in 1..10 {
+        let (seen, expected) = attempt();
+        if seen == expected {
+            return;
+        }
+    }
+    let (seen, expected) = attempt();
+    assert_eq!(seen, expected);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -355,7 +371,7 @@ mod tests {
 
     const PAGE: usize = 4096;
 
-    fn mapped_pages(range: &AddressRange) -> usize {
+    fn count_writable_mappings(range: &AddressRange) -> usize {
         let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
         let (from, to) = (range.base().addr().get(), range.base().addr().get() + range.bytes());
         let lines =
@@ -389,18 +405,20 @@ mod tests {
     /// If the kernel unmapped the addresses before it refused, they may hold a foreign mapping.
     #[test]
     fn drop_spares_addresses_that_may_hold_a_foreign_mapping() {
-        let range = AddressRange::reserve(3 * PAGE).unwrap();
-        let base = range.base().as_ptr().cast::<c_void>();
-        let places = [0, 1, 2].map(|number| base.wrapping_byte_add(number * PAGE));
         let sealed = Memfd::create("test", PAGE).unwrap();
         sealed.seal_against_writes().unwrap();
         let memory = Memory::Memfd(sealed);
-        assert_eq!(range.map(&memory, PAGE, PAGE).unwrap_err().errno, Errno::EPERM);
-        let was_hole = range.lost().is_empty();
-        let again = range.map(&Memory::Anonymous, PAGE, PAGE).map(drop).map_err(|error| error.errno);
-        assert_eq!(again, if was_hole { Ok(()) } else { Err(Errno::EEXIST) });
-        drop(range);
-        assert_eq!(places.map(is_reserved), [false, !was_hole, false]);
+        assert_in_some_attempt(|| {
+            let range = AddressRange::reserve(3 * PAGE).unwrap();
+            let base = range.base().as_ptr().cast::<c_void>();
+            let places = [0, 1, 2].map(|number| base.wrapping_byte_add(number * PAGE));
+            assert_eq!(range.map(&memory, PAGE, PAGE).unwrap_err().errno, Errno::EPERM);
+            let was_hole = range.lost().is_empty();
+            let again = range.map(&Memory::Anonymous, PAGE, PAGE).map(drop).map_err(|error| error.errno);
+            assert_eq!(again, if was_hole { Ok(()) } else { Err(Errno::EEXIST) });
+            drop(range);
+            (places.map(is_reserved), [false, !was_hole, false])
+        });
     }
 
     #[test]
@@ -438,7 +456,7 @@ mod tests {
                 memfd.seal_against_writes().unwrap();
             }
             let mapping = mapping.move_to(&new, 2 * PAGE).unwrap();
-            assert_eq!((mapped_pages(&old), mapped_pages(&new)), (0, 1));
+            assert_eq!((count_writable_mappings(&old), count_writable_mappings(&new)), (0, 1));
             // SAFETY: as above; `mapping` is now the moved mapping.
             let seen = unsafe { std::slice::from_raw_parts(mapping.address().as_ptr(), 4 * PAGE) };
             assert!(seen.iter().all(|&byte| byte == 0x5A));
@@ -467,9 +485,9 @@ mod tests {
         let range = AddressRange::reserve(4 * PAGE).unwrap();
         let memory = Memory::Memfd(Memfd::create("test", 4 * PAGE).unwrap());
         let mapping = range.map(&memory, 0, 4 * PAGE).unwrap();
-        assert_eq!(mapped_pages(&range), 1);
+        assert_eq!(count_writable_mappings(&range), 1);
         drop(mapping);
-        assert_eq!(mapped_pages(&range), 0);
+        assert_eq!(count_writable_mappings(&range), 0);
     }
 
     #[test]

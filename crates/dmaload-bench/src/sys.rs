@@ -28,7 +28,8 @@ pub(crate) struct Read<'a> {
 pub(crate) struct Reader {
     ring: ManuallyDrop<IoUring>,
     region: ManuallyDrop<Region>,
-    registered: bool,
+    /// Why the memory is not registered with the ring.
+    refusal: Option<io::Error>,
     in_flight: usize,
 }
 
@@ -46,13 +47,13 @@ impl Reader {
             .collect();
         // SAFETY: the memory stays mapped as long as the ring exists: `drop` and `into_region`
         // close the ring first.
-        let registered = unsafe { ring.submitter().register_buffers(&vectors) }.is_ok();
-        Ok(Reader { ring: ManuallyDrop::new(ring), region: ManuallyDrop::new(region), registered, in_flight: 0 })
+        let refusal = unsafe { ring.submitter().register_buffers(&vectors) }.err();
+        Ok(Reader { ring: ManuallyDrop::new(ring), region: ManuallyDrop::new(region), refusal, in_flight: 0 })
     }
 
-    /// Whether the memory is registered.
-    pub(crate) fn is_registered(&self) -> bool {
-        self.registered
+    /// Why the kernel refused to register the memory; `None` if it is registered.
+    pub(crate) fn registration_error(&self) -> Option<&io::Error> {
+        self.refusal.as_ref()
     }
 
     /// Queues a read; [`Reader::wait`] starts it.
@@ -63,7 +64,7 @@ impl Reader {
         let place = self.region.place(read.at, read.bytes).ok_or(io::ErrorKind::InvalidInput)?;
         let length = u32::try_from(read.bytes).map_err(|_| io::ErrorKind::InvalidInput)?;
         let (fd, address) = (types::Fd(read.file.as_raw_fd()), place.address.as_ptr());
-        let entry = if self.registered {
+        let entry = if self.refusal.is_none() {
             opcode::ReadFixed::new(fd, address, length, place.part).offset(read.offset).build()
         } else {
             opcode::Read::new(fd, address, length).offset(read.offset).build()

@@ -6,13 +6,13 @@
 
 use std::fs::{self, File};
 use std::hint::black_box;
-use std::io::Read as _;
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use dmabuf::{Pages, page_bytes, printable};
+use dmabuf::{Errno, Pages, page_bytes, printable};
 use dmaload::heap::{AnonHeap, Heap, MemfdHeap};
 use dmaload::verify::{Algorithm, Manifest, Recorder};
 use dmaload::{Image, LoadOptions, Loader, Route};
@@ -269,12 +269,15 @@ fn limit_reader() -> Result<(Reader, Vec<String>)> {
     };
     let reader = Reader::new(u32::try_from(LARGEST.depth)?, region)
         .context("io_uring is not available, so the device's limit is unknown")?;
-    if !reader.is_registered() {
-        notes.push(
-            "its buffers are not registered, probably because the locked memory limit (ulimit -l) is below 64 MiB".to_owned(),
-        );
-    }
+    notes.extend(reader.registration_error().map(note_unregistered));
     Ok((reader, notes))
+}
+
+fn note_unregistered(error: &io::Error) -> String {
+    let errno = Errno::from_io_error(error);
+    let reason = errno.map_or_else(|| error.to_string(), Errno::describe);
+    let hint = if errno == Some(Errno::ENOMEM) { ": the locked memory limit (ulimit -l) may be below 64 MiB" } else { "" };
+    format!("its buffers are not registered: {reason}{hint}")
 }
 
 /// Reads the files once into each destination. The limit is chosen among the destinations after

@@ -1,5 +1,6 @@
 //! `dmaload bench`: its arguments and output; [`dmaload_bench`] does the measuring.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs::{self, Permissions};
 use std::io::{IsTerminal, Write};
@@ -148,6 +149,10 @@ pub(crate) fn run_child(arguments: Child) -> Result<()> {
 fn check(arguments: &Arguments) -> Result<()> {
     if arguments.user.is_some() && !rustix::process::geteuid().is_root() {
         return Err(dmaload::Error::Config("--user: only root can run a process as another user".to_owned()).into());
+    }
+    let mut names = BTreeSet::new();
+    if let Some(peer) = arguments.peers.iter().find(|peer| !names.insert(peer.name())) {
+        return Err(dmaload::Error::Config(format!("--peer: several programs have the name {:?}", peer.name())).into());
     }
     drop(engine::loader(&arguments.engine)?);
     Ok(())

@@ -141,6 +141,7 @@ fn wrong_usage_is_reported_before_anything_is_measured() {
     wrong(&["--json", "--md"], &["--md"]);
     wrong(&["--size", "1MiB"], &["--size"]);
     wrong(&["--window", "2MiB"], &["window"]);
+    wrong(&["--peer", "same=true", "--peer", "other=true", "--peer", "same=false"], &["--peer", "several", "\"same\""]);
     run(&mut dmaload(["bench"])).fails(2, &["PATH"]);
     run(&mut dmaload(["bench", "/nonexistent/x"])).fails(1, &["/nonexistent/x", "ENOENT"]);
     run(dmaload(["bench"]).arg(folder.path())).fails(1, &["is not a file"]);

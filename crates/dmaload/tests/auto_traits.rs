@@ -122,22 +122,25 @@ const _: () = {
     shared::<dmaload::verify::Recorder>();
 };
 
-/// Accepts the futures that a multi-threaded executor accepts.
-fn spawned<F: Future<Output: Send> + Send>(_future: F) {}
+/// Accepts the futures that a multi-threaded executor accepts as tasks.
+fn spawned<F: Future<Output: Send> + Send + 'static>(_future: F) {}
+
+/// Accepts the futures that such a task can await.
+fn awaited<F: Future<Output: Send> + Send>(_future: F) {}
 
 /// Compiled but never called.
 #[expect(dead_code, reason = "only the types are checked")]
 fn futures(loader: Loader, request: LoadRequest, load: &mut Load, segments: &mut Segments, tensors: &mut Tensors, path: PathBuf) {
     spawned(request.into_future());
-    spawned(load.next());
-    spawned(load.tensor("t"));
+    awaited(load.next());
+    awaited(load.tensor("t"));
     spawned(loader.load(&path).start().finish());
-    spawned(segments.next());
-    spawned(tensors.next());
+    awaited(segments.next());
+    awaited(tensors.next());
     spawned(loader.shutdown());
-    spawned(dmaload::inspect(&path, Format::Auto));
-    spawned(dmaload::inspect_model(&path, Format::Auto));
-    spawned(share::attach(path, share::AttachOptions::default()));
+    awaited(dmaload::inspect(&path, Format::Auto));
+    awaited(dmaload::inspect_model(&path, Format::Auto));
+    awaited(share::attach(path, share::AttachOptions::default()));
 }
 
 #[test]

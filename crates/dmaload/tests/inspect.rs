@@ -6,11 +6,10 @@ mod common;
 
 use std::path::{Path, PathBuf};
 use std::pin::pin;
-use std::sync::Arc;
-use std::task::{Context, Poll, Wake, Waker};
+use std::task::{Context, Waker};
 use std::time::{Duration, Instant};
 
-use common::{file, folder};
+use common::{block_on, file, folder};
 use dmaload::{ErrorKind, Format, LoadOptions, inspect, inspect_blocking, inspect_model, inspect_model_blocking};
 use dmaload_testing::{safetensors, safetensors_of};
 
@@ -24,25 +23,6 @@ fn write_slow_model(folder: &Path) -> PathBuf {
     let entry = |number| format!(r#""t{number:06}":{{"dtype":"U8","shape":[0,1,2],"data_offsets":[0,0]}}"#);
     let entries: Vec<String> = (0..TENSORS).map(entry).collect();
     file(folder, "slow.safetensors", &safetensors(format!("{{{}}}", entries.join(",")).as_bytes(), b""))
-}
-
-/// A minimal executor, which parks the thread between polls.
-fn block_on<T>(future: impl Future<Output = T>) -> T {
-    struct Unpark(std::thread::Thread);
-    impl Wake for Unpark {
-        fn wake(self: Arc<Self>) {
-            self.0.unpark();
-        }
-    }
-    let waker = Arc::new(Unpark(std::thread::current())).into();
-    let mut context = Context::from_waker(&waker);
-    let mut future = pin!(future);
-    loop {
-        match future.as_mut().poll(&mut context) {
-            Poll::Ready(value) => return value,
-            Poll::Pending => std::thread::park(),
-        }
-    }
 }
 
 fn count_inspecting_threads() -> usize {

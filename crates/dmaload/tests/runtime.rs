@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{assert_same, file, folder, random_bytes};
+use common::{assert_same, block_on, file, folder, random_bytes};
 use dmaload::{Latency, LoadOptions, Loader, Route};
 
 fn write_large_file(folder: &Path, mib: u64) -> PathBuf {
@@ -103,25 +103,6 @@ fn loader_outlives_the_runtime_of_its_load() {
     let image = block_on(loader.load(&path).into_future()).unwrap();
     assert_same(&image.files()[0].bytes().unwrap(), &bytes, "without a runtime");
     block_on(loader.shutdown()).unwrap();
-}
-
-/// A minimal executor, which parks the thread between polls.
-fn block_on<T>(future: impl Future<Output = T>) -> T {
-    struct Unpark(std::thread::Thread);
-    impl std::task::Wake for Unpark {
-        fn wake(self: Arc<Self>) {
-            self.0.unpark();
-        }
-    }
-    let waker = Arc::new(Unpark(std::thread::current())).into();
-    let mut context = std::task::Context::from_waker(&waker);
-    let mut future = std::pin::pin!(future);
-    loop {
-        match future.as_mut().poll(&mut context) {
-            std::task::Poll::Ready(value) => return value,
-            std::task::Poll::Pending => std::thread::park(),
-        }
-    }
 }
 
 /// Dropping a `next` future never loses a segment, and dropping a shutdown's future does not stop

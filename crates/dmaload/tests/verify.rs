@@ -151,11 +151,14 @@ async fn wrong_length_or_unlisted_file_fails_before_any_read() {
     let manifest = manifest_of(&loader, std::slice::from_ref(&a), Algorithm::Xxh3).await;
     // If one file is loaded and the manifest has one entry, their names may differ.
     loader.load(&b).options(loader.load_options().verify(manifest.clone())).await.unwrap();
+    let read_bytes = loader.metrics().read_bytes;
+    assert_eq!(read_bytes, 2 * (SEGMENT as u64 + 1));
     let error = loader.load([&a, &b]).options(loader.load_options().verify(manifest.clone())).await.unwrap_err();
     assert_eq!(error, Error::NotInManifest { path: b.clone() });
     std::fs::OpenOptions::new().write(true).open(&a).unwrap().set_len(SEGMENT as u64).unwrap();
     let error = loader.load(&a).options(loader.load_options().verify(manifest)).await.unwrap_err();
     assert_eq!(error, Error::WrongLength { path: a, bytes: SEGMENT as u64, expected_bytes: SEGMENT as u64 + 1 });
+    assert_eq!(loader.metrics().read_bytes, read_bytes, "a load that was refused has read something");
 }
 
 #[tokio::test]

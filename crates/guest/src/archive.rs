@@ -96,8 +96,11 @@ impl Archive {
         run::output(&mut command).with_context(|| format!("cannot download {package} from {}", self.suite)).map(drop)
     }
 
-    /// Downloads packages and their dependencies. Returns every package in this suite's cache.
+    /// Downloads packages and their dependencies, and returns the files.
     pub(crate) fn download_all(&self, packages: &[&str]) -> Result<Vec<PathBuf>> {
+        // Earlier downloads may be of other versions, or of packages that are no longer needed.
+        run::output(self.apt("apt-get").args(["-q", "clean"]))
+            .with_context(|| format!("cannot remove earlier downloads from {}", self.suite))?;
         let mut command = self.apt("apt-get");
         command.args(["-q", "-y", "--download-only", "--no-install-recommends", "install"]).args(packages);
         run::output(&mut command).with_context(|| format!("cannot download {packages:?} from {}", self.suite))?;

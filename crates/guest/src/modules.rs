@@ -210,8 +210,14 @@ struct Order {
 
 impl Order {
     fn add(&mut self, name: &str, parameters: &str, optional: bool, kernel: &Known<'_>) -> Result<()> {
-        let is_built_in = kernel.built_in.iter().any(|known| known == name);
-        if is_built_in || self.modules.iter().any(|(known, _)| known == name) {
+        if kernel.built_in.iter().any(|known| known == name) {
+            return Ok(());
+        }
+        if let Some((_, known)) = self.modules.iter_mut().find(|(known, _)| known == name) {
+            // A dependency was added without parameters.
+            if !parameters.is_empty() {
+                *known = parameters.to_owned();
+            }
             return Ok(());
         }
         let Some(needs) = (kernel.needs)(name)? else {
@@ -257,6 +263,17 @@ mod tests {
         let expected = [("core", ""), ("crc32c", ""), ("v4l2_tpg", ""), ("vivid", "n_devs=1 a=2")];
         let expected = expected.map(|(name, parameters)| (name.to_owned(), parameters.to_owned()));
         assert_eq!(order(&[("virtio_pci", false), ("vivid", false), ("vivid", false)]).unwrap(), expected);
+    }
+
+    #[test]
+    fn module_added_as_a_dependency_gets_its_own_parameters() {
+        let mut order = Order::default();
+        let kernel = Known { built_in: &[], needs: &needs };
+        for (name, parameters) in [("v4l2_tpg", ""), ("core", "debug=1"), ("v4l2_tpg", "")] {
+            order.add(name, parameters, false, &kernel).unwrap();
+        }
+        let expected = [("crc32c", ""), ("core", "debug=1"), ("v4l2_tpg", "")];
+        assert_eq!(order.modules, expected.map(|(name, parameters)| (name.to_owned(), parameters.to_owned())));
     }
 
     #[test]

@@ -11,13 +11,14 @@ use crate::progress;
 use crate::run;
 
 /// Programs and their packages.
-const TOOLS: [(&str, &str); 6] = [
+const TOOLS: [(&str, &str); 7] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("modinfo", "kmod"),
     ("mkfs.ext4", "e2fsprogs"),
     ("debugfs", "e2fsprogs"),
     ("xz", "xz-utils"),
     ("dpkg-deb", "dpkg"),
+    ("cc", "gcc"),
 ];
 
 /// Installs missing programs, or fails and names their packages.

@@ -342,7 +342,9 @@ fn dma_buf_of_the_system_heap_takes_its_size_and_is_freed() {
 /// Each of two loads fits into memory, but both together do not.
 #[test]
 fn concurrent_loads_do_not_invoke_the_oom_killer() {
+    let before = count_oom_kills();
     assert_memory_is_released(fill_memory);
+    assert_eq!(count_oom_kills(), before, "the OOM killer has killed a process");
     record_row(
         "faults",
         &[
@@ -351,6 +353,12 @@ fn concurrent_loads_do_not_invoke_the_oom_killer() {
             "each succeeds or fails with OutOfMemory; no process is killed",
         ],
     );
+}
+
+/// How many processes the OOM killer has killed since the machine started.
+fn count_oom_kills() -> u64 {
+    let counters = std::fs::read_to_string("/proc/vmstat").unwrap();
+    counters.lines().find_map(|line| line.strip_prefix("oom_kill ")).unwrap().parse().unwrap()
 }
 
 fn fill_memory() {

@@ -85,8 +85,8 @@ impl Gpu {
     /// Makes a buffer from a dma-buf's memory.
     pub(crate) fn import(&self, dma_buf: OwnedFd, bytes: u64) -> Result<Buffer> {
         let mut fits = vk::MemoryFdPropertiesKHR::default();
-        // SAFETY: the descriptor is open, the structures outlive the calls below, and the import
-        // transfers ownership of the descriptor to Vulkan.
+        // SAFETY: the descriptor is open, the structures outlive the calls below, and a successful
+        // import transfers ownership of the descriptor to Vulkan.
         unsafe {
             self.imports
                 .get_memory_fd_properties(DMA_BUF, dma_buf.as_raw_fd(), &mut fits)
@@ -98,10 +98,12 @@ impl Gpu {
             let needs = self.device.get_buffer_memory_requirements(buffer);
             let index = self.find_memory_type(needs.memory_type_bits & fits.memory_type_bits, vk::MemoryPropertyFlags::empty());
             let index = index.context("cannot import the dma-buf: the driver has no memory type for it")?;
-            let mut import = vk::ImportMemoryFdInfoKHR::default().handle_type(DMA_BUF).fd(dma_buf.into_raw_fd());
+            let mut import = vk::ImportMemoryFdInfoKHR::default().handle_type(DMA_BUF).fd(dma_buf.as_raw_fd());
             let allocate = vk::MemoryAllocateInfo::default().allocation_size(needs.size.max(bytes)).memory_type_index(index);
             let memory =
                 self.device.allocate_memory(&allocate.push_next(&mut import), None).context("cannot import the dma-buf")?;
+            // A failed import would have left the descriptor to this function.
+            let _owned_by_vulkan = dma_buf.into_raw_fd();
             self.device.bind_buffer_memory(buffer, memory, 0)?;
             Ok(Buffer { buffer, memory, bytes })
         }

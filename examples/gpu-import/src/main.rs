@@ -2,9 +2,9 @@
 //! (`VK_EXT_external_memory_dma_buf`). The GPU copies them and sums them with a compute shader;
 //! both results are compared with the file.
 //!
-//! `just gpu-import MODEL`. The program also accepts a heap as its second argument: `udmabuf` or
-//! `dma-heap:NAME`. Without that argument, if no heap makes dma-bufs, or if there is no Vulkan or
-//! no driver that imports dma-bufs, it prints the reason and exits with 0.
+//! `just gpu-import MODEL [HEAP]`, where the heap is `udmabuf` or `dma-heap:NAME`. If no heap is
+//! given and none makes dma-bufs, or if there is no Vulkan or no driver that imports dma-bufs,
+//! prints the reason and exits with 0.
 #![allow(unsafe_code, reason = "Vulkan")]
 
 mod gpu;

@@ -154,7 +154,8 @@ fn segment_wakes_only_tasks_whose_tensor_it_completes() {
         let tensor = task.tensor.as_ref().unwrap();
         assert_same(&tensor.bytes().unwrap(), &bytes[data_start + number * BYTES..][..BYTES], tensor.name());
         // One wake when the load is planned, and one for the segment with the tensor's last byte.
-        assert!(task.wakes.0.load(Ordering::SeqCst) <= 2, "t{number} was woken {} times", task.seen);
+        let wakes = task.wakes.0.load(Ordering::SeqCst);
+        assert!(wakes <= 2, "t{number} was woken {wakes} times");
     }
 }
 
@@ -186,7 +187,8 @@ fn small_files_wake_each_task_at_most_twice() {
     for (number, task) in tasks.iter().enumerate() {
         assert_eq!(task.tensor.as_ref().unwrap().name(), format!("t{number}"));
         // One wake when the load is planned, and one for the last header.
-        assert!(task.wakes.0.load(Ordering::SeqCst) <= 2, "t{number} was woken {} times", task.seen);
+        let wakes = task.wakes.0.load(Ordering::SeqCst);
+        assert!(wakes <= 2, "t{number} was woken {wakes} times");
     }
 }
 

@@ -1,9 +1,13 @@
-//! Helpers for the integration tests: files of known random bytes, on a disk.
+//! Helpers for the integration tests: files of known random bytes, on a disk, and an executor.
 #![allow(dead_code, unreachable_pub, reason = "no test uses every helper")]
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 use std::fs;
 use std::path::Path;
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Wake};
+use std::thread::{self, Thread};
 
 use dmaload::Route;
 
@@ -19,3 +23,22 @@ pub use dmaload_testing::{assert_same, file, random_bytes};
 
 pub const ROUTES: [Route; 6] =
     [Route::UringFixedDirect, Route::UringDirect, Route::PreadDirect, Route::Bounce, Route::UringBuffered, Route::Buffered];
+
+/// A minimal executor, which parks the thread between polls.
+pub fn block_on<T>(future: impl Future<Output = T>) -> T {
+    struct Unpark(Thread);
+    impl Wake for Unpark {
+        fn wake(self: Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+    let waker = Arc::new(Unpark(thread::current())).into();
+    let mut context = Context::from_waker(&waker);
+    let mut future = pin!(future);
+    loop {
+        match future.as_mut().poll(&mut context) {
+            Poll::Ready(value) => return value,
+            Poll::Pending => thread::park(),
+        }
+    }
+}

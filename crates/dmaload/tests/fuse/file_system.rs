@@ -55,6 +55,9 @@ pub(crate) enum Manners {
     AnswersLate,
     /// Takes this long per read and answers others meanwhile, as a distant server does.
     AnswersFromAfar(Duration),
+    /// Lets the kernel keep the file's cached pages when it is opened again. A rewrite does not
+    /// change the modification time.
+    KeepsCache,
     /// States a length of 0, as for files that are generated while they are read.
     HasNoLength,
     /// States this length, although the file has more bytes.
@@ -90,7 +93,7 @@ impl Model {
             Manners::HasNoLength => Some(0),
             _ => Some(self.bytes.len() as u64),
         };
-        let rewritten = self.rewritten.load(Ordering::SeqCst);
+        let rewritten = self.rewritten.load(Ordering::SeqCst) && !matches!(self.manners, Manners::KeepsCache);
         FileAttr { mtime: UNIX_EPOCH + Duration::from_secs(rewritten.into()), ..attributes(inode, file_bytes) }
     }
 }
@@ -155,7 +158,11 @@ impl Filesystem for Model {
         let always =
             matches!(self.manners, Manners::AnswersShortPastTheCache(_) | Manners::HasNoLength | Manners::StatesLength(_));
         let is_direct = always || flags.0 & libc::O_DIRECT != 0;
-        reply.opened(FileHandle(0), if is_direct { FopenFlags::FOPEN_DIRECT_IO } else { FopenFlags::empty() });
+        let mut answer = if is_direct { FopenFlags::FOPEN_DIRECT_IO } else { FopenFlags::empty() };
+        if matches!(self.manners, Manners::KeepsCache) {
+            answer |= FopenFlags::FOPEN_KEEP_CACHE;
+        }
+        reply.opened(FileHandle(0), answer);
     }
 
     fn flush(&self, request: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {

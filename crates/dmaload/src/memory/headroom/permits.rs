@@ -329,7 +329,7 @@ mod tests {
         }
     }
 
-    /// Each of four processes holds its turn for 0.8 s, so the last ones wait longer than the 1 s
+    /// Each of three processes holds its turn for 1.2 s, so the others wait longer than the 1 s
     /// after which they would give up if nothing were allocated.
     #[test]
     fn long_turn_is_awaited_while_memory_is_being_allocated() {
@@ -338,13 +338,13 @@ mod tests {
         let taken = AtomicU64::new(0);
         let without = AtomicU64::new(0);
         std::thread::scope(|scope| {
-            for _ in 0..4 {
+            for _ in 0..3 {
                 scope.spawn(|| {
                     let permits: &'static Permits = Box::leak(Box::new(Permits::new()));
                     let look = || Some(seen((200 * MIB).saturating_sub(taken.load(Ordering::SeqCst)), folder.path()));
-                    let granted = permits.grant(16 * MIB, || (), look, NOW).unwrap();
+                    let granted = permits.grant(24 * MIB, || (), look, NOW).unwrap();
                     without.fetch_add(u64::from(granted._turn.is_none()), Ordering::SeqCst);
-                    for _ in 0..8 {
+                    for _ in 0..12 {
                         thread::sleep(TURN_PATIENCE / 10);
                         taken.fetch_add(2 * MIB, Ordering::SeqCst);
                     }
