@@ -85,16 +85,6 @@ measure_files() {
     insert "$name" "$out/$name"
 }
 
-# TABLE: prints how much longer the Python package takes than the command, from a table's medians.
-python_overhead() {
-    awk -F'|' '
-        { gsub(/ /, "", $2); split($4, seconds, " ") }
-        $2 == "direct_io" { command = seconds[1] }
-        $2 == "wheel" { wheel = seconds[1] }
-        END { printf "the wheel takes %.2f times as long as direct_io (medians)\n", wheel / command }
-    ' "$1"
-}
-
 # Measures other loaders, installed in a virtual environment, in the same run as dmaload.
 peers() {
     local python=$PWD/$out/peers/bin/python way command=()
@@ -122,8 +112,6 @@ peers() {
             echo "$versions"
             echo
             cat "$out/$name.md"
-            echo
-            python_overhead "$out/$name.md"
         } >"$out/$name.table"
         insert "$name" "$out/$name.table"
     done

@@ -33,6 +33,7 @@ fn mode_to_json(results: &Results, runs: &ModeRuns) -> Value {
         "seconds": runs.seconds().map(spread_to_json),
         "ratio_to_normal": results.ratio(Mode::Normal, mode).map(spread_to_json),
         "share_of_limit": results.ratio(Mode::Limit, mode).map(spread_to_json),
+        "times_direct_io": results.ratio(mode, Mode::DirectIo).map(spread_to_json),
         "overlap": if mode == Mode::DirectIo { results.overlap(mode).map(spread_to_json) } else { None },
         "cpu_seconds_per_gib": results.cpu_seconds_per_gib(mode),
         "first_segment_share": runs.first_segment_share(),
@@ -91,6 +92,7 @@ mod tests {
         assert_eq!(normal["ratio_to_normal"], json!({ "median": 1.0, "min": 1.0, "max": 1.0 }));
         assert_eq!(direct["ratio_to_normal"]["median"], 4.0);
         assert_eq!(direct["share_of_limit"]["median"], 0.5);
+        assert_eq!((&normal["times_direct_io"]["median"], &direct["times_direct_io"]["max"]), (&json!(4.0), &json!(1.0)));
         assert_eq!(direct["pages"], "4k");
         assert_eq!(direct["runs"], json!([{ "seconds": 0.5, "cpu_seconds": 0.25 }, null]));
         assert_eq!(direct["failures"], json!([{ "round": 2, "reason": "killed", "wrong_bytes": false }]));

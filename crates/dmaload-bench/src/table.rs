@@ -97,6 +97,11 @@ fn verdicts(results: &Results) -> Vec<String> {
         let speed = format!("{:.2} GiB/s", limit / f64::from(1 << 30));
         lines.push(format!("direct_io reaches {} of the device's limit, which is {speed}", range(share, 2)));
     }
+    for runs in &results.modes {
+        if let (Mode::Peer(_), Some(ratio)) = (runs.mode, results.ratio(runs.mode, Mode::DirectIo)) {
+            lines.push(format!("{} takes {} times as long as direct_io", runs.mode, range(ratio, 2)));
+        }
+    }
     if let Some(overlap) = results.overlap(Mode::DirectIo) {
         lines.push(format!("overlap: {}: max(allocate, read) of no-overlap ÷ direct_io, per round", range(overlap, 2)));
     }
@@ -167,6 +172,16 @@ mod tests {
             assert!(text.contains(words), "{words:?} is missing in\n{text}");
         }
         assert!(!text.contains("overlap"), "no-overlap was not measured");
+    }
+
+    #[test]
+    fn peers_are_compared_with_the_engine_within_each_round() {
+        let peer = Mode::peer("other=program").unwrap();
+        let text = plain(&results(vec![
+            (Mode::DirectIo, vec![run(0.5), run(1.0), run(1.0)]),
+            (peer, vec![run(1.0), run(1.1), run(1.2)]),
+        ]));
+        assert!(text.contains("other takes 1.20 (1.10–2.00) times as long as direct_io"), "{text}");
     }
 
     #[test]

@@ -118,8 +118,8 @@ impl Engine {
         Ok(())
     }
 
-    /// Gets the batch's memory: either populated, or, for `populates_late`, with the sink that will
-    /// populate it.
+    /// Gets the batch's memory: either populated, or, with `populates_late`, with the sink that
+    /// will populate it.
     fn memory_for(
         self: &Arc<Self>,
         load: &Arc<LoadShared>,

@@ -54,7 +54,7 @@ impl Server {
         // would be refused from connecting.
         let mode = Mode::from_raw_mode(if options.allowed_users.is_empty() { 0o600 } else { 0o666 });
         let socket = new_socket().map_err(|errno| failed("create a socket", errno))?;
-        // A connection inherits the option from the listener when the client connects, so it is set
+        // A connection inherits this from the listener when the client connects, so it is set
         // before anyone can connect.
         let closer = (!refuse_descriptors(socket.as_fd())).then(Arc::default);
         let listener = Listener::bind(socket, path, mode).map_err(|reason| refuse(path, reason))?;
