@@ -302,8 +302,8 @@ def test_a_child_forked_while_rows_are_gathered_has_the_tensor(tmp_path, program
     """A child does not wait for a thread that exists only in its parent."""
     rows = 1 << 18
     path = write(tmp_path / "rows.safetensors", {"w": tensor("U8", [rows, 16])})
-    # The script avoids NumPy, which imports modules lazily: if a thread is importing one during the
-    # fork, that module's import lock stays locked in the child.
+    # The script avoids NumPy, which imports modules lazily: if a thread is importing one during
+    # the fork, that module's import lock stays locked in the child.
     text = """
     import os, signal, sys, threading, time
     import dmaload
