@@ -212,7 +212,11 @@ pub(crate) fn start(loader: &Loader, file: OwnedFd, file_bytes: u64, options: &d
 /// The requested range of the file's bytes.
 fn requested_range(file_bytes: u64, offset: u64, bytes: u64) -> Result<Range<u64>> {
     let left = file_bytes.checked_sub(offset).filter(|&left| left > 0 && bytes <= left).ok_or_else(|| {
-        Failure::invalid(format!("the file has {file_bytes} bytes, too few for {} bytes at offset {offset}", bytes.max(1)))
+        Failure::invalid(if bytes == 0 {
+            format!("offset {offset} is not before the end of the file ({file_bytes} bytes)")
+        } else {
+            format!("the file has {file_bytes} bytes, too few for {bytes} bytes at offset {offset}")
+        })
     })?;
     Ok(offset..offset + if bytes == 0 { left } else { bytes })
 }

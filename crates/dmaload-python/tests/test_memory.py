@@ -301,9 +301,9 @@ def test_exports_leak_no_references(tmp_path):
 def test_a_child_forked_while_rows_are_gathered_has_the_tensor(tmp_path, programs):
     """A child does not wait for a thread that exists only in its parent."""
     rows = 1 << 18
-    # Does not use NumPy: if a thread is importing a module during a fork, its import lock stays
-    # locked in the child.
     path = write(tmp_path / "rows.safetensors", {"w": tensor("U8", [rows, 16])})
+    # The script avoids NumPy, which imports modules lazily: if a thread is importing one during
+    # the fork, that module's import lock stays locked in the child.
     text = """
     import os, signal, sys, threading, time
     import dmaload

@@ -383,9 +383,9 @@ pub enum Error {
         /// The file that the index maps it to.
         path: PathBuf,
     },
-    /// These bytes of the file were not all loaded, because only other parts were requested, or
-    /// they are not contiguous in memory ([`crate::Layout::Tensors`]).
-    #[error("{}: bytes {}..{} were not loaded", printable::path(.path), .range.start, .range.end)]
+    /// This range of the file cannot be viewed as one slice: not all of its bytes were requested,
+    /// or they are not contiguous in memory ([`crate::Layout::Tensors`]).
+    #[error("{}: bytes {}..{} were not loaded, or are not contiguous in memory", printable::path(.path), .range.start, .range.end)]
     NotLoaded {
         /// The file.
         path: PathBuf,

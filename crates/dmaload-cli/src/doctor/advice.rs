@@ -233,7 +233,10 @@ fn device(facts: &Facts) -> Option<Advice> {
     let (change, command) = if lacks_udmabuf {
         ("boot a kernel with CONFIG_UDMABUF, or CONFIG_DMABUF_HEAPS_SYSTEM", "uname -r")
     } else {
-        ("load the module udmabuf (the kernel needs CONFIG_UDMABUF, or CONFIG_DMABUF_HEAPS)", "sudo modprobe udmabuf")
+        (
+            "load the module udmabuf (if there is none: boot a kernel with CONFIG_UDMABUF or CONFIG_DMABUF_HEAPS_SYSTEM)",
+            "sudo modprobe udmabuf",
+        )
     };
     Some(Advice::new(change, command, gain))
 }

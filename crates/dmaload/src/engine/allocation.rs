@@ -19,7 +19,7 @@ use crate::telemetry::report::Way;
 pub(crate) struct FilePlan {
     pub(crate) identity: Identity,
     pub(crate) alignment_bytes: u64,
-    /// The part of the file that is the model.
+    /// The byte range of the file that contains the model.
     pub(crate) part: Range<u64>,
     pub(crate) tensors: Option<Arc<FileTensors>>,
     /// How many bytes will be read, and how many of them were requested.

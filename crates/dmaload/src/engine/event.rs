@@ -33,7 +33,7 @@ pub(crate) struct Finished {
 pub(crate) struct LoadFile {
     pub(crate) path: Arc<PathBuf>,
     pub(crate) bytes: u64,
-    /// The part of the file that is the model.
+    /// The byte range of the file that contains the model.
     pub(crate) part: Range<u64>,
     pub(crate) tensors: Option<Arc<FileTensors>>,
     /// Whether `tensors` is final. The headers of small files are read with their other bytes, so

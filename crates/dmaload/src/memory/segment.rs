@@ -49,7 +49,7 @@ pub(crate) struct Placement {
     pub(crate) tensors: Option<Arc<FileTensors>>,
     pub(crate) path: Arc<PathBuf>,
     pub(crate) file_bytes: u64,
-    /// The part of the file that is the model.
+    /// The byte range of the file that contains the model.
     pub(crate) part: Range<u64>,
     pub(crate) file_range: Range<u64>,
     pub(crate) memory_offset: usize,
@@ -115,7 +115,8 @@ impl Segment {
         self.0.place.memory_offset
     }
 
-    /// The length of the segment's memory: its bytes, rounded up. The rest is zero.
+    /// The length of the segment's memory: [`Self::len`], rounded up to a block of its file system
+    /// (at least a page). The padding is zero.
     pub fn memory_bytes(&self) -> usize {
         self.0.place.memory_bytes
     }
@@ -268,7 +269,7 @@ impl Segment {
         self.0.place.file_bytes
     }
 
-    /// The part of the file that is the model.
+    /// The byte range of the file that contains the model.
     pub(crate) fn file_part(&self) -> Range<u64> {
         self.0.place.part.clone()
     }

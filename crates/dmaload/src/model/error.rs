@@ -64,7 +64,7 @@ pub enum ModelError {
     /// The declared header ends past the end of the file.
     #[error(
         "the header's declared length is {header_bytes} bytes (and 8 for the length itself), but the file \
-         has only {file_bytes}; it is cut short, at least {} bytes are missing",
+         has only {file_bytes}; the file is cut short, and at least {} bytes are missing",
         .header_bytes.saturating_add(8).saturating_sub(*.file_bytes)
     )]
     HeaderPastEnd {
@@ -260,7 +260,7 @@ pub enum ModelError {
     /// A tensor ends past the end of the file.
     #[error(
         "tensor {} ends at byte {end} of the data, but the file has only {data_bytes} bytes of data; \
-         it is cut short, at least {missing_bytes} bytes are missing",
+         the file is cut short, and at least {missing_bytes} bytes are missing",
         quote(.tensor)
     )]
     PastEnd {
@@ -338,14 +338,15 @@ pub enum ModelError {
 
     /// A GGUF file ends within its header.
     #[error(
-        "GGUF header, byte {offset}: {part} would end past the file's {file_bytes} bytes; it is cut short, at least {missing} bytes are missing"
+        "GGUF header, byte {offset}: {part} extends past the end of the file ({file_bytes} bytes); the file is cut short, \
+         and at least {missing} bytes are missing"
     )]
     GgufCutShort {
         /// Where the incomplete part begins.
         offset: u64,
         /// The name of that part.
         part: &'static str,
-        /// The number of its bytes that are missing.
+        /// How many bytes of that part are missing; more may follow it.
         missing: u64,
         /// The length of the file.
         file_bytes: u64,

@@ -216,7 +216,8 @@ impl LoadOptions {
 
     /// The route to start at. Default: the faster of direct reads by the best route and staged
     /// reads ([`Route::Bounce`]), and on some network file systems also of
-    /// [`Route::UringBuffered`].
+    /// [`Route::UringBuffered`]. For files in memory (tmpfs, DAX), whose direct reads are copies,
+    /// [`Route::PreadDirect`].
     ///
     /// Which one is fastest depends on the machine, so a load of 512 MiB or more measures each on
     /// a part of itself and continues with the fastest one. Later loads of the loader from the

@@ -40,8 +40,9 @@ pub(crate) const MOST_READERS: usize = 32;
 /// trial, and twice as many after each further one.
 const REST_EPOCHS_MAX: u32 = 16;
 
-/// Number of jobs after a pause that are not measured, because they may only fill an empty window:
-/// that is as fast as threads can allocate, whatever the device does.
+/// Number of jobs after a pause that are not measured: while the window fills, they run as fast as
+/// memory can be allocated, whatever the device does. A load's share of the default window holds
+/// one more (six batches).
 const FILLING_JOBS: usize = 5;
 
 /// Maximum number of threads that copy on a machine with `cores` processors.

@@ -281,12 +281,12 @@ fn parse_descriptors(path: &Path, descriptors: Vec<OwnedFd>) -> Result<(Descript
     }
     let description = Description::parse(&json).map_err(wrong)?;
     let memories = descriptors.map(|fd| {
-        let taken = if description.dma_bufs {
-            DmaBuf::from_fd(fd).map(Memory::DmaBuf)
+        let (taken, expected) = if description.dma_bufs {
+            (DmaBuf::from_fd(fd).map(Memory::DmaBuf), "a dma-buf")
         } else {
-            Memfd::from_sealed(fd).map(Memory::Memfd)
+            (Memfd::from_sealed(fd).map(Memory::Memfd), "a sealed memfd")
         };
-        taken.map_err(|error| wrong(format!("unexpected kind of memory: {}", error.errno.describe())))
+        taken.map_err(|error| wrong(format!("an allocation is not {expected}: {}", error.errno.describe())))
     });
     let memories = memories.collect::<Result<Vec<_>>>()?;
     if memories.len() != description.memories {

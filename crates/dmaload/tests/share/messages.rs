@@ -82,8 +82,8 @@ async fn lying_server_cannot_cause_out_of_bounds_access() {
     };
     let cases: Vec<(Vec<OwnedFd>, Option<&str>)> = vec![
         (vec![description(&describe(good, 2)), two_pages(true), two_pages(true)], None),
-        (vec![description(&describe(good, 2)), two_pages(true), two_pages(false)], Some("unexpected kind of memory")),
-        (vec![description(&describe(good, 2)), two_pages(true), file()], Some("unexpected kind of memory")),
+        (vec![description(&describe(good, 2)), two_pages(true), two_pages(false)], Some("an allocation is not a sealed memfd")),
+        (vec![description(&describe(good, 2)), two_pages(true), file()], Some("an allocation is not a sealed memfd")),
         (vec![description(&describe(good, 2)), two_pages(true)], Some("received 1 allocations")),
         (vec![description("[]")], Some("invalid description")),
         (vec![description("{")], Some("not JSON")),
@@ -99,7 +99,7 @@ async fn lying_server_cannot_cause_out_of_bounds_access() {
                 two_pages(true),
                 two_pages(true),
             ],
-            Some("unexpected kind of memory"),
+            Some("an allocation is not a dma-buf"),
         ),
         (vec![huge()], Some("its description is 314572800 bytes long")),
         // A segment larger than its memory, and one that leaves the end of its memory unused,

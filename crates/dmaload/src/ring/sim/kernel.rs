@@ -54,7 +54,8 @@ pub(super) struct SimKernel {
     pub(super) copiers: Vec<Duration>,
     disk_free_at: Duration,
     attached: BTreeMap<u64, usize>,
-    /// Number of reads refused by file systems, and of registrations refused by memory, so far.
+    /// How many reads file systems refused so far, plus how many registrations failed because the
+    /// memory can't be pinned.
     pub(super) refusals: usize,
 }
 

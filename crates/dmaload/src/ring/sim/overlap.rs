@@ -68,8 +68,8 @@ fn simulate_route(
     (total, most_out)
 }
 
-/// Simulates a load. Returns how long it took, and the largest numbers of pieces whose allocation
-/// had begun and that were not full, and of reads in flight.
+/// Simulates a load. Returns its duration, the peak number of pieces that were being allocated or
+/// filled, and the peak number of reads in flight.
 fn simulate_machine(machine: &TimedMachine) -> (Duration, u64, usize) {
     let &TimedMachine { route, pieces, window_pieces, staging, filled_by_copiers, allocating, reading, copying, copiers } =
         machine;

@@ -34,7 +34,8 @@ struct RefusingMachine {
 struct Done {
     fallbacks: Vec<Fallback>,
     failure: Option<Failure>,
-    /// Number of reads refused by the file system, and of registrations refused by memory.
+    /// How many reads the file system refused, plus how many registrations failed because the
+    /// memory can't be pinned.
     refusals: usize,
 }
 

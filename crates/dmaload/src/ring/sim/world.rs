@@ -391,11 +391,10 @@ impl World {
             self.leaked_bytes += self.driver.give_up(Failure::Kernel { errno });
             let calmer = Faults { breaks_per_mille: 0, ..self.faults.clone() };
             self.broken = true;
-            // Reads of a dead ring may continue to write to leaked memory. The simulator never
-            // completes them.
             self.act_on_outputs();
-            // Leaked memory is still registered with the dead ring. The new kernel has an empty
-            // table.
+            // Reads of the dead ring, which on a real kernel may still write to leaked memory, are
+            // dropped with it. Leaked memory stays registered with the dead ring; the table of the
+            // new one is empty.
             let seed = self.random.next();
             self.driver.replace_kernel(SimKernel::new(seed, calmer, &self.memory, &self.clock, Duration::ZERO));
         }
