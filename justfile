@@ -160,6 +160,11 @@ capi:
 capi-header:
     DMALOAD_WRITE_HEADER=1 cargo test --quiet -p dmaload-capi --test header
 
+# Compares the llama.cpp example with llama.cpp's own loader (downloads 40 MB).
+[group('other programs')]
+llama:
+    .ci/llama
+
 # Loads a small real model, and compares each tensor with the safetensors crate's.
 [group('other programs')]
 real-model:
