@@ -165,6 +165,11 @@ capi-header:
 llama:
     .ci/llama
 
+# Checks that building for another system fails with a sentence that says why.
+[group('other programs')]
+other-systems:
+    .ci/other-systems
+
 # Loads a small real model, and compares each tensor with the safetensors crate's.
 [group('other programs')]
 real-model:
