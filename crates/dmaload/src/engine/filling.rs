@@ -86,7 +86,7 @@ impl Filling {
 
     /// Populates an extent. On failure, records the error in the load.
     fn populate_extent(&self, extent: Range<usize>) -> std::result::Result<(), Errno> {
-        // The load or the engine has ended.
+        // One of them is gone if the load or the engine has ended.
         let (Some(load), Some(heap)) = (self.load.upgrade(), self.heap.upgrade()) else { return Err(Errno::CANCELED) };
         let populated = self.populate(&load, &heap, extent);
         if let Err(error) = populated {
@@ -101,7 +101,7 @@ impl Filling {
 
     fn populate(&self, load: &LoadShared, heap: &HeapCode, extent: Range<usize>) -> Result<()> {
         let memory_bytes = extent.len() as u64;
-        // Held until the pages are present.
+        // The grant is held until the pages are present.
         let _grant = self.engine.grant(memory_bytes)?;
         let start = Instant::now();
         load.begin_allocating();
