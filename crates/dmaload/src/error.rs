@@ -190,7 +190,7 @@ pub enum Error {
         route: Route,
         /// What was being tried.
         attempt: Attempt,
-        /// The kernel's error.
+        /// The kernel's error, or an equivalent one if the kernel was not asked or returned none.
         errno: Errno,
     },
     /// Memory could not be allocated, populated, mapped, sealed, exported or accessed.
@@ -207,10 +207,10 @@ pub enum Error {
         planned_bytes: u64,
     },
     /// The caller's code panicked. If it is a heap, a verifier or an observer, only the load that
-    /// it belongs to fails. If it is a waker, only the future that was polled with it, or the next
-    /// item of the stream, is this error; the load and the stream continue.
-    /// [`crate::Load::finish`] keeps waiting with its next waker. (If `code` names a thread of
-    /// dmaload, dmaload itself or a `tracing` subscriber panicked.)
+    /// it belongs to fails. If it is a waker, the load continues: the future or stream that was
+    /// polled with the waker returns this error once, and [`crate::Load::finish`] keeps waiting
+    /// with its next waker. (If `code` names a thread of dmaload, dmaload itself or a `tracing`
+    /// subscriber panicked.)
     #[error("{} panicked: {}", printable::text(.code), printable::text(.message))]
     Panicked {
         /// Which code panicked: `heap NAME`, `the verifier`, `the observer`, `the waker of a
@@ -311,7 +311,7 @@ pub enum Error {
         segment: usize,
     },
     /// The segment's bytes are being viewed. Handing it out would let others write to them.
-    #[error("cannot hand out segment {segment}: {views} views of its bytes are alive; drop them first")]
+    #[error("cannot hand out segment {segment} while its bytes are being viewed: drop the views ({views}) first")]
     Viewed {
         /// The segment.
         segment: usize,
@@ -319,7 +319,9 @@ pub enum Error {
         views: usize,
     },
     /// The tensor spans several segments, or is empty and in none, so no single dma-buf holds it.
-    #[error("tensor {tensor:?} spans {segments} segments: use its parts, or load with larger segments or Layout::Single")]
+    #[error(
+        "tensor {tensor:?} is in {segments} segments, not in one: use its parts, or load with larger segments or Layout::Single"
+    )]
     Straddles {
         /// The tensor.
         tensor: String,
@@ -428,7 +430,7 @@ pub enum Error {
         max_segment_bytes: u64,
     },
     /// No file of the load has a tensor of this name, or one that matches this pattern.
-    #[error("there is no tensor named {0:?}")]
+    #[error("there is no tensor named or matching {0:?}")]
     NoSuchTensor(String),
     /// The memory has no file descriptor of the requested kind, or is a dma-buf, which cannot be
     /// private ([`crate::PrivateMemory`]).

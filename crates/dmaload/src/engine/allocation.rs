@@ -24,7 +24,7 @@ pub(crate) struct FilePlan {
     pub(crate) tensors: Option<Arc<FileTensors>>,
     /// How many bytes will be read.
     pub(crate) read_bytes: u64,
-    /// How many bytes were requested. More are read where whole blocks have to be.
+    /// How many bytes were requested. More are read where reads must cover whole blocks.
     pub(crate) wanted_bytes: u64,
     /// The route at which its reads start; for a small file, which is not open yet, the first
     /// route to try.

@@ -229,7 +229,8 @@ impl<T: Clone> Jobs<T> {
         self.schedule().scheduler.memory_bytes()
     }
 
-    /// Records that a load no longer holds files or driver memory, so another may be opened.
+    /// Records that an opened load no longer holds files or memory in the driver, so another load
+    /// may be opened.
     pub(super) fn end(&self) {
         self.schedule().scheduler.end();
         self.changed.notify_one();

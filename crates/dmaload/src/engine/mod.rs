@@ -16,8 +16,8 @@
 //!
 //! The engine decides which job is next, and runs it on one of its threads. It does no I/O itself:
 //! [`crate::files`] opens files, [`crate::memory`] allocates, and [`crate::ring`] reads. It
-//! requires threads and one eventfd. The kernel may refuse any other feature; loads then do
-//! without it and report that.
+//! requires threads and one eventfd. The kernel may refuse any other feature: a load that is
+//! not strict then does without it, and reports that.
 //!
 //! Shutdown: the engine closes when its [`Guard`] is dropped, or on request. Running loads fail.
 //! The ring thread drains its reads and ends, then the workers end. The teller ends last, after it

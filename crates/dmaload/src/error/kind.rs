@@ -20,7 +20,7 @@ use super::{Errno, Error};
 /// - Report it: [`Io`](Self::Io), [`Share`](Self::Share), [`Panicked`](Self::Panicked),
 ///   [`ShutDown`](Self::ShutDown).
 ///
-/// New kinds may be added, and errors that are [`Io`](Self::Io) today may change to one of them.
+/// A later version may add kinds, and use them for errors that are [`Io`](Self::Io) in this one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
@@ -129,7 +129,8 @@ impl Error {
         }
     }
 
-    /// The kernel's error; `None` for an error of another origin.
+    /// The kernel's error, or an equivalent one if the kernel was not asked ([`Error::Refused`],
+    /// [`Error::Device`]). `None` for an error of another origin.
     pub fn errno(&self) -> Option<Errno> {
         match self {
             Error::Start { errno, .. }

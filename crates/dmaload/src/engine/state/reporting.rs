@@ -24,7 +24,7 @@ use crate::telemetry::metrics::increment;
 use crate::telemetry::report::{FileReport, Report};
 use crate::telemetry::trace::{TraceEvent, TraceKind};
 
-/// The smallest amount read through the page cache that is reported.
+/// The smallest number of bytes read through the page cache that is reported: 1 GiB.
 const PAGE_CACHE_NOTE_BYTES: u64 = 1 << 30;
 /// How many retries are noted individually. A dying disk causes thousands; the first few suffice.
 const RETRIES_NOTED_MAX: usize = 8;
@@ -183,7 +183,7 @@ impl LoadShared {
         if let Some(shard) = self.options.select.shard {
             let Shard { rank, world_size, dim } = shard;
             let whole = dim.map_or("the bytes of each file".to_owned(), |dim| format!("each tensor along dimension {dim}"));
-            notes.push(format!("this is part {rank} of {world_size} of {whole}"));
+            notes.push(format!("this is the shard of rank {rank} of {world_size}, cut from {whole}"));
         }
         if let Some(cached_bytes) = filled_cache_bytes(state) {
             notes.push(format!(
@@ -245,8 +245,8 @@ impl LoadShared {
     }
 }
 
-/// Bytes read of all files that were, at least in part, read through the page cache; `None` if
-/// they are too few to report.
+/// The bytes read of all files that were, at least in part, read through the page cache; `None` if
+/// they are fewer than [`PAGE_CACHE_NOTE_BYTES`].
 pub(super) fn filled_cache_bytes(state: &LoadState) -> Option<u64> {
     let cached = state.files.iter().filter(|file| !file.route.is_direct());
     let cached_bytes: u64 = cached.map(|file| file.planned.read_bytes).sum();
