@@ -92,8 +92,8 @@ impl Load {
     /// whole, so its names arrive with its bytes. For several files, the model's index decides
     /// which file has the tensor. If the model has no index, or its index does not list the name,
     /// the tensor is returned only after the headers of all files are read, because another file
-    /// may have a tensor of the same name. Whether a model of several files is complete is known
-    /// by then or at the end of the load. If it is incomplete, the load fails, even if tensors
+    /// may have a tensor of the same name. Whether a model of several files is complete may be
+    /// known only at the end of the load. If it is incomplete, the load fails, even if tensors
     /// were already returned.
     ///
     /// As with segments, a change to a file during the load is detected when the file has been

@@ -44,10 +44,10 @@ pub enum ModelError {
         given: usize,
     },
 
-    /// The header is too short to contain a JSON object, or consists of whitespace.
+    /// The header is too short to contain a JSON object.
     #[error("the header's declared length is {header_bytes} bytes; the shortest header, \"{{}}\", has 2")]
     HeaderTooSmall {
-        /// The declared length of the JSON header; 0 if it consists of whitespace.
+        /// The declared length of the JSON header.
         header_bytes: u64,
     },
 
@@ -74,10 +74,10 @@ pub enum ModelError {
         file_bytes: u64,
     },
 
-    /// The header does not begin with `{`.
+    /// The header does not begin with `{`, apart from whitespace.
     #[error("the header begins with byte {found:#04x}, expected '{{' (0x7b)")]
     NotAnObject {
-        /// The byte found.
+        /// The byte in place of the `{`; the first byte of a header that is only whitespace.
         found: u8,
     },
 
@@ -210,7 +210,7 @@ pub enum ModelError {
     },
 
     /// `data_offsets` does not contain exactly two numbers.
-    #[error("tensor {}: \"data_offsets\" has {found} numbers{}, expected 2 (begin and end)",
+    #[error("tensor {}: \"data_offsets\" must have 2 numbers (begin and end), not {found}{}",
         quote(.tensor), if *.found > 2 { " or more" } else { "" })]
     OffsetCount {
         /// The tensor's name.
@@ -321,9 +321,8 @@ pub enum ModelError {
 
     /// Bytes at the end of the file belong to no tensor.
     #[error(
-        "the tensors end at byte {data_end} of the file, but it has {file_bytes} bytes; \
-         the last {} belong to no tensor",
-        .file_bytes - .data_end
+        "the tensors end at byte {data_end} of the file, which has {file_bytes} bytes: \
+         bytes {data_end}..{file_bytes} belong to no tensor"
     )]
     TrailingBytes {
         /// Where the last tensor ends in the file.
@@ -409,7 +408,7 @@ pub enum ModelError {
     },
 
     /// The index lists a file outside its folder, or a name that no file can have.
-    #[error("the index lists the file {}, which is not within its folder", quote(.name))]
+    #[error("the index lists the file {}, which is not within its folder or not the name of a file", quote(.name))]
     IndexLeavesFolder {
         /// The file's name.
         name: String,

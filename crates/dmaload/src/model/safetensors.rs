@@ -18,9 +18,9 @@
 //! README requires the header to begin with `{` and to be padded only with spaces.
 //!
 //! Memory and time are bounded by the header's length: parsing takes at most a small multiple of
-//! it in memory, and `n log n` comparisons of names. A value of the wrong type is refused where it
-//! begins, before the rest of it is read. The value of an unknown key is skipped; the header is
-//! refused if it nests more than 127 levels deep.
+//! that length in memory, and `n log n` comparisons of `n` names. A value of the wrong type is
+//! refused where it begins, before the rest of it is read. The value of an unknown key is skipped;
+//! the header is refused if it nests more than 127 levels deep.
 
 mod header;
 mod values;

@@ -183,7 +183,7 @@ impl LoadShared {
         if let Some(shard) = self.options.select.shard {
             let Shard { rank, world_size, dim } = shard;
             let whole = dim.map_or("the bytes of each file".to_owned(), |dim| format!("each tensor along dimension {dim}"));
-            notes.push(format!("this is the shard of rank {rank} of {world_size}, cut from {whole}"));
+            notes.push(format!("this is part {rank} of {world_size} of {whole}"));
         }
         if let Some(cached_bytes) = filled_cache_bytes(state) {
             notes.push(format!(

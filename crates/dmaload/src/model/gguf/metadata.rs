@@ -13,7 +13,7 @@ use crate::model::names::NameIndex;
 #[derive(Clone, PartialEq, Eq)]
 pub struct GgufMetadata {
     version: u32,
-    /// The part of the header that the ranges refer to.
+    /// The bytes of the header that the ranges refer to.
     bytes: Box<[u8]>,
     entries: Vec<KeyValue>,
     by_key: NameIndex,
@@ -272,8 +272,8 @@ fn next_value<'a>(kind: Kind, bytes: &mut &'a [u8]) -> Option<Value<'a>> {
     })
 }
 
-/// Maximum number of arrays around another array. An array inside that many may contain only
-/// values of fixed size. ggml does not support nested arrays.
+/// Maximum number of arrays around another array. An array inside that many may contain anything
+/// but arrays. ggml does not support nested arrays at all.
 const DEPTH_LIMIT: u32 = 4;
 
 /// Reads all pairs.
