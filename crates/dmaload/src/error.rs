@@ -221,7 +221,7 @@ pub enum Error {
     },
     /// The allocation would have taken the machine or this process's memory cgroup to its limit.
     #[error(
-        "{}: {wanted_bytes} more bytes are needed, but only {available_bytes} are available ({}, minus a reserve of {MARGIN_BYTES})",
+        "{}: {wanted_bytes} more bytes are needed, but only {available_bytes} are available ({}, minus a reserve of {MARGIN_BYTES} bytes)",
         printable::text(.heap), printable::text(.limit)
     )]
     OutOfMemory {
@@ -237,7 +237,7 @@ pub enum Error {
     },
     /// The load needs more memory at once than its loader may use
     /// ([`crate::LoaderBuilder::memory_limit_bytes`]).
-    #[error("{wanted_bytes} bytes must be in memory at once ({why}), {} more than the loader's limit of {limit_bytes}", .wanted_bytes - .limit_bytes)]
+    #[error("{wanted_bytes} bytes must be in memory at once ({why}), {} more than the loader's limit of {limit_bytes} bytes", .wanted_bytes - .limit_bytes)]
     OverLimit {
         /// Bytes that the load needs at once.
         wanted_bytes: u64,
@@ -250,7 +250,7 @@ pub enum Error {
     /// of the loader's memory limit ([`crate::LoaderBuilder::memory_limit_bytes`]) while the
     /// consumer waits for the next one ([`crate::Tensors::next_while_holding_blocking`]).
     #[error(
-        "cannot allocate {wanted_bytes} more bytes: the {held_bytes} bytes that the consumer of the load holds fill its share of the loader's limit of {limit_bytes}"
+        "cannot allocate {wanted_bytes} more bytes: the {held_bytes} bytes that the consumer of the load holds fill its share of the loader's limit of {limit_bytes} bytes"
     )]
     HeldUp {
         /// Memory, in bytes, of the tensors that were returned and are not dropped yet.
@@ -347,7 +347,7 @@ pub enum Error {
     /// Files of the model are missing or empty ([`crate::LoadOptions::allow_missing`]).
     #[error("{}: {}", printable::path(.path), printable::text(.reason))]
     Incomplete {
-        /// The folder, the index, or a part of the model.
+        /// The folder, the index, or a file of the model.
         path: PathBuf,
         /// Which files are missing, and why they are expected.
         reason: String,
@@ -402,7 +402,7 @@ pub enum Error {
         /// Number of rows.
         rows: u64,
     },
-    /// A tensor does not have the importer's alignment, and can't be copied to get it.
+    /// A tensor does not have the importer's alignment, and is not copied to get it.
     #[error("tensor {tensor:?} is at byte {offset} of its file, which is not a multiple of {alignment_bytes}: {why}")]
     Unaligned {
         /// The tensor.
@@ -417,12 +417,12 @@ pub enum Error {
     /// The load's segments exceed the importer's limits. Segments that share a dma-buf count as
     /// one.
     #[error(
-        "the load needs {segments} segments of up to {segment_bytes} bytes, but the importer accepts {max_segments} of up to {max_segment_bytes}"
+        "the load needs {segments} segments of up to {segment_bytes} bytes, but the importer accepts {max_segments} of up to {max_segment_bytes} bytes"
     )]
     Importer {
         /// Number of segments that the load needs.
         segments: usize,
-        /// Size of the largest of them.
+        /// Size of the largest of these segments.
         segment_bytes: u64,
         /// The importer's maximum number of segments.
         max_segments: usize,

@@ -17,8 +17,8 @@ use crate::telemetry::metrics::Metrics;
 /// window, one ring and a few threads.
 ///
 /// After the last clone and the last load are dropped, the threads drain the reads in flight and
-/// exit. (The thread that frees segments stays until the last one is dropped.) Dropping does not
-/// wait for that; [`Loader::shutdown`] does.
+/// exit. (The thread that frees segments stays until the last segment is dropped.) Dropping does
+/// not wait for that; [`Loader::shutdown`] does.
 ///
 /// Code that runs on the loader's threads (wakers, `tracing` subscribers, heaps, verifiers,
 /// observers) may call the loader, but must not wait for its loads or its shutdown: either may

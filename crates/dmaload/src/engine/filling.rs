@@ -75,7 +75,7 @@ impl Filling {
         }
     }
 
-    /// The index of the extent that contains `at`, and the part of the extent that belongs to the
+    /// The index of the extent that contains `at`, and the bytes of the extent that belong to the
     /// batch.
     fn extent_at(&self, at: usize) -> (usize, Range<usize>) {
         let number = at / self.extent_bytes;

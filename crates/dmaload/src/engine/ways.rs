@@ -122,9 +122,9 @@ impl Trial {
     /// Records that bytes of the batch that starts at `start` are full. Returns the measurement
     /// once all phases have ended.
     ///
-    /// The first phase is timed from its first read, and each later one from the end of those
-    /// before it. The time between a phase's first full batch and its last says little, because
-    /// storage finishes the reads in flight at about the same time.
+    /// The first phase is timed from its first read, and each later phase from the end of all
+    /// phases before it. The time between a phase's first full batch and its last says little,
+    /// because storage finishes the reads in flight at about the same time.
     fn record_full(&mut self, start: u64, bytes: u64, now: Duration) -> Option<Measured> {
         self.phase_of(start)?.record_full(bytes, now);
         let mut ended = true;

@@ -47,8 +47,8 @@ pub enum ErrorKind {
     Incomplete,
     /// Several files contain a tensor of this name. Say which file to use.
     Ambiguous,
-    /// The tensor or the bytes exist, but were not requested when the files were loaded. Load
-    /// them.
+    /// The tensor or the bytes exist, but were not requested when the files were loaded, or the
+    /// bytes are not contiguous in memory. Load them, or use another [`crate::Layout`].
     NotLoaded,
     /// The file changed after the load began. Load it again when nothing is writing to it.
     Changed,

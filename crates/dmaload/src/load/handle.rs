@@ -135,8 +135,9 @@ impl Load {
     /// Blocking version of [`Self::tensor`], for model builders without `async`. The thread sleeps
     /// until the tensor has arrived.
     ///
-    /// Don't call this from a thread with other work to do: on a worker of an async runtime it
-    /// stops all of that worker's tasks. Don't call it on the loader's own threads (in wakers,
+    /// Don't call this from a thread with other work to do: on a worker of an async runtime, the
+    /// call stops all of that worker's tasks. Don't call it on the loader's own threads (in
+    /// wakers,
     /// `tracing` subscribers, heaps, verifiers or observers) either, because the load may need the
     /// thread that waits.
     ///

@@ -34,7 +34,7 @@ pub struct Image {
 pub struct ImageFile {
     path: Arc<PathBuf>,
     bytes: u64,
-    /// The part of the file that contains the model.
+    /// The byte range of the file that contains the model.
     part: Range<u64>,
     segments: Arc<[Segment]>,
     tensors: Option<Arc<FileTensors>>,
@@ -168,8 +168,8 @@ impl ImageFile {
     /// [`Error::NotLoaded`] under the same conditions as [`Self::bytes`]; [`Error::Viewed`] while
     /// views of anonymous memory are alive; [`Error::NoDescriptor`] for a dma-buf;
     /// [`Error::Memory`] if a memfd cannot be mapped again. If the range spans several segments,
-    /// [`Error::Viewed`] can be returned after some of them were handed out: views of those are
-    /// permanently revoked. Nothing is written to them, and a call after all views are dropped
+    /// [`Error::Viewed`] can be returned after some of these segments were handed out: their views
+    /// are permanently revoked, but nothing is written to them. A call after all views are dropped
     /// succeeds.
     pub fn private_memory(&self, range: Range<u64>) -> Result<PrivateMemory> {
         PrivateMemory::from_segments(&self.path, &self.segments, range)

@@ -31,7 +31,7 @@ pub enum ModelError {
     },
 
     /// The file is shorter than the smallest safetensors file.
-    #[error("the file has {file_bytes} bytes; the smallest safetensors file has 10 (an 8-byte length and \"{{}}\")")]
+    #[error("the file has {file_bytes} of the 10 bytes that even the smallest safetensors file has (an 8-byte length and \"{{}}\")")]
     FileTooShort {
         /// The length of the file.
         file_bytes: u64,
@@ -45,7 +45,7 @@ pub enum ModelError {
     },
 
     /// The header is too short to contain a JSON object.
-    #[error("the header's declared length is {header_bytes} bytes; the shortest header, \"{{}}\", has 2")]
+    #[error("the header's declared length in bytes is {header_bytes}; that of the shortest header, \"{{}}\", is 2")]
     HeaderTooSmall {
         /// The declared length of the JSON header.
         header_bytes: u64,
@@ -341,11 +341,11 @@ pub enum ModelError {
          and at least {missing} bytes are missing"
     )]
     GgufCutShort {
-        /// Where the incomplete part begins.
+        /// Where the incomplete item of the header begins.
         offset: u64,
-        /// The name of that part.
+        /// The name of that item.
         part: &'static str,
-        /// How many bytes of that part are missing; more may follow it.
+        /// How many bytes of that item are missing. What follows that item is missing, too.
         missing: u64,
         /// The length of the file.
         file_bytes: u64,
@@ -381,7 +381,7 @@ pub enum ModelError {
     /// A GGUF file violates a rule of the format, or exceeds a limit of this library.
     #[error("GGUF header, byte {offset}: {}", printable::text(.reason))]
     Gguf {
-        /// Where in the file the faulty part begins.
+        /// Where in the file the faulty item begins.
         offset: u64,
         /// What is wrong with it.
         reason: String,

@@ -45,7 +45,7 @@ pub(crate) struct WholeFile {
 impl AsRef<[u8]> for WholeFile {
     fn as_ref(&self) -> &[u8] {
         // SAFETY: `LoadShared::whole_file` creates this only for files whose pieces were all
-        // returned by the driver, so their part of the memory is filled. Nothing writes to it
+        // returned by the driver, so their memory is filled. Nothing writes to it
         // before it is handed over, which happens only after its file's check.
         unsafe { self.backing.filled(self.range.clone()) }
     }
@@ -169,12 +169,12 @@ impl LoadShared {
         Some(WholeFile { backing, range: to_usize(start)..to_usize(start + bytes) })
     }
 
-    /// Records that a file has not changed. `tensors` are those found in the memory of a small
-    /// file; `None` for other files.
+    /// Records that a file has not changed. `tensors` is the map read from the memory of a
+    /// small file; `None` for raw bytes and for other files.
     ///
     /// # Errors
-    /// For the last file of a load with small files, those of [`LoadShared::check_whole`], which
-    /// could not run earlier.
+    /// For the last file of a load with small files, the errors of [`LoadShared::check_whole`],
+    /// which could not run earlier.
     pub(crate) fn record_checked_file(&self, index: usize, tensors: Option<Arc<TensorMap>>) -> Result<()> {
         let mut state = self.state();
         if state.is_over() {

@@ -175,7 +175,7 @@ impl LoadShared {
         let mut notes = self.notes.to_vec();
         notes.extend(state.notes.iter().cloned());
         if state.retried > RETRIES_NOTED_MAX {
-            notes.push(format!("{} more reads failed once", state.retried - RETRIES_NOTED_MAX));
+            notes.push(format!("further reads that failed once: {}", state.retried - RETRIES_NOTED_MAX));
         }
         if self.is_observed_in_staging() {
             notes.push("this heap is uncached: bytes were observed in staging, so all reads were bounced".to_owned());
