@@ -31,7 +31,9 @@ pub enum ModelError {
     },
 
     /// The file is shorter than the smallest safetensors file.
-    #[error("the file has {file_bytes} of the 10 bytes that even the smallest safetensors file has (an 8-byte length and \"{{}}\")")]
+    #[error(
+        "the file has {file_bytes} of the 10 bytes that even the smallest safetensors file has (an 8-byte length and \"{{}}\")"
+    )]
     FileTooShort {
         /// The length of the file.
         file_bytes: u64,
