@@ -59,7 +59,7 @@ pub enum Error {
     /// A thread or a descriptor of the loader could not be created.
     #[error("cannot start a loader: cannot {operation}: {}", .errno.describe())]
     Start {
-        /// What failed.
+        /// What could not be done, such as `start a thread`.
         operation: &'static str,
         /// The kernel's error.
         errno: Errno,
@@ -230,7 +230,7 @@ pub enum Error {
         /// Bytes that are needed: of the next allocation, or of all that must be in memory at
         /// once.
         wanted_bytes: u64,
-        /// Bytes that can be allocated without invoking the OOM killer.
+        /// Bytes that can be allocated without invoking the OOM killer, minus a reserve.
         available_bytes: u64,
         /// What sets the limit.
         limit: String,

@@ -23,8 +23,8 @@ use crate::memory::backing::Backing;
 use crate::memory::buffer::{Fault, Sink, Write};
 use crate::support::once_value::OnceValue;
 
-/// How much is populated at once: a huge page, or as many small pages as fit into a processor's
-/// cache together with the staged bytes.
+/// The size of an extent, which is populated at once: a huge page, or as many small pages as fit
+/// into a processor's cache together with the staged bytes.
 pub(super) fn extent_bytes(pages: Pages) -> usize {
     if pages == Pages::Small { SMALL_EXTENT_BYTES } else { dmabuf::HUGE_PAGE_BYTES }
 }

@@ -224,7 +224,7 @@ impl<T: Clone> Jobs<T> {
         if schedule.workers.is_any_working_for(id) { None } else { schedule.scheduler.held_up(&id) }
     }
 
-    /// How much memory is in segments and in the pool.
+    /// How many bytes of memory loads hold or the pool keeps.
     pub(super) fn memory_bytes(&self) -> u64 {
         self.schedule().scheduler.memory_bytes()
     }
@@ -358,8 +358,8 @@ impl<T: Clone> Jobs<T> {
             if pause.is_none() {
                 schedule.watch_sleeps = true;
                 schedule = crate::support::sync::wait(&self.watch, schedule);
-                // Sleep for the full period even if the task ends: most jobs last for
-                // microseconds, and must not wake this thread each time.
+                // Sleep for the whole time that a worker may wait, even if its task ends sooner:
+                // most tasks last for microseconds, and must not wake this thread each time.
                 pause = (!schedule.finished).then(|| schedule.workers.patience());
             }
             let Some(pause) = pause else { break };

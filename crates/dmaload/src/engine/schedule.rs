@@ -281,8 +281,8 @@ impl<L: Clone + PartialEq> Scheduler<L> {
 
     /// Admits loads in order, while their reservations fit.
     fn admit(&mut self) {
-        // File systems with a load that waits for memory reserved by others of the same file
-        // system. None of their other loads overtakes it.
+        // File systems of which a load waits for memory that other loads from the same file system
+        // have reserved. No further load from that file system overtakes the waiting one.
         let mut waited_for = Vec::new();
         for priority in Priority::DOWN {
             for turn in self.turns.iter_mut().filter(|turn| !turn.admitted && turn.demand.priority == priority) {
@@ -309,8 +309,8 @@ impl<L: Clone + PartialEq> Scheduler<L> {
     /// Takes the next batch, from the load whose turn it is.
     fn next_batch(&mut self) -> Option<Job<L>> {
         let mut short = None;
-        // File systems with a load that waits for permits held by others of the same file system.
-        // None of their other loads overtakes it.
+        // File systems of which a load waits for permits that other loads from the same file
+        // system hold. No further load from that file system overtakes the waiting one.
         let mut waited_for = Vec::new();
         for priority in Priority::DOWN {
             let mut at = 0;
@@ -471,7 +471,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         self.making_room = false;
     }
 
-    /// How much memory is held by loads or in the pool.
+    /// How many bytes of memory loads hold or the pool keeps.
     pub(crate) fn memory_bytes(&self) -> u64 {
         self.budget.present()
     }

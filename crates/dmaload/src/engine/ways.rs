@@ -63,7 +63,7 @@ struct Phase {
     full_bytes: u64,
     /// When its first batch was queued for reading.
     queued_at: Option<Duration>,
-    /// When all earlier phases had ended, and how much of this one was full by then.
+    /// When all earlier phases had ended, and how many bytes of this phase were full by then.
     alone: Option<(Duration, u64)>,
     ended: Option<Duration>,
 }

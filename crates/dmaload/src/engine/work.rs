@@ -89,7 +89,7 @@ impl Engine {
                     self.jobs.end();
                 }
             }
-            // These may be the last references to files.
+            // The drops below may close files, which may wait for a server.
             self.jobs.begin_file(worker);
             foreign::discard(open);
             foreign::discard(load);

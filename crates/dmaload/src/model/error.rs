@@ -489,8 +489,8 @@ impl ModelError {
     }
 }
 
-/// Whether a GGUF version was written in big-endian byte order: as little-endian, it is too large
-/// for a version.
+/// Whether a GGUF version was written in big-endian byte order: read as little-endian, it is then
+/// too large for a version.
 fn is_big_endian(version: u32) -> bool {
     version > 0xffff && version.swap_bytes() <= 0xffff
 }

@@ -308,7 +308,6 @@ pub(super) fn read(cursor: &mut Cursor<'_>, version: u32, pairs: u64) -> Result<
     Ok(GgufMetadata { version, bytes: cursor.already_read(begin..end).into(), entries, by_key })
 }
 
-/// Skips a value.
 fn skip(cursor: &mut Cursor<'_>, kind: Kind, depth: u32) -> Result<(), Stop> {
     match (kind, kind.bytes()) {
         (_, Some(bytes)) => cursor.bytes(bytes, "a value").map(|_| ()),
