@@ -377,7 +377,7 @@ pub enum Error {
         paths: Vec<PathBuf>,
     },
     /// The tensor is in a file of the model that was not read: none of the requested tensors are
-    /// in that file, or it is missing and that was allowed.
+    /// in that file, or the file is missing, which was allowed.
     #[error("tensor {tensor:?} was not loaded: its file {} was not read", printable::path(.path))]
     NotSelected {
         /// The tensor's name.

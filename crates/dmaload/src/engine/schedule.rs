@@ -2,12 +2,12 @@
 //! of a loader.
 //!
 //! Pure bookkeeping, under the lock of [`super::jobs`]. Loads take turns, one batch each, so a
-//! large load can't starve a small one. A load that holds its share of the window (see
-//! [`crate::memory::window`]) is passed over. If a load that holds no part of the window finds no
-//! room, no other load overtakes it, so small loads can't starve a large one either. If there is
-//! room, but other loads hold the share of its file system, only loads of other file systems may
-//! overtake it. The number of open loads is bounded; further loads wait in order of arrival. Loads
-//! of a higher priority go first.
+//! large load can't starve a small one. A batch may find no room in the window, or exceed a share
+//! of it (see [`crate::memory::window`]). A load that already holds bytes of the window is then
+//! passed over. If it holds none, but other loads of its file system do, only loads of other file
+//! systems may overtake it. If its file system holds none either, no load may overtake it. Thus
+//! small loads can't starve a large one either. The number of open loads is bounded; further loads
+//! wait in order of arrival. Loads of a higher priority go first.
 //!
 //! If memory is limited, a load starts when its reservation is free (see
 //! [`crate::memory::budget`]), in order of arrival. A load that holds its share is passed over
