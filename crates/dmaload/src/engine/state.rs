@@ -37,7 +37,7 @@ use crate::telemetry::metrics::{LoadCounters, increment};
 use crate::telemetry::report::{Measured, Way};
 use crate::telemetry::trace::{TraceEvent, TraceKind};
 
-/// See the module documentation.
+/// A load as the engine sees it; see the module documentation.
 #[derive(Debug)]
 pub(crate) struct LoadShared {
     pub(crate) id: LoadId,
@@ -123,7 +123,7 @@ struct FileState {
 }
 
 /// The remains of a load that is over, to be dropped by a worker. Dropping them closes files,
-/// which blocks for as long as their server takes.
+/// which may wait for their servers.
 #[derive(Debug)]
 #[must_use]
 pub(crate) struct DeferredDrop {

@@ -271,8 +271,8 @@ pub struct TensorPart {
 }
 
 impl TensorPart {
-    /// Offset of the bytes in the segment's dma-buf or memfd. It differs from `offset` where the
-    /// segment shares the dma-buf or memfd with others.
+    /// Offset of the bytes in the segment's dma-buf or memfd. It may differ from `offset` where
+    /// the segment shares the dma-buf or memfd with others.
     pub fn memory_offset(&self) -> usize {
         self.segment.memory_offset() + self.offset
     }
