@@ -59,7 +59,7 @@ pub enum Error {
     /// A thread or a descriptor of the loader could not be created.
     #[error("cannot start a loader: cannot {operation}: {}", .errno.describe())]
     Start {
-        /// What failed.
+        /// What could not be done, such as `start a thread`.
         operation: &'static str,
         /// The kernel's error.
         errno: Errno,
@@ -190,7 +190,7 @@ pub enum Error {
         route: Route,
         /// What was being tried.
         attempt: Attempt,
-        /// The kernel's error.
+        /// The kernel's error, or an equivalent one if the kernel was not asked or returned none.
         errno: Errno,
     },
     /// Memory could not be allocated, populated, mapped, sealed, exported or accessed.
@@ -207,10 +207,10 @@ pub enum Error {
         planned_bytes: u64,
     },
     /// The caller's code panicked. If it is a heap, a verifier or an observer, only the load that
-    /// it belongs to fails. If it is a waker, only the future that was polled with it, or the next
-    /// item of the stream, is this error; the load and the stream continue.
-    /// [`crate::Load::finish`] keeps waiting with its next waker. (If `code` names a thread of
-    /// dmaload, dmaload itself or a `tracing` subscriber panicked.)
+    /// it belongs to fails. If it is a waker, the load continues: the future or stream that was
+    /// polled with the waker returns this error once, and [`crate::Load::finish`] keeps waiting
+    /// with its next waker. (If `code` names a thread of dmaload, dmaload itself or a `tracing`
+    /// subscriber panicked.)
     #[error("{} panicked: {}", printable::text(.code), printable::text(.message))]
     Panicked {
         /// Which code panicked: `heap NAME`, `the verifier`, `the observer`, `the waker of a
@@ -221,7 +221,7 @@ pub enum Error {
     },
     /// The allocation would have taken the machine or this process's memory cgroup to its limit.
     #[error(
-        "{}: {wanted_bytes} more bytes are needed, but only {available_bytes} are available ({}, minus a reserve of {MARGIN_BYTES})",
+        "{}: {wanted_bytes} more bytes are needed, but only {available_bytes} are available ({}, minus a reserve of {MARGIN_BYTES} bytes)",
         printable::text(.heap), printable::text(.limit)
     )]
     OutOfMemory {
@@ -230,14 +230,14 @@ pub enum Error {
         /// Bytes that are needed: of the next allocation, or of all that must be in memory at
         /// once.
         wanted_bytes: u64,
-        /// Bytes that can be allocated without invoking the OOM killer.
+        /// Bytes that can be allocated without invoking the OOM killer, minus a reserve.
         available_bytes: u64,
         /// What sets the limit.
         limit: String,
     },
     /// The load needs more memory at once than its loader may use
     /// ([`crate::LoaderBuilder::memory_limit_bytes`]).
-    #[error("{wanted_bytes} bytes must be in memory at once ({why}), {} more than the loader's limit of {limit_bytes}", .wanted_bytes - .limit_bytes)]
+    #[error("{wanted_bytes} bytes must be in memory at once ({why}), {} more than the loader's limit of {limit_bytes} bytes", .wanted_bytes - .limit_bytes)]
     OverLimit {
         /// Bytes that the load needs at once.
         wanted_bytes: u64,
@@ -250,7 +250,7 @@ pub enum Error {
     /// of the loader's memory limit ([`crate::LoaderBuilder::memory_limit_bytes`]) while the
     /// consumer waits for the next one ([`crate::Tensors::next_while_holding_blocking`]).
     #[error(
-        "cannot allocate {wanted_bytes} more bytes: the {held_bytes} bytes that the consumer of the load holds fill its share of the loader's limit of {limit_bytes}"
+        "cannot allocate {wanted_bytes} more bytes: the {held_bytes} bytes that the consumer of the load holds fill its share of the loader's limit of {limit_bytes} bytes"
     )]
     HeldUp {
         /// Memory, in bytes, of the tensors that were returned and are not dropped yet.
@@ -311,7 +311,7 @@ pub enum Error {
         segment: usize,
     },
     /// The segment's bytes are being viewed. Handing it out would let others write to them.
-    #[error("cannot hand out segment {segment}: {views} views of its bytes are alive; drop them first")]
+    #[error("cannot hand out segment {segment} while its bytes are being viewed: drop the views ({views}) first")]
     Viewed {
         /// The segment.
         segment: usize,
@@ -319,7 +319,9 @@ pub enum Error {
         views: usize,
     },
     /// The tensor spans several segments, or is empty and in none, so no single dma-buf holds it.
-    #[error("tensor {tensor:?} spans {segments} segments: use its parts, or load with larger segments or Layout::Single")]
+    #[error(
+        "tensor {tensor:?} is in {segments} segments, not in one: use its parts, or load with larger segments or Layout::Single"
+    )]
     Straddles {
         /// The tensor.
         tensor: String,
@@ -345,7 +347,7 @@ pub enum Error {
     /// Files of the model are missing or empty ([`crate::LoadOptions::allow_missing`]).
     #[error("{}: {}", printable::path(.path), printable::text(.reason))]
     Incomplete {
-        /// The folder, the index, or a part of the model.
+        /// The folder, the index, or a file of the model.
         path: PathBuf,
         /// Which files are missing, and why they are expected.
         reason: String,
@@ -375,7 +377,7 @@ pub enum Error {
         paths: Vec<PathBuf>,
     },
     /// The tensor is in a file of the model that was not read: none of the requested tensors are
-    /// in that file, or it is missing and that was allowed.
+    /// in that file, or the file is missing, which was allowed.
     #[error("tensor {tensor:?} was not loaded: its file {} was not read", printable::path(.path))]
     NotSelected {
         /// The tensor's name.
@@ -400,7 +402,7 @@ pub enum Error {
         /// Number of rows.
         rows: u64,
     },
-    /// A tensor does not have the importer's alignment, and can't be copied to get it.
+    /// A tensor does not have the importer's alignment, and is not copied to get it.
     #[error("tensor {tensor:?} is at byte {offset} of its file, which is not a multiple of {alignment_bytes}: {why}")]
     Unaligned {
         /// The tensor.
@@ -415,12 +417,12 @@ pub enum Error {
     /// The load's segments exceed the importer's limits. Segments that share a dma-buf count as
     /// one.
     #[error(
-        "the load needs {segments} segments of up to {segment_bytes} bytes, but the importer accepts {max_segments} of up to {max_segment_bytes}"
+        "the load needs {segments} segments of up to {segment_bytes} bytes, but the importer accepts {max_segments} of up to {max_segment_bytes} bytes"
     )]
     Importer {
         /// Number of segments that the load needs.
         segments: usize,
-        /// Size of the largest of them.
+        /// Size of the largest of these segments.
         segment_bytes: u64,
         /// The importer's maximum number of segments.
         max_segments: usize,
@@ -428,7 +430,7 @@ pub enum Error {
         max_segment_bytes: u64,
     },
     /// No file of the load has a tensor of this name, or one that matches this pattern.
-    #[error("there is no tensor named {0:?}")]
+    #[error("there is no tensor named or matching {0:?}")]
     NoSuchTensor(String),
     /// The memory has no file descriptor of the requested kind, or is a dma-buf, which cannot be
     /// private ([`crate::PrivateMemory`]).

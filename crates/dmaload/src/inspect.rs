@@ -153,7 +153,7 @@ fn inspect_all(inputs: &[Input], choice: Choice<'_>) -> Result<Vec<Inspected>> {
     Ok(files)
 }
 
-/// 15 bytes, the longest thread name that the kernel keeps.
+/// The name of the reading threads: 15 bytes, the most that the kernel keeps.
 const THREAD: &str = "dmaload-inspect";
 
 /// Runs `read` on a new thread and waits for the result without blocking.
@@ -163,7 +163,7 @@ async fn on_thread<T: Send + 'static>(path: &Path, read: impl FnOnce(&Path) -> R
     let panicked = |message: String| Error::Panicked { code: format!("the thread {THREAD}"), message };
     let body = move || {
         let result = foreign::call(|| read(&own)).unwrap_or_else(|message| Err(panicked(message)));
-        // Wakes the caller's task. If the caller is gone, the result is discarded.
+        // Sending wakes the caller's task. If the caller is gone, the result is discarded.
         foreign::emit(|| drop(sender.send(result)));
     };
     let no_thread = |error: io::Error| Error::File {

@@ -26,9 +26,9 @@ use crate::ring::Slots;
 const ROUNDS: usize = 9;
 const TENSORS: usize = 200_000;
 const MANY: usize = 1_000_000;
-/// Environment variables: the case that a child process of this benchmark runs, and how many
-/// times.
+/// The environment variable with the case that a child process of this benchmark runs.
 const CASE: &str = "DMALOAD_INSTRUCTIONS_CASE";
+/// The environment variable with the number of times that the child process runs it.
 const TIMES: &str = "DMALOAD_INSTRUCTIONS_TIMES";
 
 struct Case {

@@ -17,8 +17,8 @@ use crate::telemetry::metrics::Metrics;
 /// window, one ring and a few threads.
 ///
 /// After the last clone and the last load are dropped, the threads drain the reads in flight and
-/// exit. (The thread that frees segments stays until the last one is dropped.) Dropping does not
-/// wait for that; [`Loader::shutdown`] does.
+/// exit. (The thread that frees segments stays until the last segment is dropped.) Dropping does
+/// not wait for that; [`Loader::shutdown`] does.
 ///
 /// Code that runs on the loader's threads (wakers, `tracing` subscribers, heaps, verifiers,
 /// observers) may call the loader, but must not wait for its loads or its shutdown: either may
@@ -178,9 +178,9 @@ impl LoaderBuilder {
 
     /// Maximum memory in which [`Route::Bounce`](crate::Route::Bounce) stages reads, from 2 MiB to
     /// 1 GiB. It is allocated as loads need it, and kept. A single load uses at most three
-    /// quarters of staging of 8 MiB or more, and may use all of less. Default:
+    /// quarters of staging if it has 8 MiB or more, otherwise all of it. Default:
     /// [`Self::STAGING_BYTES`], 16 MiB, plus 4 MiB for each copier thread after the first two: up
-    /// to 72 MiB on a machine with 16 or more CPUs, and never more than 16 MiB on one with two. An
+    /// to 72 MiB on a machine with 16 or more CPUs, and 16 MiB on one with at most two. An
     /// explicit size stays fixed.
     ///
     /// The number of copier threads follows measurements: when all are busy almost all the time,
@@ -197,7 +197,7 @@ impl LoaderBuilder {
     ///
     /// Memory is reused for allocations of exactly the same size: for most segments of any model
     /// if the segment size is the same, and for the last segment of a file only if the lengths
-    /// match. Kept are complete segments that were never handed out, except those on dma-heaps.
+    /// match. Only complete segments that were never handed out are kept, and none on dma-heaps.
     /// When memory runs short, an allocation frees pooled memory before it fails; where the kernel
     /// reports memory pressure (PSI), the whole pool is freed as soon as processes have to wait
     /// for memory. Default: 0, nothing is kept.
@@ -340,8 +340,8 @@ mod tests {
         let report = image.report();
         let measured = report.measured.expect("512 MiB are enough");
         assert!(measured.buffered_bytes_per_second.is_some(), "{measured:?}");
-        // Reading part of it through the page cache was a choice, and is not reported as a step
-        // down.
+        // Reading some of the file through the page cache was a choice, and is not reported as a
+        // step down.
         assert_eq!((report.route, report.cached_bytes), (Route::UringBuffered, 0));
         let steps: Vec<_> = report.fallbacks.iter().map(|step| (step.to, step.attempt)).collect();
         assert_eq!(steps, [(Route::PreadDirect, Attempt::RingOnOther)]);

@@ -33,7 +33,7 @@ pub fn io_uring() -> IoUring {
 /// What a load can do with a file. Returned by [`file()`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct File {
-    /// Its length.
+    /// The file's length.
     pub bytes: u64,
     /// The alignment that direct reads need.
     pub alignment_bytes: u64,

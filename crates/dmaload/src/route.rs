@@ -7,9 +7,9 @@ use dmabuf::Errno;
 
 use crate::support::names;
 
-/// A way for bytes to get into a segment, best first. A load starts at the requested route (see
-/// [`crate::LoadOptions::route`] for the default) and steps down when the kernel refuses it. Each
-/// step is a [`Fallback`] in the report.
+/// A way for bytes to get into a segment. The variants are in order, best first. A load starts at
+/// the requested route (see [`crate::LoadOptions::route`] for the default) and steps down when the
+/// kernel refuses it. Each step is a [`Fallback`] in the report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum Route {

@@ -29,13 +29,13 @@ use crate::telemetry::report::Way;
 type Prepared = (Arc<Backing>, Option<Arc<dyn Sink>>);
 
 /// How long to wait for the reaper to free dropped memory. Freeing takes up to half a second per
-/// GiB.
+/// GiB, so this suffices for 20 GiB.
 const FREEING_TIME: Duration = Duration::from_secs(10);
 
 impl Engine {
     /// Opens a batch's files, gets its memory, and passes its pieces to the ring thread. If any of
-    /// this fails, the load fails. Unused parts of `permit` and `advance` are returned when they
-    /// are dropped.
+    /// this fails, the load fails. Dropping `permit` and `advance` returns what the batch does not
+    /// use of them.
     pub(super) fn allocate(
         self: &Arc<Self>,
         load: &Arc<LoadShared>,
@@ -82,9 +82,10 @@ impl Engine {
             let files = u64::from(part.small);
             let mut permit = permit.split(Need { bytes: piece.memory_bytes, files, ..Need::default() });
             if part.small && piece.file_offset + piece.bytes >= part.identity.bytes {
-                // A file stays open until it is checked, which may be long after its reads, so the
-                // file itself holds a permit. Only its last piece adds that permit: a file whose
-                // next piece is in a later batch must not make that batch wait.
+                // A file stays open until it is checked, which may be long after its reads.
+                // Therefore, the file permit of the last piece moves to the file itself. Earlier
+                // pieces return theirs when full, so that a batch with a later piece of the file
+                // does not wait for them.
                 file.hold(permit.split(Need { files, ..Need::default() }));
             }
             let (offset, bytes) = (to_usize(piece.memory_offset), to_usize(piece.memory_bytes));
@@ -118,8 +119,9 @@ impl Engine {
         Ok(())
     }
 
-    /// Gets the batch's memory: either populated, or, with `populates_late`, with the sink that
-    /// will populate it.
+    /// Gets the batch's memory and populates it. With `populates_late`, memory that is neither
+    /// from the pool nor allocated with its pages is returned with a sink that will populate it
+    /// instead.
     fn memory_for(
         self: &Arc<Self>,
         load: &Arc<LoadShared>,
@@ -150,7 +152,7 @@ impl Engine {
     fn populate(&self, load: &LoadShared, heap: &HeapCode, allocation: &Allocation) -> Result<(Arc<Backing>, Populated)> {
         let batch = &allocation.batch;
         let part = to_usize(batch.memory_offset)..to_usize(batch.memory_offset + batch.bytes);
-        // Held until the pages are present.
+        // The grant is held until the pages are present.
         let (backing, _grant) = self.get_backing(load, heap, allocation)?;
         let (mapping, memory) = backing.parts();
         let populated = if backing.is_reused() {
@@ -267,12 +269,12 @@ fn at_limit(error: &dmabuf::Error, measure: impl Fn() -> Option<Headroom>) -> Op
     measure().filter(|seen| seen.available_bytes < error.bytes as u64)
 }
 
-/// A part of a batch, with its file open.
+/// The open file of a piece, and how to read the piece.
 struct OpenPart {
     file: Arc<OpenFile>,
-    /// The route to read it by.
+    /// The route at which its reads start, unless the batch's way requires a lower one.
     route: Route,
-    /// The chunks that are in the page cache.
+    /// The piece's chunks that are in the page cache.
     cached: CachedChunks,
 }
 
@@ -288,8 +290,8 @@ fn batch_way(load: &LoadShared, allocation: &Allocation, sources: &[OpenPart]) -
     if cached { Way::Staged } else { allocation.way }
 }
 
-/// Opens the part's file if it is not open yet, and then checks that the file has not changed
-/// since the load was planned.
+/// Opens the piece's file unless it is already open. On opening, checks that the file has not
+/// changed since the load was planned.
 fn open_part(load: &LoadShared, part: &BatchPart) -> Result<OpenPart> {
     // No lock is held here: opening may wait forever for a server, and recording a fallback emits
     // an event.

@@ -22,14 +22,15 @@ pub(crate) struct FilePlan {
     /// The byte range of the file that contains the model.
     pub(crate) part: Range<u64>,
     pub(crate) tensors: Option<Arc<FileTensors>>,
-    /// How many bytes will be read, and how many of them were requested.
+    /// How many bytes will be read.
     pub(crate) read_bytes: u64,
+    /// How many bytes were requested. More are read where reads must cover whole blocks.
     pub(crate) wanted_bytes: u64,
     /// The route at which its reads start; for a small file, which is not open yet, the first
     /// route to try.
     pub(crate) route: Route,
-    /// A small file is opened when its batch is allocated, and its header is parsed from its
-    /// memory.
+    /// Whether the file is small: it is then opened when its batch is allocated, and its header is
+    /// parsed from its memory.
     pub(crate) small: bool,
     /// The open file; `None` if the file is opened only when its first piece is allocated.
     pub(crate) open: Option<Arc<OpenFile>>,
@@ -48,13 +49,14 @@ pub(crate) struct Allocation {
     pub(crate) parts: Vec<BatchPart>,
 }
 
-/// A populated batch, or a populated part of one.
+/// A populated batch, or a populated extent of one.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Allocated {
-    /// The file and the segment that its first byte belongs to.
+    /// The file of the batch's first byte.
     pub(crate) file_index: usize,
+    /// The segment of the batch's first byte.
     pub(crate) segment: usize,
-    /// How many of its bytes come from files.
+    /// How many of the populated bytes come from files.
     pub(crate) bytes: u64,
     pub(crate) memory_bytes: u64,
 }

@@ -27,14 +27,15 @@ fn limit() -> u64 {
     Limit::OpenFiles.current().unwrap_or(u64::MAX)
 }
 
-/// Each file takes two descriptors. If descriptors are scarce, a quarter of them is for files.
+/// How many files may be open with this limit of descriptors. Each file takes two. If descriptors
+/// are scarce, a quarter of them is for files.
 fn files_within(limit: u64) -> u64 {
     let most = 4 * BATCH_FILES as u64;
     if limit < 4 * most { (limit / 8).max(1) } else { most }
 }
 
-/// Leaves room for files, for the descriptors that are open now, and for those that the process
-/// may open later.
+/// How many allocations may hold a descriptor: three quarters of what remains after the files and
+/// the descriptors that are open now. The last quarter is for what the process opens later.
 fn memories_within(limit: u64, open: u64) -> u64 {
     limit.saturating_sub(2 * files_within(limit)).saturating_sub(open) / 4 * 3
 }

@@ -23,8 +23,8 @@ use crate::memory::backing::Backing;
 use crate::memory::buffer::{Fault, Sink, Write};
 use crate::support::once_value::OnceValue;
 
-/// How much is populated at once: a huge page, or as many small pages as fit into a processor's
-/// cache together with the staged bytes.
+/// The size of an extent, which is populated at once: a huge page, or as many small pages as fit
+/// into a processor's cache together with the staged bytes.
 pub(super) fn extent_bytes(pages: Pages) -> usize {
     if pages == Pages::Small { SMALL_EXTENT_BYTES } else { dmabuf::HUGE_PAGE_BYTES }
 }
@@ -75,7 +75,7 @@ impl Filling {
         }
     }
 
-    /// The index of the extent that contains `at`, and the part of the extent that belongs to the
+    /// The index of the extent that contains `at`, and the bytes of the extent that belong to the
     /// batch.
     fn extent_at(&self, at: usize) -> (usize, Range<usize>) {
         let number = at / self.extent_bytes;
@@ -86,7 +86,7 @@ impl Filling {
 
     /// Populates an extent. On failure, records the error in the load.
     fn populate_extent(&self, extent: Range<usize>) -> std::result::Result<(), Errno> {
-        // The load or the engine has ended.
+        // One of them is gone if the load or the engine has ended.
         let (Some(load), Some(heap)) = (self.load.upgrade(), self.heap.upgrade()) else { return Err(Errno::CANCELED) };
         let populated = self.populate(&load, &heap, extent);
         if let Err(error) = populated {
@@ -101,7 +101,7 @@ impl Filling {
 
     fn populate(&self, load: &LoadShared, heap: &HeapCode, extent: Range<usize>) -> Result<()> {
         let memory_bytes = extent.len() as u64;
-        // Held until the pages are present.
+        // The grant is held until the pages are present.
         let _grant = self.engine.grant(memory_bytes)?;
         let start = Instant::now();
         load.begin_allocating();

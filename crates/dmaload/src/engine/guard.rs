@@ -93,7 +93,8 @@ impl Guard {
             leaked_bytes: AtomicU64::new(0),
             left_threads: AtomicUsize::new(0),
             counters: Arc::default(),
-            // A failure is ignored: the pool works without it.
+            // A failure is ignored: the pool works without the thread that watches memory
+            // pressure.
             stop_watch: (settings.pool_bytes > 0)
                 .then(|| eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).ok())
                 .flatten(),
@@ -149,7 +150,9 @@ impl Guard {
         &self.settings
     }
 
-    /// Starts a load; if the request or the options are invalid, the load fails with that error.
+    /// Starts a load. If the request or the options are invalid, or the engine has been closed,
+    /// the returned load has already failed.
+    ///
     /// `keep` says whether the load keeps all of its segments in memory at once.
     pub(crate) fn load(
         self: &Arc<Self>,
@@ -174,8 +177,8 @@ impl Guard {
         (outbox, shared)
     }
 
-    /// Records that the consumer of a stream has taken a segment, so its load may allocate that
-    /// many bytes more.
+    /// Records that the consumer of a stream has taken a segment of this much memory, so the load
+    /// may allocate as much again.
     pub(crate) fn consumed(&self, load: LoadId, bytes: u64) {
         self.engine.jobs.update_accounts(|scheduler| scheduler.consumed(&load, bytes));
     }
@@ -205,7 +208,7 @@ impl Guard {
     }
 
     /// Ends all loads and threads, and leaks the memory of reads that are still in flight at the
-    /// deadline. Starts when called, not when first polled.
+    /// deadline. The shutdown begins with the call, not when the future is first polled.
     pub(crate) fn shutdown(&self) -> impl Future<Output = Result<(), Leaked>> + Send + use<> {
         let engine = Arc::clone(&self.engine);
         engine.close();

@@ -11,7 +11,7 @@ use crate::support::foreign::{self, Foreign};
 #[derive(Debug, Clone)]
 pub(crate) struct HeapCode(Arc<Foreign<Arc<dyn Heap>>>);
 
-/// A weak reference, for values that the ring thread may drop.
+/// A weak reference to the heap, for values that the ring thread may drop.
 #[derive(Debug, Clone)]
 pub(super) struct WeakHeap(Weak<Foreign<Arc<dyn Heap>>>);
 

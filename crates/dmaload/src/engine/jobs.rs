@@ -66,18 +66,18 @@ struct Schedule<T> {
     allocating: HashMap<WorkerId, u64>,
     /// Whether the pace has grown, and the additional worker was not hired yet.
     growing: bool,
-    /// Whether the watching thread sleeps until a worker has to wait for a file, or a load for
-    /// others to end.
+    /// Whether the watching thread sleeps until a worker has to wait for a file, or a load has to
+    /// wait for other loads to end.
     watch_sleeps: bool,
     silence_checked_at: Instant,
 }
 
-/// A part of a load's remains. At most one worker at a time drops from each part.
+/// A group of values that remain of a load. At most one worker at a time drops values of a group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum DropKey {
-    /// Its files, whose closing may wait for a server.
+    /// The load's files, whose closing may wait for a server.
     Files(LoadId),
-    /// Its memory, which must not wait for its files.
+    /// The load's memory, whose drop must not wait for the files.
     Memory(LoadId),
 }
 
@@ -92,9 +92,9 @@ impl DropKey {
 /// Values that workers have to drop.
 #[derive(Debug, Default)]
 struct DropQueue {
-    /// Includes parts that a worker is dropping; those may be empty.
+    /// The values of each group. Includes groups that a worker is dropping; those may be empty.
     parts: HashMap<DropKey, Vec<Box<dyn Any + Send>>>,
-    /// The parts that no worker is dropping, in the order in which they are taken.
+    /// The groups that no worker is dropping, in the order in which they are taken.
     order: VecDeque<DropKey>,
 }
 
@@ -107,18 +107,18 @@ impl DropQueue {
         part.push(what);
     }
 
-    /// Takes all values of a part that no worker is dropping, if such a part exists. The caller
-    /// must call [`Self::dropped`] afterwards.
+    /// Takes all values of a group that no worker is dropping, if such a group exists. The caller
+    /// must call [`Self::dropped`] once it has dropped them.
     fn take(&mut self) -> Option<(DropKey, Vec<Box<dyn Any + Send>>)> {
         let left = self.order.pop_front()?;
-        let part = self.parts.get_mut(&left).expect("a part is kept until it is dropped");
+        let part = self.parts.get_mut(&left).expect("a group is kept until it is dropped");
         Some((left, std::mem::take(part)))
     }
 
-    /// Records that the values taken from a part were dropped, so another worker may take those
+    /// Records that the values taken from a group were dropped, so another worker may take those
     /// added since.
     fn dropped(&mut self, left: DropKey) {
-        if self.parts.get(&left).expect("a part is kept until it is dropped").is_empty() {
+        if self.parts.get(&left).expect("a group is kept until it is dropped").is_empty() {
             self.parts.remove(&left);
         } else {
             self.order.push_back(left);
@@ -224,12 +224,13 @@ impl<T: Clone> Jobs<T> {
         if schedule.workers.is_any_working_for(id) { None } else { schedule.scheduler.held_up(&id) }
     }
 
-    /// How much memory is in segments and in the pool.
+    /// How many bytes of memory loads hold or the pool keeps.
     pub(super) fn memory_bytes(&self) -> u64 {
         self.schedule().scheduler.memory_bytes()
     }
 
-    /// Records that a load no longer holds files or driver memory, so another may be opened.
+    /// Records that an opened load no longer holds files or memory in the driver, so another load
+    /// may be opened.
     pub(super) fn end(&self) {
         self.schedule().scheduler.end();
         self.changed.notify_one();
@@ -242,7 +243,7 @@ impl<T: Clone> Jobs<T> {
         schedule.scheduler.forget(&id);
         let load = schedule.loads.remove(&id);
         drop(schedule);
-        // The load's waiting batch may have held up others.
+        // The load's waiting batch may have held up other loads.
         self.changed.notify_one();
         load
     }
@@ -270,8 +271,8 @@ impl<T: Clone> Jobs<T> {
         schedule.loads.values().cloned().collect()
     }
 
-    /// Drops the values that workers did not drop before they ended. A part that a worker is still
-    /// dropping is left to that worker.
+    /// Drops the values that workers did not drop before they ended. A group that a worker is
+    /// still dropping is left to that worker.
     pub(super) fn drop_deferred(&self) {
         loop {
             let taken = self.schedule().drop_queue.take();
@@ -357,8 +358,8 @@ impl<T: Clone> Jobs<T> {
             if pause.is_none() {
                 schedule.watch_sleeps = true;
                 schedule = crate::support::sync::wait(&self.watch, schedule);
-                // Sleep for the full period even if the task ends: most jobs last for
-                // microseconds, and must not wake this thread each time.
+                // Sleep for the whole time that a worker may wait, even if its task ends sooner:
+                // most tasks last for microseconds, and must not wake this thread each time.
                 pause = (!schedule.finished).then(|| schedule.workers.patience());
             }
             let Some(pause) = pause else { break };
@@ -438,7 +439,7 @@ impl<T: Clone> Jobs<T> {
                 schedule.workers.begin(worker, Task { load: left.load(), is_open: false }, Some(Instant::now()));
                 self.wake_watch(&mut schedule);
                 drop(schedule);
-                // Other parts may be waiting, too.
+                // Other groups may be waiting, too.
                 self.changed.notify_one();
                 part.into_iter().for_each(foreign::discard);
                 schedule = self.schedule();

@@ -40,7 +40,7 @@ pub(super) enum Message<E> {
 #[derive(Debug)]
 struct MailboxState<E> {
     messages: VecDeque<Message<E>>,
-    /// Closed to new messages: the teller ends after those already queued.
+    /// Whether new messages are refused. The teller ends after those already queued.
     closed: bool,
     ended: bool,
 }

@@ -16,8 +16,8 @@
 //!
 //! The engine decides which job is next, and runs it on one of its threads. It does no I/O itself:
 //! [`crate::files`] opens files, [`crate::memory`] allocates, and [`crate::ring`] reads. It
-//! requires threads and one eventfd. Any other feature may be refused; a load then reports that it
-//! did without.
+//! requires threads and one eventfd. The kernel may refuse any other feature: a load that is
+//! not strict then does without it, and reports that.
 //!
 //! Shutdown: the engine closes when its [`Guard`] is dropped, or on request. Running loads fail.
 //! The ring thread drains its reads and ends, then the workers end. The teller ends last, after it
@@ -73,7 +73,7 @@ use crate::support::foreign;
 use crate::support::id::LoadId;
 use crate::telemetry::metrics::LoadCounters;
 
-/// See the module documentation.
+/// The state that all loads of a loader share; see the module documentation.
 #[derive(Debug)]
 pub(crate) struct Engine {
     /// The settings without the default options' verifier and observer, which are the caller's
@@ -108,10 +108,10 @@ pub(crate) struct WindowPermit {
 }
 
 impl WindowPermit {
-    /// Splits off a part, such as that for one piece of a batch.
+    /// Splits off a smaller permit, such as that for one piece of a batch.
     ///
     /// # Panics
-    /// If the part is larger than the permit.
+    /// If `part` exceeds what this permit still holds.
     fn split(&mut self, part: Need) -> WindowPermit {
         let left = |all: u64, part: u64| all.checked_sub(part).expect("a batch has a permit for each of its pieces");
         let (bytes, files) = (left(self.need.bytes, part.bytes), left(self.need.files, part.files));
@@ -247,7 +247,7 @@ impl Engine {
         }
         let mut held_bytes = 0;
         if threads > 0 && self.jobs.finish() {
-            // The ring thread hangs and keeps its pieces. Workers need not wait for it.
+            // The ring thread hangs and keeps its pieces. The workers may end without it.
             held_bytes = self.jobs.window_taken_bytes();
             threads = self.threads.wait(Duration::from_millis(100));
         }
@@ -257,8 +257,8 @@ impl Engine {
         self.report_left(held_bytes, threads)
     }
 
-    /// Reports the threads that have not ended yet, for a shutdown without a thread that could
-    /// wait.
+    /// Returns what a shutdown leaves behind, without waiting. Used if no thread could be started
+    /// to wait.
     fn left_now(&self) -> Result<(), Leaked> {
         let threads = self.threads.wait(Duration::ZERO);
         // The ring thread may still hold pieces.

@@ -97,7 +97,7 @@ impl Engine {
             return Choosing::fixed(if direct { Way::Direct } else { Way::Staged });
         }
         // This heap populates memory when it allocates it, so memory is always ready before its
-        // reads. Whether it can be pinned becomes known only when it is read into.
+        // reads. Whether it can be pinned becomes known only with the first read into it.
         if self.facts.allocates_at_once {
             return Choosing::fixed(Way::Direct);
         }
@@ -178,11 +178,12 @@ fn plan_all(engine: &Engine, load: &LoadShared, limit: Option<SizeLimit>) -> Res
     let (settings, allocates_at_once) = (&engine.settings, engine.facts.allocates_at_once);
     let (share_bytes, memory_limit_bytes) = (settings.share_bytes(), settings.memory_limit_bytes);
     let options = &load.options;
-    // If the heap populates a whole allocation at once, the window must count all of it. This
-    // excludes the layout `single`, whose allocation may be larger than the window and then could
-    // never be loaded.
+    // If the heap populates a whole allocation at once, the window must count all of it. The
+    // layout
+    // `single` is an exception: its allocation may be larger than the window, and then could never
+    // be loaded.
     let at_once = allocates_at_once && options.layout != Layout::Single;
-    // Lets several allocations proceed at the same time.
+    // Segments of up to an eighth of the window let several allocations proceed at the same time.
     let part_of_window = at_once.then_some(settings.window_bytes / 8);
     // Several segments of a stream must fit into the available memory.
     let part_of_room = if load.keep { None } else { headroom().map(|seen| seen.available_bytes / 8) };
@@ -225,7 +226,7 @@ fn plan_all(engine: &Engine, load: &LoadShared, limit: Option<SizeLimit>) -> Res
         selector.check_all_matched()?;
         selector.notes().into_iter().for_each(|note| load.note(Some(note)));
     }
-    // The headers of small files are read later. If only a byte range is read, headers are not.
+    // The headers of small files are read later. If only a byte range is loaded, none are read.
     let is_read = selector.as_ref().is_none_or(|selector| selector.needs_tensors() || selector.cuts_bytes());
     if is_read && !load.is_over() && !files.iter().any(|file| file.small) {
         let own = files.iter().map(|file| file.tensors.as_deref().map(|tensors| &*tensors.map));
@@ -367,8 +368,8 @@ struct PlannedFile {
     plan: FilePlan,
     spans: Vec<Span>,
     fallback: Option<Fallback>,
-    /// The tensors of a file that is cut at byte offsets. Its plan has no tensors, but the model
-    /// must still be whole.
+    /// The tensors of a file that is cut at byte offsets. The file's plan has none, but checking
+    /// that the model is whole needs them.
     cut: Option<TensorMap>,
 }
 
@@ -388,7 +389,7 @@ fn plan_file(
         && shape.layout != Layout::Tensors
         && let Ok((identity, alignment_bytes)) = identify(path)
         && shape.shares_memory(identity.bytes)
-        // A file whose length is reported as 0 may still have contents; only opening it shows.
+        // A file whose length is reported as 0 may still have contents: opening it shows that.
         && identity.bytes > 0
     {
         let bytes = identity.bytes;
@@ -460,11 +461,11 @@ fn plan_file(
     Ok(PlannedFile { plan: planned, spans, fallback, cut })
 }
 
-/// Returns [`LoadShared::starting_route`]. Logs if that is bounce only because bytes are observed
-/// in staging.
+/// Returns [`LoadShared::starting_route`]. Logs if that route is bounce only because bytes are
+/// observed in staging.
 ///
 /// # Errors
-/// [`Error::Config`] in that case if the load is strict.
+/// [`Error::Config`] if the load is strict and the route is bounce only for that reason.
 fn starting_route(load: &LoadShared) -> Result<Route> {
     let options = &load.options;
     let route = load.starting_route();
@@ -487,8 +488,8 @@ pub(super) fn staged_by(options: &LoadOptions) -> Route {
     options.route.filter(|&route| route < Route::Bounce).unwrap_or(Route::UringFixedDirect)
 }
 
-/// The fastest route for reads of this file, if the load does not request one: threads for a file
-/// in memory, otherwise a ring.
+/// The best route for reads of this file: on threads if the file is in memory and the load
+/// requests no route, otherwise through a ring.
 pub(super) fn best_route(file: &OpenFile, options: &LoadOptions) -> Route {
     if file.in_memory && options.route.is_none() { Route::PreadDirect } else { Route::UringFixedDirect }
 }
@@ -500,11 +501,11 @@ pub(super) struct FileRoute {
     pub(super) fallback: Option<Fallback>,
 }
 
-/// The route at which reads of this file start: `from`, buffered if `O_DIRECT` was refused, or a
-/// route without a ring if a ring must not read the file.
+/// Returns the route at which reads of this file start: `from`, or a lower one if `O_DIRECT` was
+/// refused, if a ring must not read the file, or if [`best_route`] is lower.
 ///
 /// # Errors
-/// [`Error::Refused`] if the load is strict and `from` is not possible.
+/// [`Error::Refused`] if the load is strict and `from` was refused.
 pub(super) fn route_for(file: &OpenFile, index: usize, offset: u64, load: &LoadShared, from: Route) -> Result<FileRoute> {
     let strict = load.options.strict;
     let staged_by = staged_by(&load.options);

@@ -97,7 +97,7 @@ impl OutboxState {
 
 impl Outbox {
     /// Takes the next event, if one is queued. Once the load has ended and its events were taken,
-    /// every further call returns the event of a failure with [`Error::ShutDown`].
+    /// every further call returns [`Event::Failed`] with [`Error::ShutDown`].
     pub(crate) fn take(&self) -> Option<Event> {
         let mut state = self.state();
         let closed = state.closed;
@@ -150,7 +150,7 @@ impl Drop for Announcer {
 pub(crate) struct Waiter {
     outbox: Arc<Outbox>,
     number: u64,
-    /// The interest it was last registered with.
+    /// The interest of its last registration; `None` after [`Self::unregister`].
     interest: Option<Interest>,
     /// The panic message of a waker of the current wait.
     panic: Arc<OnceLock<String>>,

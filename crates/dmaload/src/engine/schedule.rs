@@ -2,11 +2,12 @@
 //! of a loader.
 //!
 //! Pure bookkeeping, under the lock of [`super::jobs`]. Loads take turns, one batch each, so a
-//! large load can't starve a small one. A load that holds its share of the window (see
-//! [`crate::memory::window`]) is passed over. If a load that holds no part of the window finds no
-//! room, no other load overtakes it, so small loads can't starve a large one either. If its file
-//! system holds its share, only loads of other file systems may overtake it. The number of open
-//! loads is bounded; further loads wait in order of arrival. Loads of a higher priority go first.
+//! large load can't starve a small one. A batch may find no room in the window, or exceed a share
+//! of it (see [`crate::memory::window`]). A load that already holds bytes of the window is then
+//! passed over. If it holds none, but other loads of its file system do, only loads of other file
+//! systems may overtake it. If its file system holds none either, no load may overtake it. Thus
+//! small loads can't starve a large one either. The number of open loads is bounded; further loads
+//! wait in order of arrival. Loads of a higher priority go first.
 //!
 //! If memory is limited, a load starts when its reservation is free (see
 //! [`crate::memory::budget`]), in order of arrival. A load that holds its share is passed over
@@ -38,7 +39,7 @@ pub(crate) enum Job<L> {
     Allocate(L, usize, Need),
     /// Check that a file whose reads are all done is still the one that was opened.
     Check(L, usize),
-    /// Finish a full allocation: move tensors within it, export it as a dma-buf.
+    /// Finish a full allocation: move tensors within it, and export it as a dma-buf.
     Finish(L, usize),
     /// Free this many bytes of the pool, because the load is waiting for memory.
     MakeRoom(L, u64),
@@ -49,13 +50,13 @@ pub(crate) enum Job<L> {
 pub(crate) struct Need {
     /// Bytes of the window.
     pub(crate) bytes: u64,
-    /// How many small files have a piece in it.
+    /// How many of the batch's pieces belong to small files.
     pub(crate) files: u64,
-    /// Bytes that its load takes from the budget for it: the whole allocation with the first
-    /// batch, because memory from the pool comes in whole allocations.
+    /// Bytes that the load takes from the budget for this batch: those of the whole allocation for
+    /// its first batch, because memory from the pool comes in whole allocations; 0 for the others.
     pub(crate) held_bytes: u64,
-    /// The file system that it is read from. If small files of several file systems share a batch,
-    /// that of the first file.
+    /// The file system that the batch is read from; that of the first file, if small files of
+    /// several file systems share the batch.
     pub(crate) file_system: u64,
 }
 
@@ -96,7 +97,7 @@ impl LoadNeeds {
 pub(crate) struct HeldUp {
     /// The number of bytes that the consumer holds.
     pub(crate) held_bytes: u64,
-    /// The size of its next allocation.
+    /// The size of the load's next allocation.
     pub(crate) wanted_bytes: u64,
 }
 
@@ -114,7 +115,7 @@ struct LoadTurn<L> {
 }
 
 impl<L> LoadTurn<L> {
-    /// Whether its next batch starts an allocation that has to wait for its consumer.
+    /// Whether the load's next batch starts an allocation that has to wait for the consumer.
     fn is_far_ahead(&self, need: Need) -> bool {
         let most = self.demand.ahead_bytes.unwrap_or(u64::MAX);
         need.held_bytes > 0 && self.ahead > 0 && self.ahead.saturating_add(need.held_bytes) > most
@@ -125,7 +126,7 @@ impl<L> LoadTurn<L> {
 /// Bounded, because each of them has open files.
 const MOST_SILENT: usize = 64;
 
-/// See the module documentation.
+/// Decides which job is next; see the module documentation.
 #[derive(Debug)]
 pub(crate) struct Scheduler<L> {
     window: Window<L>,
@@ -269,7 +270,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
     }
 
     /// Closes the accounts of loads whose last batch was handed out. Must run before
-    /// [`Self::admit`], since other loads may be waiting for that memory.
+    /// [`Self::admit`], since other loads may be waiting for what these loads had reserved.
     fn close_done(&mut self) {
         let is_done = |turn: &LoadTurn<L>| turn.next == turn.demand.batches.len();
         for done in self.turns.iter().filter(|turn| is_done(turn)) {
@@ -280,8 +281,8 @@ impl<L: Clone + PartialEq> Scheduler<L> {
 
     /// Admits loads in order, while their reservations fit.
     fn admit(&mut self) {
-        // File systems with a load that waits for memory reserved by others of the same file
-        // system. None of their other loads overtakes it.
+        // File systems of which a load waits for memory that other loads from the same file system
+        // have reserved. No further load from that file system overtakes the waiting one.
         let mut waited_for = Vec::new();
         for priority in Priority::DOWN {
             for turn in self.turns.iter_mut().filter(|turn| !turn.admitted && turn.demand.priority == priority) {
@@ -308,8 +309,8 @@ impl<L: Clone + PartialEq> Scheduler<L> {
     /// Takes the next batch, from the load whose turn it is.
     fn next_batch(&mut self) -> Option<Job<L>> {
         let mut short = None;
-        // File systems with a load that waits for permits held by others of the same file system.
-        // None of their other loads overtakes it.
+        // File systems of which a load waits for permits that other loads from the same file
+        // system hold. No further load from that file system overtakes the waiting one.
         let mut waited_for = Vec::new();
         for priority in Priority::DOWN {
             let mut at = 0;
@@ -470,12 +471,12 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         self.making_room = false;
     }
 
-    /// How much memory is held by loads or in the pool.
+    /// How many bytes of memory loads hold or the pool keeps.
     pub(crate) fn memory_bytes(&self) -> u64 {
         self.budget.present()
     }
 
-    /// Records that an opened load no longer holds files.
+    /// Records that an opened load no longer holds files or memory in the driver.
     pub(crate) fn end(&mut self) {
         self.open = self.open.saturating_sub(1);
     }

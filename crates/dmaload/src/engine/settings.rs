@@ -31,7 +31,7 @@ pub(crate) struct Settings {
     /// Whether the caller chose the staging size; if so, it does not grow.
     pub(crate) staging_is_chosen: bool,
     pub(crate) pool_bytes: u64,
-    /// `u64::MAX` for no limit.
+    /// The limit of memory that segments occupy; `u64::MAX` for no limit.
     pub(crate) memory_limit_bytes: u64,
     /// The initial number of allocator threads.
     pub(crate) allocator_threads: usize,
@@ -85,9 +85,9 @@ impl Settings {
         !self.staging_is_chosen
     }
 
-    /// How much memory an allocator populates at once. Smaller if more than [`FIRST`] allocators
-    /// may run at the same time: their batches take up the window, which must leave room for
-    /// reads.
+    /// The size of a batch, which an allocator populates at once. Batches are smaller if more than
+    /// [`FIRST`] allocators may run at the same time: the batches being populated take up the
+    /// window, which must leave room for reads.
     pub(crate) fn batch_bytes(&self) -> u64 {
         if self.allocators().max_threads() > FIRST { BATCH_BYTES * 3 / 8 } else { BATCH_BYTES }
     }
@@ -107,7 +107,7 @@ impl Settings {
         let most = load.importer.max_segment_bytes;
         if load.segment_bytes.is_some_and(|bytes| bytes > most) || most < MIB {
             return wrong(format!(
-                "max_segment_bytes must be at least 1 MiB and at least the segment size ({segment_bytes} bytes), not {most}"
+                "max_segment_bytes must be at least 1 MiB and at least the segment size ({segment_bytes} bytes), not {most} bytes"
             ));
         }
         let alignment = load.importer.alignment_bytes;
@@ -123,7 +123,7 @@ impl Settings {
         Selector::new(&load.select)?;
         if self.memory_limit_bytes < SEGMENT_STEP_BYTES {
             return wrong(format!(
-                "the memory limit must hold at least a segment of 2 MiB, not {} bytes",
+                "the memory limit must be at least 2 MiB, the smallest segment size, not {} bytes",
                 self.memory_limit_bytes
             ));
         }
@@ -142,8 +142,9 @@ impl Settings {
         Ok(())
     }
 
-    /// The largest segment that leaves room for the maximum number of open loads, if memory is
-    /// limited.
+    /// The largest segment size at which each of the maximum number of open loads can have a
+    /// segment within the memory limit, but at least [`SEGMENT_STEP_BYTES`]. `None` without a
+    /// limit.
     pub(crate) fn share_bytes(&self) -> Option<u64> {
         let share = self.memory_limit_bytes / self.max_open_loads as u64 / SEGMENT_STEP_BYTES * SEGMENT_STEP_BYTES;
         (self.memory_limit_bytes < u64::MAX).then_some(share.max(SEGMENT_STEP_BYTES))

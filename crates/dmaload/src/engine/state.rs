@@ -37,7 +37,7 @@ use crate::telemetry::metrics::{LoadCounters, increment};
 use crate::telemetry::report::{Measured, Way};
 use crate::telemetry::trace::{TraceEvent, TraceKind};
 
-/// See the module documentation.
+/// A load as the engine sees it; see the module documentation.
 #[derive(Debug)]
 pub(crate) struct LoadShared {
     pub(crate) id: LoadId,
@@ -83,7 +83,7 @@ pub(crate) struct LoadShared {
 
 #[derive(Debug)]
 struct LoadState {
-    /// `None` when the load is over: finished, failed, or dropped. Dropping the last reference
+    /// `None` once the load has delivered its end or was dropped. Dropping the last reference
     /// wakes the consumers.
     events: Option<Arc<Announcer>>,
     /// Why the load failed, until the error is delivered to the consumer.
@@ -123,7 +123,7 @@ struct FileState {
 }
 
 /// The remains of a load that is over, to be dropped by a worker. Dropping them closes files,
-/// which blocks for as long as their server takes.
+/// which may wait for their servers.
 #[derive(Debug)]
 #[must_use]
 pub(crate) struct DeferredDrop {
@@ -457,7 +457,7 @@ impl LoadShared {
                 (number, memory.segments.clone(), memory.bytes)
             })
         };
-        // The span has already begun, or the load is over.
+        // Nothing to do if the span has already begun or the load is over.
         let Some((number, segments, bytes)) = planned else { return };
         let (segment, segments) = (segments.start, segments.len());
         let parent = &*self.span;
@@ -479,7 +479,7 @@ impl LoadShared {
     }
 
     /// The route that reads of a file start at. Only the driver knows later steps down, and the
-    /// route of one part says nothing about the other parts.
+    /// route of one piece says nothing about the other pieces.
     pub(crate) fn route_of(&self, file_index: usize) -> Route {
         self.state().files.get(file_index).map_or(self.starting_route(), |file| file.start)
     }
@@ -492,7 +492,7 @@ impl LoadShared {
     pub(crate) fn end_allocating(&self, part: &Allocated, start: Instant, populated: Option<(&Populated, bool)>) {
         let mut state = self.state();
         state.allocating.end(self.started.elapsed());
-        // The attempt failed, so there is nothing to count.
+        // If the attempt failed, there is nothing to count.
         let Some((populated, reused)) = populated else { return };
         self.allocated_bytes.fetch_add(part.bytes, Ordering::Relaxed);
         if self.options.trace {

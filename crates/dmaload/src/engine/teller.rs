@@ -187,7 +187,7 @@ impl Engine {
 
 impl Events<PieceBuffer<WindowPermit>> for Engine {
     fn on_outputs(&self, outputs: Vec<Output<PieceBuffer<WindowPermit>>>) {
-        // Return the permits first: the allocators may proceed while the teller does the rest.
+        // Return the permits first: the allocators may proceed while the teller handles outputs.
         let messages: Vec<_> = outputs.into_iter().map(|output| Message::Ring(output.map_buffer(drop))).collect();
         self.mailbox.push(messages);
     }

@@ -19,7 +19,7 @@ fn job_of_forgotten_load_frees_its_worker_and_permits() {
     let empty = tempfile::NamedTempFile::new().unwrap();
     let mut events = Segments::start(&guard, Ok(vec![Input::Path(empty.path().to_owned())]), LoadOptions::default(), true);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-    // A valid load without segments.
+    // The empty file is a valid load without segments.
     let next = runtime.block_on(async { tokio::time::timeout(Duration::from_secs(20), events.next()).await });
     assert!(next.expect("the workers still run").is_none());
     // The consumer may learn of the end before the scheduler does.

@@ -46,7 +46,7 @@ impl Threads {
 
 /// The memory and threads that a shutdown had to leave behind at its deadline.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("{bytes} bytes that reads in flight may still write to were leaked on purpose; {threads} threads have not ended")]
+#[error("{bytes} bytes that reads in flight may still write to were leaked on purpose; threads that have not ended: {threads}")]
 #[non_exhaustive]
 pub struct Leaked {
     /// How many bytes were leaked.

@@ -17,11 +17,12 @@ use dmabuf::Pages;
 use crate::support::id::LoadId;
 use crate::telemetry::report::{Measured, Way};
 
-/// Smaller loads are not measured: the gain must be worth the cost.
+/// The size of the smallest load that is measured: the gain must be worth the cost.
 pub(crate) const MEASURED_BYTES_MIN: u64 = 512 << 20;
-/// How much is read in each way. On small pages, direct reads wait for memory and are rarely
-/// faster, so less of the load is spent on them.
+/// How much of a load is read in each way to measure it.
 const PHASE_BYTES: u64 = 96 << 20;
+/// Replaces [`PHASE_BYTES`] on small pages: there, direct reads wait for memory and are rarely
+/// faster, so less of the load is spent on them.
 const SMALL_PAGES_PHASE_BYTES: u64 = 48 << 20;
 /// The ratio by which a way must be faster than the expected one to be chosen.
 const MARGIN: f64 = 1.03;
@@ -56,12 +57,13 @@ pub(crate) struct Trial {
 /// The progress of the batches that are read in one way.
 #[derive(Debug, Default)]
 struct Phase {
-    /// Their total size, and how much of it is full.
+    /// The total size of these batches.
     bytes: u64,
+    /// How many of these bytes are full.
     full_bytes: u64,
     /// When its first batch was queued for reading.
     queued_at: Option<Duration>,
-    /// When all earlier phases had ended, and how much of this one was full by then.
+    /// When all earlier phases had ended, and how many bytes of this phase were full by then.
     alone: Option<(Duration, u64)>,
     ended: Option<Duration>,
 }
@@ -120,9 +122,9 @@ impl Trial {
     /// Records that bytes of the batch that starts at `start` are full. Returns the measurement
     /// once all phases have ended.
     ///
-    /// The first phase is timed from its first read, and each later one from the end of those
-    /// before it. The time between a phase's first full batch and its last says little, because
-    /// storage finishes the reads in flight at about the same time.
+    /// The first phase is timed from its first read, and each later phase from the end of all
+    /// phases before it. The time between a phase's first full batch and its last says little,
+    /// because storage finishes the reads in flight at about the same time.
     fn record_full(&mut self, start: u64, bytes: u64, now: Duration) -> Option<Measured> {
         self.phase_of(start)?.record_full(bytes, now);
         let mut ended = true;

@@ -89,7 +89,7 @@ impl Engine {
                     self.jobs.end();
                 }
             }
-            // These may be the last references to files.
+            // The drops below may close files, which may wait for a server.
             self.jobs.begin_file(worker);
             foreign::discard(open);
             foreign::discard(load);
@@ -101,7 +101,7 @@ impl Engine {
     /// Checks a file that was read. If the file changed, the load fails before the file's last
     /// segment is handed over.
     fn check(&self, load: &Arc<LoadShared>, file: usize) {
-        // The load is over.
+        // `None` when the load is over.
         let Some((open, identity)) = load.take_file(file) else { return };
         // The header of a large file was read during planning.
         let checked = load.whole_file(file).map_or(Ok(None), |bytes| {
@@ -129,7 +129,7 @@ impl Engine {
     /// heap supports that.
     #[allow(unsafe_code)]
     fn finish(&self, load: &Arc<LoadShared>, heap: &HeapCode, number: usize) {
-        // The load is over.
+        // `None` when the load is over.
         let Some((backing, moves)) = load.full_memory(number) else { return };
         let start = Instant::now();
         for slot in &moves {

@@ -3,9 +3,9 @@
 //! A worker that opens, checks or closes a file waits for that file's server (FUSE, a network file
 //! system), which may never answer. A worker that has waited longer than [`STALLED_AFTER`] is
 //! *stalled*: it no longer counts, so another one takes its place. Until the server has answered,
-//! its load gets no further jobs that may wait for files. Thus a load whose server hangs keeps the
-//! workers that it already has, and takes no others. When a stalled worker resumes, a surplus one
-//! ends.
+//! the load that it works for gets no further jobs that may wait for files. Thus a load whose
+//! server hangs keeps the workers that it already has, and takes no others. When a stalled worker
+//! resumes, a surplus one ends.
 //!
 //! Each file of a batch counts as progress, so a worker is not stalled just because its batch has
 //! many files.
@@ -20,8 +20,8 @@ use crate::support::id::LoadId;
 /// costs an extra thread for a while.
 pub(super) const STALLED_AFTER: Duration = Duration::from_secs(1);
 
-/// Used instead while another worker is already stalled: others may wait for the same server, and
-/// are found one after the other.
+/// Replaces [`STALLED_AFTER`] while a worker is already stalled: others may wait for the same
+/// server, and are found one after the other.
 const NEXT_STALLED_AFTER: Duration = Duration::from_millis(100);
 
 /// How long to wait before starting a worker is retried.
@@ -57,7 +57,7 @@ struct Worker {
     stalled: bool,
 }
 
-/// See the module documentation.
+/// The workers of a loader; see the module documentation.
 #[derive(Debug)]
 pub(super) struct Workers {
     /// The target number of workers, besides those that are stalled.

@@ -40,7 +40,9 @@ impl Error {
                 }
                 "check the path"
             }
-            Error::File { errno: Errno::ELOOP, .. } => "a symbolic link points to itself: fix the link",
+            Error::File { errno: Errno::ELOOP, .. } => {
+                "the path follows too many symbolic links, probably in a circle: fix the links"
+            }
             Error::File { errno: Errno::EACCES | Errno::EPERM, .. } => "check the permissions of the file and its folders",
             // Opening a socket by its path fails with ENXIO.
             Error::File { errno: Errno::ENXIO, .. } | Error::NotAFile { kind: "a socket", .. } => {
@@ -134,7 +136,7 @@ fn memory_hint(heap: &str, refusal: &HeapError) -> Option<&'static str> {
         }
         Errno::EFBIG => "the file size limit also applies to memfds: raise it (ulimit -f), or use the heap anon",
         Errno::EOPNOTSUPP => {
-            "2 MiB pages are not available: see /sys/kernel/mm/transparent_hugepage/shmem_enabled, or allow pages of any size"
+            "2 MiB pages are not available: see shmem_enabled (for the heap anon, enabled) in /sys/kernel/mm/transparent_hugepage, or allow pages of any size"
         }
         _ => return None,
     })

@@ -20,7 +20,7 @@ use super::{Errno, Error};
 /// - Report it: [`Io`](Self::Io), [`Share`](Self::Share), [`Panicked`](Self::Panicked),
 ///   [`ShutDown`](Self::ShutDown).
 ///
-/// New kinds may be added, and errors that are [`Io`](Self::Io) today may change to one of them.
+/// A later version may add kinds, and use them for errors that are [`Io`](Self::Io) in this one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
@@ -47,8 +47,8 @@ pub enum ErrorKind {
     Incomplete,
     /// Several files contain a tensor of this name. Say which file to use.
     Ambiguous,
-    /// The tensor or the bytes exist, but were not requested when the files were loaded. Load
-    /// them.
+    /// The tensor or the bytes exist, but were not requested when the files were loaded, or the
+    /// bytes are not contiguous in memory. Load them, or use another [`crate::Layout`].
     NotLoaded,
     /// The file changed after the load began. Load it again when nothing is writing to it.
     Changed,
@@ -129,7 +129,8 @@ impl Error {
         }
     }
 
-    /// The kernel's error; `None` for an error of another origin.
+    /// The kernel's error, or an equivalent one if the kernel was not asked ([`Error::Refused`],
+    /// [`Error::Device`]). `None` for an error of another origin.
     pub fn errno(&self) -> Option<Errno> {
         match self {
             Error::Start { errno, .. }

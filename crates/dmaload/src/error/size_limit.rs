@@ -8,9 +8,9 @@ use std::fmt;
 pub struct SizeLimit {
     /// The limit in bytes.
     pub bytes: u64,
-    /// The file that contains the limit, in units of `unit_bytes`.
+    /// The path of the file that contains the limit, as a number of units.
     pub setting: String,
-    /// The unit in bytes.
+    /// The size of a unit in bytes.
     pub unit_bytes: u64,
 }
 
@@ -20,7 +20,7 @@ impl SizeLimit {
         SizeLimit { bytes, setting: setting.into(), unit_bytes }
     }
 
-    /// The shell command that raises the limit far enough.
+    /// The shell command that raises the limit to `wanted_bytes`, rounded up to a whole unit.
     pub fn raise(&self, wanted_bytes: u64) -> String {
         format!("echo {} > {}", wanted_bytes.div_ceil(self.unit_bytes.max(1)), self.setting)
     }

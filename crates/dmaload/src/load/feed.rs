@@ -21,7 +21,7 @@ pub(super) struct Feed {
 }
 
 impl Feed {
-    /// Starts a load. `keep` says whether all of it will be in memory at once.
+    /// Starts a load. `keep` says whether the load keeps all of its segments in memory at once.
     pub(super) fn start(guard: &Arc<Guard>, inputs: Result<Vec<Input>>, options: LoadOptions, keep: bool) -> Self {
         let (outbox, shared) = guard.load(inputs, options, keep);
         Feed { outbox, shared: Some(shared), guard: Arc::clone(guard) }

@@ -92,8 +92,8 @@ impl Load {
     /// whole, so its names arrive with its bytes. For several files, the model's index decides
     /// which file has the tensor. If the model has no index, or its index does not list the name,
     /// the tensor is returned only after the headers of all files are read, because another file
-    /// may have a tensor of the same name. Whether a model of several files is complete is known
-    /// by then or at the end of the load. If it is incomplete, the load fails, even if tensors
+    /// may have a tensor of the same name. Whether a model of several files is complete may be
+    /// known only at the end of the load. If it is incomplete, the load fails, even if tensors
     /// were already returned.
     ///
     /// As with segments, a change to a file during the load is detected when the file has been
@@ -135,8 +135,9 @@ impl Load {
     /// Blocking version of [`Self::tensor`], for model builders without `async`. The thread sleeps
     /// until the tensor has arrived.
     ///
-    /// Don't call this from a thread with other work to do: on a worker of an async runtime it
-    /// stops all of that worker's tasks. Don't call it on the loader's own threads (in wakers,
+    /// Don't call this from a thread with other work to do: on a worker of an async runtime, the
+    /// call stops all of that worker's tasks. Don't call it on the loader's own threads (in
+    /// wakers,
     /// `tracing` subscribers, heaps, verifiers or observers) either, because the load may need the
     /// thread that waits.
     ///

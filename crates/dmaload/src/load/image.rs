@@ -34,7 +34,7 @@ pub struct Image {
 pub struct ImageFile {
     path: Arc<PathBuf>,
     bytes: u64,
-    /// The part of the file that contains the model.
+    /// The byte range of the file that contains the model.
     part: Range<u64>,
     segments: Arc<[Segment]>,
     tensors: Option<Arc<FileTensors>>,
@@ -82,9 +82,9 @@ impl Image {
     /// the file that the model's index maps it to.
     ///
     /// # Errors
-    /// [`Error::NoSuchTensor`]; [`Error::NotLoaded`] or [`Error::NotSelected`] for a tensor that
-    /// was not requested; [`Error::AmbiguousTensor`] if several files that the caller listed
-    /// contain it: use [`ImageFile::tensor`] to look it up in one.
+    /// [`Error::NoSuchTensor`] for an unknown name; [`Error::NotLoaded`] or [`Error::NotSelected`]
+    /// for a tensor that was not requested; [`Error::AmbiguousTensor`] if several files that the
+    /// caller listed contain it: use [`ImageFile::tensor`] to look it up in one.
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
         let names = self.names.get_or_init(|| {
             let files = self.files.iter().map(|file| (Arc::clone(&file.path), file.tensors.clone()));
@@ -168,8 +168,8 @@ impl ImageFile {
     /// [`Error::NotLoaded`] under the same conditions as [`Self::bytes`]; [`Error::Viewed`] while
     /// views of anonymous memory are alive; [`Error::NoDescriptor`] for a dma-buf;
     /// [`Error::Memory`] if a memfd cannot be mapped again. If the range spans several segments,
-    /// [`Error::Viewed`] can be returned after some of them were handed out: views of those are
-    /// permanently revoked. Nothing is written to them, and a call after all views are dropped
+    /// [`Error::Viewed`] can be returned after some of these segments were handed out: their views
+    /// are permanently revoked, but nothing is written to them. A call after all views are dropped
     /// succeeds.
     pub fn private_memory(&self, range: Range<u64>) -> Result<PrivateMemory> {
         PrivateMemory::from_segments(&self.path, &self.segments, range)
@@ -232,8 +232,8 @@ fn overlapping(segments: &[Segment], range: &Range<u64>) -> Vec<Segment> {
     segments.iter().filter(holds).cloned().collect()
 }
 
-/// The byte of this tensor that is expected last among those that these segments of its file lack.
-/// `None` if all its bytes have arrived, or if it was not selected.
+/// Returns the offset of a byte of this tensor that these segments of its file lack: the one that
+/// is expected last. `None` if all bytes of the tensor have arrived, or if it was not selected.
 pub(super) fn missing_byte(file: &LoadFile, segments: &[Segment], position: usize) -> Option<u64> {
     let part = file.tensors.as_ref()?.part_at(position)?;
     // The segments of a row arrive in order, so the one with its last byte completes it.
@@ -243,8 +243,8 @@ pub(super) fn missing_byte(file: &LoadFile, segments: &[Segment], position: usiz
 /// The last of these rows that these segments of a file do not hold.
 fn last_missing_row(segments: &[Segment], rows: &Rows) -> Option<Range<u64>> {
     let is_missing = |row: &Range<u64>| !row.is_empty() && segments_of_range(segments, row).is_none();
-    // Every row is checked unless one span covers all: single rows may lie in blocks of other
-    // tensors that were read earlier.
+    // If the hull of the rows is held, so is every row. Otherwise, each row is checked, because
+    // some may lie in blocks that were read earlier, with other tensors.
     if is_missing(&rows.hull()) { rows.iter().rev().find(is_missing) } else { None }
 }
 
@@ -271,8 +271,8 @@ pub struct TensorPart {
 }
 
 impl TensorPart {
-    /// Offset of the bytes in the segment's dma-buf or memfd. It differs from `offset` where small
-    /// files share one.
+    /// Offset of the bytes in the segment's dma-buf or memfd. It may differ from `offset` where
+    /// the segment shares the dma-buf or memfd with others.
     pub fn memory_offset(&self) -> usize {
         self.segment.memory_offset() + self.offset
     }

@@ -8,9 +8,10 @@
 //!            └─► source         └────────────────┴─► feed: the engine's events and waiters
 //! ```
 //!
-//! Turns the engine's events into the values that a caller holds, and makes no system calls. Needs
-//! no runtime, only something that polls its futures. Dropping a [`Load`], [`Segments`] or
-//! [`Tensors`] cancels its load; the engine then frees what the load leaves behind.
+//! This module turns the engine's events into the values that a caller holds, and makes no system
+//! calls. It needs no runtime, only something that polls its futures. Dropping a [`Load`],
+//! [`Segments`] or [`Tensors`] cancels its load; the engine then frees what the load leaves
+//! behind.
 
 mod arrived;
 mod feed;

@@ -40,7 +40,7 @@ use crate::options::load::LoadOptions;
 /// from the load. A load runs whether or not it is polled; only a stream that is far ahead waits
 /// for its consumer. Loads work on any runtime, and without one.
 #[derive(Debug)]
-#[must_use = "nothing is loaded until it is awaited, started or consumed"]
+#[must_use = "nothing is loaded until the request is awaited, started or consumed"]
 pub struct LoadRequest {
     guard: Arc<Guard>,
     source: Source,

@@ -21,10 +21,10 @@ use crate::telemetry::report::Report;
 /// [`LoadRequest::segments`](crate::LoadRequest::segments).
 ///
 /// The load runs ahead of its consumer by at most the loader's window plus one segment (less if
-/// memory is short), and then waits until the next segment is taken. After the last segment, this
-/// holds only the report and the tensor maps, but no file, memory or address range.
+/// memory is short), and then waits until the next segment is taken. After the last segment, a
+/// `Segments` holds only the report and the tensor maps, but no file, memory or address range.
 ///
-/// Dropping it cancels the load. Segments already handed over stay valid.
+/// Dropping the `Segments` cancels the load. Segments already handed over stay valid.
 #[derive(Debug)]
 #[must_use = "dropping a load cancels it"]
 pub struct Segments {
@@ -36,7 +36,7 @@ pub struct Segments {
 }
 
 impl Segments {
-    /// Starts a load. `keep` says whether all of it will be in memory at once.
+    /// Starts a load. `keep` says whether the load keeps all of its segments in memory at once.
     pub(crate) fn start(guard: &Arc<Guard>, inputs: Result<Vec<Input>>, options: LoadOptions, keep: bool) -> Self {
         let feed = Feed::start(guard, inputs, options, keep);
         Segments { waiter: feed.waiter(), feed, finished: None, failed: false }

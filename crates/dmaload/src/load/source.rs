@@ -57,8 +57,8 @@ impl Source {
     /// The model in this byte range of the file: weights stored, uncompressed, in an application's
     /// package or another container.
     ///
-    /// The range need not begin at a block boundary; the rest of its first and last block is read
-    /// as well. A range can't be verified or observed. The load fails with [`Error::Config`] if
+    /// The range need not begin or end at a block boundary: its first and last block are read in
+    /// full. A range can't be verified or observed. The load fails with [`Error::Config`] if
     /// the source is not exactly one path or file, and with [`Error::Selection`] if the range
     /// reaches past the end of the file.
     #[must_use]
@@ -67,6 +67,8 @@ impl Source {
         self
     }
 
+    /// Returns what to load as the engine's inputs.
+    ///
     /// # Errors
     /// [`Error::Config`] without a file, or for a range of several files.
     pub(crate) fn into_inputs(self) -> Result<Vec<Input>> {

@@ -21,14 +21,16 @@ use crate::telemetry::report::Report;
 /// arrives ends the wait immediately.
 const HELD_UP_CHECK_INTERVAL: Duration = Duration::from_millis(20);
 
-/// The tensors of a load, each as soon as its last byte has arrived, while the rest is being read:
-/// in file order, or in the order in which they were requested ([`crate::LoadOptions::tensors`]).
-/// Created by [`LoadRequest::tensors`](crate::LoadRequest::tensors).
+/// The tensors of a load, each as soon as its last byte has arrived, while later ones are being
+/// read: in file order, or in the order in which they were requested
+/// ([`crate::LoadOptions::tensors`]). Created by
+/// [`LoadRequest::tensors`](crate::LoadRequest::tensors).
 ///
 /// The stream keeps only the segments of tensors that it has not returned yet. Once all returned
 /// tensors of a segment are dropped as well, the segment's memory is freed.
 ///
-/// Dropping it cancels the load. Tensors already returned stay valid and keep their segments.
+/// Dropping the stream cancels the load. Tensors already returned stay valid and keep their
+/// segments.
 #[derive(Debug)]
 #[must_use = "dropping a load cancels it"]
 pub struct Tensors {

@@ -215,27 +215,27 @@ dtypes! {
     Q6_K = "Q6_K", 256 in 210 bytes;
     /// 8-bit, in super-blocks.
     Q8_K = "Q8_K", 256 in 292 bytes;
-    /// 2.06 bits, with a codebook.
+    /// 2.06 bits per element, with a codebook.
     IQ2_XXS = "IQ2_XXS", 256 in 66 bytes;
-    /// 2.31 bits, with a codebook.
+    /// 2.31 bits per element, with a codebook.
     IQ2_XS = "IQ2_XS", 256 in 74 bytes;
-    /// 3.06 bits, with a codebook.
+    /// 3.06 bits per element, with a codebook.
     IQ3_XXS = "IQ3_XXS", 256 in 98 bytes;
-    /// 1.56 bits, with a codebook.
+    /// 1.56 bits per element, with a codebook.
     IQ1_S = "IQ1_S", 256 in 50 bytes;
     /// 4-bit, non-linear.
     IQ4_NL = "IQ4_NL", 32 in 18 bytes;
-    /// 3.44 bits, with a codebook.
+    /// 3.44 bits per element, with a codebook.
     IQ3_S = "IQ3_S", 256 in 110 bytes;
-    /// 2.56 bits, with a codebook.
+    /// 2.56 bits per element, with a codebook.
     IQ2_S = "IQ2_S", 256 in 82 bytes;
     /// 4-bit, non-linear, in super-blocks.
     IQ4_XS = "IQ4_XS", 256 in 136 bytes;
-    /// 1.75 bits, with a codebook.
+    /// 1.75 bits per element, with a codebook.
     IQ1_M = "IQ1_M", 256 in 56 bytes;
-    /// Ternary, 1.69 bits.
+    /// Ternary, 1.69 bits per element.
     TQ1_0 = "TQ1_0", 256 in 54 bytes;
-    /// Ternary, 2.06 bits.
+    /// Ternary, 2.06 bits per element.
     TQ2_0 = "TQ2_0", 256 in 66 bytes;
     /// 4-bit float with a common scale (OCP microscaling).
     MXFP4 = "MXFP4", 32 in 17 bytes;

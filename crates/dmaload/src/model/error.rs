@@ -31,7 +31,9 @@ pub enum ModelError {
     },
 
     /// The file is shorter than the smallest safetensors file.
-    #[error("the file has {file_bytes} bytes; the smallest safetensors file has 10 (an 8-byte length and \"{{}}\")")]
+    #[error(
+        "the file has {file_bytes} of the 10 bytes that even the smallest safetensors file has (an 8-byte length and \"{{}}\")"
+    )]
     FileTooShort {
         /// The length of the file.
         file_bytes: u64,
@@ -44,10 +46,10 @@ pub enum ModelError {
         given: usize,
     },
 
-    /// The header is too short to contain a JSON object, or consists of whitespace.
-    #[error("the header's declared length is {header_bytes} bytes; the shortest header, \"{{}}\", has 2")]
+    /// The header is too short to contain a JSON object.
+    #[error("the header's declared length in bytes is {header_bytes}; that of the shortest header, \"{{}}\", is 2")]
     HeaderTooSmall {
-        /// The declared length of the JSON header; 0 if it consists of whitespace.
+        /// The declared length of the JSON header.
         header_bytes: u64,
     },
 
@@ -74,10 +76,10 @@ pub enum ModelError {
         file_bytes: u64,
     },
 
-    /// The header does not begin with `{`.
+    /// The header does not begin with `{`, apart from whitespace.
     #[error("the header begins with byte {found:#04x}, expected '{{' (0x7b)")]
     NotAnObject {
-        /// The byte found.
+        /// The byte in place of the `{`; the first byte of a header that is only whitespace.
         found: u8,
     },
 
@@ -210,7 +212,7 @@ pub enum ModelError {
     },
 
     /// `data_offsets` does not contain exactly two numbers.
-    #[error("tensor {}: \"data_offsets\" has {found} numbers{}, expected 2 (begin and end)",
+    #[error("tensor {}: \"data_offsets\" must have 2 numbers (begin and end), not {found}{}",
         quote(.tensor), if *.found > 2 { " or more" } else { "" })]
     OffsetCount {
         /// The tensor's name.
@@ -321,9 +323,8 @@ pub enum ModelError {
 
     /// Bytes at the end of the file belong to no tensor.
     #[error(
-        "the tensors end at byte {data_end} of the file, but it has {file_bytes} bytes; \
-         the last {} belong to no tensor",
-        .file_bytes - .data_end
+        "the tensors end at byte {data_end} of the file, which has {file_bytes} bytes: \
+         bytes {data_end}..{file_bytes} belong to no tensor"
     )]
     TrailingBytes {
         /// Where the last tensor ends in the file.
@@ -342,11 +343,11 @@ pub enum ModelError {
          and at least {missing} bytes are missing"
     )]
     GgufCutShort {
-        /// Where the incomplete part begins.
+        /// Where the incomplete item of the header begins.
         offset: u64,
-        /// The name of that part.
+        /// The name of that item.
         part: &'static str,
-        /// How many bytes of that part are missing; more may follow it.
+        /// How many bytes of that item are missing. What follows that item is missing, too.
         missing: u64,
         /// The length of the file.
         file_bytes: u64,
@@ -382,7 +383,7 @@ pub enum ModelError {
     /// A GGUF file violates a rule of the format, or exceeds a limit of this library.
     #[error("GGUF header, byte {offset}: {}", printable::text(.reason))]
     Gguf {
-        /// Where in the file the faulty part begins.
+        /// Where in the file the faulty item begins.
         offset: u64,
         /// What is wrong with it.
         reason: String,
@@ -409,7 +410,7 @@ pub enum ModelError {
     },
 
     /// The index lists a file outside its folder, or a name that no file can have.
-    #[error("the index lists the file {}, which is not within its folder", quote(.name))]
+    #[error("the index lists the file {}, which is not within its folder or not the name of a file", quote(.name))]
     IndexLeavesFolder {
         /// The file's name.
         name: String,
@@ -488,8 +489,8 @@ impl ModelError {
     }
 }
 
-/// Whether a GGUF version was written in big-endian byte order: as little-endian, it is too large
-/// for a version.
+/// Whether a GGUF version was written in big-endian byte order: read as little-endian, it is then
+/// too large for a version.
 fn is_big_endian(version: u32) -> bool {
     version > 0xffff && version.swap_bytes() <= 0xffff
 }

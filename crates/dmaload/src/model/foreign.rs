@@ -1,8 +1,8 @@
 //! Recognizes files found in place of a model: Git LFS pointers, error pages, archives, and other
 //! formats.
 //!
-//! Used only after a file was refused as a model or as an index, so that the error can say what to
-//! do.
+//! A file is examined here only after it was refused as a model or as an index, so that the error
+//! can say what to do.
 
 use std::fmt;
 

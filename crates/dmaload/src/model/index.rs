@@ -55,9 +55,10 @@ pub const LIMIT_BYTES: u64 = super::limits::HEADER_LIMIT_BYTES;
 /// Maps tensors to files.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Index {
-    /// Sorted by name.
+    /// The files with their tensors, sorted by file name.
     shards: Vec<IndexShard>,
-    /// Every tensor, sorted by name: its shard, and its position in the shard.
+    /// Every tensor, sorted by name: its file's position in `shards`, and its own position in the
+    /// list of that file's tensors.
     by_tensor: Vec<(u32, u32)>,
 }
 

@@ -11,7 +11,7 @@ pub(crate) struct PartName<'a> {
     count_digits: &'a str,
     /// Everything after the count: `.safetensors`, `.fp16.safetensors`.
     end: &'a str,
-    /// Counts from 1 or, in the files of some writers, from 0.
+    /// The number of the part, counted from 1 or, by some writers, from 0.
     pub(crate) number: u32,
     pub(crate) count: u32,
 }

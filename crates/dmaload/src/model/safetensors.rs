@@ -18,9 +18,9 @@
 //! README requires the header to begin with `{` and to be padded only with spaces.
 //!
 //! Memory and time are bounded by the header's length: parsing takes at most a small multiple of
-//! it in memory, and `n log n` comparisons of names. A value of the wrong type is refused where it
-//! begins, before the rest of it is read. The value of an unknown key is skipped; the header is
-//! refused if it nests more than 127 levels deep.
+//! that length in memory, and `n log n` comparisons of `n` names. A value of the wrong type is
+//! refused where it begins, before the rest of it is read. The value of an unknown key is skipped;
+//! the header is refused if it nests more than 127 levels deep.
 
 mod header;
 mod values;
@@ -48,12 +48,12 @@ pub enum Sniff {
     },
     /// Not a safetensors file, and neither its name nor its content claims that it is one.
     Not {
-        /// The rule of the format that it violates.
+        /// The rule of the format that the file violates.
         why: ModelError,
     },
-    /// Claims to be safetensors, by name or content, but is not valid.
+    /// A file that claims to be safetensors, by name or content, but is not valid.
     Broken {
-        /// What is wrong with it.
+        /// What is wrong with the file.
         error: ModelError,
     },
 }
@@ -121,7 +121,7 @@ fn check_start(first: &[u8], file_bytes: u64, named: bool) -> Result<u64, ModelE
 ///
 /// # Errors
 ///
-/// Fails with [`ModelError::HeaderTooSmall`], [`ModelError::HeaderTooLarge`] or
+/// [`ModelError::HeaderTooSmall`], [`ModelError::HeaderTooLarge`] or
 /// [`ModelError::HeaderPastEnd`].
 pub fn parse_prefix(first8: [u8; 8], file_bytes: u64) -> Result<u64, ModelError> {
     let header_bytes = u64::from_le_bytes(first8);

@@ -14,7 +14,7 @@ fn next(jobs: &Jobs<Arc<()>>) -> Option<(Job<LoadId>, Arc<()>)> {
 }
 
 /// Submits and opens a load of `batches` batches of one byte each. In a window of one byte, each
-/// of them waits for the permit of the one before it.
+/// batch waits for the permit of the batch before it.
 fn open_load(jobs: &Jobs<Arc<()>>, batches: usize) -> LoadId {
     let id = jobs.next_id();
     assert!(jobs.submit(id, Arc::new(())));
@@ -139,7 +139,7 @@ fn workers_drop_deferred_values_before_they_end() {
         // Gives the workers time to end, in case they wrongly do not wait.
         #[cfg(not(dmaload_loom))]
         std::thread::sleep(std::time::Duration::from_millis(1));
-        // In production, the ring thread does this with the files of the last load.
+        // In production, the ring thread defers the drop of the last load's files.
         let file = std::sync::Arc::new(());
         jobs.defer_drop(DropKey::Files(LoadId(1)), std::sync::Arc::clone(&file));
         assert!(jobs.finish() && !jobs.finish());

@@ -365,7 +365,7 @@ fn stalled_opening_does_not_block_later_loads() {
     scheduler.forget(&1);
     scheduler.end();
     assert_eq!(drain(&mut scheduler), [Job::Open(3)]);
-    // It counts again when its server answers; then it fails and ends.
+    // The stalled load counts as open again when its server answers, but then fails and ends.
     scheduler.end();
     scheduler.resume(&1);
     scheduler.submit(4);

@@ -3,9 +3,9 @@
 //! The teller records full pieces, and workers record checked files. Only the teller hands
 //! segments over ([`LoadShared::deliver`]).
 //!
-//! Segments are handed over in order. Those that share an allocation are handed over together,
-//! because a holder of the allocation sees all of it. The last segment of a file waits until the
-//! file was checked: if the file changed while it was read, the load fails instead.
+//! Segments are handed over in order. Those that share an allocation wait until all of it is
+//! ready, because a holder of the allocation sees all of it. The last segment of a file waits
+//! until the file was checked: if the file changed while it was read, the load fails instead.
 #![allow(unsafe_code)]
 
 use std::ops::Range;
@@ -45,7 +45,7 @@ pub(crate) struct WholeFile {
 impl AsRef<[u8]> for WholeFile {
     fn as_ref(&self) -> &[u8] {
         // SAFETY: `LoadShared::whole_file` creates this only for files whose pieces were all
-        // returned by the driver, so their part of the memory is filled. Nothing writes to it
+        // returned by the driver, so their memory is filled. Nothing writes to it
         // before it is handed over, which happens only after its file's check.
         unsafe { self.backing.filled(self.range.clone()) }
     }
@@ -169,12 +169,12 @@ impl LoadShared {
         Some(WholeFile { backing, range: to_usize(start)..to_usize(start + bytes) })
     }
 
-    /// Records that a file has not changed. `tensors` are those found in the memory of a small
-    /// file; `None` for other files.
+    /// Records that a file has not changed. `tensors` is the map read from the memory of a
+    /// small file; `None` for raw bytes and for other files.
     ///
     /// # Errors
-    /// For the last file of a load with small files, those of [`LoadShared::check_whole`], which
-    /// could not run earlier.
+    /// For the last file of a load with small files, the errors of [`LoadShared::check_whole`],
+    /// which could not run earlier.
     pub(crate) fn record_checked_file(&self, index: usize, tensors: Option<Arc<TensorMap>>) -> Result<()> {
         let mut state = self.state();
         if state.is_over() {
@@ -207,8 +207,9 @@ impl LoadShared {
     /// Hands over complete segments in order. After the last segment or a failure, delivers the
     /// end.
     ///
-    /// Only one thread at a time may call this, which keeps the order. It wakes the consumer, so
-    /// it holds no lock meanwhile. If the load fails here, its remains are added to `remains`.
+    /// Only one thread at a time may call this, which keeps the order. The call wakes the
+    /// consumer, and holds no lock meanwhile. If the load fails here, its remains are added to
+    /// `remains`.
     pub(crate) fn deliver(&self, remains: &mut Vec<DeferredDrop>) -> HandOverStatus {
         loop {
             // A separate statement: the lock must be released before anything is sent or dropped.
@@ -240,7 +241,11 @@ impl LoadShared {
                     let report = &finished.report;
                     foreign::emit(|| {
                         if let Some(cached_bytes) = cached_bytes {
-                            tracing::warn!(load = self.id.0, cached_bytes, "the loaded bytes have filled the page cache");
+                            tracing::warn!(
+                                load = self.id.0,
+                                cached_bytes,
+                                "bytes were read through the page cache, which keeps a copy"
+                            );
                         }
                         tracing::debug!(load = self.id.0, bytes = report.bytes, route = %report.route, "load finished");
                         self.span.record("bytes", report.bytes);
@@ -314,7 +319,7 @@ impl LoadShared {
     /// that allocation.
     ///
     /// # Errors
-    /// If its memfd could not be sealed against writes, so that its bytes must not be shown.
+    /// If the allocation's memfd could not be sealed against writes: its bytes must not be shown.
     fn next_segment(&self, state: &LoadState) -> Result<Option<(Segment, bool)>, dmabuf::Error> {
         let index = state.handed;
         let Some(planned) = state.plan.segments.get(index) else { return Ok(None) };

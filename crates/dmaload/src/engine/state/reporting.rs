@@ -24,7 +24,7 @@ use crate::telemetry::metrics::increment;
 use crate::telemetry::report::{FileReport, Report};
 use crate::telemetry::trace::{TraceEvent, TraceKind};
 
-/// The smallest amount read through the page cache that is reported.
+/// The smallest number of bytes read through the page cache that is reported: 1 GiB.
 const PAGE_CACHE_NOTE_BYTES: u64 = 1 << 30;
 /// How many retries are noted individually. A dying disk causes thousands; the first few suffice.
 const RETRIES_NOTED_MAX: usize = 8;
@@ -175,7 +175,7 @@ impl LoadShared {
         let mut notes = self.notes.to_vec();
         notes.extend(state.notes.iter().cloned());
         if state.retried > RETRIES_NOTED_MAX {
-            notes.push(format!("{} more reads failed once", state.retried - RETRIES_NOTED_MAX));
+            notes.push(format!("further reads that failed once: {}", state.retried - RETRIES_NOTED_MAX));
         }
         if self.is_observed_in_staging() {
             notes.push("this heap is uncached: bytes were observed in staging, so all reads were bounced".to_owned());
@@ -245,8 +245,8 @@ impl LoadShared {
     }
 }
 
-/// Bytes read of all files that were, at least in part, read through the page cache; `None` if
-/// they are too few to report.
+/// The bytes read of all files that were, at least in part, read through the page cache; `None` if
+/// they are fewer than [`PAGE_CACHE_NOTE_BYTES`].
 pub(super) fn filled_cache_bytes(state: &LoadState) -> Option<u64> {
     let cached = state.files.iter().filter(|file| !file.route.is_direct());
     let cached_bytes: u64 = cached.map(|file| file.planned.read_bytes).sum();

@@ -13,7 +13,7 @@ use crate::model::names::NameIndex;
 #[derive(Clone, PartialEq, Eq)]
 pub struct GgufMetadata {
     version: u32,
-    /// The part of the header that the ranges refer to.
+    /// The bytes of the header that the ranges refer to.
     bytes: Box<[u8]>,
     entries: Vec<KeyValue>,
     by_key: NameIndex,
@@ -262,7 +262,7 @@ fn next_value<'a>(kind: Kind, bytes: &mut &'a [u8]) -> Option<Value<'a>> {
         Kind::Array => {
             let kind = Kind::from_number(u32::from_le_bytes(front(bytes)?))?;
             let len = u64::from_le_bytes(front(bytes)?);
-            // The header has already been checked, so this only has to find the end of the array.
+            // The header has already been checked, so the cursor only has to find the array's end.
             let mut cursor = Cursor::new(bytes, bytes.len() as u64);
             skip_array(&mut cursor, kind, len, 0).ok()?;
             let (own, rest) = bytes.split_at_checked(usize::try_from(cursor.position()).ok()?)?;
@@ -272,8 +272,8 @@ fn next_value<'a>(kind: Kind, bytes: &mut &'a [u8]) -> Option<Value<'a>> {
     })
 }
 
-/// Maximum number of arrays around another array. An array inside that many may contain only
-/// values of fixed size. ggml does not support nested arrays.
+/// Maximum number of arrays around another array. An array inside that many may contain anything
+/// but arrays. ggml does not support nested arrays at all.
 const DEPTH_LIMIT: u32 = 4;
 
 /// Reads all pairs.
@@ -308,7 +308,6 @@ pub(super) fn read(cursor: &mut Cursor<'_>, version: u32, pairs: u64) -> Result<
     Ok(GgufMetadata { version, bytes: cursor.already_read(begin..end).into(), entries, by_key })
 }
 
-/// Skips a value.
 fn skip(cursor: &mut Cursor<'_>, kind: Kind, depth: u32) -> Result<(), Stop> {
     match (kind, kind.bytes()) {
         (_, Some(bytes)) => cursor.bytes(bytes, "a value").map(|_| ()),

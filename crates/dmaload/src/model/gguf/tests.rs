@@ -134,15 +134,15 @@ fn excessive_counts_and_nesting_are_refused() {
     let mut file = [&MAGIC[..], &3u32.to_le_bytes()].concat();
     file.extend(u64::MAX.to_le_bytes());
     file.extend(u64::MAX.to_le_bytes());
-    assert!(fault(&file).contains("past the file"));
+    assert!(fault(&file).contains("past the end of the file"));
     let array = [&8u32.to_le_bytes()[..], &u64::MAX.to_le_bytes()].concat();
-    assert!(fault(&self::file(2, &[pair("a", 9, &array)], &[], 0)).contains("past the file"));
+    assert!(fault(&self::file(2, &[pair("a", 9, &array)], &[], 0)).contains("past the end of the file"));
     let array = [&10u32.to_le_bytes()[..], &u64::MAX.to_le_bytes()].concat();
     assert!(fault(&self::file(2, &[pair("a", 9, &array)], &[], 0)).contains("an array of"));
     let mut deep = vec![];
     (0..9).for_each(|_| deep.extend([&9u32.to_le_bytes()[..], &1u64.to_le_bytes()].concat()));
     assert!(fault(&self::file(2, &[pair("a", 9, &deep)], &[], 64)).contains("arrays are nested"));
-    // Values are not arrays, so the innermost array may hold any of them.
+    // The innermost array may hold any values but arrays.
     for (kind, value) in [(0_u32, &[7_u8][..]), (8, &[1, 0, 0, 0, 0, 0, 0, 0, b'x'])] {
         let inner = [&kind.to_le_bytes()[..], &1u64.to_le_bytes(), value].concat();
         let four = [&9u32.to_le_bytes()[..], &1u64.to_le_bytes()].concat().repeat(4);
