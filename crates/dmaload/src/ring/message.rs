@@ -43,7 +43,8 @@ pub(crate) struct FileSpec<F> {
 
 impl<F> FileSpec<F> {
     /// Whether reads by the file's current route can fill memory that is not populated: through
-    /// staging, or by threads that populate it as they write to it. A device and a ring can't.
+    /// staging, or by threads that populate it as they write to it. Neither a device nor a ring
+    /// can populate memory.
     pub(crate) fn fills_unpopulated(&self) -> bool {
         self.route >= Route::Bounce || self.route == Route::PreadDirect && self.in_memory
     }
@@ -82,7 +83,7 @@ pub(crate) enum LoadEvent {
 }
 
 impl<B> Output<B> {
-    /// Converts the buffer.
+    /// Converts the buffer of a full piece.
     pub(crate) fn map_buffer<C>(self, map: impl FnOnce(B) -> C) -> Output<C> {
         match self {
             Output::PieceFull { load, piece, route, buffer } => Output::PieceFull { load, piece, route, buffer: map(buffer) },

@@ -34,7 +34,7 @@ pub(super) struct PieceEntry<F, B> {
     pub(super) since: Duration,
 }
 
-/// A range of a piece's memory that has to be read.
+/// A range of a piece that has to be read or copied from the page cache.
 #[derive(Debug, Clone)]
 pub(super) struct Chunk {
     pub(super) piece: Token,
@@ -47,7 +47,7 @@ pub(super) struct Chunk {
     pub(super) parts_of_a_block: u32,
     /// Number of reads, since the last progress, that were interrupted.
     pub(super) interruptions: u32,
-    /// Whether a read failed and is retried once, with nothing else of its load in flight.
+    /// Whether its read failed and is retried once, with nothing else of the load in flight.
     pub(super) alone: bool,
 }
 
@@ -103,8 +103,8 @@ pub(super) struct LoadEntry {
     pub(super) spec: LoadSpec,
     pub(super) pieces_left: usize,
     pub(super) chunks: VecDeque<Chunk>,
-    /// Chunks that failed and are retried one at a time: before all others, or in file order if
-    /// the load is observed.
+    /// Chunks whose read failed, to be retried one at a time: before all others, or in file order
+    /// if the load is observed.
     pub(super) alone: VecDeque<Chunk>,
     pub(super) alone_in_flight: bool,
     pub(super) in_flight: usize,
@@ -125,11 +125,11 @@ pub(super) struct LoadEntry {
     pub(super) stepped: HashMap<usize, Route>,
     pub(super) ended: bool,
     pub(super) unobserved: InOrder<Unobserved>,
-    /// For an observed load: the number of the next piece whose chunks are queued.
+    /// For an observed load: the number of the first piece whose chunks are not queued yet.
     pub(super) next_piece: usize,
-    /// The position of that piece.
+    /// The offset of that piece in the concatenation of all files.
     pub(super) next_position: u64,
-    /// Later pieces that have already arrived, by number, with their lengths in bytes.
+    /// Pieces after that one that have already arrived, by number, with their lengths in bytes.
     pub(super) early: BTreeMap<usize, (Token, u64)>,
 }
 

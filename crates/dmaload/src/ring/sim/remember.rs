@@ -215,5 +215,5 @@ fn completion_without_a_read_panics() {
     let mut machine = RefusingMachine::new(Faults::none());
     machine.driver.kernel().complete_stray();
     let message = crate::support::foreign::call(|| machine.driver.turn(false)).unwrap_err();
-    assert!(message.starts_with("a completion for a read that is not in flight"), "{message}");
+    assert!(message.starts_with("a completion for an operation that is not in flight"), "{message}");
 }
