@@ -11,7 +11,7 @@ pub(crate) struct Pattern {
     alternatives: Vec<String>,
 }
 
-/// Maximum number of patterns to which braces may expand.
+/// Maximum number of patterns to which the braces of one pattern may expand.
 const ALTERNATIVES_LIMIT: usize = 4096;
 const LENGTH_LIMIT_BYTES: usize = 4096;
 

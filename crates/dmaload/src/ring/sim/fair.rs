@@ -272,8 +272,8 @@ fn many_loads_of_one_file_system_all_finish() {
     }
 }
 
-/// Observed chunks hold their slots until earlier ones were observed, and those may have to be
-/// retried: loads that hang must not hold all slots that a retry could use.
+/// Chunks of an observed load hold their slots until earlier chunks were observed, and the earlier
+/// ones may have to be retried. Hanging loads must not hold all slots that such a retry could use.
 #[test]
 fn observed_load_proceeds_despite_hanging_ones() {
     let faults = Faults { short_per_mille: 300, interrupted_per_mille: 300, ..Faults::none() };
