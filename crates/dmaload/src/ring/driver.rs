@@ -14,9 +14,8 @@
 //! including retries, are issued in file order: among the chunks that hold slots, the first one
 //! waits for no other.
 //!
-//! Chunks in the page cache are copied from there, by the threads that copy from staging. Such a
-//! chunk takes its turn like any other, in file order. If it was evicted in the meantime, it is
-//! read from storage.
+//! Chunks in the page cache are copied from there, by the copiers. A cached chunk takes its turn
+//! like any other, in file order. If it was evicted in the meantime, it is read from storage.
 //!
 //! Memory: a piece's buffer is moved in with [`Driver::enqueue_piece`], and leaves with
 //! [`Output::PieceFull`] or is dropped here. Either happens only when no operation on it is in
@@ -125,7 +124,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         self
     }
 
-    /// Lets `pace` decide how many threads copy; `growing` says whether staging grows with them.
+    /// Lets `pace` decide the number of copiers; `growing` says whether staging grows with it.
     pub(crate) fn with_pace(mut self, pace: Pace, growing: bool) -> Self {
         self.kernel.set_copiers(pace.threads());
         self.growing_from = growing.then(|| self.staging.slots());
@@ -294,8 +293,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         self.kernel.busy_threads()
     }
 
-    /// Submits queued reads to the kernel and handles completions. With `wait`, first blocks until
-    /// a completion is available or the thread is woken.
+    /// Submits queued reads to the kernel and handles completions. With `wait`, blocks after the
+    /// submission until a completion is available or the thread is woken.
     ///
     /// # Errors
     /// The kernel's error, if the kernel can no longer be used. [`Self::give_up`] must be called
@@ -529,7 +528,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         }
     }
 
-    /// Applies a change in the number of threads that copy.
+    /// Applies a change in the number of copiers.
     fn apply_pace(&mut self) {
         let copiers = self.pace.threads();
         self.kernel.set_copiers(copiers);
@@ -558,7 +557,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
 }
 
 impl<K: Kernel, B: PieceMemory> Drop for Driver<K, B> {
-    /// Operations are in flight here only after a panic; their memory is leaked.
+    /// Leaks memory with operations in flight, which exist here only after a panic.
     fn drop(&mut self) {
         if !self.reads.is_empty() {
             self.give_up(Failure::Kernel { errno: Errno::CANCELED });

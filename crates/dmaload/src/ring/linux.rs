@@ -383,7 +383,7 @@ impl FileTable {
     }
 
     fn detach(&mut self, ring: &IoUring, file: &OpenFile) {
-        let entry = self.slots.get_mut(&file.id).expect("a file is detached as often as it was attached");
+        let entry = self.slots.get_mut(&file.id).expect("a file is detached only after it was attached");
         entry.1 -= 1;
         if entry.1 == 0
             && let Some((Some(slot), _)) = self.slots.remove(&file.id)
@@ -417,11 +417,11 @@ impl FileTable {
 }
 
 fn length(read: &Read) -> u32 {
-    u32::try_from(read.bytes).expect("a read covers at most one chunk: 1 GiB")
+    u32::try_from(read.bytes).expect("a read covers at most one chunk, of up to 1 GiB")
 }
 
 /// Allows as many kernel threads for this thread's rings as reads can be in flight, so no read
-/// waits for another one's server. The default is at most four for each CPU.
+/// waits for another one's server. The kernel's default is at most four for each CPU.
 fn set_kernel_threads(ring: &IoUring, depth: usize) -> Result<(), Errno> {
     let threads = u32::try_from(depth).expect("settings allow 4096 reads at most");
     // 0 keeps the limit for files that are not regular.

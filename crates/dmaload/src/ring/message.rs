@@ -27,9 +27,9 @@ pub(crate) struct LoadSpec {
 pub(crate) struct FileSpec<F> {
     pub(crate) handle: F,
     pub(crate) index: usize,
-    /// The best route by which it may be read.
+    /// The best route by which the file may be read. Steps down lower it.
     pub(crate) route: Route,
-    /// The best route for its reads into staging.
+    /// The best route for direct reads of the file into staging.
     pub(crate) staged_by: Route,
     /// Identifies its file system.
     pub(crate) mount: u64,

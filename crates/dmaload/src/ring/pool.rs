@@ -27,7 +27,8 @@ use crate::support::id::LoadId;
 /// Maximum number of threads that read for all loads. At most [`MOST_READERS`] of them read for
 /// one load, and three quarters for all loads of one file system.
 pub(crate) const READERS: usize = 2 * MOST_READERS;
-/// The number of file systems above which the paces of idle ones are forgotten.
+/// If more file systems than this have a pace, the paces of idle ones are forgotten, which bounds
+/// the table of paces.
 const MOUNTS: usize = 64;
 /// Maximum number of threads that run observers; each load is observed by one at a time.
 pub(crate) const OBSERVERS: usize = 2;

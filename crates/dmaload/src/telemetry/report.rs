@@ -27,8 +27,8 @@ pub struct Report {
     pub cached_bytes: u64,
     /// Number of segments.
     pub segments: usize,
-    /// Number of allocations (memfds, dma-bufs) that hold the segments: fewer than segments if
-    /// small files share some.
+    /// Number of allocations (memfds, dma-bufs or private memory) that hold the segments: fewer
+    /// than segments if small files share allocations.
     pub memories: usize,
     /// From the start of the load until everything was handed over.
     pub total: Duration,

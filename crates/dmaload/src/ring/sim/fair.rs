@@ -181,7 +181,8 @@ fn each_scarce(window_pieces: u16, depth: u16, staging_slots: u16, buffer_slots:
     ]
 }
 
-/// Combines each scarce resource with each pair of routes: of silent loads, and of other loads.
+/// Combines each scarce resource with each pair of routes: that of the silent loads, and that of
+/// the other loads.
 fn each_case(scarce: [Shared; 4]) -> impl Iterator<Item = (Shared, Route, Route)> {
     let routes = || Route::ALL.into_iter();
     let pairs = move || routes().flat_map(move |hung_by| routes().map(move |others_by| (hung_by, others_by)));

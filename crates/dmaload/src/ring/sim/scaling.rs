@@ -14,7 +14,7 @@
 //! |---|---|---|
 //! | direct | 1 (zeroing) | 2: zeroing writes the memory, and so does the device |
 //! | staged, in the cache | 2 (zeroing, copying) | 2: the device writes staging, the copy writes the memory that was zeroed in the cache |
-//! | staged, not in the cache | 2 | 4: the device writes staging; the copier reads it, zeroes, and writes |
+//! | staged, not in the cache | 2 | 4: the device writes staging; the copier reads staging, zeroes the memory, and writes to it |
 //!
 //! The ring thread takes [`CALL`] for each read and copy that it issues or completes, and
 //! [`REGISTER`] to register a piece or a staging slot.
@@ -55,7 +55,7 @@ const LATENCY: f64 = 100e-6;
 const CALL: f64 = 2e-6;
 /// The ring thread's time to register memory, in seconds.
 const REGISTER: f64 = 20e-6;
-/// An allocator's time for a batch of a staged load, whose pages the copiers populate, in seconds.
+/// An allocator's time, in seconds, for a batch of a staged load, which the copiers populate.
 const PREPARE: f64 = 20e-6;
 /// Speeds of devices, in GiB/s.
 const DEVICES: [f64; 4] = [3.0, 14.0, 28.0, 50.0];

@@ -260,7 +260,7 @@ impl World {
             }
             let unfilled = self.memory.borrow().unfilled_bytes();
             let ahead: u64 = unfilled + self.allocating.iter().map(|allocating| allocating.bytes).sum::<u64>();
-            assert!(ahead <= self.window_bytes, "{ahead} bytes are ahead, but the window has {}", self.window_bytes);
+            assert!(ahead <= self.window_bytes, "{ahead} bytes are unfilled, but the window has {}", self.window_bytes);
             let staged = self.memory.borrow().staging.len();
             assert!(
                 staged <= self.staging.slots + more_staging_slots(MOST_COPIERS),
