@@ -50,7 +50,7 @@ impl fmt::Display for Pattern {
     }
 }
 
-/// Expands the braces in `rest`, and appends `before` + each expansion to `into`.
+/// Expands the braces in `rest`, and appends each expansion, prefixed with `before`, to `into`.
 fn expand(before: String, rest: &str, into: &mut Vec<String>) -> Result<(), String> {
     let Some((literal, braces)) = rest.split_once('{') else {
         if into.len() == ALTERNATIVES_LIMIT {

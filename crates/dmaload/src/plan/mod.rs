@@ -76,7 +76,7 @@ impl Span {
 pub(crate) struct Plan {
     /// The length of the address range that holds all memories.
     pub(crate) memory_bytes: u64,
-    /// By number of the file.
+    /// Indexed by file number.
     pub(crate) files: Vec<FileParts>,
     pub(crate) memories: Vec<MemoryPlan>,
     pub(crate) segments: Vec<SegmentPlan>,
@@ -95,7 +95,8 @@ pub(crate) struct FileParts {
     pub(crate) pieces: usize,
 }
 
-/// A memory: one allocation of the heap. It holds one segment, or those of many small spans.
+/// A memory: one allocation of the heap. It holds one segment, or the segments of many small
+/// spans.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct MemoryPlan {
     /// Offset in the load's address range.
@@ -250,7 +251,7 @@ impl Plan {
         memory.segments.end += 1;
     }
 
-    /// Cuts a memory into batches, and those into pieces.
+    /// Cuts a memory into batches, and the batches into pieces.
     fn cut_into_batches(&mut self, number: usize, Shape { batch_bytes, batch_files, .. }: Shape) {
         let Plan { files, memories, segments, batches, pieces, .. } = self;
         let memory = memories.get_mut(number).expect("only existing memories are cut");
@@ -368,7 +369,7 @@ mod tests {
                 let plan = planned(&vec![5; 1000], Shape { batch_files, ..large_shape(batch_bytes) });
                 assert!(plan.batches.iter().all(|batch| batch.pieces.len() <= batch_files));
                 let fewest = 1000_usize.div_ceil(batch_files);
-                // A batch may end early, at the end of its memory or at a huge page.
+                // A batch may end early, at the end of its memory or before a huge page.
                 assert!((fewest..fewest + 2 * plan.memories.len()).contains(&plan.batches.len()), "{}", plan.batches.len());
             }
         }

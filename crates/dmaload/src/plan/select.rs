@@ -93,7 +93,8 @@ impl ChosenTensors {
         &self.list
     }
 
-    /// The tensors that the file owns, each as a whole; `None` if it owns all that it contains.
+    /// The tensors that the file owns, each as a whole; `None` if the file owns all tensors of the
+    /// map.
     pub(crate) fn owned(map: &TensorMap, owns: impl Fn(&str) -> bool) -> Option<Self> {
         let whole = |(position, info): (usize, &TensorInfo)| {
             let part = TensorSlice { shape: info.shape.clone(), rows: Rows::single(info.file_range.clone()) };

@@ -69,14 +69,14 @@ enum Command<B> {
         file: FileSpec<Arc<OpenFile>>,
         buffer: B,
     },
-    /// Panics, as a broken invariant would.
+    /// Makes the thread panic, as a broken invariant would.
     #[cfg(test)]
     Panic,
 }
 
 #[derive(Debug)]
 struct RingShared<B> {
-    /// `None` after the thread has ended; commands sent then are dropped immediately.
+    /// `None` after the thread has ended; later commands are dropped immediately.
     commands: Mutex<Option<Vec<Command<B>>>>,
     closing: AtomicBool,
     giving_up: AtomicBool,
@@ -135,7 +135,7 @@ impl<B: PieceMemory + Send + 'static> RingThread<B> {
         thread::Builder::new().name("dmaload-ring".to_owned()).spawn(body).map(|_| ())
     }
 
-    /// The counters so far.
+    /// The counters of the ring thread.
     pub(crate) fn counters(&self) -> &ReadCounters {
         &self.shared.counters
     }

@@ -39,7 +39,7 @@ impl Algorithm {
         }
     }
 
-    /// The length of its checksums in bytes.
+    /// The length of the algorithm's checksums, in bytes.
     pub fn digest_bytes(self) -> usize {
         match self {
             Self::Sha256 | Self::Blake3 => LONGEST,

@@ -137,7 +137,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         // SAFETY: the address is in the piece's buffer or in a staging slot, and no other
         // operation uses this part of the buffer, or the slot. The piece's entry owns the buffer
         // and is removed only when its `in_flight` is 0; the slot stays taken until `complete`
-        // gets this read's completion. `give_up` leaks both instead.
+        // gets this read's completion. `give_up` leaks buffer and slot instead.
         unsafe { self.kernel.read(&entry.file.handle, read) };
         let load = self.loads.get_mut(&id).expect(LOAD);
         load.in_flight += 1;
