@@ -1,5 +1,5 @@
-//! The kernel as the driver sees it: a small trait with two implementations, the real one
-//! ([`super::linux`]) and the seeded simulator ([`super::sim`]).
+//! The kernel as the driver sees it: a small trait, implemented by the real kernel
+//! ([`super::linux`]) and by the simulated kernels of tests ([`super::sim`]).
 
 use std::fmt::Debug;
 use std::ptr::NonNull;
