@@ -162,7 +162,7 @@ fn report_notes_split_tensors_and_empty_parts() {
         };
         for (rank, has_nothing) in [("0", false), ("1", true), ("8", true)] {
             let json = run(load().args(["--rank", rank, "--world-size", "9"]).arg(&small)).succeeds().json();
-            let noted = json["notes"].to_string().contains("contains no weights from one file");
+            let noted = json["notes"].to_string().contains("gets no weights from one file");
             assert_eq!((noted, numbers(&json).1 == 0), (has_nothing, has_nothing), "{rank}: {json:#}");
         }
     }

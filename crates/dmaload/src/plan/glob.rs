@@ -11,7 +11,7 @@ pub(crate) struct Pattern {
     alternatives: Vec<String>,
 }
 
-/// Maximum number of patterns to which braces may expand.
+/// Maximum number of patterns to which the braces of one pattern may expand.
 const ALTERNATIVES_LIMIT: usize = 4096;
 const LENGTH_LIMIT_BYTES: usize = 4096;
 
@@ -50,7 +50,7 @@ impl fmt::Display for Pattern {
     }
 }
 
-/// Expands the braces in `rest`, and appends `before` + each expansion to `into`.
+/// Expands the braces in `rest`, and appends each expansion, prefixed with `before`, to `into`.
 fn expand(before: String, rest: &str, into: &mut Vec<String>) -> Result<(), String> {
     let Some((literal, braces)) = rest.split_once('{') else {
         if into.len() == ALTERNATIVES_LIMIT {

@@ -11,16 +11,16 @@
 //!   chunks       |-|-|-|-|-|-|-|-| ...     one read each
 //! ```
 //!
-//! Dots are padding up to the alignment. Consecutive small files share memories, so a thousand of
-//! them need only a few allocations and can have huge pages. Each begins at a multiple of the
-//! alignment, as direct reads require.
+//! Dots are padding up to a multiple of the alignment. Consecutive small files share memories, so
+//! a thousand of them need only a few allocations and can have huge pages. Each file begins at a
+//! multiple of the alignment, as direct reads require.
 //!
-//! A plan is made from spans: whole files, or the parts of files that [`select`] selects. Small
+//! A plan is made from spans: whole files, or the ranges of files that [`select`] selects. Small
 //! spans are treated like small files.
 //!
-//! Pure: uses no clock and makes no system calls, so the same input always gives the same result.
-//! It depends on lengths, headers and options, but not on open files, memory or a ring. A plan is
-//! made before any data is read, and never changes.
+//! Planning is pure: it uses no clock and makes no system calls, so the same input always gives
+//! the same plan. The input is lengths, headers and options, but not open files, memory or a ring.
+//! A plan is made before any data is read, and never changes.
 
 pub(crate) mod glob;
 pub(crate) mod select;
@@ -43,18 +43,19 @@ pub(crate) struct Shape {
     pub(crate) batch_bytes: u64,
     /// Whether small files share memories.
     pub(crate) packed: bool,
-    /// Maximum number of files with a part in one batch, from 1 to [`BATCH_FILES`].
+    /// Maximum number of files whose bytes share a batch, from 1 to [`BATCH_FILES`].
     pub(crate) batch_files: usize,
 }
 
-/// A part of a file to read. It begins at a multiple of the file's alignment and ends at one or at
-/// the end of the file.
+/// A contiguous range of a file to read, possibly the whole file. It begins at a multiple of the
+/// file's alignment, and ends at such a multiple or at the end of the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Span {
     /// The number of the file.
     pub(crate) file: usize,
     pub(crate) range: Range<u64>,
-    /// Its place in the caller's order of requests, from 0. Several spans may have the same.
+    /// The span's place in the caller's order of requests, from 0. Several spans may have the same
+    /// place.
     pub(crate) class: usize,
     /// The range of the file to move to the beginning of the memory once the span is read. Such a
     /// span is a single segment.
@@ -75,7 +76,7 @@ impl Span {
 pub(crate) struct Plan {
     /// The length of the address range that holds all memories.
     pub(crate) memory_bytes: u64,
-    /// By number of the file.
+    /// Indexed by file number.
     pub(crate) files: Vec<FileParts>,
     pub(crate) memories: Vec<MemoryPlan>,
     pub(crate) segments: Vec<SegmentPlan>,
@@ -83,18 +84,19 @@ pub(crate) struct Plan {
     pub(crate) pieces: Vec<Piece>,
 }
 
-/// Where a file's parts are in the plan.
+/// Where the plan has a file's segments and pieces.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct FileParts {
-    /// The first of its segments in the plan; `None` if nothing of the file is read.
+    /// The first of the file's segments in the plan; `None` if nothing of the file is read.
     pub(crate) first_segment: Option<usize>,
-    /// The memory that contains the last of its segments.
+    /// The memory that contains the last of the file's segments; `None` if nothing is read.
     pub(crate) last_memory: Option<usize>,
-    /// Number of pieces.
+    /// Number of the file's pieces.
     pub(crate) pieces: usize,
 }
 
-/// A memory: one allocation of the heap. It holds one segment, or those of many small spans.
+/// A memory: one allocation of the heap. It holds one segment, or the segments of many small
+/// spans.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct MemoryPlan {
     /// Offset in the load's address range.
@@ -113,8 +115,8 @@ pub(crate) struct SegmentPlan {
     pub(crate) memory: usize,
     pub(crate) memory_offset: u64,
     pub(crate) file_range: Range<u64>,
-    /// Bytes of memory that the segment occupies: the length of its range, rounded up to the
-    /// alignment.
+    /// Bytes of memory that the segment occupies: the length of `file_range`, rounded up to a
+    /// multiple of the file's alignment.
     pub(crate) memory_bytes: u64,
     /// The range of the file that is moved to the segment's beginning; `None` if the bytes stay
     /// where they were read.
@@ -135,24 +137,25 @@ pub(crate) struct Batch {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Piece {
     pub(crate) segment: usize,
-    /// Offset in its memory.
+    /// Offset in the segment's memory, which other segments may share.
     pub(crate) memory_offset: u64,
     /// Offset in the file.
     pub(crate) file_offset: u64,
     /// Number of the file's bytes.
     pub(crate) bytes: u64,
-    /// Length of its memory, at least `bytes`. The rest corresponds to offsets beyond the end of
-    /// the file: direct reads include it, because they take whole blocks, and it is zeroed
-    /// afterwards.
+    /// Length of the piece's memory, at least `bytes`. The memory after `bytes` corresponds to
+    /// offsets beyond the end of the file. Direct reads may write to it, because they transfer
+    /// whole blocks, so it is zeroed afterwards.
     pub(crate) memory_bytes: u64,
 }
 
-/// The usual maximum size of a batch. Small enough for the first reads to start early and for the
-/// window to be divided finely; large enough that the cost per call of registering and populating
-/// does not matter.
+/// The usual maximum size of a batch: 16 MiB. This is small enough for the first reads to start
+/// early and for the window to be divided finely, and large enough that the cost per call of
+/// registering and populating does not matter.
 pub(crate) const BATCH_BYTES: u64 = 16 << 20;
 
-/// Maximum number of files with a part in one batch; each of them is open while it is read.
+/// Maximum number of files whose bytes share a batch. All of them are open while the batch is
+/// read.
 pub(crate) const BATCH_FILES: usize = 64;
 
 /// Maximum number of pieces in a plan. For long files, pieces grow up to the size of a segment, so
@@ -161,8 +164,9 @@ pub(crate) const BATCH_FILES: usize = 64;
 /// a plan must be bounded.
 pub(crate) const MOST_PIECES: u64 = 1 << 19;
 
-/// Spans of up to a quarter of a segment share memories. For larger ones, fewer allocations are
-/// not worth waiting for the other spans of the memory.
+/// The segment size divided by this is the size up to which spans share memories: a quarter of a
+/// segment. For larger spans, fewer allocations are not worth waiting for the other spans of the
+/// memory.
 const PACKED_PART: u64 = 4;
 
 impl Shape {
@@ -179,8 +183,8 @@ impl Shape {
 }
 
 impl Plan {
-    /// Plans spans of files with these alignments, which are powers of two and at least a page. A
-    /// span of 0 bytes has no segments.
+    /// Plans spans. `alignments` has the alignment of each file, a power of two and at least a
+    /// page. A span of 0 bytes gets no segments.
     pub(crate) fn new(alignments: &[u64], spans: &[Span], shape: Shape) -> Plan {
         let segment_bytes = match shape.layout {
             Layout::Segmented | Layout::Tensors => shape.segment_bytes,
@@ -247,7 +251,7 @@ impl Plan {
         memory.segments.end += 1;
     }
 
-    /// Cuts a memory into batches, and those into pieces.
+    /// Cuts a memory into batches, and the batches into pieces.
     fn cut_into_batches(&mut self, number: usize, Shape { batch_bytes, batch_files, .. }: Shape) {
         let Plan { files, memories, segments, batches, pieces, .. } = self;
         let memory = memories.get_mut(number).expect("only existing memories are cut");
@@ -257,9 +261,9 @@ impl Plan {
         while start < memory.bytes {
             let mut end = start.saturating_add(batch_bytes).min(memory.bytes);
             if let Some(next) = own.get(segment + batch_files).filter(|next| next.memory_offset < end) {
-                // The batch would have parts of too many files. Ending it inside a huge page would
-                // split that page into small ones, so that is done only if the batch would
-                // otherwise be empty.
+                // The batch would have bytes of too many files. Ending it inside a huge page would
+                // split that page into small ones, so it ends at the boundary before, unless the
+                // batch would then be empty.
                 let whole = next.memory_offset / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
                 end = if whole > start { whole } else { next.memory_offset };
             }
@@ -365,7 +369,7 @@ mod tests {
                 let plan = planned(&vec![5; 1000], Shape { batch_files, ..large_shape(batch_bytes) });
                 assert!(plan.batches.iter().all(|batch| batch.pieces.len() <= batch_files));
                 let fewest = 1000_usize.div_ceil(batch_files);
-                // A batch may end early, at the end of its memory or at a huge page.
+                // A batch may end early, at the end of its memory or before a huge page.
                 assert!((fewest..fewest + 2 * plan.memories.len()).contains(&plan.batches.len()), "{}", plan.batches.len());
             }
         }
@@ -392,8 +396,8 @@ mod tests {
             let layout = if single { Layout::Single } else { Layout::Segmented };
             let shape = Shape { packed, batch_files, ..shape(layout, segment_pages * 2, batch_pages * 2) };
             let alignments: Vec<u64> = bytes.iter().zip(large).map(|(_, large)| if large { 2 * ALIGNMENT } else { ALIGNMENT }).collect();
-            // Some files have one span, which may be a part of the file. Others have two, and the
-            // second half is requested first.
+            // Some files have one span: the whole file or its second half. Others have two spans,
+            // and the second half is requested first.
             let mut spans = Vec::new();
             for (file, (&bytes, alignment)) in bytes.iter().zip(&alignments).enumerate() {
                 let cut = (bytes / 2).next_multiple_of(*alignment).min(bytes);

@@ -1,5 +1,5 @@
 //! Selects which bytes of its files a load reads: all, a range, those of some tensors, or a rank's
-//! part.
+//! share.
 //!
 //! ```text
 //!   tensors  |--a--|-------b-------|--c--|------------------- d -------------------|--e--|
@@ -7,10 +7,11 @@
 //!   spans      |-------------------------------------------|                     |---------|
 //! ```
 //!
-//! A span is contiguous: it joins wanted ranges with the small gaps between them, extended to the
-//! blocks that direct reads need. Ranges that were requested earlier are in earlier spans.
+//! A span is contiguous: it joins wanted ranges with the small gaps between them, and is extended
+//! to whole blocks, as direct reads require. Ranges that were requested earlier are in earlier
+//! spans.
 //!
-//! Pure: uses no clock and makes no system calls.
+//! Selecting is pure: it uses no clock and makes no system calls.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -33,11 +34,12 @@ pub(crate) struct Selector {
     matched: Vec<bool>,
     /// Tensors that a cut between ranks affects in a way that may surprise the caller.
     affected: AffectedTensors,
-    /// Number of files from which this rank gets no tensors, or no bytes.
+    /// Number of files from which this rank gets no bytes of tensors or, if they have no tensors,
+    /// no bytes at all.
     files_without: usize,
 }
 
-/// Tensors of which a rank has only a part, or nothing.
+/// Tensors of which a rank gets only some bytes, or none.
 #[derive(Debug, Default)]
 struct AffectedTensors {
     count: usize,
@@ -51,14 +53,14 @@ impl AffectedTensors {
     }
 }
 
-/// The parts of a file to read.
+/// The ranges of a file to read.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Selected {
     /// Sorted by request class, then by place in the file.
     pub(crate) spans: Vec<Span>,
     /// `None` if no tensors were selected: all tensors in the spans are loaded as they are.
     pub(crate) tensors: Option<Arc<ChosenTensors>>,
-    /// Number of bytes that were requested, without those that are read along with them.
+    /// Number of bytes that were requested, without the gaps and blocks that are read with them.
     pub(crate) wanted_bytes: u64,
 }
 
@@ -91,7 +93,8 @@ impl ChosenTensors {
         &self.list
     }
 
-    /// The tensors that the file owns, each as a whole; `None` if it owns all that it contains.
+    /// The tensors that the file owns, each as a whole; `None` if the file owns all tensors of the
+    /// map.
     pub(crate) fn owned(map: &TensorMap, owns: impl Fn(&str) -> bool) -> Option<Self> {
         let whole = |(position, info): (usize, &TensorInfo)| {
             let part = TensorSlice { shape: info.shape.clone(), rows: Rows::single(info.file_range.clone()) };
@@ -188,10 +191,10 @@ impl Selector {
         }
         let cuts_tensors = select.shard.is_some_and(|shard| shard.dim.is_some());
         if select.range.is_some() && (patterns.is_some() || select.shard.is_some()) {
-            return invalid("a byte range can't be combined with tensors or a rank's part".to_owned());
+            return invalid("a byte range can't be combined with tensors or a rank's share".to_owned());
         }
         if patterns.is_some() && select.shard.is_some() && !cuts_tensors {
-            return invalid("a rank's part of selected tensors needs the dimension to cut along".to_owned());
+            return invalid("a rank's share of selected tensors needs the dimension to cut along".to_owned());
         }
         if select.range.as_ref().is_some_and(Range::is_empty) {
             return invalid("the byte range is empty".to_owned());
@@ -217,8 +220,9 @@ impl Selector {
         self.shard.is_some_and(|shard| shard.dim.is_none())
     }
 
-    /// Records the effects of a cut by bytes on a file: tensors of which this rank gets only a
-    /// part, and whether it gets nothing of any tensor or, without tensors, no bytes.
+    /// Records the effects of cutting a file by bytes: the tensors that are split between this
+    /// rank and others, and whether this rank gets nothing of any tensor or, without tensors, no
+    /// bytes.
     pub(crate) fn note_cut(&mut self, map: Option<&TensorMap>, selected: &Selected, part: &Range<u64>) {
         let own: Vec<&Range<u64>> = selected.spans.iter().map(|span| &span.range).collect();
         let (mut has_any, mut is_touched) = (false, false);
@@ -243,20 +247,20 @@ impl Selector {
             let tensors = if count == 1 { format!("tensor {first:?}") } else { format!("{count} tensors (first: {first:?})") };
             match dim {
                 None => format!(
-                    "{tensors} {} split between ranks: part {rank} of {world_size} contains only a part of {} (cut along a \
+                    "{tensors} {} split between ranks: rank {rank} of {world_size} gets only some bytes of {} (cut along a \
                      dimension to avoid that)",
                     if count == 1 { "is" } else { "are" },
                     if count == 1 { "it" } else { "each" }
                 ),
                 Some(dim) => {
-                    format!("part {rank} of {world_size} contains nothing of {tensors}: dimension {dim} is too short")
+                    format!("rank {rank} of {world_size} gets nothing of {tensors}: dimension {dim} is too short")
                 }
             }
         });
         let without = (self.files_without > 0).then(|| {
             let files = if self.files_without == 1 { "one file".to_owned() } else { format!("{} files", self.files_without) };
             format!(
-                "part {rank} of {world_size} contains no weights from {files}: files are cut at block boundaries, and there are too few blocks \
+                "rank {rank} of {world_size} gets no weights from {files}: files are cut at block boundaries, and there are too few blocks \
                  for all ranks"
             )
         });
@@ -301,8 +305,8 @@ impl Selector {
         seen.into_iter().all(|seen| seen)
     }
 
-    /// Selects what to read of a file. Its range `part` is the model, and only tensors that the
-    /// file owns are considered. `alignment`, a power of two, is what direct reads need.
+    /// Selects what to read of a file. The range `part` of the file is the model, and only tensors
+    /// that the file owns are considered. Direct reads need `alignment`, a power of two.
     ///
     /// # Errors
     /// The reason, to be appended to the path.
@@ -322,7 +326,7 @@ impl Selector {
             return Ok(Selected::of_range(part.start + range.start..part.start + range.end, file_bytes, alignment));
         }
         if let Some(Shard { rank, world_size, dim: None }) = self.shard {
-            // The cuts are at block boundaries, so no rank reads another rank's bytes.
+            // The file is cut at block boundaries, so no rank reads another rank's bytes.
             let cut = |rank: u32| match share_start(bytes, rank, world_size) {
                 0 => part.start,
                 at => (part.start + at).next_multiple_of(alignment).min(part.end),
@@ -383,7 +387,8 @@ fn share_start(all: u64, rank: u32, world_size: u32) -> u64 {
     u64::try_from(start).expect("a part is no larger than the whole")
 }
 
-/// A rank's part of a tensor. All ranks get all of a tensor without the dimension to cut.
+/// A rank's share of a tensor. If the tensor lacks the dimension to cut along, every rank gets all
+/// of it.
 ///
 /// # Errors
 /// If the cut splits a block of a quantized type.
@@ -402,7 +407,7 @@ fn rank_slice(tensor: &TensorInfo, shard: Option<Shard>) -> Result<TensorSlice, 
     }
     let product = |dims: &[usize]| dims.iter().map(|&dim| dim as u64).product::<u64>();
     let (outer, inner) = (product(&shape[..dim]), product(&shape[dim + 1..]));
-    // The size of the whole tensor fits into 64 bits, so sizes of its parts do too.
+    // The size of the whole tensor fits into 64 bits, so the sizes below do too.
     let place = (dtype.bytes_of(start * inner), dtype.bytes_of(end * inner), dtype.bytes_of(len * inner));
     let (Some(from), Some(to), Some(stride_bytes)) = place else {
         return Err(format!("the part {start}..{end} of dimension {dim} of tensor {name:?} splits a block of {dtype}"));
@@ -435,9 +440,10 @@ fn coalesce(ranges: impl Iterator<Item = Range<u64>>, file_bytes: u64, alignment
 /// Makes the spans for [`crate::Layout::Tensors`].
 ///
 /// Each span holds whole tensors and is no longer than `most_bytes`, unless it holds a single
-/// tensor. That is one segment if it fits into `single_bytes`. Each tensor begins at a multiple of
-/// the importer's alignment, counted from the beginning of its memory. If its place in the file
-/// does not allow that, it gets its own span and is moved.
+/// tensor. A longer span is one segment if it is no longer than `single_bytes`. Each tensor begins
+/// at a multiple of the importer's alignment, counted from the beginning of its memory. If its
+/// place in the file does not allow that, the tensor gets its own span and, unless the span begins
+/// with it, is moved.
 ///
 /// # Errors
 /// [`Error::Unaligned`] if a tensor has to be moved, but the importer does not allow copies or the
@@ -452,7 +458,8 @@ pub(crate) fn tensor_spans(
     importer: ImporterLimits,
 ) -> Result<Vec<Span>> {
     let wanted = importer.alignment_bytes;
-    // Spans begin at multiples of `alignment`, so reading keeps a tensor's alignment up to that.
+    // Spans begin at multiples of `alignment`, so tensors keep their alignment in the file up to
+    // `alignment` bytes.
     let kept = wanted.min(alignment);
     let mut spans: Vec<Span> = Vec::new();
     let mut add = |info: &TensorInfo, range: Range<u64>, class: usize| {

@@ -34,7 +34,8 @@ impl FileTensors {
         }
     }
 
-    /// The part to read of the tensor at this position of the map; `None` if none of it is read.
+    /// The slice to read of the tensor at this position of the map; `None` if the tensor is not
+    /// read.
     pub(crate) fn part_at(&self, position: usize) -> Option<TensorSlice> {
         match &self.chosen {
             Some(chosen) => chosen.get(position).map(|chosen| chosen.part.clone()),

@@ -9,20 +9,19 @@
 //! ```
 //!
 //! The bytes of an observed load are observed in file order: each full piece or, on uncached
-//! memory, each chunk while it is in staging. Until they are observed, they hold their piece's
-//! permit or their slot. This can't deadlock, because reads of an observed load, including
-//! retries, are issued in file order: among the chunks that hold slots, the first one waits for no
-//! other.
+//! memory, each chunk while it is in staging. Until then, a piece keeps its permit, and a chunk in
+//! staging its slot. The load can't deadlock, because reads of a load that is observed in staging,
+//! including retries, are issued in file order: among the chunks that hold slots, the first one
+//! waits for no other.
 //!
-//! Chunks in the page cache are copied from there, by the threads that copy from staging. Such a
-//! chunk takes its turn like any other, in file order. If it was evicted in the meantime, it is
-//! read from storage.
+//! Chunks in the page cache are copied from there, by the copiers. A cached chunk takes its turn
+//! like any other, in file order. If it was evicted in the meantime, it is read from storage.
 //!
 //! Memory: a piece's buffer is moved in with [`Driver::enqueue_piece`], and leaves with
 //! [`Output::PieceFull`] or is dropped here. Either happens only when no operation on it is in
-//! flight. After a load has failed or was abandoned, each of its buffers is dropped when its last
-//! operation has completed. If the kernel itself fails, or a shutdown passes its deadline, buffers
-//! with operations in flight are leaked.
+//! flight. After a load has failed or was abandoned, each of its buffers is dropped once the last
+//! operation on that buffer has completed. If the kernel itself fails, or a shutdown passes its
+//! deadline, buffers with operations in flight are leaked.
 //!
 //! The driver makes no system calls and reads no clock: it reaches the outside only through
 //! [`Kernel`].
@@ -60,12 +59,10 @@ use crate::telemetry::busy::BusyTime;
 use crate::telemetry::metrics::ReadCounters;
 use crate::telemetry::trace::TraceKind;
 
-// A broken invariant panics; the thread around the driver then fails all loads with the message.
-// Continuing without the entry would lose a read, and its load would hang.
-
-/// A piece stays until nothing refers to it.
+// If an entry is missing, an invariant is broken, and the driver panics with one of these
+// messages; the engine then fails all loads with it. Continuing would lose a read, and the read's
+// load would hang.
 const PIECE: &str = "a piece stays while it has chunks in flight or queued, or is being observed";
-/// A load stays until its last piece is gone.
 const LOAD: &str = "a load stays while it has pieces";
 
 /// See the module documentation.
@@ -82,12 +79,12 @@ pub(crate) struct Driver<K: Kernel, B: PieceMemory> {
     in_flight: Holders<LoadId>,
     /// Free entries of the kernel's table of registered buffers.
     buffer_slots: Vec<u16>,
-    /// Which loads have registered pieces.
+    /// Which loads have registered pieces, and from which file systems.
     registered: Holders<LoadId>,
     staging: Staging<K::Staging>,
-    /// The pace of the threads that copy.
+    /// The pace of the copiers.
     pace: Pace,
-    /// The initial number of staging slots, if staging grows with the threads that copy.
+    /// The initial number of staging slots, if staging grows with the number of copiers.
     growing_from: Option<usize>,
     known: Known,
     completions: Vec<Completion>,
@@ -127,7 +124,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         self
     }
 
-    /// Lets `pace` decide how many threads copy; `growing` says whether staging grows with them.
+    /// Lets `pace` decide the number of copiers; `growing` says whether staging grows with it.
     pub(crate) fn with_pace(mut self, pace: Pace, growing: bool) -> Self {
         self.kernel.set_copiers(pace.threads());
         self.growing_from = growing.then(|| self.staging.slots());
@@ -157,8 +154,9 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         std::mem::take(&mut self.outputs)
     }
 
-    /// Takes the files of pieces that were output or dropped. They may be the last references, and
-    /// closing a file may wait for its server, so the caller must have another thread drop them.
+    /// Takes the files of pieces that were output or dropped. These may be the last references to
+    /// the files, and closing a file may wait for its server, so the caller must have another
+    /// thread drop them.
     pub(crate) fn take_released(&mut self) -> Vec<(LoadId, K::File)> {
         std::mem::take(&mut self.released)
     }
@@ -295,7 +293,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         self.kernel.busy_threads()
     }
 
-    /// Submits reads to the kernel, optionally waits, and handles completions.
+    /// Submits queued reads to the kernel and handles completions. With `wait`, blocks after the
+    /// submission until a completion is available or the thread is woken.
     ///
     /// # Errors
     /// The kernel's error, if the kernel can no longer be used. [`Self::give_up`] must be called
@@ -368,7 +367,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     fn complete(&mut self, completion: Completion) {
         let in_flight = self.reads.remove(completion.token);
         let InFlight { chunk, route, step, since } =
-            in_flight.unwrap_or_else(|| panic!("a completion for a read that is not in flight: {completion:?}"));
+            in_flight.unwrap_or_else(|| panic!("a completion for an operation that is not in flight: {completion:?}"));
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         entry.in_flight -= 1;
         let (id, piece) = (entry.load, entry.number);
@@ -455,13 +454,13 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     /// Then outputs the piece or, if it has to be observed, queues its observation.
     fn finish_piece(&mut self, token: Token) {
         let entry = self.pieces.get_mut(token).expect(PIECE);
-        assert_eq!(entry.in_flight, 0, "a piece with all its bytes has no read in flight");
+        assert_eq!(entry.in_flight, 0, "a piece with all its bytes has no operation in flight");
         let tail = to_usize(entry.piece.bytes)..entry.buffer.bytes();
         // SAFETY: `tail.start` is the length of the piece's bytes, which is at most the length of
         // its buffer.
         let after = unsafe { entry.buffer.address().add(tail.start) };
-        // SAFETY: from `after` to its end, the buffer is valid for writes, and no read into it is
-        // in flight.
+        // SAFETY: the buffer is valid for writes from `after` to its end, and no operation on it
+        // is in flight.
         unsafe { after.write_bytes(0, tail.len()) };
         let (id, position, bytes) = (entry.load, entry.position, entry.piece.bytes);
         let registered = entry.buffer_slot.take();
@@ -482,13 +481,13 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         }
     }
 
-    /// Outputs a full piece, whose bytes have been observed if the load is.
+    /// Outputs a full piece, whose bytes have been observed if the load is observed.
     fn output_piece(&mut self, token: Token) {
         let entry = self.pieces.remove(token).expect(PIECE);
         self.kernel.detach(&entry.file.handle);
         let id = entry.load;
-        // This may be the last reference, because the load may have just failed and released its
-        // own.
+        // The piece's handle may be the last reference to the file, because the load may have just
+        // failed and released its own handle.
         self.released.push((id, entry.file.handle));
         self.outputs.push(Output::PieceFull { load: id, piece: entry.number, route: entry.route, buffer: entry.buffer });
         let load = self.loads.get_mut(&id).expect(LOAD);
@@ -508,7 +507,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     }
 
     /// Drops the pieces of an ended load that have no operations in flight, and removes the load
-    /// when none is left.
+    /// when no piece is left.
     fn release_idle(&mut self, id: LoadId) {
         let tokens = std::mem::take(&mut self.loads.get_mut(&id).expect(LOAD).pieces);
         let mut busy = Vec::new();
@@ -529,7 +528,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         }
     }
 
-    /// Applies a change in the number of threads that copy.
+    /// Applies a change in the number of copiers.
     fn apply_pace(&mut self) {
         let copiers = self.pace.threads();
         self.kernel.set_copiers(copiers);
@@ -558,7 +557,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
 }
 
 impl<K: Kernel, B: PieceMemory> Drop for Driver<K, B> {
-    /// Operations are in flight here only after a panic; their memory is leaked.
+    /// Leaks memory with operations in flight, which exist here only after a panic.
     fn drop(&mut self) {
         if !self.reads.is_empty() {
             self.give_up(Failure::Kernel { errno: Errno::CANCELED });

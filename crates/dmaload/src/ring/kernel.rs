@@ -1,5 +1,5 @@
-//! The kernel as the driver sees it: a small trait with two implementations, the real one
-//! ([`super::linux`]) and the seeded simulator ([`super::sim`]).
+//! The kernel as the driver sees it: a small trait, implemented by the real kernel
+//! ([`super::linux`]) and by the simulated kernels of tests ([`super::sim`]).
 
 use std::fmt::Debug;
 use std::ptr::NonNull;
@@ -26,7 +26,7 @@ pub(crate) struct Read {
     pub(crate) bytes: usize,
     pub(crate) offset: u64,
     /// The place of `address`, if its memory has to be populated first; only for
-    /// [`Route::Buffered`].
+    /// [`Route::Buffered`] and, if the file is in memory, [`Route::PreadDirect`].
     pub(crate) place: Option<Place>,
 }
 
@@ -66,13 +66,14 @@ pub(crate) struct Completion {
     pub(crate) result: Result<usize, Fault>,
 }
 
+/// See the module documentation.
 pub(crate) trait Kernel {
     /// A file to read from; every clone keeps it open.
     type File: Clone;
-    /// Populated memory for reads into staging, as for [`Route::Bounce`].
+    /// A staging slot's memory, which is populated.
     type Staging: Buffer;
 
-    /// The time since some fixed moment.
+    /// The time since a fixed moment.
     fn now(&self) -> Duration;
 
     /// Whether io_uring is available. If not, returns the kernel's error, and reads must not use
@@ -103,8 +104,8 @@ pub(crate) trait Kernel {
     #[allow(unsafe_code)]
     unsafe fn read(&mut self, file: &Self::File, read: Read);
 
-    /// Cancels the reads of this load that have not started, if possible. They complete like
-    /// others, with an error.
+    /// Cancels the reads of this load that have not started, if possible. Cancelled reads complete
+    /// with an error.
     fn cancel(&mut self, _: LoadId) {}
 
     /// Allocates `bytes` bytes of populated memory that can be pinned.
@@ -142,8 +143,8 @@ pub(crate) trait Kernel {
     #[allow(unsafe_code)]
     unsafe fn observe(&mut self, request: ObserveRequest);
 
-    /// Whether any copy was done or refused on this thread because no other could be started.
-    /// Reads then wait for copies.
+    /// Whether any copy was done or refused on this thread because no other thread could be
+    /// started. Reads then wait for copies.
     fn lacks_threads(&self) -> bool;
 
     /// How many threads of the implementation are busy.

@@ -36,10 +36,12 @@ use crate::support::id::LoadId;
 
 /// Maximum number of registered buffers: staging slots, and pieces from their first read to their
 /// last. Reads are issued piece after piece, so usually no more pieces are registered than reads
-/// are in flight. Pieces for which no entry is left wait.
+/// are in flight, which are far fewer than 512 by default. Pieces for which no entry is left wait.
 const BUFFER_SLOTS: u16 = 512;
+/// Maximum number of registered files. Further files are read by their descriptors.
 const FILE_SLOTS: u32 = 64;
-/// No read has this token: its slot index would be 2^32 - 1.
+/// The user data of the ring's poll of the eventfd. No operation has this token, since its slot
+/// index would be 2^32 - 1.
 const WAKE_USER_DATA: u64 = u64::MAX;
 
 /// See the module documentation.
@@ -217,6 +219,7 @@ struct Ring {
     queue: Vec<squeue::Entry>,
     /// Whether the ring is polling the eventfd.
     armed: bool,
+    /// The result of creating the table of registered buffers.
     buffers: Result<(), Errno>,
     files: FileTable,
     uncached: Uncached,
@@ -286,10 +289,11 @@ impl Ring {
     }
 
     fn update_buffer(&mut self, slot: u16, address: *mut u8, bytes: usize) -> Result<(), Errno> {
+        // One slot per call, since the kernel may accept only some of several slots without
+        // reporting that.
         let vector = libc_iovec(address, bytes);
         // SAFETY: the memory stays mapped while it is registered: the driver unregisters a buffer
-        // before it releases it, or leaks both. One slot per call, since the kernel may accept
-        // only some of several without reporting it.
+        // before releasing it, or leaks the buffer.
         unsafe { self.ring.submitter().register_buffers_update(u32::from(slot), &[vector], None) }.map_err(|error| errno(&error))
     }
 
@@ -350,7 +354,8 @@ impl Ring {
 /// The ring's table of registered files. A read by table index saves the kernel a lookup and a
 /// reference count.
 struct FileTable {
-    /// By file: its slot, if it has one, and the number of pieces that use it.
+    /// For each attached file, by its identifier: its slot, if it has one, and the number of
+    /// pieces that attached it.
     slots: HashMap<u64, (Option<u32>, usize)>,
     free: Vec<u32>,
     refused: Option<Errno>,
@@ -378,7 +383,7 @@ impl FileTable {
     }
 
     fn detach(&mut self, ring: &IoUring, file: &OpenFile) {
-        let entry = self.slots.get_mut(&file.id).expect("a file is detached as often as it was attached");
+        let entry = self.slots.get_mut(&file.id).expect("a file is detached only after it was attached");
         entry.1 -= 1;
         if entry.1 == 0
             && let Some((Some(slot), _)) = self.slots.remove(&file.id)
@@ -412,11 +417,11 @@ impl FileTable {
 }
 
 fn length(read: &Read) -> u32 {
-    u32::try_from(read.bytes).expect("a read covers at most one chunk: 1 GiB")
+    u32::try_from(read.bytes).expect("a read covers at most one chunk, of up to 1 GiB")
 }
 
 /// Allows as many kernel threads for this thread's rings as reads can be in flight, so no read
-/// waits for another one's server. The default is at most four for each CPU.
+/// waits for another one's server. The kernel's default is at most four for each CPU.
 fn set_kernel_threads(ring: &IoUring, depth: usize) -> Result<(), Errno> {
     let threads = u32::try_from(depth).expect("settings allow 4096 reads at most");
     // 0 keeps the limit for files that are not regular.
@@ -446,8 +451,8 @@ const WAYS: [fn(&mut io_uring::Builder); 3] = [
 /// kernel does not know a flag, the next one is tried.
 fn set_up(entries: u32) -> Result<IoUring, Errno> {
     let mut refused = Errno::INVAL;
-    // In the first way, completions are processed while the thread waits in the kernel, which it
-    // does not do under valgrind.
+    // With the first flags, completions are processed only while the thread waits in the kernel,
+    // which it does not do under valgrind.
     for way in WAYS.into_iter().skip(usize::from(cfg!(dmaload_valgrind))) {
         match build(way, entries) {
             Ok(ring) => return Ok(ring),

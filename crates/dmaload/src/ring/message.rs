@@ -27,9 +27,9 @@ pub(crate) struct LoadSpec {
 pub(crate) struct FileSpec<F> {
     pub(crate) handle: F,
     pub(crate) index: usize,
-    /// The best route by which it may be read.
+    /// The best route by which the file may be read. Steps down lower it.
     pub(crate) route: Route,
-    /// The best route for its reads into staging.
+    /// The best route for direct reads of the file into staging.
     pub(crate) staged_by: Route,
     /// Identifies its file system.
     pub(crate) mount: u64,
@@ -43,7 +43,8 @@ pub(crate) struct FileSpec<F> {
 
 impl<F> FileSpec<F> {
     /// Whether reads by the file's current route can fill memory that is not populated: through
-    /// staging, or by threads that populate it as they write to it. A device and a ring can't.
+    /// staging, or by threads that populate it as they write to it. Neither a device nor a ring
+    /// can populate memory.
     pub(crate) fn fills_unpopulated(&self) -> bool {
         self.route >= Route::Bounce || self.route == Route::PreadDirect && self.in_memory
     }
@@ -82,7 +83,7 @@ pub(crate) enum LoadEvent {
 }
 
 impl<B> Output<B> {
-    /// Converts the buffer.
+    /// Converts the buffer of a full piece.
     pub(crate) fn map_buffer<C>(self, map: impl FnOnce(B) -> C) -> Output<C> {
         match self {
             Output::PieceFull { load, piece, route, buffer } => Output::PieceFull { load, piece, route, buffer: map(buffer) },

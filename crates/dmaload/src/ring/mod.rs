@@ -11,11 +11,11 @@
 //!
 //! The ring reads open files into memory that the engine allocated. It opens no files, allocates
 //! only staging, and never runs the caller's code on its thread. Routes that use a ring require
-//! io_uring (Linux 5.6 or later). Where it is refused, threads read with `pread`.
+//! io_uring (Linux 5.6 or later). Where io_uring is refused, threads read with `pread`.
 //!
-//! Shutdown: the thread ends once it is closed and the driver has no load left, that is, after the
-//! last completion. At the deadline of a shutdown, it leaks memory with operations in flight and
-//! ends at once.
+//! Shutdown: after [`RingThread::close`], the thread ends once the driver has no load left, that
+//! is, after the last completion. At the deadline of a shutdown ([`RingThread::give_up`]), it
+//! leaks memory with operations in flight and ends at once.
 
 mod driver;
 mod kernel;

@@ -6,14 +6,16 @@
 //! at least nine tenths of the time, the work waits for them: one more thread is tried for an
 //! epoch, and kept if the rate rose by at least a quarter of what the thread would add without any
 //! other limit. Otherwise the device, the processor or the memory bus is the limit: the thread is
-//! withdrawn, and not tried again for a while. Threads that are not busy are withdrawn one by one.
+//! withdrawn, and not tried again for 1 to 16 epochs. Threads are withdrawn one by one as long as
+//! the remaining ones would have been busy for less than seven tenths of the time.
 //!
 //! Threads that read wait for storage or for a server rather than for the processor, and each file
 //! system has its own pace for them. Their number starts at [`FIRST_READERS`]. It doubles or
 //! halves where the number of copiers would change by one: a server that takes 20 ms per answer
 //! needs 32 threads, and adding threads one by one would take gigabytes of reads.
 //!
-//! Pure: starts no threads and reads no clock. The engine and the simulator both use it.
+//! The module is pure: it starts no threads and reads no clock. The engine and the simulator both
+//! use it.
 
 use std::time::Duration;
 
@@ -40,9 +42,9 @@ pub(crate) const MOST_READERS: usize = 32;
 /// trial, and twice as many after each further one.
 const REST_EPOCHS_MAX: u32 = 16;
 
-/// Number of jobs after a pause that are not measured: while the window fills, they run as fast as
-/// memory can be allocated, whatever the device does. A load's share of the default window holds
-/// one more (six batches).
+/// Number of jobs after a pause that are not measured. While the window fills, jobs run as fast as
+/// memory can be allocated, whatever the device does. The number is one less than the six batches
+/// that a load's share of the default window holds.
 const FILLING_JOBS: usize = 5;
 
 /// Maximum number of threads that copy on a machine with `cores` processors.
@@ -186,7 +188,7 @@ impl Pace {
         std::mem::replace(&mut self.threads, threads) != threads
     }
 
-    /// Records that a queued job will not run; it says nothing about the speed of others.
+    /// Records that a queued job will not run. The job is not measured.
     pub(crate) fn withdraw(&mut self, now: Duration) {
         self.count(now);
         self.jobs = self.jobs.checked_sub(1).expect("a job is withdrawn once");
@@ -209,7 +211,8 @@ impl Pace {
     fn next(&mut self, epoch: Epoch, elapsed: Duration) -> usize {
         let rate = rate(epoch.bytes, elapsed);
         if let Some(before) = self.trial.take() {
-            // Without any other limit, twice as many threads do twice as much.
+            // Without any other limit, the rate is proportional to the number of threads; a
+            // quarter of that increase is enough.
             let more = (self.threads - before.threads) as u64;
             let least = before.rate + before.rate / (4 * before.threads as u64) * more;
             if rate < least {

@@ -27,7 +27,8 @@ use crate::support::id::LoadId;
 /// Maximum number of threads that read for all loads. At most [`MOST_READERS`] of them read for
 /// one load, and three quarters for all loads of one file system.
 pub(crate) const READERS: usize = 2 * MOST_READERS;
-/// The number of file systems above which the paces of idle ones are forgotten.
+/// If more file systems than this have a pace, the paces of idle ones are forgotten, which bounds
+/// the table of paces.
 const MOUNTS: usize = 64;
 /// Maximum number of threads that run observers; each load is observed by one at a time.
 pub(crate) const OBSERVERS: usize = 2;
@@ -57,9 +58,9 @@ struct Queues {
     idle: usize,
     /// How many threads have a job.
     busy: usize,
-    /// How many threads may have one.
+    /// Maximum number of threads that may have a job.
     busy_max: usize,
-    /// The name of a thread that panicked, and its message.
+    /// The name of a thread that panicked, and the panic's message.
     broken: Option<String>,
     closed: bool,
 }
@@ -413,7 +414,7 @@ fn do_job(job: PoolJob) -> Completion {
 
 fn pread(file: &OpenFile, read: &Read) -> Completion {
     if read.route == Route::Buffered {
-        // If this fails, the bytes are read all the same, and late changes may go unnoticed.
+        // If this fails, the bytes are read anyway, and some changes to them may go unnoticed.
         let _ = file.settle(&(read.offset..read.offset + read.bytes as u64));
     }
     let pread = |buffer: &mut [MaybeUninit<u8>], offset| {
@@ -442,12 +443,13 @@ fn pread(file: &OpenFile, read: &Read) -> Completion {
 }
 
 fn copy_staged(copy: &StagedCopy) -> Completion {
-    // SAFETY: the driver guarantees that this many initialized bytes stay mapped, and are not
-    // written to, until this copy's completion is reaped.
+    // SAFETY: the driver guarantees that `copy.bytes` initialized bytes stay mapped at
+    // `copy.from`, and are not written to, until this copy's completion is reaped.
     let mut left = unsafe { std::slice::from_raw_parts(copy.from.as_ptr(), copy.bytes) };
     let mut next = |part: &mut [MaybeUninit<u8>]| {
         let (now, later) = left.split_at(part.len());
-        // Ordinary stores: non-temporal ones were no faster, on either page size.
+        // Ordinary stores: non-temporal ones were no faster, neither on small pages nor on huge
+        // ones.
         part.write_copy_of_slice(now);
         left = later;
         Ok(part.len())
@@ -465,15 +467,15 @@ fn read_cached(file: &OpenFile, read: &CachedRead) -> Completion {
         at += bytes as u64;
         Ok(bytes)
     };
-    // SAFETY: the driver guarantees that nothing else reads or writes the place until this
+    // SAFETY: the driver guarantees that nothing else reads or writes the place until this copy's
     // completion is reaped.
     let result = unsafe { read.to.sink.fill_with(read.to.offset, read.bytes, &mut next) };
     Completion { token: read.token, result }
 }
 
 fn run_observers(request: &ObserveRequest) -> Completion {
-    // SAFETY: the driver guarantees that this many bytes stay mapped and initialized, and are not
-    // written to, until this completion is reaped.
+    // SAFETY: the driver guarantees that `request.bytes` initialized bytes stay mapped at
+    // `request.address`, and are not written to, until this observation's completion is reaped.
     let bytes = unsafe { std::slice::from_raw_parts(request.address.as_ptr(), request.bytes) };
     Completion {
         token: request.token,

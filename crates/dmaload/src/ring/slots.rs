@@ -1,7 +1,7 @@
 //! Slots with generations. The token of an operation's slot is its `user_data` in the kernel.
 //!
 //! A token packs an index and a generation. A reused slot has a new generation, so a late or
-//! duplicate completion matches no entry, rather than another read's.
+//! duplicate completion matches no entry, not the entry of a later operation.
 
 use crate::support::convert::to_usize;
 
@@ -56,7 +56,7 @@ impl<T> Slots<T> {
         Token::new(index, 0)
     }
 
-    /// Removes an entry; `None` for a stale token.
+    /// Removes and returns an entry; `None` for a stale token.
     pub(crate) fn remove(&mut self, token: Token) -> Option<T> {
         self.get_mut(token)?;
         let (generation, place) = self.entries.get_mut(token.index())?;

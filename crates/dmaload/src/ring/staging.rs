@@ -1,5 +1,5 @@
-//! The staging buffers of [`Route::Bounce`]: slots of equal size, allocated on first use and then
-//! reused.
+//! Staging: the buffers that staged reads go into. They are slots of equal size, allocated on
+//! first use and then reused.
 //!
 //! The slots are small, so copies find their bytes in the processor's cache. Several slots let
 //! reads and copies overlap.
@@ -20,10 +20,11 @@ pub(crate) struct StagingBudget {
 }
 
 impl StagingBudget {
-    /// How many slots may be read into at once. Not all of them, or copies would wait for reads
-    /// and reads for copies: a device works on all of its reads at once and finishes them at about
-    /// the same time, so slots must be free for the next reads while these are copied. With reads
-    /// into half of the slots, loads reached 0.93 of a virtual disk's limit; with all, 0.57.
+    /// How many slots may be read into at once: three quarters. One load may read into up to three
+    /// quarters of these, about half of all slots. A device finishes all of its reads at about the
+    /// same time, so if reads went into all slots, copies would wait for reads, and reads for
+    /// copies. With reads into half of the slots, a load reached 0.93 of a virtual disk's limit;
+    /// with reads into all slots, 0.57.
     fn reads(self) -> u64 {
         (self.slots as u64 * 3 / 4).max(1)
     }
@@ -38,7 +39,7 @@ pub(crate) struct StagingSlot(usize);
 #[derive(Debug)]
 struct StagingBuffer<S> {
     buffer: S,
-    /// Its slot in the table of registered buffers.
+    /// Its entry in the kernel's table of registered buffers; `None` if it is not registered.
     buffer_slot: Option<u16>,
     /// The load that holds the slot, and the file system from which it is filled.
     taken_by: Option<(LoadId, u64)>,
@@ -73,8 +74,8 @@ impl<S: Buffer> Staging<S> {
         self.budget.slots
     }
 
-    /// Changes the number of slots. Surplus slots stay allocated, but none is taken while `slots`
-    /// or more are in use.
+    /// Changes the number of slots. Surplus slots stay allocated, but no slot is taken while
+    /// `slots` or more are in use.
     pub(crate) fn set_slots(&mut self, slots: usize) {
         self.budget.slots = slots;
     }
@@ -96,9 +97,9 @@ impl<S: Buffer> Staging<S> {
         (taken, held)
     }
 
-    /// Takes a slot to read from this file system into; `None` if no slot is free, or the load or
-    /// the file system holds its share. With `waits`, all slots that the load holds wait for this
-    /// one, so shares do not limit it.
+    /// Takes a slot for a read from this file system. Returns `None` if no slot is free, or if the
+    /// load or the file system holds its share. `waits` says that all slots that the load holds
+    /// wait for this one; shares then limit the load only if it holds none.
     ///
     /// # Errors
     /// If not even one slot can be allocated.
@@ -169,13 +170,14 @@ impl<S: Buffer> Staging<S> {
         }
     }
 
-    /// How much staging exists, and why no more could be allocated; `None` if nothing was refused.
+    /// How much staging exists, and why no more could be allocated; `None` unless the last
+    /// allocation was refused.
     pub(crate) fn shortage(&self) -> Option<(u64, Errno)> {
         let bytes = self.slots.iter().map(|slot| slot.buffer.bytes() as u64).sum();
         self.short.map(|errno| (bytes, errno))
     }
 
-    /// The memory of a slot that was taken, and its slot in the table of registered buffers.
+    /// The memory of a slot that was taken, and its entry in the table of registered buffers.
     pub(crate) fn get(&self, slot: StagingSlot) -> (&S, Option<u16>) {
         let slot = self.slots.get(slot.0).expect(SLOT);
         (&slot.buffer, slot.buffer_slot)

@@ -40,13 +40,13 @@ pub(crate) struct RingLimits {
 pub(crate) trait Events<B>: Send + Sync + 'static {
     /// Takes outputs of the driver, in order.
     fn on_outputs(&self, outputs: Vec<Output<B>>);
-    /// Takes files that these loads have released, which another thread must close.
+    /// Takes files that loads have released. Another thread must close them.
     fn on_released_files(&self, files: Vec<(LoadId, Arc<OpenFile>)>);
-    /// Reports that the ring was given up and leaked this many bytes: after a failure, and then a
+    /// Reports that the ring was given up, and how many bytes were leaked: after a failure, when a
     /// new ring replaces it, or at the deadline of a shutdown (ETIMEDOUT).
     fn on_ring_failure(&self, errno: Errno, leaked_bytes: u64);
-    /// Reports that the thread ends, normally or with this panic, and leaves `left` behind. Passes
-    /// on the thread's reference to the engine, which must not be dropped on this thread.
+    /// Reports that the thread ends, normally or with this panic, and leaves `left` behind. `self`
+    /// is the thread's reference to the engine, which must not be dropped on this thread.
     fn on_end(self: Arc<Self>, left: LeftBehind, panic: Option<String>);
 }
 
@@ -69,14 +69,14 @@ enum Command<B> {
         file: FileSpec<Arc<OpenFile>>,
         buffer: B,
     },
-    /// Panics, as a broken invariant would.
+    /// Makes the thread panic, as a broken invariant would.
     #[cfg(test)]
     Panic,
 }
 
 #[derive(Debug)]
 struct RingShared<B> {
-    /// `None` after the thread has ended; commands sent then are dropped immediately.
+    /// `None` after the thread has ended; later commands are dropped immediately.
     commands: Mutex<Option<Vec<Command<B>>>>,
     closing: AtomicBool,
     giving_up: AtomicBool,
@@ -135,7 +135,7 @@ impl<B: PieceMemory + Send + 'static> RingThread<B> {
         thread::Builder::new().name("dmaload-ring".to_owned()).spawn(body).map(|_| ())
     }
 
-    /// The counters so far.
+    /// The counters of the ring thread.
     pub(crate) fn counters(&self) -> &ReadCounters {
         &self.shared.counters
     }
@@ -190,7 +190,7 @@ impl<B: PieceMemory + Send + 'static> RingThread<B> {
 }
 
 /// Runs until [`RingThread::give_up`] is called or, after [`RingThread::close`], until the last
-/// load has ended. Returns how many threads of abandoned [`Kernel`]s were still busy.
+/// load has ended. Returns how many threads of kernels that were given up were still busy.
 fn run<B: PieceMemory>(shared: &RingShared<B>, limits: &RingLimits, started: Instant, events: &impl Events<B>) -> usize {
     let depth = limits.depth;
     let new_kernel = || LinuxKernel::new(depth, started, Arc::clone(&shared.wake));

@@ -11,7 +11,7 @@ use crate::support::foreign;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Verdict {
     Rejected(Rejection),
-    /// The observer's code panicked.
+    /// The verifier or the observer panicked; `code` says which.
     Panicked {
         code: &'static str,
         message: String,
@@ -70,7 +70,7 @@ impl Watch {
         Errno::BADMSG
     }
 
-    /// Why bytes were not accepted.
+    /// Returns why bytes were not accepted.
     ///
     /// # Panics
     /// If no observation has failed.

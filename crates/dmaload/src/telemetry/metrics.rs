@@ -50,8 +50,8 @@ pub struct Latency {
     pub count: u64,
     /// Sum of all samples.
     pub sum: Duration,
-    /// Number of samples per bucket: up to the bucket's [`Latency::bound`] and above that of the
-    /// one before it. The last bucket has no bound.
+    /// Number of samples in each bucket: those up to the bucket's [`Latency::bound`] and above the
+    /// bound of the bucket before it. The last bucket has no bound.
     pub buckets: [u64; Latency::BUCKETS],
 }
 
@@ -85,7 +85,7 @@ impl Histogram {
     pub(crate) fn add(&self, took: Duration) {
         let nanos = u64::try_from(took.as_nanos()).expect("a latency is less than 500 years");
         let micros = nanos.div_ceil(1000);
-        // The smallest power of two that is at least `micros`.
+        // The exponent of the smallest power of two that is at least `micros`.
         let bucket = micros.max(1).next_power_of_two().trailing_zeros() as usize;
         let bucket = self.buckets.get(bucket.min(Latency::BUCKETS - 1)).expect("the last bucket counts everything longer");
         bucket.fetch_add(1, Ordering::Relaxed);
@@ -102,7 +102,7 @@ impl Histogram {
 #[derive(Debug, Default)]
 pub(crate) struct ReadCounters {
     pub(crate) in_flight: AtomicU64,
-    /// Bytes leaked because reads may still write to them.
+    /// Bytes leaked because operations in flight may still use them.
     pub(crate) leaked_bytes: AtomicU64,
     pub(crate) before_kernel: Histogram,
     pub(crate) in_kernel: Histogram,

@@ -1,9 +1,9 @@
 //! What loads and loaders report: the [`Report`](report::Report) of one load, the
 //! [`Metrics`](metrics::Metrics) of a loader, and the events of a trace.
 //!
-//! Does only bookkeeping: reads no files and no clock, and starts no threads. The engine fills
-//! these values and returns them to the caller, who may keep them: nothing here refers to a
-//! loader. Figures of the whole process, such as its CPU time, are left to the caller.
+//! This module does only bookkeeping: it reads no files and no clock, and starts no threads. The
+//! engine fills these values and returns them to the caller, who may keep them: nothing here
+//! refers to a loader. Figures of the whole process, such as its CPU time, are left to the caller.
 
 pub(crate) mod busy;
 pub(crate) mod metrics;

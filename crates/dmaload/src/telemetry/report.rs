@@ -27,8 +27,8 @@ pub struct Report {
     pub cached_bytes: u64,
     /// Number of segments.
     pub segments: usize,
-    /// Number of allocations (memfds, dma-bufs) that hold the segments: fewer than segments if
-    /// small files share some.
+    /// Number of allocations (memfds, dma-bufs or private memory) that hold the segments: fewer
+    /// than segments if small files share allocations.
     pub memories: usize,
     /// From the start of the load until everything was handed over.
     pub total: Duration,
@@ -36,7 +36,7 @@ pub struct Report {
     pub allocating: Duration,
     /// Time during which at least one read from storage was in flight.
     pub reading: Duration,
-    /// Time during which at least one copy from staging was running; zero if nothing was bounced.
+    /// Time during which at least one copy from staging was running; zero if no read was staged.
     pub copying: Duration,
     /// Time during which at least one copy from the page cache was running; zero if nothing was
     /// copied from there.
@@ -143,14 +143,15 @@ impl Report {
         rate(self.cached_bytes, self.from_cache)
     }
 
-    /// The size of most of the pages.
+    /// The size of most of the pages: 2 MiB if more than half of the segments' memory is on such
+    /// pages ([`Self::pages`]), otherwise the size of a small page.
     pub fn page_size_bytes(&self) -> usize {
         if self.pages.huge_bytes * 2 > self.pages.seen_bytes { HUGE_PAGE_BYTES } else { page_bytes() }
     }
 
-    /// How much of the shorter of allocating and reading was hidden behind the longer: 1 if the
-    /// load took no longer than the longer of the two, 0 if they ran one after the other or one of
-    /// them took no time.
+    /// How much of the shorter phase, allocating or reading, was hidden behind the longer one: 1
+    /// if the load took no longer than the longer phase, 0 if the phases ran one after the other
+    /// or one of them took no time.
     pub fn overlap(&self) -> f64 {
         let shorter = self.allocating.min(self.reading).as_secs_f64();
         let hidden = (self.allocating + self.reading).saturating_sub(self.total).as_secs_f64();

@@ -41,11 +41,11 @@ impl TraceKind {
     }
 }
 
-/// Something that a load did. Times count from the start of the load.
+/// A step of a load. Its times count from the start of the load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct TraceEvent {
-    /// What was done.
+    /// The kind of the step.
     pub kind: TraceKind,
     /// When it began.
     pub start: Duration,

@@ -3,7 +3,7 @@
 //! Four algorithms are supported, so users can compare with checksums that they already have:
 //! `sha256`, which model hubs publish; `blake3`, which is also cryptographic and usually faster;
 //! `crc32c`, which storage systems keep; and `xxh3`, which is fast and, like `crc32c`, detects
-//! only accidents.
+//! only accidental changes.
 
 use std::fmt;
 use std::hash::Hasher as _;
@@ -39,7 +39,7 @@ impl Algorithm {
         }
     }
 
-    /// The length of its checksums in bytes.
+    /// The length of the algorithm's checksums, in bytes.
     pub fn digest_bytes(self) -> usize {
         match self {
             Self::Sha256 | Self::Blake3 => LONGEST,
@@ -67,10 +67,11 @@ impl FromStr for Algorithm {
     }
 }
 
+/// The length of the longest checksums, in bytes.
 const LONGEST: usize = 32;
 
-/// A finished checksum. Displayed and parsed as `sha256:ba7816bf…`: the value in hexadecimal, most
-/// significant digit first.
+/// A finished checksum. It is displayed and parsed as `sha256:ba7816bf…`: the value in
+/// hexadecimal, most significant digit first.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Digest {
     algorithm: Algorithm,
@@ -132,7 +133,8 @@ impl FromStr for Digest {
         let (name, hex) = text.split_once(':').ok_or_else(|| format!("invalid checksum {text:?}: write it like sha256:HEX"))?;
         let algorithm: Algorithm = name.parse()?;
         let digits = 2 * algorithm.digest_bytes();
-        Digest::from_hex(algorithm, hex).ok_or_else(|| format!("a {algorithm} has {digits} hexadecimal digits, unlike {hex:?}"))
+        Digest::from_hex(algorithm, hex)
+            .ok_or_else(|| format!("invalid checksum {hex:?}: a {algorithm} has {digits} hexadecimal digits"))
     }
 }
 
@@ -217,7 +219,8 @@ impl fmt::Debug for Hasher {
 mod tests {
     use super::*;
 
-    /// FIPS 180-2, the BLAKE3 reference vectors, RFC 3720 B.4 and the xxHash sanity checks.
+    /// The vectors are from FIPS 180-2, the BLAKE3 reference vectors, RFC 3720 B.4 and the xxHash
+    /// sanity checks.
     #[test]
     fn published_test_vectors_match() {
         let cases: &[(Algorithm, &[u8], &str)] = &[

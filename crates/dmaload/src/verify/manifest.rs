@@ -81,14 +81,15 @@ impl fmt::Debug for ManifestFile {
 }
 
 impl Manifest {
-    /// Maximum size of a chunk. Every chunk size divides it, and segments of whole files begin at
-    /// its multiples, so no chunk crosses into another segment, and each segment is verified
-    /// before it is handed over.
+    /// Maximum size of a chunk: 1 MiB. Every chunk size divides it, and segments of whole files
+    /// begin at its multiples, so no chunk crosses into another segment, and each segment is
+    /// verified before it is handed over.
     pub const LARGEST_CHUNK_BYTES: u64 = 1 << 20;
-    /// Minimum size of a chunk.
+    /// Minimum size of a chunk: 4 KiB.
     pub const SMALLEST_CHUNK_BYTES: u64 = 4096;
 
-    /// Whether this is a valid chunk size: a power of two from 4 KiB to 1 MiB.
+    /// Whether this is a valid chunk size: a power of two from [`Self::SMALLEST_CHUNK_BYTES`] to
+    /// [`Self::LARGEST_CHUNK_BYTES`].
     pub fn allows_chunk_bytes(bytes: u64) -> bool {
         bytes.is_power_of_two() && (Self::SMALLEST_CHUNK_BYTES..=Self::LARGEST_CHUNK_BYTES).contains(&bytes)
     }
@@ -108,15 +109,15 @@ impl Manifest {
         &self.files
     }
 
-    /// The checksum of one chunk.
+    /// The checksum of one chunk; `None` if the file has no such chunk.
     pub(super) fn chunk_digest(&self, file: &ManifestFile, chunk: u64) -> Option<Digest> {
         let length = self.algorithm.digest_bytes();
         let start = usize::try_from(chunk).ok()?.checked_mul(length)?;
         Digest::new(self.algorithm, file.sums.get(start..start.checked_add(length)?)?)
     }
 
-    /// The entry for a path: the one whose path is the longest suffix of it, or the only entry if
-    /// only one file is loaded (a copy may have any name).
+    /// The entry for a path: the entry whose path is the longest suffix of this path, or the only
+    /// entry if only one file is loaded (a copy may have any name).
     pub(super) fn find(&self, path: &Path, alone: bool) -> Option<usize> {
         let named = self.files.iter().enumerate().filter(|(_, file)| path.ends_with(file.raw_path()));
         let longest = named.max_by_key(|(_, file)| file.raw_path().components().count());
@@ -138,11 +139,10 @@ impl Manifest {
         (1..=longest).map(ends).find(|names| distinct(names)).unwrap_or_else(|| ends(longest))
     }
 
-    /// Parses a manifest.
+    /// Parses a manifest. Takes a small multiple of the input's memory, and never panics.
     ///
     /// # Errors
-    /// Where the manifest is invalid, and why. Parsing takes a small multiple of the input's
-    /// memory and never panics.
+    /// Where the manifest is invalid, and why.
     pub fn parse(json: &[u8]) -> Result<Self, ManifestError> {
         let value: Value = serde_json::from_slice(json).map_err(|error| ManifestError(error.to_string()))?;
         let top = Object { at: String::new(), fields: value.as_object().ok_or_else(|| error_at("", "is not an object"))? };
@@ -212,7 +212,7 @@ fn parse_file(value: &Value, at: &str, algorithm: Algorithm, chunk_bytes: u64) -
     if chunks.len() as u64 != expected {
         return Err(error_at(
             &format!("{at}.chunks"),
-            &format!("has {} checksums, but {bytes} bytes need {expected}", chunks.len()),
+            &format!("has length {}, but must have length {expected}: one checksum for each chunk", chunks.len()),
         ));
     }
     let mut sums = Vec::with_capacity(chunks.len() * algorithm.digest_bytes());
@@ -352,9 +352,9 @@ mod tests {
         assert!(with("crc32c", "md5").contains("algorithm unknown checksum"));
         assert!(with(r#""chunk_bytes":4096"#, r#""chunk_bytes":5000"#).contains("power of two"));
         assert!(with(r#""chunk_bytes":4096"#, r#""chunk_bytes":0"#).contains("power of two"));
-        assert!(with(r#""chunk_bytes":4096"#, r#""chunk_bytes":8192"#).contains("files[0].chunks has 3 checksums"));
+        assert!(with(r#""chunk_bytes":4096"#, r#""chunk_bytes":8192"#).contains("files[0].chunks has length 3"));
         assert!(with(r#""bytes":10000"#, r#""bytes":-1"#).contains("files[0].bytes is missing or not a whole number"));
-        assert!(with(r#""bytes":10000"#, r#""bytes":18446744073709551615"#).contains("need 4503599627370496"));
+        assert!(with(r#""bytes":10000"#, r#""bytes":18446744073709551615"#).contains("length 4503599627370496"));
         assert!(with("00000001", "0000001").contains("files[0].chunks[1] is not a crc32c"));
         assert!(with("a/model", "model").contains("twice") || with("a/model.safetensors", "model.safetensors").contains("twice"));
         assert!(with(r#""sha256":""#, r#""sha256":"0"#).contains(".sha256 is not a sha256"));

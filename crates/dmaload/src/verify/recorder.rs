@@ -46,7 +46,7 @@ impl Recorder {
     /// Creates a recorder for chunks of this size.
     ///
     /// # Panics
-    /// If the size is not valid: [`Manifest::allows_chunk_bytes`].
+    /// If the size is not valid: see [`Manifest::allows_chunk_bytes`].
     pub fn new(algorithm: Algorithm, chunk_bytes: u64) -> Self {
         assert!(Manifest::allows_chunk_bytes(chunk_bytes), "invalid chunk size {chunk_bytes}");
         Recorder { algorithm, chunk_bytes, files: Mutex::default() }
@@ -55,8 +55,8 @@ impl Recorder {
     /// The manifest of a completely observed load.
     ///
     /// # Panics
-    /// If it has not seen all bytes of the report's files, for example because the report is from
-    /// another load, or because the load failed.
+    /// If the recorder has not seen all bytes of the report's files, for example because the
+    /// report is from another load, or because the load failed.
     pub fn manifest(&self, report: &Report) -> Manifest {
         let mut seen = self.files.lock().unwrap_or_else(PoisonError::into_inner).clone();
         seen.resize_with(report.files.len(), || self.empty_sums());

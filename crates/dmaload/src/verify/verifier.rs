@@ -129,8 +129,8 @@ impl ByChunks {
     }
 }
 
-/// The tensors that overlap this range, according to the file's own header; empty if that can't be
-/// read.
+/// The tensors that overlap this range, according to the file's own header; empty if the header
+/// can't be read.
 fn tensors_in(path: &Path, format: Format, start: u64, end: u64) -> Vec<String> {
     let header = OpenFile::open(path).and_then(|file| read_header(&file, 0..file.identity.bytes, format));
     let Ok(Some(map)) = header else { return Vec::new() };

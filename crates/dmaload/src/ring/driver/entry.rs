@@ -25,29 +25,31 @@ pub(super) struct PieceEntry<F, B> {
     /// Number of chunks that are not complete.
     pub(super) chunks_left: usize,
     pub(super) in_flight: usize,
-    /// The lowest route by which any of its bytes were read from storage; `None` if none were.
+    /// The lowest route by which any of the piece's bytes were read from storage; `None` if none
+    /// were.
     pub(super) route: Option<Route>,
-    /// For an observed load, its offset in the concatenation of all files, known once all pieces
-    /// before it have arrived; otherwise 0.
+    /// If the load is observed, the piece's offset in the concatenation of all files, set once all
+    /// earlier pieces have arrived; otherwise 0.
     pub(super) position: u64,
     /// When the piece arrived.
     pub(super) since: Duration,
 }
 
-/// A range of a piece's memory that has to be read.
+/// A range of a piece that has to be read or copied from the page cache.
 #[derive(Debug, Clone)]
 pub(super) struct Chunk {
     pub(super) piece: Token,
-    /// The offset of its piece in the concatenation of all files of an observed load; otherwise 0.
+    /// If the load is observed, the piece's offset in the concatenation of all files; otherwise 0.
     pub(super) position: u64,
     pub(super) range: Range<u64>,
-    /// Whether it was in the page cache when the piece was prepared.
+    /// Whether the chunk was in the page cache when the piece was prepared.
     pub(super) cached: bool,
     /// Number of reads, since the last progress, that returned less than a block.
     pub(super) parts_of_a_block: u32,
     /// Number of reads, since the last progress, that were interrupted.
     pub(super) interruptions: u32,
-    /// Whether a read failed and is retried once, with nothing else of its load in flight.
+    /// Whether a read of the chunk failed and is retried once, with nothing else of the load in
+    /// flight.
     pub(super) alone: bool,
 }
 
@@ -103,8 +105,8 @@ pub(super) struct LoadEntry {
     pub(super) spec: LoadSpec,
     pub(super) pieces_left: usize,
     pub(super) chunks: VecDeque<Chunk>,
-    /// Chunks that failed and are retried one at a time: before all others, or in file order if
-    /// the load is observed.
+    /// Chunks whose read failed, to be retried one at a time: before all others, or in file order
+    /// if the load is observed.
     pub(super) alone: VecDeque<Chunk>,
     pub(super) alone_in_flight: bool,
     pub(super) in_flight: usize,
@@ -125,11 +127,11 @@ pub(super) struct LoadEntry {
     pub(super) stepped: HashMap<usize, Route>,
     pub(super) ended: bool,
     pub(super) unobserved: InOrder<Unobserved>,
-    /// For an observed load: the number of the next piece whose chunks are queued.
+    /// For an observed load: the number of the first piece whose chunks are not queued yet.
     pub(super) next_piece: usize,
-    /// The position of that piece.
+    /// The offset of that piece in the concatenation of all files.
     pub(super) next_position: u64,
-    /// Later pieces that have already arrived, by number, with their lengths in bytes.
+    /// Pieces after that one that have already arrived, by number, with their lengths in bytes.
     pub(super) early: BTreeMap<usize, (Token, u64)>,
 }
 
@@ -203,7 +205,7 @@ pub(super) fn progress(chunk: &Chunk, bytes: u64, route: Route, alignment_bytes:
     }
 }
 
-/// How many bytes a read for this chunk requests: whole blocks if it is direct.
+/// How many bytes a read for this chunk requests: whole blocks if the read is direct.
 pub(super) fn read_bytes<F>(chunk: &Chunk, file: &FileSpec<F>) -> usize {
     let bytes = chunk.range.end - chunk.range.start;
     to_usize(if file.route.is_direct() { bytes.next_multiple_of(file.alignment_bytes) } else { bytes })

@@ -25,8 +25,9 @@ pub(super) struct Destination {
 }
 
 impl<K: Kernel, B: PieceMemory> Driver<K, B> {
-    /// Issues one chunk. Returns `false` if nothing was issued, because the chunk has to wait for
-    /// a buffer slot or for staging.
+    /// Issues a chunk or, if it has to wait for a buffer slot, another chunk in its place. Returns
+    /// `false` if nothing was issued because the chunk has to wait for a buffer slot or for
+    /// staging.
     pub(super) fn issue_chunk(&mut self, id: LoadId, chunk: Chunk) -> bool {
         if chunk.cached {
             self.issue_cached(id, chunk);
@@ -37,7 +38,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         let staged = load.spec.observation.as_ref().is_some_and(|observed| observed.staged);
         match entry.file.route {
             Route::Bounce => self.issue_staged(id, chunk),
-            // A load that is observed in staging also reads through the page cache into staging.
+            // If a load is observed in staging, its buffered reads go into staging, too.
             Route::UringBuffered | Route::Buffered if staged => self.issue_staged(id, chunk),
             // A ring can't populate memory.
             Route::UringBuffered if !entry.buffer.is_populated() => self.issue_staged(id, chunk),
@@ -83,9 +84,9 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     /// that already holds a slot. Returns `false` if none can be issued.
     ///
     /// Such a piece may come later in the file than the waiting chunk, for example if that chunk
-    /// was evicted from the page cache. The piece keeps its slot until its last chunk is read, so
-    /// the two could otherwise wait for each other forever. A chunk that must be read alone is
-    /// issued only if the load has nothing in flight.
+    /// was evicted from the page cache. The chunk waits for the piece's slot, which the piece
+    /// keeps until its last chunk is read, while the piece's chunks are queued behind the waiting
+    /// one. A chunk that must be read alone is issued only if the load has nothing in flight.
     pub(super) fn issue_registered_instead(&mut self, id: LoadId, chunk: Chunk) -> bool {
         let load = self.loads.get_mut(&id).expect(LOAD);
         let mut has_slot = |other: &Chunk| self.pieces.get_mut(other.piece).expect(PIECE).buffer_slot.is_some();
@@ -120,8 +121,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         self.start_read(id, in_flight, route, Destination { buffer_slot, address, bytes, place });
     }
 
-    /// Starts a read by the route `by`, which differs from the file's route for reads into
-    /// staging.
+    /// Starts a read by the route `by`. For a direct read into staging, this is not the file's
+    /// route, which is `bounce`.
     pub(super) fn start_read(&mut self, id: LoadId, in_flight: InFlight, by: Route, to: Destination) {
         let Destination { buffer_slot, address, bytes, place } = to;
         let entry = self.pieces.get_mut(in_flight.chunk.piece).expect(PIECE);
@@ -136,7 +137,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         // SAFETY: the address is in the piece's buffer or in a staging slot, and no other
         // operation uses this part of the buffer, or the slot. The piece's entry owns the buffer
         // and is removed only when its `in_flight` is 0; the slot stays taken until `complete`
-        // gets this read's completion. `give_up` leaks both instead.
+        // gets this read's completion. `give_up` leaks buffer and slot instead.
         unsafe { self.kernel.read(&entry.file.handle, read) };
         let load = self.loads.get_mut(&id).expect(LOAD);
         load.in_flight += 1;

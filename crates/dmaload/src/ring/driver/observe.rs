@@ -62,7 +62,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         self.observe_next(id);
     }
 
-    /// Completes an observation: outputs the piece, continues its reads, or fails the load.
+    /// Completes an observation: outputs an observed piece, or completes a chunk that was observed
+    /// in staging. If the bytes were rejected, fails the load.
     pub(super) fn complete_observation(
         &mut self,
         id: LoadId,

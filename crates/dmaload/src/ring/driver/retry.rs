@@ -14,17 +14,19 @@ use crate::support::errno;
 use crate::support::id::LoadId;
 
 /// Maximum number of interruptions (EINTR, EAGAIN) of a chunk without progress. The next one fails
-/// the load.
+/// the load, which would otherwise retry forever if every read were interrupted.
 const INTERRUPTIONS: u32 = 64;
 
-/// Maximum number of reads of a chunk that return less than a block, without progress. Either the
-/// file has ended, or the file system can't do better: the next such read leads to buffered reads,
-/// and fails a strict load.
+/// Maximum number of reads of a chunk that return less than a block, without progress. After the
+/// next such read, the file is assumed to end within that block, or the file system to be unable
+/// to return more by direct reads: the load steps down to buffered reads or, if it is strict,
+/// fails.
 const PARTS_OF_A_BLOCK: u32 = 16;
 
 impl<K: Kernel, B: PieceMemory> Driver<K, B> {
-    /// Records that `bytes` bytes of a chunk were read. After a short read, requeues the rest, or
-    /// fails the load if nothing was read.
+    /// Records that `bytes` bytes of a chunk were read. After the last chunk of a piece, finishes
+    /// the piece. After a short read, requeues the rest; fails the load if nothing was read; and
+    /// after too many reads of less than a block, steps down or fails a strict load.
     pub(super) fn advance(&mut self, mut chunk: Chunk, route: Route, bytes: u64) {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let wanted = chunk.range.end - chunk.range.start;
@@ -77,11 +79,11 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     }
 
     /// Handles a failed read. If the error refuses this route and there is a lower one, the read
-    /// is retried by that. Otherwise it is retried once, alone, and a second failure fails the
-    /// load.
+    /// is retried by the lower route. Otherwise it is retried once, alone, and a second failure
+    /// fails the load.
     ///
-    /// The kernel merges neighboring reads into one request, and all of them fail if the medium
-    /// can't read one block of it. Alone, only the read that covers the bad block fails.
+    /// The kernel merges neighboring reads into one request, and all of them fail if one block of
+    /// the request can't be read. Alone, only the read that covers the bad block fails.
     pub(super) fn handle_read_error(&mut self, mut chunk: Chunk, route: Route, errno: Errno) {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let (id, piece) = (entry.load, chunk.piece);

@@ -1,6 +1,6 @@
 //! Staged reads: reads into staging, followed by copies into the piece. The route `bounce` always
-//! uses staging; other routes do if the load is observed there, or if a ring can't populate
-//! memory.
+//! uses staging. `uring-buffered` and `buffered` use it if the load is observed in staging, and
+//! `uring-buffered` also if the memory is not populated.
 
 use super::super::kernel::{Kernel, StagedCopy};
 use super::super::message::{Failure, LoadEvent, Output};
@@ -47,7 +47,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         let (buffer, registered) = self.staging.get(slot);
         let (address, slot_bytes) = (buffer.address(), buffer.bytes());
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
-        // A chunk that is larger than a slot is read in parts.
+        // If the chunk is larger than the slot, only its beginning is read now.
         let end = chunk.range.end.min(chunk.range.start + slot_bytes as u64);
         if end < chunk.range.end {
             entry.chunks_left += 1;
@@ -72,13 +72,14 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     }
 
     /// Registers a slot if the load wants registered staging, and reports a refusal once. Returns
-    /// `false` if the refusal has failed the load, which is then strict.
+    /// `false` if the load is strict and the refusal has failed it.
     pub(super) fn register_staging(&mut self, id: LoadId, chunk: &Chunk, slot: StagingSlot) -> bool {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let (file, offset, wanted) = (entry.file.index, entry.piece.file_offset + chunk.range.start, entry.file.staged_by);
         let load = self.loads.get_mut(&id).expect(LOAD);
-        // Once it was refused, registration is not tried again for this load. It is not tried at
-        // all if it is not wanted.
+        // After a refusal, registration is not tried again for this load. It is not tried at all
+        // for buffered reads, nor if `staged_by` is a route without registered buffers; without a
+        // ring, however, the refusal of the ring has to be reported.
         if load.staging_reported
             || !entry.file.route.is_direct()
             || wanted > Route::UringFixedDirect && self.kernel.ring().is_ok()
@@ -113,9 +114,9 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         self.in_flight.take(&id, entry.file.mount, 1);
         let since = self.kernel.now();
         let token = self.reads.insert(InFlight { chunk, route, step: Step::Copied(slot), since });
-        // SAFETY: both buffers have `bytes` bytes there (asserted above) and belong to different
-        // mappings. As for reads, neither is released or accessed before the completion, and
-        // nothing else reads into a taken slot.
+        // SAFETY: both ranges of `bytes` bytes are within their buffers (asserted above), which
+        // belong to different mappings. As for reads, neither buffer is released or accessed
+        // before the completion, and nothing else reads into a taken slot.
         unsafe { self.kernel.copy(StagedCopy { token, from, to, bytes }) };
         self.report_missing_thread(id);
         let load = self.loads.get_mut(&id).expect(LOAD);

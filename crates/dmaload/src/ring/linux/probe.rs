@@ -1,4 +1,4 @@
-//! Probes which io_uring features are allowed here, on a ring like the loader's.
+//! Probes which io_uring features are allowed here, on a ring like the engine's.
 
 use dmabuf::{Errno, Pages};
 
@@ -7,9 +7,11 @@ use crate::memory::buffer::Buffer;
 use crate::ring::wake::Wake;
 use crate::support::errno;
 
-/// The usual maximum size of a piece. Each piece is registered separately.
+/// The largest registration that is tried: the usual maximum size of a piece, since each piece is
+/// registered separately.
 pub(crate) const REGISTER_BYTES_MAX: usize = 16 << 20;
 
+/// The smallest registration that is tried. Larger ones are multiples of it.
 pub(crate) const REGISTER_BYTES_MIN: usize = 64 << 10;
 
 /// Which io_uring features are allowed here.
@@ -17,7 +19,8 @@ pub(crate) const REGISTER_BYTES_MIN: usize = 64 << 10;
 pub struct IoUring {
     /// Setting up a ring and entering it. If this is refused, so are all other features.
     pub setup: Result<(), Errno>,
-    /// `SINGLE_ISSUER` with `DEFER_TASKRUN`: completions are processed in batches.
+    /// `SINGLE_ISSUER` with `DEFER_TASKRUN`: completions are processed on request, instead of
+    /// interrupting the ring thread.
     pub deferred_task_run: Result<(), Errno>,
     /// A sparse table of registered buffers, required for
     /// [`Route::UringFixedDirect`](crate::Route::UringFixedDirect).
@@ -61,12 +64,13 @@ pub(crate) fn probe() -> rustix::io::Result<IoUring> {
 }
 
 /// How much can be registered at once, rounded down to a multiple of [`REGISTER_BYTES_MIN`], and
-/// the result of registering a whole piece.
+/// the result of registering [`REGISTER_BYTES_MAX`].
 fn largest_registrable(ring: &mut Ring) -> (u64, Result<(), Errno>) {
     if let Err(errno) = ring.buffers {
         return (0, Err(errno::from_rustix(errno)));
     }
-    // Small pages, since a huge page that is registered in part counts in full.
+    // Small pages, since a huge page that is registered in part counts in full towards the limit
+    // of locked memory.
     let memory = match StagingMemory::new(REGISTER_BYTES_MAX, Pages::Small) {
         Ok(memory) => memory,
         Err(error) => return (0, Err(error.errno)),
@@ -82,8 +86,8 @@ fn largest_registrable(ring: &mut Ring) -> (u64, Result<(), Errno>) {
     if whole.is_ok() {
         return (REGISTER_BYTES_MAX as u64, whole);
     }
-    // In multiples of `REGISTER_BYTES_MIN`: the largest known to succeed, and the smallest known
-    // to fail.
+    // The largest size known to succeed, and the smallest known to fail, in multiples of
+    // `REGISTER_BYTES_MIN`.
     let (mut possible, mut impossible) = (0, REGISTER_BYTES_MAX / REGISTER_BYTES_MIN);
     while possible + 1 < impossible {
         let middle = possible.midpoint(impossible);

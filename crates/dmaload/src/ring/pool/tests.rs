@@ -110,7 +110,7 @@ fn copy_without_threads_is_done_inline_and_reported() {
     }
 }
 
-/// A sink that stands for memory that a heap populates.
+/// A sink for memory that a heap populates.
 #[derive(Debug)]
 struct HeapSink;
 

@@ -5,6 +5,7 @@ use std::rc::Rc;
 
 use rustix::io::Errno;
 
+/// The size of a block of the simulated disk, and the alignment of direct reads, in bytes.
 pub(super) const BLOCK: u64 = 4096;
 /// The byte that fills memory before anything is read into it. No file contains this byte.
 pub(super) const POISON: u8 = 0xEE;

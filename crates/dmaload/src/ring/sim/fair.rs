@@ -181,7 +181,8 @@ fn each_scarce(window_pieces: u16, depth: u16, staging_slots: u16, buffer_slots:
     ]
 }
 
-/// Combines each scarce resource with each pair of routes: of silent loads, and of other loads.
+/// Combines each scarce resource with each pair of routes: that of the silent loads, and that of
+/// the other loads.
 fn each_case(scarce: [Shared; 4]) -> impl Iterator<Item = (Shared, Route, Route)> {
     let routes = || Route::ALL.into_iter();
     let pairs = move || routes().flat_map(move |hung_by| routes().map(move |others_by| (hung_by, others_by)));
@@ -272,8 +273,8 @@ fn many_loads_of_one_file_system_all_finish() {
     }
 }
 
-/// Observed chunks hold their slots until earlier ones were observed, and those may have to be
-/// retried: loads that hang must not hold all slots that a retry could use.
+/// Chunks of an observed load hold their slots until earlier chunks were observed, and the earlier
+/// ones may have to be retried. Hanging loads must not hold all slots that such a retry could use.
 #[test]
 fn observed_load_proceeds_despite_hanging_ones() {
     let faults = Faults { short_per_mille: 300, interrupted_per_mille: 300, ..Faults::none() };

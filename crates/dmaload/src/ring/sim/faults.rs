@@ -1,6 +1,5 @@
 //! The faults of the simulated kernel: operations that it refuses, cuts short, fails or never
-//! completes.
-//! For faults of single files see [`super::disk::FileFaults`].
+//! completes. For faults of single files, see [`super::disk::FileFaults`].
 
 use rustix::io::Errno;
 
@@ -33,7 +32,7 @@ pub(super) struct Faults {
     pub(super) no_threads: bool,
     /// How many staging buffers can be allocated.
     pub(super) staging: usize,
-    /// Batches without pages that can't be populated when they are filled.
+    /// Batches that come unpopulated and can't be populated when they are filled.
     pub(super) no_memory_per_mille: u64,
     /// Copies from the page cache whose chunk was evicted in the meantime, wholly or in part.
     pub(super) evicted_per_mille: u64,

@@ -46,7 +46,7 @@ pub(super) struct SimKernel {
     /// Operations in flight that are completed only by [`SimKernel::complete_late`].
     hung: Vec<SimInFlight>,
     done: Vec<Completion>,
-    /// The time that the disk takes for one read. It performs one read at a time.
+    /// The time that the disk takes for one read. The disk performs one read at a time.
     service: Duration,
     /// The time that a copy takes.
     pub(super) copying: Duration,
@@ -131,13 +131,13 @@ impl SimKernel {
         }
     }
 
-    /// Whether every operation in flight hangs.
+    /// Whether operations are in flight and all of them hang.
     pub(super) fn only_hangs(&self) -> bool {
         !self.hung.is_empty() && self.in_flight.is_empty() && self.queued.is_empty() && self.done.is_empty()
     }
 
-    /// Completes everything in flight, including reads that hang, as may happen long after the
-    /// engine gave up.
+    /// Completes everything that was queued or is in flight, including reads that hang, as may
+    /// happen long after the engine gave up.
     pub(super) fn complete_late(&mut self) {
         self.in_flight.append(&mut self.hung);
         self.in_flight.append(&mut self.queued);
@@ -303,7 +303,7 @@ impl Kernel for SimKernel {
             return Err(errno);
         }
         let start = address.addr().get();
-        assert!(!self.memory.borrow().is_unpopulated(start), "memory without pages is registered");
+        assert!(!self.memory.borrow().is_unpopulated(start), "unpopulated memory is registered");
         if self.faults.unpinnable && !self.memory.borrow().is_staging(start) {
             self.refusals += 1;
             return Err(Errno::FAULT);
@@ -349,7 +349,7 @@ impl Kernel for SimKernel {
         assert_eq!(
             memory.is_unpopulated(start),
             read.place.is_some(),
-            "memory without pages is filled only by threads that populate it"
+            "unpopulated memory is filled only by threads that populate it"
         );
         let by_thread = matches!(read.route, Route::PreadDirect | Route::Buffered);
         assert!(read.place.as_ref().is_none_or(|place| memory.address_of(place) == start && by_thread));

@@ -1,5 +1,5 @@
-//! Memory that records which operations use it, and panics if the driver frees it, outputs it or
-//! lets a second operation write to it while one does.
+//! Memory that records which operations use it. It panics if the driver, while an operation uses
+//! it, frees it, outputs it or starts another operation on it.
 #![allow(unsafe_code)]
 
 use std::alloc::{Layout, alloc, dealloc};
@@ -20,7 +20,7 @@ const BLOCK_BYTES: usize = 4096;
 /// The owner of staging, which belongs to no load.
 const STAGING: LoadId = LoadId(u64::MAX);
 
-/// All allocated memory, and the operations that use it. The kernel and the buffers share this.
+/// All allocated memory, and the operations that use it. Shared by the kernel and the buffers.
 #[derive(Debug, Default)]
 pub(super) struct Memory {
     /// Memory that operations in flight may write to or read from, by token.
@@ -36,7 +36,7 @@ pub(super) struct Memory {
     pub(super) staging: Vec<Range<usize>>,
     /// The memory that each sink fills, by the sink's address.
     sinks: BTreeMap<usize, Range<usize>>,
-    /// Memory without pages, which only sinks may write to.
+    /// Unpopulated memory, which only sinks may write to.
     unpopulated: Vec<Range<usize>>,
 }
 
@@ -152,7 +152,8 @@ impl SimBuffer {
         buffer
     }
 
-    /// Creates a buffer without pages. Its sink populates them, or fails with `refuses`.
+    /// Creates an unpopulated buffer. Its sink populates it or, if `refuses` is set, fails with
+    /// that error.
     pub(super) fn unpopulated(load: LoadId, bytes: u64, memory: &Rc<RefCell<Memory>>, refuses: Option<Errno>) -> Self {
         let mut buffer = Self::new(load, bytes, memory);
         buffer.unregister_sink();
@@ -247,7 +248,8 @@ impl Drop for SimBuffer {
 pub(super) struct SimStaging(SimBuffer);
 
 impl SimStaging {
-    /// Adds the buffer to the unfilled bytes, because its drop and its leak subtract it.
+    /// Adds the buffer to the unfilled bytes, because dropping or leaking it subtracts it from
+    /// them.
     fn count_as_unfilled(&self) {
         let range = self.0.range();
         let mut memory = self.0.memory.borrow_mut();

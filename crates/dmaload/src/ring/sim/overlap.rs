@@ -22,7 +22,7 @@ use crate::support::id::LoadId;
 const PIECES: u32 = 24;
 const STAGING: StagingBudget = StagingBudget { slot_bytes: 4096, slots: 4 };
 
-/// The machine that a load runs on. Durations are per piece.
+/// A load, and the machine that it runs on. Durations are per piece.
 #[derive(Debug, Clone)]
 struct TimedMachine {
     route: Route,
@@ -39,8 +39,8 @@ struct TimedMachine {
 }
 
 /// Simulates loading a file of [`PIECES`] pieces with one allocator that takes `allocating` per
-/// piece, and a disk that takes `reading` per piece. Returns how long it took, and the largest
-/// number of pieces whose allocation had begun and that were not full.
+/// piece, and a disk that takes `reading` per piece. Returns how long the load took, and the peak
+/// number of pieces that were being allocated or filled.
 fn simulate(window_pieces: u64, allocating: Duration, reading: Duration) -> (Duration, u64) {
     simulate_route(Route::UringFixedDirect, window_pieces, allocating, reading, Duration::ZERO)
 }
@@ -164,7 +164,7 @@ fn bounced_reads_copies_and_allocation_all_overlap() {
 }
 
 /// Simulates staged reads with two copiers that also populate; `copying` covers both. Returns how
-/// long the load took, and the largest number of reads in flight.
+/// long the load took, and the peak number of reads in flight.
 fn simulate_staged(slots: usize, reading: Duration, copying: Duration) -> (Duration, usize) {
     let machine = TimedMachine {
         route: Route::Bounce,
@@ -184,8 +184,8 @@ fn simulate_staged(slots: usize, reading: Duration, copying: Duration) -> (Durat
 #[test]
 fn reads_overlap_with_copies_that_populate() {
     for (reading, copying) in [(10, 5), (10, 10), (10, 18), (5, 20), (1, 20)] {
-        // Either the disk is the limit, followed by the last copy; or two copiers are, preceded by
-        // the first two reads.
+        // If the disk is the limit, the last copy follows its last read. If the two copiers are
+        // the limit, the second one starts after two reads.
         let disk = PIECES * reading + copying;
         let copiers = PIECES / 2 * copying + 2 * reading;
         let (total, _) = simulate_staged(8, reading * MS, copying * MS);

@@ -1,5 +1,5 @@
-//! Refusals by memory or by a file system are remembered: later loads do not try again, but report
-//! them.
+//! Refusals by memory or by a file system are remembered: later loads report the known refusal
+//! without trying again.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -211,9 +211,9 @@ fn staging_registration_is_retried_by_the_next_load() {
 }
 
 #[test]
-fn completion_without_a_read_panics() {
+fn completion_without_an_operation_panics() {
     let mut machine = RefusingMachine::new(Faults::none());
     machine.driver.kernel().complete_stray();
     let message = crate::support::foreign::call(|| machine.driver.turn(false)).unwrap_err();
-    assert!(message.starts_with("a completion for a read that is not in flight"), "{message}");
+    assert!(message.starts_with("a completion for an operation that is not in flight"), "{message}");
 }

@@ -12,9 +12,9 @@
 //!
 //! | path | processor, passes per byte | bus, bytes per byte |
 //! |---|---|---|
-//! | direct | 1 (zeroing) | 2: zeroing writes it, the device writes it |
+//! | direct | 1 (zeroing) | 2: zeroing writes the memory, and so does the device |
 //! | staged, in the cache | 2 (zeroing, copying) | 2: the device writes staging, the copy writes the memory that was zeroed in the cache |
-//! | staged, not in the cache | 2 | 4: the device writes staging; the copier reads it, zeroes, and writes |
+//! | staged, not in the cache | 2 | 4: the device writes staging; the copier reads staging, zeroes the memory, and writes to it |
 //!
 //! The ring thread takes [`CALL`] for each read and copy that it issues or completes, and
 //! [`REGISTER`] to register a piece or a staging slot.
@@ -55,7 +55,7 @@ const LATENCY: f64 = 100e-6;
 const CALL: f64 = 2e-6;
 /// The ring thread's time to register memory, in seconds.
 const REGISTER: f64 = 20e-6;
-/// An allocator's time for a batch of a staged load, whose pages the copiers populate, in seconds.
+/// An allocator's time, in seconds, for a batch of a staged load, which the copiers populate.
 const PREPARE: f64 = 20e-6;
 /// Speeds of devices, in GiB/s.
 const DEVICES: [f64; 4] = [3.0, 14.0, 28.0, 50.0];
@@ -77,11 +77,12 @@ impl Path {
         if self == Path::Direct { 1.0 } else { 2.0 }
     }
 
-    /// Bytes of memory traffic that processors cause for each byte; the device causes one more.
+    /// Bytes that processors move over the bus for each byte; the device moves one more.
     fn traffic(self) -> f64 {
         if self == Path::StagedOutOfCache { 3.0 } else { 1.0 }
     }
 
+    /// The machine's limit, in bytes per second, with a device of `device` GiB/s.
     fn limit(self, device: f64, cores: usize) -> f64 {
         (device * GIB).min(BUS / (1.0 + self.traffic())).min(cores as f64 * PASS / self.passes())
     }
@@ -91,7 +92,7 @@ impl Path {
 #[derive(Debug)]
 struct CpuTask {
     work: Work,
-    /// When its thread can start.
+    /// When the thread can start the task, in seconds.
     from: f64,
     /// Bytes that are left to process.
     left: f64,
@@ -118,21 +119,24 @@ struct Transfer {
 #[derive(Debug)]
 struct FlowMachine {
     path: Path,
+    /// Speed of the device, in GiB/s.
     device: f64,
     cores: usize,
+    /// Seconds since the start.
     now: f64,
     tasks: Vec<CpuTask>,
     transfers: Vec<Transfer>,
     copies: VecDeque<(Token, usize)>,
     copiers: usize,
     most_copying: usize,
+    /// The time until which the ring thread is busy.
     ring_until: f64,
     completions: Vec<Completion>,
     batches: Vec<(LoadId, usize)>,
 }
 
 impl FlowMachine {
-    /// Occupies the ring thread for `time`.
+    /// Occupies the ring thread for `time` seconds.
     fn occupy_ring(&mut self, time: f64) {
         self.ring_until = self.ring_until.max(self.now) + time;
     }
@@ -407,7 +411,7 @@ fn load(path: Path, device: f64, cores: usize, loads: usize) -> Outcome {
             let bytes = usize::try_from(piece.memory_bytes).unwrap();
             driver.enqueue_piece(id, number, piece, spec, Untouched::new(bytes, path == Path::Direct));
         }
-        // The ring thread handles completions and issues reads only when it is not busy.
+        // The ring thread turns to completions and new reads only when it is not busy.
         if machine.borrow().ring_until <= now {
             driver.turn(false).unwrap();
             driver.issue();

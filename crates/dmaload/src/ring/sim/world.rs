@@ -244,7 +244,7 @@ impl World {
         let (mut steps, mut stuck) = (0, 0);
         while !self.loads.values().all(SimLoad::is_over) {
             steps += 1;
-            assert!(steps < 200_000, "the world stands still: {} operations in flight", self.driver.in_flight());
+            assert!(steps < 200_000, "the world stands still; operations in flight: {}", self.driver.in_flight());
             match self.random.below(4) {
                 0 => self.schedule(),
                 1 => self.finish_allocation(),
@@ -260,7 +260,7 @@ impl World {
             }
             let unfilled = self.memory.borrow().unfilled_bytes();
             let ahead: u64 = unfilled + self.allocating.iter().map(|allocating| allocating.bytes).sum::<u64>();
-            assert!(ahead <= self.window_bytes, "{ahead} bytes are ahead, but the window has {}", self.window_bytes);
+            assert!(ahead <= self.window_bytes, "{ahead} bytes are unfilled, but the window has {}", self.window_bytes);
             let staged = self.memory.borrow().staging.len();
             assert!(
                 staged <= self.staging.slots + more_staging_slots(MOST_COPIERS),
@@ -331,7 +331,7 @@ impl World {
             load.cacheable_bytes += cacheable.sum::<u64>();
             cached.insert(number, chosen);
         }
-        // As in the engine: either all pieces of a batch have pages, or none has.
+        // As in the engine: either all pieces of a batch are populated, or none is.
         let unpopulated = self.random.chance(load.unpopulated_per_mille);
         let refuses = self.random.chance(self.faults.no_memory_per_mille).then_some(Errno::NOMEM);
         let parts: Vec<_> = pieces
@@ -358,8 +358,7 @@ impl World {
         for (number, piece, spec, buffer) in parts {
             let before = self.memory.borrow().live_buffers;
             self.driver.enqueue_piece(id, number, piece, spec, buffer);
-            // The driver drops the buffer of a load that is over, and its permit is returned at
-            // once.
+            // If the load is over, the driver has dropped the buffer. Return its permit at once.
             if self.memory.borrow().live_buffers < before {
                 self.sync_window();
             }
@@ -392,9 +391,9 @@ impl World {
             let calmer = Faults { breaks_per_mille: 0, ..self.faults.clone() };
             self.broken = true;
             self.act_on_outputs();
-            // Reads of the dead ring, which on a real kernel may still write to leaked memory, are
-            // dropped with it. Leaked memory stays registered with the dead ring; the table of the
-            // new one is empty.
+            // The old kernel is leaked, and its reads never complete; those of a real kernel may
+            // still write to leaked memory. Leaked memory stays registered with the old ring, and
+            // the table of the new ring is empty.
             let seed = self.random.next();
             self.driver.replace_kernel(SimKernel::new(seed, calmer, &self.memory, &self.clock, Duration::ZERO));
         }
@@ -464,7 +463,7 @@ impl World {
                     let slots = usize::try_from(bytes).unwrap() / self.staging.slot_bytes;
                     assert!(
                         slots == self.faults.staging && slots < self.staging.slots + more_staging_slots(MOST_COPIERS),
-                        "{slots} slots, but no allocation was refused"
+                        "no allocation was refused; slots: {slots}"
                     );
                 }
                 Output::Event { load: id, event: LoadEvent::SteppedDown { fallback } } => {

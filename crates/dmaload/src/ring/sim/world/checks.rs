@@ -72,7 +72,7 @@ impl World {
         }
     }
 
-    /// Checks that a failure names a fault that the world has, and its place.
+    /// Checks that a failure comes from a fault of this world, and names the place of the fault.
     fn check_failure(&self, load: &SimLoad, failure: Failure) {
         let file = |index: usize| &load.files[index];
         match failure {

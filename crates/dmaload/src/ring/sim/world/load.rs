@@ -13,11 +13,10 @@ pub(crate) struct SimLoad {
     pub(crate) observed: Option<(Arc<SimObserver>, Observation)>,
     pub(crate) start: Route,
     pub(crate) strict: bool,
-    /// Whether direct reads are copies from memory, which threads may make into memory without
-    /// pages.
+    /// Whether direct reads are copies from memory, which may go into unpopulated memory.
     pub(crate) in_memory: bool,
-    /// Batches per thousand that come without pages. Unless the files are in memory, they start at
-    /// `bounce` or a lower route.
+    /// Batches per thousand that come unpopulated. Unless the files are in memory, such batches
+    /// start at `bounce` or a lower route.
     pub(crate) unpopulated_per_mille: u64,
     /// Chunks per thousand that are in the page cache.
     pub(crate) cached_per_mille: u64,
@@ -56,14 +55,14 @@ impl SimLoad {
         if self.start < Route::Bounce { self.start } else { Route::UringFixedDirect }
     }
 
-    /// The piece, and the index of its file.
+    /// Returns the index of the piece's file, and the piece.
     pub(crate) fn piece(&self, number: usize) -> (usize, Piece) {
         let piece = self.plan.pieces[number];
         (self.plan.segments[piece.segment].file, piece)
     }
 
-    /// Whether its files have a fault that no route avoids. Bad blocks do not count if any bytes
-    /// were copied from the page cache, since that may hold them.
+    /// Whether a file of the load has a fault that no route avoids. Bad blocks do not count if any
+    /// bytes were copied from the page cache, since these may be the bytes of the bad blocks.
     pub(crate) fn must_fail(&self) -> bool {
         self.files.iter().any(|(file, planned)| {
             let bad = file.faults.bad.as_ref().is_some_and(|(range, _)| range.start < planned.next_multiple_of(BLOCK));
