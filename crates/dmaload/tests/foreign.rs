@@ -1,7 +1,7 @@
 //! The caller's code on the loader's threads: wakers that poll, and code that panics. It runs
-//! without a lock and never on the ring thread. A panic fails only the load it belongs to (for a
-//! waker, the future that was polled with it), with an error that names the code. A panic in a
-//! drop is ignored.
+//! without a lock and never on the ring thread. A panic fails only the load that the code belongs
+//! to, with an error that names the code. A panic in a waker fails only the future that was polled
+//! with that waker, and a panic in a drop is ignored.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -305,7 +305,7 @@ fn waker_that_panics_fails_only_its_own_wait() {
             assert_same(&image.files()[0].bytes().unwrap(), &expected, route.name());
         }
         for waker in wakers {
-            assert_eq!(waker.0.load(Ordering::SeqCst), 1, "{route}: each poll wakes at most once");
+            assert_eq!(waker.0.load(Ordering::SeqCst), 1, "{route}: each waker is called once");
         }
         assert_eq!(load_all(&loader, &path, loader.load_options()).unwrap(), expected.len() as u64, "the next load");
     }

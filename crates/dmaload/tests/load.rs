@@ -219,7 +219,7 @@ async fn file_larger_than_memory_is_refused_before_allocating() {
     assert!(segments.next().await.unwrap().unwrap().bytes().unwrap().iter().all(|&byte| byte == 0));
 }
 
-/// With one place for an open load, later loads would hang if a failed one kept it.
+/// With one place for an open load, later loads would hang if a failed load kept the place.
 #[tokio::test]
 async fn load_whose_planning_panics_frees_its_place() {
     #[derive(Debug)]

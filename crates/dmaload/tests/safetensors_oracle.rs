@@ -51,7 +51,7 @@ fn check_agreement(map: &TensorMap, file: &[u8]) -> Result<(), TestCaseError> {
     prop_assert_eq!(map.len(), oracle.len());
     for (name, view) in oracle.iter() {
         let info = map.get(name).expect("the parser must find every tensor of the crate");
-        // A slice's address shows where the crate found it.
+        // The address of a tensor's slice shows where in the file the crate found the tensor.
         let begin = (view.data().as_ptr() as usize - file.as_ptr() as usize) as u64;
         prop_assert_eq!(&info.name, name);
         prop_assert_eq!(info.dtype.to_string(), format!("{:?}", view.dtype()));
@@ -152,8 +152,8 @@ fn any_metadata() -> impl Strategy<Value = Option<BTreeMap<String, String>>> {
 
 /// A file as the crate writes it.
 fn serialized(tensors: &BTreeMap<String, Tensor>, metadata: Option<BTreeMap<String, String>>) -> Vec<u8> {
-    // For no tensors and empty metadata, crate 0.8 writes `{}"__metadata__":{}`, which it then
-    // refuses to read.
+    // For no tensors and empty metadata, version 0.8 of the crate writes `{}"__metadata__":{}`,
+    // which it then refuses to read.
     let metadata = metadata.filter(|pairs| !pairs.is_empty() || !tensors.is_empty());
     let data = vec![7; tensors.values().map(Tensor::bytes).max().unwrap_or(0)];
     let views = tensors.iter().map(|(name, tensor)| {
@@ -166,8 +166,9 @@ fn serialized(tensors: &BTreeMap<String, Tensor>, metadata: Option<BTreeMap<Stri
 /// How a hand-built header differs from what the crate writes.
 #[derive(Debug, Clone)]
 struct Style {
-    /// Sort keys for the tensors' data and, separately, for their entries.
+    /// Sort keys for the tensors' data.
     data_order: Vec<u32>,
+    /// Sort keys for the tensors' entries in the header.
     entry_order: Vec<u32>,
     key_rotation: usize,
     padding: usize,

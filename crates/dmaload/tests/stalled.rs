@@ -32,7 +32,7 @@ use tracing::{Event, Metadata, Subscriber};
 
 const SEGMENT: usize = 2 << 20;
 const LARGE: usize = 2 * SEGMENT + 777;
-/// Files this small share memory, and are opened just before it is allocated.
+/// Files this small share memory, and are opened just before that memory is allocated.
 const SMALL: usize = 9_000;
 /// A deadline for work that must not wait for a server. Such work takes about 1 s, or a few
 /// seconds on a busy machine; work that waits for the server never ends.
@@ -351,7 +351,7 @@ async fn hanging_load_does_not_stop_others_and_finishes_later() {
         let image =
             tokio::time::timeout(SOON, held_up).await.unwrap_or_else(|_| panic!("{what}: the load did not continue")).unwrap();
         assert_image(&image, &bytes, &what);
-        // The other three are the ring thread, the teller and the watching thread.
+        // The workers, the ring thread, the teller and the watching thread.
         wait_for_threads(workers_wanted + 3, &what);
         plain.load(&loader, &what).await;
         loader.shutdown().await.unwrap();
@@ -440,7 +440,8 @@ async fn shutdown_counts_each_hanging_worker() {
         // A thread is subtracted from the count just before it ends.
         wait_for_threads(leaked.threads, &what);
         assert_eq!((leaked.bytes, leaked.threads), (0, count_workers()), "{what}: {:?}", loader_threads());
-        // The workers that the load held when it began to hang, and one that closes its files.
+        // At most the workers that the load held when it began to hang, and one that closes its
+        // files.
         assert!((1..=workers_wanted + 1).contains(&leaked.threads), "{what}: {:?}", loader_threads());
         assert!(matches!(held_up.finish().await, Err(Error::ShutDown)), "{what}");
         // The workers end once the server answers.
@@ -449,7 +450,8 @@ async fn shutdown_counts_each_hanging_worker() {
     }
 }
 
-/// Delays every allocation by 1.5 s. A worker that waits for a file for more than 1 s is stalled.
+/// Hooks that delay every allocation by 1.5 s. A worker that waits for a file for more than 1 s is
+/// stalled.
 #[derive(Debug)]
 struct SlowMemory;
 

@@ -6,7 +6,8 @@ use dmaload::{Error, Format, Layout, Result};
 use crate::common::{self, folder};
 use crate::{A, B, INDEX, index, loaders, names, st, value_of, write_files};
 
-/// Folders with a tensor `w` in several files, the value of `w` that counts, and all tensor names.
+/// Cases: the files of a folder, several of which have a tensor `w`; the value of the `w` that
+/// counts; and all tensor names.
 fn overlays() -> Vec<(Vec<(&'static str, Vec<u8>)>, u8, &'static [&'static str])> {
     let (over, sub) = ("model-overlay-00001.safetensors", "sub/a.safetensors");
     vec![

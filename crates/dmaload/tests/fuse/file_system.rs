@@ -19,11 +19,11 @@ use crate::common::{folder, random_bytes};
 /// Looking up this name silences a server with [`Manners::NeverAnswersAfterSilence`].
 pub(crate) const SILENCE: &str = "silence";
 const MODEL: INodeNo = INodeNo(2);
-/// The kernel does not cache attributes; otherwise it would keep the shortened length after a
-/// short answer.
+/// With this lifetime, the kernel caches no attributes. Otherwise it would keep the shortened
+/// length after a short answer.
 const UNCACHED: Duration = Duration::ZERO;
-/// The kernel caches attributes for a minute. sshfs and network file systems let it cache them
-/// too.
+/// With this lifetime, the kernel caches attributes for a minute. sshfs and network file systems
+/// allow it to cache attributes, too.
 const CACHED: Duration = Duration::from_mins(1);
 
 /// How the server misbehaves.
@@ -230,7 +230,7 @@ pub(crate) fn read_only() -> Config {
     config
 }
 
-/// The mounted file system, which is unmounted on drop.
+/// A mounted [`Model`], which is unmounted on drop.
 pub(crate) struct Mounted {
     pub(crate) path: PathBuf,
     pub(crate) bytes: Arc<Vec<u8>>,
@@ -317,6 +317,6 @@ impl Drop for Mounted {
             let _ = Command::new("umount").args(["-f", "-l"]).arg(self.folder()).status();
         }
         let ended = self.session.take().unwrap().umount_and_join();
-        assert!(left == 0 && ended.is_ok() || std::thread::panicking(), "{left} files are still open; {ended:?}");
+        assert!(left == 0 && ended.is_ok() || std::thread::panicking(), "files still open: {left}; unmounted: {ended:?}");
     }
 }

@@ -102,8 +102,8 @@ async fn lying_server_cannot_cause_out_of_bounds_access() {
             Some("an allocation is not a dma-buf"),
         ),
         (vec![huge()], Some("its description is 314572800 bytes long")),
-        // A segment larger than its memory, and one that leaves the end of its memory unused,
-        // which would be a gap in the span.
+        // A segment larger than its memory, and a segment that leaves the end of its memory
+        // unused, which would be a gap in the span.
         (vec![description(&describe("[[0,0,0,0,12288,0,12288]]", 1)), two_pages(true)], Some("don't fit their memory")),
         (
             vec![
