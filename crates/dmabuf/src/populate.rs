@@ -58,11 +58,11 @@ impl Mapping {
     /// later).
     ///
     /// # Errors
-    /// ENOMEM or EFAULT when memory runs out (at a cgroup limit, for example); EINVAL when `part`
-    /// is empty, unaligned or reaches past the mapping, when `memory` is of another kind than the
-    /// mapping, and before Linux 5.14 for a read-only mapping. Under [`Pages::Huge`], when an
-    /// extent is on small pages: the errno of `MADV_COLLAPSE`, or EOPNOTSUPP if that call reported
-    /// success.
+    /// ENOMEM or EFAULT when memory runs out (at a cgroup limit, for example), or the process has
+    /// too many mappings; EINVAL when `part` is empty, unaligned or reaches past the mapping, when
+    /// `memory` is of another kind than the mapping, and before Linux 5.14 for a read-only
+    /// mapping. Under [`Pages::Huge`], when an extent is on small pages: the errno of
+    /// `MADV_COLLAPSE`, or EOPNOTSUPP if that call reported success.
     pub fn populate(&self, memory: &Memory, part: Range<usize>, pages: Pages) -> Result<Populated, Error> {
         let failed = |errno| Error::from_call("populate memory", part.len(), errno);
         let page = page_bytes();

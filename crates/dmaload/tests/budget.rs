@@ -18,7 +18,7 @@ use dmaload::{Error, Layout, LoadOptions, Loader, Priority, Segment};
 use sha2::{Digest, Sha256};
 
 const MIB: u64 = 1 << 20;
-/// Tests measure the memory of the whole process, so they run one at a time.
+/// Held by each test: tests measure the memory of the whole process, so they run one at a time.
 static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
 /// Resident shared memory of this process, which includes segments on memfds.
@@ -28,7 +28,8 @@ fn resident_shared_bytes() -> u64 {
     line.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() * 1024
 }
 
-/// Samples memory every 2 ms and records the peaks that the kernel and the loader report.
+/// A thread that samples memory every 2 ms and records the peaks that the kernel and the loader
+/// report.
 struct Watch {
     stop: Arc<AtomicBool>,
     thread: Option<std::thread::JoinHandle<(u64, u64)>>,
@@ -278,7 +279,7 @@ async fn streams_share_a_limit_with_ten_stopped_streams() {
         let (mean, slowest) = (sum / count, slowest.load(Ordering::Relaxed));
         let (seen, counted) = watch.peaks();
         println!(
-            "{count} streams and {stalled} stopped ones: slowest {:.2} × mean, {} MiB resident at most of {}",
+            "{count} streams and {stalled} stopped ones: slowest {:.2} × mean, at most {} of {} MiB resident",
             slowest as f64 / mean as f64,
             (seen - before) / MIB,
             limit / MIB

@@ -45,8 +45,8 @@ fn cache_only(path: &Path, ranges: &[Range<u64>]) -> Result<(), String> {
 }
 
 /// Compares the number of a file's cached bytes with the size of these ranges, each extended to
-/// whole pages of 4 KiB. Returns an error if the numbers differ, since memory pressure from other
-/// processes can evict pages.
+/// whole pages of 4 KiB. Returns an error if the numbers differ, which memory pressure from other
+/// processes can cause.
 fn still_cached(path: &Path, ranges: &[Range<u64>]) -> Result<(), String> {
     let cached = probe::cached_bytes(File::open(path).unwrap()).map_err(|errno| format!("cachestat: {errno}"))?;
     let expected: u64 = ranges.iter().map(|range| range.end.next_multiple_of(4096) - range.start / 4096 * 4096).sum();

@@ -24,7 +24,7 @@ use futures_core::Stream;
 const SEGMENT: u64 = 2 << 20;
 const PATIENCE: Duration = Duration::from_secs(15);
 
-/// Threads that ran the caller's code.
+/// The names of the threads that ran the caller's code.
 static THREADS: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 
 fn note_thread() {
@@ -96,7 +96,7 @@ fn run_inline<T: Send + 'static>(what: &str, body: impl Future<Output = T> + Sen
     });
     receiver.recv_timeout(PATIENCE).unwrap_or_else(|error| {
         // Exits instead of unwinding: after a deadlock, drops would wait for the lock forever. The
-        // test harness does not capture this output, unlike that of `eprintln`.
+        // test harness does not capture this output, unlike that of `eprintln!`.
         let _ = writeln!(std::io::stderr(), "panicked: {what}:\nthe task did not end: {error}");
         std::process::exit(101)
     })
@@ -354,10 +354,11 @@ enum In {
     Nothing,
 }
 
-/// A verifier that checks nothing and panics in one of its calls. The number is the file's length.
+/// A verifier that accepts all bytes and panics in one of its calls. The number is the file's
+/// length in bytes.
 struct Panics(In, u64);
 
-/// An observer of the same kind, which [`Panics`] also returns.
+/// An observer that accepts all bytes and panics in one of its calls. [`Panics`] returns it, too.
 struct PanicsToo(In, u64);
 
 impl Verify for Panics {

@@ -70,7 +70,8 @@ async fn pooled_memory_exposes_only_the_bytes_of_its_new_load() {
     }
 }
 
-/// The shorter file ends in a page that still holds bytes of the longer one; these must be zeroed.
+/// The shorter file ends in a page that still holds bytes of the longer file; those bytes must be
+/// zeroed.
 #[tokio::test]
 async fn tail_of_reused_memory_is_zero() {
     let folder = folder();

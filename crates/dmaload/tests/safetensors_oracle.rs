@@ -26,7 +26,7 @@ use proptest::{
 };
 use safetensors::{Dtype, SafeTensors, serialize, tensor::TensorView};
 
-/// The number of damaged files.
+/// The number of damaged files that are compared.
 const MUTANTS: u32 = 20_000;
 
 // ---- reading with the parser and the crate ----
@@ -444,7 +444,8 @@ impl Damage {
                 let end = header[at..].char_indices().nth(*count).map_or(header.len(), |(i, _)| at + i);
                 header.replace_range(at..end, "");
             }
-            // Insertions after a comma or a brace are the most likely to leave valid JSON.
+            // Insertions after a comma or an opening brace or bracket are the most likely to leave
+            // valid JSON.
             Self::InsertInHeader(at, text) => header.insert_str(pick_joint(header, *at), text),
             Self::EditNumber(at, text) if !numbers.is_empty() => {
                 header.replace_range(at.get(&numbers).clone(), text);
@@ -500,7 +501,8 @@ fn pick_boundary(header: &str, at: Index) -> usize {
     (0..=at.index(header.len() + 1)).rev().find(|&i| header.is_char_boundary(i)).unwrap_or(0)
 }
 
-/// Picks a place after a comma, an opening brace or a bracket, or any boundary if there is none.
+/// Picks a place after a comma or an opening brace or bracket. If there is none, picks any
+/// character boundary.
 fn pick_joint(header: &str, at: Index) -> usize {
     let joints: Vec<_> = header.match_indices([',', '{', '[']).map(|(i, _)| i + 1).collect();
     if joints.is_empty() { pick_boundary(header, at) } else { *at.get(&joints) }

@@ -75,7 +75,9 @@ async fn only_selected_tensors_are_read() {
         assert!(report.bytes >= wanted && report.bytes < file_bytes - 1_000_000, "{} of {file_bytes}", report.bytes);
         let read: u64 = image.segments().iter().map(|segment| segment.len() as u64).sum();
         assert_eq!(read, report.bytes, "the report counts the bytes of the segments");
-        let Err(Error::NotLoaded { range, .. }) = image.tensor("layers.0.q") else { panic!("an unselected tensor was loaded") };
+        let Err(Error::NotLoaded { range, .. }) = image.tensor("layers.0.q") else {
+            panic!("an unselected tensor must be reported")
+        };
         assert_eq!(range.end - range.start, 2 * 512 * 600);
         assert!(matches!(image.tensor("missing"), Err(Error::NoSuchTensor(_))));
         assert!(matches!(image.files()[0].bytes(), Err(Error::NotLoaded { .. })));

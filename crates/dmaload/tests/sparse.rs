@@ -41,8 +41,8 @@ fn create_sparse(folder: &Path, bytes: u64, header: bool) -> PathBuf {
     path
 }
 
-/// Loads the file if `kept`, otherwise takes the first segments of a stream; returns the error, if
-/// any.
+/// Loads the file if `kept`, otherwise takes the first eight segments of a stream. Returns the
+/// error, if any.
 async fn try_load(loader: &Loader, path: &Path, options: LoadOptions, kept: bool) -> Option<Error> {
     if kept {
         return loader.load(path).options(options).await.err();

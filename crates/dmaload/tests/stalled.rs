@@ -1,6 +1,6 @@
 //! File system servers that hang while a worker waits for them: in a lookup, an open, a request
 //! for attributes, or a close. Loads of other file systems continue, even with one worker. Once
-//! the server answers again, its own loads continue too.
+//! the server answers again, loads of its files continue, too.
 //!
 //! Mounting needs root and `/dev/fuse`; without them, these tests report that they are skipped.
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]

@@ -154,7 +154,8 @@ impl Filesystem for Model {
 
     fn open(&self, _: &Request, _: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         self.open_files.fetch_add(1, Ordering::SeqCst);
-        // Bypass the page cache if the reader requests that, so the reader sees short answers.
+        // Bypass the page cache if the reader or `manners` requests that, so the reader sees short
+        // answers.
         let always =
             matches!(self.manners, Manners::AnswersShortPastTheCache(_) | Manners::HasNoLength | Manners::StatesLength(_));
         let is_direct = always || flags.0 & libc::O_DIRECT != 0;
@@ -244,7 +245,7 @@ pub(crate) struct Mounted {
 }
 
 impl Mounted {
-    /// Returns `None` if this process cannot mount.
+    /// Mounts a model of [`BYTES`] random bytes. Returns `None` if this process cannot mount.
     pub(crate) fn new(manners: Manners) -> Option<Mounted> {
         Mounted::with_bytes(BYTES, manners)
     }

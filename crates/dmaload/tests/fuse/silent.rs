@@ -163,7 +163,8 @@ async fn many_silent_loads_do_not_stop_other_file_systems() {
     }
 }
 
-/// Silent loads occupy every place among the open loads. After some seconds, they no longer count.
+/// Silent loads occupy every place among the open loads. After 5 to 10 s without data, they no
+/// longer count.
 #[tokio::test]
 async fn silent_loads_do_not_keep_all_open_load_places() {
     if !may_mount() {

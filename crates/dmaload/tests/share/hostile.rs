@@ -137,7 +137,11 @@ fn hostile_clients_do_not_stall_other_users() {
             }
             let deadline = Instant::now() + Duration::from_secs(10);
             while serving.descriptors() > before {
-                assert!(Instant::now() < deadline, "{hostility:?} of {hostile}: {} of {before}", serving.descriptors());
+                assert!(
+                    Instant::now() < deadline,
+                    "{hostility:?} of {hostile}: {} descriptors, {before} before",
+                    serving.descriptors()
+                );
                 std::thread::sleep(Duration::from_millis(5));
             }
             if hostile == MALLORY {
@@ -160,7 +164,7 @@ fn descriptors_in_flight_to_one_user_are_bounded() {
         return;
     }
     let (folder, alice) = (open_folder(), fresh_user());
-    // The segments of the image, the number of allowed users, and the most receivers and
+    // The numbers of segments and of allowed users, and the maximum numbers of receivers and of
     // descriptors in flight that MALLORY then has. The allowed users and the server's own share
     // half of the 128 descriptors, and each has at most four receivers.
     for (segments, users, receivers, descriptors) in [(1, 2, 4, 8), (10, 2, 2, 21), (10, 7, 1, 8), (10, 63, 1, 1)] {

@@ -135,8 +135,8 @@ fn reply(version: u32, status: u32, all: u32, here: u32) -> Vec<u8> {
 /// A message and its descriptors.
 type Message = (Vec<u8>, Vec<OwnedFd>);
 
-/// Starts a server that sends these messages to its only client: the first after the request, and
-/// each further one after the client has confirmed the previous one.
+/// Starts a server that sends these messages to its only client: the first message after the
+/// request, and each further message after the client has confirmed the previous one.
 fn start_lying_server(socket: &Path, messages: Vec<Message>) -> std::thread::JoinHandle<()> {
     let listener = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
     rustix::net::bind(&listener, &SocketAddrUnix::new(socket).unwrap()).unwrap();

@@ -94,7 +94,7 @@ fn clients_trust_their_own_user_and_those_they_name() {
         (0, ALICE, Some(""), &[], Err(NOBODY)),
         (BOB, ALICE, Some(""), &[BOB], Err(NOBODY)),
         (BOB, ALICE, Some(""), &[NOBODY], Ok(())),
-        // The client is mapped to the overflow id; others have it because they are unmapped.
+        // The client is mapped to the overflow id; others have that id because they are unmapped.
         (BOB, ALICE, Some("65534 4001 1"), &[], Err(NOBODY)),
         (BOB, ALICE, Some("65534 4001 1"), &[NOBODY], Ok(())),
         (BOB, ALICE, Some("0 0 4001\n65534 4001 1"), &[], Err(NOBODY)),
