@@ -29,7 +29,7 @@ async fn file_of_any_size_loads_by_every_route_and_layout() {
         let path = file(folder.path(), "model.bin", &bytes);
         for route in ROUTES {
             for layout in [Layout::Segmented, Layout::Single, Layout::Tensors] {
-                let what = format!("{len} bytes, {route}, {layout}");
+                let what = format!("length {len}, {route}, {layout}");
                 let options = loader.load_options().route(route).layout(layout).strict(true);
                 let image = loader.load(&path).options(options).await.unwrap_or_else(|error| panic!("{what}: {error}"));
                 assert_same(&image.files()[0].bytes().unwrap(), &bytes, &what);

@@ -187,7 +187,7 @@ fn descriptors_in_flight_to_one_user_are_bounded() {
         };
         let seen: Vec<usize> = kept.iter().filter_map(descriptors_sent).collect();
         let all: usize = seen.iter().sum();
-        assert!(seen.len() <= receivers && all <= descriptors, "{segments} segments, {users} users: {seen:?}");
+        assert!(seen.len() <= receivers && all <= descriptors, "segments: {segments}, users: {users}: {seen:?}");
         assert!(!seen.is_empty());
         drop(serving);
     }
