@@ -1,6 +1,6 @@
 //! A sparse file can be terabytes long and contain nothing, so a length alone must not cost
-//! memory: the memory of plans and allocations is bounded, and loads that do not fit into memory
-//! are refused before they are planned.
+//! memory. Plans and allocations are bounded, and loads that do not fit into memory are refused
+//! before they are planned.
 //!
 //! One test measures the memory of its whole process, so these tests have their own file.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
