@@ -354,11 +354,12 @@ enum In {
     Nothing,
 }
 
-/// A verifier that accepts all bytes and panics in one of its calls. The number is the file's
-/// length in bytes.
+/// A verifier that accepts all bytes, but panics in the call that [`In`] names. The number is the
+/// file's length in bytes.
 struct Panics(In, u64);
 
-/// An observer that accepts all bytes and panics in one of its calls. [`Panics`] returns it, too.
+/// An observer that accepts all bytes, but panics in the call that [`In`] names. [`Panics`] returns
+/// such observers, too.
 struct PanicsToo(In, u64);
 
 impl Verify for Panics {
