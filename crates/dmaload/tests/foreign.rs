@@ -358,8 +358,8 @@ enum In {
 /// file's length in bytes.
 struct Panics(In, u64);
 
-/// An observer that accepts all bytes, but panics in the call that [`In`] names. [`Panics`] returns
-/// such observers, too.
+/// An observer that accepts all bytes, but panics in the call that [`In`] names. [`Panics`]
+/// returns such observers, too.
 struct PanicsToo(In, u64);
 
 impl Verify for Panics {
