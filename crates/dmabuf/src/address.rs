@@ -2,8 +2,8 @@
 //!
 //! Separate memfds or dma-bufs can be mapped side by side in one reserved range, so data that
 //! crosses a boundary between them is still contiguous in memory. The range tracks its mappings,
-//! which therefore never overlap. When a part is unmapped, its addresses are reserved again, so no
-//! unrelated mapping can land there.
+//! which therefore never overlap. When a mapping is dropped, its addresses are reserved again, so
+//! no unrelated mapping can land there.
 #![allow(unsafe_code)]
 
 use std::collections::BTreeMap;
@@ -16,17 +16,18 @@ use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, mun
 
 use crate::{Error, HUGE_PAGE_BYTES, Memfd, Memory, page_bytes};
 
-/// A reserved address range, aligned to 2 MiB. Uses no memory until something is mapped into it.
+/// A reserved address range that starts at a multiple of 2 MiB. It uses no memory until something
+/// is mapped into it.
 #[derive(Debug)]
 pub struct AddressRange {
     base: NonNull<u8>,
     bytes: usize,
-    /// The length of each part that cannot be mapped, by its start: live mappings, mappings that
-    /// could not be unmapped, and the parts in [`Self::lost`].
+    /// Where nothing can be mapped: live mappings, mappings that could not be unmapped, and the
+    /// places in [`Self::lost`]. Lengths by offset, both in bytes.
     taken: Mutex<BTreeMap<usize, usize>>,
-    /// The length of each part whose mapping was refused and that could not be reserved again, by
-    /// its start. Another mapping may be there, so these parts are never unmapped; see
-    /// [`reserve_hole`].
+    /// Places where a mapping was refused and the addresses could not be reserved again. Another
+    /// mapping may be there, so they are never unmapped: see [`reserve_hole`]. Lengths by offset,
+    /// both in bytes.
     lost: Mutex<BTreeMap<usize, usize>>,
 }
 
@@ -37,7 +38,8 @@ unsafe impl Send for AddressRange {}
 unsafe impl Sync for AddressRange {}
 
 impl AddressRange {
-    /// Reserves at least `bytes` bytes of address space, starting at a multiple of 2 MiB.
+    /// Reserves `bytes` bytes of address space, rounded up to whole pages and starting at a
+    /// multiple of 2 MiB.
     ///
     /// # Errors
     /// ENOMEM when the address space is exhausted or the process has too many mappings (RLIMIT_AS,
@@ -75,8 +77,8 @@ impl AddressRange {
     ///
     /// # Errors
     /// EINVAL when `at` or `bytes` is not a multiple of the page size, when `bytes` is 0, or when
-    /// the part reaches past the end of the range or of the memory; EEXIST when some of it is
-    /// already mapped; otherwise the errno of `mmap(2)` or `madvise(2)`.
+    /// the mapping would reach past the end of the range or of the memory; EEXIST when something
+    /// is already mapped there; otherwise the errno of `mmap(2)` or `madvise(2)`.
     pub fn map(self: &Arc<Self>, memory: &Memory, at: usize, bytes: usize) -> Result<Mapping, Error> {
         let failed = |errno| Error::from_call("map memory", bytes, errno);
         let page = page_bytes();
@@ -142,8 +144,8 @@ impl Drop for AddressRange {
         let mut start = 0;
         let ends = self.lost().iter().map(|(&at, &bytes)| (at, at + bytes)).chain([(self.bytes, self.bytes)]).collect::<Vec<_>>();
         for (end, next) in ends {
-            // Every Mapping holds a reference to this range, so none is left. Addresses that may
-            // belong to another mapping are skipped.
+            // Every `Mapping` holds a reference to this range, so no mapping is left. The places
+            // in `lost` may belong to others and are skipped.
             trim(self.base.as_ptr().wrapping_add(start).cast::<c_void>(), end - start);
             start = next;
         }
@@ -193,8 +195,8 @@ pub struct NotMoved {
     pub error: Error,
 }
 
-/// A part of an [`AddressRange`] that is backed by memory. Dropping it unmaps it, which takes
-/// milliseconds for large mappings of small pages, so don't drop one on an async thread.
+/// A part of an [`AddressRange`] that is backed by memory. Dropping a mapping unmaps it. For large
+/// mappings of small pages, that takes milliseconds, so don't drop them on an async thread.
 #[derive(Debug)]
 pub struct Mapping {
     range: Arc<AddressRange>,
@@ -207,7 +209,7 @@ pub struct Mapping {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     Memfd,
-    /// A memfd from another process; writing to the mapping raises a fatal signal.
+    /// A memfd from another process; writing to the mapping raises SIGSEGV.
     ReadOnly,
     Anonymous,
     DmaBuf,
@@ -254,7 +256,7 @@ impl Mapping {
     /// direct reads pin their pages since 6.5.
     ///
     /// # Errors
-    /// ENOMEM.
+    /// ENOMEM or EAGAIN when the process has too many mappings or the kernel lacks memory.
     pub fn forbid_fork(&self) -> Result<(), Error> {
         self.advise(Advice::LinuxDontFork, "keep forked processes from inheriting memory")
     }
@@ -262,7 +264,7 @@ impl Mapping {
     /// Undoes [`Mapping::forbid_fork`]. Call it only once devices no longer write to the mapping.
     ///
     /// # Errors
-    /// ENOMEM.
+    /// Those of [`Mapping::forbid_fork`].
     pub fn allow_fork(&self) -> Result<(), Error> {
         self.advise(Advice::LinuxDoFork, "let forked processes inherit memory")
     }
@@ -273,17 +275,19 @@ impl Mapping {
             .map_err(|errno| Error::from_call(operation, self.bytes, errno))
     }
 
-    /// Moves the mapping and its page tables to offset `at` of `range`, which can be its own
-    /// range.
+    /// Moves the mapping and its page tables to offset `at` of `range`, which can be the range
+    /// that contains it.
     ///
-    /// The pages stay present and are not touched, so this takes microseconds; mapping and
-    /// populating anew takes milliseconds. Uses `mremap(2)` with `MREMAP_DONTUNMAP` (Linux 5.13 or
-    /// later for memfds), which leaves no hole that an unrelated mapping could take.
+    /// The pages stay present and are not touched, so the move takes microseconds; mapping and
+    /// populating anew takes milliseconds. The call is `mremap(2)` with `MREMAP_DONTUNMAP`, which
+    /// leaves no hole that an unrelated mapping could take. It requires Linux 5.7, or 5.13 for
+    /// memfds.
     ///
     /// # Errors
-    /// EINVAL when `at` is unaligned or out of range, on older kernels, and for mappings by page
-    /// frame number (`VM_PFNMAP`), such as those of dma-heaps; EEXIST when something is already
-    /// mapped there, such as the mapping itself; ENOMEM.
+    /// EINVAL when `at` is not a multiple of the page size, when the mapping would reach past the
+    /// end of `range`, before the Linux versions above, and for mappings by page frame number
+    /// (`VM_PFNMAP`), such as those of dma-heaps; EEXIST when something is already mapped there,
+    /// such as the mapping itself; otherwise the errno of `mremap(2)`, such as ENOMEM.
     pub fn move_to(self, range: &Arc<AddressRange>, at: usize) -> Result<Mapping, NotMoved> {
         let failed = |errno| Error::from_call("move a mapping", self.bytes, errno);
         let end = at.checked_add(self.bytes).filter(|&end| at.is_multiple_of(page_bytes()) && end <= range.bytes);
@@ -328,7 +332,7 @@ impl Drop for Mapping {
         // SAFETY: this mapping is the only owner of these addresses. Reserving them again unmaps
         // the pages and prevents other mappings from taking the addresses.
         let reserved = unsafe { mmap_anonymous(address, self.bytes, ProtFlags::empty(), reserved_flags() | MapFlags::FIXED) };
-        // If that fails (too many mappings), the pages stay until the whole range is dropped.
+        // If reserving fails (too many mappings), the pages stay until the whole range is dropped.
         if reserved.is_ok() {
             taken.remove(&self.at);
         }
@@ -347,9 +351,9 @@ pub(crate) fn is_reserved(address: *mut c_void) -> bool {
     })
 }
 
-/// Compares the observed value with the expected one, both returned by `attempt`. Another thread
-/// may reserve addresses that an attempt has just unmapped, so only ten attempts in a row that
-/// differ are an error.
+/// Asserts that in one of ten attempts, the observed value equals the expected one; `attempt`
+/// returns both. A single attempt can differ because another thread reserves addresses that the
+/// attempt has just unmapped.
 #[cfg(test)]
 #[track_caller]
 pub(crate) fn assert_in_some_attempt<T: PartialEq + std::fmt::Debug>(mut attempt: impl FnMut() -> (T, T)) {

@@ -103,8 +103,8 @@ impl DmaHeap {
         &self.name
     }
 
-    /// Allocates a dma-buf of at least `bytes` bytes: whole pages, zeroed, and all present on
-    /// return.
+    /// Allocates a dma-buf of `bytes` bytes, rounded up to whole pages. The pages are zeroed, and
+    /// all are present on return.
     ///
     /// **A request for more memory than the machine has wakes the OOM killer instead of failing**
     /// (observed with the system heap of Linux 6.12). Check `MemAvailable` and the memory cgroup

@@ -6,7 +6,7 @@ use std::io;
 /// A kernel error number.
 ///
 /// The constants are named as in errno(3). [`fmt::Display`] prints what [`io::Error`] prints;
-/// [`Errno::describe`] adds the name, as this crate's error messages do:
+/// [`Errno::describe`] gives the name in place of the number, as this crate's error messages do:
 ///
 /// ```
 /// use dmabuf::Errno;
@@ -25,7 +25,7 @@ macro_rules! constants {
     ($($rustix:ident $posix:ident),* $(,)?) => {
         impl Errno {
             $(
-                #[doc = concat!("`", stringify!($posix), "`, see errno(3).")]
+                #[doc = concat!("`", stringify!($posix), "`: see errno(3).")]
                 pub const $posix: Errno = Errno(rustix::io::Errno::$rustix.raw_os_error());
             )*
 

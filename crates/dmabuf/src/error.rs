@@ -1,4 +1,4 @@
-//! The error type of this crate: which step failed, for how much memory, and the errno.
+//! The error of a step on memory: which step failed, for how much memory, and the errno.
 
 use crate::Errno;
 

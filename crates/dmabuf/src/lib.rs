@@ -10,8 +10,8 @@
 //!   DmaHeap ── allocate ───────┴─► DmaBuf   what drivers and other processes import
 //! ```
 //!
-//! This crate creates, maps, populates and seals memory; it knows nothing about io_uring or async
-//! code. The caller decides who may write to a [`Mapping`] and when its bytes may be read, so a
+//! This crate creates, maps, populates and seals memory. It uses neither io_uring nor async code.
+//! The caller decides who may write to a [`Mapping`] and when its bytes may be read, so a
 //! mapping provides its address rather than a slice.
 //!
 //! Requires Linux 3.17 or later (`memfd_create`). Newer features are tried at run time; without
@@ -57,8 +57,8 @@ pub enum Memory {
     Memfd(Memfd),
     /// Private memory of this process, without a descriptor.
     Anonymous,
-    /// A dma-buf. [`Mapping::populate`] does nothing for it: udmabuf and the dma-heaps allocate
-    /// all pages when they create a dma-buf.
+    /// A dma-buf. [`Mapping::populate`] does nothing for it, because udmabuf and the dma-heaps
+    /// allocate all pages when they create a dma-buf.
     DmaBuf(DmaBuf),
 }
 
@@ -79,7 +79,7 @@ impl Memory {
         }
     }
 
-    /// Whether the memory is visible only to this process and its forks.
+    /// Whether the memory has no descriptor, so other processes cannot map it.
     pub fn is_private(&self) -> bool {
         matches!(self, Memory::Anonymous)
     }

@@ -1,7 +1,7 @@
 //! Resource limits of this process.
 //!
-//! Uses libc, because rustix assumes that `prlimit64(2)` cannot fail. Where a sandbox refuses that
-//! call, the limits are read from procfs.
+//! This module calls libc, because rustix assumes that `prlimit64(2)` cannot fail. Where a sandbox
+//! refuses that call, the limits are read from procfs.
 #![allow(unsafe_code)]
 
 use std::fs;
@@ -12,7 +12,7 @@ use std::fs;
 pub enum Limit {
     /// RLIMIT_FSIZE, in bytes.
     FileSize,
-    /// RLIMIT_NOFILE.
+    /// RLIMIT_NOFILE, in descriptors.
     OpenFiles,
     /// RLIMIT_AS, in bytes.
     AddressSpace,

@@ -62,7 +62,6 @@ impl Memfd {
         Ok(Memfd { fd, bytes, foreign: true })
     }
 
-    /// Whether the memfd came from another process, which makes it read-only here.
     pub(crate) fn is_foreign(&self) -> bool {
         self.foreign
     }
@@ -107,7 +106,7 @@ impl Memfd {
     }
 
     /// Whether this kernel supports `F_SEAL_FUTURE_WRITE` (Linux 5.1 or later), determined by
-    /// trying it on a scratch memfd. If that memfd cannot be created, assumes support.
+    /// trying it on a scratch memfd. If that memfd cannot be created, the result is `true`.
     pub fn kernel_seals_writes() -> bool {
         static KNOWN: OnceLock<bool> = OnceLock::new();
         *KNOWN.get_or_init(|| {
@@ -133,7 +132,8 @@ mod tests {
         let duplicate = || memfd.fd.try_clone().unwrap();
         assert_eq!(Memfd::from_sealed(duplicate()).unwrap_err().errno, crate::Errno::EPERM);
         let file = std::fs::File::open("/proc/self/exe").unwrap();
-        // A file on tmpfs supports seals but lacks these.
+        // EPERM if the executable is on tmpfs, whose files support seals but lack the required
+        // ones.
         assert!(matches!(Memfd::from_sealed(file.into()).unwrap_err().errno, crate::Errno::EINVAL | crate::Errno::EPERM));
         memfd.seal_against_writes().unwrap();
         let taken = crate::Memory::Memfd(Memfd::from_sealed(duplicate()).unwrap());

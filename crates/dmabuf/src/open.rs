@@ -15,7 +15,7 @@ use crate::{Errno, printable};
 pub struct DeviceError {
     /// The device's path.
     pub path: PathBuf,
-    /// The errno of the failure.
+    /// The kernel's errno, or the errno that describes why this crate refused the device.
     pub errno: Errno,
     /// More detail, such as the device's mode and owner, or the heaps that exist.
     pub about: Option<String>,

@@ -91,8 +91,8 @@ unsafe impl Ioctl for Scan<'_> {
     }
 }
 
-/// Counts the huge pages under mapped addresses by walking only their page tables. Returns `None`
-/// if `PAGEMAP_SCAN` is missing or fails.
+/// Measures how much of a mapped range is on huge pages, by walking only its page tables. Returns
+/// `None` if `PAGEMAP_SCAN` is missing or fails.
 pub(crate) fn scan(addresses: Range<usize>) -> Option<PageCount> {
     let pagemap = File::open("/proc/self/pagemap").ok()?;
     let mut regions = [PageRegion::default(); 32];
@@ -120,15 +120,16 @@ pub(crate) fn scan(addresses: Range<usize>) -> Option<PageCount> {
     Some(count)
 }
 
-/// Counts the huge pages under mapped addresses if that is cheap (`PAGEMAP_SCAN`, microseconds).
-/// Returns `None` otherwise: before Linux 6.7, or without `/proc/self/pagemap`.
+/// Measures how much of a mapped range is on huge pages, if that is cheap (`PAGEMAP_SCAN`,
+/// microseconds). Returns `None` otherwise: before Linux 6.7, or without `/proc/self/pagemap`.
 pub fn count_pages(addresses: Range<usize>) -> Option<PageCount> {
     scan(addresses)
 }
 
-/// Counts the huge pages under mapped addresses by whichever interface this kernel has.
+/// Measures how much of a mapped range is on huge pages, by whichever interface this kernel has.
 ///
-/// Takes microseconds with `PAGEMAP_SCAN`; otherwise reads all of `/proc/self/smaps`.
+/// With `PAGEMAP_SCAN`, the call takes microseconds; otherwise it reads all of `/proc/self/smaps`.
+/// If neither works, the result says that 0 bytes were inspected.
 pub fn huge_bytes_in(addresses: Range<usize>) -> PageCount {
     scan(addresses.clone())
         .or_else(|| std::fs::read_to_string("/proc/self/smaps").ok().map(|smaps| parse_smaps(&smaps, &addresses)))

@@ -2,10 +2,10 @@
 //!
 //! The page size determines the cost of everything that follows (populating, pinning, the number
 //! of block requests), so 2 MiB pages are worth some effort. `MADV_COLLAPSE` (Linux 6.1 or later,
-//! mm/khugepaged.c) replaces the pages of an aligned extent with one huge page, for any user, even
-//! with the sysfs switches at `never`. It needs at least one present page in the extent, and its
-//! return value is unreliable (stock 6.1 and 6.12 return EINVAL even after collapsing everything),
-//! so the result is read from the page tables.
+//! mm/khugepaged.c) replaces the pages of an aligned 2 MiB extent with one huge page, for any
+//! user, even with the sysfs switches at `never`. It needs at least one present page in the
+//! extent. Its return value is unreliable (stock 6.1 and 6.12 return EINVAL even after collapsing
+//! everything), so the result is read from the page tables.
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
@@ -58,11 +58,11 @@ impl Mapping {
     /// later).
     ///
     /// # Errors
-    /// ENOMEM or EFAULT when memory runs out (at a cgroup limit, for example); EINVAL when `part`
-    /// is empty, unaligned or reaches past the mapping, when `memory` is of another kind than the
-    /// mapping, and before Linux 5.14 for a read-only mapping. Under [`Pages::Huge`], when an
-    /// extent is on small pages: the errno of `MADV_COLLAPSE`, or EOPNOTSUPP if that call reported
-    /// success.
+    /// ENOMEM or EFAULT when memory runs out (at a cgroup limit, for example), or the process has
+    /// too many mappings; EINVAL when `part` is empty, unaligned or reaches past the mapping, when
+    /// `memory` is of another kind than the mapping, and before Linux 5.14 for a read-only
+    /// mapping. Under [`Pages::Huge`], when an extent is on small pages: the errno of
+    /// `MADV_COLLAPSE`, or EOPNOTSUPP if that call reported success.
     pub fn populate(&self, memory: &Memory, part: Range<usize>, pages: Pages) -> Result<Populated, Error> {
         let failed = |errno| Error::from_call("populate memory", part.len(), errno);
         let page = page_bytes();
@@ -193,7 +193,8 @@ impl Area<'_> {
         refused
     }
 
-    /// Allocates all small pages of a memfd in one call, which is cheaper than a fault for each.
+    /// If the area is on a memfd, allocates its small pages in one call, which is cheaper than a
+    /// fault for each page.
     fn allocate_small(&self) {
         if let Memory::Memfd(memfd) = self.memory {
             memfd.allocate(self.part.start as u64, self.part.len() as u64);

@@ -3,8 +3,8 @@
 //!
 //! A control character would reach a terminal as a command, a line break would forge a log line,
 //! and invisible marks that reverse the text direction can make one name look like another. All of
-//! these are written as escapes (`\n`, `\u{1b}`, `\u{202e}`), and bytes that are not UTF-8 as
-//! `\xff`.
+//! these are written as escapes (`\n`, `\u{1b}`, `\u{202e}`), and bytes that are not UTF-8 in
+//! hexadecimal (`\xff`).
 //!
 //! Everything in the dmaload workspace that shows a path or a name goes through this module. The
 //! lint `clippy::disallowed_methods` forbids [`Path::display`], which escapes nothing.
@@ -17,13 +17,13 @@ use std::path::Path;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Printable<'a>(&'a [u8]);
 
-/// Displays a path.
+/// Displays a path with escapes.
 #[must_use]
 pub fn path<P: AsRef<Path> + ?Sized>(path: &P) -> Printable<'_> {
     Printable(path.as_ref().as_os_str().as_bytes())
 }
 
-/// Displays a text.
+/// Displays text with escapes.
 #[must_use]
 pub fn text<T: AsRef<str> + ?Sized>(text: &T) -> Printable<'_> {
     Printable(text.as_ref().as_bytes())
@@ -80,7 +80,7 @@ impl fmt::Display for Printable<'_> {
     }
 }
 
-/// Displays a value whose own [`fmt::Display`] may quote untrusted text.
+/// Displays, with escapes, a value whose own [`fmt::Display`] may quote untrusted text.
 pub fn shown(anything: impl fmt::Display) -> impl fmt::Display {
     fmt::from_fn(move |f| write!(Escaping(f), "{anything}"))
 }

@@ -19,9 +19,9 @@ use crate::{Error, Memfd, page_bytes};
 /// writes can be mapped this way. If a memfd is not sealed, later writes by others can appear in
 /// pages that have no private copy yet.
 ///
-/// On Linux 5.1 to 5.4, memfds that are sealed against writes are copied in full instead. On
-/// these kernels, a fork would not treat the mapping as copy-on-write, so parent and child would
-/// see each other's writes.
+/// On Linux 5.1 to 5.4, all parts are copied instead if a memfd is sealed against writes. On these
+/// kernels, a fork would not treat the mapping as copy-on-write, so parent and child would see
+/// each other's writes.
 ///
 /// Dropping the mapping unmaps the addresses and frees the private copies.
 #[derive(Debug)]
@@ -139,7 +139,7 @@ impl PrivateMapping {
 
 impl Drop for PrivateMapping {
     fn drop(&mut self) {
-        // SAFETY: the addresses were reserved by `new` and belong to this value alone.
+        // SAFETY: the addresses belong to this value alone, and nothing uses them afterwards.
         let _ = unsafe { munmap(self.address.as_ptr().cast(), self.bytes) };
     }
 }

@@ -65,7 +65,7 @@ pub struct UdmabufLimits {
     /// Maximum size of one dma-buf (`size_limit_mb`); `None` if unlimited or unknown.
     pub size_bytes: Option<u64>,
     /// Maximum number of ranges in one dma-buf (`list_limit`); `None` if unlimited or unknown.
-    /// [`Udmabuf::create`] uses one.
+    /// [`Udmabuf::create`] uses one range.
     pub list_entries: Option<u64>,
 }
 
@@ -140,7 +140,7 @@ impl Udmabuf {
     ///
     /// In Linux 6.11 to 6.15, `vmap_udmabuf` maps the first page of a folio in place of each of
     /// its pages (drivers/dma-buf/udmabuf.c; observed on 6.12.117). Programs cannot detect this
-    /// bug, so this method compares the kernel's version. A release that cannot be parsed counts
+    /// bug, so the result depends on the kernel's version. A version that cannot be parsed counts
     /// as affected.
     pub fn huge_pages_show_wrong_bytes() -> bool {
         is_affected(&rustix::system::uname().release().to_string_lossy())

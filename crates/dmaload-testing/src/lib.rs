@@ -1,5 +1,5 @@
-//! Test helpers shared by several crates: seeded random bytes, files outside the page cache,
-//! mounted file systems, FUSE servers in separate processes, and seccomp filters.
+//! Test helpers shared by several crates: seeded random bytes, safetensors files, files outside
+//! the page cache, mounted file systems, FUSE servers in separate processes, and seccomp filters.
 //!
 //! For tests only. Errors panic, which fails the calling test, unless a function documents that it
 //! returns them.

@@ -6,6 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+/// The size of an image. `mkfs.xfs` refuses less than 300 MiB.
 const IMAGE_BYTES: u64 = 400 << 20;
 
 /// A mounted file system, unmounted on drop.
@@ -45,7 +46,7 @@ pub fn on_each(folder: &Path, mut check: impl FnMut(&str, &Path)) {
     }
 }
 
-/// Creates a file system with `mkfs` in an image of 400 MiB next to `at`, and mounts it at `at`.
+/// Creates a file system with `mkfs` in a sparse image next to `at`, and mounts it at `at`.
 /// `options` are those of `mount`, and contain `loop`.
 ///
 /// # Errors

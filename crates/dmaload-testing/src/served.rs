@@ -9,6 +9,7 @@ use tempfile::TempDir;
 
 /// The environment variable with the folder that the server process mounts at.
 const SERVED_FOLDER: &str = "DMALOAD_TEST_SERVED_FOLDER";
+/// How long a server may take to mount its file system.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A FUSE mount whose server is another process: this test program again, running one ignored
@@ -54,7 +55,6 @@ impl ServedFolder {
 
 impl Drop for ServedFolder {
     fn drop(&mut self) {
-        // Killing the server aborts the FUSE connection, which fails every waiting call.
         let ended = self.server.kill().and_then(|()| self.server.wait());
         let unmounted = Command::new("umount").arg("-l").arg(self.folder.path()).status();
         assert!(ended.is_ok() && unmounted.is_ok_and(|status| status.success()) || std::thread::panicking());

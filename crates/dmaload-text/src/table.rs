@@ -67,10 +67,10 @@ pub struct Table {
     width: Option<usize>,
 }
 
-/// The gap between columns.
+/// The gap between columns, in characters.
 const GAP: usize = 2;
-/// Minimum width of a shortened first column. Shorter names would lose their layer numbers and
-/// look alike, which is worse than lines that are too wide.
+/// Minimum width of a shortened first column, in characters. Shorter names would lose their layer
+/// numbers and look alike, which is worse than lines that are too wide.
 const SHORTEST: usize = 32;
 
 impl Table {

@@ -1,5 +1,6 @@
 //! Asserts at compile time that every public type is `Send` and `Sync`, and that every public
-//! stream is `Unpin`. `.ci/public-types` finds public types that are missing from this file.
+//! stream is `Unpin`. `.ci/public-types` finds public types that are missing from this file. One
+//! test reads loaded bytes on several threads at once.
 
 use std::path::PathBuf;
 

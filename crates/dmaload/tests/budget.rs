@@ -18,7 +18,7 @@ use dmaload::{Error, Layout, LoadOptions, Loader, Priority, Segment};
 use sha2::{Digest, Sha256};
 
 const MIB: u64 = 1 << 20;
-/// Tests measure the memory of the whole process, so they run one at a time.
+/// Held by each test: tests measure the memory of the whole process, so they run one at a time.
 static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
 /// Resident shared memory of this process, which includes segments on memfds.
@@ -28,7 +28,8 @@ fn resident_shared_bytes() -> u64 {
     line.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() * 1024
 }
 
-/// Samples memory every 2 ms and records the peaks that the kernel and the loader report.
+/// A thread that samples memory every 2 ms and records the peaks that the kernel and the loader
+/// report.
 struct Watch {
     stop: Arc<AtomicBool>,
     thread: Option<std::thread::JoinHandle<(u64, u64)>>,
@@ -57,7 +58,7 @@ impl Watch {
     }
 }
 
-/// Writes a file of `mib` different blocks of 1 MiB; returns its path and digest.
+/// Writes a file of `mib` different blocks of 1 MiB; returns its path and its SHA-256.
 fn write_large_file(folder: &Path, name: &str, mib: u64) -> (PathBuf, Vec<u8>) {
     let path = folder.join(name);
     let mut file = fs::File::create(&path).unwrap();
@@ -92,7 +93,7 @@ async fn stream_of_a_larger_model_stays_within_the_limit() {
     assert_eq!(digest.finalize().to_vec(), expected);
     let (seen, counted) = watch.peaks();
     println!(
-        "{mib} MiB streamed within {} MiB: {} MiB resident at most, {} counted",
+        "{mib} MiB streamed within {} MiB: at most {} MiB resident, {} MiB counted by the loader",
         limit / MIB,
         (seen - before) / MIB,
         counted / MIB
@@ -136,7 +137,8 @@ async fn slow_consumer_delays_only_its_own_stream() {
             stopped.push((segments, first));
         }
         assert!(loader.memory_bytes() <= 2 * (WINDOW + 2 * SEGMENT), "{} bytes", loader.memory_bytes());
-        // Other loads make progress: a stream with a fast consumer, and one that keeps its image.
+        // Other loads make progress: a stream with a fast consumer, and a load that keeps its
+        // image.
         let mut segments = loader.load(&path).segments();
         let mut digest = Sha256::new();
         while let Some(segment) = tokio::time::timeout(Duration::from_secs(20), segments.next()).await.unwrap() {
@@ -277,13 +279,13 @@ async fn streams_share_a_limit_with_ten_stopped_streams() {
         let (mean, slowest) = (sum / count, slowest.load(Ordering::Relaxed));
         let (seen, counted) = watch.peaks();
         println!(
-            "{count} streams and {stalled} stopped ones: slowest {:.2} × mean, {} MiB resident at most of {}",
+            "{count} streams and {stalled} stopped ones: slowest {:.2} × mean, at most {} of {} MiB resident",
             slowest as f64 / mean as f64,
             (seen - before) / MIB,
             limit / MIB
         );
-        assert!(slowest <= 3 * mean, "the slowest took {slowest} µs, the mean is {mean}");
-        assert!(seen - before <= limit && counted <= limit, "{seen} bytes resident, {counted} counted");
+        assert!(slowest <= 3 * mean, "the slowest took {slowest} µs, the mean is {mean} µs");
+        assert!(seen - before <= limit && counted <= limit, "{seen} bytes were resident, {counted} bytes counted");
         // The stopped streams resume after the segment that they took.
         for (mut segments, first) in stopped {
             let mut digest = Sha256::new();
@@ -320,7 +322,7 @@ async fn high_priority_load_overtakes_low_priority_loads() {
     }
 }
 
-/// Writes a model of tensors of 2.5 MiB, each of which spans at least two 2 MiB segments.
+/// Writes a model of `count` tensors of 2.5 MiB. Each spans at least two segments of 2 MiB.
 fn write_tensors(folder: &Path, count: usize) -> PathBuf {
     file(folder, "tensors.safetensors", &dmaload_testing::safetensors_of(count, 5 << 19, 9))
 }
@@ -356,8 +358,8 @@ async fn tensor_streams_never_wait_for_their_own_memory() {
         assert_eq!(names, expected);
     }
     assert!(loader.memory_bytes() <= 32 * MIB);
-    // A limit below the size of a tensor is an error for tensor streams; segments can still be
-    // streamed.
+    // With a limit below the size of a tensor, streams of tensors fail, and streams of segments
+    // work.
     let small = Loader::builder()
         .memory_limit_bytes(2 * MIB)
         .load_options(LoadOptions::new().segment_bytes(2 << 20))
@@ -479,7 +481,8 @@ impl CollectNames for dmaload::Tensors {
     }
 }
 
-/// A reused allocation is charged in full, so other loads cannot take the rest of its reservation.
+/// A load is charged for all of an allocation that it reuses, so other loads cannot take the rest
+/// of the load's reservation.
 #[tokio::test]
 async fn reservation_holds_while_the_pool_is_reused() {
     let _alone = ALONE.lock().await;

@@ -44,8 +44,9 @@ fn cache_only(path: &Path, ranges: &[Range<u64>]) -> Result<(), String> {
     still_cached(path, ranges)
 }
 
-/// Compares the number of a file's cached bytes with the size of these ranges, rounded to pages;
-/// returns an error if they differ. Memory pressure from other processes can evict pages.
+/// Compares the number of a file's cached bytes with the size of these ranges, each extended to
+/// whole pages of 4 KiB. Returns an error if the numbers differ, which memory pressure from other
+/// processes can cause.
 fn still_cached(path: &Path, ranges: &[Range<u64>]) -> Result<(), String> {
     let cached = probe::cached_bytes(File::open(path).unwrap()).map_err(|errno| format!("cachestat: {errno}"))?;
     let expected: u64 = ranges.iter().map(|range| range.end.next_multiple_of(4096) - range.start / 4096 * 4096).sum();
@@ -107,7 +108,7 @@ async fn check_partly_cached_file(what: &str, at: &Path) {
                 if cached_bytes == expected_bytes {
                     break;
                 }
-                eprintln!("{how}: {cached_bytes} bytes, not {expected_bytes}, at attempt {attempt}");
+                eprintln!("{how}: attempt {attempt} copied {cached_bytes} bytes from the cache, not {expected_bytes}");
             }
             let image = image.expect("at least one attempt");
             let report = image.report();
@@ -132,7 +133,8 @@ async fn check_partly_cached_file(what: &str, at: &Path) {
     }
 }
 
-/// Small files are opened just before their memory is allocated, and the cache is queried then.
+/// Small files are opened just before their memory is allocated, and the page cache is queried at
+/// that time.
 #[tokio::test]
 async fn small_files_are_taken_from_the_cache() {
     let folder = folder();
@@ -292,7 +294,7 @@ fn supports_dontcache(file: &File) -> bool {
 }
 
 /// If the kernel or the file system does not support `RWF_DONTCACHE`, the first reads are refused
-/// and retried without it.
+/// and retried without that flag.
 #[test]
 fn ring_reads_through_the_cache_leave_no_pages_in_it() {
     let runtime = tokio::runtime::Builder::new_multi_thread().build().unwrap();

@@ -63,7 +63,8 @@ impl GatedHeap {
     }
 }
 
-/// Loads a file and changes it after its first segment arrives, before its last one can be read.
+/// Loads a file and changes it after its first segment arrives, before its last segment can be
+/// read.
 async fn change_during_load(route: Route, bytes: &[u8], change: impl FnOnce(&Path)) -> Result<Image, Error> {
     change_during_range_load(route, bytes, None, change).await
 }
@@ -174,8 +175,7 @@ async fn shrinking_file_fails_and_reports_where_it_ended() {
                 Err(Error::Ended { offset, planned_bytes, .. }) => {
                     assert!(offset >= left as u64 && planned_bytes == model().len() as u64, "{offset} {planned_bytes}");
                 }
-                // If all segments were read before the file shrank, the check at the end reports
-                // it.
+                // If no read ends early, the check at the end of the load reports the change.
                 Err(Error::Changed { change, .. }) => assert_eq!(change, "it shrank"),
                 other => panic!("{route}, {left} bytes left: {other:?}"),
             }

@@ -43,7 +43,8 @@ fn assert_large(image: &Image, block: &[u8], what: &str) {
     }
 }
 
-/// Default options, except that the page cache is bypassed: loads from it are not measured.
+/// The default options, except that the page cache is bypassed: loads from the page cache are not
+/// measured.
 fn options(loader: &Loader) -> LoadOptions {
     loader.load_options().cache(Cache::Bypass)
 }
@@ -67,7 +68,7 @@ async fn load(loader: &Loader, path: &Path, options: LoadOptions, block: &[u8], 
     } else if staged > 1.04 * direct {
         assert_eq!(measured.chosen, Way::Staged, "{what}");
     }
-    // The measurement stages a part of the file.
+    // The measurement stages some bytes, and the report shows the lowest route that any byte took.
     assert_eq!(report.route, Route::Bounce, "{what}");
     // Staging for a measurement is not a fallback: no request was refused.
     assert!(report.fallbacks.iter().all(|fallback| fallback.to != Route::Bounce), "{what}: {:?}", report.fallbacks);
@@ -99,7 +100,8 @@ async fn both_ways_are_measured_and_the_faster_one_is_taken() {
     }
 }
 
-/// Slows down calls that populate up to 2 MiB, as copiers make them, so direct reads win.
+/// Hooks that slow down calls that populate at most 2 MiB. Copiers make such calls, so direct
+/// reads win.
 #[derive(Debug)]
 struct SlowExtents;
 
@@ -112,7 +114,7 @@ impl HeapHooks for SlowExtents {
     }
 }
 
-/// After a part of a file was staged for a trial, the rest takes the way that won.
+/// After some bytes of a file were staged for a trial, the remaining bytes take the way that won.
 #[tokio::test]
 async fn rest_of_a_load_takes_the_chosen_way_after_a_trial() {
     let folder = folder();

@@ -1,7 +1,7 @@
 //! The caller's code on the loader's threads: wakers that poll, and code that panics. It runs
-//! without a lock and never on the ring thread. A panic fails only the load it belongs to (for a
-//! waker, the future that was polled with it), with an error that names the code. A panic in a
-//! drop is ignored.
+//! without a lock and never on the ring thread. A panic fails only the load that the code belongs
+//! to, with an error that names the code. A panic in a waker fails only the future that was polled
+//! with that waker, and a panic in a drop is ignored.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -24,7 +24,7 @@ use futures_core::Stream;
 const SEGMENT: u64 = 2 << 20;
 const PATIENCE: Duration = Duration::from_secs(15);
 
-/// Threads that ran the caller's code.
+/// The names of the threads that ran the caller's code.
 static THREADS: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 
 fn note_thread() {
@@ -96,7 +96,7 @@ fn run_inline<T: Send + 'static>(what: &str, body: impl Future<Output = T> + Sen
     });
     receiver.recv_timeout(PATIENCE).unwrap_or_else(|error| {
         // Exits instead of unwinding: after a deadlock, drops would wait for the lock forever. The
-        // test harness does not capture this output, unlike that of `eprintln`.
+        // test harness does not capture this output, unlike that of `eprintln!`.
         let _ = writeln!(std::io::stderr(), "panicked: {what}:\nthe task did not end: {error}");
         std::process::exit(101)
     })
@@ -305,7 +305,7 @@ fn waker_that_panics_fails_only_its_own_wait() {
             assert_same(&image.files()[0].bytes().unwrap(), &expected, route.name());
         }
         for waker in wakers {
-            assert_eq!(waker.0.load(Ordering::SeqCst), 1, "{route}: each poll wakes at most once");
+            assert_eq!(waker.0.load(Ordering::SeqCst), 1, "{route}: each waker is called once");
         }
         assert_eq!(load_all(&loader, &path, loader.load_options()).unwrap(), expected.len() as u64, "the next load");
     }
@@ -354,10 +354,12 @@ enum In {
     Nothing,
 }
 
-/// A verifier that checks nothing and panics in one of its calls. The number is the file's length.
+/// A verifier that accepts all bytes, but panics in the call that [`In`] names. The number is the
+/// file's length in bytes.
 struct Panics(In, u64);
 
-/// An observer of the same kind, which [`Panics`] also returns.
+/// An observer that accepts all bytes, but panics in the call that [`In`] names. [`Panics`]
+/// returns such observers, too.
 struct PanicsToo(In, u64);
 
 impl Verify for Panics {

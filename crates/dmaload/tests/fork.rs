@@ -79,8 +79,8 @@ async fn child_sees_private_memory_only_once_it_is_handed_over() {
     for (private, loader) in
         [(true, Loader::builder().heap(AnonHeap::default())), (false, Loader::builder().heap(MemfdHeap::default()))]
     {
-        // First into new memory, then into pooled memory.
         let loader = loader.load_options(LoadOptions::new().segment_bytes(SEGMENT as u64)).pool_bytes(64 << 20).build().unwrap();
+        // The first load uses new memory, the second pooled memory.
         for reused in [false, true] {
             let observer = Arc::new(ForkingObserver::default());
             let image = loader.load(&path).options(loader.load_options().observer(observer.clone())).await.unwrap();

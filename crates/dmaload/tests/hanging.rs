@@ -1,8 +1,8 @@
 //! The ring thread should never block on a file system. If the kernel blocks it nevertheless, a
 //! shutdown still ends, and reports how much memory that thread holds.
 //!
-//! A seccomp filter blocks `io_uring_enter`. It cannot be removed, so this file has one test,
-//! which runs in its own process.
+//! A seccomp filter blocks `io_uring_enter`. The filter cannot be removed, so this file has one
+//! test, which runs in its own process.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;

@@ -23,7 +23,8 @@ fn model() -> Vec<u8> {
     random_bytes(3 * SEGMENT + 70_000, 21)
 }
 
-/// A heap that keeps a second descriptor of each memfd, and can seal the memfd beforehand.
+/// A heap that keeps a second descriptor of each memfd, and can seal the memfd before the loader
+/// does.
 #[derive(Debug, Clone)]
 struct Keeping {
     seals: Option<SealFlags>,
@@ -142,7 +143,7 @@ unsafe impl Heap for Presealed {
     }
 }
 
-/// Counts the bytes of each kind of call.
+/// Hooks that count the bytes of each kind of call.
 #[derive(Debug, Default)]
 struct Counting {
     allocated: AtomicUsize,
@@ -226,7 +227,7 @@ async fn descriptor_that_is_not_a_dma_buf_fails_its_load() {
     }
 }
 
-/// Panics in the first two calls of the method with this name.
+/// Hooks that panic in the first two calls of the method with this name.
 #[derive(Debug, Clone)]
 struct PanicsIn(&'static str, Arc<AtomicUsize>);
 

@@ -3,8 +3,8 @@
 //! safetensors file that dmaload accepts.
 //!
 //! The tests damage stored inputs (`tests/corpus`) at random, reproducibly for each seed.
-//! `DMALOAD_INPUTS=1000000` tries more inputs of each kind, and `DMALOAD_SEED=2` other inputs. If
-//! a parser fails, its input is printed: add it to the corpus.
+//! `DMALOAD_INPUTS=1000000` tries more inputs of each kind, and `DMALOAD_SEED=2` tries others. If
+//! a parser panics or a check fails, the input is printed: add it to the corpus.
 #![allow(
     clippy::unwrap_used,
     clippy::print_stdout,
@@ -70,7 +70,7 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// Calls a function; returns its result, its peak memory and its duration.
+/// Calls a function; returns its result, its peak memory in bytes and its duration.
 fn measure<T>(call: impl FnOnce() -> T) -> (T, usize, Duration) {
     let before = NOW.get();
     MOST.set(before);
@@ -170,7 +170,7 @@ fn read_variable(variable: &str, default: u64) -> u64 {
     std::env::var(variable).map_or(default, |text| text.parse().unwrap())
 }
 
-/// The stored inputs of a kind, sorted by name.
+/// The stored inputs of a kind, sorted by file name.
 fn corpus(kind: &str) -> Vec<Vec<u8>> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus").join(kind);
     let mut paths: Vec<_> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
@@ -206,7 +206,7 @@ fn for_each_input(kind: &str, mut parse: impl FnMut(&[u8]) -> bool) {
     assert!(accepted > count / 200 && accepted < count, "{accepted} of {count} accepted");
 }
 
-/// The most memory in bytes that a parser may take for an input of this length. The constant
+/// Maximum memory, in bytes, that a parser may take for an input of this length. The constant term
 /// covers errors and small inputs.
 fn memory_limit(input: usize) -> usize {
     64 * input + 16_384
@@ -218,7 +218,7 @@ fn assert_bounded(input: usize, memory: usize, time: Duration) {
     assert!(time < Duration::from_secs(1), "{time:?} for an input of {input} bytes");
 }
 
-/// Parses as a loader does; returns whether it accepted the input.
+/// Parses a file as a loader does; returns whether the parser accepts the file.
 fn parse_safetensors(file: &[u8]) -> bool {
     let length = file.len() as u64;
     let (map, memory, time) = measure(|| match sniff(&file[..file.len().min(9)], length, true) {

@@ -17,7 +17,8 @@ use dmaload_testing::{safetensors, safetensors_of};
 /// process.
 static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
-/// Writes a model whose header takes a good part of a second to parse.
+/// Writes a model whose header takes far more than 10 ms to parse, so a test can count 10 ticks of
+/// 1 ms meanwhile.
 fn write_slow_model(folder: &Path) -> PathBuf {
     const TENSORS: usize = 250_000;
     let entry = |number| format!(r#""t{number:06}":{{"dtype":"U8","shape":[0,1,2],"data_offsets":[0,0]}}"#);

@@ -165,7 +165,7 @@ async fn assert_holds(what: &str, expected: &(usize, usize)) {
         if seen == *expected {
             return;
         }
-        assert!(Instant::now() < deadline, "{what}: {expected:?} descriptors and mappings expected: {now:?}");
+        assert!(Instant::now() < deadline, "{what}: expected descriptors and mappings {expected:?}, but found {now:?}");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }

@@ -29,7 +29,7 @@ async fn file_of_any_size_loads_by_every_route_and_layout() {
         let path = file(folder.path(), "model.bin", &bytes);
         for route in ROUTES {
             for layout in [Layout::Segmented, Layout::Single, Layout::Tensors] {
-                let what = format!("{len} bytes, {route}, {layout}");
+                let what = format!("length {len}, {route}, {layout}");
                 let options = loader.load_options().route(route).layout(layout).strict(true);
                 let image = loader.load(&path).options(options).await.unwrap_or_else(|error| panic!("{what}: {error}"));
                 assert_same(&image.files()[0].bytes().unwrap(), &bytes, &what);
@@ -219,7 +219,7 @@ async fn file_larger_than_memory_is_refused_before_allocating() {
     assert!(segments.next().await.unwrap().unwrap().bytes().unwrap().iter().all(|&byte| byte == 0));
 }
 
-/// With one place for an open load, later loads would hang if a failed one kept it.
+/// With one place for an open load, later loads would hang if a failed load kept the place.
 #[tokio::test]
 async fn load_whose_planning_panics_frees_its_place() {
     #[derive(Debug)]

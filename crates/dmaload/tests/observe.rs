@@ -15,7 +15,7 @@ use dmaload::{Error, LoadOptions, Loader, Observer, Rejection, Route};
 
 const SEGMENT: usize = 2 << 20;
 
-/// Hooks that record the mappings that are populated, and can claim that the heap is uncached.
+/// Hooks that record the mappings that are populated, and can claim that their memory is uncached.
 #[derive(Debug, Default, Clone)]
 struct SpiedHeap {
     uncached: bool,
@@ -45,7 +45,7 @@ impl SpiedHeap {
     }
 }
 
-/// Records the bytes it observes, and whether they were in the heap's memory.
+/// An observer that records its bytes, and whether they were in the heap's memory.
 struct Recorder {
     heap: SpiedHeap,
     files: Mutex<Vec<Vec<u8>>>,
@@ -135,7 +135,7 @@ async fn segments_wait_for_a_slow_observer_in_bounded_memory() {
     }
 }
 
-/// Rejects the call whose bytes include the one at offset `at`, or panics in it.
+/// An observer that rejects the bytes that include the byte at offset `at`, or panics instead.
 struct Judge {
     at: u64,
     panics: bool,

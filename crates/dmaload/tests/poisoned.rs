@@ -1,8 +1,8 @@
-//! A ring that fails during loads is replaced: the running loads fail with the error, and later
-//! loads work.
+//! A ring that fails during loads is replaced: the running loads fail with the ring's error,
+//! and later loads work.
 //!
-//! A seccomp filter makes `io_uring_enter` fail. It cannot be removed, so this file has one test,
-//! which runs in its own process.
+//! A seccomp filter makes `io_uring_enter` fail. The filter cannot be removed, so this file has
+//! one test, which runs in its own process.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;

@@ -1,4 +1,4 @@
-//! The pool reuses memory of dropped segments, and never exposes its earlier bytes.
+//! The pool reuses memory of dropped segments, and never exposes the bytes of earlier loads.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -30,8 +30,8 @@ async fn load(loader: &Loader, path: &Path, options: LoadOptions) -> Image {
     loader.load(path).options(options).await.unwrap()
 }
 
-/// Waits until the pool holds `bytes`, because a thread of the loader can drop its reference to a
-/// segment after the caller does.
+/// Waits until the pool holds `bytes` bytes, because a thread of the loader can drop its reference
+/// to a segment after the caller does.
 async fn assert_pooled(loader: &Loader, bytes: u64, what: &str) {
     let deadline = Instant::now() + Duration::from_secs(10);
     while loader.pooled_bytes() != bytes {
@@ -70,7 +70,8 @@ async fn pooled_memory_exposes_only_the_bytes_of_its_new_load() {
     }
 }
 
-/// The shorter file ends in a page that still holds bytes of the longer one; these must be zeroed.
+/// The shorter file ends in a page that still holds bytes of the longer file; those bytes must be
+/// zeroed.
 #[tokio::test]
 async fn tail_of_reused_memory_is_zero() {
     let folder = folder();

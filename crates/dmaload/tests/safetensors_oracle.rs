@@ -26,7 +26,7 @@ use proptest::{
 };
 use safetensors::{Dtype, SafeTensors, serialize, tensor::TensorView};
 
-/// The number of damaged files.
+/// The number of damaged files that are compared.
 const MUTANTS: u32 = 20_000;
 
 // ---- reading with the parser and the crate ----
@@ -51,7 +51,7 @@ fn check_agreement(map: &TensorMap, file: &[u8]) -> Result<(), TestCaseError> {
     prop_assert_eq!(map.len(), oracle.len());
     for (name, view) in oracle.iter() {
         let info = map.get(name).expect("the parser must find every tensor of the crate");
-        // A slice's address shows where the crate found it.
+        // The address of a tensor's slice shows where in the file the crate found the tensor.
         let begin = (view.data().as_ptr() as usize - file.as_ptr() as usize) as u64;
         prop_assert_eq!(&info.name, name);
         prop_assert_eq!(info.dtype.to_string(), format!("{:?}", view.dtype()));
@@ -152,8 +152,8 @@ fn any_metadata() -> impl Strategy<Value = Option<BTreeMap<String, String>>> {
 
 /// A file as the crate writes it.
 fn serialized(tensors: &BTreeMap<String, Tensor>, metadata: Option<BTreeMap<String, String>>) -> Vec<u8> {
-    // For no tensors and empty metadata, crate 0.8 writes `{}"__metadata__":{}`, which it then
-    // refuses to read.
+    // For no tensors and empty metadata, version 0.8 of the crate writes `{}"__metadata__":{}`,
+    // which it then refuses to read.
     let metadata = metadata.filter(|pairs| !pairs.is_empty() || !tensors.is_empty());
     let data = vec![7; tensors.values().map(Tensor::bytes).max().unwrap_or(0)];
     let views = tensors.iter().map(|(name, tensor)| {
@@ -166,8 +166,9 @@ fn serialized(tensors: &BTreeMap<String, Tensor>, metadata: Option<BTreeMap<Stri
 /// How a hand-built header differs from what the crate writes.
 #[derive(Debug, Clone)]
 struct Style {
-    /// Sort keys for the tensors' data and, separately, for their entries.
+    /// Sort keys for the tensors' data.
     data_order: Vec<u32>,
+    /// Sort keys for the tensors' entries in the header.
     entry_order: Vec<u32>,
     key_rotation: usize,
     padding: usize,
@@ -443,7 +444,8 @@ impl Damage {
                 let end = header[at..].char_indices().nth(*count).map_or(header.len(), |(i, _)| at + i);
                 header.replace_range(at..end, "");
             }
-            // Insertions after a comma or a brace are the most likely to leave valid JSON.
+            // Insertions after a comma or an opening brace or bracket are the most likely to leave
+            // valid JSON.
             Self::InsertInHeader(at, text) => header.insert_str(pick_joint(header, *at), text),
             Self::EditNumber(at, text) if !numbers.is_empty() => {
                 header.replace_range(at.get(&numbers).clone(), text);
@@ -499,7 +501,8 @@ fn pick_boundary(header: &str, at: Index) -> usize {
     (0..=at.index(header.len() + 1)).rev().find(|&i| header.is_char_boundary(i)).unwrap_or(0)
 }
 
-/// Picks a place after a comma, an opening brace or a bracket, or any boundary if there is none.
+/// Picks a place after a comma or an opening brace or bracket. If there is none, picks any
+/// character boundary.
 fn pick_joint(header: &str, at: Index) -> usize {
     let joints: Vec<_> = header.match_indices([',', '{', '[']).map(|(i, _)| i + 1).collect();
     if joints.is_empty() { pick_boundary(header, at) } else { *at.get(&joints) }

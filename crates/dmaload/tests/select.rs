@@ -1,6 +1,6 @@
-//! Loads parts of models (selected tensors, ranges, shards), models of several files and models
-//! inside other files, also with the layout `tensors` and an importer's limits. The results are
-//! compared with an independent reader (the `safetensors` crate) or with the file itself.
+//! Loads selected tensors, ranges and shards, models of several files, and models inside other
+//! files, also with the layout `tensors` and an importer's limits. The results are compared with
+//! an independent reader (the `safetensors` crate) or with the file itself.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(unsafe_code, reason = "reads the memory past the end of a tensor")]
 
@@ -75,7 +75,9 @@ async fn only_selected_tensors_are_read() {
         assert!(report.bytes >= wanted && report.bytes < file_bytes - 1_000_000, "{} of {file_bytes}", report.bytes);
         let read: u64 = image.segments().iter().map(|segment| segment.len() as u64).sum();
         assert_eq!(read, report.bytes, "the report counts the bytes of the segments");
-        let Err(Error::NotLoaded { range, .. }) = image.tensor("layers.0.q") else { panic!("an unselected tensor was loaded") };
+        let Err(Error::NotLoaded { range, .. }) = image.tensor("layers.0.q") else {
+            panic!("an unselected tensor must be reported")
+        };
         assert_eq!(range.end - range.start, 2 * 512 * 600);
         assert!(matches!(image.tensor("missing"), Err(Error::NoSuchTensor(_))));
         assert!(matches!(image.files()[0].bytes(), Err(Error::NotLoaded { .. })));
@@ -460,8 +462,9 @@ async fn gguf_model_inside_an_open_file_is_loaded() {
     assert_same(&image.tensor("n").unwrap().bytes().unwrap(), &data[1], "n");
 }
 
-/// Tensors of a safetensors file can start at any offset. If an importer needs a tensor aligned,
-/// it is copied and counted in the report, or the load fails if copying is not allowed.
+/// Tensors of a safetensors file can start at any offset. If an importer requires an
+/// alignment, unaligned tensors are copied and counted in the report, or the load fails if copying
+/// is not allowed.
 #[tokio::test]
 async fn tensors_are_aligned_for_an_importer() {
     let folder = folder();
@@ -510,7 +513,7 @@ async fn tensors_are_aligned_for_an_importer() {
             loader.shutdown().await.unwrap();
         }
     }
-    // A tensor that is larger than the importer's largest segment cannot be copied within one.
+    // A tensor that is larger than the importer's largest segment cannot be copied into a segment.
     let loader = loader().load_options(options().layout(Layout::Tensors)).build().unwrap();
     let importer = ImporterLimits { alignment_bytes: 4096, max_segment_bytes: SEGMENT as u64, ..ImporterLimits::default() };
     let error = loader.load(&path).options(loader.load_options().importer(importer)).await.unwrap_err();

@@ -1,6 +1,6 @@
 //! A sparse file can be terabytes long and contain nothing, so a length alone must not cost
-//! memory: the memory of plans and allocations is bounded, and loads that do not fit into memory
-//! are refused before they are planned.
+//! memory. Plans and allocations are bounded, and loads that do not fit into memory are refused
+//! before they are planned.
 //!
 //! One test measures the memory of its whole process, so these tests have their own file.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
@@ -41,8 +41,8 @@ fn create_sparse(folder: &Path, bytes: u64, header: bool) -> PathBuf {
     path
 }
 
-/// Loads the file if `kept`, otherwise takes the first segments of a stream; returns the error, if
-/// any.
+/// Loads the file if `kept`, otherwise takes the first eight segments of a stream. Returns the
+/// error, if any.
 async fn try_load(loader: &Loader, path: &Path, options: LoadOptions, kept: bool) -> Option<Error> {
     if kept {
         return loader.load(path).options(options).await.err();

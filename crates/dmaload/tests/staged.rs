@@ -1,4 +1,4 @@
-//! Staged loads: copiers populate each part of memory once, just before they write to it.
+//! Staged loads: copiers populate each extent of memory once, just before they write to it.
 #![allow(clippy::print_stderr, reason = "skipped tests are reported")]
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
@@ -24,7 +24,7 @@ const SEGMENT: usize = 8 * MIB;
 const PAGE: usize = 4096;
 const ANY: &str = "dmaload-";
 
-/// Checks and records every call of `populate`.
+/// Hooks that check and record every call of `populate`.
 #[derive(Debug)]
 struct Recorder {
     extent_bytes: usize,
@@ -37,7 +37,7 @@ struct Recorder {
 
 #[derive(Debug, Default)]
 struct Seen {
-    /// By mapping address, the length of the allocation and its populated parts.
+    /// By mapping address, the length of the allocation in bytes and its populated ranges.
     allocations: BTreeMap<usize, (usize, Vec<Range<usize>>)>,
     running_calls: usize,
 }
@@ -53,7 +53,7 @@ impl Recorder {
         })
     }
 
-    /// Checks that the populated parts cover all allocations exactly once, and clears the record.
+    /// Checks that the populated ranges cover all allocations exactly once, and clears the record.
     fn assert_all_was_populated(&self, image: &Image, what: &str) {
         let seen = std::mem::take(&mut *self.seen.lock().unwrap());
         let (mut memory_bytes, mut bytes) = (0, 0);
@@ -61,7 +61,7 @@ impl Recorder {
             parts.sort_by_key(|part| part.start);
             let mut end = 0;
             for part in parts {
-                assert_eq!(part.start, end, "{what}: a part of an allocation of {mapped_bytes} bytes was not populated");
+                assert_eq!(part.start, end, "{what}: a gap or an overlap in the populated ranges of {mapped_bytes} bytes");
                 end = part.end;
             }
             assert_eq!(end, mapped_bytes, "{what}: the end of an allocation was not populated");
@@ -71,7 +71,7 @@ impl Recorder {
         assert_eq!((memory_bytes, seen.running_calls), (bytes, 0), "{what}");
         let segment_bytes: usize = image.segments().iter().map(dmaload::Segment::memory_bytes).sum();
         assert!(segment_bytes <= memory_bytes, "{what}: segments of {segment_bytes} bytes, memory of {memory_bytes}");
-        // Page sizes are looked up part by part, for all memory or for none.
+        // Page sizes are looked up for each populated range: for all of them or for none.
         let counted = image.report().pages.seen_bytes;
         assert!(counted == 0 || counted == bytes as u64, "{what}: the page sizes of {counted} of {bytes} bytes were looked up");
     }
@@ -109,7 +109,7 @@ impl HeapHooks for Recorder {
         };
         assert!(other.is_none(), "{part:?} was populated before, as {other:?}");
         std::thread::sleep(self.delay);
-        // Threads that want to write to this part wait until this call returns.
+        // Threads that want to write to this range wait until this call returns.
         let present = count_present_pages(mapped.start + part.start..mapped.start + part.end);
         assert_eq!(present, 0, "pages of {part:?} were written to before they were populated");
         Ok(())
@@ -176,7 +176,7 @@ async fn each_extent_is_populated_once_before_it_is_written() {
     }
 }
 
-/// Reads through the page cache and copies from it populate memory in the same way.
+/// Reads through the page cache, and copies from it, populate memory as staged copies do.
 #[tokio::test]
 async fn buffered_and_cached_reads_populate_each_extent_once() {
     let (folder, contents) = (folder(), contents());
@@ -260,7 +260,7 @@ async fn staged_small_files_get_as_many_huge_pages_as_direct_ones() {
     }
 }
 
-/// Counts populated bytes, which the test compares with the bytes read.
+/// Hooks that count populated bytes, which the test compares with the bytes read.
 #[derive(Debug, Default)]
 struct Counting(AtomicUsize);
 
@@ -372,7 +372,7 @@ async fn heap_that_fails_amid_copies_fails_one_load() {
     }
 }
 
-/// Blocks all calls of `populate` until the test opens the gate.
+/// Hooks that block all calls of `populate` until the test opens the gate.
 #[derive(Debug, Default)]
 struct Gate {
     state: Mutex<(bool, usize)>,
@@ -418,7 +418,7 @@ async fn load_dropped_while_populating_leaks_nothing() {
         drop(image);
         let memory = loader.clone();
         loader.shutdown().await.expect("memory was leaked");
-        // Memory is freed by another thread.
+        // Another thread frees the memory: wait for up to 5 s.
         for _ in 0..500 {
             if memory.memory_bytes() > 0 {
                 tokio::time::sleep(Duration::from_millis(10)).await;

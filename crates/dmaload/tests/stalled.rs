@@ -1,6 +1,6 @@
 //! File system servers that hang while a worker waits for them: in a lookup, an open, a request
 //! for attributes, or a close. Loads of other file systems continue, even with one worker. Once
-//! the server answers again, its own loads continue too.
+//! the server answers again, loads of its files continue, too.
 //!
 //! Mounting needs root and `/dev/fuse`; without them, these tests report that they are skipped.
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
@@ -32,7 +32,7 @@ use tracing::{Event, Metadata, Subscriber};
 
 const SEGMENT: usize = 2 << 20;
 const LARGE: usize = 2 * SEGMENT + 777;
-/// Files this small share memory, and are opened just before it is allocated.
+/// Files this small share memory, and are opened just before that memory is allocated.
 const SMALL: usize = 9_000;
 /// A deadline for work that must not wait for a server. Such work takes about 1 s, or a few
 /// seconds on a busy machine; work that waits for the server never ends.
@@ -251,7 +251,7 @@ fn wait_until(condition: impl Fn() -> bool, what: &str) {
 }
 
 fn wait_for_threads(expected: usize, what: &str) {
-    wait_until(|| loader_threads().len() == expected, &format!("{what}: {expected} threads expected"));
+    wait_until(|| loader_threads().len() == expected, &format!("{what}: expected threads: {expected}"));
 }
 
 fn loader(workers: usize) -> LoaderBuilder {
@@ -329,7 +329,7 @@ async fn hanging_load_does_not_stop_others_and_finishes_later() {
     let Some(_alone) = run_alone().await else { return };
     let (plain, bytes) = (Plain::new(), random_file_bytes());
     for (workers_wanted, (hangs, names)) in [1, 2].into_iter().flat_map(|workers| KINDS.map(|kind| (workers, kind))) {
-        let what = format!("{hangs:?} of {names:?}, {workers_wanted} workers");
+        let what = format!("{hangs:?} of {names:?}, workers: {workers_wanted}");
         let hanging = Hanging::start(hangs);
         let loader = loader(workers_wanted).build().unwrap();
         plain.load(&loader, &what).await;
@@ -338,11 +338,11 @@ async fn hanging_load_does_not_stop_others_and_finishes_later() {
         assert_waits(&mut held_up, &what).await;
         let start = Instant::now();
         plain.load(&loader, &what).await;
-        eprintln!("{what}: others took {:?}, {} workers", start.elapsed(), count_workers());
+        eprintln!("{what}: others took {:?}, workers: {}", start.elapsed(), count_workers());
         // Events arrive with a delay. On a busy machine, files of other loads can be slow enough
         // that their workers are replaced, too.
         let replaced = || REPLACED.load(Ordering::SeqCst);
-        wait_until(|| replaced() + workers_wanted >= count_workers(), &format!("{what}: {} events", replaced()));
+        wait_until(|| replaced() + workers_wanted >= count_workers(), &format!("{what}: events: {}", replaced()));
         wait_until(
             || count_workers() <= 2 * workers_wanted,
             &format!("{what}: a hanging load must not hold more workers than it started with"),
@@ -351,7 +351,7 @@ async fn hanging_load_does_not_stop_others_and_finishes_later() {
         let image =
             tokio::time::timeout(SOON, held_up).await.unwrap_or_else(|_| panic!("{what}: the load did not continue")).unwrap();
         assert_image(&image, &bytes, &what);
-        // The other three are the ring thread, the teller and the watching thread.
+        // The workers, the ring thread, the teller and the watching thread.
         wait_for_threads(workers_wanted + 3, &what);
         plain.load(&loader, &what).await;
         loader.shutdown().await.unwrap();
@@ -369,7 +369,7 @@ async fn many_hanging_loads_do_not_stop_others() {
         let builder = loader(workers_wanted);
         let builder = if limited { builder.memory_limit_bytes(256 << 20).max_open_loads(6) } else { builder };
         let loader = builder.build().unwrap();
-        let what = format!("{workers_wanted} workers, limited: {limited}");
+        let what = format!("workers: {workers_wanted}, limited: {limited}");
         let server = |hangs| &servers[ALL.iter().position(|&kind| kind == hangs).unwrap()];
         let mut held_up: Vec<_> = KINDS.iter().map(|&(hangs, names)| start_load(&loader, server(hangs), names)).collect();
         // The second half of these loads is dropped below.
@@ -378,7 +378,7 @@ async fn many_hanging_loads_do_not_stop_others() {
         plain.load(&loader, &what).await;
         held_up.truncate(KINDS.len());
         plain.load(&loader, &what).await;
-        eprintln!("{what}: others took {:?}, {} workers", start.elapsed(), count_workers());
+        eprintln!("{what}: others took {:?}, workers: {}", start.elapsed(), count_workers());
         if workers_wanted == 1 {
             // The shutdown reports every hanging worker.
             let leaked = loader.shutdown().await.unwrap_err();
@@ -409,7 +409,7 @@ async fn sixty_hanging_loads_do_not_stop_others() {
     let held_up: Vec<_> = (0..60).map(|number| start_load(&loader, &hanging, &[format!("large-{number}").as_str()])).collect();
     let start = Instant::now();
     plain.load(&loader, "sixty loads").await;
-    eprintln!("sixty loads: others took {:?}, {} workers", start.elapsed(), count_workers());
+    eprintln!("sixty loads: others took {:?}, workers: {}", start.elapsed(), count_workers());
     // One of the two workers can hang without an event.
     wait_until(|| REPLACED.load(Ordering::SeqCst) >= 59, "too few events report a replaced worker");
     hanging.resume();
@@ -427,7 +427,7 @@ async fn shutdown_counts_each_hanging_worker() {
     let plain = Plain::new();
     for (number, (hangs, names)) in KINDS.into_iter().enumerate() {
         let workers_wanted = 1 + number % 2;
-        let what = format!("{hangs:?} of {names:?}, {workers_wanted} workers");
+        let what = format!("{hangs:?} of {names:?}, workers: {workers_wanted}");
         let hanging = Hanging::start(hangs);
         let loader = loader(workers_wanted).build().unwrap();
         let mut held_up = start_load(&loader, &hanging, names);
@@ -440,7 +440,8 @@ async fn shutdown_counts_each_hanging_worker() {
         // A thread is subtracted from the count just before it ends.
         wait_for_threads(leaked.threads, &what);
         assert_eq!((leaked.bytes, leaked.threads), (0, count_workers()), "{what}: {:?}", loader_threads());
-        // The workers that the load held when it began to hang, and one that closes its files.
+        // At most the workers that the load held when it began to hang, and one that closes its
+        // files.
         assert!((1..=workers_wanted + 1).contains(&leaked.threads), "{what}: {:?}", loader_threads());
         assert!(matches!(held_up.finish().await, Err(Error::ShutDown)), "{what}");
         // The workers end once the server answers.
@@ -449,7 +450,8 @@ async fn shutdown_counts_each_hanging_worker() {
     }
 }
 
-/// Delays every allocation by 1.5 s. A worker that waits for a file for more than 1 s is stalled.
+/// Hooks that delay every allocation by 1.5 s. A worker that waits for a file for more than 1 s is
+/// stalled.
 #[derive(Debug)]
 struct SlowMemory;
 

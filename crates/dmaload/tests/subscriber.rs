@@ -23,8 +23,8 @@ static PANICS: AtomicBool = AtomicBool::new(false);
 /// The number of calls of the subscriber by each thread.
 static THREADS: Mutex<BTreeMap<String, usize>> = Mutex::new(BTreeMap::new());
 static CALLS: AtomicU64 = AtomicU64::new(0);
-/// Whether the loader's metrics contradicted each other. Asserted at the end, because the loader
-/// catches panics of the subscriber.
+/// Whether the loader's metrics contradicted each other. The test asserts this at its end, because
+/// the loader catches panics of the subscriber.
 static CONTRADICTION: AtomicBool = AtomicBool::new(false);
 
 thread_local! {

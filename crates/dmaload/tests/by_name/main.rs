@@ -25,7 +25,8 @@ const PATIENCE: Duration = Duration::from_secs(15);
 /// How long a future must stay pending to count as blocked.
 const QUIET_TIME: Duration = Duration::from_millis(200);
 
-/// An observer that blocks at the first bytes past an offset of a file, until the test decides.
+/// An observer that blocks at the first bytes past an offset of a file, until the test sets a
+/// verdict.
 #[derive(Debug)]
 struct Gate {
     file: usize,
@@ -155,7 +156,7 @@ async fn load_without_files_is_an_error() {
     }
 }
 
-/// Blocks allocations once `left` of them have succeeded, until `gate` opens.
+/// Hooks that block allocations once `left` of them have succeeded, until `gate` opens.
 #[derive(Debug)]
 struct HeldAllocations {
     left: AtomicUsize,
@@ -180,7 +181,8 @@ async fn tensor_shard_waits_for_its_middle_rows() {
     let header = r#"{"a1":{"dtype":"U8","shape":[1000],"data_offsets":[0,1000]},
         "b":{"dtype":"U8","shape":[4000,2048],"data_offsets":[1000,8193000]},
         "a2":{"dtype":"U8","shape":[1000],"data_offsets":[8193000,8194000]}}"#;
-    // The data starts 1500 bytes into a block, so "b" starts and ends 2500 bytes into one.
+    // The data starts 1500 bytes into a block, so "b" starts and ends 2500 bytes into a
+    // block.
     let header = format!("{header:<1492}");
     let data = dmaload_testing::random_bytes(8_194_000, 1);
     let bytes = [&1492u64.to_le_bytes()[..], header.as_bytes(), &data].concat();
@@ -273,8 +275,8 @@ async fn name_is_unknown_only_after_all_headers_are_read() {
     check(&in_time("a tensor", load.tensor("t0")).await.unwrap(), 0, &bytes);
     drop(load);
 
-    // The header of a small file is read with its data, which the gate holds back. Until it is
-    // read, the small file could contain `t3` as well. It does contain `t0`.
+    // The header of a small file is read with its data, which the gate holds back. Until the
+    // header is read, the small file could contain `t3` as well. It does contain `t0`.
     let gate = Gate::before(1, 0);
     let load = loader.load([&large, &small]).options(options().observer(gate.clone())).start();
     for name in ["none", "t3", "t0"] {
@@ -294,8 +296,8 @@ async fn name_is_unknown_only_after_all_headers_are_read() {
 async fn index_resolves_a_tensor_before_all_headers_are_read() {
     let folder = folder();
     let [a, b] = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
-    // Both files have the same tensor names. The second one's tensors are smaller, and its header
-    // is read late.
+    // Both files have the same tensor names. The tensors of the second file are smaller, and its
+    // header is read late.
     let (_, first) = model(folder.path(), a, 7);
     file(folder.path(), b, &dmaload_testing::safetensors_of(TENSORS, 64, 8));
     let entry = |number: usize| format!(r#""t{number}":"{}""#, if number < 6 { a } else { b });

@@ -208,7 +208,7 @@ async fn dropped_waiter_loses_no_segment_and_is_never_woken() {
         assert!(poll(dropped.as_mut(), &waker).is_pending());
     }
     in_time("the waker to be dropped", async {
-        // The thread that wakes tasks can still hold a clone of it.
+        // The thread that wakes tasks can still hold a clone of the waker.
         while Arc::strong_count(&wakes) > 1 {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }

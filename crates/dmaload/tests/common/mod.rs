@@ -1,4 +1,5 @@
-//! Helpers for the integration tests: files of known random bytes, on a disk, and an executor.
+//! Helpers for the integration tests: folders on a disk, files of random bytes, the routes, and an
+//! executor.
 #![allow(dead_code, unreachable_pub, reason = "no test uses every helper")]
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
@@ -24,7 +25,7 @@ pub use dmaload_testing::{assert_same, file, random_bytes};
 pub const ROUTES: [Route; 6] =
     [Route::UringFixedDirect, Route::UringDirect, Route::PreadDirect, Route::Bounce, Route::UringBuffered, Route::Buffered];
 
-/// A minimal executor, which parks the thread between polls.
+/// Runs a future on a minimal executor, which parks the thread between polls.
 pub fn block_on<T>(future: impl Future<Output = T>) -> T {
     struct Unpark(Thread);
     impl Wake for Unpark {

@@ -6,7 +6,8 @@ use dmaload::{Error, Format, Layout, Result};
 use crate::common::{self, folder};
 use crate::{A, B, INDEX, index, loaders, names, st, value_of, write_files};
 
-/// Folders with a tensor `w` in several files, the value of `w` that counts, and all tensor names.
+/// Cases: the files of a folder, several of which have a tensor `w`; the value of the `w` that
+/// counts; and all tensor names.
 fn overlays() -> Vec<(Vec<(&'static str, Vec<u8>)>, u8, &'static [&'static str])> {
     let (over, sub) = ("model-overlay-00001.safetensors", "sub/a.safetensors");
     vec![
@@ -180,7 +181,8 @@ async fn selection_needs_only_the_files_its_index_names() {
             assert_eq!((value_of(&by_name, "c.w"), by_name.files().len()), (3, 1));
             assert!(loader.load(folder.path()).options(loader.load_options().tensors(["*.w"])).await.is_err());
             assert!(loader.load(folder.path()).await.is_err());
-            // A tensor that the index does not list may be in any file.
+            // A tensor that the index does not list may be in any file. The case of a file that is
+            // not a model is left out.
             if number < 2 {
                 let extra = loader.load(folder.path()).options(loader.load_options().tensors(["extra"])).await.unwrap();
                 assert_eq!(value_of(&extra, "extra"), 4);

@@ -1,7 +1,7 @@
 //! Models of several files: which files are loaded, which of several tensors with the same name
-//! counts, and that an incomplete model is never loaded as a complete one. Most tests run with
-//! packed files, which share memory and whose headers are read late, and with unpacked ones, whose
-//! headers are read during planning.
+//! counts, and that an incomplete model is never loaded as a complete one. Most tests run
+//! twice: with packed files, whose headers are read late, and with unpacked files, whose headers
+//! are read during planning.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(clippy::type_complexity, reason = "the types are those of tables of test cases")]
 
@@ -17,7 +17,7 @@ use dmaload::{Error, Format, Image, Layout, LoadOptions, Loader, Result};
 
 use common::folder;
 
-/// A safetensors file whose tensors each consist of 64 bytes of one value.
+/// A safetensors file. Each of its tensors consists of 64 bytes of one value.
 fn st(tensors: &[(&str, u8)]) -> Vec<u8> {
     let entry = |(at, (name, _)): (usize, &(&str, u8))| {
         format!(r#""{name}":{{"dtype":"U8","shape":[64],"data_offsets":[{},{}]}}"#, 64 * at, 64 * at + 64)
@@ -34,7 +34,8 @@ fn index(map: &[(&str, &str)]) -> Vec<u8> {
     format!(r#"{{"metadata":{{"total_size":1}},"weight_map":{{{}}}}}"#, pairs.join(",")).into_bytes()
 }
 
-/// A GGUF file with these U16 metadata keys, whose tensors each consist of 64 bytes of one value.
+/// A GGUF file with these U16 metadata keys. Each of its tensors consists of 64 bytes of one
+/// value.
 fn gguf(keys: &[(&str, u16)], tensors: &[(&str, u8)]) -> Vec<u8> {
     let text = |text: &str| [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat();
     let mut bytes = [&b"GGUF"[..], &3u32.to_le_bytes()].concat();

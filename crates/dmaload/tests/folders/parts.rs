@@ -1,4 +1,4 @@
-//! Models of several parts: which parts belong together, and which are missing.
+//! Split models: which files belong together, and which are missing.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -81,7 +81,7 @@ async fn whole_models_load_alongside_unfinished_downloads() {
     for (number, files) in cases.iter().enumerate() {
         let folder = folder();
         write_files(folder.path(), files);
-        // The last model lacks a part; the others are complete.
+        // The last model lacks a file; the others are complete.
         for loader in loaders() {
             let image = loader.load(folder.path()).await;
             if number == cases.len() - 1 {
@@ -100,7 +100,8 @@ async fn parts_of_a_split_gguf_model_are_checked() {
         keys.push(("other", value));
         keys
     };
-    // Parts in order, and expected words of the error, or an empty text if the model is complete.
+    // Parts in order, and the expected text: words of the error, `note: ` and words of a note, or
+    // nothing if the model is complete.
     let cases: Vec<(Vec<Vec<u8>>, &str)> = vec![
         (vec![part(0, 2, 2, &[("a", 1)]), part(1, 2, 2, &[("b", 1)])], ""),
         // Models whose first part has no tensors, with equal, differing and missing counts, and a
@@ -201,7 +202,7 @@ async fn model_embedded_in_a_file_must_be_whole() {
     }
 }
 
-/// llama.cpp names parts with five digits. Parts with other names are recognized by their
+/// llama.cpp numbers parts with five digits. Parts with other names are recognized by their
 /// metadata.
 #[tokio::test]
 async fn unusually_numbered_part_is_never_loaded_as_a_whole_model() {
@@ -327,7 +328,7 @@ async fn names_of_a_series_are_recognized_in_any_form() {
             assert!(matches!(error, Error::Incomplete { loadable: 1, .. }), "{name}: {error}");
         }
     }
-    // Names that only resemble those of parts.
+    // Names that only resemble those of a series.
     for name in ["v2-of-3.safetensors", "one-of-2.safetensors", "model-3-of-2.safetensors", "lora1-of-many.safetensors"] {
         let folder = folder();
         write_files(folder.path(), &[(name, st(&[("a", 1)]))]);

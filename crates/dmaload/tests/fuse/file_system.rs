@@ -19,11 +19,11 @@ use crate::common::{folder, random_bytes};
 /// Looking up this name silences a server with [`Manners::NeverAnswersAfterSilence`].
 pub(crate) const SILENCE: &str = "silence";
 const MODEL: INodeNo = INodeNo(2);
-/// The kernel does not cache attributes; otherwise it would keep the shortened length after a
-/// short answer.
+/// With this lifetime, the kernel caches no attributes. Otherwise it would keep the shortened
+/// length after a short answer.
 const UNCACHED: Duration = Duration::ZERO;
-/// The kernel caches attributes for a minute. sshfs and network file systems let it cache them
-/// too.
+/// With this lifetime, the kernel caches attributes for a minute. sshfs and network file systems
+/// allow it to cache attributes, too.
 const CACHED: Duration = Duration::from_mins(1);
 
 /// How the server misbehaves.
@@ -154,7 +154,8 @@ impl Filesystem for Model {
 
     fn open(&self, _: &Request, _: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         self.open_files.fetch_add(1, Ordering::SeqCst);
-        // Bypass the page cache if the reader requests that, so the reader sees short answers.
+        // Bypass the page cache if the reader or `manners` requests that, so the reader sees short
+        // answers.
         let always =
             matches!(self.manners, Manners::AnswersShortPastTheCache(_) | Manners::HasNoLength | Manners::StatesLength(_));
         let is_direct = always || flags.0 & libc::O_DIRECT != 0;
@@ -230,7 +231,7 @@ pub(crate) fn read_only() -> Config {
     config
 }
 
-/// The mounted file system, which is unmounted on drop.
+/// A mounted [`Model`], which is unmounted on drop.
 pub(crate) struct Mounted {
     pub(crate) path: PathBuf,
     pub(crate) bytes: Arc<Vec<u8>>,
@@ -244,7 +245,7 @@ pub(crate) struct Mounted {
 }
 
 impl Mounted {
-    /// Returns `None` if this process cannot mount.
+    /// Mounts a model of [`BYTES`] random bytes. Returns `None` if this process cannot mount.
     pub(crate) fn new(manners: Manners) -> Option<Mounted> {
         Mounted::with_bytes(BYTES, manners)
     }
@@ -317,6 +318,6 @@ impl Drop for Mounted {
             let _ = Command::new("umount").args(["-f", "-l"]).arg(self.folder()).status();
         }
         let ended = self.session.take().unwrap().umount_and_join();
-        assert!(left == 0 && ended.is_ok() || std::thread::panicking(), "{left} files are still open; {ended:?}");
+        assert!(left == 0 && ended.is_ok() || std::thread::panicking(), "files still open: {left}; unmounted: {ended:?}");
     }
 }

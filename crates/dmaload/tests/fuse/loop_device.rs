@@ -41,7 +41,7 @@ impl LoopMounted {
         let mounted = LoopMounted { device, folder: folder(), server: Some(server) };
         let mount =
             Command::new("mount").args(["-t", "ext4", "-o", "ro,noload", &mounted.device]).arg(mounted.folder.path()).status();
-        assert!(mount.is_ok_and(|status| status.success()), "ext4 on {}", mounted.device);
+        assert!(mount.is_ok_and(|status| status.success()), "cannot mount ext4 on {}", mounted.device);
         Ok(mounted)
     }
 

@@ -41,8 +41,8 @@ fn loader() -> LoaderBuilder {
     Loader::builder().load_options(options())
 }
 
-/// A loader whose window and staging are so small that two hanging loads would use them up if they
-/// were not limited to a share.
+/// A loader whose window and staging are so small that two hanging loads would use them up if
+/// loads were not limited to a share.
 fn small_loader(route: Route) -> Loader {
     loader()
         .load_options(options().route(route).chunk_bytes(256 << 10))
@@ -146,7 +146,8 @@ async fn more_threads_read_from_a_distant_server() {
     loader.shutdown().await.unwrap();
 }
 
-/// The rest of a short answer is requested again, from the block in which the answer ended.
+/// The bytes missing from a short answer are requested again, from the block in which the answer
+/// ended.
 #[tokio::test]
 async fn short_answers_load_the_same_bytes() {
     // Multiples of the block size, and other lengths.
@@ -232,7 +233,8 @@ async fn page_cache_of_fuse_is_not_used() {
     for options in
         [loader().build().unwrap().load_options(), loader().build().unwrap().load_options().cache(dmaload::Cache::Auto)]
     {
-        // Opening the file again, as a load does, keeps them. Linux before 6.5 can't count them.
+        // Opening the file again, as a load does, keeps the cached pages. Linux before 6.5 can't
+        // count them.
         let cached = dmaload::probe::cached_bytes(std::fs::File::open(&mounted.path).unwrap());
         assert!(cached == Err(Errno::ENOSYS) || cached.is_ok_and(|bytes| bytes > 0), "{cached:?}");
         let loader = loader().build().unwrap();

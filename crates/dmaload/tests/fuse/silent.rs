@@ -17,9 +17,9 @@ pub(crate) struct SilentServer {
     pub(crate) served: ServedFolder,
 }
 
-/// The variable that says how the server misbehaves.
+/// The environment variable with the server's [`Manners`].
 const MANNERS: &str = "DMALOAD_TEST_MANNERS";
-/// The variable with the path of the file whose bytes are served.
+/// The environment variable with the path of the file whose bytes are served.
 const CONTENT: &str = "DMALOAD_TEST_CONTENT";
 
 impl SilentServer {
@@ -90,8 +90,8 @@ async fn shutdown_with_a_silent_server_ends_and_reports_leaks() {
     }
 }
 
-/// Loads of a silent file system hold only their file system's share of the window, the queue,
-/// staging and threads.
+/// Loads of a silent file system together hold only that file system's share of the window, the
+/// queue, staging and threads.
 #[tokio::test]
 async fn silent_file_system_does_not_stop_other_file_systems() {
     let Some(answering) = Mounted::new(Manners::AnswersShort(BYTES)) else { return };
@@ -163,7 +163,8 @@ async fn many_silent_loads_do_not_stop_other_file_systems() {
     }
 }
 
-/// Silent loads occupy every place among the open loads. After some seconds, they no longer count.
+/// Silent loads occupy every place among the open loads. After 5 to 10 s without data, they no
+/// longer count.
 #[tokio::test]
 async fn silent_loads_do_not_keep_all_open_load_places() {
     if !may_mount() {
@@ -185,8 +186,8 @@ async fn silent_loads_do_not_keep_all_open_load_places() {
     loader.shutdown().await.unwrap_err();
 }
 
-/// A read that was sent to a server cannot be cancelled. One that is still waiting for a thread
-/// can be, and must be, because all of the load's threads hang.
+/// A read that was sent to a server cannot be cancelled. A read that is still waiting for a thread
+/// can and must be cancelled, because all of the load's threads hang.
 #[tokio::test]
 async fn dropped_silent_load_cancels_reads_that_have_not_started() {
     if !may_mount() {
@@ -210,7 +211,7 @@ async fn dropped_silent_load_cancels_reads_that_have_not_started() {
     wait_for(1..=4).await;
     let leaked = loader.shutdown().await.unwrap_err();
     assert_eq!(leaked.threads, 4, "{leaked}");
-    assert!(leaked.bytes <= SEGMENT as u64, "more is leaked than the memory of four reads: {leaked}");
+    assert!(leaked.bytes <= SEGMENT as u64, "more is leaked than the piece of the four reads: {leaked}");
 }
 
 /// The last check of a file requests its attributes from the server, which can block a worker

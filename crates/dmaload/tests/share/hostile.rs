@@ -123,6 +123,8 @@ fn hostile_clients_do_not_stall_other_users() {
                 wrong.push(format!("{hostility:?} of {hostile}: the slowest took {slowest:?}"));
             }
             let during = serving.descriptors();
+            // A process that may open 128 descriptors accepts at most 64 connections, and 16 more
+            // of users who may not attach. Four further descriptors are tolerated.
             if during > before + 64 + 16 + 4 {
                 wrong.push(format!("{hostility:?} of {hostile}: {during} descriptors, {before} before"));
             }
@@ -135,7 +137,11 @@ fn hostile_clients_do_not_stall_other_users() {
             }
             let deadline = Instant::now() + Duration::from_secs(10);
             while serving.descriptors() > before {
-                assert!(Instant::now() < deadline, "{hostility:?} of {hostile}: {} of {before}", serving.descriptors());
+                assert!(
+                    Instant::now() < deadline,
+                    "{hostility:?} of {hostile}: {} descriptors, {before} before",
+                    serving.descriptors()
+                );
                 std::thread::sleep(Duration::from_millis(5));
             }
             if hostile == MALLORY {
@@ -158,7 +164,7 @@ fn descriptors_in_flight_to_one_user_are_bounded() {
         return;
     }
     let (folder, alice) = (open_folder(), fresh_user());
-    // The segments of the image, the number of allowed users, and the most receivers and
+    // The numbers of segments and of allowed users, and the maximum numbers of receivers and of
     // descriptors in flight that MALLORY then has. The allowed users and the server's own share
     // half of the 128 descriptors, and each has at most four receivers.
     for (segments, users, receivers, descriptors) in [(1, 2, 4, 8), (10, 2, 2, 21), (10, 7, 1, 8), (10, 63, 1, 1)] {
@@ -181,7 +187,7 @@ fn descriptors_in_flight_to_one_user_are_bounded() {
         };
         let seen: Vec<usize> = kept.iter().filter_map(descriptors_sent).collect();
         let all: usize = seen.iter().sum();
-        assert!(seen.len() <= receivers && all <= descriptors, "{segments} segments, {users} users: {seen:?}");
+        assert!(seen.len() <= receivers && all <= descriptors, "segments: {segments}, users: {users}: {seen:?}");
         assert!(!seen.is_empty());
         drop(serving);
     }
@@ -215,8 +221,8 @@ fn many_hostile_users_do_not_stall_others() {
     }
 }
 
-/// The server disconnects clients that stop responding, and a client that has to wait gets an
-/// error in time.
+/// The server disconnects clients that stop responding after about five seconds. A client that has
+/// to wait gets an error in the same time.
 #[test]
 fn clients_that_stop_responding_are_disconnected_in_time() {
     if !is_root() {
@@ -226,7 +232,8 @@ fn clients_that_stop_responding_are_disconnected_in_time() {
     let model = file(folder.path(), "model.bin", &random_bytes(10 << 21, 3));
     let socket = folder.path().join("socket");
     let variables = vec![("DMALOAD_TEST_MODEL", model.to_string_lossy().into_owned()), ("DMALOAD_TEST_NOFILE", "128".to_owned())];
-    // With seven users, each can have eight of the eleven descriptors in flight.
+    // Seven users and the server's own share 64 descriptors in flight, so each can have eight of
+    // the image's eleven.
     let named = [BOB, MALLORY, STRANGER, 5000, 5001, 5002, 5003];
     let (_serving, first) =
         Serving::start(&Role { name: "the_server", user: alice, map: None, named: &named, variables }, &socket);
@@ -240,7 +247,8 @@ fn clients_that_stop_responding_are_disconnected_in_time() {
             assert!(in_time(started), "{:?}", started.elapsed());
         });
         scope.spawn(|| {
-            // This client has all descriptors that its user may have in flight, so others wait.
+            // This client has all descriptors that its user may have in flight, so other clients
+            // of the user wait.
             let hoard = as_user(MALLORY, || Hostility::NeverReceives.connect(&socket, 0)).unwrap();
             std::thread::sleep(Duration::from_millis(100));
             let started = Instant::now();

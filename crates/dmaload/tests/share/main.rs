@@ -77,7 +77,7 @@ fn assert_same_image(ours: &Image, theirs: &Image) {
 async fn client_keeps_its_image_after_the_server_ends() {
     let folder = folder();
     let path = write_model(folder.path());
-    // Small files share memory, and a raw one has no tensors.
+    // Small files share memory, and a raw file has no tensors.
     let raw = file(folder.path(), "raw.bin", &random_bytes(5 << 20, 2));
     let small = [1, 2, 3].map(|n| file(folder.path(), &format!("small{n}"), &random_bytes(1000 * n, 5)));
     let paths: Vec<&Path> = [&path, &raw].into_iter().chain(&small).map(PathBuf::as_path).collect();
@@ -127,7 +127,7 @@ async fn images_are_published_and_withdrawn_by_name() {
     assert!(
         matches!(Server::bind(&socket, ServerOptions::default()), Err(Error::Share { reason, .. }) if reason.contains("is listening there"))
     );
-    // A part of a model can be shared as well.
+    // Selected and sharded tensors can be shared as well.
     let loader = Loader::builder().load_options(LoadOptions::new().segment_bytes(SEGMENT)).build().unwrap();
     let options = loader.load_options().tensors(["b", "a"]).shard(Shard { rank: 1, world_size: 4, dim: Some(1) });
     let part = loader.load(&path).options(options).await.unwrap();

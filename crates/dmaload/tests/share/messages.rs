@@ -102,8 +102,8 @@ async fn lying_server_cannot_cause_out_of_bounds_access() {
             Some("an allocation is not a dma-buf"),
         ),
         (vec![huge()], Some("its description is 314572800 bytes long")),
-        // A segment larger than its memory, and one that leaves the end of its memory unused,
-        // which would be a gap in the span.
+        // A segment larger than its memory, and a segment that leaves the end of its memory
+        // unused, which would be a gap in the span.
         (vec![description(&describe("[[0,0,0,0,12288,0,12288]]", 1)), two_pages(true)], Some("don't fit their memory")),
         (
             vec![
@@ -135,8 +135,8 @@ fn reply(version: u32, status: u32, all: u32, here: u32) -> Vec<u8> {
 /// A message and its descriptors.
 type Message = (Vec<u8>, Vec<OwnedFd>);
 
-/// Starts a server that sends these messages to its only client: the first after the request, and
-/// each further one after the client has confirmed the previous one.
+/// Starts a server that sends these messages to its only client: the first message after the
+/// request, and each further message after the client has confirmed the previous one.
 fn start_lying_server(socket: &Path, messages: Vec<Message>) -> std::thread::JoinHandle<()> {
     let listener = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
     rustix::net::bind(&listener, &SocketAddrUnix::new(socket).unwrap()).unwrap();

@@ -39,7 +39,7 @@ pub(crate) fn open_folder() -> tempfile::TempDir {
     folder
 }
 
-/// Describes a helper process.
+/// A helper process, and how it is started.
 pub(crate) struct Role<'a> {
     pub(crate) name: &'a str,
     pub(crate) user: u32,

@@ -65,7 +65,7 @@ fn connection_error_suggests_a_remedy() {
 }
 
 /// In a user namespace, the kernel reports the peer's user by its id in that namespace. All
-/// unmapped users have the overflow id.
+/// unmapped users have the overflow id, 65534.
 #[test]
 fn clients_trust_their_own_user_and_those_they_name() {
     if !is_root() {
@@ -76,8 +76,8 @@ fn clients_trust_their_own_user_and_those_they_name() {
     let expected = format!("digest {}", hex(&Sha256::digest(fs::read(&model).unwrap())));
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     let image = runtime.block_on(load(&[&model]));
-    // The server's user, the client's user, the client's uid map, the users it trusts, and whether
-    // it attaches or which user its error names.
+    // The server's user, the client's user, the client's uid map, the users that the client
+    // trusts, and whether it attaches or which user its error names.
     type Case<'a> = (u32, u32, Option<&'a str>, &'a [u32], Result<(), u32>);
     let cases: &[Case<'_>] = &[
         (ALICE, ALICE, None, &[], Ok(())),
@@ -94,7 +94,7 @@ fn clients_trust_their_own_user_and_those_they_name() {
         (0, ALICE, Some(""), &[], Err(NOBODY)),
         (BOB, ALICE, Some(""), &[BOB], Err(NOBODY)),
         (BOB, ALICE, Some(""), &[NOBODY], Ok(())),
-        // The client is mapped to the overflow id; others have it because they are unmapped.
+        // The client is mapped to the overflow id; others have that id because they are unmapped.
         (BOB, ALICE, Some("65534 4001 1"), &[], Err(NOBODY)),
         (BOB, ALICE, Some("65534 4001 1"), &[NOBODY], Ok(())),
         (BOB, ALICE, Some("0 0 4001\n65534 4001 1"), &[], Err(NOBODY)),
@@ -138,7 +138,7 @@ fn servers_serve_their_own_user_and_those_they_allow() {
     let model = file(folder.path(), "model.bin", &random_bytes(5_000_000, 3));
     // The server's user, its uid map, the users it allows, the client's user, and whether the
     // client attaches or as which user it is refused. With any allowed user (here 9), all users
-    // can connect to the socket, so the server refuses them itself.
+    // can connect to the socket, so the server itself refuses those it does not allow.
     type Case<'a> = (u32, Option<&'a str>, &'a [u32], u32, Result<(), u32>);
     let cases: &[Case<'_>] = &[
         (ALICE, None, &[9], ALICE, Ok(())),
@@ -251,7 +251,7 @@ fn folder_owner_cannot_redirect_a_server_run_by_root() {
         let (link, name) = (folder.join(format!("link for {name}")), folder.join(name));
         while !done.load(std::sync::atomic::Ordering::Relaxed) {
             std::os::unix::fs::symlink(&victim, &link).unwrap();
-            // Exchange the two in one system call, as soon as the file appears.
+            // Exchange the link and the file in one system call, as soon as the file appears.
             while renameat_with(CWD, &link, CWD, &name, RenameFlags::EXCHANGE).is_err() {
                 if done.load(std::sync::atomic::Ordering::Relaxed) {
                     return;
