@@ -47,7 +47,7 @@ pub(crate) enum Command {
 }
 
 impl Command {
-    /// Whether standard output should be one JSON object.
+    /// Returns whether standard output should be one JSON object.
     pub(crate) fn wants_json(&self) -> bool {
         match self {
             Command::Load(arguments) => arguments.json,
@@ -73,7 +73,7 @@ mod tests {
     use crate::manifests::Against;
     use crate::parse::{bytes, range};
 
-    /// Typical parts of arguments, and arbitrary characters.
+    /// Typical fragments of arguments, and arbitrary characters.
     const TEXT: &str = "(sha256|crc32c|blake3|cgroup|hog|all-but|dma-heap|clean|dirty|auto|normal|:|=|,|-|\\.|/|e|[0-9a-fA-F]{1,64}|[KMGTPE]i?B|\\PC){0,8}";
 
     #[test]

@@ -23,7 +23,7 @@ use crate::parse;
 use crate::progress::{finish, write_model};
 use crate::summary::{Used, summary};
 
-/// Fixed, so that the model is the same every time.
+/// The seed of the model, fixed so that the model is the same every time.
 const SEED: u64 = 1;
 
 #[derive(Debug, Args)]

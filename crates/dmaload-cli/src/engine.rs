@@ -11,7 +11,8 @@ use dmaload::{Cache, Error, Format, Layout, LoadOptions, Loader, LoaderBuilder, 
 
 use crate::{errors, parse};
 
-/// Under a memory limit, a segment is at most the limit divided by this.
+/// The number of segments that must fit below a memory limit: a segment is at most a quarter of
+/// the limit.
 const MEMORY_PARTS: usize = 4;
 
 /// How to load.
@@ -176,7 +177,8 @@ fn builder(arguments: &EngineArguments, route: Option<Route>, strict: bool) -> R
         builder = builder.staging_bytes(bytes);
     }
     if let Some(bytes) = arguments.memory_limit {
-        // The command runs one load at a time, so its segments need not leave room for 64 loads.
+        // The command runs one load at a time, so its segments need not leave room for as many
+        // loads as the library's default allows.
         builder = builder.memory_limit_bytes(bytes).max_open_loads(MEMORY_PARTS);
     }
     let (heap, reason) = heap(arguments)?;

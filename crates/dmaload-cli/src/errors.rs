@@ -44,7 +44,7 @@ fn functions_to_flags(text: String) -> String {
     })
 }
 
-/// What the user can do about an error of the engine, in the terms of this command line.
+/// Returns what the user can do about an error of the engine, in the terms of this command line.
 pub(crate) fn hint(error: &dmaload::Error) -> Option<String> {
     let hint = error.hint()?;
     Some(IN_FLAGS.iter().fold(hint, |hint, (library, command)| hint.replace(library, command)))
@@ -77,7 +77,7 @@ const IN_FLAGS: [(&str, &str); 14] = [
 ];
 
 /// Escapes the control and invisible characters of a message, except its line breaks. Names were
-/// escaped when they were inserted; this catches any that were missed.
+/// escaped when they were inserted; this function escapes any that were missed.
 pub(crate) fn escape(message: &str) -> impl fmt::Display {
     fmt::from_fn(move |f| {
         for (number, line) in message.split('\n').enumerate() {
@@ -105,8 +105,8 @@ pub(crate) fn with_files(error: dmaload::Error, paths: &[PathBuf]) -> anyhow::Er
     }
 }
 
-/// Whether an error means that the reader of the command's output has closed the pipe, as `head`
-/// does. The command then exits quietly and successfully. Checks the whole chain of causes.
+/// Returns whether an error means that the reader of the command's output has closed the pipe, as
+/// `head` does. The command then exits quietly and successfully. Checks the whole chain of causes.
 #[must_use]
 pub(crate) fn is_closed_pipe(error: &(dyn StdError + 'static)) -> bool {
     let mut next = Some(error);

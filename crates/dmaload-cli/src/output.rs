@@ -48,13 +48,13 @@ impl Write for Stdout {
     }
 }
 
-/// Whether the object of a run with `--json` was written.
+/// Whether a run with `--json` has begun to write its object.
 static OBJECT_WRITTEN: AtomicBool = AtomicBool::new(false);
 
 /// Writes the only object of a run with `--json`.
 ///
 /// # Errors
-/// Those of standard output.
+/// If standard output can't be written to.
 pub(crate) fn write_json(object: &Value) -> io::Result<()> {
     OBJECT_WRITTEN.store(true, Ordering::Relaxed);
     let mut stdout = stdout();
@@ -62,7 +62,7 @@ pub(crate) fn write_json(object: &Value) -> io::Result<()> {
     stdout.flush()
 }
 
-/// Writes the object of an error, unless an object has already been written: there is only one.
+/// Writes the object of an error, unless the run has already begun to write its only object.
 pub(crate) fn write_json_error(object: &Value) -> io::Result<()> {
     if OBJECT_WRITTEN.load(Ordering::Relaxed) { Ok(()) } else { write_json(object) }
 }

@@ -51,14 +51,14 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let own = Arc::clone(&server);
     let ending = move || {
         let _ = signals.forever().next();
-        // Waits for a socket that is being created.
+        // If the socket is being created, this waits until it exists and can be removed.
         let mut server = own.lock().unwrap_or_else(PoisonError::into_inner);
         drop(server.take());
         std::process::exit(0);
     };
     std::thread::Builder::new().name("signals".to_owned()).spawn(ending)?;
     {
-        // Checked before the load, which can take minutes.
+        // Check the socket's path before the load, which can take minutes.
         let _held = server.lock().unwrap_or_else(PoisonError::into_inner);
         Server::check(&arguments.socket)?;
     }
