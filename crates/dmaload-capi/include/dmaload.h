@@ -20,8 +20,8 @@
 #define DMALOAD_HEAP_FD 1
 
 /*
- `dmaload_options.flags`: fail if the best route is refused, instead of taking the next one and
- reporting that.
+ `dmaload_options.flags`: fail if the best route is refused, instead of taking the next route
+ and reporting the step down.
  */
 #define DMALOAD_STRICT 2
 
@@ -62,7 +62,7 @@
 #define DMALOAD_FINISHED 2
 
 /*
- A running load, or one that is over but not freed.
+ A load that is running, or that is over but not freed yet.
  */
 struct dmaload_load;
 
@@ -106,7 +106,7 @@ struct dmaload_report {
      */
     uint64_t size;
     /*
-     Bytes of the file that were loaded, including neighboring bytes if only a part was
+     Bytes of the file that were loaded, including neighboring bytes if only a range was
      requested.
      */
     uint64_t bytes;
@@ -154,8 +154,8 @@ struct dmaload_report {
 };
 
 /*
- How to load. Zero is the default of every field except `size`, including fields of newer
- versions that the caller does not know.
+ The options of a load. Zero is the default of every field except `size`, including fields of
+ newer versions that the caller does not know.
  */
 struct dmaload_options {
     /*
@@ -235,9 +235,10 @@ struct dmaload_options {
 };
 
 /*
- A part of the file in memory. The file's bytes begin at `memory_offset` in the memory of `fd`.
- The rest of the memory, up to `memory_bytes`, is zero. If only a part of the file was
- requested, the first and last blocks also contain neighboring bytes of the file.
+ A range of the file's bytes in memory. The bytes begin at `memory_offset` in the memory of
+ `fd`. If the whole file was requested, the memory after the last byte is zero. If only a range
+ of the file was requested, the first and last blocks also contain neighboring bytes of the
+ file.
  */
 struct dmaload_segment {
     /*
@@ -262,12 +263,13 @@ struct dmaload_segment {
      */
     uint64_t bytes;
     /*
-     Offset of the segment's bytes in the memory: 0 unless only a part of the file was loaded.
+     Offset of the segment's bytes in the memory: 0 unless only a range of the file was
+     loaded.
      */
     uint64_t memory_offset;
     /*
-     Length of the memory from `memory_offset` on. The memory is rounded up to a block of the
-     file system, and to at least a page.
+     Length of the memory from `memory_offset` on. The memory ends at a multiple of the page
+     size and of the file system's block size.
      */
     uint64_t memory_bytes;
 };
@@ -277,21 +279,22 @@ extern "C" {
 #endif // __cplusplus
 
 /*
- The version of the library: major in bits 16 and up, minor in bits 8 to 15, patch in bits 0 to
- 7.
+ Returns the version of the library: major in bits 16 and up, minor in bits 8 to 15, patch in
+ bits 0 to 7.
  */
 uint32_t dmaload_version(void);
 
 /*
- The message of this thread's last failed call: what failed, on what, the name of the kernel's
- errno if there is one, and a hint if there is one. Valid until this thread's next failure.
- Never NULL; empty before the first failure.
+ Returns the message of this thread's last failed call: what failed, on what, the name of the
+ kernel's errno if there is one, and a hint if there is one. The string is valid until this
+ thread's next failure. It is never NULL, and empty before the first failure.
  */
 const char *dmaload_last_error(void);
 
 /*
- Allocates a dma-buf as large as a file, rounded up to a block of its file system and to at
- least a page, and reads the file into it, as `DMA_HEAP_IOCTL_ALLOC_AND_READ` would have done.
+ Allocates a dma-buf and reads a file into it, as `DMA_HEAP_IOCTL_ALLOC_AND_READ` would have
+ done. The dma-buf has the length of the file, rounded up to whole pages and to whole blocks of
+ the file system.
  Returns 0 and stores the dma-buf, which the caller must close, in `dmabuf_fd`; or returns a
  negative errno and leaves `dmabuf_fd` unchanged.
 
@@ -330,9 +333,9 @@ int dmaload_alloc_and_read(int heap_fd,
                            int *dmabuf_fd);
 
 /*
- Loads a file, or a part of it, and stores its segments as an array of `count` elements in
- `segments`, which must be freed with `dmaload_segments_free`. `options` may be NULL. Returns 0;
- on failure, returns a negative errno and stores nothing.
+ Loads a file, or a range of its bytes. Stores an array of the segments in `segments`, and their
+ number in `count`. The array must be freed with `dmaload_segments_free`. `options` may be NULL.
+ Returns 0; on failure, returns a negative errno and stores nothing.
 
  Errors: those of `dmaload_alloc_and_read`; -ECANCELED if the progress function or the flag
  cancelled the load; -E2BIG for options that set fields of a newer version; -EINVAL for invalid
@@ -359,7 +362,8 @@ void dmaload_segments_free(struct dmaload_segment *segments, size_t count);
 
 /*
  Creates a loader, whose loads share memory, threads and limits. Uses only the heap,
- `window_bytes` and `queue_depth` of `options`, which may be NULL. Returns 0, or a negative
+ `window_bytes` and `queue_depth` of `options`, which may be NULL. Returns 0 and stores the
+ loader, which must be freed with `dmaload_loader_free`, in `loader`; or returns a negative
  errno.
 
  # Safety
@@ -368,8 +372,8 @@ void dmaload_segments_free(struct dmaload_segment *segments, size_t count);
 int dmaload_loader_new(const struct dmaload_options *options, struct dmaload_loader **loader);
 
 /*
- Frees a loader. Running loads continue; its threads exit after the last of them. Does nothing
- for NULL.
+ Frees a loader. Running loads continue, and the loader's threads exit after the last of these
+ loads. Does nothing for NULL.
 
  # Safety
  `loader` is null, or came from `dmaload_loader_new`, and was not freed. No other call is using
@@ -380,7 +384,7 @@ void dmaload_loader_free(struct dmaload_loader *loader);
 /*
  Starts a load and returns at once. Returns 0 and stores the load, which must be freed with
  `dmaload_free`, in `load`; or returns a negative errno. `file_fd` may be closed after the call.
- `options` may be NULL; its `progress`, `cancel` and `report` must be NULL.
+ `options` may be NULL; the fields `progress`, `cancel` and `report` must be NULL.
 
  # Safety
  The pointers, and those in `options`, are null or valid as the header requires.
@@ -388,8 +392,8 @@ void dmaload_loader_free(struct dmaload_loader *loader);
 int dmaload_start(int file_fd, const struct dmaload_options *options, struct dmaload_load **load);
 
 /*
- The eventfd of a load, for poll(2) or epoll(7). It is readable while `dmaload_poll` has a
- segment, the end of the load or a failure to return. The load owns it: do not close it, read
+ Returns the eventfd of a load, for poll(2) or epoll(7). It is readable while `dmaload_poll` has
+ a segment, the end of the load or a failure to return. The load owns it: do not close it, read
  from it or write to it. Returns -EFAULT for NULL.
 
  # Safety
@@ -413,8 +417,8 @@ int dmaload_event_fd(const struct dmaload_load *load);
 int dmaload_poll(struct dmaload_load *load, struct dmaload_segment *segment);
 
 /*
- Stores the progress of a load. It is all 0 once `dmaload_poll` has returned `DMALOAD_FINISHED`
- or a failure, or the load was cancelled. Returns 0 or -EFAULT.
+ Stores the progress of a load. All of its fields are 0 once `dmaload_poll` has returned
+ `DMALOAD_FINISHED` or a failure, or the load was cancelled. Returns 0 or -EFAULT.
 
  # Safety
  `load` came from `dmaload_start`, and was not freed; `progress` is valid for a write.
@@ -423,7 +427,8 @@ int dmaload_load_progress(const struct dmaload_load *load, struct dmaload_progre
 
 /*
  Stores the report of a finished load. Returns 0; -EINPROGRESS until `dmaload_poll` has returned
- `DMALOAD_FINISHED`; or the error of a failed load.
+ `DMALOAD_FINISHED`; the error of a failed load; -EFAULT for NULL; or -EINVAL if the `size` of
+ `report` is not set.
 
  # Safety
  `load` came from `dmaload_start`, and was not freed; `report` is valid, with its size set.

@@ -44,7 +44,7 @@ pub(crate) fn zeroed<T: Sized64>() -> T {
     unsafe { MaybeUninit::zeroed().assume_init() }
 }
 
-/// Reads a struct of any version; NULL means all zero.
+/// Reads a struct of any version; for NULL, returns a struct whose fields are all zero.
 ///
 /// # Safety
 /// `from` is null, or valid for reads of as many bytes as its first field says.
@@ -69,8 +69,8 @@ pub(crate) unsafe fn read<T: Sized64>(from: *const T) -> Result<T> {
     Ok(all)
 }
 
-/// Writes a struct of any version, up to the size that the caller states. Keeps its `size`, and
-/// sets fields that this version does not know to 0. Does nothing for NULL.
+/// Writes a struct of any version, up to the size that the caller states. Keeps the caller's
+/// `size`, and sets fields that this version does not know to 0. Does nothing for NULL.
 ///
 /// # Safety
 /// `to` is null, or valid for reads and writes of as many bytes as its first field says.

@@ -6,8 +6,8 @@ use std::ffi::{c_char, c_int, c_void};
 
 /// `dmaload_options.flags`: `heap_fd` identifies the heap.
 pub const DMALOAD_HEAP_FD: u64 = 1;
-/// `dmaload_options.flags`: fail if the best route is refused, instead of taking the next one and
-/// reporting that.
+/// `dmaload_options.flags`: fail if the best route is refused, instead of taking the next route
+/// and reporting the step down.
 pub const DMALOAD_STRICT: u64 = 2;
 
 /// `dmaload_options.layout`: segments of `segment_bytes`, each of which can be used as soon as it
@@ -45,9 +45,10 @@ pub struct dmaload_progress {
 /// 0 cancels the load. It must not throw.
 pub type dmaload_progress_fn = Option<unsafe extern "C" fn(user: *mut c_void, progress: *const dmaload_progress) -> c_int>;
 
-/// A part of the file in memory. The file's bytes begin at `memory_offset` in the memory of `fd`.
-/// The rest of the memory, up to `memory_bytes`, is zero. If only a part of the file was
-/// requested, the first and last blocks also contain neighboring bytes of the file.
+/// A range of the file's bytes in memory. The bytes begin at `memory_offset` in the memory of
+/// `fd`. If the whole file was requested, the memory after the last byte is zero. If only a range
+/// of the file was requested, the first and last blocks also contain neighboring bytes of the
+/// file.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct dmaload_segment {
@@ -62,10 +63,11 @@ pub struct dmaload_segment {
     pub file_offset: u64,
     /// Number of the file's bytes in the segment.
     pub bytes: u64,
-    /// Offset of the segment's bytes in the memory: 0 unless only a part of the file was loaded.
+    /// Offset of the segment's bytes in the memory: 0 unless only a range of the file was
+    /// loaded.
     pub memory_offset: u64,
-    /// Length of the memory from `memory_offset` on. The memory is rounded up to a block of the
-    /// file system, and to at least a page.
+    /// Length of the memory from `memory_offset` on. The memory ends at a multiple of the page
+    /// size and of the file system's block size.
     pub memory_bytes: u64,
 }
 
@@ -76,7 +78,7 @@ pub struct dmaload_segment {
 pub struct dmaload_report {
     /// `sizeof(struct dmaload_report)`.
     pub size: u64,
-    /// Bytes of the file that were loaded, including neighboring bytes if only a part was
+    /// Bytes of the file that were loaded, including neighboring bytes if only a range was
     /// requested.
     pub bytes: u64,
     /// Time from the call to the last segment.
@@ -102,8 +104,8 @@ pub struct dmaload_report {
     pub text: [c_char; 1024],
 }
 
-/// How to load. Zero is the default of every field except `size`, including fields of newer
-/// versions that the caller does not know.
+/// The options of a load. Zero is the default of every field except `size`, including fields of
+/// newer versions that the caller does not know.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct dmaload_options {

@@ -184,7 +184,9 @@ fn requested_shard(
         (None, world_size) => {
             let both = variable("RANK").zip(variable("WORLD_SIZE"));
             let note = both.map(|(rank, all)| {
-                format!("RANK={rank} and WORLD_SIZE={all} in the environment are ignored; --rank env loads that rank's shard only")
+                format!(
+                    "RANK={rank} and WORLD_SIZE={all} in the environment are ignored; --rank env loads that rank's shard only"
+                )
             });
             (None, world_size, note)
         }
