@@ -26,7 +26,8 @@ fn hostile_text() -> String {
     HOSTILE.iter().map(|name| String::from_utf8_lossy(name)).collect()
 }
 
-/// Whether a character must not appear in output. A line break may: the output has several lines.
+/// Returns whether a character must not appear in output. A line break may appear, because the
+/// output has several lines.
 fn is_hidden(c: char) -> bool {
     c != '\n' && (c.is_control() || "\u{202e}\u{2066}\u{feff}\u{2028}\u{200b}".contains(c))
 }
