@@ -133,7 +133,7 @@ profile() {
         {
             printf '`perf record dmaload bench %s`: %.2f s of CPU time per GiB, of which\n\n| share | function |\n|--:|---|\n' \
                 "${arguments[*]}" "$(python3 -c 'import json, sys; print([mode["cpu_seconds_per_gib"] for mode in json.load(sys.stdin)["modes"] if mode["name"] == "direct_io"][0])' <"$out/profile.json")"
-            # perf filters threads only after it has merged them, so it sorts by thread and
+            # perf filters threads only after it has merged them. Therefore perf sorts by thread and
             # function, and awk adds up the shares of each function.
             perf report --input "$out/perf.data" --no-children --stdio --percentage relative --sort comm,symbol \
                 --comms dmaload-alloc-0,dmaload-alloc-1,dmaload-ring,dmaload-reap 2>/dev/null |

@@ -15,7 +15,7 @@ use crate::{errors, parse};
 /// the limit.
 const MEMORY_PARTS: usize = 4;
 
-/// How to load.
+/// The options of a loader and of its loads.
 #[derive(Debug, Args)]
 pub(crate) struct EngineArguments {
     /// The heap to allocate from: auto, memfd, anon, udmabuf, dma-heap:NAME.

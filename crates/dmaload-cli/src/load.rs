@@ -127,7 +127,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     }
     let whole = arguments.tensors.is_empty() && arguments.range.is_none() && shard.is_none() && arguments.inside.is_none();
     if arguments.digest.is_some() && !(whole && arguments.engine.layout != Layout::Tensors) {
-        return Err(Error::Config("--digest needs whole files, but only parts are loaded".to_owned()).into());
+        return Err(Error::Config(
+            "--digest needs whole files: it excludes --tensors, --range, --rank, --inside and --layout tensors".to_owned(),
+        )
+        .into());
     }
     if let Some(against) = &arguments.verify {
         options = against.apply_to(options)?;

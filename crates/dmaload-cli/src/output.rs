@@ -11,7 +11,7 @@ use dmabuf::printable;
 use dmaload_text::Named;
 use serde_json::Value;
 
-/// Standard output could not be written to.
+/// An error of writing to standard output.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot write to standard output: {}", Named(.0))]
 struct OutputError(io::Error);
@@ -94,7 +94,8 @@ pub(crate) fn escape(text: String) -> String {
     escaped
 }
 
-/// The width of the terminal if standard output is one, otherwise `None`.
+/// Returns the width of the terminal in characters; `None` if standard output is not a terminal or
+/// does not report a width.
 #[must_use]
 pub(crate) fn terminal_width() -> Option<usize> {
     let size = rustix::termios::tcgetwinsize(rustix::stdio::stdout()).ok()?;

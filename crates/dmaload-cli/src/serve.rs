@@ -70,7 +70,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let options = arguments.allow_users.iter().fold(ServerOptions::default(), |options, &user| options.allow_user(user));
     {
         // The socket is created only after the load. A client that connects before the image is
-        // published waits for it.
+        // published waits for the image.
         let mut server = server.lock().unwrap_or_else(PoisonError::into_inner);
         let bound = server.insert(Server::bind(&arguments.socket, options.dma_bufs(arguments.share_dma_bufs))?);
         if let Err(error) = bound.publish(&arguments.name, image) {

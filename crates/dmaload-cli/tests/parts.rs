@@ -50,7 +50,7 @@ fn tensors_and_byte_ranges_are_selected_by_options() {
     run(load().args(["--tensors", "z"]).arg(&path)).fails(1, &["\"z\""]);
     run(load().args(["--tensors", "{a"]).arg(&path)).fails(2, &["unclosed {"]);
     run(load().args(["--range", "9..3"]).arg(&path)).fails(2, &["invalid byte range"]);
-    run(load().args(["--tensors", "a", "--digest", "sha256"]).arg(&path)).fails(2, &["only parts are loaded"]);
+    run(load().args(["--tensors", "a", "--digest", "sha256"]).arg(&path)).fails(2, &["--digest needs whole files"]);
     let text = run(dmaload(["load", "--tensors", "b"]).arg(&path)).succeeds().text();
     assert!(text.contains("wanted") && text.contains("read with them"), "{text}");
 }

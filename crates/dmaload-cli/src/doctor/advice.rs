@@ -43,7 +43,7 @@ impl Advice {
     }
 }
 
-/// Everything that would help, largest gain first.
+/// Returns everything that would help, largest gain first.
 pub(crate) fn ranked(facts: &Facts) -> Vec<Advice> {
     let rules = [memory, direct, pages, ring, registering, permission, device, size_limit, bug];
     rules.into_iter().filter_map(|rule| rule(facts)).collect()
@@ -107,7 +107,7 @@ fn allow_ring_on_file(attempt: Attempt, errno: Errno) -> (String, &'static str) 
     (format!("keep models on {place}: io_uring can't be trusted with {why}"), command)
 }
 
-/// The load into the default heap.
+/// Returns the trial's load into the default heap, if it worked.
 fn loaded(facts: &Facts) -> Option<&Loaded> {
     facts.trial.heap("memfd")?.outcome.as_ref().ok()
 }

@@ -56,7 +56,7 @@ pub(crate) fn find(errno: Errno, around: &Circumstances) -> Cause {
 }
 
 impl Cause {
-    /// The name used in JSON.
+    /// Returns the name used in JSON.
     pub(crate) fn name(&self) -> &'static str {
         match self {
             Cause::Sysctl(_) => "sysctl",

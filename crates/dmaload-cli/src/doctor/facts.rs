@@ -31,7 +31,7 @@ pub(crate) struct Facts {
     pub(crate) dma_buf: DmaBuf,
     /// The file size limit in bytes, which also applies to memfds.
     pub(crate) file_size_limit: Option<u64>,
-    /// The number of bytes of address space that the process can still use, if it is limited.
+    /// The number of bytes of address space that the process can still use, if a limit is set.
     pub(crate) address_room: Option<u64>,
     /// Whether udmabufs get only small pages because of a bug in this kernel.
     pub(crate) udmabuf_bug: bool,

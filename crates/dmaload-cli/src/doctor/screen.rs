@@ -40,7 +40,7 @@ pub(crate) fn screen(facts: &Facts) -> String {
     rows.add("  --dma-buf", &dma_buf_line(facts));
     let advice = advice::ranked(facts);
     if advice.is_empty() {
-        rows.add("would help", "nothing: this is as good as it gets");
+        rows.add("would help", "nothing that doctor knows of");
     }
     let shown = advice.iter().take(advice::SHOWN).enumerate();
     format!("{}{}", rows.0, shown.map(|(index, advice)| Numbered(index + 1, advice).to_string()).collect::<String>())
@@ -169,7 +169,7 @@ fn describe_trial(facts: &Facts) -> String {
         Ok(folder) => format!("{}: 4 MiB written and loaded", printable::path(&folder)),
         Err(reason) => format!("no folder: {reason}"),
     };
-    // What the path itself allows matters more than what the trial file allows.
+    // The file at the path takes precedence over the trial file.
     let file = verdict::path_file(facts).or(facts.trial.file.as_ref());
     let first_read = file.map(|file| format!("; {}", first_read(file))).unwrap_or_default();
     let elsewhere = facts.trial.elsewhere.as_ref().map(|reason| format!("; not next to the path: {reason}")).unwrap_or_default();

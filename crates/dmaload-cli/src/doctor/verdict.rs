@@ -6,7 +6,7 @@ use dmaload_text::bytes;
 use super::facts::Facts;
 use super::trial::Loaded;
 
-/// The default window: no load registers more at once.
+/// The default window: no load registers more bytes at once.
 const REGISTERED_BYTES_MAX: u64 = LoaderBuilder::WINDOW_BYTES;
 /// The default segment size; each segment is a memfd.
 const SEGMENT_BYTES: u64 = LoadOptions::SEGMENT_BYTES;
@@ -31,7 +31,7 @@ pub(crate) struct Expected {
     /// Why the route differs from that of the trial file.
     pub(crate) because: Option<String>,
     /// The ways that the load measures on successive ranges of the file, to choose the fastest;
-    /// empty if it does not measure.
+    /// empty if the load does not measure.
     pub(crate) measured: Vec<Way>,
 }
 
@@ -67,7 +67,7 @@ fn on_heap(facts: &Facts, heap: &str) -> Result<Expected, String> {
         return Err(format!("the file size limit (ulimit -f) is {}, and also applies to memfds", bytes(limit)));
     }
     if let Some(errno) = path_file(facts).and_then(probe::File::unreadable) {
-        return Err(format!("cannot read its first block: {}", errno.describe()));
+        return Err(format!("cannot read the file's first block: {}", errno.describe()));
     }
     if let (Some(room), Some(wanted)) = (facts.address_room, wanted_bytes(facts))
         && wanted > room
@@ -88,7 +88,7 @@ fn expected(facts: &Facts, loaded: &Loaded) -> Expected {
     let (mut route, mut because) = (loaded.route, None);
     if let Some(errno) = path_file(facts).and_then(probe::File::direct_refused) {
         route = Route::Buffered;
-        because = Some(format!("its file system refuses O_DIRECT: {}", errno.describe()));
+        because = Some(format!("the file system refuses O_DIRECT: {}", errno.describe()));
     } else if let Some((attempt, errno)) =
         path_file(facts).and_then(|file| file.ring_refused).filter(|_| route <= Route::PreadDirect)
     {
