@@ -33,8 +33,8 @@ pub(crate) enum Command {
     ///
     /// Exit status: 0 if a load would work, 1 if not, 2 wrong usage.
     Doctor(doctor::Arguments),
-    /// Creates a synthetic model, loads it cold, verifies it, and compares the time with allocate
-    /// + mmap + memcpy.
+    /// Creates a synthetic model, loads it cold, verifies it, and compares the time with
+    /// allocate + mmap + memcpy.
     Demo(demo::Arguments),
     /// Compares ways of loading a file cold, with each run in its own process.
     ///

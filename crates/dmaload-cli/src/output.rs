@@ -11,7 +11,7 @@ use dmabuf::printable;
 use dmaload_text::Named;
 use serde_json::Value;
 
-/// An error of writing to standard output.
+/// A failure to write to standard output.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot write to standard output: {}", Named(.0))]
 struct OutputError(io::Error);

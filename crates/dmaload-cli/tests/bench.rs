@@ -75,7 +75,7 @@ fn every_mode_is_measured_and_the_numbers_of_one_round_agree() {
         assert_eq!(mode["failures"], serde_json::json!([]));
     }
     assert!(number(&mode(&json, "direct_io")["overlap"]["median"]) > 0.0);
-    assert_ne!(mode(&json, "normal")["pages"], "2m", "the baseline is on small pages");
+    assert_ne!(mode(&json, "normal")["pages"], "2m", "the baseline is on 2 MiB pages");
 }
 
 #[test]

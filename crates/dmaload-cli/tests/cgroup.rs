@@ -47,8 +47,8 @@ impl MemoryGroup {
         Err(reasons.join("; "))
     }
 
-    /// Returns the number of processes that the kernel has killed because of the limit. Kernels
-    /// before Linux 4.13 do not report the number; with them, this is always 0.
+    /// Returns the number of processes that the kernel has killed because of the limit. Before
+    /// Linux 4.13, the kernel does not report the number, and the result is always 0.
     fn count_kills(&self) -> u64 {
         let counts =
             ["memory.events", "memory.oom_control"].into_iter().find_map(|name| fs::read_to_string(self.0.join(name)).ok());
@@ -91,7 +91,7 @@ fn only_loads_above_the_limit_of_the_group_are_refused() {
     assert_eq!(run(&mut { cat }).succeeds().stdout.len(), 20 * MIB);
 }
 
-/// Each load finds enough memory when it begins, but the memory does not suffice for all of them.
+/// Each load finds enough memory when it begins, but there is not enough for all of them.
 #[test]
 fn concurrent_loads_above_the_limit_fail_and_are_not_killed() {
     let folder = folder();
@@ -144,7 +144,7 @@ fn cat_with_a_slow_reader_fits_a_small_group() {
         std::thread::sleep(Duration::from_secs(2));
         stdout.read_to_end(&mut written).unwrap();
         finish(format!("cat {options:?}"), cat).succeeds();
-        assert!(written == fs::read(&path).unwrap(), "{options:?}: {} bytes", written.len());
+        assert!(written == fs::read(&path).unwrap(), "{options:?}: the bytes, or their number ({}), are wrong", written.len());
         assert_eq!(group.count_kills(), 0);
     }
 }

@@ -338,7 +338,7 @@ fn trace_accounts_for_every_byte_of_each_route() {
         assert_eq!(bytes("copy"), if route == "bounce" { size as u64 } else { 0 }, "{route}");
         assert_eq!(of_kind("register").len(), if route == "uring-fixed-direct" { 5 } else { 0 }, "{route}");
         let segments: Vec<_> = of_kind("hand over").iter().map(|event| event["args"]["segment"].as_u64().unwrap()).collect();
-        assert_eq!(segments, [0, 1, 2, 3, 4], "{route}: not in order");
+        assert_eq!(segments, [0, 1, 2, 3, 4], "{route}: the segments are not in order");
         let total = json["seconds"].as_f64().unwrap() * 1e6;
         for event in &events {
             let (start, length) = (event["ts"].as_f64().unwrap(), event["dur"].as_f64().unwrap());

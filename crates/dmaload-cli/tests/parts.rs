@@ -138,8 +138,8 @@ fn report_notes_split_tensors_and_empty_shards() {
     let folder = folder();
     let path = model(folder.path(), "m.safetensors", ["a", "b", "c"]);
     let notes = |arguments: &[&str]| run(load().args(arguments).arg(&path)).succeeds().json()["notes"].to_string();
-    // Both of two shards have bytes of `b`. The second of four shards has the end of one tensor
-    // and the beginning of another.
+    // Of two shards, both contain bytes of `b`. Of four shards, the second contains the end of one
+    // tensor and the beginning of another.
     for (rank, world_size, split) in
         [("0", "2", "tensor \\\"b\\\" is split"), ("1", "2", "tensor \\\"b\\\" is split"), ("1", "4", "2 tensors")]
     {
@@ -196,7 +196,7 @@ fn layout_tensors_cuts_between_tensors() {
     let segments = json["segments"].as_array().unwrap();
     assert_eq!(segments.len(), 2);
     let end = segments[0]["file_offset"].as_u64().unwrap() + segments[0]["bytes"].as_u64().unwrap();
-    assert!(segments[1]["file_offset"].as_u64().unwrap() < end, "both segments contain the block at the cut");
+    assert!(segments[1]["file_offset"].as_u64().unwrap() < end, "the block at the cut is not in both segments");
     let json = run(load().args(["--layout", "tensors", "--align", "4KiB"]).arg(&path)).succeeds().json();
     assert_eq!(json["copied_bytes"], 3_000_000);
     assert!(json["segments"].as_array().unwrap().iter().all(|segment| segment["memory_offset"].as_u64().unwrap() % 4096 == 0));

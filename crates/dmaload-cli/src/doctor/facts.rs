@@ -20,8 +20,8 @@ use crate::errors;
 pub(crate) struct Facts {
     pub(crate) kernel: String,
     pub(crate) io_uring: probe::IoUring,
-    /// What refuses to set up io_uring or, if the setup works, to register a buffer table. `None`
-    /// if neither is refused.
+    /// What refuses the setup of io_uring or, if the setup works, the registration of a buffer
+    /// table. `None` if neither is refused.
     pub(crate) cause: Option<Cause>,
     pub(crate) memlock: Memlock,
     pub(crate) memory: Option<probe::MemoryAvailable>,

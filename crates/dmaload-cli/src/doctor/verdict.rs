@@ -78,8 +78,8 @@ fn on_heap(facts: &Facts, heap: &str) -> Result<Expected, String> {
     if let Some((wanted, memory)) = too_large(facts) {
         return Err(format!("{} do not fit into the {} available ({})", bytes(wanted), bytes(memory.bytes), memory.limit));
     }
-    // A dma-heap populates memory when it allocates it, so memory is always ready before its
-    // reads, and such a load does not measure.
+    // A dma-heap populates its memory during the allocation, so memory is always ready before its
+    // reads, and the load does not measure.
     let is_allocated_at_once = heap.starts_with("dma-heap");
     Ok(Expected { measured: if is_allocated_at_once { Vec::new() } else { measured(facts) }, ..expected(facts, loaded) })
 }
@@ -150,8 +150,8 @@ pub(crate) fn memlock_suffices(facts: &Facts) -> bool {
     allowed && facts.io_uring.registrable_bytes >= wanted.min(probe::PIECE_BYTES_MAX)
 }
 
-/// Returns why direct reads of the given file are refused or, if no file is given, why those of
-/// the trial file are.
+/// Returns why direct reads of the given file or, if no file is given, of the trial file are
+/// refused.
 pub(crate) fn direct_refused(facts: &Facts) -> Option<Errno> {
     if let Some(file) = path_file(facts) {
         return file.direct_refused();

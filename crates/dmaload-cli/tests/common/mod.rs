@@ -138,7 +138,7 @@ pub fn finish(command: String, child: Child) -> Done {
     drop(ended);
     let stderr = String::from_utf8_lossy(&stderr).into_owned();
     let done = Done { command, code: status.code(), signal: status.signal(), stdout, stderr };
-    assert!(!watchdog.join().unwrap(), "hangs: {done}");
+    assert!(!watchdog.join().unwrap(), "the program hangs: {done}");
     done
 }
 
