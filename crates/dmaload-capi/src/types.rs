@@ -71,8 +71,8 @@ pub struct dmaload_segment {
     pub memory_bytes: u64,
 }
 
-/// The report of a load. Set `size` before the call: at most that many bytes are written, and
-/// fields that the library does not know are set to 0.
+/// The report of a load. Set `size` before the call: at most `size` bytes are written, and fields
+/// that the library does not know are set to 0.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct dmaload_report {
@@ -100,7 +100,7 @@ pub struct dmaload_report {
     /// Number of steps down from the best route; `text` describes each of them.
     pub fallbacks: u64,
     /// A line with the heap and the route, a line for each step down with its reason, and other
-    /// notes. Truncated if longer.
+    /// notes. Truncated to 1023 bytes, and terminated by a zero.
     pub text: [c_char; 1024],
 }
 
@@ -110,10 +110,10 @@ pub struct dmaload_report {
 #[derive(Debug, Clone, Copy)]
 pub struct dmaload_options {
     /// `sizeof(struct dmaload_options)`. A smaller struct is from an older version: its missing
-    /// fields have their defaults. A larger one is from a newer version, and fails with -E2BIG
-    /// unless all fields that the library does not know are zero.
+    /// fields have their defaults. A larger struct is from a newer version: the call fails with
+    /// -E2BIG unless all fields that the library does not know are zero.
     pub size: u64,
-    /// `DMALOAD_HEAP_FD`, `DMALOAD_STRICT`, or both.
+    /// A combination of `DMALOAD_HEAP_FD` and `DMALOAD_STRICT`, or 0.
     pub flags: u64,
     /// The heap to allocate from: "memfd" (the default, also for NULL), "udmabuf",
     /// "dma-heap:NAME", or "dma-buf" for the best available heap that provides dma-bufs.
@@ -126,13 +126,14 @@ pub struct dmaload_options {
     /// Segment size, a multiple of 2 MiB; 0 means 64 MiB, or less if the window or the heap's
     /// maximum is small, or more if the limit of open files is low. For `DMALOAD_SEGMENTED` only.
     pub segment_bytes: u64,
-    /// Maximum memory that is allocated but not yet filled; 0 means 128 MiB. At least 2 MiB.
+    /// Maximum number of bytes that are allocated but not yet filled, over all loads of the loader;
+    /// at least 2 MiB. 0 means 128 MiB.
     pub window_bytes: u64,
     /// Offset in the file to load from.
     pub file_offset: u64,
     /// Number of bytes to load; 0 means everything from `file_offset` on.
     pub file_bytes: u64,
-    /// Maximum number of reads in flight; 0 means 44.
+    /// Maximum number of reads in flight, over all loads of the loader; 0 means 44.
     pub queue_depth: u32,
     /// 0 for normal, 1 to be served before other loads of the loader, -1 to be served after them.
     pub priority: i32,

@@ -174,7 +174,10 @@ mod tests {
         let status = |text: &str| Status { text: text.to_owned(), effective: None };
         let nothing = status("");
         let without_procfs = Status { text: String::new(), effective: Some(1 << CAP_IPC_LOCK) };
-        assert!(without_procfs.has(CAP_IPC_LOCK) && !without_procfs.has(CAP_SYS_ADMIN), "without procfs, the capabilities are not those of capget(2)");
+        assert!(
+            without_procfs.has(CAP_IPC_LOCK) && !without_procfs.has(CAP_SYS_ADMIN),
+            "without procfs, the capabilities are not those of capget(2)"
+        );
         let status = status("Name:\tx\nCapPrm:\t0000000000000000\nCapEff:\t0000000000004000\nSeccomp:\t2\nTHP_enabled:\t0\n");
         assert!(status.has(CAP_IPC_LOCK) && !status.has(CAP_SYS_ADMIN));
         assert!(status.circumstances().seccomp);
