@@ -188,8 +188,8 @@ struct dmaload_options {
      */
     uint64_t segment_bytes;
     /*
-     Maximum number of bytes that are allocated but not yet filled, over all loads of the loader;
-     at least 2 MiB. 0 means 128 MiB.
+     Maximum number of bytes that are allocated but not yet filled, over all loads of the
+     loader; at least 2 MiB. 0 means 128 MiB.
      */
     uint64_t window_bytes;
     /*

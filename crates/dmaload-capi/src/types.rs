@@ -126,8 +126,8 @@ pub struct dmaload_options {
     /// Segment size, a multiple of 2 MiB; 0 means 64 MiB, or less if the window or the heap's
     /// maximum is small, or more if the limit of open files is low. For `DMALOAD_SEGMENTED` only.
     pub segment_bytes: u64,
-    /// Maximum number of bytes that are allocated but not yet filled, over all loads of the loader;
-    /// at least 2 MiB. 0 means 128 MiB.
+    /// Maximum number of bytes that are allocated but not yet filled, over all loads of the
+    /// loader; at least 2 MiB. 0 means 128 MiB.
     pub window_bytes: u64,
     /// Offset in the file to load from.
     pub file_offset: u64,

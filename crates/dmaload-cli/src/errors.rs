@@ -69,7 +69,7 @@ const IN_FLAGS: [(&str, &str); 14] = [
         "raise the limit, or stream the load and drop its segments as they arrive",
         "raise --memory-limit; `dmaload cat` needs room only for a few segments",
     ),
-    ("use larger segments, or load only a part", "use a larger --segment-size, or load a part of it (--range, --tensors)"),
+    ("use larger segments, or load only a part", "use a larger --segment-size, or load less of the model (--range, --tensors)"),
     (
         "see what each heap needs; if a dma-buf is not required, the heap memfd allocates",
         "`dmaload doctor` shows what each heap needs; if a dma-buf is not required, --heap memfd allocates",
@@ -194,7 +194,7 @@ mod tests {
             ),
             (
                 Error::TooManyPieces { bytes: 9, segment_bytes: 1, pieces: 9, most_pieces: 8 },
-                "use a larger --segment-size, or load a part of it (--range, --tensors)",
+                "use a larger --segment-size, or load less of the model (--range, --tensors)",
             ),
             (
                 Error::NoDmaBuf { tried: Vec::new() },
