@@ -79,6 +79,8 @@ pub(crate) fn heap_from_fd(fd: c_int, flags: u64) -> Result<Arc<dyn Heap>> {
     }
 }
 
+/// Opens the heap with this name; null means the heap memfd.
+///
 /// # Safety
 /// `name` is null, or a valid C string.
 unsafe fn heap_named(name: *const c_char) -> Result<Arc<dyn Heap>> {
@@ -98,6 +100,8 @@ unsafe fn heap_named(name: *const c_char) -> Result<Arc<dyn Heap>> {
     Ok(choice.open(Pages::Auto)?.0)
 }
 
+/// Opens the heap that the options name or identify by a descriptor.
+///
 /// # Safety
 /// As for [`heap_named`], with `options.heap`.
 unsafe fn heap(options: &dmaload_options) -> Result<Arc<dyn Heap>> {

@@ -38,7 +38,7 @@ fn stated_size<T: Sized64>(size: u64) -> Result<usize> {
         .ok_or_else(|| Failure::invalid(format!("{}: size is {size}: set it to sizeof({})", T::NAME, T::NAME)))
 }
 
-/// A struct whose fields are all zero.
+/// Returns a struct whose fields are all zero.
 pub(crate) fn zeroed<T: Sized64>() -> T {
     // SAFETY: the trait guarantees that zero is a valid value of each field.
     unsafe { MaybeUninit::zeroed().assume_init() }

@@ -34,7 +34,8 @@ pub(crate) struct EngineArguments {
     /// How files are divided into segments: segmented, single, tensors (cut between tensors).
     #[arg(long, default_value = "segmented")]
     pub(crate) layout: Layout,
-    /// Allocate memory for each small file separately, instead of sharing it among several.
+    /// Allocate memory for each small file separately, instead of sharing memory among several
+    /// files.
     #[arg(long)]
     pub(crate) no_pack: bool,
     /// The size of a segment: a multiple of 2 MiB, at most 1 GiB [default: 64MiB; less or more if

@@ -20,7 +20,7 @@ pub(crate) fn describe(error: &anyhow::Error) -> String {
     functions_to_flags(text)
 }
 
-/// Library functions and options that its errors mention, and the corresponding flags.
+/// Functions and options that the library's errors mention, and the corresponding flags.
 const FUNCTIONS: [(&str, &str); 4] = [
     ("ServerOptions::allow_user", "--allow-user"),
     ("AttachOptions::trust_user", "--trust-user"),
@@ -50,8 +50,8 @@ pub(crate) fn hint(error: &dmaload::Error) -> Option<String> {
     Some(IN_FLAGS.iter().fold(hint, |hint, (library, command)| hint.replace(library, command)))
 }
 
-/// Options that the library's hints mention, and the corresponding flags. Two entries replace
-/// advice to stream, which no user of this command can follow: each subcommand either keeps all
+/// Phrases of the library's hints, and what this command says instead. Two entries replace advice
+/// to stream, which no user of this command can follow: each subcommand either keeps all
 /// segments or already streams.
 const IN_FLAGS: [(&str, &str); 14] = [
     ("(allow_missing)", "(--allow-missing)"),

@@ -88,7 +88,7 @@ pub(crate) struct Arguments {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Rank {
     Number(u32),
-    /// The variables set by a launcher.
+    /// In the variables RANK and WORLD_SIZE, which a launcher sets.
     Environment,
 }
 

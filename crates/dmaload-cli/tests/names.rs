@@ -12,8 +12,9 @@ use std::path::{Path, PathBuf};
 use common::{Done, dmaload, file, folder, run, safetensors};
 use serde_json::{Value, json};
 
-/// A sequence that sets the window title, line breaks, right-to-left text, C1 control sequences
-/// with a byte order mark, and bytes that are not UTF-8.
+/// Hostile file names. They contain, one after another: a sequence that sets the window title;
+/// line breaks; right-to-left text; C1 control sequences with a byte order mark; bytes that are
+/// not UTF-8.
 const HOSTILE: [&[u8]; 5] = [
     b"\x1b]0;owned\x07",
     b"a\nb\rc\td",

@@ -91,7 +91,7 @@ fn client_can_attach_as_soon_as_the_socket_exists() {
     }
 }
 
-/// A second server is refused before it loads, and one that is stopped during its load leaves
+/// A second server is refused before it loads, and a server that is stopped during its load leaves
 /// nothing behind.
 #[test]
 fn servers_that_cannot_serve_end_early_and_cleanly() {
