@@ -162,7 +162,7 @@ measure c-program --size 1GiB --layout single --modes normal,limit,direct_io --p
 measure_files small-files "2000 64 1536" --user 1000 --modes normal,limit,direct_io
 measure_files at-once "16 65536 65536" --user 1000 --modes normal,limit,direct_io,at-once
 measure cached --size 1GiB --warm --cache auto --pages 2m --modes normal,normal_io,limit,direct_io,tokio-fs
-# A file on tmpfs, where O_DIRECT reads are memory copies, compared with a plain loop of copies.
+# Compares loads of a file on tmpfs, where O_DIRECT reads are memory copies, with a loop of copies.
 if [[ tmpfs == *$filter* ]]; then
     memory=$(mktemp -d)
     mount -t tmpfs -o size=1100m tmpfs "$memory"

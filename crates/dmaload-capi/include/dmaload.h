@@ -295,17 +295,16 @@ const char *dmaload_last_error(void);
 /*
  Allocates a dma-buf and reads a file into it, as `DMA_HEAP_IOCTL_ALLOC_AND_READ` would have
  done. The dma-buf has the length of the file, rounded up to whole pages and to whole blocks of
- the file system.
- Returns 0 and stores the dma-buf, which the caller must close, in `dmabuf_fd`; or returns a
- negative errno and leaves `dmabuf_fd` unchanged.
+ the file system. Returns 0 and stores the dma-buf, which the caller must close, in `dmabuf_fd`;
+ or returns a negative errno and leaves `dmabuf_fd` unchanged.
 
  `heap_fd` is an open dma-heap or /dev/udmabuf, identified by its device number. `file_fd` is a
  file opened for reading, with or without O_DIRECT; it is read from its beginning, and its file
- position is neither used nor changed. It is opened again through /proc/self/fd, which requires
- procfs and permission to open it (-ENOENT, -EACCES). `fd_flags` is O_CLOEXEC or 0, combined
- with any access mode. `heap_flags` are passed to the dma-heap, which currently defines none,
- and must be 0 for udmabuf. At most `batch_bytes` of a udmabuf are allocated but not yet read; 0
- means 128 MiB, and the minimum is 2 MiB. A dma-heap allocates all memory at once.
+ position is neither used nor changed. The file is opened again through /proc/self/fd, which
+ requires procfs and permission to open it (-ENOENT, -EACCES). `fd_flags` is O_CLOEXEC or 0,
+ combined with any access mode. `heap_flags` are passed to the dma-heap, which currently defines
+ none, and must be 0 for udmabuf. At most `batch_bytes` of a udmabuf are allocated but not yet
+ read; 0 means 128 MiB, and the minimum is 2 MiB. A dma-heap allocates all memory at once.
 
  Errors: -EINVAL for an empty file, a file that is not regular, flags that are not allowed, or a
  batch that is too small; -EISDIR for a directory; -EBADF for a descriptor that is closed, or
@@ -316,7 +315,7 @@ const char *dmaload_last_error(void);
 
  Differences from the ioctl of the 2024 kernel series: there the batch size triggers reads; here
  it limits how much is allocated ahead of the reads. The memory of a dma-heap is a single
- allocation, which can't overlap with reading. It usually can't be pinned either, so reads go
+ allocation, which can't overlap with reading. This memory usually can't be pinned, so reads go
  through staging, in parallel with copies. A udmabuf can be read into directly, while the rest
  of it is being allocated. The dma-buf is always opened for reading and writing.
 

@@ -56,7 +56,7 @@ impl OwnedSegment {
     }
 }
 
-/// The report of a load, and the CPU time, which only C programs receive.
+/// The report of a load, with the CPU time, which is not in the library's report.
 #[derive(Debug, Clone)]
 pub(crate) struct Finished {
     report: Report,

@@ -27,8 +27,8 @@ pub(crate) struct Arguments {
     pub(crate) paths: Vec<PathBuf>,
     #[command(flatten)]
     pub(crate) engine: EngineArguments,
-    /// Load only these tensors: a name, or a pattern with *, ?, {a,b}, {0..3}; may be repeated,
-    /// and they are loaded in this order.
+    /// Load only these tensors: a name, or a pattern with *, ?, {a,b}, {0..3}; may be repeated.
+    /// Tensors are loaded in the order given.
     #[arg(long, value_name = "PATTERN")]
     pub(crate) tensors: Vec<String>,
     /// Load only this byte range of each file.

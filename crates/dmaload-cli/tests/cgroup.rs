@@ -31,10 +31,10 @@ impl MemoryGroup {
         let mut reasons = Vec::new();
         for (parent, file) in places {
             let group = Path::new(parent).join(&name);
-            // Only a cgroup file system creates the limit file. The test must not create the file,
-            // because in any other folder a file of this name limits nothing.
             let limit_file = group.join(file);
             let made = fs::create_dir(&group).map(|()| MemoryGroup(group));
+            // Only a cgroup file system creates the limit file. The test must not create the file,
+            // because in any other folder a file of this name limits nothing.
             let written = |made: MemoryGroup| {
                 fs::OpenOptions::new().write(true).open(&limit_file)?.write_all(limit.to_string().as_bytes())?;
                 Ok(made)

@@ -68,7 +68,6 @@ fn check(what: &str, files: &[PathBuf], is_local: bool) {
         }
         let last = seen.last().unwrap();
         println!("{what}: {route} gave {} {}", last["route"], last["fallbacks"]);
-        // A strict load takes the requested route or fails.
         let path = files.last().unwrap();
         let steps = last["fallbacks"].to_string();
         // Without direct reads, io_uring would not be tried anyway.
@@ -78,6 +77,7 @@ fn check(what: &str, files: &[PathBuf], is_local: bool) {
             let doctor = run(common::dmaload(["doctor", "--json"]).arg(path)).succeeds().json();
             assert_eq!(doctor["load"]["route"], last["route"], "{what}: {}", doctor["load"]);
         }
+        // A strict load takes the requested route or fails.
         let mut strict = common::dmaload(["load", "--json", "--strict", "--route", route]);
         let strict = run(strict.arg(path));
         if last["fallbacks"].as_array().unwrap().is_empty() {

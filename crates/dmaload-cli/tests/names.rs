@@ -1,5 +1,5 @@
-//! Control characters in untrusted names (of files, folders, tensors, keys, and in indices) never
-//! reach a terminal unescaped.
+//! Control characters in untrusted texts (names of files, folders, tensors and keys; indices)
+//! never reach a terminal unescaped.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;

@@ -153,7 +153,7 @@ fn report_notes_split_tensors_and_empty_shards() {
         notes(&["--rank", &rank.to_string(), "--world-size", "3000", "--shard-dim", "0"]).contains("nothing of 3 tensors")
     });
     assert_eq!(nothing.count(), 4);
-    // A file with fewer blocks than ranks: the first ranks have all of its bytes.
+    // If a file has fewer blocks than there are ranks, the first ranks have all of its bytes.
     for (name, header) in
         [("small.bin", None), ("small.safetensors", Some(br#"{"w":{"dtype":"U8","shape":[16],"data_offsets":[0,16]}}"#))]
     {

@@ -43,7 +43,7 @@ pub(crate) struct Trial {
 pub(crate) struct HeapTrial {
     pub(crate) name: String,
     pub(crate) outcome: Result<Loaded, String>,
-    /// The device and its errno, if it could not be opened.
+    /// The path of the device and the errno, if the device could not be opened.
     pub(crate) device: Option<(PathBuf, Errno)>,
     /// Maximum size of a dma-buf in bytes.
     pub(crate) limit_bytes: Option<u64>,
@@ -55,7 +55,7 @@ pub(crate) struct HeapTrial {
 #[derive(Debug, Clone)]
 pub(crate) struct Loaded {
     pub(crate) route: Route,
-    /// `None` if the kernel does not report it.
+    /// The page size of the memory in bytes; `None` if the kernel does not report it.
     pub(crate) page_bytes: Option<u64>,
     pub(crate) pages_refused: Option<Errno>,
     pub(crate) steps: Vec<Step>,

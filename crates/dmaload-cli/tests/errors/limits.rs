@@ -22,8 +22,8 @@ fn sparse_file(folder: &Path, bytes: u64) -> std::path::PathBuf {
     path
 }
 
-/// With 4 descriptors the ring can't be created, with 6 the file can't be opened, and with 7 or
-/// more there are none left for the segments.
+/// With 4 descriptors the ring can't be created, with 6 the file can't be opened, and with 7
+/// to 16 there are not enough for the segments.
 #[test]
 fn open_file_limit_is_named_wherever_it_is_hit() {
     let folder = folder();
