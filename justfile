@@ -8,7 +8,7 @@ _default:
     @just --list --unsorted --list-heading "" | sed '/^$/d; /\[/{/\[everyday\]/!Q}'
     @echo "    (just --list shows all recipes)"
 
-# Loads a synthetic model, and compares that with allocate + mmap + memcpy.
+# Loads a synthetic model, and compares the time with allocate + mmap + memcpy.
 [group('everyday')]
 demo *ARGS:
     cargo run --release -p dmaload-cli -- demo {{ARGS}}
@@ -36,7 +36,7 @@ fmt *ARGS:
     cargo fmt --manifest-path crates/dmaload-python/Cargo.toml {{ARGS}}
     cargo fmt --manifest-path examples/gpu-import/Cargo.toml {{ARGS}}
 
-# Measures docs/performance.md, or one part of it: `just bench reuse` (as root, 45 minutes).
+# Measures docs/performance.md, or what FILTER selects: `just bench reuse` (as root, 45 minutes).
 [group('everyday')]
 bench FILTER="":
     benches/performance.sh "{{FILTER}}"
@@ -203,7 +203,7 @@ bench-small:
     cargo bench -p dmaload-benches --bench overlap
     cargo test --release -p dmaload --lib instructions::bench -- --ignored --exact --nocapture
 
-# Compares the time to candle's first layer with candle's own loader; writes docs/adopt.md.
+# Compares the time to the first layer with that of candle's own loader; writes docs/adopt.md.
 [group('measuring')]
 candle-first-layer:
     .ci/candle --first-layer

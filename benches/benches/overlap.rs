@@ -1,8 +1,8 @@
 //! Measures how far allocation and reading overlap.
 //!
-//! Measures the read time per piece, then slows allocation down by multiples of it. With full
-//! overlap, the total time is close to the longer of the two; without overlap, it is close to
-//! their sum.
+//! Measures the time that reading a piece takes, then slows allocation down by multiples of that
+//! time. With full overlap, the total time is close to the longer of the times for allocating and
+//! for reading; without overlap, the total is close to the sum of both.
 
 use std::io::Write;
 use std::ops::Range;
@@ -14,11 +14,11 @@ use dmaload::{LoadOptions, Loader, Report};
 use dmaload_testing::random_bytes;
 
 const FILE_BYTES: usize = 512 << 20;
-/// One segment is one piece.
+/// The size of a segment, which is also the size of a piece.
 const SEGMENT_BYTES: usize = 16 << 20;
 const ROUNDS: usize = 5;
 
-/// Sleeps each time before a heap populates memory.
+/// Hooks that sleep for this duration whenever the heap is about to populate memory.
 #[derive(Debug)]
 struct SlowHeap(Duration);
 

@@ -1,6 +1,7 @@
 //! A soak test: several tasks load files with random sizes, routes, heaps, cancellations and
 //! faults, and compare every byte that they receive. After each period, everything is dropped, and
-//! the process must hold no more than after the first one, apart from a few mappings and 2 MiB.
+//! the process must hold no more than after the first period, apart from 16 mappings and 2 MiB of
+//! resident memory.
 //!
 //! `just soak --minutes 30`
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
@@ -25,11 +26,11 @@ const MIB: u64 = 1 << 20;
 /// The number of concurrent tasks.
 const TASKS: u64 = 4;
 const PERIOD: Duration = Duration::from_secs(20);
-/// How much resident memory may grow after the first period, because the allocator's caches and
-/// stacks can grow.
+/// The number of KiB by which resident memory may grow after the first period, because the
+/// allocator's caches and the threads' stacks can grow.
 const SLACK_KIB: u64 = 2 << 10;
-/// The environment variable that limits the C library's allocator to one arena. By default it has
-/// an arena for each thread, and their growth over half an hour would hide leaks.
+/// The environment variable that limits the C library's allocator to one arena. By default, the
+/// allocator has several arenas, whose growth over half an hour would hide leaks.
 const ONE_HEAP: (&str, &str) = ("MALLOC_ARENA_MAX", "1");
 
 /// Returns eight bytes of a file, determined by the file's number and the word's index.
@@ -37,7 +38,7 @@ fn word(number: u64, index: u64) -> [u8; 8] {
     ((number << 48 | index) ^ 0x5DEE_CE66_D1CE_4E5B).wrapping_mul(0x9E37_79B9_7F4A_7C15).to_le_bytes()
 }
 
-/// Compares bytes of the file `number`, from the offset `start` on.
+/// Compares `seen` with the bytes of the file `number` from the offset `start` on.
 fn compare(number: u64, start: u64, seen: &[u8]) -> Result<()> {
     let mut at = start;
     let mut seen = seen;
@@ -61,7 +62,7 @@ fn write_file(path: &Path, number: u64, bytes: u64) -> Result<()> {
     Ok(())
 }
 
-/// Makes a heap's allocations fail at random.
+/// Makes one in 20 of a heap's allocations fail, at random.
 #[derive(Debug)]
 struct Failing(std::sync::Mutex<Random>);
 
@@ -325,8 +326,8 @@ impl Holdings {
         })
     }
 
-    /// Whether the process holds more than before, apart from the mappings and the memory that the
-    /// C library's allocator may keep.
+    /// Returns whether the process holds more than before, apart from the mappings and the memory
+    /// that the C library's allocator may keep.
     fn has_grown_since(&self, before: &Holdings) -> bool {
         self.descriptors > before.descriptors
             || self.threads > before.threads
@@ -378,7 +379,7 @@ async fn soak() -> Result<()> {
             None => Ok(default),
         }
     };
-    // Short by default, because `cargo bench` runs this too.
+    // The test is short by default, because `cargo bench` runs it, too.
     let (minutes, seed) = (number("--minutes", 1)?, number("--seed", 1)?);
     let folder = tempfile::tempdir_in(std::env::var_os("BENCH_DIR").unwrap_or("/var/tmp".into()))?;
     let world = Arc::new(World::new(folder.path()).await?);

@@ -1,6 +1,6 @@
 /*
  * Reads a file into a dma-buf in one of the ways that a kernel patch series of 2024
- * (DMA_HEAP_IOCTL_ALLOC_AND_READ) compared, and prints how long it takes, including allocation:
+ * (DMA_HEAP_IOCTL_ALLOC_AND_READ) compared. Prints the time that allocating and reading take:
  *
  *     dmabuf-heap-file-read HEAP MODE FILE
  *
@@ -118,7 +118,7 @@ static void *map(int fd, size_t bytes, int protection)
     return address;
 }
 
-/* Begins or ends CPU access to a dma-buf. A memfd does not need it and refuses the ioctl. */
+/* Begins or ends CPU access to a dma-buf. Does nothing for a memfd, which refuses the ioctl. */
 static void sync_cpu(int fd, uint64_t flags)
 {
     struct dma_buf_sync sync = { .flags = flags };
@@ -162,7 +162,7 @@ static int normal_io(const char *heap, int file, size_t bytes)
     return fd;
 }
 
-/* Loads by dmaload. Stores in `huge_bytes` how many bytes are in 2 MiB pages; 0 if unknown. */
+/* Loads with dmaload. Stores in `huge_bytes` how many bytes are in 2 MiB pages; 0 if unknown. */
 static int direct_io(const char *heap, int file, uint64_t *huge_bytes)
 {
     int fd = -1;

@@ -16,7 +16,7 @@ fn example(name: &str) -> Command {
     Command::new(path)
 }
 
-/// Writes a model of one tensor, with `bytes` bytes of one value.
+/// Writes a model with one tensor of `bytes` bytes, each of which is `value`.
 fn write_model(folder: &Path, name: &str, bytes: usize, value: u8) -> PathBuf {
     let header = format!(r#"{{"w":{{"dtype":"U8","shape":[{bytes}],"data_offsets":[0,{bytes}]}}}}"#);
     let mut file = (header.len() as u64).to_le_bytes().to_vec();

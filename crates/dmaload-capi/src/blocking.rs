@@ -17,7 +17,7 @@ use crate::outcome::{self, Finished, OwnedSegment};
 use crate::request::Started;
 use crate::types::dmaload_options;
 
-/// How often progress is reported and the cancel flag checked.
+/// The interval at which progress is reported and the cancel flag is checked.
 const TICK: Duration = Duration::from_millis(20);
 
 struct Unpark(Thread);
@@ -92,7 +92,7 @@ pub(crate) unsafe fn collect_segments(started: Started, control: Control<'_>) ->
             Poll::Pending if control.is_set() => thread::park_timeout(due.saturating_duration_since(Instant::now())),
             Poll::Pending => thread::park(),
         }
-        // Also checked while segments arrive without a pause.
+        // The flag is also checked while segments arrive without a pause.
         if due <= Instant::now() {
             // SAFETY: the pointers in the options are valid, as the caller guarantees.
             unsafe { control.check(&segments)? };
@@ -112,7 +112,7 @@ pub(crate) fn shut_down(loader: Loader) {
     let _ = block_on(loader.shutdown());
 }
 
-/// The descriptor of a load with exactly one segment.
+/// Returns the descriptor of a load with exactly one segment.
 pub(crate) fn single_descriptor(mut segments: Vec<OwnedSegment>) -> Result<c_int> {
     let one = segments.pop().filter(|_| segments.is_empty());
     let one = one.ok_or_else(|| Failure::invalid("the file was not loaded into a single segment"))?;

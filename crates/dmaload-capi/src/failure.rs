@@ -44,7 +44,7 @@ impl From<Error> for Failure {
     }
 }
 
-/// The kernel's errno, or else the one that is closest to the kind of the error.
+/// Returns the kernel's errno or, for an error without one, the errno closest to its kind.
 fn errno_of(error: &Error) -> Errno {
     if let Some(errno) = error.errno() {
         return Errno::from_io_error(&errno.into()).unwrap_or(Errno::IO);
@@ -82,7 +82,7 @@ pub(crate) fn answer(body: impl FnOnce() -> Result<c_int>) -> c_int {
     -failure.errno.raw_os_error()
 }
 
-/// The message of this thread's last failure, valid until the thread's next failure.
+/// Returns the message of this thread's last failure, valid until the thread's next failure.
 pub(crate) fn last_message() -> *const c_char {
     LAST.try_with(|last| last.borrow().as_ptr()).unwrap_or(c"".as_ptr())
 }

@@ -29,8 +29,8 @@ use types::{
     dmaload_report, dmaload_segment,
 };
 
-/// The version of the library: major in bits 16 and up, minor in bits 8 to 15, patch in bits 0 to
-/// 7.
+/// Returns the version of the library: major in bits 16 and up, minor in bits 8 to 15, patch in
+/// bits 0 to 7.
 #[unsafe(no_mangle)]
 pub extern "C" fn dmaload_version() -> u32 {
     const fn number(text: &str) -> u32 {
@@ -47,26 +47,26 @@ pub extern "C" fn dmaload_version() -> u32 {
     MAJOR << 16 | MINOR << 8 | PATCH
 }
 
-/// The message of this thread's last failed call: what failed, on what, the name of the kernel's
-/// errno if there is one, and a hint if there is one. Valid until this thread's next failure.
-/// Never NULL; empty before the first failure.
+/// Returns the message of this thread's last failed call: what failed, on what, the name of the
+/// kernel's errno if there is one, and a hint if there is one. The string is valid until this
+/// thread's next failure. It is never NULL, and empty before the first failure.
 #[unsafe(no_mangle)]
 pub extern "C" fn dmaload_last_error() -> *const c_char {
     failure::last_message()
 }
 
-/// Allocates a dma-buf as large as a file, rounded up to a block of its file system and to at
-/// least a page, and reads the file into it, as `DMA_HEAP_IOCTL_ALLOC_AND_READ` would have done.
-/// Returns 0 and stores the dma-buf, which the caller must close, in `dmabuf_fd`; or returns a
-/// negative errno and leaves `dmabuf_fd` unchanged.
+/// Allocates a dma-buf and reads a file into it, as `DMA_HEAP_IOCTL_ALLOC_AND_READ` would have
+/// done. The dma-buf has the length of the file, rounded up to whole pages and to whole blocks of
+/// the file system. Returns 0 and stores the dma-buf, which the caller must close, in `dmabuf_fd`;
+/// or returns a negative errno and leaves `dmabuf_fd` unchanged.
 ///
 /// `heap_fd` is an open dma-heap or /dev/udmabuf, identified by its device number. `file_fd` is a
 /// file opened for reading, with or without O_DIRECT; it is read from its beginning, and its file
-/// position is neither used nor changed. It is opened again through /proc/self/fd, which requires
-/// procfs and permission to open it (-ENOENT, -EACCES). `fd_flags` is O_CLOEXEC or 0, combined
-/// with any access mode. `heap_flags` are passed to the dma-heap, which currently defines none,
-/// and must be 0 for udmabuf. At most `batch_bytes` of a udmabuf are allocated but not yet read; 0
-/// means 128 MiB, and the minimum is 2 MiB. A dma-heap allocates all memory at once.
+/// position is neither used nor changed. The file is opened again through /proc/self/fd, which
+/// requires procfs and permission to open it (-ENOENT, -EACCES). `fd_flags` is O_CLOEXEC or 0,
+/// combined with any access mode. `heap_flags` are passed to the dma-heap, which currently defines
+/// none, and must be 0 for udmabuf. At most `batch_bytes` of a udmabuf are allocated but not yet
+/// read; 0 means 128 MiB, and the minimum is 2 MiB. A dma-heap allocates all memory at once.
 ///
 /// Errors: -EINVAL for an empty file, a file that is not regular, flags that are not allowed, or a
 /// batch that is too small; -EISDIR for a directory; -EBADF for a descriptor that is closed, or
@@ -77,7 +77,7 @@ pub extern "C" fn dmaload_last_error() -> *const c_char {
 ///
 /// Differences from the ioctl of the 2024 kernel series: there the batch size triggers reads; here
 /// it limits how much is allocated ahead of the reads. The memory of a dma-heap is a single
-/// allocation, which can't overlap with reading. It usually can't be pinned either, so reads go
+/// allocation, which can't overlap with reading. This memory usually can't be pinned, so reads go
 /// through staging, in parallel with copies. A udmabuf can be read into directly, while the rest
 /// of it is being allocated. The dma-buf is always opened for reading and writing.
 ///
@@ -124,9 +124,9 @@ pub unsafe extern "C" fn dmaload_alloc_and_read(
     })
 }
 
-/// Loads a file, or a part of it, and stores its segments as an array of `count` elements in
-/// `segments`, which must be freed with `dmaload_segments_free`. `options` may be NULL. Returns 0;
-/// on failure, returns a negative errno and stores nothing.
+/// Loads a file, or a range of its bytes. Stores an array of the segments in `segments`, and their
+/// number in `count`. The array must be freed with `dmaload_segments_free`. `options` may be NULL.
+/// Returns 0; on failure, returns a negative errno and stores nothing.
 ///
 /// Errors: those of `dmaload_alloc_and_read`; -ECANCELED if the progress function or the flag
 /// cancelled the load; -E2BIG for options that set fields of a newer version; -EINVAL for invalid
@@ -181,7 +181,8 @@ pub unsafe extern "C" fn dmaload_segments_free(segments: *mut dmaload_segment, c
 }
 
 /// Creates a loader, whose loads share memory, threads and limits. Uses only the heap,
-/// `window_bytes` and `queue_depth` of `options`, which may be NULL. Returns 0, or a negative
+/// `window_bytes` and `queue_depth` of `options`, which may be NULL. Returns 0 and stores the
+/// loader, which must be freed with `dmaload_loader_free`, in `loader`; or returns a negative
 /// errno.
 ///
 /// # Safety
@@ -200,8 +201,8 @@ pub unsafe extern "C" fn dmaload_loader_new(options: *const dmaload_options, loa
     })
 }
 
-/// Frees a loader. Running loads continue; its threads exit after the last of them. Does nothing
-/// for NULL.
+/// Frees a loader. Running loads continue, and the loader's threads exit after the last of these
+/// loads. Does nothing for NULL.
 ///
 /// # Safety
 /// `loader` is null, or came from `dmaload_loader_new`, and was not freed. No other call is using
@@ -220,7 +221,7 @@ pub unsafe extern "C" fn dmaload_loader_free(loader: *mut dmaload_loader) {
 
 /// Starts a load and returns at once. Returns 0 and stores the load, which must be freed with
 /// `dmaload_free`, in `load`; or returns a negative errno. `file_fd` may be closed after the call.
-/// `options` may be NULL; its `progress`, `cancel` and `report` must be NULL.
+/// `options` may be NULL; the fields `progress`, `cancel` and `report` must be NULL.
 ///
 /// # Safety
 /// The pointers, and those in `options`, are null or valid as the header requires.
@@ -245,8 +246,8 @@ pub unsafe extern "C" fn dmaload_start(file_fd: c_int, options: *const dmaload_o
     })
 }
 
-/// The eventfd of a load, for poll(2) or epoll(7). It is readable while `dmaload_poll` has a
-/// segment, the end of the load or a failure to return. The load owns it: do not close it, read
+/// Returns the eventfd of a load, for poll(2) or epoll(7). It is readable while `dmaload_poll` has
+/// a segment, the end of the load or a failure to return. The load owns it: do not close it, read
 /// from it or write to it. Returns -EFAULT for NULL.
 ///
 /// # Safety
@@ -283,8 +284,8 @@ pub unsafe extern "C" fn dmaload_poll(load: *mut dmaload_load, segment: *mut dma
     })
 }
 
-/// Stores the progress of a load. It is all 0 once `dmaload_poll` has returned `DMALOAD_FINISHED`
-/// or a failure, or the load was cancelled. Returns 0 or -EFAULT.
+/// Stores the progress of a load. All of its fields are 0 once `dmaload_poll` has returned
+/// `DMALOAD_FINISHED` or a failure, or the load was cancelled. Returns 0 or -EFAULT.
 ///
 /// # Safety
 /// `load` came from `dmaload_start`, and was not freed; `progress` is valid for a write.
@@ -299,7 +300,8 @@ pub unsafe extern "C" fn dmaload_load_progress(load: *const dmaload_load, progre
 }
 
 /// Stores the report of a finished load. Returns 0; -EINPROGRESS until `dmaload_poll` has returned
-/// `DMALOAD_FINISHED`; or the error of a failed load.
+/// `DMALOAD_FINISHED`; the error of a failed load; -EFAULT for NULL; or -EINVAL if the `size` of
+/// `report` is not set.
 ///
 /// # Safety
 /// `load` came from `dmaload_start`, and was not freed; `report` is valid, with its size set.

@@ -23,7 +23,7 @@ struct Event(OwnedFd);
 
 impl Event {
     fn set(&self) {
-        // Fails only if the counter is at its maximum; then it is readable anyway.
+        // Fails only if the counter is at its maximum; then the eventfd is readable anyway.
         let _ = rustix::io::write(&self.0, &1_u64.to_ne_bytes());
     }
 
@@ -39,7 +39,7 @@ impl Wake for Event {
     }
 }
 
-/// A running load, or one that is over but not freed.
+/// A load that is running, or that is over but not freed yet.
 #[allow(non_camel_case_types, reason = "the header uses this name")]
 pub struct dmaload_load {
     event: Arc<Event>,
@@ -51,7 +51,8 @@ pub struct dmaload_load {
 enum State {
     Going {
         segments: Box<Segments>,
-        /// The result that was fetched in advance, so the eventfd can signal it.
+        /// The result that was fetched in advance, so that the eventfd can signal it; `Some(None)`
+        /// is the end of the load.
         next: Option<Option<std::result::Result<Segment, Error>>>,
     },
     Finished {

@@ -22,8 +22,8 @@ pub(crate) struct OwnedSegment {
 }
 
 impl OwnedSegment {
-    /// Takes the requested part of a segment. The segment can be larger, because reads take whole
-    /// blocks. It can be dropped afterwards: the descriptor keeps its memory alive.
+    /// Takes the requested bytes of a segment, which can have more because reads take whole
+    /// blocks. The segment can be dropped afterwards: the descriptor keeps its memory alive.
     pub(crate) fn new(segment: &Segment, wanted: &Range<u64>) -> Result<Self> {
         let (fd, kind) = if segment.has_dma_buf() {
             (segment.hand_out_owned_dma_buf()?, DMALOAD_DMA_BUF)
@@ -56,7 +56,7 @@ impl OwnedSegment {
     }
 }
 
-/// The report of a load, and the CPU time, which only C programs receive.
+/// The report of a load, with the CPU time, which is not in the library's report.
 #[derive(Debug, Clone)]
 pub(crate) struct Finished {
     report: Report,
@@ -72,7 +72,7 @@ impl Finished {
     }
 }
 
-/// CPU time of the process so far.
+/// Returns the CPU time that the process has used so far.
 pub(crate) fn cpu_time() -> Duration {
     clock_gettime(ClockId::ProcessCPUTime).try_into().unwrap_or_default()
 }
@@ -132,7 +132,8 @@ pub(crate) unsafe fn into_array(loaded: Vec<OwnedSegment>, segments: *mut *mut d
     unsafe { segments.write(Box::into_raw(all).cast()) };
 }
 
-/// Closes the descriptors that were not taken (`fd` is not -1), and frees the array.
+/// Closes the descriptors that the caller has not taken (those whose `fd` is not -1), and frees
+/// the array.
 ///
 /// # Safety
 /// `segments` is null, or came from [`into_array`] with this count and has not been freed.

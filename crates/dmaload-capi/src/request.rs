@@ -53,8 +53,8 @@ pub(crate) fn duplicate_file(fd: c_int) -> Result<(OwnedFd, u64)> {
     }
 }
 
-/// The file's mode and length. A network file system must ask its server: with an outdated length
-/// from its cache, the end of the file would be missing.
+/// Returns the file's mode and length. A network file system must ask its server: with an outdated
+/// length from its cache, the end of the file would not be loaded.
 fn mode_and_length(file: &OwnedFd) -> rustix::io::Result<(RawMode, u64)> {
     match statx(file, c"", AtFlags::EMPTY_PATH | AtFlags::STATX_FORCE_SYNC, StatxFlags::BASIC_STATS) {
         Ok(found) => Ok((RawMode::from(found.stx_mode), found.stx_size)),
@@ -68,7 +68,7 @@ fn mode_and_length(file: &OwnedFd) -> rustix::io::Result<(RawMode, u64)> {
     }
 }
 
-/// The heap that this descriptor refers to.
+/// Returns the heap that this descriptor refers to.
 pub(crate) fn heap_from_fd(fd: c_int, flags: u64) -> Result<Arc<dyn Heap>> {
     let device = duplicate(fd, "heap_fd")?;
     match Device::identify(&device) {
@@ -79,6 +79,8 @@ pub(crate) fn heap_from_fd(fd: c_int, flags: u64) -> Result<Arc<dyn Heap>> {
     }
 }
 
+/// Opens the heap with this name; null means the heap memfd.
+///
 /// # Safety
 /// `name` is null, or a valid C string.
 unsafe fn heap_named(name: *const c_char) -> Result<Arc<dyn Heap>> {
@@ -88,7 +90,7 @@ unsafe fn heap_named(name: *const c_char) -> Result<Arc<dyn Heap>> {
         // SAFETY: `name` is a valid C string, as the caller guarantees.
         let name = unsafe { CStr::from_ptr(name) }.to_string_lossy();
         match name.parse() {
-            // The header offers neither; an `anon` segment would have no descriptor to hand out.
+            // The header offers neither `auto` nor `anon`, whose segments have no descriptor.
             Err(_) | Ok(HeapChoice::Auto | HeapChoice::Anon) => {
                 return Err(Failure::invalid(format!("unknown heap {name:?}: use memfd, udmabuf, dma-heap:NAME or dma-buf")));
             }
@@ -98,6 +100,8 @@ unsafe fn heap_named(name: *const c_char) -> Result<Arc<dyn Heap>> {
     Ok(choice.open(Pages::Auto)?.0)
 }
 
+/// Opens the heap that the options name or identify by a descriptor.
+///
 /// # Safety
 /// As for [`heap_named`], with `options.heap`.
 unsafe fn heap(options: &dmaload_options) -> Result<Arc<dyn Heap>> {
@@ -140,21 +144,21 @@ fn window_bytes(requested: u64) -> Result<u64> {
     match requested {
         0 => Ok(LoaderBuilder::WINDOW_BYTES),
         bytes if bytes < SEGMENT_STEP_BYTES => {
-            Err(Failure::invalid(format!("{bytes} bytes to allocate ahead are too few: use at least 2 MiB")))
+            Err(Failure::invalid(format!("too few bytes to allocate ahead ({bytes}): use at least 2 MiB")))
         }
         bytes => Ok(bytes),
     }
 }
 
-/// The library's default options, with smaller segments if the default ones do not fit into the
-/// window.
+/// Returns the library's default options, with smaller segments if segments of the default size do
+/// not fit into the window.
 fn options_for_window(window: u64) -> Result<LoadOptions> {
     let (window, options) = (window_bytes(window)?, LoadOptions::default());
     let fits = window / SEGMENT_STEP_BYTES * SEGMENT_STEP_BYTES;
     Ok(if window < LoadOptions::SEGMENT_BYTES { options.segment_bytes(fits) } else { options })
 }
 
-/// The loader for a load, and whether it belongs to this load alone.
+/// Returns the loader for a load, and whether the loader belongs to this load alone.
 ///
 /// # Safety
 /// The pointers in `options` are as the header requires.
@@ -172,7 +176,7 @@ pub(crate) unsafe fn loader_for(options: &dmaload_options) -> Result<(Loader, bo
     Ok((shared.0.clone(), false))
 }
 
-/// A started load, and the requested bytes of the file.
+/// A started load, and the range of the file's bytes that was requested.
 #[derive(Debug)]
 pub(crate) struct Started {
     pub(crate) segments: Segments,
@@ -209,11 +213,11 @@ pub(crate) fn start(loader: &Loader, file: OwnedFd, file_bytes: u64, options: &d
     Ok(Started { segments: loader.load(source).options(load).segments(), wanted, cpu_before })
 }
 
-/// The requested range of the file's bytes.
+/// Returns the requested range of the file's bytes; `bytes` is 0 for everything from `offset` on.
 fn requested_range(file_bytes: u64, offset: u64, bytes: u64) -> Result<Range<u64>> {
     let left = file_bytes.checked_sub(offset).filter(|&left| left > 0 && bytes <= left).ok_or_else(|| {
         Failure::invalid(if bytes == 0 {
-            format!("offset {offset} is not before the end of the file ({file_bytes} bytes)")
+            format!("nothing to load from offset {offset} on: the file has {file_bytes} bytes")
         } else {
             format!("the file has {file_bytes} bytes, too few for {bytes} bytes at offset {offset}")
         })

@@ -38,13 +38,13 @@ fn stated_size<T: Sized64>(size: u64) -> Result<usize> {
         .ok_or_else(|| Failure::invalid(format!("{}: size is {size}: set it to sizeof({})", T::NAME, T::NAME)))
 }
 
-/// A struct whose fields are all zero.
+/// Returns a struct whose fields are all zero.
 pub(crate) fn zeroed<T: Sized64>() -> T {
     // SAFETY: the trait guarantees that zero is a valid value of each field.
     unsafe { MaybeUninit::zeroed().assume_init() }
 }
 
-/// Reads a struct of any version; NULL means all zero.
+/// Reads a struct of any version; for NULL, returns a struct whose fields are all zero.
 ///
 /// # Safety
 /// `from` is null, or valid for reads of as many bytes as its first field says.
@@ -69,8 +69,8 @@ pub(crate) unsafe fn read<T: Sized64>(from: *const T) -> Result<T> {
     Ok(all)
 }
 
-/// Writes a struct of any version, up to the size that the caller states. Keeps its `size`, and
-/// sets fields that this version does not know to 0. Does nothing for NULL.
+/// Writes a struct of any version, up to the size that the caller states. Keeps the caller's
+/// `size`, and sets fields that this version does not know to 0. Does nothing for NULL.
 ///
 /// # Safety
 /// `to` is null, or valid for reads and writes of as many bytes as its first field says.

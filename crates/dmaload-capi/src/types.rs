@@ -6,8 +6,8 @@ use std::ffi::{c_char, c_int, c_void};
 
 /// `dmaload_options.flags`: `heap_fd` identifies the heap.
 pub const DMALOAD_HEAP_FD: u64 = 1;
-/// `dmaload_options.flags`: fail if the best route is refused, instead of taking the next one and
-/// reporting that.
+/// `dmaload_options.flags`: fail if the best route is refused, instead of taking the next route
+/// and reporting the step down.
 pub const DMALOAD_STRICT: u64 = 2;
 
 /// `dmaload_options.layout`: segments of `segment_bytes`, each of which can be used as soon as it
@@ -45,9 +45,10 @@ pub struct dmaload_progress {
 /// 0 cancels the load. It must not throw.
 pub type dmaload_progress_fn = Option<unsafe extern "C" fn(user: *mut c_void, progress: *const dmaload_progress) -> c_int>;
 
-/// A part of the file in memory. The file's bytes begin at `memory_offset` in the memory of `fd`.
-/// The rest of the memory, up to `memory_bytes`, is zero. If only a part of the file was
-/// requested, the first and last blocks also contain neighboring bytes of the file.
+/// A range of the file's bytes in memory. The bytes begin at `memory_offset` in the memory of
+/// `fd`. If the whole file was requested, the memory after the last byte is zero. If only a range
+/// of the file was requested, the first and last blocks also contain neighboring bytes of the
+/// file.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct dmaload_segment {
@@ -62,21 +63,22 @@ pub struct dmaload_segment {
     pub file_offset: u64,
     /// Number of the file's bytes in the segment.
     pub bytes: u64,
-    /// Offset of the segment's bytes in the memory: 0 unless only a part of the file was loaded.
+    /// Offset of the segment's bytes in the memory: 0 unless only a range of the file was
+    /// loaded.
     pub memory_offset: u64,
-    /// Length of the memory from `memory_offset` on. The memory is rounded up to a block of the
-    /// file system, and to at least a page.
+    /// Length of the memory from `memory_offset` on. The memory ends at a multiple of the page
+    /// size and of the file system's block size.
     pub memory_bytes: u64,
 }
 
-/// The report of a load. Set `size` before the call: at most that many bytes are written, and
-/// fields that the library does not know are set to 0.
+/// The report of a load. Set `size` before the call: at most `size` bytes are written, and fields
+/// that the library does not know are set to 0.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct dmaload_report {
     /// `sizeof(struct dmaload_report)`.
     pub size: u64,
-    /// Bytes of the file that were loaded, including neighboring bytes if only a part was
+    /// Bytes of the file that were loaded, including neighboring bytes if only a range was
     /// requested.
     pub bytes: u64,
     /// Time from the call to the last segment.
@@ -98,20 +100,20 @@ pub struct dmaload_report {
     /// Number of steps down from the best route; `text` describes each of them.
     pub fallbacks: u64,
     /// A line with the heap and the route, a line for each step down with its reason, and other
-    /// notes. Truncated if longer.
+    /// notes. Truncated to 1023 bytes, and terminated by a zero.
     pub text: [c_char; 1024],
 }
 
-/// How to load. Zero is the default of every field except `size`, including fields of newer
-/// versions that the caller does not know.
+/// The options of a load. Zero is the default of every field except `size`, including fields of
+/// newer versions that the caller does not know.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct dmaload_options {
     /// `sizeof(struct dmaload_options)`. A smaller struct is from an older version: its missing
-    /// fields have their defaults. A larger one is from a newer version, and fails with -E2BIG
-    /// unless all fields that the library does not know are zero.
+    /// fields have their defaults. A larger struct is from a newer version: the call fails with
+    /// -E2BIG unless all fields that the library does not know are zero.
     pub size: u64,
-    /// `DMALOAD_HEAP_FD`, `DMALOAD_STRICT`, or both.
+    /// A combination of `DMALOAD_HEAP_FD` and `DMALOAD_STRICT`, or 0.
     pub flags: u64,
     /// The heap to allocate from: "memfd" (the default, also for NULL), "udmabuf",
     /// "dma-heap:NAME", or "dma-buf" for the best available heap that provides dma-bufs.
@@ -124,13 +126,14 @@ pub struct dmaload_options {
     /// Segment size, a multiple of 2 MiB; 0 means 64 MiB, or less if the window or the heap's
     /// maximum is small, or more if the limit of open files is low. For `DMALOAD_SEGMENTED` only.
     pub segment_bytes: u64,
-    /// Maximum memory that is allocated but not yet filled; 0 means 128 MiB. At least 2 MiB.
+    /// Maximum number of bytes that are allocated but not yet filled, over all loads of the
+    /// loader; at least 2 MiB. 0 means 128 MiB.
     pub window_bytes: u64,
     /// Offset in the file to load from.
     pub file_offset: u64,
     /// Number of bytes to load; 0 means everything from `file_offset` on.
     pub file_bytes: u64,
-    /// Maximum number of reads in flight; 0 means 44.
+    /// Maximum number of reads in flight, over all loads of the loader; 0 means 44.
     pub queue_depth: u32,
     /// 0 for normal, 1 to be served before other loads of the loader, -1 to be served after them.
     pub priority: i32,

@@ -22,7 +22,7 @@ pub(crate) enum Command {
     Cat(cat::Arguments),
     /// Writes a manifest to standard output: checksums of the files' chunks, for `load --verify`.
     Manifest(manifest::Arguments),
-    /// Shows the tensors in a file; reads only its header.
+    /// Shows the tensors of a file or a model; reads only headers.
     Inspect(inspect::Arguments),
     /// Loads files and shares their memory with other processes through a Unix socket, until
     /// SIGINT or SIGTERM.
@@ -33,8 +33,8 @@ pub(crate) enum Command {
     ///
     /// Exit status: 0 if a load would work, 1 if not, 2 wrong usage.
     Doctor(doctor::Arguments),
-    /// Creates a synthetic model, loads it cold, verifies it, and compares with allocate + mmap +
-    /// memcpy.
+    /// Creates a synthetic model, loads it cold, verifies it, and compares the time with
+    /// allocate + mmap + memcpy.
     Demo(demo::Arguments),
     /// Compares ways of loading a file cold, with each run in its own process.
     ///
@@ -47,7 +47,7 @@ pub(crate) enum Command {
 }
 
 impl Command {
-    /// Whether standard output should be one JSON object.
+    /// Returns whether standard output should be one JSON object.
     pub(crate) fn wants_json(&self) -> bool {
         match self {
             Command::Load(arguments) => arguments.json,
@@ -73,7 +73,7 @@ mod tests {
     use crate::manifests::Against;
     use crate::parse::{bytes, range};
 
-    /// Typical parts of arguments, and arbitrary characters.
+    /// Typical fragments of arguments, and arbitrary characters.
     const TEXT: &str = "(sha256|crc32c|blake3|cgroup|hog|all-but|dma-heap|clean|dirty|auto|normal|:|=|,|-|\\.|/|e|[0-9a-fA-F]{1,64}|[KMGTPE]i?B|\\PC){0,8}";
 
     #[test]

@@ -12,8 +12,8 @@ use crate::manifests::Against;
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// A file, written as it is even if it is a part of a larger model; or a folder, for all files
-    /// of its model.
+    /// A file, written as it is even if its model has several files; or a folder, for all files of
+    /// its model.
     #[arg(value_name = "MODEL")]
     pub(crate) path: PathBuf,
     /// Write only the bytes of this tensor. Little else is read. In a model of several files with

@@ -19,7 +19,7 @@ pub(crate) struct Checksums {
 #[derive(Debug)]
 struct HashingObserver {
     algorithm: Algorithm,
-    /// One for each file seen so far: the number of files is only known during the load.
+    /// A hasher for each file seen so far: the number of files becomes known only during the load.
     hashers: Mutex<Vec<Hasher>>,
 }
 
@@ -50,7 +50,7 @@ impl Checksums {
         Checksums { algorithm, observer: heap.is_uncached().then(observer) }
     }
 
-    /// Adds the observer to the load's options, if there is one.
+    /// Adds the observer, if any, to the load's options.
     pub(crate) fn apply_to(&self, options: LoadOptions) -> LoadOptions {
         match &self.observer {
             Some(observer) => options.observer(Arc::clone(observer)),
@@ -58,7 +58,7 @@ impl Checksums {
         }
     }
 
-    /// The digests of a finished load.
+    /// Returns the digests of a finished load, in the order of its files.
     pub(crate) fn finish(&self, image: &Image) -> dmaload::Result<Vec<Digest>> {
         match &self.observer {
             Some(observer) => {

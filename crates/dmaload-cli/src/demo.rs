@@ -1,9 +1,10 @@
-//! `dmaload demo`: loads a model of random values, and compares with the usual way of loading.
+//! `dmaload demo`: loads a model of random values, and compares the time with that of the
+//! usual way of loading.
 //!
 //! Both ways are measured equally often, in turn, from a cold file. Before each load, as much
 //! memory as it needs is touched and freed. Otherwise, a virtual machine that has returned memory
-//! to its host would spend part of the measured time getting it back. Results are verified outside
-//! the measured time.
+//! to its host would spend part of the measured time getting that memory back. Results are
+//! verified outside the measured time.
 
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -23,7 +24,7 @@ use crate::parse;
 use crate::progress::{finish, write_model};
 use crate::summary::{Used, summary};
 
-/// Fixed, so that the model is the same every time.
+/// The seed of the model, fixed so that the model is the same every time.
 const SEED: u64 = 1;
 
 #[derive(Debug, Args)]

@@ -11,10 +11,11 @@ use dmaload::{Cache, Error, Format, Layout, LoadOptions, Loader, LoaderBuilder, 
 
 use crate::{errors, parse};
 
-/// Under a memory limit, a segment is at most the limit divided by this.
+/// The number of segments that must fit below a memory limit: a segment is at most a quarter of
+/// the limit.
 const MEMORY_PARTS: usize = 4;
 
-/// How to load.
+/// The options of a loader and of its loads.
 #[derive(Debug, Args)]
 pub(crate) struct EngineArguments {
     /// The heap to allocate from: auto, memfd, anon, udmabuf, dma-heap:NAME.
@@ -33,7 +34,8 @@ pub(crate) struct EngineArguments {
     /// How files are divided into segments: segmented, single, tensors (cut between tensors).
     #[arg(long, default_value = "segmented")]
     pub(crate) layout: Layout,
-    /// Allocate memory for each small file separately, instead of sharing it among several.
+    /// Allocate memory for each small file separately, instead of sharing memory among several
+    /// files.
     #[arg(long)]
     pub(crate) no_pack: bool,
     /// The size of a segment: a multiple of 2 MiB, at most 1 GiB [default: 64MiB; less or more if
@@ -176,7 +178,8 @@ fn builder(arguments: &EngineArguments, route: Option<Route>, strict: bool) -> R
         builder = builder.staging_bytes(bytes);
     }
     if let Some(bytes) = arguments.memory_limit {
-        // The command runs one load at a time, so its segments need not leave room for 64 loads.
+        // The command runs one load at a time, so its segments need not leave room for as many
+        // loads as the library's default allows.
         builder = builder.memory_limit_bytes(bytes).max_open_loads(MEMORY_PARTS);
     }
     let (heap, reason) = heap(arguments)?;

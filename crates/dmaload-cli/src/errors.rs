@@ -20,7 +20,7 @@ pub(crate) fn describe(error: &anyhow::Error) -> String {
     functions_to_flags(text)
 }
 
-/// Library functions and options that its errors mention, and the corresponding flags.
+/// Functions and options that the library's errors mention, and the corresponding flags.
 const FUNCTIONS: [(&str, &str); 4] = [
     ("ServerOptions::allow_user", "--allow-user"),
     ("AttachOptions::trust_user", "--trust-user"),
@@ -44,14 +44,14 @@ fn functions_to_flags(text: String) -> String {
     })
 }
 
-/// What the user can do about an error of the engine, in the terms of this command line.
+/// Returns what the user can do about an error of the engine, in the terms of this command line.
 pub(crate) fn hint(error: &dmaload::Error) -> Option<String> {
     let hint = error.hint()?;
     Some(IN_FLAGS.iter().fold(hint, |hint, (library, command)| hint.replace(library, command)))
 }
 
-/// Options that the library's hints mention, and the corresponding flags. Two entries replace
-/// advice to stream, which no user of this command can follow: each subcommand either keeps all
+/// Phrases of the library's hints, and what this command says instead. Two entries replace advice
+/// to stream, which no user of this command can follow: each subcommand either keeps all
 /// segments or already streams.
 const IN_FLAGS: [(&str, &str); 14] = [
     ("(allow_missing)", "(--allow-missing)"),
@@ -69,7 +69,7 @@ const IN_FLAGS: [(&str, &str); 14] = [
         "raise the limit, or stream the load and drop its segments as they arrive",
         "raise --memory-limit; `dmaload cat` needs room only for a few segments",
     ),
-    ("use larger segments, or load only a part", "use a larger --segment-size, or load a part of it (--range, --tensors)"),
+    ("use larger segments, or load only a part", "use a larger --segment-size, or load less of the model (--range, --tensors)"),
     (
         "see what each heap needs; if a dma-buf is not required, the heap memfd allocates",
         "`dmaload doctor` shows what each heap needs; if a dma-buf is not required, --heap memfd allocates",
@@ -77,7 +77,7 @@ const IN_FLAGS: [(&str, &str); 14] = [
 ];
 
 /// Escapes the control and invisible characters of a message, except its line breaks. Names were
-/// escaped when they were inserted; this catches any that were missed.
+/// escaped when they were inserted; this function escapes any that were missed.
 pub(crate) fn escape(message: &str) -> impl fmt::Display {
     fmt::from_fn(move |f| {
         for (number, line) in message.split('\n').enumerate() {
@@ -105,8 +105,8 @@ pub(crate) fn with_files(error: dmaload::Error, paths: &[PathBuf]) -> anyhow::Er
     }
 }
 
-/// Whether an error means that the reader of the command's output has closed the pipe, as `head`
-/// does. The command then exits quietly and successfully. Checks the whole chain of causes.
+/// Returns whether an error means that the reader of the command's output has closed the pipe, as
+/// `head` does. The command then exits quietly and successfully. Checks the whole chain of causes.
 #[must_use]
 pub(crate) fn is_closed_pipe(error: &(dyn StdError + 'static)) -> bool {
     let mut next = Some(error);
@@ -194,7 +194,7 @@ mod tests {
             ),
             (
                 Error::TooManyPieces { bytes: 9, segment_bytes: 1, pieces: 9, most_pieces: 8 },
-                "use a larger --segment-size, or load a part of it (--range, --tensors)",
+                "use a larger --segment-size, or load less of the model (--range, --tensors)",
             ),
             (
                 Error::NoDmaBuf { tried: Vec::new() },

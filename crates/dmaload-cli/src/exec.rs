@@ -1,7 +1,7 @@
 //! `dmaload load --exec`: passes the loaded segments to another program.
 //!
-//! Modeled on systemd's socket activation (sd_listen_fds(3)): descriptors from 3 on, described by
-//! environment variables.
+//! Modeled on systemd's socket activation (sd_listen_fds(3)): the program inherits descriptors
+//! from 3 on, and environment variables describe them.
 
 use std::ffi::OsStr;
 use std::os::fd::OwnedFd;

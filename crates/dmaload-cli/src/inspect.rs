@@ -1,4 +1,4 @@
-//! `dmaload inspect`: shows a file's header.
+//! `dmaload inspect`: shows the headers of a file or of all files of a model.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -17,7 +17,7 @@ use crate::output::{self, terminal_width};
 pub(crate) struct Arguments {
     /// The file to inspect; a folder or an index stands for all files of a model.
     pub(crate) path: PathBuf,
-    /// How to interpret its bytes: auto, safetensors, gguf, raw.
+    /// How to interpret the file's bytes: auto, safetensors, gguf, raw.
     #[arg(long, default_value = "auto")]
     pub(crate) format: Format,
     /// Print one JSON object.
@@ -68,13 +68,13 @@ fn file_to_json(inspected: &Inspected) -> Value {
     object
 }
 
-/// The metadata of a GGUF file, one key per line.
+/// Formats the metadata of a GGUF file, one key per line.
 fn metadata(gguf: &gguf::GgufMetadata) -> Pairs {
     let pairs = Pairs::new().with("GGUF version", gguf.version());
     gguf.iter().fold(pairs, |pairs, (key, value)| pairs.with(key, value))
 }
 
-/// The metadata of a safetensors file (`__metadata__`), one key per line.
+/// Formats the metadata of a safetensors file (`__metadata__`), one key per line.
 fn safetensors_metadata(tensors: &TensorMap) -> Pairs {
     tensors.metadata().iter().fold(Pairs::new(), |pairs, (key, value)| pairs.with(key, value))
 }

@@ -121,7 +121,7 @@ fn report_usage(error: &clap::Error, command_line: &[OsString]) -> u8 {
     let shown = hostile.fold(text.clone(), |text, argument| text.replace(&argument, &printable::text(&argument).to_string()));
     let shown = errors::escape(&shown).to_string();
     if shown == text {
-        // Uses colors on a terminal.
+        // On a terminal, clap prints the text in colors.
         let _ = error.print();
     } else {
         let _ = write!(std::io::stderr(), "{shown}");

@@ -27,8 +27,8 @@ pub(crate) struct Arguments {
     pub(crate) paths: Vec<PathBuf>,
     #[command(flatten)]
     pub(crate) engine: EngineArguments,
-    /// Load only these tensors: a name, or a pattern with *, ?, {a,b}, {0..3}; may be repeated,
-    /// and they are loaded in this order.
+    /// Load only these tensors: a name, or a pattern with *, ?, {a,b}, {0..3}; may be repeated.
+    /// Tensors are loaded in the order given.
     #[arg(long, value_name = "PATTERN")]
     pub(crate) tensors: Vec<String>,
     /// Load only this byte range of each file.
@@ -44,14 +44,14 @@ pub(crate) struct Arguments {
     /// Load the model in this byte range of the file, such as weights stored inside a package.
     #[arg(long, value_name = "START..END", value_parser = parse::range)]
     pub(crate) inside: Option<(u64, u64)>,
-    /// Load only the part for this rank, counted from 0; or env, to read RANK and WORLD_SIZE from
+    /// Load only the shard of this rank, counted from 0; or env, to read RANK and WORLD_SIZE from
     /// the environment.
     ///
-    /// Launchers of several processes (torchrun) set both variables. Without env, they have no
-    /// effect.
+    /// Launchers of several processes (torchrun) set both variables. Without `--rank env`, these
+    /// variables have no effect.
     #[arg(long, value_name = "NUMBER|env")]
     pub(crate) rank: Option<Rank>,
-    /// Number of parts; 1 means everything in one part.
+    /// Number of shards; 1 means everything in one shard.
     #[arg(long, value_name = "RANKS")]
     pub(crate) world_size: Option<u32>,
     /// Cut each tensor along this dimension, counted from the outermost, 0; by default the bytes
@@ -59,7 +59,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "DIMENSION")]
     pub(crate) shard_dim: Option<usize>,
     /// Fail unless the files match: a manifest (see `dmaload manifest`), or sha256:HEX (or
-    /// blake3:, crc32c:, xxh3:) for the one given file; other parts of its model are not checked.
+    /// blake3:, crc32c:, xxh3:) for the one given file; other files of its model are not checked.
     #[arg(long, value_name = "MANIFEST|ALGORITHM:HEX")]
     pub(crate) verify: Option<Against>,
     /// Compute this digest of each file from the loaded memory: sha256, blake3, crc32c, xxh3.
@@ -88,7 +88,7 @@ pub(crate) struct Arguments {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Rank {
     Number(u32),
-    /// The variables set by a launcher.
+    /// In the variables RANK and WORLD_SIZE, which a launcher sets.
     Environment,
 }
 
@@ -127,7 +127,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     }
     let whole = arguments.tensors.is_empty() && arguments.range.is_none() && shard.is_none() && arguments.inside.is_none();
     if arguments.digest.is_some() && !(whole && arguments.engine.layout != Layout::Tensors) {
-        return Err(Error::Config("--digest needs whole files, but only parts are loaded".to_owned()).into());
+        return Err(Error::Config(
+            "--digest needs whole files: it excludes --tensors, --range, --rank, --inside and --layout tensors".to_owned(),
+        )
+        .into());
     }
     if let Some(against) = &arguments.verify {
         options = against.apply_to(options)?;
@@ -165,7 +168,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     }
 }
 
-/// The requested part, and a note if the environment names a part that was not requested.
+/// Returns the requested shard, and a note if the environment names a rank that was not requested.
 fn requested_shard(
     arguments: &Arguments,
     variable: impl Fn(&str) -> Option<String>,
@@ -184,7 +187,9 @@ fn requested_shard(
         (None, world_size) => {
             let both = variable("RANK").zip(variable("WORLD_SIZE"));
             let note = both.map(|(rank, all)| {
-                format!("RANK={rank} and WORLD_SIZE={all} in the environment are ignored; --rank env loads that rank's part only")
+                format!(
+                    "RANK={rank} and WORLD_SIZE={all} in the environment are ignored; --rank env loads that rank's shard only"
+                )
             });
             (None, world_size, note)
         }
@@ -194,6 +199,6 @@ fn requested_shard(
         (None, None | Some(1)) if dim.is_none() => Ok((None, note)),
         (Some(0), Some(1)) => Ok((None, note)),
         (Some(rank), Some(world_size)) => Ok((Some(Shard { rank, world_size, dim }), note)),
-        _ => Err(Error::Config("a rank's part needs --rank and --world-size, or --rank env".to_owned())),
+        _ => Err(Error::Config("a shard needs --rank and --world-size, or --rank env".to_owned())),
     }
 }

@@ -1,4 +1,4 @@
-//! Manifests and checksums that files are verified against: recording and reading them.
+//! Records and reads manifests and checksums that files are verified against.
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -79,8 +79,8 @@ fn split_loosely(text: &str) -> Option<(String, &str)> {
     (is_name && is_hex).then_some((name, hex))
 }
 
-/// The digits of a checksum without a name: either alone, or in a line of SHA256SUMS, in the
-/// format of coreutils or BSD.
+/// Returns the digits of a checksum that has no `NAME:` before them: they are the whole text, or
+/// in a line of SHA256SUMS in the format of coreutils or BSD.
 fn bare_digits(text: &str) -> Option<&str> {
     let first = match text.strip_prefix("SHA256 (") {
         Some(line) => line.rsplit_once(") = ")?.1,

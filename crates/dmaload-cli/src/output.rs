@@ -11,7 +11,7 @@ use dmabuf::printable;
 use dmaload_text::Named;
 use serde_json::Value;
 
-/// Standard output could not be written to.
+/// A failure to write to standard output.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot write to standard output: {}", Named(.0))]
 struct OutputError(io::Error);
@@ -48,13 +48,13 @@ impl Write for Stdout {
     }
 }
 
-/// Whether the object of a run with `--json` was written.
+/// Whether a run with `--json` has begun to write its object.
 static OBJECT_WRITTEN: AtomicBool = AtomicBool::new(false);
 
 /// Writes the only object of a run with `--json`.
 ///
 /// # Errors
-/// Those of standard output.
+/// If standard output can't be written to.
 pub(crate) fn write_json(object: &Value) -> io::Result<()> {
     OBJECT_WRITTEN.store(true, Ordering::Relaxed);
     let mut stdout = stdout();
@@ -62,7 +62,7 @@ pub(crate) fn write_json(object: &Value) -> io::Result<()> {
     stdout.flush()
 }
 
-/// Writes the object of an error, unless an object has already been written: there is only one.
+/// Writes the object of an error, unless the run has already begun to write its only object.
 pub(crate) fn write_json_error(object: &Value) -> io::Result<()> {
     if OBJECT_WRITTEN.load(Ordering::Relaxed) { Ok(()) } else { write_json(object) }
 }
@@ -94,7 +94,8 @@ pub(crate) fn escape(text: String) -> String {
     escaped
 }
 
-/// The width of the terminal if standard output is one, otherwise `None`.
+/// Returns the width of the terminal in characters; `None` if standard output is not a terminal or
+/// does not report a width.
 #[must_use]
 pub(crate) fn terminal_width() -> Option<usize> {
     let size = rustix::termios::tcgetwinsize(rustix::stdio::stdout()).ok()?;

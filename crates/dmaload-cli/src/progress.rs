@@ -9,7 +9,7 @@ use dmaload_bench::scratch::ScratchFile;
 use dmaload_bench::synth::Model;
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// Whether standard error is not a terminal, so a bar would not be seen.
+/// Returns whether no bar would be visible, because standard error is not a terminal.
 pub(crate) fn is_quiet() -> bool {
     !std::io::stderr().is_terminal()
 }
@@ -38,7 +38,7 @@ pub(crate) async fn finish(mut load: Load, quiet: bool) -> dmaload::Result<Image
     load.finish().await
 }
 
-/// A bar with the rate and the remaining time.
+/// Creates a bar that shows the rate and the remaining time.
 fn progress_bar(what: &'static str) -> ProgressBar {
     let style = ProgressStyle::with_template(
         "{msg:10} [{bar:32}] {binary_bytes}/{binary_total_bytes}  {binary_bytes_per_sec}  {eta} left",

@@ -51,14 +51,14 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let own = Arc::clone(&server);
     let ending = move || {
         let _ = signals.forever().next();
-        // Waits for a socket that is being created.
+        // If the socket is being created, this waits until it exists and can be removed.
         let mut server = own.lock().unwrap_or_else(PoisonError::into_inner);
         drop(server.take());
         std::process::exit(0);
     };
     std::thread::Builder::new().name("signals".to_owned()).spawn(ending)?;
     {
-        // Checked before the load, which can take minutes.
+        // Check the socket's path before the load, which can take minutes.
         let _held = server.lock().unwrap_or_else(PoisonError::into_inner);
         Server::check(&arguments.socket)?;
     }
@@ -70,7 +70,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let options = arguments.allow_users.iter().fold(ServerOptions::default(), |options, &user| options.allow_user(user));
     {
         // The socket is created only after the load. A client that connects before the image is
-        // published waits for it.
+        // published waits for the image.
         let mut server = server.lock().unwrap_or_else(PoisonError::into_inner);
         let bound = server.insert(Server::bind(&arguments.socket, options.dma_bufs(arguments.share_dma_bufs))?);
         if let Err(error) = bound.publish(&arguments.name, image) {

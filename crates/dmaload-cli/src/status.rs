@@ -1,5 +1,5 @@
-//! Exit statuses. `lib.rs` decides which one an error results in; `load --exec` returns that of
-//! its program.
+//! Exit statuses. `lib.rs` decides in which status an error results; `load --exec` returns the
+//! status of its program.
 
 /// The command succeeded.
 pub(crate) const SUCCESS: u8 = 0;

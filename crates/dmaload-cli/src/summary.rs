@@ -18,7 +18,7 @@ pub(crate) struct Used {
 }
 
 impl Used {
-    /// Current values, with the CPU time since `cpu_before`.
+    /// Returns the current values, with the CPU time since `cpu_before`.
     pub(crate) fn since(cpu_before: Duration) -> Self {
         let cpu = usage::cpu_time().saturating_sub(cpu_before);
         Used { cpu, peak_resident_bytes: usage::peak_resident_bytes().unwrap_or(0) }
@@ -31,12 +31,12 @@ fn memory(report: &Report) -> String {
     format!("{}, {} ({}{shared})", report.heap, report.layout, counted(report.segments, "segment"))
 }
 
-/// Whether this process read the bytes; those of an attached image were read by another process.
+/// Returns whether this process read the bytes; another process read those of an attached image.
 fn were_read(report: &Report) -> bool {
     report.bytes == 0 || !report.reading.is_zero() || !report.from_cache.is_zero()
 }
 
-/// A summary for people.
+/// Formats a summary for people.
 pub(crate) fn summary(image: &Image, digests: &[Option<Digest>], used: Used) -> String {
     summary_with(image, digests, used, &[])
 }
@@ -58,8 +58,10 @@ pub(crate) fn summary_with(image: &Image, digests: &[Option<Digest>], used: Used
     }
     if report.wanted_bytes != report.bytes {
         let along = report.bytes.saturating_sub(report.wanted_bytes);
-        pairs = pairs
-            .with("wanted", format!("{} of these; the other {} were read with them", bytes(report.wanted_bytes), bytes(along)));
+        pairs = pairs.with(
+            "wanted",
+            format!("{} of the loaded bytes; the other {} were read with them", bytes(report.wanted_bytes), bytes(along)),
+        );
     }
     if report.cached_bytes > 0 {
         pairs = pairs.with("cached", cached(report));
@@ -119,7 +121,8 @@ fn times(report: &Report) -> String {
     format!("allocating {allocating}, reading {reading}{copying}, {:.0} % overlapped{first}", report.overlap() * 100.0)
 }
 
-/// How much came from the page cache, and the rates of the copies and of the remaining reads.
+/// Formats how many bytes were copied from the page cache and at which rate, and the rate of the
+/// reads from storage.
 fn cached(report: &Report) -> String {
     let stored_bytes = report.bytes.saturating_sub(report.cached_bytes);
     let rest = report
@@ -136,7 +139,7 @@ fn describe_fallback(report: &Report, fallback: &Fallback) -> String {
     format!("{file}{} -> {}: {} ({})", fallback.from, fallback.to, fallback.reason(), fallback.errno.describe())
 }
 
-/// The report as JSON.
+/// Converts the report to JSON.
 pub(crate) fn to_json(image: &Image, digests: &[Option<Digest>], used: Used) -> Value {
     to_json_with(image, digests, used, &[])
 }

@@ -5,8 +5,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 static STDOUT_WAS_CLOSED: AtomicBool = AtomicBool::new(false);
 
-/// Whether this program was started with standard output closed (`>&-`). Before `main`, the Rust
-/// runtime opens /dev/null in its place, which is then indistinguishable from `>/dev/null`.
+/// Returns whether this program was started with standard output closed (`>&-`). Before `main`,
+/// the Rust runtime opens /dev/null in its place, so a closed standard output then looks like
+/// `>/dev/null`.
 pub(crate) fn stdout_was_closed() -> bool {
     STDOUT_WAS_CLOSED.load(Ordering::Relaxed)
 }

@@ -1,9 +1,9 @@
 //! `load --trace`: a timeline for Perfetto (<https://ui.perfetto.dev>) and chrome://tracing.
 //!
-//! Uses the Trace Event Format: an object with `traceEvents`. Most are complete events (`"ph":
-//! "X"`) with times in microseconds; metadata events (`"ph": "M"`) name the rows. Overlapping
-//! events are shown in different rows, so each kind of event has as many rows as it had
-//! simultaneous events.
+//! Uses the Trace Event Format: an object with `traceEvents`. Most events are complete events
+//! (`"ph": "X"`) with times in microseconds; metadata events (`"ph": "M"`) name the rows.
+//! Overlapping events of a kind are shown in different rows, so each kind has as many rows as it
+//! had simultaneous events.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use std::time::Duration;
 use dmaload::{Report, TraceEvent, TraceKind};
 use serde_json::{Value, json};
 
-/// The timeline of a load.
+/// Converts a load's events to a timeline.
 pub(crate) fn to_json(report: &Report) -> Value {
     let mut events = report.trace.clone();
     events.sort_by_key(|event| (event.kind, event.start, event.end));
@@ -42,7 +42,8 @@ fn complete_event(report: &Report, event: &TraceEvent, row: usize) -> Value {
     })
 }
 
-/// The thread ID of a row, which the viewer shows as a thread. Rows of a kind have adjacent IDs.
+/// Returns the thread ID of a row, which the viewer shows as a thread. Rows of a kind have
+/// adjacent IDs.
 fn thread_id(kind: TraceKind, row: usize) -> usize {
     let kind = [
         TraceKind::Allocate,

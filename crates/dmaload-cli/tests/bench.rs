@@ -35,8 +35,8 @@ fn assert_close(left: f64, right: f64) {
     assert!((left - right).abs() <= 1e-9 * left.abs().max(right.abs()), "{left} is not close to {right}");
 }
 
-/// Why this machine, or the file's file system, can't run modes that need io_uring or direct
-/// reads; `None` if it can.
+/// Returns why this machine, or the file's file system, can't run modes that need io_uring or
+/// direct reads; `None` if it can.
 fn why_unmeasurable(file: &Path) -> Option<String> {
     let done = run(dmaload(["bench", "--rounds", "1", "--modes", "limit,pread-direct", "--json"]).arg(file));
     (done.code != Some(0)).then(|| done.to_string())
@@ -75,7 +75,7 @@ fn every_mode_is_measured_and_the_numbers_of_one_round_agree() {
         assert_eq!(mode["failures"], serde_json::json!([]));
     }
     assert!(number(&mode(&json, "direct_io")["overlap"]["median"]) > 0.0);
-    assert_ne!(mode(&json, "normal")["pages"], "2m", "the baseline is on small pages");
+    assert_ne!(mode(&json, "normal")["pages"], "2m", "the baseline is on 2 MiB pages");
 }
 
 #[test]
@@ -252,7 +252,7 @@ fn modes_run_while_a_hog_occupies_memory() {
 #[test]
 fn interrupted_bench_leaves_no_file_process_or_group() {
     let folder = folder();
-    // Groups can only be created by root; the rest is also tested without one.
+    // Only root can create a memory cgroup; other users test with a hog, which needs no group.
     let pressure = if is_root() { "cgroup:512MiB,clean" } else { "hog:64MiB" };
     let mut bench = dmaload(["bench", "--size", "128MiB", "--rounds", "1000", "--pressure", pressure, "--dir"]);
     let bench = bench.arg(folder.path()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();

@@ -70,12 +70,13 @@ fn read_slowly(mut cat: std::process::Child) -> (usize, Vec<u8>, common::Done) {
 
 #[test]
 fn cat_with_a_slow_reader_uses_a_bounded_amount_of_memory() {
-    /// For the program itself, its ring and its threads.
+    /// Resident memory of the program itself, its ring and its threads.
     const OWN: usize = 32 * MIB;
     let folder = folder();
     let path = common::large_file(folder.path(), "model.bin", (480 * MIB) as u64);
     let expected = std::fs::read(&path).unwrap();
     let small = ["--segment-size", "8MiB", "--window", "32MiB"];
+    // The options, and how many MiB of memory the load itself may occupy.
     let cases: [(&[&str], usize); 7] = [
         (&[], 128 + 2 * 64),
         (&small, 32 + 2 * 8),
@@ -89,14 +90,14 @@ fn cat_with_a_slow_reader_uses_a_bounded_amount_of_memory() {
         let cat = dmaload(["cat"]).args(options).arg(&path).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let (resident, written, done) = read_slowly(cat);
         done.succeeds();
-        assert!(written == expected, "{options:?}: wrong bytes, or a wrong number of them: {}", written.len());
+        assert!(written == expected, "{options:?}: the bytes, or their number ({}), are wrong", written.len());
         println!("{options:?}: {} MiB resident, at most {} allowed", resident / MIB, most_mib + OWN / MIB);
         assert!(resident <= most_mib * MIB + OWN, "{options:?}: {} MiB were resident", resident / MIB);
     }
 }
 
-/// Writes a safetensors file. Each tensor has a name, a number of bytes, and the value of all of
-/// its bytes.
+/// Writes a safetensors file. A tensor is given by its name, its length in bytes, and the value of
+/// every byte.
 fn model(folder: &Path, name: &str, tensors: &[(&str, usize, u8)]) {
     let (mut entries, mut data) = (Vec::new(), Vec::new());
     for (name, bytes, value) in tensors {

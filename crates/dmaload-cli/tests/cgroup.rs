@@ -31,10 +31,10 @@ impl MemoryGroup {
         let mut reasons = Vec::new();
         for (parent, file) in places {
             let group = Path::new(parent).join(&name);
-            // A cgroup file system creates the limit file. It is not created here, because in any
-            // other folder it would limit nothing.
             let limit_file = group.join(file);
             let made = fs::create_dir(&group).map(|()| MemoryGroup(group));
+            // Only a cgroup file system creates the limit file. The test must not create the file,
+            // because in any other folder a file of this name limits nothing.
             let written = |made: MemoryGroup| {
                 fs::OpenOptions::new().write(true).open(&limit_file)?.write_all(limit.to_string().as_bytes())?;
                 Ok(made)
@@ -47,8 +47,8 @@ impl MemoryGroup {
         Err(reasons.join("; "))
     }
 
-    /// How many processes the kernel has killed for this limit. Always 0 before Linux 4.13: older
-    /// kernels do not report the number.
+    /// Returns the number of processes that the kernel has killed because of the limit. Before
+    /// Linux 4.13, the kernel does not report the number, and the result is always 0.
     fn count_kills(&self) -> u64 {
         let counts =
             ["memory.events", "memory.oom_control"].into_iter().find_map(|name| fs::read_to_string(self.0.join(name)).ok());
@@ -56,7 +56,7 @@ impl MemoryGroup {
         counts.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok()).unwrap_or(0)
     }
 
-    /// A command that runs the given one inside the group.
+    /// Returns a command that runs the given command inside the group.
     fn inside(&self, command: &Command) -> Command {
         let script = format!("echo $$ > '{}/cgroup.procs' && exec \"$@\"", self.0.display());
         let mut shell = Command::new("sh");
@@ -85,12 +85,13 @@ fn only_loads_above_the_limit_of_the_group_are_refused() {
         run(&mut load(&large)).fails(1, &["large.bin", "more bytes are needed", "/memory."]);
         run(&mut load(&small)).succeeds();
     }
-    // `cat` streams, so it fails only if a piece of the file does not fit; these pieces do.
+    // `cat` streams, so it fails only if a piece of the file does not fit into the limit. The
+    // pieces of this file do.
     let cat = group.inside(dmaload(["cat"]).arg(&small));
     assert_eq!(run(&mut { cat }).succeeds().stdout.len(), 20 * MIB);
 }
 
-/// Each load finds enough memory when it begins; all of them together do not fit.
+/// Each load finds enough memory when it begins, but there is not enough for all of them.
 #[test]
 fn concurrent_loads_above_the_limit_fail_and_are_not_killed() {
     let folder = folder();
@@ -122,7 +123,7 @@ fn concurrent_loads_above_the_limit_fail_and_are_not_killed() {
         }
     }
     println!("{succeeded} loads succeeded, {failed} failed");
-    assert!(succeeded > 0, "loads that fail make room for the others");
+    assert!(succeeded > 0, "no load succeeded, although loads that fail make room for others");
 }
 
 #[test]
@@ -143,7 +144,7 @@ fn cat_with_a_slow_reader_fits_a_small_group() {
         std::thread::sleep(Duration::from_secs(2));
         stdout.read_to_end(&mut written).unwrap();
         finish(format!("cat {options:?}"), cat).succeeds();
-        assert!(written == fs::read(&path).unwrap(), "{options:?}: {} bytes", written.len());
+        assert!(written == fs::read(&path).unwrap(), "{options:?}: the bytes, or their number ({}), are wrong", written.len());
         assert_eq!(group.count_kills(), 0);
     }
 }

@@ -38,7 +38,7 @@ fn interrupted_demo_removes_its_file() {
     }
     kill_process(Pid::from_child(&demo), Signal::INT).unwrap();
     let done = finish("dmaload demo, interrupted".to_owned(), demo);
-    assert_eq!(done.signal, Some(Signal::INT.as_raw()), "the signal ends the process: {done}");
+    assert_eq!(done.signal, Some(Signal::INT.as_raw()), "the signal did not end the process: {done}");
     assert_eq!(count_files(folder.path()), 0, "{done}");
 }
 

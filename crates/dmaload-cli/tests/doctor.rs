@@ -35,7 +35,8 @@ fn trial_without_descriptors_leaves_loads_unknown() {
         unknown += usize::from(text.contains("load doctor can't tell"));
     }
     assert!(unknown > 0, "no limit was too low for the trial");
-    // Doctor never reports that a working load would fail, and always that a damaged model would.
+    // Doctor never reports that a working load would fail, and always reports that the load of a
+    // damaged model would.
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 5000);
     let broken = common::file(folder.path(), "lfs.safetensors", b"version https://git-lfs.github.com/spec/v1\nsize 5\n");
@@ -98,7 +99,7 @@ fn advises(json: &Value, command: &str) -> bool {
     json["advice"].as_array().unwrap().iter().any(|advice| advice["command"].as_str().unwrap().contains(command))
 }
 
-/// Whether this test can open the file with `O_DIRECT`.
+/// Returns whether this test can open the file with `O_DIRECT`.
 fn has_direct(path: &Path) -> bool {
     fs::OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path).is_ok()
 }
@@ -333,7 +334,7 @@ fn doctor_exits_with_status_1_if_a_load_would_fail() {
     assert_eq!((&json["load"]["works"], &json["path"]["fits_memory"]), (&json!(false), &json!(false)), "{json:#}");
     assert!(json["load"]["reason"].as_str().unwrap().contains("8.00 TiB"), "{json:#}");
     assert!(json["advice"][0]["change"].as_str().unwrap().starts_with("free "), "{json:#}");
-    // Only memfds are refused: everything else is reported as usual.
+    // If only memfds are refused, doctor reports everything else as usual.
     let memfd_create = u32::try_from(libc::SYS_memfd_create).unwrap();
     let json = run(&mut refusing(doctor(None), &[memfd_create], libc::EPERM)).exits(1).json();
     assert_eq!((&json["load"]["works"], &heap(&json, "memfd")["usable"]), (&json!(false), &json!(false)), "{json:#}");
@@ -548,7 +549,7 @@ fn doctor_inspect_and_load_agree_on_false_lengths() {
     }
 }
 
-/// A command that runs the given one where another file system hides procfs.
+/// Returns a command that runs the given command where another file system hides procfs.
 fn without_proc(command: &Command) -> Command {
     let mut hidden = Command::new("unshare");
     hidden.args(["-m", "sh", "-c", "mount -t tmpfs none /proc && exec \"$@\"", "sh"]).arg(command.get_program());
@@ -566,8 +567,8 @@ fn without_procfs_doctor_works_as_load_does() {
     let got = run(without_proc(&dmaload(["load", "--json", "--cache", "bypass"])).arg(&path)).succeeds().json();
     let reported = run(&mut without_proc(&doctor(Some(&path)))).succeeds().json();
     assert_eq!((&reported["load"]["works"], &reported["load"]["route"]), (&json!(true), &got["route"]), "{reported:#}");
-    // If no file can be written and no memfd opened by its descriptor, doctor loads the beginning
-    // of the file in question.
+    // If doctor can't write a file and can't open a memfd through procfs, it loads the beginning
+    // of the file at the path.
     let mut closed = without_proc(&doctor(Some(&path)));
     closed.env("TMPDIR", "/nonexistent");
     let mut without_space = Command::new("sh");

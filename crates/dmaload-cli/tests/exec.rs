@@ -39,9 +39,9 @@ fn program_reads_the_segments_from_its_descriptors() {
     let memory = next();
     let padded = (5 * MIB + 7).next_multiple_of(4096);
     assert_eq!(memory.len(), padded + 3 * MIB);
-    assert!(memory[..sizes[0]] == random_bytes(sizes[0], sizes[0] as u64), "the first file");
-    assert!(memory[sizes[0]..padded].iter().all(|&byte| byte == 0), "its tail");
-    assert!(memory[padded..] == random_bytes(sizes[2], sizes[2] as u64), "the third file");
+    assert!(memory[..sizes[0]] == random_bytes(sizes[0], sizes[0] as u64), "the first file has wrong bytes");
+    assert!(memory[sizes[0]..padded].iter().all(|&byte| byte == 0), "the tail of the first file is not zero");
+    assert!(memory[padded..] == random_bytes(sizes[2], sizes[2] as u64), "the third file has wrong bytes");
 }
 
 #[test]
@@ -64,8 +64,8 @@ fn small_files_share_a_descriptor_unless_not_packed() {
     assert_eq!(memory.len(), 3 * 8192);
     for (number, &offset) in offset.iter().enumerate() {
         let (part, bytes) = (&memory[usize::try_from(offset).unwrap()..][..8192], 5000 + number);
-        assert!(part[..bytes] == random_bytes(bytes, bytes as u64), "file {number}");
-        assert!(part[bytes..].iter().all(|&byte| byte == 0), "the tail of file {number}");
+        assert!(part[..bytes] == random_bytes(bytes, bytes as u64), "file {number} has wrong bytes");
+        assert!(part[bytes..].iter().all(|&byte| byte == 0), "the tail of file {number} is not zero");
     }
     let (fds, fd, offset, memory) = loaded(&["--no-pack"]);
     assert_eq!((&*fds, &*fd, &*offset, memory.len()), (&b"3"[..], &[3, 4, 5][..], &[0, 0, 0][..], 8192));
@@ -100,7 +100,8 @@ fn exec_without_descriptors_or_program_is_an_error() {
     let name = path.to_str().unwrap();
     run(&mut dmaload(["load", "--quiet", name, "--exec", "/nonexistent/program"])).fails(1, &["/nonexistent/program"]);
     run(&mut dmaload(["load", "--quiet", "--heap", "anon", name, "--exec", "true"])).fails(2, &["--exec", "anon"]);
-    // The descriptions exceed an environment variable, or the descriptors exceed the limit.
+    // The descriptions exceed the length of an environment variable, or the descriptors exceed the
+    // limit of open files.
     let many: Vec<_> = (0..3000).map(|_| name).collect();
     run(dmaload(["load", "--quiet"]).args(&many).args(["--exec", "true"])).fails(1, &["--exec", "3000 segments", "fewer files"]);
     let mut some = dmaload(["load", "--quiet"]);

@@ -31,11 +31,11 @@ fn create_files(folder: &Path) -> Vec<PathBuf> {
     SIZES.iter().map(|&size| random_file(folder, &format!("{size}.bin"), size)).collect()
 }
 
-/// A part of the fallback that is reported for a file that io_uring does not read.
+/// Words of the fallback that is reported for a file that io_uring does not read.
 const BY_THREADS: &str = "by io_uring from a file system";
 
-/// Loads each cached file with the default options. They copy it from the page cache only if every
-/// change to cached bytes changes the file's modification time (`is_witness`).
+/// Loads each cached file with the default options. A load copies the file from the page cache
+/// only if every change to cached bytes changes the file's modification time (`is_witness`).
 fn check_cached(what: &str, files: &[PathBuf], is_witness: bool) {
     for (path, size) in files.iter().zip(SIZES).filter(|&(_, size)| size > 0) {
         let digest = sha256sum(path);
@@ -47,7 +47,7 @@ fn check_cached(what: &str, files: &[PathBuf], is_witness: bool) {
     }
 }
 
-/// The route at which a load begins if the caller requests none.
+/// Returns the route at which a load begins if the caller requests none.
 fn best_route(what: &str) -> &'static str {
     if what == "tmpfs" { "pread-direct" } else { ROUTES[0] }
 }
@@ -68,7 +68,6 @@ fn check(what: &str, files: &[PathBuf], is_local: bool) {
         }
         let last = seen.last().unwrap();
         println!("{what}: {route} gave {} {}", last["route"], last["fallbacks"]);
-        // A strict load takes the requested route or fails.
         let path = files.last().unwrap();
         let steps = last["fallbacks"].to_string();
         // Without direct reads, io_uring would not be tried anyway.
@@ -78,6 +77,7 @@ fn check(what: &str, files: &[PathBuf], is_local: bool) {
             let doctor = run(common::dmaload(["doctor", "--json"]).arg(path)).succeeds().json();
             assert_eq!(doctor["load"]["route"], last["route"], "{what}: {}", doctor["load"]);
         }
+        // A strict load takes the requested route or fails.
         let mut strict = common::dmaload(["load", "--json", "--strict", "--route", route]);
         let strict = run(strict.arg(path));
         if last["fallbacks"].as_array().unwrap().is_empty() {

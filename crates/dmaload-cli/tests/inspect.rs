@@ -80,8 +80,8 @@ fn raw_file_is_shown_as_raw() {
 }
 
 /// Measuring the time would prove nothing, because a sparse file is read as fast as memory.
-/// Instead, the process gets too little memory to hold or map the payload, and its reads are
-/// counted.
+/// Instead, the process gets too little address space to hold or map the payload, and its reads
+/// are counted.
 #[test]
 fn inspect_reads_only_the_header() {
     let folder = folder();

@@ -12,12 +12,12 @@ use std::time::{Duration, Instant};
 
 use common::{MIB, digest_of, dmaload, folder, large_file, load_json, sha256sum};
 
-/// Bytes of memfds and other shared memory on the whole machine.
+/// Returns the number of bytes of memfds and other shared memory on the whole machine.
 fn shared_memory_bytes() -> u64 {
     dmaload_testing::meminfo_bytes("Shmem")
 }
 
-/// How many bytes of its memfds a process has populated so far.
+/// Returns how many bytes of its memfds a process has populated so far.
 fn allocated_bytes(pid: u32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("RssShmem:")).unwrap_or("0 kB");

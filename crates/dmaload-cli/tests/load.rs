@@ -13,7 +13,7 @@ const SEGMENT: usize = 2 * MIB;
 const SIZES: [usize; 11] = [0, 1, 511, 512, 4095, 4096, 4097, SEGMENT - 1, SEGMENT, SEGMENT + 1, 5 * SEGMENT + 1];
 const SHA256: [&str; 2] = ["--digest", "sha256"];
 
-/// The tested combinations of a heap and a layout.
+/// Returns the tested combinations of a heap and a layout.
 fn shapes() -> impl Iterator<Item = (&'static str, &'static str)> {
     ["memfd", "anon"].into_iter().flat_map(|heap| ["segmented", "single"].map(|layout| (heap, layout)))
 }
@@ -106,7 +106,7 @@ fn digest_of_a_3_gib_file_equals_sha256sum() {
         return skip(reason);
     }
     let path = large_file(folder.path(), "model.bin", SIZE);
-    // In parallel, because both take many seconds.
+    // The load and sha256sum run in parallel, because both take many seconds.
     let (json, expected) = std::thread::scope(|scope| {
         let expected = scope.spawn(|| sha256sum(&path));
         (load_json(&path, &SHA256), expected.join().unwrap())
@@ -115,7 +115,7 @@ fn digest_of_a_3_gib_file_equals_sha256sum() {
     assert_eq!(json["bytes"], SIZE, "{json:#}");
 }
 
-/// Includes chunks that do not divide a segment, and a queue of a single read.
+/// The settings include chunks that do not divide a segment, and a queue of a single read.
 #[test]
 fn chunk_size_and_queue_depth_do_not_affect_the_bytes() {
     let folder = folder();
@@ -290,7 +290,7 @@ fn load_takes_the_requested_route() {
     }
 }
 
-/// The rest of the peak is staging, the rings and the program itself.
+/// Beyond the payload, the peak consists of staging, the rings and the program itself.
 #[test]
 fn the_peak_beyond_the_payload_stays_under_48_mib() {
     const SIZE: u64 = 512 << 20;
@@ -338,7 +338,7 @@ fn trace_accounts_for_every_byte_of_each_route() {
         assert_eq!(bytes("copy"), if route == "bounce" { size as u64 } else { 0 }, "{route}");
         assert_eq!(of_kind("register").len(), if route == "uring-fixed-direct" { 5 } else { 0 }, "{route}");
         let segments: Vec<_> = of_kind("hand over").iter().map(|event| event["args"]["segment"].as_u64().unwrap()).collect();
-        assert_eq!(segments, [0, 1, 2, 3, 4], "{route}: not in order");
+        assert_eq!(segments, [0, 1, 2, 3, 4], "{route}: the segments are not in order");
         let total = json["seconds"].as_f64().unwrap() * 1e6;
         for event in &events {
             let (start, length) = (event["ts"].as_f64().unwrap(), event["dur"].as_f64().unwrap());

@@ -1,5 +1,5 @@
-//! Control characters in untrusted names (of files, folders, tensors, keys, and in indices) never
-//! reach a terminal unescaped.
+//! Control characters in untrusted texts (names of files, folders, tensors and keys; indices)
+//! never reach a terminal unescaped.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -12,8 +12,9 @@ use std::path::{Path, PathBuf};
 use common::{Done, dmaload, file, folder, run, safetensors};
 use serde_json::{Value, json};
 
-/// A sequence that sets the window title, line breaks, right-to-left text, C1 control sequences
-/// with a byte order mark, and bytes that are not UTF-8.
+/// Hostile file names. They contain, one after another: a sequence that sets the window title;
+/// line breaks; right-to-left text; C1 control sequences with a byte order mark; bytes that are
+/// not UTF-8.
 const HOSTILE: [&[u8]; 5] = [
     b"\x1b]0;owned\x07",
     b"a\nb\rc\td",
@@ -26,7 +27,8 @@ fn hostile_text() -> String {
     HOSTILE.iter().map(|name| String::from_utf8_lossy(name)).collect()
 }
 
-/// Whether a character must not appear in output. A line break may: the output has several lines.
+/// Returns whether a character must not appear in output. A line break may appear, because the
+/// output has several lines.
 fn is_hidden(c: char) -> bool {
     c != '\n' && (c.is_control() || "\u{202e}\u{2066}\u{feff}\u{2028}\u{200b}".contains(c))
 }

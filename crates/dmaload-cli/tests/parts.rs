@@ -1,4 +1,5 @@
-//! Loading parts of models: tensors, ranges, ranks (including those from a launcher), folders.
+//! Loads of selected tensors, of byte ranges, of a rank's shard (also with the variables of a
+//! launcher), and of the folder of a model.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -17,14 +18,14 @@ fn model(folder: &Path, name: &str, names: [&str; 3]) -> PathBuf {
     file(folder, name, &serialize(names.map(view), None).unwrap())
 }
 
-/// The command `load`, without variables that a launcher of this test may have set.
+/// Returns the command `load`, without variables that a launcher of this test may have set.
 fn load() -> Command {
     let mut command = dmaload(["load", "--json"]);
     command.env_remove("RANK").env_remove("WORLD_SIZE");
     command
 }
 
-/// The wanted bytes, the read bytes and the number of tensors in the report.
+/// Returns the report's numbers of wanted bytes, of loaded bytes and of tensors.
 fn numbers(json: &Value) -> (u64, u64, u64) {
     let number = |key: &str| json[key].as_u64().unwrap();
     (number("wanted_bytes"), number("bytes"), number("tensors"))
@@ -49,7 +50,7 @@ fn tensors_and_byte_ranges_are_selected_by_options() {
     run(load().args(["--tensors", "z"]).arg(&path)).fails(1, &["\"z\""]);
     run(load().args(["--tensors", "{a"]).arg(&path)).fails(2, &["unclosed {"]);
     run(load().args(["--range", "9..3"]).arg(&path)).fails(2, &["invalid byte range"]);
-    run(load().args(["--tensors", "a", "--digest", "sha256"]).arg(&path)).fails(2, &["only parts are loaded"]);
+    run(load().args(["--tensors", "a", "--digest", "sha256"]).arg(&path)).fails(2, &["--digest needs whole files"]);
     let text = run(dmaload(["load", "--tensors", "b"]).arg(&path)).succeeds().text();
     assert!(text.contains("wanted") && text.contains("read with them"), "{text}");
 }
@@ -72,7 +73,7 @@ fn model_inside_a_file_is_reported_by_the_path_of_the_file() {
 }
 
 #[test]
-fn rank_from_a_launcher_loads_its_part() {
+fn rank_from_a_launcher_loads_its_shard() {
     let folder = folder();
     let path = model(folder.path(), "m.safetensors", ["a", "b", "c"]);
     let explicit = run(load().args(["--rank", "1", "--world-size", "4", "--shard-dim", "0"]).arg(&path)).succeeds().json();
@@ -133,12 +134,12 @@ fn variables_of_a_launcher_are_ignored_unless_requested() {
 }
 
 #[test]
-fn report_notes_split_tensors_and_empty_parts() {
+fn report_notes_split_tensors_and_empty_shards() {
     let folder = folder();
     let path = model(folder.path(), "m.safetensors", ["a", "b", "c"]);
     let notes = |arguments: &[&str]| run(load().args(arguments).arg(&path)).succeeds().json()["notes"].to_string();
-    // Cut in two, `b` is on both sides. Cut in four, the second part has the end of one tensor and
-    // the beginning of another.
+    // Of two shards, both contain bytes of `b`. Of four shards, the second contains the end of one
+    // tensor and the beginning of another.
     for (rank, world_size, split) in
         [("0", "2", "tensor \\\"b\\\" is split"), ("1", "2", "tensor \\\"b\\\" is split"), ("1", "4", "2 tensors")]
     {
@@ -152,7 +153,7 @@ fn report_notes_split_tensors_and_empty_parts() {
         notes(&["--rank", &rank.to_string(), "--world-size", "3000", "--shard-dim", "0"]).contains("nothing of 3 tensors")
     });
     assert_eq!(nothing.count(), 4);
-    // A file with fewer blocks than ranks: the first ranks have all of its bytes.
+    // If a file has fewer blocks than there are ranks, the first ranks have all of its bytes.
     for (name, header) in
         [("small.bin", None), ("small.safetensors", Some(br#"{"w":{"dtype":"U8","shape":[16],"data_offsets":[0,16]}}"#))]
     {
@@ -167,7 +168,7 @@ fn report_notes_split_tensors_and_empty_parts() {
         }
     }
     assert!(!notes(&["--rank", "1", "--world-size", "4"]).contains("contains no"));
-    // A damaged model is an error even if only a rank's part is loaded.
+    // A damaged model is an error even if only a shard is loaded.
     let damaged =
         common::safetensors(folder.path(), "d.safetensors", br#"{"w":{"dtype":"U8","shape":[17],"data_offsets":[0,17]}}"#, 16);
     run(load().args(["--rank", "0", "--world-size", "2"]).arg(&damaged)).fails(1, &["cut short"]);
@@ -195,7 +196,7 @@ fn layout_tensors_cuts_between_tensors() {
     let segments = json["segments"].as_array().unwrap();
     assert_eq!(segments.len(), 2);
     let end = segments[0]["file_offset"].as_u64().unwrap() + segments[0]["bytes"].as_u64().unwrap();
-    assert!(segments[1]["file_offset"].as_u64().unwrap() < end, "both segments contain the block at the cut");
+    assert!(segments[1]["file_offset"].as_u64().unwrap() < end, "the block at the cut is not in both segments");
     let json = run(load().args(["--layout", "tensors", "--align", "4KiB"]).arg(&path)).succeeds().json();
     assert_eq!(json["copied_bytes"], 3_000_000);
     assert!(json["segments"].as_array().unwrap().iter().all(|segment| segment["memory_offset"].as_u64().unwrap() % 4096 == 0));

@@ -1,5 +1,6 @@
 //! Containers refuse io_uring by a seccomp filter. These tests refuse each call with each errno: a
-//! load takes the next route, reports that, and loads the right bytes; a strict load fails.
+//! load takes the next route, reports the step down, and loads the right bytes; a strict load
+//! fails.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;

@@ -83,7 +83,7 @@ fn client_can_attach_as_soon_as_the_socket_exists() {
         let mut server = KilledOnDrop::spawn(dmaload(["serve"]).arg(&socket).arg(&path).stdout(Stdio::null()));
         let deadline = Instant::now() + Duration::from_secs(60);
         while !socket.exists() {
-            assert!(server.try_wait().unwrap().is_none() && Instant::now() < deadline, "no socket");
+            assert!(server.try_wait().unwrap().is_none() && Instant::now() < deadline, "the server created no socket");
         }
         let json = run(dmaload(["attach", "--json"]).arg(&socket)).succeeds().json();
         assert_eq!(json["files"][0]["bytes"].as_u64(), Some(150_000_001));
@@ -91,7 +91,7 @@ fn client_can_attach_as_soon_as_the_socket_exists() {
     }
 }
 
-/// A second server is refused before it loads, and one that is stopped during its load leaves
+/// A second server is refused before it loads, and a server that is stopped during its load leaves
 /// nothing behind.
 #[test]
 fn servers_that_cannot_serve_end_early_and_cleanly() {
@@ -103,7 +103,8 @@ fn servers_that_cannot_serve_end_early_and_cleanly() {
     run(dmaload(["serve"]).arg(&socket).arg(&missing)).fails(1, &["another process is listening there"]);
     run(dmaload(["serve"]).arg(&path).arg(&missing)).fails(1, &["a file that is not a socket has this name"]);
     run(dmaload(["serve"]).arg(missing.join("socket")).arg(&missing)).fails(1, &["ENOENT", "folder of the socket"]);
-    // The socket was removed by hand, and another server took its place.
+    // A server that ends does not remove the socket of another server that took the place of its
+    // own.
     std::fs::remove_file(&socket).unwrap();
     let second = start_server(&[], &socket, &[&path]);
     kill_process(Pid::from_child(&server), Signal::TERM).unwrap();

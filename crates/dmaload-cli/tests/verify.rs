@@ -1,5 +1,5 @@
-//! `manifest` and `load --verify`: correct files pass, wrong ones are named, and none of their
-//! wrong bytes are written.
+//! `manifest` and `load --verify`: correct files pass, wrong files are named, and no wrong bytes
+//! are written.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;

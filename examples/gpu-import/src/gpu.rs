@@ -58,7 +58,7 @@ impl Gpu {
                 seen.push(format!("{name} imports no dma-bufs"));
                 continue;
             }
-            // SAFETY: as above.
+            // SAFETY: the physical device belongs to this instance.
             let families = unsafe { instance.get_physical_device_queue_family_properties(physical) };
             let wanted = vk::QueueFlags::COMPUTE;
             let Some(family) = families.iter().position(|family| family.queue_flags.contains(wanted)) else { continue };
@@ -102,7 +102,7 @@ impl Gpu {
             let allocate = vk::MemoryAllocateInfo::default().allocation_size(needs.size.max(bytes)).memory_type_index(index);
             let memory =
                 self.device.allocate_memory(&allocate.push_next(&mut import), None).context("cannot import the dma-buf")?;
-            // A failed import would have left the descriptor to this function.
+            // Vulkan owns the descriptor only after a successful import.
             let _owned_by_vulkan = dma_buf.into_raw_fd();
             self.device.bind_buffer_memory(buffer, memory, 0)?;
             Ok(Buffer { buffer, memory, bytes })
@@ -127,7 +127,7 @@ impl Gpu {
 
     /// Reads a buffer from [`Gpu::make_visible`].
     fn read_bytes(&self, buffer: &Buffer) -> Result<Vec<u8>> {
-        // SAFETY: the memory can be mapped and has that many bytes, and the GPU is idle.
+        // SAFETY: the memory can be mapped and has `buffer.bytes` bytes, and the GPU is idle.
         unsafe {
             let address = self.device.map_memory(buffer.memory, 0, buffer.bytes, vk::MemoryMapFlags::empty())?;
             let bytes = std::slice::from_raw_parts(address.cast::<u8>(), usize::try_from(buffer.bytes)?).to_vec();
@@ -138,7 +138,7 @@ impl Gpu {
 
     /// Releases a buffer that the GPU has finished with.
     pub(crate) fn release(&self, buffer: Buffer) {
-        // SAFETY: every use of a buffer waits for the queue.
+        // SAFETY: each function that uses a buffer waits until the queue is idle.
         unsafe {
             self.device.destroy_buffer(buffer.buffer, None);
             self.device.free_memory(buffer.memory, None);
@@ -249,7 +249,8 @@ impl Gpu {
 
 impl Drop for Gpu {
     fn drop(&mut self) {
-        // SAFETY: nothing of the device is in use, since every use waits for the queue.
+        // SAFETY: nothing of the device is in use, because each function that uses the device
+        // waits until its queue is idle.
         unsafe {
             self.device.destroy_device(None);
             self.instance.destroy_instance(None);

@@ -1,6 +1,6 @@
 //! Imports a model's segments into Vulkan as buffers, without a copy
-//! (`VK_EXT_external_memory_dma_buf`). The GPU copies them and sums them with a compute shader;
-//! both results are compared with the file.
+//! (`VK_EXT_external_memory_dma_buf`). The GPU copies each buffer, and sums its words with a
+//! compute shader; the copy and the sum are compared with the file.
 //!
 //! `just gpu-import MODEL [HEAP]`, where the heap is `udmabuf` or `dma-heap:NAME`. If no heap is
 //! given and none makes dma-bufs, or if there is no Vulkan or no driver that imports dma-bufs,
@@ -54,7 +54,7 @@ async fn main() -> Result<()> {
         let copy = gpu.copy(&buffer)?;
         let seen = &copy[segment.memory_offset()..][..segment.len()];
         ensure!(seen == expected, "the GPU's copy differs from the file in {range:?}");
-        // Both cover the whole dma-buf, including bytes before and after the segment.
+        // Both sums cover the whole dma-buf, including bytes before and after the segment.
         ensure!(gpu.sum(&buffer)? == gpu::sum(&copy), "the GPU's sum differs from that of its copy in {range:?}");
         if segment.memory_offset() == 0 {
             ensure!(gpu.sum(&buffer)? == gpu::sum(expected), "the GPU's sum differs from that of the file in {range:?}");

@@ -2,7 +2,7 @@
  * Tests correct and incorrect uses of libdmaload from C. Usage: suite FOLDER, an existing folder
  * on a file system that supports O_DIRECT.
  *
- * Exits with 0 if all checks pass. Also run under valgrind.
+ * Exits with 0 if all checks pass. `just capi` also runs it under valgrind.
  */
 #define _GNU_SOURCE
 #include <dmaload.h>
@@ -53,7 +53,7 @@ static int count_entries(const char *path)
     return count;
 }
 
-/* The library's threads end shortly after the load or loader that they served. */
+/* Waits for the library's threads, which end shortly after the load or loader that they served. */
 static void wait_for_threads(void)
 {
     for (int tries = 0; count_entries("/proc/self/task") > 3; tries++) {
@@ -80,7 +80,7 @@ static void check_segment(const struct dmaload_segment *segment)
     CHECK(memory != MAP_FAILED);
     CHECK(segment->file_offset + segment->bytes <= BYTES && segment->bytes <= segment->memory_bytes);
     CHECK(memcmp(memory + segment->memory_offset, original + segment->file_offset, segment->bytes) == 0);
-    /* If only a part of the file was loaded, its last block also contains the bytes after it. */
+    /* If only a range of the file was loaded, its last block also contains the bytes after it. */
     uint64_t end = segment->file_offset + segment->bytes, rest = BYTES - end < 4096 ? BYTES - end : 4096;
     for (uint64_t at = segment->bytes + rest; at < segment->memory_bytes; at++)
         CHECK(memory[segment->memory_offset + at] == 0);
@@ -180,7 +180,8 @@ static void null_pointers_are_refused(void)
 static void unusable_descriptors_are_refused(void)
 {
     char other[4300];
-    /* Otherwise a thread of the library could open a file under the number of the closed one. */
+    /* Otherwise a thread of the library could open a file under the number of the closed
+     * descriptor. */
     wait_for_threads();
     int closed = open_file(), dmabuf = -7;
     close(closed);
@@ -326,7 +327,7 @@ static void invalid_options_are_refused(void)
     expect(try_load(fd, &options), ENOTTY, "neither a dma-heap");
     options = small_segments();
     options.file_offset = BYTES;
-    expect(try_load(fd, &options), EINVAL, "is not before the end of the file");
+    expect(try_load(fd, &options), EINVAL, "nothing to load from offset");
     options.file_offset = 1;
     options.file_bytes = BYTES;
     expect(try_load(fd, &options), EINVAL, "bytes at offset 1");
@@ -454,7 +455,7 @@ static void eventfd_signals_each_event(void)
     expect(dmaload_load_report(load, &report), ECANCELED, "cancelled");
     CHECK(dmaload_load_progress(load, &progress) == 0 && progress.planned_bytes == 0);
     dmaload_free(load);
-    /* A load is freed while it runs, after one segment was returned. */
+    /* A load can be freed while it runs, after one segment was returned. */
     CHECK(dmaload_start(fd, &options, &load) == 0);
     CHECK(is_readable(load, 60000) && dmaload_poll(load, &segment) == DMALOAD_SEGMENT);
     dmaload_free(load);
@@ -539,7 +540,7 @@ static void threads_can_share_a_loader(void)
     close(fd);
 }
 
-/* Runs only where the heaps exist: in guests, and on machines that have them. */
+/* Skips each heap whose device can't be opened. */
 static void heaps_are_used_by_descriptor(void)
 {
     const char *const devices[] = { "/dev/udmabuf", "/dev/dma_heap/system" };

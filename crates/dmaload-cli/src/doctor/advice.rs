@@ -1,10 +1,10 @@
 //! What would help most: a ranked list, derived from the facts.
 //!
-//! The ranks follow measurements (2 cores, 1.8 GB/s, 1 GiB): a load through the page cache takes
-//! up to twice as long and fills the cache; 4 KiB pages take nearly twice as long; four threads
-//! that `pread` keep up with io_uring on such a disk, and fall behind on faster ones; registered
-//! memory gains nothing measurable on 2 MiB pages. dma-bufs do not make loads faster, so they come
-//! last.
+//! The ranks follow measurements of a 1 GiB file with 2 cores and a disk that reads 1.8 GB/s. A
+//! load through the page cache takes up to twice as long and fills the cache. A load into 4 KiB
+//! pages takes nearly twice as long. Four threads that `pread` keep up with io_uring on such a
+//! disk, but fall behind on faster disks. Registered memory gains nothing measurable on 2 MiB
+//! pages. dma-bufs do not make loads faster, so they come last.
 
 use std::path::Path;
 
@@ -20,10 +20,10 @@ use super::verdict::{direct_refused, memlock_suffices, path_file, too_large};
 
 /// Maximum number of entries to show.
 pub(crate) const SHOWN: usize = 3;
-/// Less available memory than this is too little. It is twice the default window, so half of it
-/// remains for everything else.
+/// The amount of available memory below which doctor advises to free some: twice the default
+/// window, so that a load leaves half of it to other processes.
 const LITTLE_MEMORY_BYTES: u64 = 256 << 20;
-/// The size of a realistic model.
+/// The size of a realistic model, used if no file is given.
 const MODEL_BYTES: u64 = 1 << 30;
 
 /// One change to the machine.
@@ -43,7 +43,7 @@ impl Advice {
     }
 }
 
-/// Everything that would help, largest gain first.
+/// Returns everything that would help, largest gain first.
 pub(crate) fn ranked(facts: &Facts) -> Vec<Advice> {
     let rules = [memory, direct, pages, ring, registering, permission, device, size_limit, bug];
     rules.into_iter().filter_map(|rule| rule(facts)).collect()
@@ -89,7 +89,7 @@ fn direct(facts: &Facts) -> Option<Advice> {
     ))
 }
 
-/// The change after which io_uring can read the file, and its command.
+/// Returns the change that lets io_uring read the file, and the command for this change.
 fn allow_ring_on_file(attempt: Attempt, errno: Errno) -> (String, &'static str) {
     let (place, command, why) = match (attempt, errno) {
         (Attempt::RingOnDevice, Errno::EOPNOTSUPP) => {
@@ -107,7 +107,7 @@ fn allow_ring_on_file(attempt: Attempt, errno: Errno) -> (String, &'static str) 
     (format!("keep models on {place}: io_uring can't be trusted with {why}"), command)
 }
 
-/// The load into the default heap.
+/// Returns the trial's load into the default heap, if it worked.
 fn loaded(facts: &Facts) -> Option<&Loaded> {
     facts.trial.heap("memfd")?.outcome.as_ref().ok()
 }
@@ -138,12 +138,12 @@ const CALLS: &str = "io_uring_setup, io_uring_enter and io_uring_register";
 
 fn ring(facts: &Facts) -> Option<Advice> {
     facts.io_uring.setup.err()?;
-    let gain = "33 reads in flight from one thread instead of 4 to 32 threads: faster on fast disks, less CPU";
+    let gain = "32 reads in flight from one thread instead of 4 to 32 threads: faster on fast disks, less CPU";
     let (change, command) = allow_ring(facts.cause.as_ref());
     Some(Advice::new(change, command, gain))
 }
 
-/// The change that allows io_uring, and its command.
+/// Returns the change that allows io_uring, and the command for this change.
 fn allow_ring(cause: Option<&Cause>) -> (String, String) {
     match cause {
         Some(Cause::Sysctl(1)) => {
@@ -396,9 +396,9 @@ mod tests {
         assert!(advice_after(&[SMALL_MEMLOCK])[0].gain.starts_with("little"));
         let both = advice_after(&[SMALL_PAGES, SMALL_MEMLOCK]);
         assert!(!both[1].gain.contains("little"), "{both:#?}");
-        // A file that fits under the limit is not affected by it.
+        // The limit does not affect a file that is smaller than the limit.
         assert_eq!(advice_after(&[SMALL_MEMLOCK, |facts| path(facts, 4 << 20, Ok(()))]), []);
-        // Neither is a file that no ring reads.
+        // The limit does not affect a file that io_uring can't read, either.
         assert_eq!(advice_after(&[SMALL_MEMLOCK, ON_FUSE]).len(), 1);
     }
 

@@ -28,7 +28,7 @@ pub(crate) enum Cause {
     Seccomp,
     /// A security module, with its name if known.
     Lsm(Option<String>),
-    /// The kernel does not support it.
+    /// The kernel does not support io_uring.
     Kernel,
     /// The locked memory limit.
     Memlock,
@@ -45,7 +45,7 @@ pub(crate) fn find(errno: Errno, around: &Circumstances) -> Cause {
         (Errno::EPERM, Some(value @ 2..)) => Cause::Sysctl(value),
         (Errno::EPERM, Some(1)) if !around.privileged => Cause::Sysctl(1),
         (Errno::EPERM | Errno::ENOSYS, _) if around.seccomp => Cause::Seccomp,
-        // A filter can return any errno; if a security module with a policy is active, it is the
+        // A filter can return any errno, but an active security module with a policy is the
         // likelier cause.
         (Errno::EACCES, _) if policy.is_none() && around.seccomp => Cause::Seccomp,
         (Errno::EACCES, _) => Cause::Lsm(policy),
@@ -56,7 +56,7 @@ pub(crate) fn find(errno: Errno, around: &Circumstances) -> Cause {
 }
 
 impl Cause {
-    /// The name used in JSON.
+    /// Returns the name used in JSON.
     pub(crate) fn name(&self) -> &'static str {
         match self {
             Cause::Sysctl(_) => "sysctl",

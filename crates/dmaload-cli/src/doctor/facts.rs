@@ -20,8 +20,8 @@ use crate::errors;
 pub(crate) struct Facts {
     pub(crate) kernel: String,
     pub(crate) io_uring: probe::IoUring,
-    /// What refuses io_uring: setting it up or, if that works, registering a buffer table. `None`
-    /// if neither is refused.
+    /// What refuses the setup of io_uring or, if the setup works, the registration of a buffer
+    /// table. `None` if neither is refused.
     pub(crate) cause: Option<Cause>,
     pub(crate) memlock: Memlock,
     pub(crate) memory: Option<probe::MemoryAvailable>,
@@ -29,28 +29,28 @@ pub(crate) struct Facts {
     pub(crate) path: Option<PathFacts>,
     pub(crate) trial: Trial,
     pub(crate) dma_buf: DmaBuf,
-    /// The file size limit, which also applies to memfds.
+    /// The file size limit in bytes, which also applies to memfds.
     pub(crate) file_size_limit: Option<u64>,
-    /// How much address space the process can still use, if that is limited.
+    /// The number of bytes of address space that the process can still use, if a limit is set.
     pub(crate) address_room: Option<u64>,
     /// Whether udmabufs get only small pages because of a bug in this kernel.
     pub(crate) udmabuf_bug: bool,
     pub(crate) modules: Modules,
 }
 
-/// The path in question.
+/// The path that the user asks about.
 #[derive(Debug, Clone)]
 pub(crate) struct PathFacts {
     pub(crate) path: PathBuf,
     pub(crate) mount: Option<Mount>,
-    /// The file; `None` for a folder.
+    /// The results of probing the file; `None` for a folder.
     pub(crate) file: Option<probe::File>,
     /// How many bytes a load would read, over all files of the model; or, judging by their
     /// headers, why the load would fail.
     pub(crate) load: Result<u64, String>,
 }
 
-/// What `--dma-buf` would choose.
+/// The heap that `--dma-buf` would choose.
 #[derive(Debug, Clone)]
 pub(crate) struct DmaBuf {
     pub(crate) heap: Option<String>,
@@ -59,8 +59,10 @@ pub(crate) struct DmaBuf {
 }
 
 impl Facts {
+    /// Collects the facts about this machine, and about the path if one is given.
+    ///
     /// # Errors
-    /// If a path is given and can't be opened.
+    /// If a path is given and can't be opened or probed.
     pub(crate) fn gather(path: Option<&Path>) -> Result<Self> {
         let path = path.map(PathFacts::gather).transpose()?;
         let status = Status::read();
@@ -99,7 +101,7 @@ impl PathFacts {
         };
         let metadata = fs::metadata(path).map_err(failed("open"))?;
         let file = if metadata.is_dir() {
-            // Files in it can't be opened without search permission.
+            // Files in a folder can't be opened without search permission on the folder.
             rustix::fs::access(path, rustix::fs::Access::EXEC_OK).map_err(|errno| failed("enter")(errno.into()))?;
             None
         } else {

@@ -14,8 +14,8 @@ use super::trial::{HeapTrial, Loaded};
 use super::verdict::{self, Expected};
 
 const WIDTH: usize = 80;
-/// The width of the column of row names, plus the gap. A longer name, such as that of a dma-heap,
-/// moves all values to the right.
+/// The width of the column of row names and the gap after it, in characters. A longer name, such
+/// as that of a dma-heap, moves all values to the right.
 const INDENT: usize = 14;
 
 pub(crate) fn screen(facts: &Facts) -> String {
@@ -40,7 +40,7 @@ pub(crate) fn screen(facts: &Facts) -> String {
     rows.add("  --dma-buf", &dma_buf_line(facts));
     let advice = advice::ranked(facts);
     if advice.is_empty() {
-        rows.add("would help", "nothing: this is as good as it gets");
+        rows.add("would help", "nothing that doctor knows of");
     }
     let shown = advice.iter().take(advice::SHOWN).enumerate();
     format!("{}{}", rows.0, shown.map(|(index, advice)| Numbered(index + 1, advice).to_string()).collect::<String>())
@@ -52,7 +52,7 @@ fn size(count: u64) -> String {
     bytes(count).replace(".00 ", " ").replace(".0 ", " ")
 }
 
-/// Pairs whose values wrap onto further lines.
+/// Rows of names and values, whose values wrap onto further lines.
 struct WrappedPairs(Pairs);
 
 impl WrappedPairs {
@@ -169,7 +169,7 @@ fn describe_trial(facts: &Facts) -> String {
         Ok(folder) => format!("{}: 4 MiB written and loaded", printable::path(&folder)),
         Err(reason) => format!("no folder: {reason}"),
     };
-    // The result for the path takes precedence over that for the trial file.
+    // The file at the path takes precedence over the trial file.
     let file = verdict::path_file(facts).or(facts.trial.file.as_ref());
     let first_read = file.map(|file| format!("; {}", first_read(file))).unwrap_or_default();
     let elsewhere = facts.trial.elsewhere.as_ref().map(|reason| format!("; not next to the path: {reason}")).unwrap_or_default();
@@ -178,7 +178,7 @@ fn describe_trial(facts: &Facts) -> String {
 
 fn heap_line(heap: &HeapTrial) -> String {
     let mut limits = heap.limit_bytes.map(|most| format!(", at most {} per dma-buf", size(most))).unwrap_or_default();
-    limits.push_str(&heap.limit_parts.map(|most| format!(", {most} parts")).unwrap_or_default());
+    limits.push_str(&heap.limit_parts.map(|most| format!(", at most {most} memfds per dma-buf")).unwrap_or_default());
     match &heap.outcome {
         Err(reason) => format!("no: {reason}"),
         Ok(loaded) => {

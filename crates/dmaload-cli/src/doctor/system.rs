@@ -15,8 +15,9 @@ const CAP_SYS_ADMIN: u32 = 21;
 /// The locked memory limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Memlock {
-    /// `None` means no limit.
+    /// The soft limit; `None` means no limit.
     pub(crate) soft_bytes: Option<u64>,
+    /// The hard limit; `None` means no limit.
     pub(crate) hard_bytes: Option<u64>,
     /// Whether the process has CAP_IPC_LOCK, which lifts the limit.
     pub(crate) cap_ipc_lock: bool,
@@ -25,9 +26,9 @@ pub(crate) struct Memlock {
 /// The system's huge page settings.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct HugePages {
-    /// For memfds; `None` on kernels without transparent huge pages.
+    /// The setting for memfds; `None` on kernels without transparent huge pages.
     pub(crate) shmem_enabled: Option<String>,
-    /// For private memory.
+    /// The setting for private memory.
     pub(crate) enabled: Option<String>,
     /// Whether huge pages are disabled for this process (`PR_SET_THP_DISABLE`).
     pub(crate) denied_to_process: bool,
@@ -46,7 +47,7 @@ pub(crate) fn kernel() -> String {
 pub(crate) struct Modules {
     pub(crate) udmabuf: bool,
     pub(crate) system_heap: bool,
-    /// Whether the list of modules could be read: containers usually lack that of the host.
+    /// Whether the list of modules could be read: containers usually lack the host's list.
     pub(crate) known: bool,
 }
 
@@ -98,8 +99,8 @@ impl Status {
         Memlock { soft_bytes: limit.current, hard_bytes: limit.maximum, cap_ipc_lock: self.has(CAP_IPC_LOCK) }
     }
 
-    /// How much the address space limit leaves; `None` without a limit, or if the current use is
-    /// unknown.
+    /// Returns the number of bytes that the address space limit leaves; `None` without a limit, or
+    /// if the current use is unknown.
     pub(crate) fn address_room(&self) -> Option<u64> {
         let limit = Limit::AddressSpace.current()?;
         let used: u64 = self.field("VmSize")?.strip_suffix(" kB")?.trim().parse().ok()?;
@@ -117,7 +118,7 @@ impl Status {
 
     pub(crate) fn circumstances(&self) -> Circumstances {
         let sysctl = |name: &str| read_to_string(format!("/proc/sys/kernel/{name}")).ok();
-        // -1 means no group.
+        // The value -1, which means no group, does not parse as a `u32`.
         let group = sysctl("io_uring_group").and_then(|group| group.trim().parse::<u32>().ok());
         let is_member =
             |group| getegid().as_raw() == group || getgroups().is_ok_and(|own| own.iter().any(|own| own.as_raw() == group));
@@ -173,7 +174,10 @@ mod tests {
         let status = |text: &str| Status { text: text.to_owned(), effective: None };
         let nothing = status("");
         let without_procfs = Status { text: String::new(), effective: Some(1 << CAP_IPC_LOCK) };
-        assert!(without_procfs.has(CAP_IPC_LOCK) && !without_procfs.has(CAP_SYS_ADMIN), "the kernel reports them");
+        assert!(
+            without_procfs.has(CAP_IPC_LOCK) && !without_procfs.has(CAP_SYS_ADMIN),
+            "without procfs, the capabilities are not those of capget(2)"
+        );
         let status = status("Name:\tx\nCapPrm:\t0000000000000000\nCapEff:\t0000000000004000\nSeccomp:\t2\nTHP_enabled:\t0\n");
         assert!(status.has(CAP_IPC_LOCK) && !status.has(CAP_SYS_ADMIN));
         assert!(status.circumstances().seccomp);

@@ -19,8 +19,10 @@ use crate::engine::block_on;
 use crate::errors;
 use crate::progress::finish;
 
+/// The length of the trial file, unless the file size limit is smaller.
 const BYTES_MAX: u64 = 4 << 20;
-/// The name of the row that reports the absence of dma-heaps.
+/// The name of the row that reports the absence of dma-heaps, and the start of the names of all
+/// dma-heaps.
 pub(crate) const DMA_HEAP: &str = "dma-heap";
 
 /// The results of the loads.
@@ -28,7 +30,8 @@ pub(crate) const DMA_HEAP: &str = "dma-heap";
 pub(crate) struct Trial {
     /// The folder of the trial file, or why no folder could be used.
     pub(crate) folder: Result<PathBuf, String>,
-    /// Why the file is not in the requested folder.
+    /// Why the trial file is not in the requested folder; `None` if it is, or if no folder was
+    /// requested.
     pub(crate) elsewhere: Option<String>,
     /// The results of probing the trial file, if it could be probed.
     pub(crate) file: Option<probe::File>,
@@ -40,7 +43,7 @@ pub(crate) struct Trial {
 pub(crate) struct HeapTrial {
     pub(crate) name: String,
     pub(crate) outcome: Result<Loaded, String>,
-    /// The device and its errno, if it could not be opened.
+    /// The path of the device and the errno, if the device could not be opened.
     pub(crate) device: Option<(PathBuf, Errno)>,
     /// Maximum size of a dma-buf in bytes.
     pub(crate) limit_bytes: Option<u64>,
@@ -52,7 +55,7 @@ pub(crate) struct HeapTrial {
 #[derive(Debug, Clone)]
 pub(crate) struct Loaded {
     pub(crate) route: Route,
-    /// `None` if the kernel does not report it.
+    /// The page size of the memory in bytes; `None` if the kernel does not report it.
     pub(crate) page_bytes: Option<u64>,
     pub(crate) pages_refused: Option<Errno>,
     pub(crate) steps: Vec<Step>,
@@ -69,9 +72,9 @@ pub(crate) struct Step {
 }
 
 impl Trial {
-    /// Writes a trial file to the wanted folder or, if that fails, to another one, and loads it.
-    /// If no folder works, loads a memfd; if that fails, too (it requires procfs), the beginning
-    /// of the file in question.
+    /// Writes a trial file to the wanted folder, or to another folder if that fails, and loads the
+    /// file into each heap. If no folder works, loads a memfd instead, which requires procfs. If
+    /// that fails, too, loads the beginning of `file`.
     pub(crate) fn run(wanted: Option<&Path>, file: Option<&Path>) -> Self {
         // Writing more than the limit would kill the process (SIGXFSZ).
         let limit = dmabuf::Limit::FileSize.current().unwrap_or(BYTES_MAX);
@@ -137,7 +140,7 @@ fn write_memfd(content: &[u8]) -> Result<(File, PathBuf)> {
     Ok((file, path))
 }
 
-/// Reads the first bytes of a file through the page cache.
+/// Reads the first [`BYTES_MAX`] bytes of a file through the page cache.
 fn read_beginning(path: &Path) -> Result<(&Path, Vec<u8>)> {
     let mut content = Vec::new();
     File::open(path).at("open", path)?.take(BYTES_MAX).read_to_end(&mut content).at("read", path)?;
@@ -193,7 +196,7 @@ fn load_and_compare(heap: Arc<dyn Heap>, path: &Path, content: &[u8]) -> Result<
     let loader = Loader::builder().heap(heap).build()?;
     // The trial tests routes, so it must not take bytes from the page cache.
     let mut options = loader.load_options().format(Format::Raw).cache(Cache::Bypass);
-    // Only the beginning of the file in question was read, so no more of it is loaded.
+    // A file that the user named can be longer than `content`, which is only its beginning.
     if fs::metadata(path).is_ok_and(|about| about.len() > content.len() as u64) {
         options = options.range(0..content.len() as u64);
     }

@@ -6,7 +6,7 @@ use dmaload_text::bytes;
 use super::facts::Facts;
 use super::trial::Loaded;
 
-/// The default window: no load registers more at once.
+/// The default window: no load registers more bytes at once.
 const REGISTERED_BYTES_MAX: u64 = LoaderBuilder::WINDOW_BYTES;
 /// The default segment size; each segment is a memfd.
 const SEGMENT_BYTES: u64 = LoadOptions::SEGMENT_BYTES;
@@ -14,7 +14,7 @@ const SEGMENT_BYTES: u64 = LoadOptions::SEGMENT_BYTES;
 /// How a reason begins if doctor could not determine whether a load would work.
 pub(crate) const UNKNOWN: &str = "doctor can't tell";
 
-/// For JSON: whether a load would work; `None` if that could not be determined.
+/// Returns whether a load would work, for JSON; `None` if doctor could not determine it.
 pub(crate) fn works<T>(verdict: &Result<T, String>) -> Option<bool> {
     match verdict {
         Ok(_) => Some(true),
@@ -30,8 +30,8 @@ pub(crate) struct Expected {
     pub(crate) page_bytes: Option<u64>,
     /// Why the route differs from that of the trial file.
     pub(crate) because: Option<String>,
-    /// The ways that the load measures on parts of the file, to choose the fastest; empty if it
-    /// does not measure.
+    /// The ways that the load measures on successive ranges of the file, to choose the fastest;
+    /// empty if the load does not measure.
     pub(crate) measured: Vec<Way>,
 }
 
@@ -67,7 +67,7 @@ fn on_heap(facts: &Facts, heap: &str) -> Result<Expected, String> {
         return Err(format!("the file size limit (ulimit -f) is {}, and also applies to memfds", bytes(limit)));
     }
     if let Some(errno) = path_file(facts).and_then(probe::File::unreadable) {
-        return Err(format!("cannot read its first block: {}", errno.describe()));
+        return Err(format!("cannot read the file's first block: {}", errno.describe()));
     }
     if let (Some(room), Some(wanted)) = (facts.address_room, wanted_bytes(facts))
         && wanted > room
@@ -78,8 +78,8 @@ fn on_heap(facts: &Facts, heap: &str) -> Result<Expected, String> {
     if let Some((wanted, memory)) = too_large(facts) {
         return Err(format!("{} do not fit into the {} available ({})", bytes(wanted), bytes(memory.bytes), memory.limit));
     }
-    // The memory of a dma-heap is allocated at once. Populating it late would gain nothing, so
-    // such a load does not measure.
+    // A dma-heap populates its memory during the allocation, so memory is always ready before its
+    // reads, and the load does not measure.
     let is_allocated_at_once = heap.starts_with("dma-heap");
     Ok(Expected { measured: if is_allocated_at_once { Vec::new() } else { measured(facts) }, ..expected(facts, loaded) })
 }
@@ -88,7 +88,7 @@ fn expected(facts: &Facts, loaded: &Loaded) -> Expected {
     let (mut route, mut because) = (loaded.route, None);
     if let Some(errno) = path_file(facts).and_then(probe::File::direct_refused) {
         route = Route::Buffered;
-        because = Some(format!("its file system refuses O_DIRECT: {}", errno.describe()));
+        because = Some(format!("the file system refuses O_DIRECT: {}", errno.describe()));
     } else if let Some((attempt, errno)) =
         path_file(facts).and_then(|file| file.ring_refused).filter(|_| route <= Route::PreadDirect)
     {
@@ -127,29 +127,31 @@ pub(crate) fn path_file(facts: &Facts) -> Option<&probe::File> {
     facts.path.as_ref()?.file.as_ref()
 }
 
-/// How much memory is needed and how much is available, if the model in question does not fit.
+/// Returns how many bytes of memory are needed and how many are available, if the model at the
+/// path does not fit.
 pub(crate) fn too_large(facts: &Facts) -> Option<(u64, &probe::MemoryAvailable)> {
     let (wanted, memory) = (wanted_bytes(facts)?, facts.memory.as_ref()?);
     (wanted > memory.bytes).then_some((wanted, memory))
 }
 
-/// The number of bytes that a load of the path would read; for a model that can't be loaded, the
-/// length of the given file.
+/// Returns the number of bytes that a load of the path would read; for a model that can't be
+/// loaded, the length of the given file.
 fn wanted_bytes(facts: &Facts) -> Option<u64> {
     let path = facts.path.as_ref()?;
     let named = || path.file.as_ref().map(|file| file.bytes);
     path.load.as_ref().ok().copied().or_else(named)
 }
 
-/// Whether a load can register as much memory at once as it needs: the whole file, or the window
-/// if the file is larger or no file is given. The trial file is too small to show this.
+/// Returns whether a load can register as much memory at once as it needs: the whole file, or the
+/// window if the file is larger or no file is given. The trial file is too small to show this.
 pub(crate) fn memlock_suffices(facts: &Facts) -> bool {
     let wanted = path_file(facts).map_or(REGISTERED_BYTES_MAX, |file| file.bytes.min(REGISTERED_BYTES_MAX));
     let allowed = facts.memlock.cap_ipc_lock || facts.memlock.soft_bytes.is_none_or(|limit| wanted <= limit);
     allowed && facts.io_uring.registrable_bytes >= wanted.min(probe::PIECE_BYTES_MAX)
 }
 
-/// Why direct reads of the given file are refused; without one, those of the trial file.
+/// Returns why direct reads of the given file or, if no file is given, of the trial file are
+/// refused.
 pub(crate) fn direct_refused(facts: &Facts) -> Option<Errno> {
     if let Some(file) = path_file(facts) {
         return file.direct_refused();

@@ -24,14 +24,14 @@ pub const NOBODY: u32 = 65534;
 /// A program that runs longer is considered hung.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// The folder for files that must be on a disk, not in memory, so that `O_DIRECT` is real.
+/// Returns the folder for files that must be on a disk, not in memory, so that `O_DIRECT` is real.
 pub fn base() -> &'static Path {
     let base = Path::new(env!("CARGO_TARGET_TMPDIR"));
     fs::create_dir_all(base).unwrap();
     base
 }
 
-/// A folder for one test, which every user can enter; removed on drop.
+/// Creates a folder for one test, which every user can enter and which is removed on drop.
 pub fn folder() -> tempfile::TempDir {
     let folder = tempfile::tempdir_in(base()).unwrap();
     allow(folder.path(), 0o755);
@@ -70,7 +70,7 @@ pub fn large_file(folder: &Path, name: &str, len: u64) -> PathBuf {
     path
 }
 
-/// Writes a safetensors file with this header and this many random bytes.
+/// Writes a safetensors file with this header and `data` random bytes.
 pub fn safetensors(folder: &Path, name: &str, header: &[u8], data: usize) -> PathBuf {
     file(folder, name, &dmaload_testing::safetensors(header, &random_bytes(data, 1)))
 }
@@ -81,7 +81,8 @@ pub fn dmaload<S: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item = S>
     command
 }
 
-/// A command that runs the given one with a limit that the shell's `ulimit` sets, such as `-n 12`.
+/// Returns a command that runs the given command under a limit of the shell's `ulimit`, such as
+/// `-n 12`.
 pub fn limited(command: &Command, ulimit: &str) -> Command {
     let mut shell = Command::new("sh");
     shell.args(["-c", &format!("ulimit {ulimit} && exec \"$@\""), "sh"]).arg(command.get_program()).args(command.get_args());
@@ -137,11 +138,11 @@ pub fn finish(command: String, child: Child) -> Done {
     drop(ended);
     let stderr = String::from_utf8_lossy(&stderr).into_owned();
     let done = Done { command, code: status.code(), signal: status.signal(), stdout, stderr };
-    assert!(!watchdog.join().unwrap(), "hangs: {done}");
+    assert!(!watchdog.join().unwrap(), "the program hangs: {done}");
     done
 }
 
-/// A running program that is killed on drop, so it ends with its test even if that fails.
+/// A running program that is killed on drop, so that it ends with its test even if the test fails.
 pub struct KilledOnDrop(Child);
 
 impl KilledOnDrop {
@@ -208,7 +209,7 @@ impl Done {
         self.exits(code)
     }
 
-    /// The only JSON object on standard output.
+    /// Parses standard output, which must be one JSON object.
     #[track_caller]
     pub fn json(&self) -> Value {
         let value: Value = serde_json::from_slice(&self.stdout).unwrap_or_else(|error| panic!("{error}: {self}"));
@@ -239,19 +240,20 @@ pub fn load_json(path: &Path, arguments: &[&str]) -> Value {
     run(dmaload(["load", "--json", "--cache", "bypass"]).args(arguments).arg(path)).succeeds().json()
 }
 
-/// The digest by coreutils, an implementation that shares no code with dmaload.
+/// Returns the digest that coreutils computes, an implementation that shares no code with dmaload.
 pub fn sha256sum(path: &Path) -> String {
     let done = run(Command::new("sha256sum").arg("--").arg(path)).succeeds();
     done.text().split_whitespace().next().unwrap().trim_start_matches('\\').to_owned()
 }
 
-/// The digest of the first file in the JSON.
+/// Returns the digest of the first file in the JSON.
 #[track_caller]
 pub fn digest_of(json: &Value) -> &str {
     json["files"][0]["digest"]["hex"].as_str().unwrap_or_else(|| panic!("no digest: {json:#}"))
 }
 
-/// Why loads in this folder can't use this route, according to the kernel; `None` if they can.
+/// Returns why loads in this folder can't use this route, according to the kernel; `None` if they
+/// can.
 pub fn unavailable(route: &str, folder: &Path) -> Option<String> {
     let probe = random_file(folder, "probe", 10_000);
     let json = load_json(&probe, &["--route", route]);
@@ -275,7 +277,7 @@ pub fn skip(reason: impl fmt::Display) {
     let _ = writeln!(io::stderr(), "skipped in {name}: {reason}");
 }
 
-/// Bytes that can still be allocated, by the kernel's estimate.
+/// Returns the kernel's estimate of the number of bytes that can still be allocated.
 pub fn available_memory() -> u64 {
     let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:")).unwrap_or("0 kB");
@@ -287,7 +289,7 @@ pub fn free_disk(folder: &Path) -> u64 {
     about.f_bavail * about.f_frsize
 }
 
-/// Why there is not enough room on the disk or in memory; `None` if there is.
+/// Returns why there is not enough room on the disk or in memory; `None` if there is enough.
 pub fn no_room(folder: &Path, disk: u64, memory: u64) -> Option<String> {
     let (free, available) = (free_disk(folder), available_memory());
     (free < disk || available < memory)

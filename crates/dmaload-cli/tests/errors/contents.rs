@@ -25,12 +25,12 @@ fn advice_on_a_wrong_format_names_another_format() {
     assert!(!done.stderr.contains("give it a name"), "{done}");
 }
 
-/// A header whose only tensor has this entry, valid or not.
+/// Returns a header whose only tensor has this entry, which may be invalid.
 pub(crate) fn header(entry: &str) -> Vec<u8> {
     format!(r#"{{"w":{entry}}}"#).into_bytes()
 }
 
-/// Invalid headers for 16 bytes of data: a description, the header, and a part of the error.
+/// Invalid headers for 16 bytes of data: a description, the header, and words of the error.
 fn invalid_headers() -> Vec<(&'static str, Vec<u8>, &'static str)> {
     let good = r#"{"dtype":"U8","shape":[16],"data_offsets":[0,16]}"#;
     let two = |second: &str| format!(r#"{{"a":{{"dtype":"U8","shape":[8],"data_offsets":[0,8]}},"b":{second}}}"#).into_bytes();
@@ -96,8 +96,8 @@ fn file_with_an_invalid_header_length_loads_only_as_raw() {
     assert_loads_as_raw(&short);
 }
 
-/// Files that have the name of a model but are not one: the name, the bytes, a part of the
-/// diagnosis, and a part of the advice.
+/// Files that have the name of a model but do not contain a valid model: the name, the bytes,
+/// words of the diagnosis, and words of the advice.
 fn files_named_like_models() -> Vec<(&'static str, Vec<u8>, &'static str, &'static str)> {
     let safetensors = |length: [u8; 8]| [&length[..], br#"{"w":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}  ab"#].concat();
     let gguf = |version: u32, to_bytes: fn(u32) -> [u8; 4]| [b"GGUF", &to_bytes(version)[..], &[0; 64]].concat();

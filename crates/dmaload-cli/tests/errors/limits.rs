@@ -22,8 +22,8 @@ fn sparse_file(folder: &Path, bytes: u64) -> std::path::PathBuf {
     path
 }
 
-/// With 4 descriptors the ring can't be created, with 6 the file can't be opened, and with 7 or
-/// more there are none left for the segments.
+/// With 4 descriptors the ring can't be created, with 6 the file can't be opened, and with 7
+/// to 16 there are not enough for the segments.
 #[test]
 fn open_file_limit_is_named_wherever_it_is_hit() {
     let folder = folder();
@@ -173,7 +173,7 @@ fn load_explains_its_failure_at_any_address_space_limit() {
     assert!(reported, "no load reported the limit");
 }
 
-/// The file has 4 TiB, more than the memory of any machine that runs this test.
+/// The file is 4 TiB long, more than the memory of any machine that runs this test.
 #[test]
 fn file_larger_than_memory_is_refused_before_it_is_read() {
     let folder = folder();
@@ -189,7 +189,8 @@ fn file_larger_than_memory_is_refused_before_it_is_read() {
     }
 }
 
-/// A file of 80 TiB fits into the address space, larger ones do not; the error is the same.
+/// The file of 80 TiB fits into the address space and the larger files do not, but the error is
+/// the same.
 #[test]
 fn file_larger_than_the_address_space_exceeds_memory() {
     let Ok(folder) = tempfile::tempdir_in("/dev/shm") else { return skip("there is no /dev/shm") };
@@ -244,8 +245,8 @@ fn assert_memlock_is_reported(mut lenient: Command, mut strict: Command, path: &
     run(&mut strict).fails(1, &[text(path), "uring-fixed-direct", "ENOMEM", "strict", "ulimit -l"]);
 }
 
-/// The route bounce registers its staging buffers. If the limit refuses that, the load steps
-/// down.
+/// The route bounce registers its staging buffers. If the limit is too small for them, the load
+/// steps down, and a strict load fails.
 #[test]
 fn staging_beyond_the_memlock_limit_fails_a_strict_load() {
     let folder = folder();
@@ -287,7 +288,7 @@ fn memlock_limit_does_not_affect_the_route_of_root() {
     assert_eq!((&json["route"], &json["fallbacks"]), (&"uring-fixed-direct".into(), &Value::Array(vec![])), "{json:#}");
 }
 
-/// Exceeding the limit would kill the process (SIGXFSZ).
+/// The kernel would kill a process that exceeds the limit (SIGXFSZ).
 #[test]
 fn file_size_limit_is_named() {
     let folder = folder();
