@@ -48,7 +48,7 @@ pub(crate) struct Kernel {
     /// Modules to load, in this order. Those that are built into the kernel are skipped.
     pub(crate) modules: &'static [Wanted],
     pub(crate) memory_mib: u32,
-    /// A guest that runs longer is killed.
+    /// The time limit, after which the guest is killed.
     pub(crate) seconds_max: u64,
     /// Whether the machine has the two disks with an unreadable sector.
     pub(crate) bad_disks: bool,

@@ -83,7 +83,7 @@ pub(crate) fn fill_tables(text: &str, rows: &[Row]) -> Result<String> {
         let Some((table, head)) = parse_heading(line)? else { continue };
         let own = rows.iter().filter(|row| row.table == table).collect::<Vec<_>>();
         if own.is_empty() {
-            bail!("cannot fill the table {table}: no suite calls record_row(\"{table}\", …), or the table occurs twice");
+            bail!("cannot fill the table {table}: no suite called record_row(\"{table}\", …)");
         }
         for row in &own {
             if row.cells.len() != head.len() {

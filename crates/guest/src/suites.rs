@@ -13,8 +13,8 @@ pub(crate) enum Program {
     Test(&'static str, &'static str),
 }
 
-/// Returns whether a suite runs on a kernel. The line is that of the booted release. It is later
-/// than the kernel's line if that has left the archive.
+/// A function that returns whether a suite runs on a kernel. [`Line`] is that of the booted
+/// release: later than [`Kernel::line`] if the latter has left the archive.
 type Condition = fn(&Kernel, Line) -> bool;
 
 /// One entry of `SUITES`.
@@ -69,7 +69,8 @@ fn has_bad_disks(kernel: &Kernel, line: Line) -> bool {
     kernel.bad_disks && line_makes_dma_bufs(line)
 }
 
-/// Selects the lines between which system calls differ most.
+/// Whether the line is older or newer than the others among the default kernels. System calls
+/// differ most between these two.
 fn oldest_or_newest(_: &Kernel, line: Line) -> bool {
     !line_makes_dma_bufs(line) || line >= (7, 2)
 }
@@ -78,7 +79,7 @@ fn oldest_or_newest(_: &Kernel, line: Line) -> bool {
 const PURE: &[&str] = &[
     "budget::",
     "engine::jobs",
-    // One of these tests reads the sources, which a guest lacks.
+    // A test of this module reads the sources, which a guest lacks.
     "error::",
     "glob::",
     "lent::",
