@@ -1,6 +1,6 @@
 //! Helpers for the suites: files on the guest's disk, loads, dma-bufs read through their own
 //! mappings, and settings of the kernel.
-#![allow(dead_code, unreachable_pub, reason = "each suite uses a part of it")]
+#![allow(dead_code, unreachable_pub, reason = "each suite uses only some of the helpers")]
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the suite")]
 #![allow(unsafe_code, reason = "mappings of dma-bufs are viewed as slices")]
 
@@ -16,7 +16,7 @@ use dmaload::heap::{Heap, HeapChoice};
 use dmaload::{Image, LoadOptions, Loader, Segment};
 use dmaload_testing::{meminfo_bytes, random_bytes};
 
-#[allow(unused_imports, reason = "each suite uses a part of it")]
+#[allow(unused_imports, reason = "each suite uses only some of the helpers")]
 pub use dmaload_testing::assert_same;
 
 pub const MIB: usize = 1 << 20;
@@ -36,7 +36,8 @@ pub fn original() -> &'static [u8] {
     BYTES.get_or_init(|| random_bytes(LARGE, 11))
 }
 
-/// Returns a file with the first `len` bytes of [`original`]. Makes it unless it exists.
+/// Returns the path of a file with the first `len` bytes of [`original`]. Makes the file unless it
+/// exists.
 pub fn file(len: usize) -> PathBuf {
     let path = disk().join(format!("{len}.bin"));
     if fs::metadata(&path).map_or(0, |found| found.len()) != len as u64 || len == 0 {
@@ -167,7 +168,7 @@ pub fn settle_descriptors() -> usize {
 pub fn assert_descriptors_are_closed(before: usize) {
     let deadline = Instant::now() + Duration::from_secs(10);
     while open_descriptors() != before {
-        assert!(Instant::now() < deadline, "{} descriptors are open; {before} were open before", open_descriptors());
+        assert!(Instant::now() < deadline, "open descriptors: {}, before: {before}", open_descriptors());
         std::thread::sleep(Duration::from_millis(20));
     }
 }
@@ -276,7 +277,7 @@ impl Folios {
 pub fn fault_in(memfd: &OwnedFd, bytes: usize) -> Folios {
     use std::os::fd::AsRawFd;
     let (align, flags) = (dmabuf::HUGE_PAGE_BYTES, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
-    // SAFETY: without an address the kernel replaces no mapping.
+    // SAFETY: without an address, the kernel replaces no mapping.
     let reserved = unsafe { libc::mmap(std::ptr::null_mut(), bytes + align, libc::PROT_NONE, flags, -1, 0) };
     assert_ne!(reserved, libc::MAP_FAILED);
     let start = reserved.map_addr(|address| address.next_multiple_of(align));
