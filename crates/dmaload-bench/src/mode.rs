@@ -11,7 +11,7 @@ pub enum Mode {
     Normal,
     /// Allocate a memfd, fill it by `read(2)` through the page cache.
     NormalIo,
-    /// The engine.
+    /// The engine, with the program's options.
     DirectIo,
     /// The engine, followed by a comparison of every byte with the file, outside the measured
     /// time.
@@ -97,7 +97,7 @@ impl Mode {
         if name.is_empty() || command.trim().is_empty() || name.parse::<Mode>().is_ok() {
             return Err(format!("{text:?}: a unique name and a command are required"));
         }
-        // Leaked: there are only a few, and they are needed until the program exits.
+        // Peers are leaked: there are only a few, and they are needed until the program exits.
         Ok(Mode::Peer(Box::leak(Box::new(Peer { name: name.to_owned(), command: command.to_owned() }))))
     }
 

@@ -1,4 +1,4 @@
-//! The bench's unsafe code: reads by io_uring into its own memory, and access to that memory.
+//! Unsafe code: reads by io_uring into a region, and access to the region's bytes.
 #![allow(unsafe_code)]
 
 use std::fs::File;
