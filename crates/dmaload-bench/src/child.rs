@@ -1,6 +1,6 @@
-//! The child process that measures one run ([`Load`]): on one command it prepares, on the next it
-//! runs the mode, and it reports the result as a line of JSON. [`fill`] and [`hog`] are the child
-//! processes that create memory pressure.
+//! The child process that measures one run ([`Load`]): it prepares at the command `prepare`, runs
+//! at the command `go`, and reports the result as a line of JSON. [`fill`] and [`hog`] are the
+//! child processes that create memory pressure.
 //!
 //! Each run has a separate process, so the CPU time, peak memory and leftovers of one mode do not
 //! count against another.

@@ -139,7 +139,7 @@ fn measure(who: &str, layers: usize, path: &Path) -> Result<(f64, String)> {
     let output = Command::new(std::env::current_exe()?).args(arguments).stderr(Stdio::inherit()).output()?;
     ensure!(output.status.success(), "the run of {who} failed: {}", output.status);
     let printed = String::from_utf8(output.stdout)?;
-    let (seconds, sum) = printed.trim().split_once(' ').context("two words")?;
+    let (seconds, sum) = printed.trim().split_once(' ').context("the run did not print its seconds and its sum")?;
     Ok((seconds.parse()?, sum.to_owned()))
 }
 
