@@ -61,7 +61,7 @@ impl Load {
 }
 
 /// Waits for `prepare`, prepares, waits for `go`, and runs. Returns early if standard input ends,
-/// because the parent has then exited.
+/// because the parent has exited in that case.
 fn measure(
     prepare: impl FnOnce() -> Result<ways::Ready>,
     describe: fn(&anyhow::Error) -> String,

@@ -2,7 +2,7 @@
 //! that none of its bytes is still cached.
 //!
 //! `POSIX_FADV_DONTNEED` is only a hint: dirty pages, mapped pages and the pages of in-memory file
-//! systems stay cached, and the call still returns 0. A measurement that relied on it could
+//! systems stay cached, and the call still returns 0. A measurement that relied on this call could
 //! measure the page cache, so [`make_cold`] checks afterwards.
 
 use std::fmt;

@@ -51,7 +51,8 @@ pub(crate) fn remove_on_interrupt() {
     });
 }
 
-/// Starts a process that is killed on an interrupt. Call [`forget_process`] once it has exited.
+/// Starts a process that is killed on an interrupt. Call [`forget_process`] once the process has
+/// exited.
 ///
 /// # Errors
 /// If the process can't be started.

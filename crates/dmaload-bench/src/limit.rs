@@ -4,8 +4,8 @@
 //! repeatedly reads into its own buffer ([`Into::Slots`], the limit), or every read has its own
 //! place ([`Into::Places`], the second half of `no-overlap`).
 //!
-//! The total size of the buffers affects the speed of a virtual disk: its host copies into the
-//! guest's memory, and buffers that stay in the CPU cache are filled faster. The limit is
+//! The total size of the buffers affects the speed of a virtual disk: the disk's host copies into
+//! the guest's memory, and buffers that stay in the CPU cache are filled faster. The limit is
 //! therefore measured for several [`DESTINATIONS`], and the one with the best median counts.
 
 use std::fs::{File, OpenOptions};

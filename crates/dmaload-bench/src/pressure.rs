@@ -127,7 +127,7 @@ impl Applied {
     /// Fills the group with page cache, if the pressure requires it.
     ///
     /// # Errors
-    /// If the process that fills it fails.
+    /// If the process that fills the page cache fails.
     pub(crate) fn fill_page_cache(&self, group: &Group) -> Result<()> {
         let (Some(Pressure::Cgroup(bytes, Some(kind))), Some(cache)) = (self.pressure, &self.cache) else { return Ok(()) };
         cold::make_cold(cache.path())?;

@@ -52,8 +52,8 @@ pub fn before_an_interrupt_ends(hook: fn()) {
 #[derive(Debug)]
 pub struct ScratchFile {
     path: PathBuf,
-    /// The created file. It is written through this descriptor, never by path: in a folder that
-    /// others can write to, the path may refer to another file by then.
+    /// The created file. Its bytes are written through this descriptor, never by path: in a folder
+    /// that others can write to, the path may refer to another file by then.
     file: File,
 }
 
@@ -219,7 +219,8 @@ fn remove_on_signals() {
 }
 
 /// Returns the signals that ask a process to end, except those that this process ignores. `nohup`,
-/// and shells for background jobs, ignore them on purpose, and a handler would undo that.
+/// and shells that start background jobs, let a process ignore signals on purpose; a handler would
+/// undo that.
 fn handled_signals() -> impl Iterator<Item = i32> {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

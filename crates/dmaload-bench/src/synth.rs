@@ -30,7 +30,8 @@ use dmaload_text::{At, FileError};
 pub const BYTES_MIN: u64 = 4096;
 /// The unit of generated content, in bytes. All tensors begin and end at multiples of this unit.
 const WORD: usize = 8;
-/// Bytes to generate at a time: enough to keep the disk busy, few enough for the CPU cache.
+/// The number of bytes to generate at a time: enough to keep the disk busy, few enough for the CPU
+/// cache.
 const BLOCK: usize = 1 << 20;
 
 /// A synthetic model: the layout of its tensors, with its bytes generated on demand.
@@ -38,7 +39,7 @@ const BLOCK: usize = 1 << 20;
 pub struct Model {
     /// The length of the file.
     pub bytes: u64,
-    /// Determines the weights.
+    /// The seed, which determines the weights.
     pub seed: u64,
     /// The tensors, in file order.
     pub tensors: Vec<Tensor>,
@@ -293,8 +294,8 @@ fn fill_words(words: &mut [u8], word: impl Fn(u64) -> u64) {
     }
 }
 
-/// Returns the number at position `index` of the generator `WyRand`. Its state is a counter, so
-/// one multiplication yields the state at any position.
+/// Returns the number at position `index` of the generator `WyRand`. The generator's state is a
+/// counter, so one multiplication yields the state at any position.
 ///
 /// One widening multiplication per word gives several GB/s on one core. The numbers only have to
 /// make equal words in a file unlikely.

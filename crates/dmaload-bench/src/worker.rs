@@ -63,7 +63,7 @@ impl Worker {
     /// Starts the process.
     ///
     /// # Errors
-    /// If it can't be started.
+    /// If the process can't be started.
     pub(crate) fn start(command: &mut Command) -> Result<Self> {
         let mut child = leftovers::start(command).context("cannot start a child process")?;
         let stdin = child.stdin.take();

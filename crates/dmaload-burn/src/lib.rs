@@ -21,8 +21,8 @@
 //! # Copies
 //!
 //! - With burn-ndarray, **filling a module copies nothing**: `Bytes::from_shared` takes the loaded
-//!   memory, which is freed with the last tensor in its segment. Nothing writes to this memory:
-//!   most operations of burn-ndarray 0.21 first copy such a tensor, each time that they run. A
+//!   memory, which is freed with the last tensor in its segment. burn-ndarray 0.21 does not write
+//!   to this memory: most of its operations first copy such a tensor, each time that they run. A
 //!   model that runs many times may be faster if burn's own `SafetensorsStore` fills it.
 //! - All other backends copy from the loaded memory to their own.
 //! - A model in PyTorch's layout needs `PyTorchToBurnAdapter` ([`LoadStore::with_adapter`]), which

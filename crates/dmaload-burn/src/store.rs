@@ -16,11 +16,11 @@ use burn_tensor::{AllocationProperty, BoolStore, Bytes, DType, TensorData};
 use dmaload::model::TensorInfo;
 use dmaload::{Load, LoadOptions, Loader, Report, inspect_load_blocking};
 
-/// A model that is being loaded, as burn's `ModuleStore`. Dropping it cancels the load unless a
-/// snapshot still exists elsewhere; tensors that were already returned stay valid.
+/// A model that is being loaded, as burn's `ModuleStore`. Dropping the store cancels the load
+/// unless a snapshot still exists elsewhere; tensors that were already returned stay valid.
 ///
-/// Do not use it on a worker of an async runtime: filling a module blocks until the module's
-/// tensors are loaded.
+/// Do not use the store on a worker of an async runtime: filling a module blocks until the
+/// module's tensors are loaded.
 pub struct LoadStore {
     load: Arc<Load>,
     snapshots: BTreeMap<String, TensorSnapshot>,

@@ -68,7 +68,7 @@ fn outputs(model: &Model<Cpu>) -> Vec<u32> {
     values.into_iter().map(f32::to_bits).collect()
 }
 
-/// The address of a parameter's numbers.
+/// Returns the address of a parameter's numbers.
 fn address<const D: usize>(parameter: &Param<Tensor<Cpu, D>>) -> usize {
     match parameter.val().into_primitive().tensor() {
         NdArrayTensor::F32(storage) => storage.view().as_ptr().addr(),

@@ -59,7 +59,8 @@ fn from_mmaped_safetensors(
     Ok(VarBuilder::from_backend(Box::new(renamed), dtype, base_device.clone()))
 }
 
-/// The name by which mistral.rs requests a tensor, or `None` for a tensor that it does not use.
+/// Returns the name by which mistral.rs requests a tensor, or `None` for a tensor that it does not
+/// use.
 fn key(name: &str, adapter: Option<usize>) -> Option<String> {
     let mut key = name.replace("base_model.model.model", "model");
     if let Some(number) = adapter {

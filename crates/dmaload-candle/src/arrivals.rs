@@ -161,7 +161,7 @@ impl Wake for Unpark {
     }
 }
 
-/// Takes the tensors of a load until it ends or is cancelled.
+/// Takes the tensors of a load until the load ends or is cancelled.
 fn take_all<T>(
     mut tensors: Tensors,
     shared: &Shared<T>,

@@ -156,13 +156,14 @@ fn block_type(dtype: dmaload::model::DType) -> candle_core::Result<GgmlDType> {
 /// # }
 /// ```
 ///
-/// Reading from a tensor blocks until its last byte is loaded. dmaload's memory of a tensor is
-/// dropped when the tensor was read to its end. candle makes two copies of each tensor, of which
-/// it keeps one. The load is ahead of the model by its window; if the model requests a tensor
-/// early, the reader keeps all tensors that arrive before it. If these tensors fill the loader's
-/// memory limit, the read fails with the text of [`dmaload::Error::HeldUp`]: raise the limit, or
-/// load in the model's order ([`LoadOptions::tensors`]). Reading a tensor of which
-/// [`LoadOptions::shard`] loads only a part is an error.
+/// Reading from a tensor blocks until the tensor's last byte is loaded. dmaload's memory of a
+/// tensor is dropped when the tensor was read to its end. candle makes two copies of each tensor,
+/// of which it keeps one. The load is ahead of the model by at most the window and a segment. If
+/// the model requests a tensor early, the reader keeps all tensors that arrive before that tensor.
+/// If these tensors fill the loader's memory limit, the read fails with the text of
+/// [`dmaload::Error::HeldUp`]: raise the limit, or load in the model's order
+/// ([`LoadOptions::tensors`]). Reading a tensor of which [`LoadOptions::shard`] loads only a part
+/// is an error.
 ///
 /// The header is read when the reader is opened, and kept. Tensors that are read a second time,
 /// and the bytes between tensors, come from the file through the page cache. If the file has

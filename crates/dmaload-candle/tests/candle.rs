@@ -76,12 +76,12 @@ fn bits(tensor: &Tensor) -> (DType, Vec<usize>, Vec<u8>) {
     (tensor.dtype(), tensor.dims().to_vec(), values)
 }
 
-/// candle's own loader for the bytes of a file.
+/// Loads the tensors of a file by candle's own loader.
 fn load_by_candle(path: &Path, dtype: DType) -> VarBuilder<'static> {
     VarBuilder::from_buffered_safetensors(std::fs::read(path).unwrap(), dtype, &CPU).unwrap()
 }
 
-/// The first line of an error's text. A backtrace may follow.
+/// Returns the first line of an error's text. A backtrace may follow that line.
 fn first_line(error: candle_core::Error) -> String {
     error.to_string().lines().next().unwrap().to_owned()
 }
@@ -151,7 +151,7 @@ fn every_type_equals_that_of_candles_loader() {
         let (ours, theirs) = (weights.var_builder(), load_by_candle(&path, dtype));
         // candle 0.11 recurses endlessly when it converts F8 to F64.
         for (name, _, shape, _) in types.into_iter().filter(|&(name, ..)| (name, dtype) != ("f8", DType::F64)) {
-            // Conversions keep NaNs, but their bits depend on the processor.
+            // Conversions keep NaNs, but the bits of a NaN depend on the processor.
             let raw = |weights: &VarBuilder<'_>, as_type| bits(&weights.get_unchecked_dtype(name, as_type).unwrap());
             let is_float = name.starts_with('f') || name.starts_with("bf") || name == "scalar";
             let finite = |(dtype, shape, bytes): (DType, Vec<usize>, Vec<u8>)| {

@@ -65,7 +65,7 @@ impl Archive {
         let source = format!("deb [arch=amd64 signed-by={KEYRING}] {mirror} {} main\n", self.suite);
         fs::write(self.folder.join("sources.list"), source)?;
         fs::write(self.folder.join("status"), "")?;
-        // By default apt only warns about a failed download.
+        // By default, apt only warns about a failed download.
         run::output(self.apt("apt-get").args(["-q", "update", "-o", "APT::Update::Error-Mode=any"]))
             .with_context(|| format!("cannot fetch the package lists of {}", self.suite))?;
         fs::write(self.stamp(), "").map_err(Into::into)
@@ -82,7 +82,7 @@ impl Archive {
         Ok(names.lines().map(str::to_owned).collect())
     }
 
-    /// Lists the packages that this one depends on.
+    /// Lists the packages that a package depends on.
     pub(crate) fn list_dependencies(&self, package: &str) -> Result<Vec<String>> {
         let depends = run::output(self.apt("apt-cache").args(["depends", "--important", package]))?;
         let names = depends.lines().filter_map(|line| line.trim().strip_prefix("Depends: "));

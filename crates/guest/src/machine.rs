@@ -61,7 +61,7 @@ pub(crate) struct Parts<'a> {
     pub(crate) disks: &'a Disks,
     /// Whether the machine has the disk with the Vulkan driver.
     pub(crate) has_vulkan: bool,
-    /// Where QEMU writes the console.
+    /// The file that QEMU writes the console's output to.
     pub(crate) console: PathBuf,
 }
 
@@ -184,7 +184,7 @@ impl Drop for Machine {
     }
 }
 
-/// The file that QEMU writes the console to.
+/// The open console file, and the text read from it.
 #[derive(Debug)]
 struct Console {
     file: File,

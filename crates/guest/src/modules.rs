@@ -24,9 +24,9 @@ pub(crate) struct Unpacked {
     /// The kernel's line: later than the requested one if the latter has left the archive.
     pub(crate) line: Line,
     pub(crate) image: PathBuf,
-    /// In the order to load them.
+    /// The modules to load, in this order.
     pub(crate) modules: Vec<Module>,
-    /// The text of its `.config`.
+    /// The text of the kernel's `.config`.
     pub(crate) config: String,
 }
 

@@ -18,7 +18,7 @@ use anyhow::{Context, Result, bail};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Row {
     pub(crate) table: String,
-    /// The first cell is the kernel.
+    /// The first cell is the kernel's id.
     pub(crate) cells: Vec<String>,
 }
 

@@ -112,7 +112,7 @@ fn finish(options: &Options, mut boots: Vec<Boot<'_>>, folder: &Path, begin: Ins
     Ok(problems.is_empty())
 }
 
-/// Collects the rows of all boots. `name` returns the kernel's name to show for a boot.
+/// Collects the rows of all boots. `name` returns the kernel's id to show for a boot.
 fn collect_rows<'a>(boots: &'a [Boot<'a>], name: impl Fn(&'a Boot<'a>) -> &'a str) -> Vec<Row> {
     let rows = boots.iter().flat_map(|boot| {
         let recorded = boot.outcome.as_ref().map_or(&[][..], |outcome| &outcome.transcript.rows);

@@ -20,7 +20,7 @@ type Condition = fn(&Kernel, Line) -> bool;
 /// One entry of `SUITES`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Suite {
-    /// Its name for `--only`; without spaces.
+    /// The suite's name for `--only`, without spaces.
     pub(crate) name: &'static str,
     pub(crate) program: Program,
     pub(crate) runs_on: Condition,
@@ -30,7 +30,7 @@ pub(crate) struct Suite {
     pub(crate) skip: &'static [&'static str],
     /// The time limit, after which the suite is killed.
     pub(crate) seconds_max: u32,
-    /// Whether it runs if no suite is named.
+    /// Whether this suite runs if no suite is named.
     pub(crate) by_default: bool,
 }
 
@@ -69,8 +69,8 @@ fn has_bad_disks(kernel: &Kernel, line: Line) -> bool {
     kernel.bad_disks && line_makes_dma_bufs(line)
 }
 
-/// Whether the line is older or newer than the others among the default kernels. System calls
-/// differ most between these two.
+/// Selects the oldest and the newest of the default kernels, between which system calls differ
+/// most.
 fn oldest_or_newest(_: &Kernel, line: Line) -> bool {
     !line_makes_dma_bufs(line) || line >= (7, 2)
 }

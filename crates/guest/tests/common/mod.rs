@@ -97,7 +97,7 @@ pub fn with_mapping<T>(dma_buf: OwnedFd, inspect: impl FnOnce(&[u8]) -> T) -> T 
 }
 
 /// Asserts that the segments' dma-bufs have exactly these bytes, and that each dma-buf's bytes
-/// behind its segment are zero.
+/// after its segment are zero.
 #[track_caller]
 pub fn assert_dma_bufs(segments: &[Segment], expected: &[u8], what: &str) {
     let mut at = 0;
@@ -150,8 +150,8 @@ pub fn open_descriptors() -> usize {
     fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
-/// Waits until the number of open descriptors is stable, and returns it. A thread may still be
-/// closing the segments of earlier tests.
+/// Waits until the number of open descriptors is stable, and returns the number. A thread may
+/// still be closing the segments of earlier tests.
 pub fn settle_descriptors() -> usize {
     let mut seen = open_descriptors();
     loop {
@@ -175,8 +175,8 @@ pub fn assert_descriptors_are_closed(before: usize) {
 
 pub const SIZE_LIMIT: &str = "/sys/module/udmabuf/parameters/size_limit_mb";
 
-/// A changed size limit of udmabuf. Dropping it restores the previous limit, which differs between
-/// kernels.
+/// A changed size limit of udmabuf. Dropping this value restores the previous limit, which differs
+/// between kernels.
 pub struct SizeLimit(String);
 
 impl SizeLimit {
@@ -195,7 +195,7 @@ impl Drop for SizeLimit {
 
 const THP: &str = "/sys/kernel/mm/transparent_hugepage";
 
-/// Changed settings of transparent huge pages. Dropping it restores the previous settings.
+/// Changed settings of transparent huge pages. Dropping this value restores the previous settings.
 pub struct ThpSettings(Vec<(String, String)>);
 
 impl ThpSettings {
@@ -310,7 +310,7 @@ pub fn create_udmabuf(memfd: &OwnedFd, bytes: usize) -> Result<OwnedFd, dmaload:
     const UDMABUF_CREATE: u32 = 0x4018_7542;
     let device = rustix::fs::open("/dev/udmabuf", rustix::fs::OFlags::RDWR, rustix::fs::Mode::empty()).unwrap();
     let create = Create { memfd: memfd.as_raw_fd().cast_unsigned(), flags: 1, offset: 0, size: bytes as u64 };
-    // SAFETY: the number belongs to this structure, which the kernel only reads.
+    // SAFETY: the ioctl's number belongs to this structure, which the kernel only reads.
     let fd = unsafe { libc::ioctl(device.as_raw_fd(), UDMABUF_CREATE as _, &raw const create) };
     if fd < 0 {
         let errno = std::io::Error::last_os_error().raw_os_error().unwrap();

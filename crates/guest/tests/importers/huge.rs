@@ -94,8 +94,8 @@ fn create_vendors_memfd(bytes: usize, flags: MemfdFlags) -> (OwnedFd, Folios) {
 }
 
 /// Loads into a vendor's udmabuf over a memfd with these flags, and passes it through vivid.
-/// Returns the folios of the memfd and the frame. The folios are counted in a mapping of the
-/// memfd, because the mapping of a dma-buf does not show them.
+/// Returns the memfd's folios, and the frame. The folios are counted in a mapping of the memfd,
+/// because the mapping of a dma-buf does not show them.
 fn pass_vendors_udmabuf(loopback: &mut Loopback, name: &str, flags: MemfdFlags) -> (Folios, Vec<u8>) {
     let seen = Arc::new(Mutex::new(Folios::default()));
     let folios = Arc::clone(&seen);

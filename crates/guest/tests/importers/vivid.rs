@@ -1,4 +1,4 @@
-//! Reads a dma-buf through a real importer: vivid's video output takes the dma-buf, and its
+//! Reads a dma-buf through a real importer: vivid's video output takes the dma-buf, and vivid's
 //! loopback copies the frame from the driver's own kernel mapping to vivid's capture side.
 //!
 //! Requires the module with one HDMI output and one HDMI input: `modprobe vivid n_devs=1
@@ -118,7 +118,7 @@ impl Loopback {
 }
 
 /// Opens the output and the capture node of one vivid instance. Also returns the instance's
-/// number, as the names of its controls contain it.
+/// number, which occurs in the names of its controls.
 fn open_nodes() -> io::Result<(File, File, String)> {
     let mut paths: Vec<PathBuf> = Vec::new();
     for entry in fs::read_dir("/dev")? {
