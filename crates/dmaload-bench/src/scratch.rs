@@ -305,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    #[ignore = "run by the test above, in its own process"]
+    #[ignore = "run by the test above, in a separate process"]
     fn waits_to_be_interrupted() {
         let file = ScratchFile::create(Some(source_folder()), "interrupted", 0).unwrap();
         println!("SCRATCH={}", printable::path(&file.path()));

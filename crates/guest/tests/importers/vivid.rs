@@ -175,7 +175,7 @@ fn find_timings(node: &File, width: u32, height: u32) -> io::Result<DvTimings> {
             return Ok(found);
         }
     }
-    Err(vivid_error(ErrorKind::Unsupported, "no timings of this size"))
+    Err(vivid_error(ErrorKind::Unsupported, "the output has no progressive timings of this size"))
 }
 
 /// Sets the format RGB24, which passes the loopback unchanged. With cropping and scaling off, the
