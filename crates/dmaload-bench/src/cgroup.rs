@@ -20,7 +20,7 @@ pub(crate) struct Group {
 }
 
 impl Group {
-    /// Creates a group with this limit below this process's own group, or below the nearest
+    /// Creates a group with this memory limit below this process's own group, or below the nearest
     /// ancestor where the kernel allows it.
     ///
     /// # Errors

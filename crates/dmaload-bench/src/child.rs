@@ -1,6 +1,6 @@
-//! The child process that measures one run ([`Load`]): on command it prepares, then runs, and
-//! reports the result as a line of JSON. [`fill`] and [`hog`] are the child processes that create
-//! memory pressure.
+//! The child process that measures one run ([`Load`]): it prepares at the command `prepare`, runs
+//! at the command `go`, and reports the result as a line of JSON. [`fill`] and [`hog`] are the
+//! child processes that create memory pressure.
 //!
 //! Each run has a separate process, so the CPU time, peak memory and leftovers of one mode do not
 //! count against another.
@@ -61,7 +61,7 @@ impl Load {
 }
 
 /// Waits for `prepare`, prepares, waits for `go`, and runs. Returns early if standard input ends,
-/// because the parent has then exited.
+/// because the parent has exited in that case.
 fn measure(
     prepare: impl FnOnce() -> Result<ways::Ready>,
     describe: fn(&anyhow::Error) -> String,

@@ -1,8 +1,8 @@
-//! Makes sure that a file is read from storage: evicts it from the page cache, and checks that
-//! none of it is still cached.
+//! Makes sure that a file is read from storage: evicts the file from the page cache, and checks
+//! that none of its bytes is still cached.
 //!
 //! `POSIX_FADV_DONTNEED` is only a hint: dirty pages, mapped pages and the pages of in-memory file
-//! systems stay cached, and the call still returns 0. A measurement that relied on it could
+//! systems stay cached, and the call still returns 0. A measurement that relied on this call could
 //! measure the page cache, so [`make_cold`] checks afterwards.
 
 use std::fmt;
@@ -70,8 +70,8 @@ pub enum ColdError {
     File(#[from] FileError),
     /// Every call succeeded, but the file is still cached.
     #[error(
-        "{} is still in the page cache: {} of {} according to {}; another process maps or reads it, or its file \
-         system keeps files in memory",
+        "{} is still in the page cache: {} of {} according to {}; another process may map or read it, or \
+         its file system may keep files in memory",
         printable::path(&path), bytes(found.resident), bytes(found.total), found.method
     )]
     StillCached {
@@ -142,7 +142,8 @@ pub fn make_cold(path: &Path) -> Result<Residency, ColdError> {
 /// The error of the failed call, or ENOMEM if the page cache does not keep the file.
 pub fn make_warm(path: &Path) -> Result<(), FileError> {
     let mut file = File::open(path).at("open", path)?;
-    // Dirty pages are written back first; otherwise direct reads would have to wait for them.
+    // Dirty pages are written back first; otherwise direct reads would have to wait for the
+    // writeback.
     file.sync_all().at("write back", path)?;
     io::copy(&mut file, &mut io::sink()).at("read", path)?;
     let found = residency(&file, path)?;

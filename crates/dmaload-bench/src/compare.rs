@@ -2,7 +2,7 @@
 
 use std::io::{self, Read};
 
-/// Bytes of the file to read at a time.
+/// The number of bytes to read from the file at a time.
 const BLOCK: usize = 1 << 20;
 
 /// How memory differs from the file.

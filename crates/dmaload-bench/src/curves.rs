@@ -1,5 +1,5 @@
-//! The progress of a load over time: bytes allocated, and bytes filled. The difference is bounded
-//! by the window.
+//! The progress of a load over time: bytes allocated, and bytes filled. Their difference is
+//! bounded by the window.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -42,7 +42,7 @@ impl Curves {
         json!({ "allocated": self.allocated, "filled": self.filled })
     }
 
-    /// Parses the result of [`Self::to_json`]; `None` for anything else.
+    /// Parses the result of [`Self::to_json`]. Returns `None` for anything else.
     pub(crate) fn from_json(value: &Value) -> Option<Self> {
         let curve = |name: &str| -> Option<Vec<Point>> {
             let points = value.get(name)?.as_array()?.iter();

@@ -31,7 +31,7 @@ pub trait Engine {
     /// Those of [`Engine::loader`].
     fn loader_with_pool(&self) -> dmaload::Result<Loader>;
 
-    /// Returns the heap that these loaders allocate from.
+    /// Returns the heap that the loaders allocate from.
     ///
     /// # Errors
     /// If this machine has no such heap.

@@ -39,7 +39,7 @@ pub(crate) fn warm(file_bytes: u64, is_short: bool) -> io::Result<()> {
     Ok(())
 }
 
-/// Returns the readahead of the file's disk, or `None` if the file is not on a single disk.
+/// Returns the readahead of the file's disk in KiB, or `None` if the file is not on a single disk.
 pub(crate) fn read_ahead_kib(path: &Path) -> Option<u64> {
     let device = rustix::fs::stat(path).ok()?.st_dev;
     let device = PathBuf::from(format!("/sys/dev/block/{}:{}", rustix::fs::major(device), rustix::fs::minor(device)));

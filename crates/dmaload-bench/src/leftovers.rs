@@ -20,8 +20,8 @@ use crate::scratch;
 
 /// The processes and groups that currently exist.
 static ALIVE: Mutex<Alive> = Mutex::new(Alive { processes: BTreeMap::new(), groups: BTreeSet::new() });
-/// Number of attempts to remove a group: the kernel refuses until a moment after the group's last
-/// process has exited.
+/// Number of attempts to remove a group, [`PAUSE`] apart: the kernel refuses until a moment after
+/// the group's last process has exited.
 const TRIES: u32 = 100;
 const PAUSE: Duration = Duration::from_millis(20);
 
@@ -30,8 +30,8 @@ struct Alive {
     groups: BTreeSet<PathBuf>,
 }
 
-/// Ignores poisoning: every change is a single call, so a panicking thread leaves the state
-/// consistent.
+/// Locks [`ALIVE`]. Ignores poisoning: every change is a single call, so a panicking thread leaves
+/// the state consistent.
 fn lock_alive() -> MutexGuard<'static, Alive> {
     ALIVE.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -39,7 +39,7 @@ fn lock_alive() -> MutexGuard<'static, Alive> {
 /// Registers a hook that kills the processes and removes the groups on an interrupt.
 pub(crate) fn remove_on_interrupt() {
     scratch::before_an_interrupt_ends(|| {
-        // Stays locked until the process ends, so nothing new can be started and left behind.
+        // The lock is held until the process ends, so nothing new can be started and left behind.
         let alive = lock_alive();
         for process in alive.processes.values() {
             let _ = pidfd_send_signal(process, Signal::KILL);
@@ -51,10 +51,11 @@ pub(crate) fn remove_on_interrupt() {
     });
 }
 
-/// Starts a process that is killed on an interrupt. Call [`forget_process`] once it has exited.
+/// Starts a process that is killed on an interrupt. Call [`forget_process`] once the process has
+/// exited.
 ///
 /// # Errors
-/// If it can't be started.
+/// If the process can't be started.
 pub(crate) fn start(command: &mut Command) -> io::Result<Child> {
     let mut alive = lock_alive();
     let child = command.spawn()?;
@@ -72,7 +73,7 @@ pub(crate) fn forget_process(child: &Child) {
 /// Creates a group's folder, to be removed by [`remove_group`] or on an interrupt.
 ///
 /// # Errors
-/// If it can't be created.
+/// If the folder can't be created.
 pub(crate) fn make_group(folder: &Path) -> io::Result<()> {
     let mut alive = lock_alive();
     fs::create_dir(folder)?;

@@ -8,16 +8,16 @@
 //! A mode must not profit from the leftovers of another (page cache, fragmentation, peak memory):
 //! each run is a new process, and the file is verified to be cold. The modes take turns in each
 //! round, so other load on the machine affects all of them alike. Ratios are computed within a
-//! round; their median is reported.
+//! round; the median of each ratio is reported.
 //!
 //! The program that runs a [`Bench`] also serves as its child processes: it is started through
 //! `/proc/self/exe` (unless [`run_children_by`] sets another command) with `bench-child` as the
-//! first argument, and must then call one of the functions in [`child`]. The program also
-//! implements [`Engine`], which creates the loaders to measure.
+//! first argument, and must then call [`child::Load::run`], [`child::fill`] or [`child::hog`]. The
+//! program also implements [`Engine`], which creates the loaders to measure.
 //!
 //! The other public modules are useful for any measurement: [`synth`] generates models whose every
-//! byte is known, [`scratch`] keeps them on a disk and removes them on a signal, [`cold`] evicts
-//! them from the page cache, [`baseline`] loads them in the usual way, and [`usage`] reports the
+//! byte is known, [`scratch`] keeps files on a disk and removes them on a signal, [`cold`] evicts
+//! files from the page cache, [`baseline`] loads files in the usual way, and [`usage`] reports the
 //! resources that this process has used.
 //!
 //! Requires `/proc`; cgroups require root.
@@ -148,7 +148,10 @@ impl Bench {
             file_bytes += about.len();
         }
         if file_bytes == 0 {
-            bail!("{}: nothing to load", paths.first().map(|path| printable::path(&path).to_string()).unwrap_or_default());
+            bail!(
+                "{}: no file has any bytes to load",
+                paths.first().map(|path| printable::path(&path).to_string()).unwrap_or_default()
+            );
         }
         let pressure = Applied::new(settings.pressure, settings.folder.as_deref())?;
         Ok(Bench { settings, file_bytes, pressure })
@@ -246,7 +249,7 @@ impl Bench {
     }
 }
 
-/// Describes a run's result briefly.
+/// Formats a run's time (for `limit`, a time for each destination) or its failure.
 fn describe_outcome(mode: Mode, run: &Result<Run, Failure>) -> String {
     match run {
         Ok(run) if mode == Mode::Limit => {

@@ -4,8 +4,8 @@
 //! repeatedly reads into its own buffer ([`Into::Slots`], the limit), or every read has its own
 //! place ([`Into::Places`], the second half of `no-overlap`).
 //!
-//! The total size of the buffers affects the speed of a virtual disk: its host copies into the
-//! guest's memory, and buffers that stay in the CPU cache are filled faster. The limit is
+//! The total size of the buffers affects the speed of a virtual disk: the disk's host copies into
+//! the guest's memory, and buffers that stay in the CPU cache are filled faster. The limit is
 //! therefore measured for several [`DESTINATIONS`], and the one with the best median counts.
 
 use std::fs::{File, OpenOptions};
@@ -41,9 +41,10 @@ pub(crate) const DESTINATIONS: [Destination; 4] = [
     Destination { chunk_bytes: 2 << 20, depth: 8 },
     LARGEST,
 ];
-/// Also used by `no-overlap`.
+/// The largest destination. `no-overlap` uses the same chunk size and number of reads in flight.
 pub(crate) const LARGEST: Destination = Destination { chunk_bytes: 4 << 20, depth: 16 };
-/// The largest alignment that `O_DIRECT` usually requires of offsets, lengths and addresses.
+/// The largest alignment in bytes that `O_DIRECT` usually requires of offsets, lengths and
+/// addresses.
 const ALIGNMENT: usize = 4096;
 
 /// Where reads go.
@@ -72,20 +73,20 @@ impl Into {
     }
 }
 
-/// A part of a file, read by one request.
+/// A range of a file, read by one request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Chunk {
     pub(crate) file: usize,
     pub(crate) offset: u64,
     /// The number of bytes in the file, not rounded up to whole blocks.
     pub(crate) bytes: usize,
-    /// Its place in the memory that holds all files.
+    /// The chunk's offset in the memory that holds all files.
     pub(crate) at: usize,
 }
 
-/// Plans reads of up to `chunk_bytes` for files of these lengths. Returns them and the size of the
-/// memory that holds all files. Each file begins at a multiple of the alignment, and no chunk
-/// crosses a boundary between parts of the memory.
+/// Plans reads of up to `chunk_bytes` for files of these lengths. Returns these reads, and the
+/// size in bytes of the memory that holds all files. Each file begins at a multiple of
+/// [`ALIGNMENT`] in this memory, and no chunk crosses a multiple of `part_bytes`.
 pub(crate) fn plan(lengths: &[u64], part_bytes: usize, chunk_bytes: usize) -> (Vec<Chunk>, usize) {
     let mut chunks = Vec::new();
     let mut at = 0;
@@ -169,7 +170,7 @@ fn advance(active: Active, result: io::Result<usize>) -> io::Result<Option<Activ
     if done >= active.chunk.bytes {
         return Ok(None);
     }
-    // The rest must begin at an aligned offset.
+    // The next read must begin at an aligned offset.
     let done = done / ALIGNMENT * ALIGNMENT;
     if done <= active.done {
         return Err(io::ErrorKind::UnexpectedEof.into());

@@ -1,4 +1,4 @@
-//! Unsafe code: two mappings, and a page cache query that has no safe wrapper.
+//! Unsafe code: mappings of files and of memfds, and a page cache query that has no safe wrapper.
 #![allow(unsafe_code)]
 
 use std::fs::File;

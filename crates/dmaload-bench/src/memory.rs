@@ -10,7 +10,7 @@ use dmaload::heap::Heap;
 /// The maximum size of a region's parts, equal to the engine's default segment size.
 pub(crate) const PART_BYTES: usize = 64 << 20;
 
-/// A contiguous range of memory.
+/// A contiguous address range, mapped from one or more allocations: its parts.
 #[derive(Debug)]
 pub(crate) struct Region {
     /// In address order. The mappings keep the address range reserved.
@@ -29,7 +29,8 @@ pub(crate) struct Place {
 }
 
 impl Region {
-    /// Allocates memory, unpopulated if the heap allows that.
+    /// Allocates `bytes`, rounded up to whole pages. The memory is unpopulated if the heap allows
+    /// that.
     ///
     /// # Errors
     /// The kernel's error.
@@ -97,8 +98,8 @@ impl Region {
         self.bytes
     }
 
-    /// Returns a range within the region, or `None` if it crosses a boundary between parts, or the
-    /// end.
+    /// Returns a range within the region, or `None` if the range crosses a boundary between parts,
+    /// or the region's end.
     pub(crate) fn place(&self, at: usize, bytes: usize) -> Option<Place> {
         let number = at / self.part_bytes();
         let (mapping, _) = self.parts.get(number)?;

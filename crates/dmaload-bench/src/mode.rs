@@ -7,24 +7,24 @@ use std::str::FromStr;
 /// those of the modes in `examples/c/dmabuf-heap-file-read.c`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Mode {
-    /// Allocate, map the file, copy: the usual way, on 4 KiB pages.
+    /// Allocates memory, maps the file and copies it: the usual way, on 4 KiB pages.
     Normal,
-    /// Allocate a memfd, fill it by `read(2)` through the page cache.
+    /// Allocates a memfd, and fills it by `read(2)` through the page cache.
     NormalIo,
-    /// The engine.
+    /// The engine, with the program's options.
     DirectIo,
     /// The engine, followed by a comparison of every byte with the file, outside the measured
     /// time.
     DirectIoCheck,
     /// The device limit: direct reads into memory that is already allocated.
     Limit,
-    /// Map the file, touch every page.
+    /// Maps the file, and touches every page.
     Mmap,
     /// `tokio::fs::read`.
     TokioFs,
-    /// The engine, only by the route of that name.
+    /// The engine, only by the route `pread-direct`.
     PreadDirect,
-    /// Allocate everything, then read everything.
+    /// Allocates everything, then reads everything.
     NoOverlap,
     /// The engine, into the pooled memory of an earlier load that was dropped.
     Reuse,
@@ -97,7 +97,7 @@ impl Mode {
         if name.is_empty() || command.trim().is_empty() || name.parse::<Mode>().is_ok() {
             return Err(format!("{text:?}: a unique name and a command are required"));
         }
-        // Leaked: there are only a few, and they are needed until the program exits.
+        // Peers are leaked: there are only a few, and they are needed until the program exits.
         Ok(Mode::Peer(Box::leak(Box::new(Peer { name: name.to_owned(), command: command.to_owned() }))))
     }
 
@@ -111,8 +111,8 @@ impl Mode {
         Mode::ALL.into_iter().filter(wanted).collect()
     }
 
-    /// Returns the order of the modes in a round. It is rotated by one in each round, so that each
-    /// round begins with a different mode.
+    /// Returns the order of the modes in a round. The order is rotated by one mode in each round,
+    /// so that each round begins with a different mode.
     pub fn rotated(modes: &[Mode], round: usize) -> Vec<Mode> {
         let mut modes = modes.to_vec();
         let by = round % modes.len().max(1);

@@ -91,7 +91,8 @@ fn draw_label(svg: &mut String, scale: &Scale, middle: f64, results: &Results, r
     text(svg, scale.x(max) + 9.0, middle + 4.5, style, &format!("{median:.2} s{ratio}"));
 }
 
-/// The engine is blue, `no-overlap` light blue and the limit light red. Everything else is gray.
+/// Returns the color of a mode's bar: blue for the engine, light blue for `no-overlap`, light red
+/// for the limit, and gray for everything else.
 fn color(mode: Mode) -> &'static str {
     match mode {
         Mode::DirectIo | Mode::DirectIoCheck | Mode::PreadDirect | Mode::Reuse | Mode::Swap | Mode::AtOnce | Mode::Verify => {

@@ -76,13 +76,13 @@ impl fmt::Display for Pressure {
     }
 }
 
-/// The pressure applied to a bench; dropping this ends it.
+/// The pressure applied to a bench. Dropping this value ends the pressure.
 #[derive(Debug)]
 pub(crate) struct Applied {
     pressure: Option<Pressure>,
     /// The file whose pages fill the page cache.
     cache: Option<ScratchFile>,
-    /// The process that occupies memory. It exits when its standard input ends.
+    /// The process that occupies memory, which exits when its standard input ends.
     _hog: Option<Worker>,
 }
 
@@ -116,7 +116,7 @@ impl Applied {
     /// Creates the cgroup for one run, if the pressure needs one.
     ///
     /// # Errors
-    /// If it can't be created.
+    /// If the cgroup can't be created.
     pub(crate) fn create_group(&self) -> Result<Option<Group>> {
         match self.pressure {
             Some(Pressure::Cgroup(bytes, _)) => Group::new(bytes).map(Some),
@@ -127,7 +127,7 @@ impl Applied {
     /// Fills the group with page cache, if the pressure requires it.
     ///
     /// # Errors
-    /// If the process that fills it fails.
+    /// If the process that fills the page cache fails.
     pub(crate) fn fill_page_cache(&self, group: &Group) -> Result<()> {
         let (Some(Pressure::Cgroup(bytes, Some(kind))), Some(cache)) = (self.pressure, &self.cache) else { return Ok(()) };
         cold::make_cold(cache.path())?;
@@ -202,7 +202,7 @@ fn report_ready(output: &mut dyn Write) -> Result<()> {
 }
 
 /// Writes bytes that lower layers can neither compress nor deduplicate: the same random block over
-/// and over, with a different number in each sector.
+/// and over, with a different number in each sector of 512 bytes.
 fn write_noise(mut file: &File, bytes: u64) -> io::Result<()> {
     let mut block = MmapOptions::new().len(BLOCK).map_anon()?;
     let mut state = 0x9E37_79B9_7F4A_7C15_u64;

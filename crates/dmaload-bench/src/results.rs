@@ -134,7 +134,7 @@ pub struct Results {
 impl Results {
     /// Makes the destination with the best median the limit: its times are used in every round.
     ///
-    /// Choosing per round would take the luckiest of four noisy measurements each time, and
+    /// Choosing per round would take the luckiest of several noisy measurements each time, and
     /// overstate the device's speed.
     pub(crate) fn choose_limit(&mut self) {
         let Some(limit) = self.modes.iter_mut().find(|runs| runs.mode == Mode::Limit) else { return };
@@ -169,7 +169,7 @@ impl Results {
     }
 
     /// Computes how well a mode hides the shorter of allocating and reading behind the longer: the
-    /// longer of the two alone (from `no-overlap`, in the same round) divided by the mode's time.
+    /// longer of the two times of `no-overlap` in the same round, divided by the mode's time.
     pub(crate) fn overlap(&self, mode: Mode) -> Option<Spread> {
         let (apart, mode) = (self.runs_of(Mode::NoOverlap)?, self.runs_of(mode)?);
         let pairs = apart.runs.iter().zip(&mode.runs);

@@ -52,8 +52,8 @@ pub fn before_an_interrupt_ends(hook: fn()) {
 #[derive(Debug)]
 pub struct ScratchFile {
     path: PathBuf,
-    /// The created file. It is written through this descriptor, never by path: in a folder that
-    /// others can write to, the path may refer to another file by then.
+    /// The created file. Its bytes are written through this descriptor, never by path: in a folder
+    /// that others can write to, the path may refer to another file by then.
     file: File,
 }
 
@@ -76,13 +76,13 @@ pub enum ScratchError {
 /// Why a folder is not suitable.
 #[derive(Debug, thiserror::Error)]
 pub enum Refusal {
-    /// Reading from it would measure memory.
+    /// The folder is in memory, so reading from it would measure memory.
     #[error("is in memory ({0})")]
     InMemory(&'static str),
     /// Not enough free space.
     #[error("has {} free for this user, a tenth of which must stay free", bytes(*.0))]
     NoRoom(u64),
-    /// It can't be inspected or written to.
+    /// The folder can't be inspected or written to.
     #[error("{}", Named(.0))]
     Unusable(io::Error),
 }
@@ -96,9 +96,10 @@ impl fmt::Display for Reasons<'_> {
 }
 
 impl ScratchFile {
-    /// Creates an empty scratch file on a disk with room for `length` bytes. It is created in
-    /// `folder` or, without one, in the first suitable folder of `$TMPDIR` (or `/tmp`), `/var/tmp`
-    /// and the current folder. Its name ends with `suffix`, such as `"demo.safetensors"`.
+    /// Creates an empty scratch file on a disk with room for `length` bytes. The file is created
+    /// in `folder` or, without one, in the first suitable folder of `$TMPDIR` (or `/tmp`),
+    /// `/var/tmp` and the current folder. Its name ends with `suffix`, such as
+    /// `"demo.safetensors"`.
     ///
     /// An unsuitable `folder` is an error: it is never silently replaced.
     ///
@@ -146,7 +147,7 @@ impl Drop for ScratchFile {
     }
 }
 
-/// Returns the folders to try. The first is `/tmp` if `$TMPDIR` is not set.
+/// Returns the folders to try. The first is `$TMPDIR`, or `/tmp` if it is not set.
 fn usual_folders() -> Vec<PathBuf> {
     let mut folders = vec![env::temp_dir(), PathBuf::from("/var/tmp"), PathBuf::from(".")];
     folders.dedup();
@@ -186,8 +187,8 @@ fn free_name(folder: &Path, suffix: &str, alive: &BTreeSet<PathBuf>) -> PathBuf 
         .expect("fewer than 2^32 scratch files in one process")
 }
 
-/// Ignores poisoning: every change is a single call, so a panicking thread leaves the set
-/// consistent.
+/// Locks [`ALIVE`]. Ignores poisoning: every change is a single call, so a panicking thread leaves
+/// the set consistent.
 fn lock_alive() -> MutexGuard<'static, BTreeSet<PathBuf>> {
     ALIVE.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -203,7 +204,8 @@ fn remove_on_signals() {
                 if let Some(hook) = BEFORE_EXIT.get() {
                     hook();
                 }
-                // Stays locked until the process ends, so no file can be created and left behind.
+                // The lock is held until the process ends, so no file can be created and left
+                // behind.
                 let alive = lock_alive();
                 for path in alive.iter() {
                     let _ = fs::remove_file(path);
@@ -217,7 +219,8 @@ fn remove_on_signals() {
 }
 
 /// Returns the signals that ask a process to end, except those that this process ignores. `nohup`,
-/// and shells for background jobs, ignore them on purpose, and a handler would undo that.
+/// and shells that start background jobs, let a process ignore signals on purpose; a handler would
+/// undo that.
 fn handled_signals() -> impl Iterator<Item = i32> {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
@@ -302,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    #[ignore = "run by the test above, in its own process"]
+    #[ignore = "run by the test above, in a separate process"]
     fn waits_to_be_interrupted() {
         let file = ScratchFile::create(Some(source_folder()), "interrupted", 0).unwrap();
         println!("SCRATCH={}", printable::path(&file.path()));

@@ -26,11 +26,12 @@ use std::path::Path;
 
 use dmaload_text::{At, FileError};
 
-/// The minimum size of a model, which leaves just enough room for the header.
+/// The minimum size of a model in bytes, which leaves just enough room for the header.
 pub const BYTES_MIN: u64 = 4096;
-/// The unit of generated content. All tensors begin and end at multiples of it.
+/// The unit of generated content, in bytes. All tensors begin and end at multiples of this unit.
 const WORD: usize = 8;
-/// Bytes to generate at a time: enough to keep the disk busy, few enough for the CPU cache.
+/// The number of bytes to generate at a time: enough to keep the disk busy, few enough for the CPU
+/// cache.
 const BLOCK: usize = 1 << 20;
 
 /// A synthetic model: the layout of its tensors, with its bytes generated on demand.
@@ -38,7 +39,7 @@ const BLOCK: usize = 1 << 20;
 pub struct Model {
     /// The length of the file.
     pub bytes: u64,
-    /// Determines the weights.
+    /// The seed, which determines the weights.
     pub seed: u64,
     /// The tensors, in file order.
     pub tensors: Vec<Tensor>,
@@ -150,8 +151,8 @@ impl Model {
         }
         let bytes = bytes - bytes % WORD as u64;
         let dimensions = Dimensions::for_size(bytes);
-        // The estimated number of layers ignores the header, which takes about a thousandth of a
-        // small model.
+        // The maximum number of layers ignores the header. If the header does not fit beside that
+        // many, fewer layers are tried.
         (0..=dimensions.max_layers(bytes))
             .rev()
             .find_map(|layers| Self::with_layers(dimensions, layers, bytes, seed))
@@ -242,7 +243,7 @@ impl Model {
     }
 
     /// Fills a block with the file's bytes at `offset`. The offset and the length of the block
-    /// must be multiples of a word.
+    /// must be multiples of [`WORD`].
     fn generate(&self, offset: u64, block: &mut [u8]) {
         let mut at = offset;
         let mut rest = block;
@@ -293,8 +294,8 @@ fn fill_words(words: &mut [u8], word: impl Fn(u64) -> u64) {
     }
 }
 
-/// Returns the number at position `index` of the generator `WyRand`. Its state is a counter, so
-/// one multiplication yields the state at any position.
+/// Returns the number at position `index` of the generator `WyRand`. The generator's state is a
+/// counter, so one multiplication yields the state at any position.
 ///
 /// One widening multiplication per word gives several GB/s on one core. The numbers only have to
 /// make equal words in a file unlikely.
@@ -330,7 +331,8 @@ impl Dimensions {
     /// The minimum number of layers, except in models too small for them.
     const LAYERS_MIN: u64 = 12;
 
-    /// Returns the widest dimensions that leave room for enough layers, or else the narrowest.
+    /// Returns the widest dimensions that leave room for [`Self::LAYERS_MIN`] layers, or else the
+    /// narrowest.
     fn for_size(bytes: u64) -> Self {
         let widths = [8192, 4096, 2048, 1024, 512, 256, 128, 64, 32, 16, 8];
         let [.., narrowest] = widths.map(Self::with_width);

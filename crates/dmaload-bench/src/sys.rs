@@ -1,4 +1,4 @@
-//! The bench's unsafe code: reads by io_uring into its own memory, and access to that memory.
+//! Unsafe code: reads by io_uring into a region, and access to the region's bytes.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -28,7 +28,7 @@ pub(crate) struct Read<'a> {
 pub(crate) struct Reader {
     ring: ManuallyDrop<IoUring>,
     region: ManuallyDrop<Region>,
-    /// Why the memory is not registered with the ring.
+    /// Why the memory is not registered with the ring; `None` if it is.
     refusal: Option<io::Error>,
     in_flight: usize,
 }
@@ -97,8 +97,8 @@ impl Reader {
         Ok(())
     }
 
-    /// Waits for all reads, closes the ring and returns the memory. If waiting fails, leaks both
-    /// and returns `None`.
+    /// Waits for all reads, closes the ring and returns the memory. If waiting fails, leaks the
+    /// ring and the memory, and returns `None`.
     pub(crate) fn into_region(self) -> Option<Region> {
         let mut this = ManuallyDrop::new(self);
         this.finish()

@@ -2,7 +2,7 @@
 //!
 //! Preparation covers what a process needs only once, no matter how much it loads: the engine's
 //! threads and ring, the pool's memory, a manifest, and the limit's buffers. Timing begins just
-//! before memory is allocated and ends when the last byte is in it.
+//! before memory is allocated and ends when the last byte is in memory.
 
 use std::fs::{self, File};
 use std::hint::black_box;
@@ -174,7 +174,7 @@ fn run_normal(files: &Files) -> Result<Run> {
     let watch = Stopwatch::start();
     let loaded: Vec<_> = files.paths.iter().map(|path| baseline::load(path)).collect::<Result<_, _>>()?;
     let run = watch.stop(files);
-    // The sum excludes unmapping the files.
+    // The sum excludes the time for unmapping the files.
     let seconds = loaded.iter().map(|loaded| loaded.elapsed.as_secs_f64()).sum();
     let page_bytes = loaded.first().map_or(run.page_bytes, |loaded| page_bytes_of_slice(&loaded.memory));
     Ok(Run { seconds, page_bytes, ..run })
@@ -262,7 +262,7 @@ fn limit_reader() -> Result<(Reader, Vec<String>)> {
     let region = match Region::populated(&huge, bytes) {
         Ok(region) => region,
         Err(refused) => {
-            notes.push(format!("its buffers are not on 2 MiB pages: {refused}"));
+            notes.push(format!("the buffers are not on 2 MiB pages: {refused}"));
             let any: Arc<dyn Heap> = Arc::new(AnonHeap { pages: Pages::Auto });
             Region::populated(&any, bytes)?
         }
@@ -277,7 +277,7 @@ fn note_unregistered(error: &io::Error) -> String {
     let errno = Errno::from_io_error(error);
     let reason = errno.map_or_else(|| error.to_string(), Errno::describe);
     let hint = if errno == Some(Errno::ENOMEM) { ": the locked memory limit (ulimit -l) may be below 64 MiB" } else { "" };
-    format!("its buffers are not registered: {reason}{hint}")
+    format!("the buffers are not registered: {reason}{hint}")
 }
 
 /// Reads the files once into each destination. The limit is chosen among the destinations after

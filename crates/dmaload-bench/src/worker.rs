@@ -1,8 +1,8 @@
 //! A child process that reads commands and writes answers, each a line of text.
 //!
-//! Unless [`run_children_by`] sets another command, it is this same program, started through
-//! `/proc/self/exe`: another user may not have access to the program's folder, and a build may
-//! replace the program in the meantime. It exits when its standard input ends.
+//! Unless [`run_children_by`] sets another command, the child is this same program, started
+//! through `/proc/self/exe`: another user may not have access to the program's folder, and a build
+//! may replace the program in the meantime. The child exits when its standard input ends.
 
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Write};
@@ -15,7 +15,7 @@ use anyhow::{Context, Result, anyhow};
 
 use crate::leftovers;
 
-/// See [`run_children_by`].
+/// The command that [`run_children_by`] has set.
 static PROGRAM: OnceLock<Vec<OsString>> = OnceLock::new();
 
 /// Sets the command that starts child processes, in place of this process's executable: for
@@ -63,7 +63,7 @@ impl Worker {
     /// Starts the process.
     ///
     /// # Errors
-    /// If it can't be started.
+    /// If the process can't be started.
     pub(crate) fn start(command: &mut Command) -> Result<Self> {
         let mut child = leftovers::start(command).context("cannot start a child process")?;
         let stdin = child.stdin.take();
@@ -103,7 +103,8 @@ impl Worker {
 impl Drop for Worker {
     fn drop(&mut self) {
         drop(self.stdin.take());
-        // The process is no longer needed. Without the kill, one that hangs would block the wait.
+        // The process is no longer needed. Without the kill, a process that hangs would block the
+        // wait.
         let _ = self.child.kill();
         let _ = self.child.wait();
         leftovers::forget_process(&self.child);

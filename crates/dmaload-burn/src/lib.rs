@@ -21,19 +21,19 @@
 //! # Copies
 //!
 //! - With burn-ndarray, **filling a module copies nothing**: `Bytes::from_shared` takes the loaded
-//!   memory, which is freed with the last tensor in its segment. Nothing writes to this memory,
-//!   since most operations of burn-ndarray 0.21 first copy such a tensor, each time. A model that
-//!   runs many times may be faster if burn's own `SafetensorsStore` fills it.
+//!   memory, which is freed with the last tensor in its segment. burn-ndarray 0.21 does not write
+//!   to this memory: most of its operations first copy such a tensor, each time that they run. A
+//!   model that runs many times may be faster if burn's own `SafetensorsStore` fills it.
 //! - All other backends copy from the loaded memory to their own.
-//! - A file in PyTorch's layout needs `PyTorchToBurnAdapter` ([`LoadStore::with_adapter`]), which
+//! - A model in PyTorch's layout needs `PyTorchToBurnAdapter` ([`LoadStore::with_adapter`]), which
 //!   transposes, and therefore copies, the weights of linear layers.
 //! - A tensor whose address in memory is not a multiple of its element's size is copied.
 //!
 //! # Limits
 //!
 //! - If the file's element type differs from the module's, burn 0.21 keeps the file's type, and
-//!   panics if its backend lacks that type (F16 with burn-ndarray) or mixes both.
-//!   `HalfPrecisionAdapter` converts F16 to F32 and F32 to F16 only.
+//!   panics if its backend lacks that type (F16 with burn-ndarray) or if an operation gets both
+//!   types. `HalfPrecisionAdapter` converts F16 to F32 and F32 to F16 only.
 //! - With a backend that copies, the file stays in memory alongside the model until
 //!   [`LoadStore::finish`]: burn requests tensors through closures that may be called twice.
 //! - burn does not have F8, F6, F4, complex numbers, or GGUF blocks: it has other quantized types.

@@ -16,11 +16,11 @@ use burn_tensor::{AllocationProperty, BoolStore, Bytes, DType, TensorData};
 use dmaload::model::TensorInfo;
 use dmaload::{Load, LoadOptions, Loader, Report, inspect_load_blocking};
 
-/// A model that is being loaded, as burn's `ModuleStore`. Dropping it cancels the load unless a
-/// snapshot still exists elsewhere; tensors that were already returned stay valid.
+/// A model that is being loaded, as burn's `ModuleStore`. Dropping the store cancels the load
+/// unless a snapshot still exists elsewhere; tensors that were already returned stay valid.
 ///
-/// Do not use it on a worker of an async runtime: filling a module blocks until its bytes are
-/// loaded.
+/// Do not use the store on a worker of an async runtime: filling a module blocks until the
+/// module's tensors are loaded.
 pub struct LoadStore {
     load: Arc<Load>,
     snapshots: BTreeMap<String, TensorSnapshot>,
@@ -29,8 +29,8 @@ pub struct LoadStore {
 }
 
 impl LoadStore {
-    /// Starts to load a model: a file, a folder, or the index of one. Its headers are read before
-    /// this returns.
+    /// Starts to load a model: a file, a folder, or an index file. The model's headers are read
+    /// before this function returns.
     ///
     /// # Errors
     /// Those of [`dmaload::inspect_load_blocking`]. Later errors are reported when a module is
@@ -72,8 +72,8 @@ impl LoadStore {
         self
     }
 
-    /// Waits for the rest of the load, and releases it; tensors that were already returned stay
-    /// valid.
+    /// Waits for the rest of the load, and releases the load. Tensors that were already returned
+    /// stay valid.
     ///
     /// A change to a file during its load is detected only when the whole file has been read. A
     /// module that uses only some of a file's tensors needs this call to learn of a change.
@@ -170,7 +170,7 @@ impl From<dmaload::Error> for Error {
     }
 }
 
-/// Returns a snapshot of a tensor, which waits for the bytes when burn requests the data.
+/// Returns a snapshot of a tensor. The snapshot waits for the bytes when burn requests its data.
 fn snapshot(load: &Arc<Load>, tensor: &TensorInfo) -> TensorSnapshot {
     let (load, name, shape) = (Arc::clone(load), tensor.name.clone(), tensor.shape.clone());
     let dtype = burn_type(tensor.dtype);
@@ -181,8 +181,8 @@ fn snapshot(load: &Arc<Load>, tensor: &TensorInfo) -> TensorSnapshot {
             let dtype = dtype.ok_or_else(|| TensorSnapshotError::DataError(unknown.clone()))?;
             let io_error = |error: dmaload::Error| TensorSnapshotError::IoError(error.to_string());
             let tensor = load.tensor_blocking(&name).map_err(io_error)?;
-            // burn trusts shape and type, so with a rank's part, or a file that replaced the
-            // inspected one, it would read past the end.
+            // burn trusts shape and type, so it would read past the end of a rank's shard, or of a
+            // tensor from a file that replaced the inspected one.
             if tensor.shape() != &shape[..] || burn_type(tensor.dtype()) != Some(dtype) {
                 let message = format!(
                     "cannot load tensor {name:?}: {:?} of {} was loaded, but the file's header has {shape:?} of {dtype:?}",

@@ -68,7 +68,7 @@ fn outputs(model: &Model<Cpu>) -> Vec<u32> {
     values.into_iter().map(f32::to_bits).collect()
 }
 
-/// The address of a parameter's numbers.
+/// Returns the address of a parameter's numbers.
 fn address<const D: usize>(parameter: &Param<Tensor<Cpu, D>>) -> usize {
     match parameter.val().into_primitive().tensor() {
         NdArrayTensor::F32(storage) => storage.view().as_ptr().addr(),
@@ -129,7 +129,7 @@ fn parameters_are_the_loaded_memory_and_keep_it_alive() {
     drop(model);
     let mut waited = Duration::ZERO;
     while loader.memory_bytes() > 0 {
-        assert!(waited < PATIENCE, "{} bytes are left", loader.memory_bytes());
+        assert!(waited < PATIENCE, "bytes that are left: {}", loader.memory_bytes());
         thread::sleep(Duration::from_millis(5));
         waited += Duration::from_millis(5);
     }
@@ -148,7 +148,7 @@ impl IntoAddress for NdArrayTensor {
     }
 }
 
-/// An observer that holds back the bytes of a load from an offset on, until it is opened.
+/// An observer that holds back the bytes of a load from an offset on, until `is_open` is set.
 #[derive(Debug)]
 struct Gate {
     offset: u64,
@@ -165,7 +165,7 @@ impl Observer for Gate {
     }
 }
 
-/// Writes a file of two tensors, of which the first arrives before the second.
+/// Writes a file with two tensors, `a` and `b`. `a` arrives before `b`.
 fn write_two_tensors(folder: &Path) -> PathBuf {
     let bytes = 3 << 20;
     let header = format!(
@@ -262,7 +262,7 @@ fn model_that_exceeds_the_limit_is_an_error() {
 
 /// burn reads as many bytes as the header's shape implies, even if fewer were loaded.
 #[test]
-fn ranks_part_is_refused() {
+fn ranks_shard_is_refused() {
     let folder = folder();
     let options = LoadOptions::new().shard(Shard { rank: 1, world_size: 2, dim: Some(0) });
     let mut store = LoadStore::load_with(&loader(), write_two_tensors(folder.path()), options).unwrap();

@@ -1,5 +1,5 @@
-//! Measures the time until a model's first layer, and the whole model, have run: with dmaload, and
-//! with candle's own loader, which maps the file.
+//! Measures the time until a model's first layer has run, and until the whole model has run: with
+//! dmaload, and with candle's own loader, which maps the file.
 //!
 //! ```text
 //! just candle-first-layer [FOLDER [PAIRS]]
@@ -53,7 +53,8 @@ fn config(layers: usize) -> Config {
     }
 }
 
-/// Names and shapes, sorted by name as in files from model hubs.
+/// Returns the names and shapes of the model's tensors, sorted by name as in files from model
+/// hubs.
 fn tensors() -> Vec<(String, Vec<usize>)> {
     let mut tensors =
         vec![("model.embed_tokens.weight".to_owned(), vec![VOCABULARY, HIDDEN]), ("model.norm.weight".to_owned(), vec![HIDDEN])];
@@ -95,14 +96,15 @@ fn write_model(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Runs and measures one load in this process: prints its seconds and the sum of the logits.
+/// Runs and measures one load in this process. Prints its seconds, and the bits of the sum of its
+/// logits.
 fn run(who: &str, layers: usize, path: &Path) -> Result<()> {
     let begin = Instant::now();
     let (dtype, device) = (DType::F32, Device::Cpu);
     let (vb, weights) = match who {
         "dmaload" => {
             let loader = Loader::new()?;
-            // In the order in which the model requests them.
+            // Loads the tensors in the order in which the model requests them.
             let options = loader.load_options().tensors(["model.embed_tokens.*", "model.norm.*", "*"]);
             let weights = Weights::load_with(&loader, [path], options, dtype, &device)?;
             (weights.var_builder(), Some(weights))
@@ -117,14 +119,14 @@ fn run(who: &str, layers: usize, path: &Path) -> Result<()> {
     let logits = model.forward(&tokens, 0, &mut cache)?;
     let sum = logits.sum_all()?.to_scalar::<f32>()?;
     println!("{} {:08x}", begin.elapsed().as_secs_f64(), sum.to_bits());
-    // The run of the first layer does not wait for the rest.
+    // The run of the first layer does not wait for the rest of the load.
     if let Some(weights) = weights.filter(|_| layers == LAYERS) {
         weights.finish()?;
     }
     Ok(())
 }
 
-/// candle's own loader.
+/// Opens the file by candle's own loader, which maps it.
 #[allow(unsafe_code)]
 fn map(path: &Path, dtype: DType, device: &Device) -> Result<VarBuilder<'static>> {
     // SAFETY: nothing writes to the file while this process runs: its parent has written the file
@@ -139,7 +141,7 @@ fn measure(who: &str, layers: usize, path: &Path) -> Result<(f64, String)> {
     let output = Command::new(std::env::current_exe()?).args(arguments).stderr(Stdio::inherit()).output()?;
     ensure!(output.status.success(), "the run of {who} failed: {}", output.status);
     let printed = String::from_utf8(output.stdout)?;
-    let (seconds, sum) = printed.trim().split_once(' ').context("two words")?;
+    let (seconds, sum) = printed.trim().split_once(' ').context("the run did not print its seconds and its sum")?;
     Ok((seconds.parse()?, sum.to_owned()))
 }
 

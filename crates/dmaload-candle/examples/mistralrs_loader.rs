@@ -1,9 +1,9 @@
 //! Replaces mistral.rs's function for loading weights with one that uses dmaload.
 //!
 //! mistral.rs (in `utils/varbuilder_utils.rs`) starts a thread for each file, copies every tensor
-//! out of a mapping, and waits in a loop until all threads have ended. This function has the same
-//! signature but returns once the headers are read: tensors arrive while mistral.rs builds its
-//! model.
+//! out of a mapping, and waits in a loop until all threads have ended. The function in this
+//! example has the same signature, but returns once the headers are read: tensors arrive while
+//! mistral.rs builds its model.
 //!
 //! Types of mistral.rs that are not part of candle are replaced: `VarBuilder` stands for its
 //! `ShardedVarBuilder`, which `ShardedSafeTensors::wrap` creates from the same backend.
@@ -24,7 +24,7 @@ use regex::Regex;
 type ShardedVarBuilder = VarBuilder<'static>;
 
 /// The device on which mistral.rs wants a tensor. mistral.rs passes the device again when it
-/// requests the tensor, which is then moved there.
+/// requests the tensor, which is moved there at that time.
 enum DeviceForLoadTensor {
     Base,
     #[allow(dead_code, reason = "mistral.rs has it for models on several devices")]
@@ -59,7 +59,8 @@ fn from_mmaped_safetensors(
     Ok(VarBuilder::from_backend(Box::new(renamed), dtype, base_device.clone()))
 }
 
-/// The name by which mistral.rs requests a tensor, or `None` for a tensor that it does not use.
+/// Returns the name by which mistral.rs requests a tensor, or `None` for a tensor that it does not
+/// use.
 fn key(name: &str, adapter: Option<usize>) -> Option<String> {
     let mut key = name.replace("base_model.model.model", "model");
     if let Some(number) = adapter {
@@ -83,7 +84,7 @@ fn loader() -> Result<&'static Loader> {
 #[derive(Default)]
 struct Renamed {
     loads: Vec<Weights>,
-    /// The index of a load, and the tensor's name in its file.
+    /// The index of each tensor's load, and the tensor's name in the file.
     tensors: HashMap<String, (usize, String)>,
 }
 

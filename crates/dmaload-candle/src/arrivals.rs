@@ -4,7 +4,7 @@
 //!   dmaload::Tensors ──► a thread: convert, drop the original ──► a map by name ──► callers
 //! ```
 //!
-//! The thread ends with the load, or when the [`Arrivals`] are dropped, which cancels the load.
+//! The thread ends with the load. Dropping the [`Arrivals`] cancels the load.
 
 use std::any::Any;
 use std::collections::HashMap;
@@ -18,7 +18,7 @@ use std::thread::{self, Thread};
 
 use dmaload::{Errno, Error, LoadRequest, Report, Result, Tensor, Tensors};
 
-/// The kernel keeps at most 15 bytes of a thread's name.
+/// The thread's name. The kernel keeps at most 15 bytes of it.
 const THREAD: &str = "dmaload-candle";
 
 /// The arrived tensors of a load, by name.
@@ -34,7 +34,8 @@ struct Shared<T> {
 }
 
 struct State<T> {
-    /// Each tensor that has arrived, or the reason why it could not be converted.
+    /// The tensors that have arrived, by name. An error is the reason why a tensor could not be
+    /// converted.
     tensors: HashMap<String, std::result::Result<T, String>>,
     end: Option<Result<Report>>,
 }
@@ -46,7 +47,8 @@ pub(crate) enum Missing {
     Unusable(String),
     /// The load failed before the tensor arrived.
     Failed(Error),
-    /// The tensors that arrived before it, and are still held, fill the loader's memory limit.
+    /// Tensors that arrived before the requested one, and are still held, fill the loader's memory
+    /// limit.
     HeldUp(Error),
     /// The load has ended without the tensor.
     NotLoaded,
@@ -159,7 +161,7 @@ impl Wake for Unpark {
     }
 }
 
-/// Takes the tensors of a load until it ends or is cancelled.
+/// Takes the tensors of a load until the load ends or is cancelled.
 fn take_all<T>(
     mut tensors: Tensors,
     shared: &Shared<T>,

@@ -19,9 +19,9 @@ use crate::weights::unavailable;
 /// The tensors of a GGUF model as candle's `QTensor`s by name, while they are read. Cheap to
 /// clone.
 ///
-/// Each tensor is copied once, and is available as soon as its last byte is loaded; requesting it
-/// blocks the thread until then. Split files are one model. Dropping the last clone cancels the
-/// load.
+/// Each tensor is copied once, and is available as soon as its last byte is loaded; requesting a
+/// tensor blocks the thread until then. The files of a split model are one model. Dropping the
+/// last clone cancels the load.
 ///
 /// ```no_run
 /// # fn load(loader: &dmaload::Loader) -> anyhow::Result<()> {
@@ -44,7 +44,7 @@ struct GgufState {
 }
 
 impl QTensors {
-    /// Starts to load a GGUF model. Its headers are read before this returns.
+    /// Starts to load a GGUF model. The model's headers are read before this function returns.
     ///
     /// # Errors
     /// Those of [`dmaload::inspect_load_blocking`], and [`dmaload::Error::Start`] if no thread can
@@ -67,12 +67,13 @@ impl QTensors {
         Ok(QTensors(Arc::new(GgufState { named, arrivals })))
     }
 
-    /// Returns the tensor of this name. Blocks the caller's thread until its bytes are loaded.
+    /// Returns the tensor of this name. Blocks the caller's thread until the tensor's bytes are
+    /// loaded.
     ///
     /// # Errors
     /// `CannotFindTensor`, immediately, if the model does not have the tensor or the load's
-    /// options leave it out; `Msg` if candle does not have its type, if it has no elements, or if
-    /// the load failed.
+    /// options leave it out; `Msg` if candle does not have the tensor's type, if the tensor has no
+    /// elements, or if the load failed.
     pub fn get(&self, name: &str) -> candle_core::Result<Arc<QTensor>> {
         if !self.contains(name) {
             return Err(Error::CannotFindTensor { path: name.to_owned() }.bt());
@@ -80,7 +81,7 @@ impl QTensors {
         self.0.arrivals.wait(name).map_err(|missing| unavailable(name, &missing))
     }
 
-    /// Whether the model's headers list the tensor. Known before the tensor arrives.
+    /// Whether the model's headers list the tensor. The answer does not wait for the tensor.
     pub fn contains(&self, name: &str) -> bool {
         self.0.named.contains_key(name)
     }
@@ -108,10 +109,10 @@ fn convert(tensor: &Tensor, device: &Device) -> candle_core::Result<QTensor> {
     if bytes.is_empty() {
         candle_core::bail!("it has no elements")
     }
-    // candle asserts this alignment. Files are mapped at multiples of a page, and GGUF aligns
-    // tensors to 32 bytes by default, and to at least 8.
+    // candle asserts this alignment of the address. In memory, files begin at multiples of a page,
+    // and GGUF aligns tensors to 32 bytes by default, and to at least 8.
     if !bytes.as_ptr().addr().is_multiple_of(align_of::<f32>()) {
-        candle_core::bail!("its bytes begin at {}, which is not a multiple of 4", tensor.file_range().start)
+        candle_core::bail!("its bytes, from {} of the file on, are not aligned to 4 bytes in memory", tensor.file_range().start)
     }
     QTensor::new(QStorage::from_data(Cow::Borrowed(&bytes), device, dtype)?, tensor.shape())
 }
@@ -155,27 +156,28 @@ fn block_type(dtype: dmaload::model::DType) -> candle_core::Result<GgmlDType> {
 /// # }
 /// ```
 ///
-/// Reading from a tensor blocks until its last byte is loaded. dmaload's memory of a tensor is
-/// dropped when it was read to its end. candle makes two copies of each tensor, of which it keeps
-/// one. The load is ahead of the model by its window; if the model requests a tensor early, the
-/// reader keeps all tensors that arrive before it. If these tensors fill the loader's memory
-/// limit, the read fails with the text of [`dmaload::Error::HeldUp`], because nothing else can
-/// drop them: raise the limit, or load in the model's order ([`LoadOptions::tensors`]). Reading a
-/// tensor of which [`LoadOptions::shard`] loads only a part is an error.
+/// Reading from a tensor blocks until the tensor's last byte is loaded. dmaload's memory of a
+/// tensor is dropped when the tensor was read to its end. candle makes two copies of each tensor,
+/// of which it keeps one. The load is ahead of the model by at most the window and a segment. If
+/// the model requests a tensor early, the reader keeps all tensors that arrive before that tensor.
+/// If these tensors fill the loader's memory limit, the read fails with the text of
+/// [`dmaload::Error::HeldUp`]: raise the limit, or load in the model's order
+/// ([`LoadOptions::tensors`]). Reading a tensor of which [`LoadOptions::shard`] loads only a part
+/// is an error.
 ///
 /// The header is read when the reader is opened, and kept. Tensors that are read a second time,
-/// and the bytes between tensors, come from the file through the page cache; if the file has
-/// changed, reading them is an error.
+/// and the bytes between tensors, come from the file through the page cache. If the file has
+/// changed, such a read is an error.
 #[derive(Debug)]
 pub struct GgufReader {
     file: File,
     path: PathBuf,
     identity: Identity,
     header: Vec<u8>,
-    /// Keyed by their start in the file.
+    /// The tensors that were not read to their end yet, by their start in the file.
     tensors: BTreeMap<u64, Unread>,
     load: Tensors,
-    /// Tensors that have arrived and were not read to their end yet.
+    /// Tensors that have arrived, and have not been read to their end yet.
     held: HashMap<String, Tensor>,
     failed: Option<dmaload::Error>,
     position: u64,
@@ -188,7 +190,7 @@ struct Unread {
     end: u64,
 }
 
-/// Identifies a file and its version.
+/// Identifies a file, and the version of its contents.
 #[derive(Debug, PartialEq, Eq)]
 struct Identity {
     device: u64,
@@ -213,8 +215,8 @@ impl GgufReader {
     /// model, because candle reads one file.
     ///
     /// # Errors
-    /// Fails if the file cannot be opened or read, or is not in GGUF format. A [`dmaload::Error`]
-    /// is wrapped in an [`io::Error`].
+    /// If the file cannot be opened or read, or is not in GGUF format. A [`dmaload::Error`] is
+    /// wrapped in an [`io::Error`].
     pub fn open(loader: &Loader, path: impl AsRef<Path>, options: LoadOptions) -> io::Result<Self> {
         let path = path.as_ref().to_owned();
         let file = File::open(&path)?;
@@ -268,8 +270,8 @@ impl GgufReader {
         Ok(self.load.report().expect("a stream that has ended has its report").clone())
     }
 
-    /// Finds the tensor at this position that has not been read to its end yet. Returns its start
-    /// as well.
+    /// Finds the tensor at this position if it has not been read to its end yet. Also returns the
+    /// tensor's start.
     fn unread_at(&self, position: u64) -> Option<(u64, Unread)> {
         let (&start, unread) = self.tensors.range(..=position).next_back()?;
         (position < unread.end).then(|| (start, unread.clone()))
@@ -304,7 +306,7 @@ impl Read for GgufReader {
             bytes
         } else if let Some((start, Unread { name, end })) = self.unread_at(position) {
             let tensor = self.wait(&name).map_err(|missing| io::Error::other(unavailable(&name, &missing)))?;
-            // A rank's part, or a replaced file, would shift all following bytes.
+            // A rank's shard, or a tensor of a replaced file, would shift all following bytes.
             if tensor.file_range() != (start..end) {
                 let range = tensor.file_range();
                 let message =

@@ -1,4 +1,4 @@
-//! Reads the headers of a model's files, to know its tensors before they arrive.
+//! Reads the headers of a model's files, to know the model's tensors before they arrive.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};

@@ -13,10 +13,10 @@ use crate::headers::{self, Named};
 
 /// The weights of a model, as candle's tensors, while they are read. Cheap to clone.
 ///
-/// Each tensor is available as soon as its last byte is loaded; requesting it blocks the thread
-/// until then. Tensors are kept until the last clone and the last `VarBuilder` are dropped. A
-/// tensor that needs no conversion is returned in the same memory each time. Dropping the last
-/// clone and the last `VarBuilder` cancels the load.
+/// Each tensor is available as soon as its last byte is loaded; requesting a tensor blocks the
+/// thread until then. Tensors are kept until the last clone and the last `VarBuilder` are dropped.
+/// Requests that need no conversion return the same memory each time. Dropping the last clone and
+/// the last `VarBuilder` cancels the load.
 ///
 /// Do not request tensors on a worker of an async runtime: build the model in `spawn_blocking`.
 #[derive(Debug, Clone)]
@@ -31,10 +31,10 @@ struct Inner {
 }
 
 impl Weights {
-    /// Starts to load a model: a file, a folder, or the index of one.
+    /// Starts to load a model: a file, a folder, or an index file.
     ///
-    /// Its headers are read before this returns, on the caller's thread. `dtype` and `device` are
-    /// those of [`Self::var_builder`].
+    /// The model's headers are read before this function returns, on the caller's thread. `dtype`
+    /// and `device` are those of [`Self::var_builder`].
     ///
     /// # Errors
     /// Those of [`dmaload::inspect_load_blocking`], and [`dmaload::Error::Start`] if no thread can
@@ -106,7 +106,7 @@ impl SimpleBackend for Weights {
         tensor.to_device(device)?.to_dtype(dtype)
     }
 
-    /// Whether the model's headers list the tensor. Known before the tensor arrives.
+    /// Whether the model's headers list the tensor. The answer does not wait for the tensor.
     fn contains_tensor(&self, name: &str) -> bool {
         self.0.named.contains_key(name)
     }
@@ -118,15 +118,15 @@ pub(crate) fn unavailable(name: &str, missing: &Missing) -> Error {
 
 /// Copies a tensor to the device.
 ///
-/// If `dtype` can represent all of its values, the tensor is converted to it immediately, so it is
-/// not kept in two types. Otherwise the original type is kept, since the model may request the
-/// tensor in a third type.
+/// If `dtype` can represent all values of the tensor's type, the tensor is converted immediately,
+/// so it is not kept in two types. Otherwise the original type is kept, since the model may
+/// request the tensor in a third type.
 fn convert(tensor: &dmaload::Tensor, dtype: DType, device: &Device) -> Result<Tensor> {
-    // A rank's part along a dimension other than the first is not contiguous.
+    // A rank's shard along a dimension other than the first is not contiguous.
     let bytes =
         if tensor.is_contiguous() { tensor.bytes().map_err(Error::wrap)? } else { tensor.to_vec().map_err(Error::wrap)?.into() };
     let own = match tensor.dtype() {
-        // Like candle's own loader: candle has no 16-bit unsigned integers.
+        // candle has no 16-bit unsigned integers; its own loader converts them to U32, too.
         dmaload::model::DType::U16 => {
             let wide: Vec<u32> = bytes.chunks_exact(2).map(|pair| u32::from(u16::from_le_bytes([pair[0], pair[1]]))).collect();
             return Tensor::from_vec(wide, tensor.shape(), device);

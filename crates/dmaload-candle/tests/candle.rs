@@ -50,7 +50,7 @@ fn write_layers(folder: &Path) -> PathBuf {
     write_model(folder, "layers.safetensors", &tensors, 1)
 }
 
-/// Type, shape and bytes of a tensor.
+/// Returns the type, shape and bytes of a tensor.
 fn bits(tensor: &Tensor) -> (DType, Vec<usize>, Vec<u8>) {
     let flat = tensor.flatten_all().unwrap();
     let bytes = |values: Vec<Vec<u8>>| values.concat();
@@ -76,12 +76,12 @@ fn bits(tensor: &Tensor) -> (DType, Vec<usize>, Vec<u8>) {
     (tensor.dtype(), tensor.dims().to_vec(), values)
 }
 
-/// candle's own loader for the bytes of a file.
+/// Loads the tensors of a file by candle's own loader.
 fn load_by_candle(path: &Path, dtype: DType) -> VarBuilder<'static> {
     VarBuilder::from_buffered_safetensors(std::fs::read(path).unwrap(), dtype, &CPU).unwrap()
 }
 
-/// The first line of an error's text. A backtrace may follow.
+/// Returns the first line of an error's text. A backtrace may follow that line.
 fn first_line(error: candle_core::Error) -> String {
     error.to_string().lines().next().unwrap().to_owned()
 }
@@ -91,7 +91,7 @@ fn loader() -> Loader {
     Loader::builder().load_options(options).build().unwrap()
 }
 
-/// An observer that holds back the bytes of a load from an offset on, until it is opened.
+/// An observer that holds back the bytes of a load from an offset on, until [`Gate::open`].
 #[derive(Debug)]
 struct Gate {
     offset: u64,
@@ -119,7 +119,7 @@ impl Observer for Gate {
     }
 }
 
-/// Runs `run` on another thread, and fails if it takes too long.
+/// Runs a closure on another thread. Panics if the closure takes longer than [`PATIENCE`].
 fn in_time<T: Send + 'static>(what: &str, run: impl FnOnce() -> T + Send + 'static) -> T {
     let (sender, receiver) = mpsc::channel();
     thread::spawn(move || sender.send(run()));
@@ -144,14 +144,14 @@ fn every_type_equals_that_of_candles_loader() {
         ("scalar", "F32", &[], 32),
         ("empty", "F32", &[0, 4], 32),
     ];
-    // Odd lengths in between leave most tensors unaligned for their type.
+    // Tensors of odd lengths leave most later ones unaligned for their type.
     let path = write_model(folder.path(), "types.safetensors", &types, 7);
     for dtype in [DType::F32, DType::BF16, DType::F64] {
         let weights = Weights::load(&loader(), &path, dtype, &CPU).unwrap();
         let (ours, theirs) = (weights.var_builder(), load_by_candle(&path, dtype));
         // candle 0.11 recurses endlessly when it converts F8 to F64.
         for (name, _, shape, _) in types.into_iter().filter(|&(name, ..)| (name, dtype) != ("f8", DType::F64)) {
-            // Conversions keep NaNs, but their bits depend on the processor.
+            // Conversions keep NaNs, but the bits of a NaN depend on the processor.
             let raw = |weights: &VarBuilder<'_>, as_type| bits(&weights.get_unchecked_dtype(name, as_type).unwrap());
             let is_float = name.starts_with('f') || name.starts_with("bf") || name == "scalar";
             let finite = |(dtype, shape, bytes): (DType, Vec<usize>, Vec<u8>)| {
@@ -246,7 +246,7 @@ fn errors_name_the_requested_tensor() {
     assert_eq!(first_line(some.var_builder().get(8, "mask").unwrap_err()), "cannot find tensor mask");
 }
 
-/// Writes two of three shards, and an index that lists all three.
+/// Writes two of a model's three files, and an index that lists all three.
 fn write_unfinished_download(folder: &Path) -> PathBuf {
     let mut map = HashMap::new();
     for part in 0..3 {
@@ -327,7 +327,7 @@ fn dropped_weights_cancel_the_load_and_free_its_memory() {
             thread::sleep(Duration::from_millis(5));
         }
     };
-    // The rest is held back until then, so the load cannot finish first.
+    // The rest is held back until the gate opens, so the load cannot finish first.
     wait_until(&|| loader.metrics().loads_dropped == 1);
     gate.open();
     wait_until(&|| loader.memory_bytes() == 0);
@@ -547,9 +547,9 @@ fn quantized_llama_from_the_reader_has_the_same_logits() {
     assert!(ours.2.iter().any(|&byte| byte != 0), "all logits are zero");
 }
 
-/// The reader's offsets refer to the whole file, so a part would shift all following bytes.
+/// The reader's offsets refer to the whole file, so a shard would shift all following bytes.
 #[test]
-fn reader_refuses_a_ranks_part() {
+fn reader_refuses_a_ranks_shard() {
     let folder = folder();
     let path = write_quantized(folder.path(), &[GgmlDType::F32]);
     let options = LoadOptions::new().shard(Shard { rank: 1, world_size: 2, dim: Some(0) });

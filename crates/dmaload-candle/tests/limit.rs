@@ -22,7 +22,7 @@ fn folder() -> tempfile::TempDir {
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
 }
 
-/// Runs a closure on another thread. Panics if it takes too long.
+/// Runs a closure on another thread. Panics if the closure takes longer than [`PATIENCE`].
 fn in_time<T: Send + 'static>(what: &str, run: impl FnOnce() -> T + Send + 'static) -> T {
     let (sender, receiver) = mpsc::channel();
     thread::spawn(move || sender.send(run()));
@@ -43,7 +43,7 @@ fn write_many_tensors(folder: &Path) -> PathBuf {
     file(folder, "many.gguf", bytes.get_ref())
 }
 
-/// A loader whose limit of 12 MiB is smaller than the file of 20 MiB.
+/// Makes a loader whose limit of 12 MiB is smaller than the file of 20 MiB.
 fn limited_loader() -> Loader {
     let options = LoadOptions::new().segment_bytes(2 << 20);
     Loader::builder().memory_limit_bytes(12 << 20).window_bytes(4 << 20).load_options(options).build().unwrap()
@@ -95,7 +95,7 @@ fn reader_that_exceeds_the_limit_gets_an_error() {
     }
 }
 
-/// candle copies the tensors, so the load never waits for the model, whatever its order.
+/// candle copies the tensors, so the load never waits for the model, whatever the model's order.
 #[test]
 fn weights_can_be_requested_in_any_order_within_the_limit() {
     let folder = folder();

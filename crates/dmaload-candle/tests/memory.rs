@@ -1,5 +1,5 @@
-//! Measures the memory that building a model takes. The only test of its process, since it
-//! measures the whole process.
+//! Measures the memory that building a model takes. This is the only test of its process, since it
+//! measures the memory of the whole process.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 use candle_core::{DType, Device};
@@ -11,7 +11,7 @@ const MIB: u64 = 1 << 20;
 const TENSORS: usize = 32;
 const ROWS: usize = 1024;
 
-/// A line of `/proc/self/status`, in bytes.
+/// Returns the number in a line of `/proc/self/status`, in bytes.
 fn status(key: &str) -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':')).unwrap();
@@ -47,6 +47,6 @@ fn peak_memory_is_the_model_and_the_window() {
     // candle and the loader themselves.
     let allowed = model + window + 2 * segment + 16 * MIB + 16 * MIB;
     eprintln!("peak {} MiB for a model of {} MiB", peak / MIB, model / MIB);
-    assert!(peak >= model && peak <= allowed, "{} MiB at the peak, at most {} MiB allowed", peak / MIB, allowed / MIB);
+    assert!(peak >= model && peak <= allowed, "the peak is {} MiB, not {} to {} MiB", peak / MIB, model / MIB, allowed / MIB);
     assert_eq!(tensors.len(), TENSORS);
 }

@@ -7,7 +7,7 @@
 //! target/guest/apt/trixie-backports/{sources.list,status,lists,cache,renewed}
 //! ```
 //!
-//! Requires apt, and takes the address of a Debian mirror from its configuration.
+//! Requires apt, and takes the address of a Debian mirror from apt's configuration.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ use anyhow::{Context, Result, bail};
 use crate::progress;
 use crate::run;
 
-/// Lists older than this are renewed. Debian renews its own every 6 hours.
+/// Lists older than this are renewed. Debian updates its archive every 6 hours.
 const LISTS_AGE_MAX: Duration = Duration::from_secs(6 * 3600);
 /// Keys that verify all suites, including those newer than this machine's.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
@@ -50,7 +50,7 @@ impl Archive {
             if !archive.stamp().exists() {
                 return Err(error);
             }
-            progress::print(&format!("guest: {suite}: uses old package lists: {error:#}"));
+            progress::print(&format!("guest: {suite}: uses old package lists, because new ones cannot be fetched: {error:#}"));
         }
         Ok(archive)
     }
@@ -65,7 +65,7 @@ impl Archive {
         let source = format!("deb [arch=amd64 signed-by={KEYRING}] {mirror} {} main\n", self.suite);
         fs::write(self.folder.join("sources.list"), source)?;
         fs::write(self.folder.join("status"), "")?;
-        // By default apt only warns about a failed download.
+        // By default, apt only warns about a failed download.
         run::output(self.apt("apt-get").args(["-q", "update", "-o", "APT::Update::Error-Mode=any"]))
             .with_context(|| format!("cannot fetch the package lists of {}", self.suite))?;
         fs::write(self.stamp(), "").map_err(Into::into)
@@ -82,7 +82,7 @@ impl Archive {
         Ok(names.lines().map(str::to_owned).collect())
     }
 
-    /// Lists the packages that this one depends on.
+    /// Lists the packages that a package depends on.
     pub(crate) fn list_dependencies(&self, package: &str) -> Result<Vec<String>> {
         let depends = run::output(self.apt("apt-cache").args(["depends", "--important", package]))?;
         let names = depends.lines().filter_map(|line| line.trim().strip_prefix("Depends: "));
@@ -120,7 +120,8 @@ impl Archive {
         command.env("LC_ALL", "C");
         let folder = self.folder.display();
         for setting in [
-            // Ignores this machine's settings, such as which other indices to fetch.
+            // The first two settings hide this machine's configuration, such as which other
+            // indices to fetch.
             format!("Dir::Etc::parts={folder}"),
             format!("Dir::Etc::main={folder}/none"),
             format!("Dir::Etc::sourcelist={folder}/sources.list"),

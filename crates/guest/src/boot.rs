@@ -7,9 +7,9 @@ use crate::transcript::SuiteRun;
 #[derive(Debug)]
 pub(crate) struct Boot<'a> {
     pub(crate) plan: Plan<'a>,
-    /// `None` if the harness could not start or follow it.
+    /// `None` if the harness could not start the guest or read its output.
     pub(crate) outcome: Option<Outcome>,
-    /// Why it failed; empty on success.
+    /// Why the boot or its suites failed; empty on success.
     pub(crate) problems: Vec<String>,
 }
 

@@ -1,5 +1,5 @@
-//! Builds the command, the suites and C programs, statically linked. Cargo's messages name the
-//! executables that it built.
+//! Builds the command, the suites and C programs, statically linked. The executables are those
+//! that cargo's messages name.
 //!
 //! Uses a separate target folder, because alternating flags would rebuild the workspace each time.
 
@@ -14,12 +14,13 @@ use serde_json::Value;
 use crate::run;
 use crate::suites::{Program, Suite};
 
-/// Named explicitly, so that `RUSTFLAGS` do not apply to procedural macros, which cannot be linked
-/// statically.
+/// The target to build for. Because it is named explicitly, `RUSTFLAGS` do not apply to procedural
+/// macros, which cannot be linked statically.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// Optimized because emulation is slow, but with all debug checks. More optimization would add
-/// more time to the build than it saves in the guests.
+/// The profile of everything that runs in guests: optimized, because emulation is slow, but with
+/// all debug checks. More optimization would add more time to the build than it saves in the
+/// guests.
 const PROFILE: [&str; 6] = [
     "profile.guest.inherits=\"dev\"",
     "profile.guest.opt-level=1",
@@ -42,7 +43,7 @@ pub(crate) struct Built {
     pub(crate) c_programs: Vec<PathBuf>,
     /// The `CARGO_TARGET_TMPDIR` that was compiled into the integration tests.
     pub(crate) tests_folder: PathBuf,
-    /// The folder in which unit tests make files. They know its absolute path.
+    /// The folder in which unit tests make files. Its absolute path was compiled into them.
     pub(crate) unit_tests_folder: PathBuf,
 }
 
@@ -64,8 +65,8 @@ pub(crate) fn build(workspace: &Path, target_dir: &Path, suites: &[&Suite]) -> R
         Ok::<_, anyhow::Error>(parse_artifacts(&text))
     };
 
-    // Both builds name the same packages, so that the dependencies have the same features and are
-    // compiled once.
+    // This build and that of the unit tests name the same packages, so that the dependencies have
+    // the same features and are compiled once.
     let programs = build(cargo().arg("build").args(PACKAGES).args(["--bin", "dmaload"]).args(select_tests(suites)))?;
     let command = programs.iter().find(|artifact| artifact.is("dmaload-cli", "bin", "dmaload"));
     let command = command.context("cannot find dmaload among what cargo built")?.executable.clone();
@@ -160,8 +161,8 @@ fn parse_artifact(message: &Value) -> Option<Artifact> {
     })
 }
 
-/// Parses the package's name in its id: `…/guest#dmaload-guest@0.1.0`, or `…/dmaload#0.1.0` if its
-/// folder has the same name.
+/// Parses the package's name in its id: `…/guest#dmaload-guest@0.1.0`, or `…/dmaload#0.1.0` if the
+/// package's folder has the same name.
 fn parse_package_name(id: &str) -> &str {
     let (path, fragment) = id.rsplit_once('#').unwrap_or((id, ""));
     match fragment.split_once('@') {

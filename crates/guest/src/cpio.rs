@@ -1,5 +1,5 @@
-//! The archive format of initramfs, `newc`: for each entry a header of hexadecimal numbers, its
-//! name and its contents.
+//! The archive format of initramfs, `newc`: each entry is a header of hexadecimal numbers, the
+//! entry's name and its contents.
 
 // File types, as in `st_mode`.
 const FOLDER: u32 = 0o04_0000;
@@ -41,7 +41,7 @@ impl CpioArchive {
         let name_len = u32::try_from(path.len() + 1).expect("path length overflow");
         let links = 1;
         // Inode, mode, user, group, links, time, length, the file system's device (major, minor),
-        // this device (major, minor), length of the name, checksum.
+        // the entry's own device (major, minor), length of the name, checksum.
         let fields = [self.entries, mode, 0, 0, links, 0, len, 0, 0, device.0, device.1, name_len, 0];
         self.bytes.extend_from_slice(b"070701");
         for field in fields {
@@ -63,7 +63,7 @@ impl CpioArchive {
 mod tests {
     use super::*;
 
-    /// Reads the archive: name, mode, contents.
+    /// Returns the name, mode and contents of each entry of an archive.
     fn read(mut bytes: &[u8]) -> Vec<(String, u32, Vec<u8>)> {
         let mut entries = Vec::new();
         while !bytes.is_empty() {

@@ -5,11 +5,11 @@
 //! linux-image-7.2.12+deb13-amd64                empty, and depends on
 //!   linux-binary-7.2.12+deb13-amd64               vmlinuz
 //!   linux-modules-7.2.12+deb13-amd64              the modules
-//!   linux-base-7.2.12+deb13-amd64                 its configuration, the list of built-in modules
+//!   linux-base-7.2.12+deb13-amd64                 the configuration, the list of built-in modules
 //! ```
 //!
-//! A line that has left the archive is replaced by the next later line that is in it. If a kernel
-//! cannot be fetched, the newest cached release is used, such as
+//! A line that has left the archive is replaced by the first later line that the archive has. If a
+//! kernel cannot be fetched, the newest cached release is used, such as
 //! `target/guest/kernels/7.2-full/7.2.12+deb13-amd64/`.
 
 use std::fs;

@@ -16,7 +16,7 @@ const BAD_DISK_LEN: u64 = 64 << 20;
 const BLOCK: u64 = 4096;
 /// The block of `bad.bin` that contains the bad sector: in the middle of the file.
 const BAD_BLOCK: u64 = 2_049;
-/// The bad sector is neither the first nor the last one of its block.
+/// The bad sector's number within its block: neither the first nor the last of eight.
 const BAD_SECTOR_IN_BLOCK: u64 = 3;
 
 /// Image files, shared by all guests. A guest writes to a snapshot of the empty disk, and only
@@ -29,7 +29,7 @@ pub(crate) struct Disks {
     pub(crate) bad: PathBuf,
     /// The bad sector's number on the disk.
     pub(crate) bad_sector: u64,
-    /// The bad sector's offset in `bad.bin`.
+    /// The bad sector's offset in `bad.bin`, in bytes.
     pub(crate) bad_offset: u64,
     /// The disk with a Vulkan driver, if a suite needs it.
     pub(crate) vulkan: Option<PathBuf>,
@@ -79,7 +79,8 @@ fn make_file_system(image: &Path, contents: Option<&Path>) -> Result<()> {
     run::output(command.arg(image)).map(drop)
 }
 
-/// Parses the last number that debugfs printed. Block 0 means a hole.
+/// Parses the block's number, the last word that debugfs printed. Returns `None` for a hole, which
+/// has the number 0.
 fn parse_block(bmap: &str) -> Option<u64> {
     bmap.split_whitespace().last()?.parse().ok().filter(|&block| block != 0)
 }

@@ -80,7 +80,7 @@ while read -r name program seconds_max arguments; do
     status=$?
     # Kills processes that a suite has left running. Process 1 is exempt.
     kill -9 -1
-    # Changing a terminal's settings waits until its output was written.
+    # Waits until the suite's stderr was written: changing a terminal's settings drains its output.
     stty -F /dev/ttyS0 -echo
     echo
     echo "@@end $name status=$status seconds=$(($(uptime_seconds) - begin))"

@@ -42,7 +42,7 @@ pub(crate) fn pack(plan: &Plan<'_>, built: &Built, disks: &Disks) -> Result<Vec<
     for folder in ["bin", "dev", "etc", "etc/guest", "modules", "suites"] {
         archive.add_folder(folder);
     }
-    // The kernel opens it for process 1, before devtmpfs is mounted.
+    // The kernel opens this device for process 1, before devtmpfs is mounted.
     archive.add_device("dev/console", (5, 1));
     let busybox = run::find("busybox").context("cannot find busybox")?;
     archive.add_file("bin/busybox", &read(&busybox)?, true);

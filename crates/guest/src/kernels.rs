@@ -2,7 +2,7 @@
 
 use dmaload_guest::Line;
 
-/// Which of Debian's configurations a kernel was built with.
+/// The configuration with which Debian built a kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Flavor {
     /// For virtual machines, with few drivers and no importers.
@@ -30,7 +30,7 @@ impl Flavor {
 pub(crate) struct Wanted {
     pub(crate) name: &'static str,
     pub(crate) parameters: &'static str,
-    /// Whether the kernel may lack it.
+    /// Whether the kernel may lack the module.
     pub(crate) optional: bool,
 }
 
@@ -43,12 +43,12 @@ pub(crate) struct Kernel {
     pub(crate) flavor: Flavor,
     /// The archive's suites to search for its packages, in this order.
     pub(crate) suites: &'static [&'static str],
-    /// Whether it is booted if no kernel is named.
+    /// Whether this kernel is booted if no kernel is named.
     pub(crate) by_default: bool,
     /// Modules to load, in this order. Those that are built into the kernel are skipped.
     pub(crate) modules: &'static [Wanted],
     pub(crate) memory_mib: u32,
-    /// A guest that runs longer is killed.
+    /// The time limit, after which the guest is killed.
     pub(crate) seconds_max: u64,
     /// Whether the machine has the two disks with an unreadable sector.
     pub(crate) bad_disks: bool,

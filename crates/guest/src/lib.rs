@@ -18,8 +18,9 @@
 //! /sys/kernel/debug         debugfs
 //! ```
 //!
-//! [`record_row`] passes a fact about this kernel to the harness, which compares it with the
-//! tables of docs/kernels.md or writes it there.
+//! [`record_row`] passes a fact about the guest's kernel to the harness. `test --check FILE`
+//! compares all such facts with the tables of docs/kernels.md, and `test --write FILE` writes them
+//! there.
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
 
 use std::env;
@@ -37,14 +38,15 @@ pub const BAD_OFFSET: &str = "DMALOAD_BAD_OFFSET";
 
 /// The length of `bad.bin` in bytes.
 pub const BAD_LEN: usize = 16 << 20;
-/// The length in bytes of the unreadable sector of `bad.bin`. Its offset is a multiple of this.
+/// The length in bytes of the unreadable sector of `bad.bin`. The sector's offset is a multiple of
+/// this length.
 pub const SECTOR: usize = 512;
 const BAD_SEED: u64 = 7;
 
 /// A kernel's line: `(6, 12)` for all releases of Linux 6.12.
 pub type Line = (u32, u32);
 
-/// Whether Debian's kernels of this line have devices that make dma-bufs.
+/// Whether Debian's kernels of this line have devices that make dma-bufs: Linux 6.12 and later.
 #[must_use]
 pub const fn line_makes_dma_bufs(line: Line) -> bool {
     line.0 > 6 || (line.0 == 6 && line.1 >= 12)
@@ -56,11 +58,11 @@ pub const fn line_has_udmabuf_bug(line: Line) -> bool {
     line.0 == 6 && line.1 >= 11 && line.1 < 16
 }
 
-/// The kernel's id: `LINE-FLAVOR`.
+/// Returns the kernel's id: `LINE-FLAVOR`, such as `6.12-full`.
 ///
 /// # Panics
 ///
-/// Outside a guest: suites assert facts about known kernels.
+/// Outside a guest, where the kernel has no id.
 #[must_use]
 pub fn kernel_id() -> String {
     env::var(KERNEL).unwrap_or_else(|_| {
@@ -68,16 +70,14 @@ pub fn kernel_id() -> String {
     })
 }
 
-/// The kernel's line.
-///
-/// Suites choose by the line which behavior to expect.
+/// Returns the kernel's line, which determines the behavior that suites expect.
 ///
 /// # Panics
 ///
 /// Outside a guest, or if the kernel's id does not begin with a line.
 #[must_use]
 pub fn kernel_line() -> Line {
-    parse_line(&kernel_id()).unwrap_or_else(|| panic!("not LINE-FLAVOR: {}", kernel_id()))
+    parse_line(&kernel_id()).unwrap_or_else(|| panic!("the kernel's id is not LINE-FLAVOR: {}", kernel_id()))
 }
 
 fn parse_line(id: &str) -> Option<Line> {
@@ -121,7 +121,8 @@ pub fn has_bad_disks() -> bool {
     env::var_os(BAD_OFFSET).is_some()
 }
 
-/// Records a row of `table` for docs/kernels.md. The harness adds the first column, the kernel.
+/// Records a row of `table` for docs/kernels.md. The harness adds the kernel's id as the first
+/// cell.
 ///
 /// # Panics
 ///
@@ -140,7 +141,7 @@ pub fn record_row(table: &str, cells: &[&str]) {
 fn format_row(table: &str, cells: &[&str]) -> String {
     let parts = std::iter::once(&table).chain(cells).copied().collect::<Vec<_>>();
     for part in &parts {
-        assert!(!part.contains(['|', '\n', '\r']), "a cell cannot contain | or a line end: {part:?}");
+        assert!(!part.contains(['|', '\n', '\r']), "a table's name and its cells cannot contain | or a line end: {part:?}");
     }
     parts.join(" | ") + "\n"
 }
@@ -149,7 +150,7 @@ fn format_row(table: &str, cells: &[&str]) -> String {
 ///
 /// # Panics
 ///
-/// If it cannot be started.
+/// If the program cannot be started.
 #[track_caller]
 #[must_use]
 pub fn run_dmaload(arguments: &[&str]) -> Output {
@@ -162,7 +163,7 @@ pub fn run_dmaload(arguments: &[&str]) -> Output {
 pub struct BadDisk {
     /// The path of `bad.bin`, which has the contents [`bad_bytes`].
     pub file: PathBuf,
-    /// The unreadable sector's offset in the file.
+    /// The unreadable sector's offset in the file, in bytes.
     pub offset: u64,
     /// The errno of a direct read of the sector. A read through the page cache fails with `EIO`.
     pub errno: i32,
@@ -191,7 +192,7 @@ impl BadDisk {
 
     fn mounted_at(folder: &str, errno: i32) -> Self {
         let offset = env::var(BAD_OFFSET).ok().and_then(|value| value.parse().ok());
-        let offset = offset.unwrap_or_else(|| panic!("{BAD_OFFSET} is not set: this guest has no bad disks"));
+        let offset = offset.unwrap_or_else(|| panic!("{BAD_OFFSET} is not set to a number: this guest has no bad disks"));
         Self { file: Path::new(folder).join("bad.bin"), offset, errno }
     }
 }

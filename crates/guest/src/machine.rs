@@ -1,4 +1,5 @@
-//! Boots one kernel in QEMU, and reads its output until it is done, dies, hangs or runs too long.
+//! Boots one kernel in QEMU, and reads the guest's output until the guest is done, dies, hangs or
+//! runs too long.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
@@ -17,11 +18,12 @@ use crate::transcript::{Event, Transcript};
 
 /// A guest that prints nothing for this long is considered hung.
 const SILENCE_MAX: Duration = Duration::from_secs(120);
+/// How often the console and the time limits are checked while no results arrive.
 const TICK: Duration = Duration::from_millis(200);
 
-/// The kernel's parameters. To boot fast, they turn off mitigations, self tests and the
-/// calibration of clocks. An oops panics, and a panic reboots, which ends QEMU. They also enable
-/// the second serial port, and reserve memory for a CMA heap.
+/// The kernel's parameters. To boot fast, some of them turn off mitigations, self tests and the
+/// calibration of clocks. An oops panics, and a panic reboots, which ends QEMU. Other parameters
+/// enable the second serial port, and reserve memory for a CMA heap.
 const APPEND: &str = "console=ttyS0 quiet panic=-1 oops=panic mitigations=off nokaslr cryptomgr.notests tsc=reliable \
                       no_timer_check 8250.nr_uarts=2 rcupdate.rcu_expedited=1 cma=64M";
 
@@ -43,13 +45,14 @@ impl Outcome {
     /// processor occasionally executes a breakpoint that the other one has already removed. The
     /// resulting panic says nothing about the tests.
     pub(crate) fn is_emulator_fault(&self) -> bool {
-        // The kernel numbers its oopses. Newer kernels print `Oops: int3: 0000 [#1]`.
+        // `[#1]` marks the first oops. Older kernels print `int3: 0000 [#1]`, newer ones `Oops:
+        // int3: 0000 [#1]`.
         let first = self.console.lines().find(|line| line.contains("[#1]"));
         self.trouble.is_some() && first.is_some_and(|line| line.contains("int3: "))
     }
 }
 
-/// The files of one boot.
+/// The kernel, files and disks of one boot.
 #[derive(Debug)]
 pub(crate) struct Parts<'a> {
     pub(crate) kernel: &'a Kernel,
@@ -58,7 +61,7 @@ pub(crate) struct Parts<'a> {
     pub(crate) disks: &'a Disks,
     /// Whether the machine has the disk with the Vulkan driver.
     pub(crate) has_vulkan: bool,
-    /// Where QEMU writes the console.
+    /// The file that QEMU writes the console's output to.
     pub(crate) console: PathBuf,
 }
 
@@ -70,7 +73,7 @@ pub(crate) fn boot(parts: &Parts<'_>, mut on_event: impl FnMut(&Transcript, &Eve
     let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
     let mut machine = Machine(child.with_context(|| format!("cannot run `{}`", run::describe(&command)))?);
     let (sender, lines) = mpsc::channel();
-    let output = machine.0.stdout.take().context("QEMU has no output")?;
+    let output = machine.0.stdout.take().context("QEMU's standard output is not a pipe")?;
     let reader = thread::spawn(move || {
         let mut output = BufReader::new(output);
         let mut line = Vec::new();
@@ -181,7 +184,7 @@ impl Drop for Machine {
     }
 }
 
-/// The file that QEMU writes the console to.
+/// The open console file, and the text read from it.
 #[derive(Debug)]
 struct Console {
     file: File,

@@ -48,15 +48,15 @@ use clap::Parser;
 #[derive(Debug, Parser)]
 #[command(name = "guest", version)]
 enum Arguments {
-    /// Fetches kernels, builds suites, boots, and prints the outcome of each test.
+    /// Fetches kernels, builds suites, boots the kernels, and prints the outcome of each test.
     Test(Options),
-    /// Lists kernels and their suites.
+    /// Lists the kernels, the archive suites that have them, and the test suites that they run.
     List,
 }
 
 #[derive(Debug, clap::Args)]
 struct Options {
-    /// Boots only this kernel, whether it is a default or not; can be repeated.
+    /// Boots only this kernel, even if it is not a default one; can be repeated.
     #[arg(long, value_name = "ID")]
     kernel: Vec<String>,
     /// Runs only this suite; can be repeated.
@@ -65,10 +65,10 @@ struct Options {
     /// Runs only tests whose names contain this.
     #[arg(long, value_name = "NAME")]
     filter: Option<String>,
-    /// Rewrites the tables in this Markdown file. Requires a whole run without failures.
+    /// Fills the tables in this Markdown file with what this run records, unless the run fails.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "only", "filter"])]
     write: Option<PathBuf>,
-    /// Fails unless the tables in this Markdown file equal what a whole run records.
+    /// Fails unless the tables in this Markdown file equal what this run records.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "only", "filter", "write"])]
     check: Option<PathBuf>,
     /// Fetches kernels and builds the suites, but boots nothing.
@@ -77,7 +77,7 @@ struct Options {
     /// The number of kernels to run at a time.
     #[arg(long, value_name = "NUMBER", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
     jobs: u8,
-    /// Keeps disk images, initramfs and consoles.
+    /// Keeps this run's disk images, initramfs archives and console output.
     #[arg(long)]
     keep: bool,
 }

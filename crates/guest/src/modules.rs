@@ -21,12 +21,12 @@ use crate::run;
 /// An unpacked kernel.
 #[derive(Debug)]
 pub(crate) struct Unpacked {
-    /// Its line, which is later than the requested one if that has left the archive.
+    /// The kernel's line: later than the requested one if the latter has left the archive.
     pub(crate) line: Line,
     pub(crate) image: PathBuf,
-    /// In the order to load them.
+    /// The modules to load, in this order.
     pub(crate) modules: Vec<Module>,
-    /// The text of its `.config`.
+    /// The text of the kernel's `.config`.
     pub(crate) config: String,
 }
 
@@ -76,8 +76,8 @@ pub(crate) fn unpack(kernel: &Kernel, fetched: &Fetched) -> Result<Unpacked> {
     })
 }
 
-/// Formats the wanted modules as one line. It is kept with the result, to detect that they
-/// changed.
+/// Formats the wanted modules as one line, which is kept with the unpacked files: a later run
+/// compares it with the modules that it wants.
 fn format_wanted(kernel: &Kernel) -> String {
     let words = kernel.modules.iter().map(|module| format!("{} {}", module.name, module.parameters));
     words.collect::<Vec<_>>().join(",")
@@ -214,7 +214,7 @@ impl Order {
             return Ok(());
         }
         if let Some((_, known)) = self.modules.iter_mut().find(|(known, _)| known == name) {
-            // A dependency was added without parameters.
+            // The module may have been added before as a dependency, without parameters.
             if !parameters.is_empty() {
                 *known = parameters.to_owned();
             }

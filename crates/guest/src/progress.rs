@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use anyhow::Result;
 
-/// Prints whole lines, so that those of concurrent guests do not mix. Ignores errors such as a
-/// closed pipe, because the exit status reports the outcome.
+/// Prints text as whole lines, so that the lines of concurrent guests do not mix. Ignores errors
+/// such as a closed pipe, because the exit status reports the outcome.
 pub(crate) fn print(text: &str) {
     let _ = writeln!(stdout().lock(), "{text}");
 }

@@ -18,7 +18,7 @@ use anyhow::{Context, Result, bail};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Row {
     pub(crate) table: String,
-    /// The first cell is the kernel.
+    /// The first cell is the kernel's id.
     pub(crate) cells: Vec<String>,
 }
 
@@ -83,7 +83,7 @@ pub(crate) fn fill_tables(text: &str, rows: &[Row]) -> Result<String> {
         let Some((table, head)) = parse_heading(line)? else { continue };
         let own = rows.iter().filter(|row| row.table == table).collect::<Vec<_>>();
         if own.is_empty() {
-            bail!("cannot fill the table {table}: no suite calls record_row(\"{table}\", …), or the table occurs twice");
+            bail!("cannot fill the table {table}: no suite called record_row(\"{table}\", …)");
         }
         for row in &own {
             if row.cells.len() != head.len() {

@@ -1,4 +1,5 @@
-//! Runs other programs. An error quotes the command line and what it printed to stderr.
+//! Runs other programs. The error of a failed program quotes its command line and what it printed
+//! to stderr.
 
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -26,14 +27,14 @@ pub(crate) fn describe(command: &Command) -> String {
     words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
 }
 
-/// Finds a program on PATH, or in the system's folders of programs, which PATH may lack.
+/// Finds a program on PATH, or in the system's folders, such as `/usr/sbin`, which PATH may lack.
 pub(crate) fn find(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let folders = std::env::split_paths(&path).chain(["/usr/sbin", "/sbin", "/usr/bin"].map(PathBuf::from));
     folders.map(|folder| folder.join(program)).find(|candidate| candidate.is_file())
 }
 
-/// A command for a program that may be in a folder that PATH lacks.
+/// Makes the command for a program, which may be in one of the system's folders that PATH lacks.
 pub(crate) fn tool(program: &str) -> Command {
     Command::new(find(program).unwrap_or_else(|| program.into()))
 }

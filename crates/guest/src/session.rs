@@ -43,7 +43,10 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
     fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
     let lock = File::create(folder.join("lock"))?;
     lock.try_lock().with_context(|| {
-        format!("cannot lock {}: another run uses it; wait for it, or set CARGO_TARGET_DIR", folder.display())
+        format!(
+            "cannot lock {}: another run uses this folder; wait until that run ends, or set CARGO_TARGET_DIR",
+            folder.display()
+        )
     })?;
     let scratch = Scratch::make(folder.join("run"), options.keep)?;
 
@@ -105,11 +108,11 @@ fn finish(options: &Options, mut boots: Vec<Boot<'_>>, folder: &Path, begin: Ins
     let seconds = begin.elapsed().as_secs();
     // A run can fail without a failed test, for example if a guest does not boot.
     let hint = if problems.is_empty() { "" } else { "; this run failed, see above" };
-    progress::print(&format!("guest: {} kernels, {ran} tests, {failed} failed, {seconds} s{hint}", boots.len()));
+    progress::print(&format!("guest: kernels: {}, tests: {ran}, failed: {failed}, {seconds} s{hint}", boots.len()));
     Ok(problems.is_empty())
 }
 
-/// Collects the rows of all boots. `name` returns the kernel's name to show for a boot.
+/// Collects the rows of all boots. `name` returns the kernel's id to show for a boot.
 fn collect_rows<'a>(boots: &'a [Boot<'a>], name: impl Fn(&'a Boot<'a>) -> &'a str) -> Vec<Row> {
     let rows = boots.iter().flat_map(|boot| {
         let recorded = boot.outcome.as_ref().map_or(&[][..], |outcome| &outcome.transcript.rows);
@@ -141,8 +144,8 @@ fn check_tables(file: &Path, boots: &[Boot<'_>]) -> Result<()> {
     let difference = rows::list_differences(&text, &filled);
     let shown = difference.iter().take(DIFFERENCE_MAX).cloned().collect::<Vec<_>>().join("\n");
     bail!(
-        "the tables of {} differ from what this run recorded, in {} lines or in their order; read why, then rewrite \
-         them with `just kernels-md`\n{shown}",
+        "the tables of {} are not what this run recorded (differing lines: {}; if 0, their order differs); find out \
+         why, then rewrite them with `just kernels-md`\n{shown}",
         file.display(),
         difference.len()
     );
@@ -163,7 +166,7 @@ impl Booted {
     }
 }
 
-/// What all boots share.
+/// The options, programs and files that all boots share.
 struct Work<'a> {
     options: &'a Options,
     built: &'a Built,
@@ -225,7 +228,7 @@ impl<'a> Work<'a> {
                     progress::print(&format_tail(id, "console", &run.console, 100));
                 }
                 let seconds = run.end.map_or(0, |(_, seconds)| seconds);
-                progress::print(&format!("guest: {id}: {suite}: {} tests: {seconds} s", run.ran()));
+                progress::print(&format!("guest: {id}: {suite}: tests: {}, {seconds} s", run.ran()));
             }
             Event::Done => {}
         })?;
@@ -331,7 +334,9 @@ fn choose_suites(options: &Options, booted: &[Booted]) -> Result<Vec<&'static Su
     };
     let suites = SUITES.iter().filter(chosen).collect::<Vec<_>>();
     if suites.is_empty() {
-        bail!("none of these suites runs on these kernels; `cargo run -p dmaload-guest -- list` lists which do");
+        bail!(
+            "none of the chosen suites runs on a chosen kernel; `cargo run -p dmaload-guest -- list` lists the suites of each kernel"
+        );
     }
     Ok(suites)
 }
@@ -356,7 +361,7 @@ struct Scratch {
 
 impl Scratch {
     fn make(folder: PathBuf, keep: bool) -> Result<Self> {
-        // Left over from an interrupted run.
+        // An interrupted run may have left the folder.
         let _ = fs::remove_dir_all(&folder);
         fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
         Ok(Self { folder, keep })

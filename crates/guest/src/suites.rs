@@ -13,14 +13,14 @@ pub(crate) enum Program {
     Test(&'static str, &'static str),
 }
 
-/// Returns whether a suite runs on a kernel. The line is that of the booted release. It is later
-/// than the kernel's line if that has left the archive.
+/// A function that returns whether a suite runs on a kernel. [`Line`] is that of the booted
+/// release: later than [`Kernel::line`] if the latter has left the archive.
 type Condition = fn(&Kernel, Line) -> bool;
 
 /// One entry of `SUITES`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Suite {
-    /// Its name for `--only`; without spaces.
+    /// The suite's name for `--only`, without spaces.
     pub(crate) name: &'static str,
     pub(crate) program: Program,
     pub(crate) runs_on: Condition,
@@ -30,7 +30,7 @@ pub(crate) struct Suite {
     pub(crate) skip: &'static [&'static str],
     /// The time limit, after which the suite is killed.
     pub(crate) seconds_max: u32,
-    /// Whether it runs if no suite is named.
+    /// Whether this suite runs if no suite is named.
     pub(crate) by_default: bool,
 }
 
@@ -69,7 +69,8 @@ fn has_bad_disks(kernel: &Kernel, line: Line) -> bool {
     kernel.bad_disks && line_makes_dma_bufs(line)
 }
 
-/// Selects the lines between which system calls differ most.
+/// Selects the oldest and the newest of the default kernels, between which system calls differ
+/// most.
 fn oldest_or_newest(_: &Kernel, line: Line) -> bool {
     !line_makes_dma_bufs(line) || line >= (7, 2)
 }
@@ -78,7 +79,7 @@ fn oldest_or_newest(_: &Kernel, line: Line) -> bool {
 const PURE: &[&str] = &[
     "budget::",
     "engine::jobs",
-    // One of these tests reads the sources, which a guest lacks.
+    // A test of this module reads the sources, which a guest lacks.
     "error::",
     "glob::",
     "lent::",

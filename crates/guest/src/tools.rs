@@ -10,7 +10,7 @@ use anyhow::{Result, bail};
 use crate::progress;
 use crate::run;
 
-/// Programs and their packages.
+/// Required programs, each with the Debian package that contains it.
 const TOOLS: [(&str, &str); 7] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("modinfo", "kmod"),
@@ -21,7 +21,8 @@ const TOOLS: [(&str, &str); 7] = [
     ("cc", "gcc"),
 ];
 
-/// Installs missing programs, or fails and names their packages.
+/// Installs the packages of missing programs and libraries. Without root or apt, fails and names
+/// these packages.
 pub(crate) fn ensure() -> Result<()> {
     let missing = list_missing_packages();
     if missing.is_empty() {
@@ -29,7 +30,7 @@ pub(crate) fn ensure() -> Result<()> {
     }
     let packages = missing.join(" ");
     if !is_root() || run::find("apt-get").is_none() {
-        bail!("cannot find programs of {packages}; run `apt-get install --no-install-recommends {packages}`");
+        bail!("cannot find files of {packages}; run `apt-get install --no-install-recommends {packages}`");
     }
     progress::print(&format!("guest: installs {packages}"));
     if install(&missing).is_err() {
@@ -38,7 +39,7 @@ pub(crate) fn ensure() -> Result<()> {
     }
     let missing = list_missing_packages();
     if !missing.is_empty() {
-        bail!("cannot find programs of {} after installing {packages}", missing.join(" "));
+        bail!("cannot find files of {} after installing {packages}", missing.join(" "));
     }
     Ok(())
 }

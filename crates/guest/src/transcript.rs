@@ -28,7 +28,7 @@ impl Verdict {
             "ok" => Some(Self::Ok),
             "FAILED" => Some(Self::Failed),
             "ignored" => Some(Self::Ignored),
-            // Followed by a reason.
+            // libtest may add a reason.
             text if text.starts_with("ignored, ") => Some(Self::Ignored),
             _ => None,
         }
@@ -50,9 +50,9 @@ pub(crate) struct SuiteRun {
     pub(crate) tests: Vec<(String, Verdict)>,
     /// All lines between `@@begin` and `@@end`.
     pub(crate) output: Vec<String>,
-    /// The console's output while the suite ran.
+    /// The console's output from this suite's beginning to that of the next suite.
     pub(crate) console: String,
-    /// Exit status and seconds, once it has ended.
+    /// The exit status and the duration in seconds, once the suite has ended.
     pub(crate) end: Option<(i32, u64)>,
     /// The test that has begun and not ended.
     pending: Option<String>,
@@ -249,7 +249,7 @@ impl SuiteRun {
         let during = self.pending.as_ref().map(|test| format!(", during {test}")).unwrap_or_default();
         match self.end {
             None => problems.push(format!("{name}: the guest stopped{during}")),
-            // This is libtest's status for failed tests, which are listed above.
+            // 101 is libtest's status for failed tests, which are already listed.
             Some((101, _)) if !problems.is_empty() => {}
             Some((0, _)) => {}
             Some((137, seconds)) => {
@@ -260,8 +260,8 @@ impl SuiteRun {
             Some((status, _)) => problems.push(format!("{name}: ended with status {status}{during}")),
         }
         if self.end.is_some_and(|(status, _)| status == 0 || status == 101) && self.counted != Some(self.tests.len()) {
-            let counted = self.counted.map_or("nothing".to_owned(), |counted| format!("{counted} tests"));
-            problems.push(format!("{name}: libtest counts {counted}, but {} verdicts were read", self.tests.len()));
+            let counted = self.counted.map_or("nothing".to_owned(), |counted| counted.to_string());
+            problems.push(format!("{name}: tests that libtest counts: {counted}, verdicts that were read: {}", self.tests.len()));
         }
         if self.ran() == 0 && !filtered {
             problems.push(format!("{name}: no test ran"));
@@ -342,7 +342,7 @@ heaps | system
         let text = "@@begin s\ntest one ... noiseok\ntest two ... ok\n\
                     test result: ok. 2 passed; 0 failed; 0 ignored; 0 measured\n@@end s status=0 seconds=1\n";
         let (transcript, _) = parse(text);
-        assert_eq!(transcript.problems(&["s"], false), ["s: libtest counts 2 tests, but 1 verdicts were read"]);
+        assert_eq!(transcript.problems(&["s"], false), ["s: tests that libtest counts: 2, verdicts that were read: 1"]);
     }
 
     #[test]

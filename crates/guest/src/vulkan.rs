@@ -21,6 +21,7 @@ const SUITE: &str = "trixie";
 const PACKAGES: [&str; 2] = ["mesa-vulkan-drivers", "libvulkan1"];
 /// The driver to keep. The package's other drivers are for real devices.
 const DRIVER: &str = "libvulkan_lvp.so";
+/// The image's length in bytes, with room for the unpacked packages and the example.
 const IMAGE_LEN: u64 = 512 << 20;
 
 /// Makes the image `vulkan.img` in `scratch`. The unpacked packages and the build stay in `kept`

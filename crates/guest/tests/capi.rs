@@ -16,7 +16,7 @@ fn run(program: &str, arguments: &[&str]) -> Output {
     output
 }
 
-/// Runs the example in all modes but `bench`. Each loads the whole file into one dma-buf.
+/// Runs the example in all modes but `bench`. Each mode loads the whole file into one dma-buf.
 fn run_every_mode(heap: &str) {
     let path = file(LARGE);
     for mode in ["normal", "normal_io", "direct_io", "direct_io_check"] {

@@ -1,5 +1,5 @@
-//! Dma-bufs equal the file for every heap, layout, route and size, and after they were shared,
-//! handed out or inherited. Their bytes are read through the dma-bufs' own mappings.
+//! Dma-bufs have the file's bytes for every heap, layout, route and size, and after they were
+//! shared, handed out or inherited. Their bytes are read through the dma-bufs' own mappings.
 #![allow(clippy::unwrap_used, reason = "a failure here should fail the test")]
 
 mod common;
@@ -118,7 +118,7 @@ fn pooled_udmabuf_shows_what_was_loaded_last() {
     let path = disk().join("reversed");
     std::fs::write(&path, &other).unwrap();
     for _ in 0..3 {
-        // Dropped without handing out its dma-bufs, so the pool takes its memory.
+        // The image is dropped without handing out its dma-bufs, so the pool takes its memory.
         drop(load(&loader, &file(len), loader.load_options()).unwrap());
         while loader.pooled_bytes() == 0 {
             std::thread::sleep(std::time::Duration::from_millis(1));
@@ -159,12 +159,12 @@ fn refusal_of_a_heap_is_remembered_and_reported() {
     for round in 0..3 {
         let image = load(&loader, &file(4097), loader.load_options().cache(Cache::Bypass)).unwrap();
         let report = image.report();
-        // Later loads do not try again, and report the step too.
+        // Later loads do not try the direct route again, but report the step too.
         let steps: Vec<_> = report.fallbacks.iter().map(|step| (step.from, step.to, step.attempt, step.errno)).collect();
         let expected = [(Route::UringFixedDirect, Route::Bounce, Attempt::RegisterBuffer, Errno::EFAULT)];
         assert_eq!(steps, expected, "load {round}");
     }
-    // A strict load tries again, and gets the kernel's answer.
+    // A strict load tries the direct route again, and fails with the kernel's answer.
     let error = load(&loader, &file(4097), loader.load_options().strict(true)).unwrap_err();
     assert!(matches!(error, Error::Refused { errno: Errno::EFAULT, .. }), "{error}");
     shut_down(loader);
@@ -190,7 +190,7 @@ fn auto_takes_udmabuf_for_required_dma_bufs_and_says_why() {
 }
 
 #[test]
-fn bytes_are_lent_or_the_dma_buf_is_handed_out_never_both() {
+fn segment_with_views_is_not_handed_out_and_vice_versa() {
     for name in ["udmabuf", "dma-heap:system"] {
         let loader = Loader::builder().heap(heap(name)).build().unwrap();
         let image = load(&loader, &file(SEGMENT + 1), loader.load_options()).unwrap();
@@ -270,7 +270,7 @@ fn child_command(test: &str, role: &str) -> Command {
 }
 
 /// A process loads a file, drops loader and image, sends the dma-buf to another process and exits.
-/// The other process reads the file's bytes.
+/// The other process finds the file's bytes in the dma-buf.
 #[test]
 fn dma_buf_survives_its_loader_and_its_process() {
     let socket = disk().join("socket");
@@ -348,7 +348,7 @@ fn small_files_that_share_a_dma_buf_are_handed_out_together() {
     }
 }
 
-/// The program gets the dma-bufs as descriptors, described by environment variables.
+/// The program inherits the dma-bufs' descriptors, which environment variables describe.
 #[test]
 fn program_started_by_exec_inherits_the_dma_bufs() {
     if std::env::var(ROLE).is_ok() {
@@ -444,7 +444,7 @@ fn invalid_vendor_dma_buf_fails_the_load_and_names_the_heap() {
         (|bytes| allocate_descriptor("system", bytes - dmabuf::page_bytes()), "cannot use a dma-buf that is too short"),
         (|bytes| Ok(dmabuf::Memfd::create("vendor", bytes).unwrap().as_fd().try_clone_to_owned().unwrap()), "ENOTTY"),
         (
-            // Its descriptor is not writable.
+            // The dma-buf's descriptor is not writable.
             |bytes| Ok(dmabuf::DmaHeap::open("system").unwrap().allocate_with(bytes, 0, 0).unwrap().into()),
             "EACCES",
         ),

@@ -32,7 +32,7 @@ fn doctor_names_the_heap_that_works_and_its_route() {
     let udmabuf = heap(&found, "udmabuf");
     assert_eq!(udmabuf["usable"], makes_dma_bufs());
     if makes_dma_bufs() {
-        // On small pages staged reads are faster, so they are a choice and not a step down.
+        // On small pages, staged reads are faster, so they are a choice and not a step down.
         let (route, page) = if has_udmabuf_bug() { ("bounce", 4096) } else { ("uring-fixed-direct", 2 << 20) };
         assert_eq!((&udmabuf["route"], &udmabuf["page_size_bytes"]), (&route.into(), &page.into()), "{found:#}");
         assert_eq!((&udmabuf["fallbacks"], &found["dma_buf"]["route"]), (&[0; 0].into(), &route.into()), "{found:#}");
@@ -78,7 +78,8 @@ fn doctor_predicts_heap_route_and_pages_of_load_dma_buf() {
     }
 }
 
-/// On a kernel without the devices, the advice depends on the modules that are installed.
+/// On a kernel without devices that make dma-bufs, the advice depends on the modules that are
+/// installed.
 #[test]
 fn doctor_names_the_module_that_is_missing() {
     if makes_dma_bufs() {

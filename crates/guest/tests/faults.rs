@@ -95,13 +95,13 @@ fn run_out_of_memory(name: &str, path: &Path) {
             match segments.next().await {
                 Some(Ok(segment)) => kept.push(segment),
                 Some(Err(error)) => return error,
-                None => panic!("{name}: 3 GiB do not fit"),
+                None => panic!("{name}: a load of 3 GiB succeeded"),
             }
         }
     });
     assert!(matches!(&error, Error::OutOfMemory { limit, .. } if limit.contains("MemAvailable")), "{name}: {error}");
     let loaded: usize = kept.iter().map(dmaload::Segment::len).sum();
-    assert!(loaded > 256 * MIB, "{name}: only {loaded} bytes were loaded before");
+    assert!(loaded > 256 * MIB, "{name}: only {loaded} bytes were loaded before memory ran out");
     drop(kept);
     // The next load works.
     let image = load(&loader, &file(4097), loader.load_options()).unwrap();
@@ -134,7 +134,7 @@ fn drop_loads(name: &str) {
 }
 
 /// Loads a file with a bad sector into every heap by every route. The load fails and names the
-/// place, the segments before it are right, and the next load succeeds.
+/// place, the segments before that place are right, and the next load succeeds.
 fn assert_bad_sector_fails_the_load(disk: &BadDisk, how: &str) {
     let (expected, bad) = (bad_bytes(), disk.offset);
     for name in ["memfd", "udmabuf", "dma-heap:system"] {
@@ -168,7 +168,7 @@ fn assert_bad_sector_fails_the_load(disk: &BadDisk, how: &str) {
                     }
                 }
             });
-            // Through the page cache the kernel reports every error as EIO.
+            // Through the page cache, the kernel reports every error as EIO.
             let errno = if route.is_direct() { Errno::from_raw_os_error(disk.errno) } else { Errno::EIO };
             let Error::Read { path, offset, bytes, errno: reported, .. } = &error else { panic!("{what}: {error}") };
             assert_eq!((path, *reported), (&disk.file, errno), "{what}: {error}");
@@ -332,7 +332,7 @@ fn dma_buf_of_the_system_heap_takes_its_size_and_is_freed() {
         for _ in 0..3 {
             let image = load(&loader, &file(LARGE), loader.load_options()).unwrap();
             let taken = before.saturating_sub(available_bytes());
-            assert!(taken < 2 * LARGE as u64, "{taken} bytes are taken for {LARGE}");
+            assert!(taken < 2 * LARGE as u64, "bytes taken for a dma-buf of {LARGE}: {taken}");
             drop(image);
         }
         shut_down(loader);
@@ -355,7 +355,7 @@ fn concurrent_loads_do_not_invoke_the_oom_killer() {
     );
 }
 
-/// How many processes the OOM killer has killed since the machine started.
+/// Returns how many processes the OOM killer has killed since the machine started.
 fn count_oom_kills() -> u64 {
     let counters = std::fs::read_to_string("/proc/vmstat").unwrap();
     counters.lines().find_map(|line| line.strip_prefix("oom_kill ")).unwrap().parse().unwrap()
@@ -373,7 +373,7 @@ fn fill_memory() {
         assert!(matches!(outcome, Ok(()) | Err(Error::OutOfMemory { .. })), "{outcome:?}");
     }
     shut_down(loader);
-    // Large segments, two of which are allocated at a time.
+    // Segments of 1 GiB, several of which fit into the window of 3 GiB.
     let loader = Loader::builder()
         .heap(heap("dma-heap:system"))
         .load_options(LoadOptions::new().segment_bytes(1 << 30))
@@ -388,7 +388,7 @@ fn fill_memory() {
             match segments.next().await {
                 Some(Ok(segment)) => kept.push(segment),
                 Some(Err(error)) => return error,
-                None => panic!("6 GiB do not fit"),
+                None => panic!("a load of 6 GiB succeeded"),
             }
         }
     });

@@ -53,7 +53,7 @@ struct Mapped {
 impl Mapped {
     fn reserve(bytes: usize) -> Self {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        // SAFETY: without an address the kernel replaces no mapping.
+        // SAFETY: without an address, the kernel replaces no mapping.
         let start = unsafe { libc::mmap(ptr::null_mut(), bytes, libc::PROT_NONE, flags, -1, 0) };
         assert_ne!(start, libc::MAP_FAILED);
         Mapped { start: start.cast(), bytes }
@@ -118,7 +118,7 @@ fn registered_buffers_may_exceed_1_gib_since_7_2() {
     drop(ring);
 }
 
-/// One read fills two parts of a registered buffer.
+/// One read fills two separate ranges of a registered buffer.
 #[test]
 fn fixed_reads_take_vectors_since_6_15() {
     let memory = memfd(HUGE, MemfdFlags::empty()).unwrap();
@@ -144,7 +144,7 @@ fn fixed_reads_take_vectors_since_6_15() {
     assert_answer("READV_FIXED: one read into parts of a registered buffer", &answer, (6, 15), "EINVAL", "ok");
 }
 
-/// `struct io_uring_params`: the requested entries, and zeros.
+/// `struct io_uring_params`: the requested numbers of entries, and zeros.
 #[repr(C)]
 #[derive(Default)]
 struct Params {
@@ -171,7 +171,7 @@ fn buffered_reads_can_bypass_the_cache_since_6_14() {
     let source = fs::File::open(file(MIB)).unwrap();
     let mut seen = vec![0_u8; PAGE];
     let part = libc::iovec { iov_base: seen.as_mut_ptr().cast(), iov_len: PAGE };
-    // SAFETY: the vector has that many bytes, and the call does not outlive it.
+    // SAFETY: `seen` has that many bytes, and outlives the call.
     let read = unsafe { libc::preadv2(source.as_raw_fd(), &raw const part, 1, 0, RWF_DONTCACHE) };
     let read = if read < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
     assert_answer("RWF_DONTCACHE on ext4", &describe(read), (6, 14), "EOPNOTSUPP", "ok");

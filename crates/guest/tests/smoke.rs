@@ -1,5 +1,5 @@
-//! Checks the environment that every guest must provide. Without it, the other suites prove
-//! nothing.
+//! Checks the environment that every guest must provide. Without this environment, the other
+//! suites prove nothing.
 
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
@@ -126,7 +126,7 @@ fn bad_disks_fail_only_at_their_sector() {
         for offset in [0, bad - SECTOR, bad + SECTOR, BAD_LEN - SECTOR] {
             read(offset).unwrap_or_else(|error| panic!("{disk:?} at {offset}: {error}"));
         }
-        // Through the page cache the kernel reports every error as EIO.
+        // Through the page cache, the kernel reports every error as EIO.
         let error = File::open(&disk.file).unwrap().read_exact_at(&mut page.0[..SECTOR], disk.offset).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EIO), "{disk:?}: {error}");
     }

@@ -1,6 +1,6 @@
 //! A Vulkan driver imports a loaded file. Mesa's lavapipe runs on the processor, and imports
-//! dma-bufs if the kernel has `/dev/udmabuf`. `examples/gpu-import` uses it to copy and sum each
-//! segment, and compares both results with the file.
+//! dma-bufs if the kernel has `/dev/udmabuf`. `examples/gpu-import` uses this driver to copy and
+//! sum each segment, and compares both results with the file.
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
 #![allow(clippy::unwrap_used, reason = "a failure here should fail the test")]
 
@@ -32,7 +32,7 @@ fn run_gpu_import(file: &str, heap: &str) -> Output {
 #[test]
 fn lavapipe_imports_a_loaded_file_and_sums_it() {
     let len = 24 * MIB + 777;
-    // Without symbolic links, whose targets do not exist in the other root.
+    // The path must have no symbolic links, because their targets do not exist in the other root.
     let path = file(len).canonicalize().unwrap();
     run_script(&format!(
         "cd {ROOT} && for folder in dev proc sys disk; do mount -o bind /$folder $folder; done && mount -t tmpfs tmp tmp"

@@ -1,6 +1,6 @@
 //! Helpers for the suites: files on the guest's disk, loads, dma-bufs read through their own
 //! mappings, and settings of the kernel.
-#![allow(dead_code, unreachable_pub, reason = "each suite uses a part of it")]
+#![allow(dead_code, unreachable_pub, reason = "each suite uses only some of the helpers")]
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the suite")]
 #![allow(unsafe_code, reason = "mappings of dma-bufs are viewed as slices")]
 
@@ -16,7 +16,7 @@ use dmaload::heap::{Heap, HeapChoice};
 use dmaload::{Image, LoadOptions, Loader, Segment};
 use dmaload_testing::{meminfo_bytes, random_bytes};
 
-#[allow(unused_imports, reason = "each suite uses a part of it")]
+#[allow(unused_imports, reason = "each suite uses only some of the helpers")]
 pub use dmaload_testing::assert_same;
 
 pub const MIB: usize = 1 << 20;
@@ -36,7 +36,8 @@ pub fn original() -> &'static [u8] {
     BYTES.get_or_init(|| random_bytes(LARGE, 11))
 }
 
-/// Returns a file with the first `len` bytes of [`original`]. Makes it unless it exists.
+/// Returns the path of a file with the first `len` bytes of [`original`]. Makes the file unless it
+/// exists.
 pub fn file(len: usize) -> PathBuf {
     let path = disk().join(format!("{len}.bin"));
     if fs::metadata(&path).map_or(0, |found| found.len()) != len as u64 || len == 0 {
@@ -96,7 +97,7 @@ pub fn with_mapping<T>(dma_buf: OwnedFd, inspect: impl FnOnce(&[u8]) -> T) -> T 
 }
 
 /// Asserts that the segments' dma-bufs have exactly these bytes, and that each dma-buf's bytes
-/// behind its segment are zero.
+/// after its segment are zero.
 #[track_caller]
 pub fn assert_dma_bufs(segments: &[Segment], expected: &[u8], what: &str) {
     let mut at = 0;
@@ -149,8 +150,8 @@ pub fn open_descriptors() -> usize {
     fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
-/// Waits until the number of open descriptors is stable, and returns it. A thread may still be
-/// closing the segments of earlier tests.
+/// Waits until the number of open descriptors is stable, and returns the number. A thread may
+/// still be closing the segments of earlier tests.
 pub fn settle_descriptors() -> usize {
     let mut seen = open_descriptors();
     loop {
@@ -167,15 +168,15 @@ pub fn settle_descriptors() -> usize {
 pub fn assert_descriptors_are_closed(before: usize) {
     let deadline = Instant::now() + Duration::from_secs(10);
     while open_descriptors() != before {
-        assert!(Instant::now() < deadline, "{} descriptors are open; {before} were open before", open_descriptors());
+        assert!(Instant::now() < deadline, "open descriptors: {}, before: {before}", open_descriptors());
         std::thread::sleep(Duration::from_millis(20));
     }
 }
 
 pub const SIZE_LIMIT: &str = "/sys/module/udmabuf/parameters/size_limit_mb";
 
-/// A changed size limit of udmabuf. Dropping it restores the previous limit, which differs between
-/// kernels.
+/// A changed size limit of udmabuf. Dropping this value restores the previous limit, which differs
+/// between kernels.
 pub struct SizeLimit(String);
 
 impl SizeLimit {
@@ -194,7 +195,7 @@ impl Drop for SizeLimit {
 
 const THP: &str = "/sys/kernel/mm/transparent_hugepage";
 
-/// Changed settings of transparent huge pages. Dropping it restores the previous settings.
+/// Changed settings of transparent huge pages. Dropping this value restores the previous settings.
 pub struct ThpSettings(Vec<(String, String)>);
 
 impl ThpSettings {
@@ -276,7 +277,7 @@ impl Folios {
 pub fn fault_in(memfd: &OwnedFd, bytes: usize) -> Folios {
     use std::os::fd::AsRawFd;
     let (align, flags) = (dmabuf::HUGE_PAGE_BYTES, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
-    // SAFETY: without an address the kernel replaces no mapping.
+    // SAFETY: without an address, the kernel replaces no mapping.
     let reserved = unsafe { libc::mmap(std::ptr::null_mut(), bytes + align, libc::PROT_NONE, flags, -1, 0) };
     assert_ne!(reserved, libc::MAP_FAILED);
     let start = reserved.map_addr(|address| address.next_multiple_of(align));
@@ -309,7 +310,7 @@ pub fn create_udmabuf(memfd: &OwnedFd, bytes: usize) -> Result<OwnedFd, dmaload:
     const UDMABUF_CREATE: u32 = 0x4018_7542;
     let device = rustix::fs::open("/dev/udmabuf", rustix::fs::OFlags::RDWR, rustix::fs::Mode::empty()).unwrap();
     let create = Create { memfd: memfd.as_raw_fd().cast_unsigned(), flags: 1, offset: 0, size: bytes as u64 };
-    // SAFETY: the number belongs to this structure, which the kernel only reads.
+    // SAFETY: the ioctl's number belongs to this structure, which the kernel only reads.
     let fd = unsafe { libc::ioctl(device.as_raw_fd(), UDMABUF_CREATE as _, &raw const create) };
     if fd < 0 {
         let errno = std::io::Error::last_os_error().raw_os_error().unwrap();

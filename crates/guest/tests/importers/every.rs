@@ -43,8 +43,8 @@ fn importers_see_the_right_bytes_of_a_udmabuf_on_small_pages() {
     record_row("importers", &["udmabuf", "4 KiB (--pages 4k)", "vivid: right bytes; vgem: attached"]);
 }
 
-/// Proves that the setting has an effect. Otherwise tests that find no large folios with it would
-/// prove nothing.
+/// Proves that the setting has an effect. If it had none, tests that find no large folios despite
+/// the setting would prove nothing.
 #[test]
 fn multi_size_thp_gives_memfds_large_folios() {
     let _settings = ThpSettings::set(&[("hugepages-64kB/shmem_enabled", "always")]);
@@ -54,8 +54,8 @@ fn multi_size_thp_gives_memfds_large_folios() {
     shut_down(loader);
 }
 
-/// Proves that the setting has an effect. Otherwise tests that find no huge pages with it would
-/// prove nothing.
+/// Proves that the setting has an effect. If it had none, tests that find no huge pages despite
+/// the setting would prove nothing.
 #[test]
 fn shmem_always_gives_memfds_huge_pages() {
     let _settings = ThpSettings::set(&[("shmem_enabled", "always"), ("enabled", "always")]);

@@ -1,6 +1,6 @@
-//! Tests for kernels whose importers see the right bytes of a udmabuf on huge pages, which are its
-//! default there. They compare every page of every folio, for every way of filling and for folios
-//! of several sizes.
+//! Tests for kernels whose importers see the right bytes of a udmabuf on huge pages. Huge pages
+//! are the udmabuf heap's default on these kernels. The tests compare every page of every folio,
+//! for every way of filling and for folios of several sizes.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex};
@@ -15,8 +15,8 @@ use crate::common::{Folios, MIB, PAGE, ThpSettings, create_udmabuf, disk, fault_
 use crate::vivid::Loopback;
 use crate::{HUGE, Way, cache_first_bytes, count_folios, load_and_pass, ways, wrong_pages};
 
-/// The size of a frame that shows a whole dma-buf: two folios of 2 MiB, and 2,026,496 bytes on
-/// small pages.
+/// The size in pixels of a frame that shows a whole dma-buf: two folios of 2 MiB, and 2,026,496
+/// bytes on small pages.
 const FRAME: (u32, u32) = (1920, 1080);
 const LEN: usize = 1920 * 1080 * 3;
 const HUGE_FOLIOS: usize = LEN / HUGE;
@@ -62,7 +62,7 @@ fn importers_see_the_latest_load_in_memory_of_the_pool() {
     let options = LoadOptions::new().layout(Layout::Single).cache(Cache::Bypass);
     let loader = Loader::builder().heap(heap("udmabuf")).load_options(options).pool_bytes(64 << 20).build().unwrap();
     for _ in 0..3 {
-        // Dropped without handing out its dma-buf, so the pool takes its memory.
+        // The image is dropped without handing out its dma-buf, so the pool takes its memory.
         drop(load(&loader, &file(LEN), loader.load_options()).unwrap());
         while loader.pooled_bytes() == 0 {
             std::thread::sleep(std::time::Duration::from_millis(1));
@@ -82,7 +82,8 @@ fn importers_see_the_latest_load_in_memory_of_the_pool() {
     );
 }
 
-/// Makes and populates a memfd of whole huge pages, and returns its folios.
+/// Makes a memfd of `bytes`, rounded up to a multiple of 2 MiB, and populates it. Returns the
+/// memfd and its folios.
 fn create_vendors_memfd(bytes: usize, flags: MemfdFlags) -> (OwnedFd, Folios) {
     let memfd = memfd_create("vendor", flags | MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
     let whole = bytes.next_multiple_of(HUGE);
@@ -93,8 +94,8 @@ fn create_vendors_memfd(bytes: usize, flags: MemfdFlags) -> (OwnedFd, Folios) {
 }
 
 /// Loads into a vendor's udmabuf over a memfd with these flags, and passes it through vivid.
-/// Returns the folios of the memfd and the frame. The folios are counted in a mapping of the
-/// memfd, because the mapping of a dma-buf does not show them.
+/// Returns the memfd's folios, and the frame. The folios are counted in a mapping of the memfd,
+/// because the mapping of a dma-buf does not show them.
 fn pass_vendors_udmabuf(loopback: &mut Loopback, name: &str, flags: MemfdFlags) -> (Folios, Vec<u8>) {
     let seen = Arc::new(Mutex::new(Folios::default()));
     let folios = Arc::clone(&seen);
@@ -110,7 +111,7 @@ fn pass_vendors_udmabuf(loopback: &mut Loopback, name: &str, flags: MemfdFlags) 
     (folios, frame)
 }
 
-/// Pages reserved for hugetlb. Released when dropped.
+/// Huge pages reserved for hugetlb, which are released on drop.
 struct ReservedPages;
 
 impl ReservedPages {
@@ -137,7 +138,7 @@ fn importers_see_every_page_of_hugetlb() {
     let mut loopback = open_loopback();
     let (folios, frame) = pass_vendors_udmabuf(&mut loopback, "hugetlb", MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB);
     assert_eq!(wrong_pages(&frame), [0; 0]);
-    // The dma-buf ends within the last page.
+    // The dma-buf ends within the last huge page.
     let whole = LEN.next_multiple_of(HUGE);
     let expected = Folios { pages: 0, compound_pages: whole / PAGE, compound: whole / HUGE };
     assert_eq!(folios, expected);

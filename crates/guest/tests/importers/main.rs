@@ -31,8 +31,8 @@ const HUGE: usize = 2 * MIB;
 /// Larger than a frame and than two huge pages, and not a multiple of a page.
 const LEN: usize = 9 * MIB + 777;
 
-/// Loads a file of this length into one dma-buf, passes it through vivid and attaches it to vgem.
-/// Returns the image and vivid's frame.
+/// Loads a file of this length into one dma-buf, passes the dma-buf through vivid and attaches it
+/// to vgem. Returns the image and vivid's frame.
 fn load_and_pass(
     loopback: &mut Loopback,
     heap: impl Heap,
@@ -84,8 +84,8 @@ impl Way {
     }
 }
 
-/// Every way. Those that set a route are strict, so the load fails rather than take another route.
-/// `default` is the route that the loader chooses.
+/// Returns every way. Those that set a route are strict, so the load fails rather than take
+/// another route. `default` is the route that the loader chooses.
 const fn ways(default: Route) -> [Way; 9] {
     const fn by_route(name: &'static str, options: fn(LoadOptions) -> LoadOptions, route: Route) -> Way {
         Way { name, options, cached_halves: 0, route: Some(route) }

@@ -64,11 +64,11 @@ fn default_avoids_the_bug_with_multi_size_thp() {
     assert_default_avoids_the_bug(&settings);
 }
 
-/// The parts that a heap was asked to populate.
+/// The ranges that a heap was asked to populate.
 #[derive(Debug, Default)]
 struct PopulateRequests(Mutex<Mappings>);
 
-/// The requested parts of each mapping, by the mapping's start and end addresses.
+/// The requested ranges of each mapping, by the mapping's start and end addresses.
 type Mappings = BTreeMap<(usize, usize), Vec<Range<usize>>>;
 
 impl HeapHooks for PopulateRequests {
@@ -78,14 +78,14 @@ impl HeapHooks for PopulateRequests {
     }
 
     fn after_populate(&self, _: Range<usize>, result: Result<&Populated, &dmabuf::Error>) {
-        // The heap has checked the page sizes, and found no huge page.
+        // The heap checks the page sizes; it must have found no huge page.
         assert_eq!(result.unwrap().pages.map(|pages| pages.huge_bytes), Some(0));
     }
 }
 
 impl PopulateRequests {
-    /// Asserts that the heap populated all of the load's memory, each part once. udmabuf would
-    /// allocate a missing page itself, of any size. Returns the number of parts.
+    /// Asserts that the heap populated all of the load's memory, each range once. udmabuf would
+    /// allocate a missing page itself, possibly a huge one. Returns the number of ranges.
     fn assert_cover(&self, image: &Image, what: &str) -> usize {
         let mut requested = std::mem::take(&mut *self.0.lock().unwrap());
         for (&(start, end), parts) in &mut requested {
@@ -129,9 +129,9 @@ fn no_way_of_filling_a_udmabuf_lets_huge_pages_in() {
     }
 }
 
-/// A load that is large enough to measure direct and staged reads fills memory by both.
+/// A load that is large enough to measure direct and staged reads fills memory by both of them.
 #[test]
-fn a_load_that_measures_both_ways_lets_no_huge_pages_in() {
+fn load_that_measures_both_ways_lets_no_huge_pages_in() {
     const COUNT: usize = 9;
     let _settings = ThpSettings::set(&[("shmem_enabled", "always"), ("enabled", "always")]);
     let path = file(64 * MIB);

@@ -1,5 +1,5 @@
 //! Attaches a dma-buf to a real DRM driver. vgem asks the exporter for the buffer's page list, as
-//! any graphics driver does, but its imports cannot be mapped. A successful import proves that
+//! any graphics driver does, but vgem's imports cannot be mapped. A successful import proves that
 //! attaching works, but not which bytes the driver sees.
 
 use std::{
@@ -61,13 +61,13 @@ pub(crate) fn attach(dma_buf: BorrowedFd<'_>) -> io::Result<()> {
     let node = open_node()?;
     let mut import = PrimeHandle { handle: 0, flags: 0, fd: dma_buf.as_raw_fd() };
     retry("importing the dma-buf", || {
-        // SAFETY: the number is the one of `PrimeHandle` (asserted above); the kernel reads and
-        // writes those 12 bytes.
+        // SAFETY: the ioctl's number is that of `PrimeHandle` (asserted above); the kernel reads
+        // and writes those 12 bytes.
         unsafe { libc::ioctl(node.as_raw_fd(), DRM_IOCTL_PRIME_FD_TO_HANDLE as _, &raw mut import) }
     })?;
     let close = GemClose { handle: import.handle, pad: 0 };
     retry("closing the import", || {
-        // SAFETY: the number is the one of `GemClose` (asserted above); the kernel only reads
+        // SAFETY: the ioctl's number is that of `GemClose` (asserted above); the kernel only reads
         // those 8 bytes.
         unsafe { libc::ioctl(node.as_raw_fd(), DRM_IOCTL_GEM_CLOSE as _, &raw const close) }
     })
@@ -121,9 +121,9 @@ fn is_vgem(node: &File) -> bool {
         desc: ptr::null_mut(),
     };
     let asked = retry("reading the driver's name", || {
-        // SAFETY: the number is the one of `Version` (asserted above); the kernel writes at most
-        // `name_len` bytes to `name`, which is that long and lives here, and nothing through the
-        // pointers whose lengths are 0.
+        // SAFETY: the ioctl's number is that of `Version` (asserted above); the kernel writes at
+        // most `name_len` bytes to `name`, which is that long and lives here, and nothing through
+        // the pointers whose lengths are 0.
         unsafe { libc::ioctl(node.as_raw_fd(), DRM_IOCTL_VERSION as _, &raw mut version) }
     });
     // The kernel reports the name's full length, which can be more than it copied.

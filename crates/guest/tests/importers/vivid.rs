@@ -1,4 +1,4 @@
-//! Reads a dma-buf through a real importer: vivid's video output takes the dma-buf, and its
+//! Reads a dma-buf through a real importer: vivid's video output takes the dma-buf, and vivid's
 //! loopback copies the frame from the driver's own kernel mapping to vivid's capture side.
 //!
 //! Requires the module with one HDMI output and one HDMI input: `modprobe vivid n_devs=1
@@ -47,8 +47,8 @@ impl Loopback {
         Self::with_frames_of(1280, 720)
     }
 
-    /// Like [`open`](Self::open), with frames of this size, which must be that of a video
-    /// standard.
+    /// Like [`open`](Self::open), with frames of this size in pixels, which must be that of a
+    /// video standard.
     pub(crate) fn with_frames_of(width: u32, height: u32) -> io::Result<Self> {
         let (output, capture, instance) = open_nodes()?;
         let linked = name_step("output controls", set_controls(&output, &instance))?;
@@ -85,7 +85,8 @@ impl Loopback {
     /// frame with fresh noise, so equal frames come from the output. The dma-buf must not change
     /// during the call.
     pub(crate) fn pass(&mut self, dma_buf: BorrowedFd<'_>, buffer_bytes: usize) -> io::Result<Vec<u8>> {
-        let length = u32::try_from(buffer_bytes).map_err(|_| vivid_error(ErrorKind::InvalidInput, "4 GiB or more"))?;
+        let length =
+            u32::try_from(buffer_bytes).map_err(|_| vivid_error(ErrorKind::InvalidInput, "the dma-buf has 4 GiB or more"))?;
         if length < self.frame {
             return Err(vivid_error(ErrorKind::InvalidInput, "the dma-buf is smaller than a frame"));
         }
@@ -117,7 +118,7 @@ impl Loopback {
 }
 
 /// Opens the output and the capture node of one vivid instance. Also returns the instance's
-/// number, as the names of its controls contain it.
+/// number, which occurs in the names of its controls.
 fn open_nodes() -> io::Result<(File, File, String)> {
     let mut paths: Vec<PathBuf> = Vec::new();
     for entry in fs::read_dir("/dev")? {
@@ -160,7 +161,7 @@ fn open_nodes() -> io::Result<(File, File, String)> {
             return Ok((output, captures.swap_remove(at).0, instance));
         }
     }
-    Err(refused.unwrap_or_else(|| vivid_error(ErrorKind::NotFound, "no output and capture node of one instance")))
+    Err(refused.unwrap_or_else(|| vivid_error(ErrorKind::NotFound, "no instance has both an output and a capture node")))
 }
 
 /// Finds the first progressive timings of this size.
@@ -174,7 +175,7 @@ fn find_timings(node: &File, width: u32, height: u32) -> io::Result<DvTimings> {
             return Ok(found);
         }
     }
-    Err(vivid_error(ErrorKind::Unsupported, "no timings of this size"))
+    Err(vivid_error(ErrorKind::Unsupported, "the output has no progressive timings of this size"))
 }
 
 /// Sets the format RGB24, which passes the loopback unchanged. With cropping and scaling off, the

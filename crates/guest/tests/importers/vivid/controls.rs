@@ -14,7 +14,7 @@ use super::v4l2::{
 
 /// Maximum number of times that a link is set again after vivid reset it.
 const LINK_TRIES: u32 = 20;
-/// A time in which vivid's work item has run after the control was set.
+/// How long to wait after setting the link. By then, vivid's work item has run.
 const LINK_SETTLE_TIME: Duration = Duration::from_millis(100);
 
 /// The value that lets a frame pass unchanged.
@@ -80,7 +80,8 @@ pub(super) fn set_controls(node: &File, instance: &str) -> io::Result<bool> {
                 find_menu_index(node, &here, |entry| entry.contains(&partner))
             }
         };
-        let value = value.ok_or_else(|| vivid_error(ErrorKind::Unsupported, &format!("\"{name}\" lacks the item")))?;
+        let value =
+            value.ok_or_else(|| vivid_error(ErrorKind::Unsupported, &format!("the menu {name:?} lacks the required item")))?;
         name_step(name, set_control(node, here.id, value))?;
         if is_link {
             name_step(name, keep_link(node, here.id, value))?;
@@ -102,9 +103,9 @@ fn set_control(node: &File, id: u32, value: i32) -> io::Result<()> {
 /// Checks that the link keeps the value that was just set, and sets it again if vivid resets it.
 ///
 /// On kernels where the link is a choice of partner, setting it queues a work item that updates
-/// the menu. If that runs before the control has its new value, it takes the chosen output for
-/// another input's, and resets the control to the test pattern. That happened 2 of 300 times on
-/// Linux 7.2.
+/// the menu. If the work item runs before the control has its new value, vivid takes the chosen
+/// output for another input's, and resets the control to the test pattern. This reset happened 2
+/// of 300 times on Linux 7.2.
 fn keep_link(node: &File, id: u32, value: i32) -> io::Result<()> {
     for _ in 0..LINK_TRIES {
         thread::sleep(LINK_SETTLE_TIME);

@@ -18,8 +18,8 @@ const LIMIT: Duration = Duration::from_secs(20);
 /// The number of frames to discard after the start, because they may be from an earlier pass.
 const SKIPPED: u32 = 2;
 
-/// The buffers of one direction. Dropping it frees them even after a failed pass. Otherwise the
-/// driver would keep a queued dma-buf and refuse the next pass.
+/// The queue of one direction, and its buffers. Dropping the queue frees the buffers, even after a
+/// failed pass: otherwise, the driver would keep a queued dma-buf and refuse the next pass.
 pub(super) struct Queue<'a> {
     pub(super) node: &'a File,
     kind: u32,
@@ -60,7 +60,7 @@ impl<'a> Queue<'a> {
             let mut buffer = self.buffer(index);
             name_step("QUERYBUF", ioctl(self.node, &QUERYBUF, &mut buffer))?;
             if (buffer.length as usize) < frame {
-                return Err(vivid_error(ErrorKind::InvalidData, "capture buffers smaller than a frame"));
+                return Err(vivid_error(ErrorKind::InvalidData, "the capture buffers are smaller than a frame"));
             }
             mappings.push(Mapping::new(self.node, buffer.place, frame)?);
             let mut buffer = self.buffer(index);
@@ -72,7 +72,7 @@ impl<'a> Queue<'a> {
         let mut last: Option<Vec<u8>> = None;
         loop {
             if !wait_until_readable(self.node, deadline)? {
-                let why = format!("no two equal frames in {} s, of {seen} captured ones", LIMIT.as_secs());
+                let why = format!("no two successive frames were equal for {} s; frames captured: {seen}", LIMIT.as_secs());
                 return Err(vivid_error(ErrorKind::TimedOut, &why));
             }
             let mut buffer = self.buffer(0);
@@ -83,9 +83,9 @@ impl<'a> Queue<'a> {
             seen += 1;
             let whole = buffer.flags & BUFFER_ERROR == 0 && buffer.bytesused as usize == frame;
             if whole && seen > SKIPPED {
-                let mapping = mappings
-                    .get(buffer.index as usize)
-                    .ok_or_else(|| vivid_error(ErrorKind::InvalidData, "a capture buffer that does not exist"))?;
+                let mapping = mappings.get(buffer.index as usize).ok_or_else(|| {
+                    vivid_error(ErrorKind::InvalidData, "the driver returned a capture buffer that does not exist")
+                })?;
                 let now = mapping.to_vec();
                 if last.as_ref() == Some(&now) {
                     return Ok(now);
@@ -138,12 +138,13 @@ struct Mapping {
 impl Mapping {
     fn new(node: &File, offset: u32, length: usize) -> io::Result<Self> {
         let (read, shared, fd) = (libc::PROT_READ, libc::MAP_SHARED, node.as_raw_fd());
-        // SAFETY: without an address the kernel picks a free range and replaces no mapping.
+        // SAFETY: without an address, the kernel picks a free range and replaces no mapping.
         let start = unsafe { libc::mmap(ptr::null_mut(), length, read, shared, fd, libc::off_t::from(offset)) };
         if start == libc::MAP_FAILED {
             return name_step("mapping a capture buffer", Err(Error::last_os_error()));
         }
-        let start = NonNull::new(start.cast()).ok_or_else(|| vivid_error(ErrorKind::InvalidData, "mapped at 0"))?;
+        let start = NonNull::new(start.cast())
+            .ok_or_else(|| vivid_error(ErrorKind::InvalidData, "a capture buffer was mapped at address 0"))?;
         Ok(Self { start, length })
     }
 

@@ -140,8 +140,8 @@ pub(super) struct Control {
 }
 const _: () = assert!(size_of::<Control>() == 8);
 
-/// Opaque except for the picture's size and scan, since it is only passed from one node to the
-/// other.
+/// The timings of a video signal. Opaque except for the picture's size and scan, since they are
+/// only passed from one node to the other.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 pub(super) struct DvTimings {
