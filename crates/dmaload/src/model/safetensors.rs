@@ -164,14 +164,10 @@ pub fn parse(header: &[u8], file_bytes: u64) -> Result<TensorMap, ModelError> {
 /// Checks that a header begins like a JSON object, and decodes it as UTF-8.
 fn decode_header(header: &[u8]) -> Result<&str, ModelError> {
     let is_blank = |byte: &u8| header::WHITESPACE.contains(&char::from(*byte));
-    match header.iter().find(|byte| !is_blank(byte)) {
-        Some(b'{') => {}
-        Some(&found) => return Err(ModelError::NotAnObject { found }),
-        None => {
-            return Err(header
-                .first()
-                .map_or(ModelError::HeaderTooSmall { header_bytes: 0 }, |&found| ModelError::NotAnObject { found }));
-        }
+    // A header of only whitespace begins with whitespace instead of a brace.
+    let found = header.iter().find(|byte| !is_blank(byte)).or(header.first()).expect("a header has at least 2 bytes");
+    if *found != b'{' {
+        return Err(ModelError::NotAnObject { found: *found });
     }
     str::from_utf8(header).map_err(|error| ModelError::InvalidUtf8 { offset: error.valid_up_to() })
 }
