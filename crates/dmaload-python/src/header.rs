@@ -1,4 +1,5 @@
-//! For `dmaload.safe_open`: reads headers, and tensors of files whose header is known.
+//! The functions behind `dmaload.safe_open`: they read headers, and tensors of files whose header
+//! is known.
 
 use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -54,8 +55,8 @@ fn borrowed<'a>(fd: i32) -> BorrowedFd<'a> {
     unsafe { BorrowedFd::borrow_raw(fd) }
 }
 
-/// Reads a small tensor of an open file through the page cache into newly allocated memory. A load
-/// would take longer, and would create a mapping for each tensor.
+/// Reads a small tensor of an open file through the page cache into newly allocated memory. For
+/// such a tensor, a load would take longer, and would create a mapping.
 #[pyfunction]
 pub(crate) fn read_small(py: Python<'_>, fd: i32, described: Described) -> PyResult<Tensor> {
     guarded(py, || {

@@ -202,7 +202,7 @@ def test_memory_is_freed_with_the_last_tensor(disk, programs):
     del last
     capsule = array.base
     assert array[0, 0] == array[0, 0]
-    # Its segment, the second of two, has 32 MiB. A thread frees the first one.
+    # The array keeps the second of two segments, of 32 MiB. A thread frees the first one.
     assert settles_below(before + 64), resident_mib() - before
     assert resident_mib() - before >= 1, resident_mib() - before
     del array, capsule
@@ -298,7 +298,7 @@ def test_exports_leak_no_references(tmp_path):
     assert sys.getrefcount(found) == before
 
 
-def test_a_child_forked_while_rows_are_gathered_has_the_tensor(tmp_path, programs):
+def test_child_forked_while_rows_are_gathered_has_the_tensor(tmp_path, programs):
     """A child does not wait for a thread that exists only in its parent."""
     rows = 1 << 18
     path = write(tmp_path / "rows.safetensors", {"w": tensor("U8", [rows, 16])})

@@ -23,7 +23,7 @@ def assert_same(image, tensors):
 
 
 @pytest.mark.parametrize("named", ["folder", "index"])
-def test_three_shards_with_an_index_load_as_one_model(tmp_path, named):
+def test_three_files_with_an_index_load_as_one_model(tmp_path, named):
     folder, tensors = sharded(tmp_path / "model")
     path = folder if named == "folder" else folder / "model.safetensors.index.json"
     assert_same(dmaload.load(path), tensors)
