@@ -73,7 +73,7 @@ fn read_exactly(file: &File, buffer: &mut [u8], start: u64, name: &str) -> Resul
     use std::os::unix::fs::FileExt;
     file.read_exact_at(buffer, start).map_err(|error| match error.raw_os_error() {
         Some(errno) => {
-            let message = format!("cannot read {} bytes of tensor {name:?} at offset {start}: {error}", buffer.len());
+            let message = format!("cannot read tensor {name:?} (bytes: {}) at offset {start}: {error}", buffer.len());
             Failure::new("IoError", message).about(errno, "")
         }
         None => Failure::new("ChangedError", format!("cannot read tensor {name:?}: the file ends before the tensor's last byte")),

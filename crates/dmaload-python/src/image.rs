@@ -173,7 +173,7 @@ impl Image {
         match self.image() {
             Ok(image) => {
                 let report = image.report();
-                format!("<dmaload.Image: {} tensors, {} bytes by {}>", self.names.len(), report.bytes, report.route)
+                format!("<dmaload.Image: tensors: {}, bytes: {}, route: {}>", self.names.len(), report.bytes, report.route)
             }
             Err(_) => "<dmaload.Image: closed>".to_owned(),
         }

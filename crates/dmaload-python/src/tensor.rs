@@ -316,6 +316,6 @@ impl Tensor {
     }
 
     fn __repr__(&self) -> String {
-        format!("<dmaload.Tensor {:?}: {} {:?}, {} bytes>", self.name, self.dtype, self.shape, self.bytes)
+        format!("<dmaload.Tensor {:?}: {} {:?}, bytes: {}>", self.name, self.dtype, self.shape, self.bytes)
     }
 }
