@@ -298,7 +298,8 @@ class SafeSlice:
             at = given.index(Ellipsis)
             given[at : at + 1] = [slice(None)] * (len(shape) - len(given) + 1)
         if len(given) > len(shape):
-            raise InvalidInputError(f'tensor "{name}": too many indices ({len(given)}) for the number of dimensions ({len(shape)})')
+            message = f'tensor "{name}": too many indices: {len(given)}; number of dimensions: {len(shape)}'
+            raise InvalidInputError(message)
         given += [slice(None)] * (len(shape) - len(given))
         items: list[int | slice] = []
         for dimension, (item, length) in enumerate(zip(given, shape, strict=True)):
@@ -314,7 +315,7 @@ class SafeSlice:
                 message = f'tensor "{name}": an index consists of integers, slices and an ellipsis, not {item!r}'
                 raise InvalidInputError(message) from None
             if not -length <= position < length:
-                message = f'tensor "{name}": index {position} is out of range: dimension {dimension} has the length {length}'
+                message = f'tensor "{name}": index {position} is out of range: length of dimension {dimension}: {length}'
                 raise IndexError(message)
             items.append(position % length)
         return items
