@@ -315,7 +315,10 @@ class SafeSlice:
                 message = f'tensor "{name}": an index consists of integers, slices and an ellipsis, not {item!r}'
                 raise InvalidInputError(message) from None
             if not -length <= position < length:
-                range_text = f"dimension {dimension} has length {length}"
-                raise IndexError(f'tensor "{name}": index {position} is out of range: {range_text}')
+                message = (
+                    f'tensor "{name}": index {position} is out of range: '
+                    f"dimension {dimension} has length {length}"
+                )
+                raise IndexError(message)
             items.append(position % length)
         return items
