@@ -11,7 +11,7 @@ import pytest
 import dmaload
 from files import large, tensor, write
 
-# Writes despite read-only flags, like torch, which has no read-only tensors.
+# The script writes despite read-only flags, like torch, which has no read-only tensors.
 OVERWRITE = """
     import ctypes, hashlib
     import dmaload, numpy
@@ -278,7 +278,7 @@ def test_five_hundred_loads_leak_nothing(disk, programs):
 
 
 def test_reused_memory_shows_no_old_bytes(tmp_path):
-    """A load that gets freed memory of an earlier one has none of its bytes."""
+    """A load into memory that an earlier load has freed shows none of the earlier bytes."""
     first = write(tmp_path / "a.safetensors", {"w": tensor("U8", (3 << 20,), 1)})
     for number in range(20):
         assert dmaload.load(first)["w"].numpy()[-1] == tensor("U8", (3 << 20,), 1).data[-1]

@@ -134,9 +134,9 @@ def test_every_heap_loads_the_same_bytes(tmp_path, heap):
 
 
 def write_gguf(path):
-    """Writes a file with keys of several types and blocks of all types but one.
+    """Writes a GGUF file by the reference package.
 
-    Uses the reference package.
+    It has keys of several types, and blocks of all types but one.
     """
     source = numpy.random.default_rng(1)
     writer = gguf.GGUFWriter(path, "llama")
