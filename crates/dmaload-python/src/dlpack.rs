@@ -82,8 +82,8 @@ struct Context {
     _memory: Arc<Owned<Memory>>,
 }
 
-/// Returns the type's code, bits and lanes, and the first DLPack version that has it. Returns
-/// `None` for types that DLPack lacks: ggml's blocks.
+/// Returns the type's code, bits and lanes, and the oldest DLPack version that the consumer must
+/// accept (0.0: any version). Returns `None` for types that DLPack lacks: ggml's blocks.
 fn data_type(dtype: DType) -> Option<(DataType, (u32, u32))> {
     let (before, now) = ((0, 0), VERSION);
     let (code, bits, since) = match dtype {
@@ -149,7 +149,8 @@ pub(crate) fn export(
     let is_copied = copy == Some(true) || !is_aligned;
     let memory = if is_copied { Arc::new(Owned::new(detached(py, || memory.copy())?)) } else { memory };
     let signed = |length: usize| i64::try_from(length).unwrap_or(i64::MAX);
-    let dimensions = i32::try_from(elements.shape.len()).map_err(|_| Failure::export("cannot export so many dimensions"))?;
+    let dimensions =
+        i32::try_from(elements.shape.len()).map_err(|_| Failure::export("cannot export more than 2^31 - 1 dimensions"))?;
     let data = if memory.len() == 0 { ptr::null_mut() } else { memory.address().as_ptr().cast::<c_void>() };
     let mut context = Box::new(Context {
         strides: elements.strides().into_iter().map(signed).collect(),

@@ -57,7 +57,7 @@ impl DmaBuf {
 
     fn __repr__(&self) -> String {
         match &*lock(&self.fd) {
-            Some(fd) => format!("<dmaload.DmaBuf {}: {} bytes at {}>", fd.as_raw_fd(), self.length, self.offset),
+            Some(fd) => format!("<dmaload.DmaBuf {}: offset: {}, length: {}>", fd.as_raw_fd(), self.offset, self.length),
             None => "<dmaload.DmaBuf: closed>".to_owned(),
         }
     }

@@ -1,4 +1,5 @@
-//! For `dmaload.safe_open`: reads headers, and tensors of files whose header is known.
+//! The functions behind `dmaload.safe_open`: they read headers, and tensors of files whose header
+//! is known.
 
 use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -54,8 +55,8 @@ fn borrowed<'a>(fd: i32) -> BorrowedFd<'a> {
     unsafe { BorrowedFd::borrow_raw(fd) }
 }
 
-/// Reads a small tensor of an open file through the page cache into newly allocated memory. A load
-/// would take longer, and would create a mapping for each tensor.
+/// Reads a small tensor of an open file through the page cache into newly allocated memory. For
+/// such a tensor, a load would take longer, and would create a mapping.
 #[pyfunction]
 pub(crate) fn read_small(py: Python<'_>, fd: i32, described: Described) -> PyResult<Tensor> {
     guarded(py, || {
@@ -72,7 +73,7 @@ fn read_exactly(file: &File, buffer: &mut [u8], start: u64, name: &str) -> Resul
     use std::os::unix::fs::FileExt;
     file.read_exact_at(buffer, start).map_err(|error| match error.raw_os_error() {
         Some(errno) => {
-            let message = format!("cannot read {} bytes of tensor {name:?} at offset {start}: {error}", buffer.len());
+            let message = format!("cannot read tensor {name:?} (bytes: {}) at offset {start}: {error}", buffer.len());
             Failure::new("IoError", message).about(errno, "")
         }
         None => Failure::new("ChangedError", format!("cannot read tensor {name:?}: the file ends before the tensor's last byte")),

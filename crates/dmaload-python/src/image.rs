@@ -15,8 +15,8 @@ use crate::tensor::{Part, Tensor};
 
 /// A loaded model: a read-only mapping from names to tensors.
 ///
-/// The image keeps all of its memory alive. After it is gone, each tensor, and each array made
-/// from one, keeps the segments that hold its bytes.
+/// The image keeps all of its memory alive. After the image is gone, each tensor, and each array
+/// made from a tensor, keeps the segments that hold its bytes.
 #[pyclass(frozen, mapping, module = "dmaload")]
 #[derive(Debug)]
 pub(crate) struct Image {
@@ -44,7 +44,7 @@ impl Image {
             return Ok(known.unbind());
         }
         let tensor = Py::new(py, Tensor::of(self.image()?.tensor(name)?))?;
-        // If two threads look it up at the same time, both get the first one's tensor.
+        // If two threads look up a name at the same time, both get the first thread's tensor.
         let known = tensors.call_method1("setdefault", (name, tensor))?;
         Ok(known.unbind())
     }
@@ -129,14 +129,14 @@ impl Image {
         guarded(py, || Ok(self.image()?.files().iter().map(|file| file.path().as_os_str().to_owned()).collect()))
     }
 
-    /// Returns all bytes of a file, as a `U8` tensor named after the file's path. For raw files,
-    /// which have no tensors.
+    /// Returns all bytes of a file, as a `U8` tensor named after the file's path. This gives
+    /// access to raw files, which have no tensors.
     #[pyo3(signature = (index=0))]
     fn file(&self, py: Python<'_>, index: usize) -> PyResult<Tensor> {
         guarded(py, || {
             let image = self.image()?;
             let files = image.files();
-            let missing = || format!("the image has {} files, and none with the index {index}", files.len());
+            let missing = || format!("no file has the index {index}: number of files in the image: {}", files.len());
             let file = files.get(index).ok_or_else(|| Failure::new("InvalidInputError", missing()))?.clone();
             let bytes = usize::try_from(file.len()).map_err(|error| Failure::config(error.to_string()))?;
             Ok(Tensor::of_part(Part {
@@ -149,7 +149,7 @@ impl Image {
         })
     }
 
-    /// Returns the report of the load, with the field names of the command's JSON.
+    /// Returns the report of the load as a dictionary, with the field names of the command's JSON.
     fn report<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         guarded(py, || Ok(report(py, self.image()?.report())?))
     }
@@ -173,7 +173,7 @@ impl Image {
         match self.image() {
             Ok(image) => {
                 let report = image.report();
-                format!("<dmaload.Image: {} tensors, {} bytes by {}>", self.names.len(), report.bytes, report.route)
+                format!("<dmaload.Image: tensors: {}, bytes: {}, route: {}>", self.names.len(), report.bytes, report.route)
             }
             Err(_) => "<dmaload.Image: closed>".to_owned(),
         }

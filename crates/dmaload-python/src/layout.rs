@@ -16,7 +16,7 @@ impl Elements {
         Elements { shape: shape.to_vec(), bytes: dtype.element_bytes().unwrap_or(1) }
     }
 
-    /// The tensor as bytes, which the last dimension counts. If rows are not whole blocks, or the
+    /// The tensor as bytes: the last dimension counts bytes. If rows are not whole blocks, or the
     /// tensor is a scalar, there is only one dimension.
     pub(crate) fn as_bytes(dtype: DType, shape: &[usize]) -> Self {
         let (block, block_bytes) = (dtype.block_elements(), dtype.block_bytes());
@@ -44,7 +44,7 @@ impl Elements {
     }
 }
 
-/// The size of a tensor whose header was checked, in bytes.
+/// The size of a tensor in bytes. The file's header must have been checked.
 pub(crate) fn bytes_of(dtype: DType, shape: &[usize]) -> usize {
     if shape.contains(&0) {
         return 0;

@@ -19,7 +19,7 @@ use crate::process::{Owned, detached, lock};
 use crate::tensor::{self, Part};
 use crate::waiting::{Hub, Parked};
 
-/// The result of an operation.
+/// What an operation produces if it does not fail.
 #[derive(Debug)]
 pub(crate) enum Outcome {
     Image(Image),
@@ -47,7 +47,7 @@ enum Origin {
 
 struct State {
     source: Origin,
-    /// A result that was not taken yet.
+    /// A result that has not been taken yet.
     ready: Option<Answer>,
     progress: Progress,
 }
@@ -71,7 +71,8 @@ impl Loading {
 }
 
 impl State {
-    /// Returns whether a result can be taken. If not, wakes the waker when that may have changed.
+    /// Returns whether a result can be taken. If not, the waker is woken when that may have
+    /// changed.
     fn poll(&mut self, waker: &Waker) -> bool {
         if self.ready.is_some() {
             return true;
@@ -182,8 +183,8 @@ impl Loading {
         })
     }
 
-    /// Returns the bytes read and the bytes to read. Both are 0 until the files are opened, and
-    /// for operations other than loads and streams.
+    /// Returns the number of bytes read and the number of bytes to read. Both are 0 until the load
+    /// is planned, and for operations other than loads and streams.
     fn progress(&self, py: Python<'_>) -> PyResult<(u64, u64)> {
         guarded(py, || {
             let state = self.state()?;

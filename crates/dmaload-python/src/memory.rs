@@ -72,7 +72,7 @@ impl Copied {
         NonNull::new(address).map(|address| Copied { address, layout }).ok_or_else(refused)
     }
 
-    /// Allocates memory that `fill` fills.
+    /// Allocates memory, and passes it to `fill`, which writes its bytes.
     pub(crate) fn filled(bytes: usize, fill: impl FnOnce(&mut [u8]) -> Result<(), Failure>) -> Result<Self, Failure> {
         let copy = Copied::new(bytes)?;
         // SAFETY: the memory has `bytes` zeroed bytes, and only this function has its address.

@@ -11,8 +11,9 @@ use pyo3::prelude::*;
 use crate::errors::Failure;
 use crate::process::{Process, build};
 
-/// The maximum number of open loads under a memory limit. The library divides the limit by this
-/// number to get the largest segment, so segments are at most a quarter of the limit, or 2 MiB.
+/// The maximum number of open loads of a loader with a memory limit. The library divides the limit
+/// by this number to get the largest segment, so segments are at most a quarter of the limit, but
+/// at least 2 MiB.
 const MEMORY_PARTS: usize = 4;
 
 /// The keywords of `dmaload.load`, with converted types.
@@ -69,7 +70,8 @@ impl Keywords {
 fn verified(options: LoadOptions, text: &str) -> Result<LoadOptions, Failure> {
     let against: Against = text.parse().map_err(Failure::config)?;
     against.apply_to(options).map_err(|error| {
-        // The error of `apply_to` has the errno only by name, in its text.
+        // The error of `apply_to` has the errno only by name, in its text. Opening the manifest
+        // again gets the number.
         let errno = match &against {
             Against::Manifest(path) => File::open(path).err().and_then(|error| error.raw_os_error()),
             Against::Digest(_) => None,

@@ -67,7 +67,7 @@ impl Process {
             if CURRENT.compare_exchange(found, new, Ordering::AcqRel, Ordering::Acquire).is_ok() {
                 return new;
             }
-            // Another thread was faster. Leaks the unused state, about a hundred bytes.
+            // Another thread was faster. The unused state, about a hundred bytes, is leaked.
         }
     }
 

@@ -44,7 +44,7 @@ enum Source {
     Memory,
 }
 
-/// A tensor in the bytes of a loaded file.
+/// The description of a tensor that is a range of a loaded file.
 #[derive(Debug)]
 pub(crate) struct Part {
     pub(crate) name: String,
@@ -74,8 +74,8 @@ impl Tensor {
         Tensor { name, dtype, shape, bytes, source: Owned::new(Source::Memory), memory }
     }
 
-    /// The library's tensor, whose segments may have descriptors. `None` for parts of files and
-    /// for tensors that were read by `read_small`.
+    /// The library's tensor, whose segments may have descriptors. `None` for ranges of files
+    /// (`Image.file`, `start_read`) and for tensors that were read by `read_small`.
     pub(crate) fn loaded(&self) -> Option<&dmaload::Tensor> {
         match &*self.source {
             Source::Tensor(tensor) => Some(tensor),
@@ -110,7 +110,8 @@ impl Tensor {
         Ok(Arc::clone(memory.insert(Arc::new(Owned::new(made)))))
     }
 
-    /// The buffer protocol's format of the elements, if it has one for their type.
+    /// The buffer protocol's format of the elements; `None` if the protocol has none for their
+    /// type.
     fn format(&self) -> Option<&'static CStr> {
         Some(match self.dtype {
             DType::Bool => c"?",
@@ -250,7 +251,7 @@ impl Tensor {
     }
 
     /// # Safety
-    /// Only for the interpreter, which passes a buffer to fill.
+    /// Only the interpreter may call this method, with a buffer to fill.
     unsafe fn __getbuffer__(slf: Bound<'_, Self>, view: *mut Py_buffer, flags: c_int) -> PyResult<()> {
         let py = slf.py();
         // SAFETY: the interpreter passes a valid, writable view. Without an owner, the view holds
@@ -267,7 +268,8 @@ impl Tensor {
                 signed(stride.saturating_mul(elements.bytes).min(isize::MAX.unsigned_abs()))
             });
             let (strides, item_bytes, shape) = (strides.collect(), elements.bytes, elements.shape);
-            let dimensions = c_int::try_from(shape.len()).map_err(|_| Failure::export("cannot export so many dimensions"))?;
+            let dimensions =
+                c_int::try_from(shape.len()).map_err(|_| Failure::export("cannot export more than 2^31 - 1 dimensions"))?;
             let mut shown =
                 Box::new(Shown { strides, shape: shape.into_iter().map(signed).collect(), _memory: Arc::clone(&memory) });
             let is_requested = |flag: c_int| flags & flag == flag;
@@ -304,7 +306,8 @@ impl Tensor {
     }
 
     /// # Safety
-    /// Only for the interpreter, which calls it once for each buffer that `__getbuffer__` filled.
+    /// Only the interpreter may call this method, once for each buffer that `__getbuffer__`
+    /// filled.
     unsafe fn __releasebuffer__(&self, view: *mut Py_buffer) {
         // SAFETY: `view` is a buffer that `__getbuffer__` filled, so it is valid.
         let internal = unsafe { (*view).internal };
@@ -313,6 +316,6 @@ impl Tensor {
     }
 
     fn __repr__(&self) -> String {
-        format!("<dmaload.Tensor {:?}: {} {:?}, {} bytes>", self.name, self.dtype, self.shape, self.bytes)
+        format!("<dmaload.Tensor {:?}: {} {:?}, bytes: {}>", self.name, self.dtype, self.shape, self.bytes)
     }
 }

@@ -54,7 +54,7 @@ impl Wake for Parked {
     }
 }
 
-/// Wakes tasks of an event loop. A descriptor becomes readable when a future was woken, and
+/// Wakes tasks of an event loop. A descriptor becomes readable when a future is woken, and
 /// [`Hub::drain`] returns the keys of the woken futures.
 #[pyclass(frozen, module = "dmaload._native")]
 #[derive(Debug)]
@@ -92,7 +92,8 @@ impl Hub {
         self.0.event.as_raw_fd()
     }
 
-    /// Returns the keys that were woken since the last call, and makes the descriptor unreadable.
+    /// Returns the keys of the futures that were woken since the last call, and makes the
+    /// descriptor unreadable.
     fn drain(&self) -> Vec<u64> {
         // Read before the list is taken: later wakes make the descriptor readable again.
         let _ = rustix::io::read(&self.0.event, &mut [0_u8; 8]);

@@ -134,7 +134,7 @@ def write_index(folder, files):
 
 
 def sharded(folder, seed=1):
-    """Writes three shards with an index. Returns the folder and all tensors."""
+    """Writes a model of three files with an index. Returns the folder and all tensors."""
     files = {
         f"model-{number + 1:05}-of-00003.safetensors": {
             f"layers.{number}.{name}": tensor(dtype, shape, seed + number)

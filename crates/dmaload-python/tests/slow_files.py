@@ -1,5 +1,5 @@
-"""A FUSE file system with one file, `model.safetensors`, that holds back bytes from an offset on:
-`slow_files.py MOUNT_POINT SOURCE HELD_FROM`, as root.
+"""Serves a FUSE file system with one file, `model.safetensors`, whose bytes are held back from an
+offset on: `slow_files.py MOUNT_POINT SOURCE HELD_FROM`, as root.
 
 Prints `mounted` when the file system is mounted, and `held` at the first read that it does not
 answer. After a line on standard input, it answers all held reads and all later ones. At the end of

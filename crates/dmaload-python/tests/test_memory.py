@@ -11,7 +11,7 @@ import pytest
 import dmaload
 from files import large, tensor, write
 
-# Writes despite read-only flags, like torch, which has no read-only tensors.
+# The script writes despite read-only flags, like torch, which has no read-only tensors.
 OVERWRITE = """
     import ctypes, hashlib
     import dmaload, numpy
@@ -202,7 +202,7 @@ def test_memory_is_freed_with_the_last_tensor(disk, programs):
     del last
     capsule = array.base
     assert array[0, 0] == array[0, 0]
-    # Its segment, the second of two, has 32 MiB. A thread frees the first one.
+    # The array keeps the second of two segments, of 32 MiB. A thread frees the first one.
     assert settles_below(before + 64), resident_mib() - before
     assert resident_mib() - before >= 1, resident_mib() - before
     del array, capsule
@@ -278,7 +278,7 @@ def test_five_hundred_loads_leak_nothing(disk, programs):
 
 
 def test_reused_memory_shows_no_old_bytes(tmp_path):
-    """A load that gets freed memory of an earlier one has none of its bytes."""
+    """A load into memory that an earlier load has freed shows none of the earlier bytes."""
     first = write(tmp_path / "a.safetensors", {"w": tensor("U8", (3 << 20,), 1)})
     for number in range(20):
         assert dmaload.load(first)["w"].numpy()[-1] == tensor("U8", (3 << 20,), 1).data[-1]
@@ -298,7 +298,7 @@ def test_exports_leak_no_references(tmp_path):
     assert sys.getrefcount(found) == before
 
 
-def test_a_child_forked_while_rows_are_gathered_has_the_tensor(tmp_path, programs):
+def test_child_forked_while_rows_are_gathered_has_the_tensor(tmp_path, programs):
     """A child does not wait for a thread that exists only in its parent."""
     rows = 1 << 18
     path = write(tmp_path / "rows.safetensors", {"w": tensor("U8", [rows, 16])})

@@ -23,7 +23,7 @@ def assert_same(image, tensors):
 
 
 @pytest.mark.parametrize("named", ["folder", "index"])
-def test_three_shards_with_an_index_load_as_one_model(tmp_path, named):
+def test_three_files_with_an_index_load_as_one_model(tmp_path, named):
     folder, tensors = sharded(tmp_path / "model")
     path = folder if named == "folder" else folder / "model.safetensors.index.json"
     assert_same(dmaload.load(path), tensors)
@@ -134,9 +134,9 @@ def test_every_heap_loads_the_same_bytes(tmp_path, heap):
 
 
 def write_gguf(path):
-    """Writes a file with keys of several types and blocks of all types but one.
+    """Writes a GGUF file by the reference package.
 
-    Uses the reference package.
+    It has keys of several types, and blocks of all types but one.
     """
     source = numpy.random.default_rng(1)
     writer = gguf.GGUFWriter(path, "llama")

@@ -10,7 +10,7 @@ import pytest
 import dmaload
 from files import large, sharded, tensor, write
 
-# Each of these waits for a file whose bytes are held back.
+# Each of these calls waits for a file whose bytes are held back from 1 MiB on.
 WAITS = {
     "load": "dmaload.load(path)",
     "load with progress": "dmaload.load(path, progress=lambda done, total: None)",
@@ -19,6 +19,7 @@ WAITS = {
     "get_tensor": "dmaload.safe_open(path, framework='numpy').get_tensor('t3')",
     "get_slice": "dmaload.safe_open(path, framework='numpy').get_slice('t3')[:]",
 }
+# Each of these calls waits for a header that is held back.
 HEADER_WAITS = {
     "safe_open": "dmaload.safe_open(path, framework='numpy')",
     "load's header": "dmaload.load(path)",
@@ -59,7 +60,7 @@ def test_other_threads_run_during_a_wait(tmp_path, programs, slow_file, way, hel
         assert process.stdout.readline() == "begins\n"
         slow.wait_until_held()
         # The waiting thread returns to Python 20 times a second to handle signals. If other
-        # threads ran only then, this would take 5 s.
+        # threads ran only then, counting to 100 would take 5 s.
         said, seconds = process.stdout.readline().rsplit(maxsplit=1)
         assert said == "counted in" and float(seconds) < 2.5
         assert process.poll() is None

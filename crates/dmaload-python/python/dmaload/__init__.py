@@ -7,9 +7,9 @@
 
 ``load`` returns an :class:`Image`, a mapping from names to tensors; ``stream`` yields tensors as
 they arrive. Both have asyncio versions. ``safe_open``, ``dmaload.torch.load_file`` and
-``dmaload.numpy.load_file`` replace those of ``safetensors``. Files are in safetensors or GGUF
-format; a file loaded with ``format="raw"`` has no tensors. A model can be a single file, several
-files, or a folder.
+``dmaload.numpy.load_file`` replace the functions of these names in ``safetensors``. Files are in
+safetensors or GGUF format; a file loaded with ``format="raw"`` has no tensors. A model can be a
+single file, several files, or a folder.
 
 Tensors are writable, and writes are visible only in this process. Arrays share a tensor's memory
 and keep it alive.

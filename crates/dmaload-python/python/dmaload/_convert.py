@@ -45,7 +45,7 @@ _ML_DTYPES = _SMALL_FLOATS | {
     "F6_E3M2": "float6_e3m2fn",
 }
 
-# Types with elements of less than a byte, and their bits.
+# The bits of an element, for types whose elements are smaller than a byte.
 _SUB_BYTE = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
 _TORCH = _NUMPY | _SMALL_FLOATS | {"F4": "float4_e2m1fn_x2"}

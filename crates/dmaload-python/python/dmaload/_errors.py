@@ -60,7 +60,7 @@ class ConfigError(Error, ValueError):
 
 
 class InvalidInputError(Error, ValueError):
-    """The input is not a regular file, or has none of the requested data."""
+    """The input is not a regular file, its length is misstated, or it lacks the requested data."""
 
 
 class NotFoundError(Error, FileNotFoundError):
@@ -88,7 +88,7 @@ class PermissionDeniedError(Error, PermissionError):
 
 
 class IoError(Error, OSError):
-    """The kernel or the storage failed: see ``errno``."""
+    """The kernel or the storage failed, or reached a limit: see ``errno``."""
 
 
 class InvalidModelError(Error, ValueError):
@@ -96,11 +96,14 @@ class InvalidModelError(Error, ValueError):
 
 
 class IncompleteError(NotFoundError):
-    """Files of the model are missing: see ``allow_missing``."""
+    """Files of the model are missing or empty: see ``allow_missing``."""
 
 
 class ChangedError(Error):
-    """The file changed after it was opened. Load it again when nothing writes to it."""
+    """The file changed during the load, or after ``safe_open`` opened it.
+
+    Load it again when nothing writes to it.
+    """
 
 
 class CorruptError(Error):
@@ -108,7 +111,7 @@ class CorruptError(Error):
 
 
 class OutOfMemoryError(Error, MemoryError):
-    """The machine, or this process's memory cgroup, has too little memory."""
+    """The machine, this process's memory cgroup or its address space has too little memory."""
 
 
 class OverLimitError(Error, MemoryError):
@@ -136,7 +139,7 @@ class PlacementError(Error):
 
 
 class InUseError(Error):
-    """Memory that was handed out cannot be viewed, and viewed memory cannot be handed out."""
+    """Memory was to be viewed after it was handed out, or to be handed out while it is viewed."""
 
 
 class ShareError(Error, OSError):

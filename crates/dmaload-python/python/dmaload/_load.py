@@ -85,7 +85,7 @@ def wait(loading: _native.Loading, progress: Progress | None = None) -> Any:
             has_come = loading.wait(_TICK)
             if progress is not None:
                 progress(*loading.progress())
-            # If another thread took the result first, this one waits for the next one.
+            # If another thread took the result first, this thread waits for the next result.
             if has_come and (taken := loading.take()) is not None:
                 return taken[0]
     except BaseException:
@@ -94,7 +94,7 @@ def wait(loading: _native.Loading, progress: Progress | None = None) -> Any:
 
 
 class _EventLoop:
-    """Wakes the tasks of one event loop. Exists as long as one of them waits."""
+    """Wakes the tasks of one event loop. Exists as long as a task waits."""
 
     _all: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _EventLoop] = weakref.WeakKeyDictionary()
 
@@ -184,9 +184,9 @@ def load(
     """Loads a model: a file, a folder, an index, or several files.
 
     - ``tensors``: names or patterns (``model.layers.{0..3}.*``); nothing else is read.
-    - ``shard``: ``(rank, world_size)`` or ``(rank, world_size, dim)``: one rank's part of each
-      tensor, cut along dimension 0 or ``dim``. Parts along other dimensions are not contiguous in
-      memory, so their first conversion to an array copies them.
+    - ``shard``: ``(rank, world_size)`` or ``(rank, world_size, dim)``: one rank's share of each
+      tensor, cut along dimension 0 or ``dim``. A share along another dimension than 0 is not
+      contiguous in memory, so its first conversion to an array copies it.
     - ``memory_limit``: the maximum number of bytes that this load's segments may occupy.
     - ``progress``: a function that the waiting thread calls with the bytes read and the bytes to
       read, repeatedly and at the end. An exception from it cancels the load.
@@ -235,10 +235,10 @@ async def load_async(
 class Stream(Iterator["tuple[str, Tensor]"]):
     """An iterator over the names and tensors of a load as they arrive. Created by :func:`stream`.
 
-    A stream keeps no tensor that it has yielded, and is at most a bounded number of bytes ahead of
-    its consumer. Closing it, or leaving its ``with`` block, cancels the load; yielded tensors stay
-    valid.
-    Several threads can read from one stream: each tensor goes to one of them.
+    A stream keeps no tensor that it has yielded, and is ahead of its consumer by at most the
+    window and a segment (by default 128 and 64 MiB). Closing it, or leaving its ``with`` block,
+    cancels the load; yielded tensors stay valid. Several threads can read from one stream: each
+    tensor goes to one of them.
     """
 
     def __init__(self, loading: _native.Loading, progress: Progress | None) -> None:
@@ -255,7 +255,7 @@ class Stream(Iterator["tuple[str, Tensor]"]):
         return tensor.name, tensor
 
     def progress(self) -> tuple[int, int]:
-        """Returns the bytes read and the bytes to read."""
+        """Returns the number of bytes read and the number of bytes to read."""
         return self._loading.progress()
 
     def close(self) -> None:
@@ -275,7 +275,7 @@ def stream(
     progress: Progress | None = None,
     **options: Unpack[Options],
 ) -> Stream:
-    """Yields the names and tensors of a model as they arrive, while the rest is read.
+    """Yields the names and tensors of a model as they arrive, while later tensors are read.
 
     Tensors arrive in file order, or in the order of ``tensors``. With ``memory_limit``, a consumer
     that drops used tensors can stream models larger than memory. The other options are those of

@@ -114,7 +114,7 @@ class safe_open:  # noqa: N801, the name that safetensors uses
     - ``format``: ``safetensors`` or ``gguf``. Detected by default.
 
     Opening reads only the headers. ``get_tensor`` reads only that tensor, and a slice reads only
-    the rows between the first and the last one that it selects. The files stay open, so replacing
+    the rows from the first to the last one that it selects. The files stay open, so replacing
     one does not affect these reads. If a file is written to, they raise :class:`ChangedError`.
 
         with dmaload.safe_open("model.safetensors", framework="np") as model:
@@ -194,7 +194,7 @@ class safe_open:  # noqa: N801, the name that safetensors uses
             return {name: self._convert(image[name]) for name in self._entries}
 
     def get_slice(self, name: str) -> SafeSlice:
-        """Returns an object that reads parts of the named tensor by ``[...]``."""
+        """Returns an object that reads slices of the named tensor by ``[...]``."""
         return SafeSlice(self, self._entry(name))
 
     def _check_open(self) -> None:
@@ -237,7 +237,7 @@ class safe_open:  # noqa: N801, the name that safetensors uses
 
 
 class SafeSlice:
-    """A tensor of which parts can be read. Created by :meth:`safe_open.get_slice`.
+    """A tensor whose slices can be read. Created by :meth:`safe_open.get_slice`.
 
     ``[...]`` takes integers, slices with positive steps, and an ellipsis. It reads the rows of the
     first dimension from the first to the last selected one, whatever it selects of the other
@@ -298,7 +298,8 @@ class SafeSlice:
             at = given.index(Ellipsis)
             given[at : at + 1] = [slice(None)] * (len(shape) - len(given) + 1)
         if len(given) > len(shape):
-            raise InvalidInputError(f'tensor "{name}" has {len(shape)} dimensions, but the index has {len(given)}')
+            message = f'tensor "{name}": too many indices: {len(given)}; number of dimensions: {len(shape)}'
+            raise InvalidInputError(message)
         given += [slice(None)] * (len(shape) - len(given))
         items: list[int | slice] = []
         for dimension, (item, length) in enumerate(zip(given, shape, strict=True)):
@@ -314,7 +315,10 @@ class SafeSlice:
                 message = f'tensor "{name}": an index consists of integers, slices and an ellipsis, not {item!r}'
                 raise InvalidInputError(message) from None
             if not -length <= position < length:
-                message = f'tensor "{name}": index {position} is out of range: dimension {dimension} has {length}'
+                message = (
+                    f'tensor "{name}": index {position} is out of range: '
+                    f"dimension {dimension} has length {length}"
+                )
                 raise IndexError(message)
             items.append(position % length)
         return items

@@ -22,8 +22,9 @@ def attach(socket: _load.Path, name: str | None = None, *, trusted_users: Iterab
     - ``trusted_users``: user ids, in addition to one's own and root's, whose servers are trusted
       not to change the bytes.
 
-    The memory is shared with the server. A page is copied when it is written to, so no other
-    process sees the change. Dma-bufs cannot be exported as arrays; see :func:`dmaload.dma_buf`.
+    The memory is shared with the server. A page is copied when this process writes to it, so no
+    other process sees the change. Dma-bufs cannot be exported as arrays; see
+    :func:`dmaload.dma_buf`.
 
     Raises :class:`dmaload.ShareError`.
     """
