@@ -93,6 +93,22 @@ def test_bad_files_raise_the_commands_error(tmp_path, command_error, name):
     assert str(raised(lambda: dmaload.numpy.load_file(path))) == str(error)
 
 
+@pytest.mark.parametrize("name", ["missing.safetensors", "m.safetensors/below"])
+def test_file_that_vanished_raises_the_error_of_a_load(tmp_path, name):
+    """safe_open opens a file again after it has read the header."""
+    write(tmp_path / "m.safetensors", {"w": tensor("U8", (64,))})
+    path = str(tmp_path / name)
+    expected = raised(lambda: dmaload.load(path))
+    found = raised(lambda: dmaload._open._open(path))
+    check(found)
+    assert (type(found), found.errno, found.filename) == (
+        type(expected),
+        expected.errno,
+        expected.filename,
+    )
+    assert str(found) == str(expected)
+
+
 def test_corpus_inputs_load_or_fail_as_in_the_command(tmp_path, corpus, command):
     """Each input is refused by both with the same text, or loaded by both."""
     refused = 0

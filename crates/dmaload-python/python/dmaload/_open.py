@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import weakref
@@ -10,7 +11,17 @@ from typing import Any, NamedTuple, TypeAlias
 
 from . import _native
 from ._convert import to_numpy, to_torch
-from ._errors import ChangedError, ClosedError, ConfigError, InvalidInputError, IoError, TensorNotFoundError
+from ._errors import (
+    ChangedError,
+    ClosedError,
+    ConfigError,
+    Error,
+    InvalidInputError,
+    IoError,
+    NotFoundError,
+    PermissionDeniedError,
+    TensorNotFoundError,
+)
 from ._load import Path, load, wait
 from ._native import Tensor
 
@@ -18,6 +29,14 @@ Index: TypeAlias = "int | slice | EllipsisType | tuple[int | slice | EllipsisTyp
 
 # Up to this size, reading through the page cache takes less time than starting a load.
 _SMALL_BYTES = 256 << 10
+
+# As in the library, whose errors `load` raises.
+_OPEN_ERRORS: dict[int | None, type[Error]] = {
+    errno.ENOENT: NotFoundError,
+    errno.ENOTDIR: NotFoundError,
+    errno.EACCES: PermissionDeniedError,
+    errno.EPERM: PermissionDeniedError,
+}
 
 _FRAMEWORKS = {"pt": "pt", "torch": "pt", "pytorch": "pt", "np": "np", "numpy": "np"}
 
@@ -58,7 +77,9 @@ def _open(path: str) -> _File:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
     except OSError as error:
-        raise IoError(f"{path}: cannot open: {error.strerror}", error.errno, path) from error
+        name = errno.errorcode.get(error.errno or 0, f"errno {error.errno}")
+        message = f"{path}: cannot open: {name} ({error.strerror})"
+        raise _OPEN_ERRORS.get(error.errno, IoError)(message, error.errno, path) from error
     return _File(path, descriptor, _Identity.of(os.fstat(descriptor)))
 
 
@@ -316,8 +337,7 @@ class SafeSlice:
                 raise InvalidInputError(message) from None
             if not -length <= position < length:
                 message = (
-                    f'tensor "{name}": index {position} is out of range: '
-                    f"dimension {dimension} has length {length}"
+                    f'tensor "{name}": index {position} is out of range: dimension {dimension} has length {length}'
                 )
                 raise IndexError(message)
             items.append(position % length)
