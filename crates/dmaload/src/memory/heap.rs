@@ -145,9 +145,9 @@ pub unsafe trait Heap: fmt::Debug + Send + Sync + 'static {
         false
     }
 
-    /// The page size that [`Heap::populate`] uses. It determines how much is populated at a time
-    /// when memory is populated just before it is written, and which way of reading is used until
-    /// one has been measured.
+    /// The page size that [`Heap::populate`] uses. It also determines the size of the extents that
+    /// are populated just before they are written, and whether smaller loads read directly or into
+    /// staging until a load has measured both.
     fn pages(&self) -> Pages {
         Pages::Auto
     }

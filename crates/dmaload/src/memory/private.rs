@@ -1,4 +1,4 @@
-//! A file's bytes in memory that only this process can access, and may write to.
+//! A file's bytes in memory that only this process can read and write.
 //!
 //! ```text
 //!   anonymous segment ── handed out; views are refused ──► its own memory
