@@ -8,8 +8,8 @@
 //! Requires sysfs at `/sys`. A device that sysfs doesn't list is not trusted.
 //!
 //! Results are not cached, because a loop device's number can be reused for another file.
-//! Resolving a disk takes a few system calls that never wait for a device. Only a loop device's
-//! file can be on a server that hangs, so callers must be able to block.
+//! Resolving a disk takes a few system calls that never wait for a device. A loop device's file,
+//! however, can be on a server that hangs, so callers must be able to block.
 
 use std::ffi::OsString;
 use std::io;
@@ -39,8 +39,8 @@ pub(super) struct DeviceNumber {
 pub(super) struct BlockDevices<'a> {
     /// The mount point of sysfs.
     pub(super) sysfs: &'a Path,
-    /// The block device of a loop device's file; `None` if the file is local and not on a block
-    /// device. An error if its file system may hang or can't be identified.
+    /// The block device that holds a loop device's file; `None` if the file is local and not on a
+    /// block device. An error if its file system may hang or can't be identified.
     pub(super) device_of_file: &'a dyn Fn(&Path) -> Result<Option<DeviceNumber>, Errno>,
 }
 
@@ -68,7 +68,8 @@ impl BlockDevices<'_> {
                 None => Ok(()),
             };
         }
-        // Device-mapper and md devices list their components; a disk's list is empty or missing.
+        // Device-mapper and md devices list their components; a disk's list (`slaves`) is empty or
+        // missing.
         let slaves = match std::fs::read_dir(folder.join("slaves")) {
             Err(error) if error.kind() == io::ErrorKind::NotFound && !is_made_of_others(name) => return Ok(()),
             slaves => slaves.map_err(|error| errno(&error))?,

@@ -78,7 +78,7 @@ pub(crate) struct Device {
 pub(crate) struct Trust {
     /// Why a ring must not read this file: the attempt that is avoided and the errno.
     pub(crate) ring_refused: Option<(Attempt, Errno)>,
-    /// Why a ring must not read it through the page cache either.
+    /// Why a ring must not read the file through the page cache either.
     pub(crate) buffered_ring_refused: Option<(Attempt, Errno)>,
     /// Whether the page cache is as trustworthy as storage.
     pub(crate) cache: bool,

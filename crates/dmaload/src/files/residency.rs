@@ -8,8 +8,8 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use rustix::io::Errno;
 
-/// The number is the same on every architecture but alpha. The libc crate defines it for only a
-/// few.
+/// The number of `cachestat(2)`: the same on every architecture but alpha. The libc crate defines
+/// it for only a few architectures.
 const SYS_CACHESTAT: libc::c_long = 451;
 
 /// `struct cachestat_range` of `linux/mman.h`; a length of 0 means the whole file.

@@ -37,15 +37,15 @@ pub(crate) struct SourceFile {
     pub(crate) model: usize,
     /// The index of a model of several files, and this file's name in it.
     pub(crate) index: Option<(Arc<Index>, String)>,
-    /// The part of the file that contains the model; `None` for all of it.
+    /// The byte range of the file that contains the model; `None` for the whole file.
     pub(crate) part: Option<Range<u64>>,
 }
 
-/// One of the caller's inputs: a path, a part of the file at a path, or an open file.
+/// One of the caller's inputs: a path, a byte range of the file at a path, or an open file.
 #[derive(Debug, Clone)]
 pub(crate) enum Input {
     Path(PathBuf),
-    /// A model in a part of the file at this path.
+    /// A model in a byte range of the file at this path.
     Inside {
         path: PathBuf,
         part: Range<u64>,
@@ -65,7 +65,7 @@ impl SourceFile {
         SourceFile { index: Some((index, name)), ..SourceFile::file(path) }
     }
 
-    /// A model in a part of a file, regardless of the file's name.
+    /// A model in a byte range of a file, regardless of the file's name.
     pub(crate) fn part(path: PathBuf, part: Range<u64>) -> Self {
         SourceFile { part: Some(part), ..SourceFile::file(path) }
     }
@@ -107,7 +107,7 @@ impl SourceFile {
     }
 }
 
-/// Converts an error of the standard library for a path.
+/// Converts an I/O error about a path to [`Error::File`].
 pub(super) fn file_error(path: &Path, operation: &'static str, error: &io::Error) -> Error {
     let errno = dmabuf::Errno::from_io_error(error).unwrap_or(dmabuf::Errno::EIO);
     Error::File { path: path.to_owned(), operation, errno }
@@ -247,7 +247,7 @@ pub(crate) struct OpenFile {
     pub(crate) identity: Identity,
     /// The alignment of direct reads: a power of two, and at least a page.
     pub(crate) alignment_bytes: u64,
-    /// Why a ring must not read it; see [`crate::files::file_system`].
+    /// Why a ring must not read the file; see [`crate::files::file_system`].
     pub(crate) ring_refused: Option<(Attempt, Errno)>,
     buffered_ring_refused: Option<(Attempt, Errno)>,
     /// Whether the page cache is as trustworthy as storage.
@@ -269,7 +269,7 @@ const DEFAULT_ALIGNMENT_BYTES: u64 = 4096;
 
 impl OpenFile {
     /// Holds `place`, the file's place among open files, until the file is closed. A file needs
-    /// only one: if it already holds one, drops the new one.
+    /// only one place: if it already holds one, `place` is dropped.
     pub(crate) fn hold(&self, place: impl Any + Send + Sync) {
         drop(self.place.set(Box::new(place)));
     }
@@ -278,8 +278,8 @@ impl OpenFile {
     /// page cache.
     ///
     /// # Errors
-    /// The error of `open(2)` or `statx(2)`, or of reading a byte of a file without a length;
-    /// [`Error::NotAFile`] for anything but a regular file, which is not opened (opening a FIFO
+    /// The error of `open(2)` or `statx(2)`, or of reading a byte of a file whose stated length is
+    /// 0; [`Error::NotAFile`] for anything but a regular file, which is not opened (opening a FIFO
     /// would wait for a writer, and opening a device can have any effect); [`Error::NoLength`] for
     /// a file that has bytes, but states a length of 0.
     pub(crate) fn open(path: &Path) -> Result<Arc<Self>> {
@@ -291,7 +291,8 @@ impl OpenFile {
             return Err(Error::NotAFile { path: path.to_owned(), kind });
         }
         let buffered = reopen(&found, path, OFlags::empty()).map_err(failed("open"))?;
-        // Close it now, because the limits on open files assume two descriptors per file.
+        // Close this descriptor now, because the limits on open files assume two descriptors for
+        // each file.
         drop(found);
         let look = Attributes::at_file(&buffered).map_err(failed("stat"))?;
         let direct = reopen(&buffered, path, OFlags::DIRECT);
@@ -407,7 +408,8 @@ impl OpenFile {
 
     /// Fails unless the open file is still the planned version, and its path still leads to it.
     ///
-    /// A file whose path no longer exists is fine: its bytes stay until it is closed.
+    /// A path that no longer exists, or can't be inspected, is no error: the file's bytes stay
+    /// until it is closed.
     pub(crate) fn check_unchanged(&self, planned: &Identity) -> Result<()> {
         let changed = |change| Err(Error::Changed { path: self.path.clone(), change });
         let now = Attributes::at_file(&self.buffered);
@@ -446,8 +448,8 @@ impl OpenFile {
     }
 
     /// Fails unless the file ends at its stated length, on file systems that may state a wrong
-    /// one. For callers that read only the header; a load notices a wrong length because it reads
-    /// everything.
+    /// length. For callers that read only the header; a load notices a wrong length because it
+    /// reads everything.
     pub(crate) fn check_length(&self) -> Result<()> {
         let planned_bytes = self.identity.bytes;
         if self.ring_refused.is_none() || planned_bytes == 0 {
@@ -497,11 +499,11 @@ fn kind_of(file_type: FileType) -> Option<&'static str> {
 }
 
 /// Opens a regular file again by its descriptor, so it is the same file even if its path now names
-/// another. Without procfs, opens it by path and compares the two.
+/// another. Without procfs, opens the file at the path and checks that it is the same one.
 ///
 /// The open file description must not have `O_NONBLOCK`. Otherwise io_uring calls file systems
-/// without `FMODE_NOWAIT` on the ring thread, which then blocks, and after a short read it may
-/// return wrong bytes (see docs/kernels.md).
+/// without `FMODE_NOWAIT` on the ring thread, which then blocks. After a short read, io_uring may
+/// then also return wrong bytes (see docs/kernels.md).
 fn reopen(found: &OwnedFd, path: &Path, flags: OFlags) -> std::result::Result<OwnedFd, Errno> {
     use std::os::fd::AsRawFd;
     let flags = flags | OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOCTTY;

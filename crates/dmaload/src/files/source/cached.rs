@@ -57,9 +57,9 @@ impl CachedChunks {
 
 const WORD_BITS: usize = u64::BITS as usize;
 
-/// Minimum size of the parts that are probed if `cachestat(2)` is not available, rounded down to
+/// Minimum size of the ranges that are probed if `cachestat(2)` is not available, rounded down to
 /// whole chunks. A probe that misses reads a page into the cache, and a load that finds little
-/// cached should add very little to it: two pages in 2 MiB are 0.4 %.
+/// cached should add very little to the cache: two pages of 4 KiB in 2 MiB are 0.4 %.
 const LEAST_PROBED_BYTES: u64 = 2 << 20;
 
 /// Maximum number of bytes that one system call copies from the cache. If some were evicted in the
@@ -149,9 +149,9 @@ impl OpenFile {
         if !self.cache_is_witness {
             return Ok(());
         }
-        // On ext4 and btrfs, takes the lock that writers hold; on xfs, reads from the cache do.
-        // The offset of this file description is not used, and ENXIO means that the file has no
-        // data.
+        // On ext4 and btrfs, this call takes the lock that writers hold. On xfs, reads from the
+        // cache take it. The offset of this file description is not used, and ENXIO means that the
+        // file has no data.
         match seek(&self.buffered, SeekFrom::Data(0)) {
             Ok(_) | Err(Errno::NXIO) => {}
             Err(errno) => return Err(errno),

@@ -161,7 +161,7 @@ fn checking_the_cache_starts_no_readahead() {
         for probes in [false, true] {
             cache_only(&path, &[]);
             let opened = OpenFile::open(&path).unwrap();
-            // Reads as for a header: a few bytes, then the rest.
+            // Read as a load reads a header: first a few bytes, then the rest.
             opened.read_exact(&mut [0; 9], 0).unwrap();
             opened.read_exact(&mut vec![0; 100_000], 8).unwrap();
             for start in (0..64 * MIB).step_by(to_usize(16 * MIB)) {
@@ -239,7 +239,7 @@ fn stores_into_dirty_pages_are_detected() {
             mapping.store(offset, 3);
             assert!(has_changed(&opened), "{what}: a store at {offset} after it was read");
         }
-        // The same for headers, which are read before anything else is known.
+        // The same holds for headers, which are read before anything else is known.
         dirty();
         let opened = OpenFile::open(&path).unwrap();
         opened.read_exact(&mut [0; 100], 0).unwrap();
