@@ -69,14 +69,14 @@ impl Default for LoadOptions {
 }
 
 impl LoadOptions {
-    /// The default of [`Self::segment_bytes`], 64 MiB, unless a limit requires less.
+    /// The default of [`Self::segment_bytes`]: 64 MiB, unless a limit requires another size.
     pub const SEGMENT_BYTES: u64 = 64 << 20;
     /// The default of [`Self::chunk_bytes`]: 2 MiB.
     pub const CHUNK_BYTES: u64 = 2 << 20;
 
-    /// The defaults: everything is read, into segments of [`Self::SEGMENT_BYTES`], by the fastest
-    /// route. Where the kernel refuses a route, the load steps down to the next one and reports
-    /// that.
+    /// Returns the defaults: everything is read, into segments of [`Self::SEGMENT_BYTES`], by the
+    /// fastest route. Where the kernel refuses a route, the load steps down to the next one and
+    /// reports that.
     pub fn new() -> Self {
         LoadOptions::default()
     }
@@ -133,8 +133,8 @@ impl LoadOptions {
 
     /// Reads only one rank's share: of each tensor (of those selected by [`Self::tensors`], if
     /// set), or of each file's bytes. If the length of a dimension does not divide evenly, the
-    /// shares differ by at most one. A tensor without the dimension belongs to every rank. Files
-    /// are cut at block boundaries. Default: everything.
+    /// shares differ by at most one element of that dimension. A tensor without the dimension
+    /// belongs to every rank. Files are cut at block boundaries. Default: everything.
     ///
     /// Along dimension 0, a share is contiguous and behaves like a whole tensor. Along other
     /// dimensions, its rows are scattered in the file: see [`crate::Tensor::to_vec`].
@@ -170,11 +170,12 @@ impl LoadOptions {
     /// Smaller segments are usable earlier. Larger ones need fewer descriptors, since each
     /// allocation has its own.
     ///
-    /// Default: [`Self::SEGMENT_BYTES`], 64 MiB. It is less if the heap or the importer accepts
-    /// only smaller segments, if memory is limited, and on dma-heaps, which allocate all of a
-    /// segment at once: there it is at most an eighth of the window. It is more if too few
-    /// descriptors are available. A size that was set is never changed. With [`Layout::Single`],
-    /// it does not determine the size of segments, but must still be valid.
+    /// Default: [`Self::SEGMENT_BYTES`], 64 MiB. The default is less if the heap or the importer
+    /// accepts only smaller segments, if memory is limited, and on dma-heaps, which allocate all
+    /// of a segment at once: there it is at most an eighth of the window. For a load that keeps
+    /// all its segments (one that is awaited as an image), it is more if too few descriptors are
+    /// available. A size that was set is never changed. With [`Layout::Single`], this size does
+    /// not determine the size of segments, but must still be valid.
     #[must_use]
     pub fn segment_bytes(mut self, bytes: u64) -> Self {
         self.segment_bytes = Some(bytes);
@@ -191,7 +192,8 @@ impl LoadOptions {
         self
     }
 
-    /// The segment size, if the heap and the loader's settings allow up to `limit_bytes`.
+    /// The segment size if the heap and the loader's settings allow segments of up to
+    /// `limit_bytes`; `None` stands for no limit.
     pub(crate) fn segment_bytes_within(&self, limit_bytes: Option<u64>) -> u64 {
         let own = Some(self.importer.max_segment_bytes).filter(|&most| most < u64::MAX);
         let limit_bytes = limit_bytes.into_iter().chain(own).min();
@@ -316,7 +318,7 @@ pub(crate) const MIB: u64 = 1 << 20;
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Select {
     pub(crate) tensors: Option<Vec<String>>,
-    /// Whether these are literal names rather than patterns.
+    /// Whether `tensors` are literal names rather than patterns.
     pub(crate) by_name: bool,
     pub(crate) range: Option<Range<u64>>,
     pub(crate) shard: Option<Shard>,

@@ -37,12 +37,13 @@ use crate::telemetry::report::{FileReport, Report};
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Attached {
-    /// The files, segments and tensors, in memory shared by both processes. Its report describes
-    /// attaching, except for the route and the page sizes, which are those of the original load.
+    /// The files, segments and tensors, in memory shared by both processes. The image's report
+    /// describes attaching, except for the route and the page sizes, which are those of the
+    /// original load.
     pub image: Image,
     /// The id of the process that shares the image, in that process's PID namespace.
     pub process: u32,
-    /// Whether its memory consists of dma-bufs, which others can write to.
+    /// Whether the image's memory consists of dma-bufs, which others can write to.
     pub dma_bufs: bool,
 }
 
@@ -116,7 +117,8 @@ fn refuse(socket: &Path, reason: impl Into<String>) -> Error {
     Error::Share { socket: socket.to_owned(), reason: reason.into() }
 }
 
-/// Sends the request and receives all descriptors, within about `limit`.
+/// Sends the request and receives all descriptors. Fails at the first message that arrives after
+/// `limit`, or if a message takes longer than twice [`PATIENCE`].
 fn receive(path: &Path, options: &AttachOptions, limit: Duration) -> Result<Vec<OwnedFd>> {
     let failed = |what: &'static str| move |errno: Errno| refuse(path, format!("cannot {what}: {}", errno::describe(errno)));
     let name = options.name.as_deref().unwrap_or_default();
@@ -420,7 +422,11 @@ pub(super) fn make_report(
         pages_refused: None,
         reused_bytes: 0,
         heap: heap.to_owned(),
-        notes: vec![format!("attached to {}: loaded by process {} by {route}", printable::path(path), description.process)],
+        notes: vec![format!(
+            "attached to {}: process {} loaded the image by {route}",
+            printable::path(path),
+            description.process
+        )],
         layout: Layout::Segmented,
         route,
         fallbacks: Vec::new(),

@@ -179,7 +179,7 @@ fn parse_tensors(values: &[Value], file_bytes: u64) -> Option<FileTensors> {
     let read = values.iter().map(|value| parse_tensor(value, file_bytes)).collect::<Option<Vec<_>>>()?;
     let infos = read.iter().map(|(info, _)| info.clone()).collect();
     let map = TensorMap::from_tensors(infos).ok()?;
-    // In the order received, which can differ from that of the map.
+    // Keep the order in which the tensors were received. It can differ from that of the map.
     let list = read.into_iter().enumerate().map(|(class, (info, part))| {
         let position = map.get_index_of(&info.name)?;
         Some(ChosenTensor { position, class, part })

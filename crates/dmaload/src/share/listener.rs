@@ -6,7 +6,7 @@
 //! later step uses descriptors:
 //!
 //! 1. A private folder is created next to the socket: `.NAME.dmaload`, mode 0700, owned by this
-//!    user. Others cannot change its contents, whatever they do to its name. It is locked
+//!    user. Others cannot change its contents, whatever they do to its name. The folder is locked
 //!    (`flock`), which excludes all other servers at this path.
 //! 2. The socket is bound in this folder, gets its mode, and starts to listen.
 //! 3. The socket is moved to its place, which fails if another file is there. An existing file is
@@ -175,7 +175,7 @@ pub(super) fn new_socket() -> Result<OwnedFd, Errno> {
     socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)
 }
 
-/// Opens the folder that contains the socket. From here on, the path is not used.
+/// Opens the folder that contains the socket. After this, the path is not used.
 fn open_folder(path: &Path) -> Result<(OwnedFd, OsString), String> {
     let name = path.file_name().ok_or("cannot create a socket there: the path has no file name")?;
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));

@@ -7,7 +7,7 @@ use crate::support::sync::{Condvar, Mutex, MutexGuard, lock, wait};
 #[derive(Debug)]
 enum ValueState<T> {
     Empty,
-    /// A thread is making it.
+    /// A thread is making the value.
     Making,
     Ready(T),
 }

@@ -1,5 +1,5 @@
 //! The standard library's locks and atomics, or loom's, which try the interleavings of a model's
-//! threads. Selected by `--cfg dmaload_loom`, because tokio reacts to `--cfg loom` too.
+//! threads. `--cfg dmaload_loom` selects loom's: tokio would react to `--cfg loom`, too.
 
 use std::time::Duration;
 
