@@ -71,8 +71,8 @@ pub(crate) fn find_files(inputs: &[Input], choice: Choice<'_>) -> Result<Found> 
 /// The folder of a split GGUF model and the name of its first part.
 type SplitKey = (PathBuf, String);
 
-/// The split GGUF model that a path is part of, judging by its name. Different spellings of the
-/// same folder give the same key.
+/// Returns the split GGUF model that a path belongs to, judging by the path's name. Different
+/// spellings of the same folder give the same key.
 fn split_key(input: &Input, choice: Choice<'_>) -> Option<SplitKey> {
     let Input::Path(path) = input else { return None };
     if choice.format == Format::Raw || choice.as_one_file {
@@ -137,7 +137,7 @@ fn expand_named_index(path: &Path, named: Named, choice: Choice<'_>, found: &mut
 /// Refuses an index under another name, such as a blob in a model cache, which would otherwise
 /// load as raw JSON text.
 fn refuse_hidden_index(path: &Path) -> Result<()> {
-    // Other formats have their own extensions.
+    // A file with another extension than `json` is not taken for an index.
     if path.extension().is_some_and(|extension| extension != "json") {
         return Ok(());
     }

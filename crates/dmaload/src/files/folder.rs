@@ -97,7 +97,8 @@ impl Folder {
     /// variants of one, returns that one and adds a note about the others.
     ///
     /// # Errors
-    /// [`Error::NoModel`] if several remain; those of [`read_generic_index`].
+    /// [`Error::NoModel`] if the folder has several indices and the others are not variants of
+    /// one; those of [`read_generic_index`].
     pub(super) fn index(&self, notes: &mut Vec<String>) -> Result<Option<&str>> {
         let mut all = self.names_matching(|name| index::named(name) == Some(Named::Safetensors));
         // An index with a generic name counts only if the folder has no single-file model.

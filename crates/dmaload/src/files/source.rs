@@ -32,10 +32,11 @@ use crate::support::foreign;
 #[derive(Debug, Clone)]
 pub(crate) struct SourceFile {
     pub(crate) path: Arc<PathBuf>,
-    /// The number of its input. The files of one input form one model, in which only one file
-    /// contains a tensor of a given name.
+    /// The number of the input that stands for the file, counted from 0. The files of one input
+    /// form one model, in which only one file contains a tensor of a given name.
     pub(crate) model: usize,
-    /// The index of a model of several files, and this file's name in it.
+    /// The index of a model of several files, and this file's name in the index; `None` without an
+    /// index.
     pub(crate) index: Option<(Arc<Index>, String)>,
     /// The byte range of the file that contains the model; `None` for the whole file.
     pub(crate) part: Option<Range<u64>>,
@@ -71,7 +72,8 @@ impl SourceFile {
     }
 
     /// An open file. It is opened again by its descriptor, because direct reads need their own
-    /// open file description. The path is valid only while the given descriptor is open.
+    /// open file description. Its path, below `/proc/self/fd`, is valid only while the given
+    /// descriptor is open.
     pub(crate) fn open(file: &OwnedFd, part: Option<Range<u64>>) -> Self {
         use std::os::fd::AsRawFd;
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
@@ -145,7 +147,7 @@ impl Identity {
         }
     }
 
-    /// Identifies the mounted file system.
+    /// The device number of the file system, which identifies it while it is mounted.
     pub(crate) fn mount(&self) -> u64 {
         self.device
     }
@@ -154,8 +156,8 @@ impl Identity {
         (self.device, self.inode) == (other.device, other.inode)
     }
 
-    /// How the file changed, if its bytes may now be a mix of versions. A file that grew was
-    /// either appended to or rewritten: the two can't be told apart.
+    /// How the file changed, if its bytes may now be a mix of versions; `None` if it did not
+    /// change. A file that grew was either appended to or rewritten: the two can't be told apart.
     fn describe_change(&self, now: &Identity) -> Option<&'static str> {
         if now.bytes < self.bytes {
             Some("it shrank")
@@ -241,7 +243,7 @@ impl Attributes {
 /// An open file.
 #[derive(Debug)]
 pub(crate) struct OpenFile {
-    /// Never reused, unlike file descriptors.
+    /// A number that is never reused, unlike a file descriptor.
     pub(crate) id: u64,
     pub(crate) path: PathBuf,
     pub(crate) identity: Identity,
@@ -372,7 +374,7 @@ impl OpenFile {
     /// Enables readahead, because the file's contents are read through the page cache from now on.
     fn read_ahead(&self) {
         if self.is_quiet.swap(false, Ordering::Relaxed) {
-            // Only a hint: if it fails, reads are slow but not wrong.
+            // This is only a hint: if it fails, reads are slow but not wrong.
             let _ = fadvise(&self.buffered, 0, None, Advice::Normal);
         }
     }
@@ -384,7 +386,7 @@ impl OpenFile {
 
     /// Reads exactly `buffer.len()` bytes through the page cache.
     pub(crate) fn read_exact(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
-        // If this fails, these bytes are as reliable as any buffered read, and `cached` copies
+        // If settling fails, these bytes are as reliable as any buffered read, and `cached` copies
         // nothing from the cache.
         let _ = self.settle(&(offset..offset + buffer.len() as u64));
         let mut done = 0;
@@ -406,7 +408,8 @@ impl OpenFile {
         Ok(())
     }
 
-    /// Fails unless the open file is still the planned version, and its path still leads to it.
+    /// Fails unless the open file is still the planned version and its path does not lead to
+    /// another file.
     ///
     /// A path that no longer exists, or can't be inspected, is no error: the file's bytes stay
     /// until it is closed.
@@ -476,8 +479,8 @@ impl OpenFile {
         Err(Error::Ended { path: self.path.clone(), offset: end, planned_bytes, route: Route::Buffered })
     }
 
-    /// Replaces an error about the file's contents if the file has changed since it was `planned`:
-    /// a file that is being rewritten looks damaged.
+    /// Replaces an error about the file's contents if the file has changed since `planned` was
+    /// recorded: a file that is being rewritten looks damaged.
     pub(crate) fn blame_change(&self, planned: &Identity, error: Error) -> Error {
         match self.check_unchanged(planned) {
             Err(changed @ Error::Changed { .. }) => changed,
@@ -545,7 +548,7 @@ pub(crate) fn identify(path: &Path) -> Result<(Identity, u64)> {
 }
 
 /// The alignment that `STATX_DIOALIGN` reports (Linux 6.1 or later), but at least
-/// [`DEFAULT_ALIGNMENT_BYTES`] and a page. The first read verifies it.
+/// [`DEFAULT_ALIGNMENT_BYTES`] and a page. The first direct read shows whether it suffices.
 fn alignment(seen: Option<&Statx>) -> u64 {
     let seen = seen.filter(|seen| seen.stx_mask & StatxFlags::DIOALIGN.bits() != 0);
     let aligned = seen.map_or(0, |seen| u64::from(seen.stx_dio_offset_align.max(seen.stx_dio_mem_align)));

@@ -24,7 +24,7 @@ pub(crate) struct Move {
     pub(crate) bytes: usize,
 }
 
-/// A mapped allocation. Dropping it hands the unmapping to the reaper thread.
+/// A mapped allocation. Dropping it passes it to the reaper, which pools or unmaps it.
 #[derive(Debug)]
 pub(crate) struct Backing {
     /// `None` only inside `drop`.
@@ -290,7 +290,7 @@ unsafe impl<P> Buffer for PieceBuffer<P> {
     }
 
     fn leak(self) {
-        // Drops the permit, so later loads can use the whole window.
+        // The permit is not leaked but dropped, so later loads can use the whole window.
         std::mem::forget(self.backing);
     }
 }

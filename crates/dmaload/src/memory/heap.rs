@@ -165,7 +165,7 @@ pub unsafe trait Heap: fmt::Debug + Send + Sync + 'static {
 
     /// Whether this crate provides the heap. If so, its memfds may be shown without the seal
     /// against writes on kernels that lack it, because the heap keeps no second descriptor.
-    /// Callers can't name the argument's type, so they can't override this.
+    /// Callers can't name the argument's type, so they can't override this method.
     #[doc(hidden)]
     fn is_own(&self, _: private::Key) -> bool {
         false

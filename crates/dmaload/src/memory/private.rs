@@ -61,7 +61,7 @@ pub struct PrivateMemory {
     keeps: Keeps,
 }
 
-/// Keeps the memory alive.
+/// What keeps the memory alive.
 #[expect(dead_code, reason = "owned only to keep the memory alive")]
 enum Keeps {
     /// There are no bytes.

@@ -375,7 +375,7 @@ mod tests {
         reaper.release(newest);
         assert_eq!(reaper.trim_pool(0), 4096);
         reaper.run_once();
-        assert_eq!(Arc::strong_count(&range), 1, "all of it is freed");
+        assert_eq!(Arc::strong_count(&range), 1, "all memory is freed");
     }
 
     /// The minimum CPU time that `work` takes on a pool of `count` pages, out of five runs.

@@ -83,8 +83,9 @@ impl LoadOptions {
 
     /// Reads only these tensors, given by name or pattern (`model.layers.{0..3}.*`: `*` matches
     /// any text, `?` any character, `{a,b}` either alternative, `{0..3}` a number from 0 to 3).
-    /// They arrive in the order of the patterns, and in file order where one pattern matches
-    /// several. A pattern that matches no tensor in any file is an error. Default: everything.
+    /// The tensors arrive in the order of the patterns, and in file order where one pattern
+    /// matches several. A pattern that matches no tensor in any file is an error. Default:
+    /// everything.
     ///
     /// Small gaps between tensors are read too, and so is the rest of the blocks in which tensors
     /// begin and end. The report says how much was wanted ([`crate::Report::wanted_bytes`]) and
@@ -220,8 +221,8 @@ impl LoadOptions {
     /// reads ([`Route::Bounce`]), and on some network file systems also of
     /// [`Route::UringBuffered`].
     ///
-    /// Which one is fastest depends on the machine, so a load of 512 MiB or more measures each on
-    /// a part of itself and continues with the fastest one. Later loads of the loader from the
+    /// Which way is fastest depends on the machine, so a load of 512 MiB or more measures each on
+    /// some of its bytes and continues with the fastest one. Later loads of the loader from the
     /// same file system use that result and measure again from time to time
     /// ([`crate::Report::measured`]). Until something has been measured, smaller loads from local
     /// file systems use staged reads on small pages. All others use direct reads.
@@ -314,7 +315,7 @@ pub(crate) const LARGEST_SEGMENT_BYTES: u64 = 1 << 30;
 
 pub(crate) const MIB: u64 = 1 << 20;
 
-/// Which parts of the files a load reads.
+/// What a load reads of its files.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Select {
     pub(crate) tensors: Option<Vec<String>>,

@@ -257,7 +257,7 @@ mod tests {
             // Spans out of order, and a span with two segments in one allocation.
             "[[0,1,0,0,8192,0,8192],[0,0,1,0,4096,8192,12000]]",
             "[[0,0,0,0,4096,0,4096],[0,0,0,4096,4096,4096,8192],[0,1,1,0,4096,0,99]]",
-            // Not page-aligned.
+            // A segment that is not page-aligned.
             "[[0,0,0,100,8192,0,8192],[0,0,1,0,4096,8192,12000]]",
         ] {
             assert!(Description::parse(describe_segments(segments).as_bytes()).is_err(), "{segments}");

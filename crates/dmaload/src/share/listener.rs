@@ -96,8 +96,8 @@ impl Listener {
         }
         after(BindStep::Found);
         if Mode::from_raw_mode(found.st_mode) & Mode::from_raw_mode(0o777) != mode {
-            // Uses the descriptor, so this changes the file that was checked, never a link's
-            // target.
+            // This call uses the descriptor, so it changes the file that was checked, never a
+            // link's target.
             chmod(proc_path(&file), mode).map_err(cannot("set the socket's mode"))?;
         }
         listen(&socket, BACKLOG).map_err(cannot("listen"))?;
@@ -280,7 +280,7 @@ impl<'a> PrivateFolder<'a> {
 
     /// Moves the new socket to its place.
     fn move_socket_to_place(&self) -> Result<(), String> {
-        // Each retry removes a dead socket, so all of them fail only if other sockets keep
+        // Each retry removes a dead socket, so all attempts fail only if other sockets keep
         // appearing in the meantime.
         for _ in 0..8 {
             match self.move_to_place(FRESH) {
@@ -332,7 +332,7 @@ impl<'a> PrivateFolder<'a> {
         };
         match connected {
             Err(Errno::CONNREFUSED) => Ok(Some(identity(&found))),
-            // The listener has another socket type, or its backlog is full.
+            // A listener accepted the connection, has another socket type, or has a full backlog.
             Ok(()) | Err(Errno::PROTOTYPE | Errno::AGAIN) => Err("another process is listening there".to_owned()),
             Err(errno) => Err(cannot("check whether another process is listening there")(errno)),
         }

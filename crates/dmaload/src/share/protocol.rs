@@ -20,10 +20,10 @@ pub(super) enum Status {
     Ok,
     /// The message is not a request, or a request of another version.
     Malformed,
-    /// The server has no image of that name, or no image any more; `all` is the number of its
-    /// images, and as many of their names as fit follow.
+    /// The server has no image of that name, or no longer has any image; `all` is the number of
+    /// its images, and as many of their names as fit follow.
     NoSuchImage,
-    /// The client's user may not attach; `all` is its id as the server sees it.
+    /// The client's user may not attach; `all` is the user's id as the server sees it.
     NotAllowed,
     /// The server has several images and the client named none; their names follow, as with
     /// `NoSuchImage`.

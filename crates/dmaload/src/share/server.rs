@@ -21,8 +21,8 @@ use crate::error::Result;
 use crate::load::image::Image;
 use crate::support::errno;
 
-/// Shares images with other processes; see [the module](super). Dropping it stops sharing; clients
-/// keep the images that they have received.
+/// Shares images with other processes; see [the module](super). Dropping the server stops sharing;
+/// clients keep the images that they have received.
 pub struct Server {
     shared: Arc<ServerShared>,
     thread: Option<thread::JoinHandle<()>>,
@@ -210,11 +210,11 @@ mod tests {
             sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(Duration::from_secs(10))).unwrap();
             socket
         };
-        // With this kernel's behavior, and with that of kernels before Linux 6.16.
         let refuse_in_time = |listener: BorrowedFd<'_>| {
             assert!(!sockopt::socket_acceptconn(listener).unwrap(), "a client could connect before this");
             refuse_descriptors(listener)
         };
+        // First as this kernel behaves, then as kernels before Linux 6.16 do.
         for refuse in [refuse_in_time, |_: BorrowedFd<'_>| false] {
             let server = Server::bind_with(&path, ServerOptions::default(), refuse).unwrap();
             let is_refused = server.shared.closer.is_none();
