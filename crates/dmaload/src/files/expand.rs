@@ -383,7 +383,7 @@ mod tests {
     }
 
     #[test]
-    fn missing_parts_are_listed_unless_allowed() {
+    fn missing_files_are_listed_unless_allowed() {
         for (names, expected, kept) in [
             (&["m-00001-of-00003.safetensors", "m-00003-of-00003.safetensors"][..], "\"m-00002-of-00003.safetensors\"", 2),
             (&["m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors.part"], "is an unfinished download", 1),

@@ -154,8 +154,8 @@ impl Backing {
             return Ok(dma_buf.cpu_access(Access::ReadWrite)?.end()?);
         }
         let dma_buf = export(&holding.memory)?;
-        // Before the dma-buf existed, the CPU zeroed the tail and may have copied bytes. This
-        // flushes those writes.
+        // Before the dma-buf existed, the CPU zeroed the tail and may have copied bytes. Beginning
+        // and ending a CPU access flushes those writes.
         dma_buf.cpu_access(Access::ReadWrite)?.end()?;
         if let Some(memfd) = holding.memory.memfd() {
             // Sealed only now, because newer kernels refuse to export a memfd that has this seal.

@@ -58,9 +58,9 @@ pub use udmabuf::UdmabufHeap;
 /// - **The memory is exclusive.** It shares no page with any other memory, file, mapping or
 ///   buffer. Only the returned value reads or writes it; no other thread, process or device does.
 /// - **No second descriptor can change it.** A duplicate of its descriptor, a writable mapping of
-///   it, or a dma-buf made from it is either not kept, or never used to write, to resize, to punch
-///   holes, or to import it into a device. This includes descriptors that other processes or
-///   drivers hold.
+///   it, or a dma-buf made from it is either not kept, or never used to write to the memory, to
+///   resize it, to punch holes into it, or to import it into a device. This includes descriptors
+///   that other processes or drivers hold.
 /// - **A memfd can be sealed.** It is created with `MFD_ALLOW_SEALING` and without `F_SEAL_SEAL`.
 ///   dmaload seals it against writes before it shows a segment; if that fails, the load fails.
 /// - **Its pages stay.** It has at least the requested length, and neither shrinks nor loses

@@ -288,7 +288,7 @@ impl Segment {
     /// [`Error::HandedOut`] if it was already handed out.
     pub(crate) fn prevent_hand_out(&self) -> Result<()> {
         if self.has_dma_buf() {
-            // A view that never ends.
+            // Leaks a view, which is then never taken back.
             std::mem::forget(View::new(self)?);
         }
         Ok(())
@@ -337,9 +337,9 @@ impl Drop for View {
 
 impl AsRef<[u8]> for View {
     fn as_ref(&self) -> &[u8] {
-        // SAFETY: nothing writes to the bytes: `Segment::new` requires that, memfds are sealed
-        // before they are shown, or have no other descriptor (on kernels without the seal), and
-        // neither a dma-buf nor anonymous memory can be handed out while this view exists.
+        // SAFETY: nothing writes to the bytes, as `Segment::new` requires. Memfds are sealed
+        // before they are shown or, on kernels without the seal, have no other descriptor. Neither
+        // a dma-buf nor anonymous memory can be handed out while this view exists.
         unsafe { self.0.filled() }
     }
 }
@@ -359,7 +359,7 @@ impl SegmentAccess<'_> {
     pub fn read_at(&self, buffer: &mut [u8], offset: usize) -> usize {
         let bytes = buffer.len().min(self.segment.len().saturating_sub(offset));
         if bytes > 0 {
-            // SAFETY: `offset` is below the segment's length.
+            // SAFETY: `offset` is below the segment's length, which is mapped.
             let from = unsafe { self.address().add(offset) };
             // SAFETY: `from` has that many bytes left, mapped and initialized; the buffer has at
             // least as many, in this process's own memory. No reference to the segment's bytes is

@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn loads_from_one_file_system_share_its_part() {
+    fn loads_from_one_file_system_count_as_one() {
         for (size, [first, second, third], other) in [(8, [3, 3, 0], 1), (32, [12, 11, 1], 5), (128, [48, 47, 1], 23)] {
             let mut window = Window::new(size, 1);
             assert_eq!(take_in_turn(&mut window, [1, 2], [7, 7]), [first, second], "of {size}");

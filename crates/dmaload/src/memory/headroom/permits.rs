@@ -6,10 +6,10 @@
 //!
 //! Other processes allocate memory, too. Each process that uses this library takes only a small
 //! fraction of the free memory between two checks. For a single allocation that exceeds that
-//! fraction, the processes take turns. A turn is an advisory lock, held from the check until the
-//! memory shows in the kernel's figures. The locked file is the folder of the cgroup with the
-//! tightest limit, or `/proc/meminfo`. Processes that don't use this library can still take memory
-//! that a check found free.
+//! fraction, the processes take turns. A turn is an advisory lock on the folder of the cgroup with
+//! the tightest limit, or on `/proc/meminfo`. It is held from the check until the memory shows in
+//! the kernel's figures. Processes that don't use this library can still take memory that a check
+//! found free.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;

@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn page_size_is_not_ignored_for_want_of_udmabuf() {
+    fn page_size_is_not_ignored_without_udmabuf() {
         match HeapChoice::DmaBuf.open(Pages::Small) {
             Ok((heap, _)) => assert_eq!(&*heap.name(), "udmabuf"),
             Err(Error::NoDmaBuf { tried }) => assert!(tried[1].contains("chooses its page sizes itself"), "{tried:?}"),

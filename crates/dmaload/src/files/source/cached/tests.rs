@@ -80,7 +80,7 @@ impl Mapping {
         let file = fs::File::options().read(true).write(true).open(path).unwrap();
         let bytes = to_usize(file.metadata().unwrap().len());
         let flags = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: creates a new mapping at an address that the kernel chooses.
+        // SAFETY: the kernel chooses the address, so no other mapping is replaced.
         let address = unsafe { mmap(std::ptr::null_mut(), bytes, flags, MapFlags::SHARED, &file, 0) }.unwrap();
         Mapping(NonNull::new(address.cast()).unwrap(), bytes)
     }
