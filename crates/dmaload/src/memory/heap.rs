@@ -146,8 +146,8 @@ pub unsafe trait Heap: fmt::Debug + Send + Sync + 'static {
     }
 
     /// The page size that [`Heap::populate`] uses. It also determines the size of the extents that
-    /// are populated just before they are written, and whether smaller loads read directly or into
-    /// staging until a load has measured both.
+    /// are populated just before they are written, and whether loads read directly or into staging
+    /// until both have been measured.
     fn pages(&self) -> Pages {
         Pages::Auto
     }

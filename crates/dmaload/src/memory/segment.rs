@@ -115,9 +115,9 @@ impl Segment {
         self.0.place.memory_offset
     }
 
-    /// The length of the segment's memory: [`Self::len`], rounded up to a multiple of the
-    /// alignment of direct reads of its file (at least 4 KiB and at least a page). The padding is
-    /// zero.
+    /// The length of the segment's memory: at least [`Self::len`], and a multiple of the alignment
+    /// of direct reads of its file (at least 4 KiB and at least a page). The bytes past
+    /// [`Self::len`] are zero.
     pub fn memory_bytes(&self) -> usize {
         self.0.place.memory_bytes
     }

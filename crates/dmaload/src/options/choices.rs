@@ -186,7 +186,8 @@ pub struct Shard {
 /// limits fails with [`crate::Error::Importer`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ImporterLimits {
-    /// The size in bytes of the largest dma-buf that the importer accepts: at least 1 MiB.
+    /// The size in bytes of the largest dma-buf that the importer accepts: at least 1 MiB, and at
+    /// least [`crate::LoadOptions::segment_bytes`], if that is set.
     pub max_segment_bytes: u64,
     /// The maximum number of dma-bufs for a load. Small files, and small spans of tensors, share
     /// dma-bufs.

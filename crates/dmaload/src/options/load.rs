@@ -186,7 +186,8 @@ impl LoadOptions {
     /// Whether consecutive small files share memory: files of up to a quarter of a segment, each
     /// at a multiple of at least the page size. A thousand of them then need only a few
     /// allocations and descriptors, and can have huge pages. The dma-buf or memfd of such a file
-    /// contains all files that share it. Has no effect with [`Layout::Single`]. Default: true.
+    /// contains all files that share it. Has no effect with [`Layout::Single`], or if the
+    /// [importer](Self::importer) requires an alignment of more than a page. Default: true.
     #[must_use]
     pub fn packed(mut self, packed: bool) -> Self {
         self.packed = packed;
@@ -273,12 +274,13 @@ impl LoadOptions {
     /// Sets the expected contents of the files: a manifest, or the checksum of a single file
     /// (module and feature `verify`). A load of files with other contents fails with
     /// [`crate::Error::Corrupt`], [`crate::Error::WrongLength`] or
-    /// [`crate::Error::NotInManifest`]. With a manifest, no segment is handed over unverified;
-    /// with a single checksum, all segments of the file but the last are handed over before the
+    /// [`crate::Error::NotInManifest`]. With a manifest, no segment is handed over unverified.
+    /// With a single checksum, all segments of the file but the last are handed over before the
     /// result is known. Default: no verification.
     ///
     /// The verifier sees the same bytes as the load's [observer](Self::observer), and sees them
-    /// first.
+    /// first. Because checksums cover whole files, neither can be combined with [`Self::tensors`],
+    /// [`Self::range`], [`Self::shard`], [`Layout::Tensors`] or a model inside another file.
     #[must_use]
     pub fn verify(mut self, expected: impl Verify) -> Self {
         self.verify = Some(VerifyOption(Foreign::new(Arc::new(expected))));
@@ -286,7 +288,8 @@ impl LoadOptions {
     }
 
     /// Sets an observer, which sees every byte before its segment is handed over, for example to
-    /// compute a checksum. Default: none.
+    /// compute a checksum. Requires that whole files are read, as [`Self::verify`] does. Default:
+    /// none.
     ///
     /// On a heap that the CPU reads uncached, every read then goes into staging, where the CPU
     /// reads the bytes quickly. The load takes the route [`Route::Bounce`] or a lower one, which a

@@ -166,7 +166,7 @@ fn receive(path: &Path, options: &AttachOptions, limit: Duration) -> Result<Vec<
         if here.len() != reply.here as usize || here.is_empty() || descriptors.len() + here.len() > reply.all as usize {
             return Err(refuse(
                 path,
-                "descriptors were lost: the limit of open files (ulimit -n) is reached, or the server sent too few",
+                "descriptors were lost: the limit of open files (ulimit -n) is reached, or the server sent a different number than it announced",
             ));
         }
         descriptors.append(&mut here);
@@ -266,10 +266,10 @@ fn parse_descriptors(path: &Path, descriptors: Vec<OwnedFd>) -> Result<(Descript
     let wrong = |what: String| refuse(path, what);
     let description = descriptors.next().ok_or_else(|| wrong("the server sent nothing".to_owned()))?;
     let description = Memfd::from_sealed(description)
-        .map_err(|error| wrong(format!("its description is not a sealed memfd: {}", error.errno.describe())))?;
+        .map_err(|error| wrong(format!("the image's description is not a sealed memfd: {}", error.errno.describe())))?;
     if description.bytes() > DESCRIPTION_LIMIT_BYTES {
         return Err(wrong(format!(
-            "its description is {} bytes long, more than the limit of {DESCRIPTION_LIMIT_BYTES}",
+            "the image's description is {} bytes long, more than the limit of {DESCRIPTION_LIMIT_BYTES}",
             description.bytes()
         )));
     }
@@ -277,7 +277,7 @@ fn parse_descriptors(path: &Path, descriptors: Vec<OwnedFd>) -> Result<(Descript
     let mut at = 0;
     while at < json.len() {
         match rustix::io::pread(&description, json.get_mut(at..).unwrap_or_default(), at as u64) {
-            Ok(0) | Err(_) => return Err(wrong("cannot read its description".to_owned())),
+            Ok(0) | Err(_) => return Err(wrong("cannot read the image's description".to_owned())),
             Ok(bytes) => at += bytes,
         }
     }
@@ -293,7 +293,7 @@ fn parse_descriptors(path: &Path, descriptors: Vec<OwnedFd>) -> Result<(Descript
     let memories = memories.collect::<Result<Vec<_>>>()?;
     if memories.len() != description.memories {
         return Err(wrong(format!(
-            "received {} allocations, but its description lists {}",
+            "received {} allocations, but the image's description lists {}",
             memories.len(),
             description.memories
         )));
@@ -332,8 +332,8 @@ fn build_image(path: &Path, description: &Description, memories: Vec<Memory>, st
     let wrong = |what: String| refuse(path, what);
     let length = |memory: &Memory| memory.bytes().expect("memory received as a descriptor has a length");
     let lengths: Vec<usize> = memories.iter().map(length).collect();
-    let (places, all) =
-        plan_mapping(&description.segments, &lengths).ok_or_else(|| wrong("its segments don't fit their memory".to_owned()))?;
+    let (places, all) = plan_mapping(&description.segments, &lengths)
+        .ok_or_else(|| wrong("the image's segments don't fit their memory".to_owned()))?;
     let mut backings = Vec::new();
     if !memories.is_empty() {
         let reaper = Reaper::start().map_err(|error| wrong(format!("cannot start a thread: {error}")))?;
@@ -376,7 +376,7 @@ fn build_image(path: &Path, description: &Description, memories: Vec<Memory>, st
     let route = description
         .route
         .parse()
-        .map_err(|_| wrong(format!("its description contains an unknown route, {:?}", description.route)))?;
+        .map_err(|_| wrong(format!("the image's description contains an unknown route, {:?}", description.route)))?;
     let report = make_report(path, description, route, &segments, backings.len(), &heap, started.elapsed());
     let files = description.files.iter().enumerate().map(|(number, file)| LoadFile {
         path: Arc::clone(&file.path),

@@ -91,7 +91,8 @@ impl Description {
     /// # Errors
     /// What is wrong with the description.
     pub(super) fn parse(json: &[u8]) -> Result<Self, String> {
-        let value: Value = serde_json::from_slice(json).map_err(|error| format!("its description is not JSON: {error}"))?;
+        let value: Value =
+            serde_json::from_slice(json).map_err(|error| format!("the image's description is not JSON: {error}"))?;
         let wrong = |what: &str| format!("invalid description: {what}");
         let malformed = |key: &str| wrong(&format!("{key:?} is missing or malformed"));
         let number = |key: &str| value.get(key).and_then(Value::as_u64).ok_or_else(|| malformed(key));

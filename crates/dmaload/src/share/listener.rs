@@ -249,7 +249,7 @@ impl<'a> PrivateFolder<'a> {
                 Err(errno) => return Err(format!("cannot use {name:?} next to the socket: {}", describe(errno))),
             }
             if Instant::now() >= deadline {
-                return Err(format!("cannot lock {name:?} next to the socket: another server has held it for {LOCK_PATIENCE:?}"));
+                return Err(format!("cannot lock {name:?} next to the socket: other servers held it for {LOCK_PATIENCE:?}"));
             }
             thread::sleep(Duration::from_millis(2));
         }
