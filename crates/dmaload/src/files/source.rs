@@ -189,7 +189,8 @@ struct Attributes {
 const QUERY_SERVER: AtFlags = AtFlags::STATX_FORCE_SYNC;
 
 impl Attributes {
-    /// All attributes in one call: a load may inspect thousands of files before it can plan.
+    /// All attributes, so one call for each file suffices: a load may inspect thousands of files
+    /// before it can plan.
     const WANTED: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::DIOALIGN);
 
     fn at_path(path: &Path) -> rustix::io::Result<Self> {

@@ -75,8 +75,8 @@ impl Backing {
     }
 
     /// Lets the memory be reused once it is dropped, because it is complete. Has no effect on
-    /// memory that is itself a dma-buf: its mapping can't be moved, so it would only take up space
-    /// in the pool.
+    /// memory that is itself a dma-buf: such a mapping can't be moved, so the memory would only
+    /// take up space in the pool.
     pub(crate) fn allow_reuse(&self) {
         let holding = self.holding();
         if holding.memory.dma_buf().is_none() {

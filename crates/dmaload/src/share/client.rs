@@ -293,7 +293,7 @@ fn parse_descriptors(path: &Path, descriptors: Vec<OwnedFd>) -> Result<(Descript
     let memories = memories.collect::<Result<Vec<_>>>()?;
     if memories.len() != description.memories {
         return Err(wrong(format!(
-            "received {} allocations, but the image's description lists {}",
+            "allocations received: {}, but the image's description states {}",
             memories.len(),
             description.memories
         )));

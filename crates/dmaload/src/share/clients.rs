@@ -331,7 +331,8 @@ fn admit(shared: &ServerShared, limits: ClientLimits, clients: &mut Vec<Client>)
         let socket = match accept_with(&shared.listener.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
             Ok(socket) => socket,
             Err(Errno::INTR | Errno::CONNABORTED) => continue,
-            // Out of descriptors: close a connection, preferably one of a user who may not attach.
+            // Descriptors have run out: close a connection, preferably one of a user who may not
+            // attach.
             Err(Errno::MFILE | Errno::NFILE) if make_room(clients, |client| !client.allowed) || make_room(clients, |_| true) => {
                 shared.refused.fetch_add(1, Ordering::Relaxed);
                 continue;

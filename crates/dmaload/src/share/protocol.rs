@@ -6,7 +6,8 @@ const MAGIC: [u8; 8] = *b"dmaload\0";
 pub(super) const VERSION: u32 = 1;
 /// The operation that requests an image.
 const ATTACH: u32 = 1;
-/// Maximum number of descriptors in a message; the kernel allows 253 (`SCM_MAX_FD`).
+/// Maximum number of descriptors in a message. The kernel allows 253 (`SCM_MAX_FD`), but all of
+/// them count against the server's user until the client has received them.
 pub(super) const DESCRIPTORS_IN_A_MESSAGE: usize = 64;
 /// Maximum number of descriptors of an image: enough for about 128 GiB in segments of 2 MiB.
 pub(super) const DESCRIPTORS_LIMIT: usize = 1 << 16;
