@@ -12,7 +12,7 @@ pub(crate) trait Ledger: fmt::Debug + Send + Sync {
     /// Books freed memory, of which `held` bytes were charged to the load and `pooled` bytes to
     /// the pool.
     fn freed(&self, load: LoadId, held: u64, pooled: u64);
-    /// Moves the charge for memory that a load held to the pool.
+    /// Moves a charge of `bytes` bytes from the load that held the memory to the pool.
     fn pooled(&self, load: LoadId, bytes: u64);
     /// Ends the pool's charge for `bytes` bytes, because a load reuses them and has already taken
     /// as much from the budget. With 0 bytes, only makes waiting loads search the pool again.

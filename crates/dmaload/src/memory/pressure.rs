@@ -11,8 +11,9 @@ use rustix::io::Errno;
 
 use crate::memory::headroom::own_cgroups;
 
-/// Makes the kernel report when, within 2 s, at least one task was waiting for memory for a total
-/// of 150 ms. Unprivileged processes can use only windows that are multiples of 2 s.
+/// Makes the kernel report when, within 2 s, there was a total of 150 ms in which at least one
+/// task (`some`) waited for memory. Unprivileged processes can use only windows that are multiples
+/// of 2 s.
 const TRIGGER: &[u8] = b"some 150000 2000000\0";
 
 /// Opens the first pressure file that accepts the trigger: that of this process's cgroup, of one

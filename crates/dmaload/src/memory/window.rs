@@ -8,7 +8,7 @@
 //! Loads whose reads never complete must not end up holding the whole window. The share of each
 //! load is therefore limited on two levels:
 //!
-//! - A *file system* may hold at most three times as much as it leaves free (dynamic queue length
+//! - A *file system* may hold at most three times as much as remains free (dynamic queue length
 //!   thresholds: Choudhury and Hahne, 1998), and a permit of the usual size must still fit into
 //!   the rest. A single file system gets three quarters, two get three sevenths each. All loads
 //!   from one file system count as one, because they wait for the same server or device. If that
