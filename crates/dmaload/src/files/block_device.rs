@@ -8,8 +8,8 @@
 //! Requires sysfs at `/sys`. A device that sysfs doesn't list is not trusted.
 //!
 //! Results are not cached, because a loop device's number can be reused for another file.
-//! Resolving a disk takes a few system calls that never wait for a device. Only a loop device's
-//! file can be on a server that hangs, so callers must be able to block.
+//! Resolving a disk takes a few system calls that never wait for a device. A loop device's file,
+//! however, can be on a server that hangs, so callers must be allowed to block.
 
 use std::ffi::OsString;
 use std::io;
@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use rustix::io::Errno;
 
 /// Prefixes of the names, in sysfs, of devices that are backed by a network or a process: a
-/// process serves `ublkb`, and `etherd!` is ATA over Ethernet.
+/// user-space process serves `ublkb` devices, and `etherd!` is ATA over Ethernet.
 const REMOTE: [&str; 6] = ["nbd", "rbd", "rnbd", "drbd", "ublkb", "etherd!"];
 
 /// Maximum depth of stacked devices. Real setups have fewer levels.
@@ -39,8 +39,8 @@ pub(super) struct DeviceNumber {
 pub(super) struct BlockDevices<'a> {
     /// The mount point of sysfs.
     pub(super) sysfs: &'a Path,
-    /// The block device of a loop device's file; `None` if the file is local and not on a block
-    /// device. An error if its file system may hang or can't be identified.
+    /// Returns the block device that holds a loop device's file; `None` if the file is local and
+    /// not on a block device. Fails if the file's file system may hang or can't be identified.
     pub(super) device_of_file: &'a dyn Fn(&Path) -> Result<Option<DeviceNumber>, Errno>,
 }
 
@@ -68,7 +68,8 @@ impl BlockDevices<'_> {
                 None => Ok(()),
             };
         }
-        // Device-mapper and md devices list their components; a disk's list is empty or missing.
+        // Device-mapper and md devices list their components; a disk's list (`slaves`) is empty or
+        // missing.
         let slaves = match std::fs::read_dir(folder.join("slaves")) {
             Err(error) if error.kind() == io::ErrorKind::NotFound && !is_made_of_others(name) => return Ok(()),
             slaves => slaves.map_err(|error| errno(&error))?,
@@ -80,7 +81,7 @@ impl BlockDevices<'_> {
         Ok(())
     }
 
-    /// Finds the device's folder in sysfs. For a partition, this is its disk's folder.
+    /// Finds the device's folder in sysfs; for a partition, its disk's folder.
     fn folder_of(&self, DeviceNumber { major, minor }: DeviceNumber) -> Result<PathBuf, Errno> {
         let numbers = self.sysfs.join("dev/block");
         let target = std::fs::read_link(numbers.join(format!("{major}:{minor}"))).map_err(|error| errno(&error))?;

@@ -29,7 +29,7 @@ pub(crate) struct Found {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Choice<'a> {
     pub(crate) format: Format,
-    /// Whether to skip missing parts.
+    /// Whether to skip missing files.
     pub(crate) allow_missing: bool,
     /// Whether each path stands for only the file that it names.
     pub(crate) as_one_file: bool,
@@ -71,8 +71,8 @@ pub(crate) fn find_files(inputs: &[Input], choice: Choice<'_>) -> Result<Found> 
 /// The folder of a split GGUF model and the name of its first part.
 type SplitKey = (PathBuf, String);
 
-/// The split GGUF model that a path is part of, judging by its name. Different spellings of the
-/// same folder give the same key.
+/// Returns the split GGUF model that a path belongs to, judging by the path's name. Different
+/// spellings of the same folder give the same key.
 fn split_key(input: &Input, choice: Choice<'_>) -> Option<SplitKey> {
     let Input::Path(path) = input else { return None };
     if choice.format == Format::Raw || choice.as_one_file {
@@ -137,7 +137,7 @@ fn expand_named_index(path: &Path, named: Named, choice: Choice<'_>, found: &mut
 /// Refuses an index under another name, such as a blob in a model cache, which would otherwise
 /// load as raw JSON text.
 fn refuse_hidden_index(path: &Path) -> Result<()> {
-    // Other formats have their own extensions.
+    // A file with another extension than `json` is not taken for an index.
     if path.extension().is_some_and(|extension| extension != "json") {
         return Ok(());
     }
@@ -167,7 +167,7 @@ fn expand_folder(path: &Path, choice: Choice<'_>, found: &mut Found) -> Result<(
             let (kept, missing) = folder.check(&names, &mut found.notes);
             // Without an index, only the files' names show what the model consists of.
             check_missing(&missing, kept.len(), choice, found, |why| {
-                let reason = format!("{} of {} safetensors files can be loaded, {why}", kept.len(), kept.len() + missing.len());
+                let reason = format!("{} of {} safetensors files can be loaded; {why}", kept.len(), kept.len() + missing.len());
                 Error::Incomplete { path: path.to_owned(), reason, loadable: kept.len() }
             })?;
             found.sources.extend(kept.into_iter().map(|name| SourceFile::file(folder.path_of(name))));
@@ -239,7 +239,7 @@ fn expand_index(path: &Path, index: &Index, choice: Choice<'_>, found: &mut Foun
     }
     check_missing(&missing, kept.len(), choice, found, |why| {
         let stale = missing::explain_missing(folder, &index, missing.len() == all);
-        let reason = format!("the index lists {all} {}, {why}{stale}", if all == 1 { "file" } else { "files" });
+        let reason = format!("the index lists {all} {}; {why}{stale}", if all == 1 { "file" } else { "files" });
         Error::Incomplete { path: path.to_owned(), reason, loadable: kept.len() }
     })?;
     if let Needed::Some(names) = &needed
@@ -248,7 +248,7 @@ fn expand_index(path: &Path, index: &Index, choice: Choice<'_>, found: &mut Foun
     {
         let looked_at = names.len();
         found.notes.push(format!(
-            "according to the index, {looked_at} of its {all} files contain tensors that match; the others were not read"
+            "according to the index, the tensors that match are in {looked_at} of its {all} files; the others were not read"
         ));
     }
     found.notes.extend(missing::note_unlisted(folder, &index));
@@ -287,13 +287,13 @@ fn expand_split(path: &Path, part: PartName<'_>, choice: Choice<'_>, found: &mut
         }
     }
     if kept.is_empty() && fs::symlink_metadata(path).is_err() {
-        // Not part of a split model, just a wrong path.
+        // No part can be loaded, and the path itself does not exist: opening it reports that.
         found.sources.push(SourceFile::file(path.to_owned()));
         return Ok(());
     }
     check_missing(&missing, kept.len(), choice, found, |why| Error::Incomplete {
         path: path.to_owned(),
-        reason: format!("{} of {} parts of the model can be loaded, {why}", kept.len(), part.count),
+        reason: format!("{} of {} parts of the model can be loaded; {why}", kept.len(), part.count),
         loadable: kept.len(),
     })?;
     found.sources.extend(kept.into_iter().map(|name| SourceFile::file(path.with_file_name(name))));
@@ -383,7 +383,7 @@ mod tests {
     }
 
     #[test]
-    fn missing_parts_are_listed_unless_allowed() {
+    fn missing_files_are_listed_unless_allowed() {
         for (names, expected, kept) in [
             (&["m-00001-of-00003.safetensors", "m-00003-of-00003.safetensors"][..], "\"m-00002-of-00003.safetensors\"", 2),
             (&["m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors.part"], "is an unfinished download", 1),
@@ -393,7 +393,7 @@ mod tests {
             (&["m-00002-of-00002.gguf"], "\"m-00001-of-00002.gguf\"", 1),
             (&["empty-00001-of-00002.gguf", "empty-00002-of-00002.gguf"], "2 are missing", 0),
             (&["empty.safetensors"], "1 is missing", 0),
-            (&["model.safetensors.index.json"], "the index lists 1 file, 1 is missing: \"b.safetensors\"", 0),
+            (&["model.safetensors.index.json"], "the index lists 1 file; 1 is missing: \"b.safetensors\"", 0),
         ] {
             let error = found(names, CHOICE).unwrap_err();
             assert!(matches!(error, Error::Incomplete { .. }), "{names:?}: {error}");

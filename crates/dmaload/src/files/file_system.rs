@@ -60,7 +60,7 @@ const ON_BLOCK_DEVICES: [u32; 12] = [
     0x3153_464A, // jfs
 ];
 
-/// The attributes of a file that the kernel determines, and no server can influence.
+/// Attributes of a file that the kernel determines and no server can influence.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Device {
     pub(crate) major: u32,
@@ -78,11 +78,11 @@ pub(crate) struct Device {
 pub(crate) struct Trust {
     /// Why a ring must not read this file: the attempt that is avoided and the errno.
     pub(crate) ring_refused: Option<(Attempt, Errno)>,
-    /// Why a ring must not read it through the page cache either.
+    /// Why a ring must not read the file through the page cache either.
     pub(crate) buffered_ring_refused: Option<(Attempt, Errno)>,
     /// Whether the page cache is as trustworthy as storage.
     pub(crate) cache: bool,
-    /// Whether the file's bytes are in memory, see [`is_in_memory`].
+    /// Whether the file's bytes are in memory; see [`is_in_memory`].
     pub(crate) in_memory: bool,
 }
 
@@ -194,7 +194,7 @@ fn is_in_memory(f_type: u32, device: Device) -> bool {
 ///
 /// 9p is not listed: its `f_type` is whatever the server says, and its cache may be older than the
 /// server's bytes. Virtiofs can't be told apart from FUSE. A 9p server that claims to be a listed
-/// file system gains nothing, because such a read can't go wrong in the ring.
+/// file system gains nothing, because buffered reads from 9p can't go wrong in the ring.
 fn is_network(f_type: u32) -> bool {
     matches!(f_type, NFS | CIFS | SMB2)
 }

@@ -36,7 +36,7 @@ pub(super) struct Folder {
     path: PathBuf,
     /// Names that are not UTF-8 are converted lossily.
     names: Vec<String>,
-    /// The original names of those that were converted.
+    /// The original names of those that were converted, by their converted names.
     replaced: HashMap<String, OsString>,
 }
 
@@ -93,11 +93,12 @@ impl Folder {
         if all.contains(&MODEL) { vec![MODEL] } else { all }
     }
 
-    /// The name of the index; `None` if there is none. If several are variants of each other, the
-    /// one without a variant in its name.
+    /// Returns the name of the index; `None` if the folder has none. If all other indices are
+    /// variants of one, returns that one and adds a note about the others.
     ///
     /// # Errors
-    /// [`Error::NoModel`] if several remain; those of [`read_generic_index`].
+    /// [`Error::NoModel`] if the folder has several indices and the others are not variants of
+    /// one; those of [`read_generic_index`].
     pub(super) fn index(&self, notes: &mut Vec<String>) -> Result<Option<&str>> {
         let mut all = self.names_matching(|name| index::named(name) == Some(Named::Safetensors));
         // An index with a generic name counts only if the folder has no single-file model.
@@ -126,9 +127,9 @@ impl Folder {
         }
     }
 
-    /// Splits these files into those that can be loaded and those that can't, and adds to the
-    /// latter the parts that are missing from a numbered sequence. Adds a note about safetensors
-    /// files of the folder that are not in `names`.
+    /// Splits these files into those that can be loaded and those that can't. The latter include
+    /// files that are missing from a numbered sequence, `NAME-00001-of-00003`. Adds a note about
+    /// safetensors files of the folder that are not in `names`.
     pub(super) fn check<'a>(&'a self, names: &[&'a str], notes: &mut Vec<String>) -> (Vec<&'a str>, Vec<Missing>) {
         let (mut kept, mut missing) = (Vec::new(), Vec::new());
         for name in names {
@@ -147,7 +148,7 @@ impl Folder {
             // Some writers count from 0.
             let numbers = if present.contains(&0) { 0..=part.count - 1 } else { 1..=part.count };
             let absent = numbers.filter(|number| !present.contains(number));
-            // Bounded, because the count may be wrong.
+            // The list is bounded, because the count in a name may be wrong.
             let absent = absent.take(MISSING_LISTED).map(|number| part.with_number(number));
             missing.extend(absent.filter_map(|name| Missing::check(&self.path.join(&name), &name)));
         }
@@ -185,7 +186,7 @@ impl Folder {
         let like_models: Vec<_> = self.names.iter().take(SNIFFED).filter(|name| self.is_like_a_model(name)).collect();
         if !like_models.is_empty() {
             return Some(format!(
-                "choose one of {}, which look like models",
+                "load one of the files that look like models: {}",
                 quoted(like_models.into_iter().map(String::as_str))
             ));
         }
@@ -220,12 +221,14 @@ impl Folder {
     }
 }
 
-/// Maximum number of files to open in a folder without a model to see what they are.
+/// Maximum number of files to open in a folder without a model to see whether they look like
+/// models.
 const SNIFFED: usize = 64;
-/// Maximum number of missing parts to list.
+/// Maximum number of missing files to list for one numbered sequence.
 const MISSING_LISTED: usize = 10_000;
-/// Maximum depth and number of folders to search for models.
+/// Maximum depth to which subfolders are searched for models.
 const DEPTH: usize = 5;
+/// Maximum number of subfolders that are searched for models.
 const FOLDERS: usize = 256;
 
 /// Whether an index has no variant in its name and all others are variants of it:

@@ -31,7 +31,7 @@ fn is_named(path: &Path, extension: &str) -> bool {
     path.extension().is_some_and(|own| own.eq_ignore_ascii_case(extension))
 }
 
-/// Reads and checks the header of the model in this part of a file; `None` for raw bytes.
+/// Reads and checks the header of the model in this byte range of a file; `None` for raw bytes.
 pub(crate) fn read_header(file: &OpenFile, part: Range<u64>, format: Format) -> Result<Option<TensorMap>> {
     parse_header(file, part, format).map_err(|error| file.blame_change(&file.identity, error))
 }
@@ -42,10 +42,10 @@ fn parse_header(file: &OpenFile, part: Range<u64>, format: Format) -> Result<Opt
     if format == Format::Raw {
         return Ok(None);
     }
-    // The name of a file says nothing about a part of it.
+    // The name of a file says nothing about a byte range of it.
     let is_whole = part == (0..file.identity.bytes);
     let name = if is_whole { file.path.as_path() } else { Path::new("") };
-    // An empty part counts as raw bytes; requests for its tensors fail later.
+    // An empty range counts as raw bytes; requests for its tensors fail later.
     if bytes == 0 && !is_whole && format == Format::Auto {
         return Ok(None);
     }
@@ -118,7 +118,7 @@ pub(super) fn identify_foreign(fault: ModelError, start: &[u8], file_bytes: u64)
 /// Number of bytes that identify a safetensors header: its length and its first character.
 const SNIFFED_BYTES: usize = 9;
 
-/// How much of a GGUF file to read first. Most headers without a vocabulary are shorter.
+/// How many bytes of a GGUF file to read first. Most headers without a vocabulary are shorter.
 const GGUF_FIRST_BYTES: u64 = 256 << 10;
 
 /// Whether to read a file as GGUF, because of its contents, its name or the requested format.
@@ -127,7 +127,7 @@ fn is_gguf(name: &Path, start: &[u8], format: Format) -> bool {
     format == Format::Gguf || format == Format::Auto && (gguf::is_gguf(start) || named)
 }
 
-/// Reads a header whose length becomes known only by parsing it.
+/// Reads a GGUF header, whose length becomes known only by parsing it.
 fn read_gguf(file: &OpenFile, part: Range<u64>) -> Result<std::result::Result<TensorMap, ModelError>> {
     let (file_bytes, mut wanted) = (part.end - part.start, GGUF_FIRST_BYTES);
     let mut start: Vec<u8> = Vec::new();
@@ -137,7 +137,8 @@ fn read_gguf(file: &OpenFile, part: Range<u64>) -> Result<std::result::Result<Te
         file.read_exact(start.get_mut(have..).expect("the buffer only grows"), part.start + have as u64)?;
         match gguf::parse(&start, file_bytes) {
             Ok(Parsed::Complete(map)) => return Ok(Ok(map)),
-            // The buffer at least doubles each time, so parsing it again at most doubles the work.
+            // The buffer at least doubles each time, so all attempts together parse at most twice
+            // as many bytes as the last one.
             Ok(Parsed::More { bytes }) if bytes <= file_bytes && bytes > start.len() as u64 => wanted = bytes.max(2 * wanted),
             Ok(Parsed::More { bytes }) => return Ok(Err(cut_short(bytes, file_bytes))),
             Err(fault) => return Ok(Err(fault)),

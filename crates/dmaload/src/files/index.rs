@@ -15,12 +15,13 @@ pub(super) fn read_index(path: &Path) -> Result<Index> {
     parse_index(&file, &json)
 }
 
-/// Reads a possible index with a generic name; `None` if it lists no files, or any that are not
-/// safetensors files, or is some other JSON.
+/// Reads a possible index with a generic name; `None` if it lists no files, lists a file that is
+/// not a safetensors file, or is some other JSON.
 ///
 /// # Errors
-/// Those of [`OpenFile::open`]; [`Error::Model`] for invalid JSON or an invalid index: skipping it
-/// would load a model without its index.
+/// Those of [`OpenFile::open`] and [`OpenFile::read_exact`]; [`Error::Model`] for a file that is
+/// too long, invalid JSON, or an invalid index. Skipping such a file could load a model without
+/// its index.
 pub(super) fn read_generic_index(path: &Path) -> Result<Option<Index>> {
     let (file, json) = read_json(path)?;
     match parse_index(&file, &json) {
@@ -31,7 +32,7 @@ pub(super) fn read_generic_index(path: &Path) -> Result<Option<Index>> {
 }
 
 fn read_json(path: &Path) -> Result<(Arc<OpenFile>, Vec<u8>)> {
-    // Refuses anything but a regular file, such as a FIFO or an endless device.
+    // `open` refuses what is not a regular file, such as a FIFO or an endless device.
     let file = OpenFile::open(path)?;
     let bytes = file.identity.bytes;
     if bytes > index::LIMIT_BYTES {

@@ -104,7 +104,7 @@ pub(super) fn explain_missing(folder: &Path, index: &Index, all: bool) -> String
     }
 }
 
-/// A note about files that are not in an index.
+/// A note about a folder's safetensors files that are not in its index; `None` if there are none.
 pub(super) fn note_unlisted(folder: &Path, index: &Index) -> Option<String> {
     let others = unlisted_files(folder, index);
     (!others.is_empty()).then(|| format!("not in the index, so not loaded: {}", quoted(others.iter().map(String::as_str))))

@@ -8,8 +8,8 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use rustix::io::Errno;
 
-/// The number is the same on every architecture but alpha. The libc crate defines it for only a
-/// few.
+/// The number of `cachestat(2)`: the same on every architecture but alpha. The libc crate defines
+/// it for only a few architectures.
 const SYS_CACHESTAT: libc::c_long = 451;
 
 /// `struct cachestat_range` of `linux/mman.h`; a length of 0 means the whole file.
@@ -58,8 +58,8 @@ fn cachestat(file: impl AsFd, range: &CachestatRange) -> Result<u64, Errno> {
 }
 
 /// Reads what the page cache holds at this offset, without waiting for storage (`RWF_NOWAIT`).
-/// Returns fewer bytes than requested if the rest is not cached; that also starts readahead unless
-/// [`rustix::fs::Advice::Random`] is set.
+/// Returns fewer bytes than requested if the rest is not cached. In that case, the kernel also
+/// starts readahead unless [`rustix::fs::Advice::Random`] is set.
 ///
 /// # Errors
 /// EAGAIN if nothing is cached; EOPNOTSUPP if the file system can't read without waiting (tmpfs,
@@ -85,8 +85,8 @@ pub(crate) fn read_nowait(file: impl AsFd, buffer: &mut [MaybeUninit<u8>], offse
 /// write permission.
 ///
 /// Mapped pages are write-protected first, so the next store through a mapping faults and updates
-/// the file's modification time. Without this, stores into pages that are already dirty do not
-/// update it.
+/// the file's modification time. Without write-protection, stores into pages that are already
+/// dirty do not update the time.
 ///
 /// # Errors
 /// The error of a failed write, possibly an earlier one that was never reported; ENOSYS or EPERM

@@ -32,20 +32,21 @@ use crate::support::foreign;
 #[derive(Debug, Clone)]
 pub(crate) struct SourceFile {
     pub(crate) path: Arc<PathBuf>,
-    /// The number of its input. The files of one input form one model, in which only one file
-    /// contains a tensor of a given name.
+    /// The number of the input that stands for the file, counted from 0. The files of one input
+    /// form one model, in which only one file contains a tensor of a given name.
     pub(crate) model: usize,
-    /// The index of a model of several files, and this file's name in it.
+    /// The index of a model of several files, and this file's name in the index; `None` without an
+    /// index.
     pub(crate) index: Option<(Arc<Index>, String)>,
-    /// The part of the file that contains the model; `None` for all of it.
+    /// The byte range of the file that contains the model; `None` for the whole file.
     pub(crate) part: Option<Range<u64>>,
 }
 
-/// One of the caller's inputs: a path, a part of the file at a path, or an open file.
+/// One of the caller's inputs: a path, a byte range of the file at a path, or an open file.
 #[derive(Debug, Clone)]
 pub(crate) enum Input {
     Path(PathBuf),
-    /// A model in a part of the file at this path.
+    /// A model in a byte range of the file at this path.
     Inside {
         path: PathBuf,
         part: Range<u64>,
@@ -65,13 +66,14 @@ impl SourceFile {
         SourceFile { index: Some((index, name)), ..SourceFile::file(path) }
     }
 
-    /// A model in a part of a file, regardless of the file's name.
+    /// A model in a byte range of a file, regardless of the file's name.
     pub(crate) fn part(path: PathBuf, part: Range<u64>) -> Self {
         SourceFile { part: Some(part), ..SourceFile::file(path) }
     }
 
     /// An open file. It is opened again by its descriptor, because direct reads need their own
-    /// open file description. The path is valid only while the given descriptor is open.
+    /// open file description. Its path, below `/proc/self/fd`, is valid only while the given
+    /// descriptor is open.
     pub(crate) fn open(file: &OwnedFd, part: Option<Range<u64>>) -> Self {
         use std::os::fd::AsRawFd;
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
@@ -107,7 +109,7 @@ impl SourceFile {
     }
 }
 
-/// Converts an error of the standard library for a path.
+/// Converts an I/O error about a path to [`Error::File`].
 pub(super) fn file_error(path: &Path, operation: &'static str, error: &io::Error) -> Error {
     let errno = dmabuf::Errno::from_io_error(error).unwrap_or(dmabuf::Errno::EIO);
     Error::File { path: path.to_owned(), operation, errno }
@@ -145,7 +147,7 @@ impl Identity {
         }
     }
 
-    /// Identifies the mounted file system.
+    /// The device number of the file system, which identifies it while it is mounted.
     pub(crate) fn mount(&self) -> u64 {
         self.device
     }
@@ -154,8 +156,8 @@ impl Identity {
         (self.device, self.inode) == (other.device, other.inode)
     }
 
-    /// How the file changed, if its bytes may now be a mix of versions. A file that grew was
-    /// either appended to or rewritten: the two can't be told apart.
+    /// How the file changed, if its bytes may now be a mix of versions; `None` if it did not
+    /// change. A file that grew was either appended to or rewritten: the two can't be told apart.
     fn describe_change(&self, now: &Identity) -> Option<&'static str> {
         if now.bytes < self.bytes {
             Some("it shrank")
@@ -187,7 +189,8 @@ struct Attributes {
 const QUERY_SERVER: AtFlags = AtFlags::STATX_FORCE_SYNC;
 
 impl Attributes {
-    /// All attributes in one call: a load may inspect thousands of files before it can plan.
+    /// All attributes, so one call for each file suffices: a load may inspect thousands of files
+    /// before it can plan.
     const WANTED: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::DIOALIGN);
 
     fn at_path(path: &Path) -> rustix::io::Result<Self> {
@@ -241,13 +244,13 @@ impl Attributes {
 /// An open file.
 #[derive(Debug)]
 pub(crate) struct OpenFile {
-    /// Never reused, unlike file descriptors.
+    /// A number that is never reused, unlike a file descriptor.
     pub(crate) id: u64,
     pub(crate) path: PathBuf,
     pub(crate) identity: Identity,
     /// The alignment of direct reads: a power of two, and at least a page.
     pub(crate) alignment_bytes: u64,
-    /// Why a ring must not read it; see [`crate::files::file_system`].
+    /// Why a ring must not read the file; see [`crate::files::file_system`].
     pub(crate) ring_refused: Option<(Attempt, Errno)>,
     buffered_ring_refused: Option<(Attempt, Errno)>,
     /// Whether the page cache is as trustworthy as storage.
@@ -269,7 +272,7 @@ const DEFAULT_ALIGNMENT_BYTES: u64 = 4096;
 
 impl OpenFile {
     /// Holds `place`, the file's place among open files, until the file is closed. A file needs
-    /// only one: if it already holds one, drops the new one.
+    /// only one place: if it already holds one, `place` is dropped.
     pub(crate) fn hold(&self, place: impl Any + Send + Sync) {
         drop(self.place.set(Box::new(place)));
     }
@@ -278,8 +281,8 @@ impl OpenFile {
     /// page cache.
     ///
     /// # Errors
-    /// The error of `open(2)` or `statx(2)`, or of reading a byte of a file without a length;
-    /// [`Error::NotAFile`] for anything but a regular file, which is not opened (opening a FIFO
+    /// The error of `open(2)` or `statx(2)`, or of reading a byte of a file whose stated length is
+    /// 0; [`Error::NotAFile`] for anything but a regular file, which is not opened (opening a FIFO
     /// would wait for a writer, and opening a device can have any effect); [`Error::NoLength`] for
     /// a file that has bytes, but states a length of 0.
     pub(crate) fn open(path: &Path) -> Result<Arc<Self>> {
@@ -291,7 +294,8 @@ impl OpenFile {
             return Err(Error::NotAFile { path: path.to_owned(), kind });
         }
         let buffered = reopen(&found, path, OFlags::empty()).map_err(failed("open"))?;
-        // Close it now, because the limits on open files assume two descriptors per file.
+        // Close this descriptor now, because the limits on open files assume two descriptors for
+        // each file.
         drop(found);
         let look = Attributes::at_file(&buffered).map_err(failed("stat"))?;
         let direct = reopen(&buffered, path, OFlags::DIRECT);
@@ -371,7 +375,7 @@ impl OpenFile {
     /// Enables readahead, because the file's contents are read through the page cache from now on.
     fn read_ahead(&self) {
         if self.is_quiet.swap(false, Ordering::Relaxed) {
-            // Only a hint: if it fails, reads are slow but not wrong.
+            // This is only a hint: if it fails, reads are slow but not wrong.
             let _ = fadvise(&self.buffered, 0, None, Advice::Normal);
         }
     }
@@ -383,7 +387,7 @@ impl OpenFile {
 
     /// Reads exactly `buffer.len()` bytes through the page cache.
     pub(crate) fn read_exact(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
-        // If this fails, these bytes are as reliable as any buffered read, and `cached` copies
+        // If settling fails, these bytes are as reliable as any buffered read, and `cached` copies
         // nothing from the cache.
         let _ = self.settle(&(offset..offset + buffer.len() as u64));
         let mut done = 0;
@@ -405,9 +409,11 @@ impl OpenFile {
         Ok(())
     }
 
-    /// Fails unless the open file is still the planned version, and its path still leads to it.
+    /// Fails unless the open file is still the planned version and its path does not lead to
+    /// another file.
     ///
-    /// A file whose path no longer exists is fine: its bytes stay until it is closed.
+    /// A path that no longer exists, or can't be inspected, is no error: the file's bytes stay
+    /// until it is closed.
     pub(crate) fn check_unchanged(&self, planned: &Identity) -> Result<()> {
         let changed = |change| Err(Error::Changed { path: self.path.clone(), change });
         let now = Attributes::at_file(&self.buffered);
@@ -446,8 +452,8 @@ impl OpenFile {
     }
 
     /// Fails unless the file ends at its stated length, on file systems that may state a wrong
-    /// one. For callers that read only the header; a load notices a wrong length because it reads
-    /// everything.
+    /// length. For callers that read only the header; a load notices a wrong length because it
+    /// reads everything.
     pub(crate) fn check_length(&self) -> Result<()> {
         let planned_bytes = self.identity.bytes;
         if self.ring_refused.is_none() || planned_bytes == 0 {
@@ -474,8 +480,8 @@ impl OpenFile {
         Err(Error::Ended { path: self.path.clone(), offset: end, planned_bytes, route: Route::Buffered })
     }
 
-    /// Replaces an error about the file's contents if the file has changed since it was `planned`:
-    /// a file that is being rewritten looks damaged.
+    /// Replaces an error about the file's contents if the file has changed since `planned` was
+    /// recorded: a file that is being rewritten looks damaged.
     pub(crate) fn blame_change(&self, planned: &Identity, error: Error) -> Error {
         match self.check_unchanged(planned) {
             Err(changed @ Error::Changed { .. }) => changed,
@@ -497,11 +503,11 @@ fn kind_of(file_type: FileType) -> Option<&'static str> {
 }
 
 /// Opens a regular file again by its descriptor, so it is the same file even if its path now names
-/// another. Without procfs, opens it by path and compares the two.
+/// another. Without procfs, opens the file at the path and checks that it is the same one.
 ///
 /// The open file description must not have `O_NONBLOCK`. Otherwise io_uring calls file systems
-/// without `FMODE_NOWAIT` on the ring thread, which then blocks, and after a short read it may
-/// return wrong bytes (see docs/kernels.md).
+/// without `FMODE_NOWAIT` on the ring thread, which then blocks. After a short read, io_uring may
+/// then also return wrong bytes (see docs/kernels.md).
 fn reopen(found: &OwnedFd, path: &Path, flags: OFlags) -> std::result::Result<OwnedFd, Errno> {
     use std::os::fd::AsRawFd;
     let flags = flags | OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOCTTY;
@@ -543,7 +549,7 @@ pub(crate) fn identify(path: &Path) -> Result<(Identity, u64)> {
 }
 
 /// The alignment that `STATX_DIOALIGN` reports (Linux 6.1 or later), but at least
-/// [`DEFAULT_ALIGNMENT_BYTES`] and a page. The first read verifies it.
+/// [`DEFAULT_ALIGNMENT_BYTES`] and a page. The first direct read shows whether it suffices.
 fn alignment(seen: Option<&Statx>) -> u64 {
     let seen = seen.filter(|seen| seen.stx_mask & StatxFlags::DIOALIGN.bits() != 0);
     let aligned = seen.map_or(0, |seen| u64::from(seen.stx_dio_offset_align.max(seen.stx_dio_mem_align)));

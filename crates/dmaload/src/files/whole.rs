@@ -27,7 +27,8 @@ pub(crate) type KnownFile<'a> = (&'a SourceFile, Option<&'a TensorMap>);
 pub(crate) fn check_whole(files: &[KnownFile<'_>], allow_missing: bool) -> Result<Vec<String>> {
     let mut sizes: HashMap<usize, usize> = HashMap::new();
     files.iter().for_each(|(source, _)| *sizes.entry(source.model).or_default() += 1);
-    // A name that occurs twice in one file is an error of its header, found when that is parsed.
+    // A name that occurs twice in one file is an error of its header, found when the header is
+    // parsed.
     let has_several = |source: &SourceFile| sizes.get(&source.model).is_some_and(|&files| files > 1);
     let notes = check_splits(files, has_several, allow_missing)?;
     check_names(files, has_several)?;
@@ -119,7 +120,7 @@ fn folder_of(path: &Path) -> Option<PathBuf> {
 #[derive(Debug, Clone, Copy)]
 struct ModelPart<'a> {
     path: &'a Path,
-    /// The part that its name states.
+    /// The number and count that the file's name states.
     name: Option<PartName<'a>>,
     split: Option<Split>,
 }
@@ -132,7 +133,7 @@ fn check_splits(files: &[KnownFile<'_>], has_several: impl Fn(&SourceFile) -> bo
         let path = source.path.as_path();
         let split = Split::from_map(map).map_err(|reason| contradiction(path, reason))?;
         let name = path.file_name().and_then(|name| name.to_str()).and_then(PartName::parse);
-        // The name of a file says nothing about a part of it.
+        // The name of a file says nothing about a byte range of it.
         let name = name.filter(|_| source.part.is_none());
         if let Some(name) = name.filter(|name| split.is_none() && name.count > 1 && !name.is_gguf_split()) {
             let (number, count) = (name.number, name.count);
@@ -159,7 +160,7 @@ fn check_splits(files: &[KnownFile<'_>], has_several: impl Fn(&SourceFile) -> bo
     Ok(notes)
 }
 
-/// Checks parts that belong together. Returns a note for the report.
+/// Checks parts that belong together. Returns a note for the report, if any.
 fn check_split(parts: &[ModelPart<'_>]) -> Result<Option<String>> {
     let Some((first, split)) = parts.iter().find_map(|part| Some((part, part.split?))) else { return Ok(None) };
     let mut found: BTreeMap<u64, &ModelPart<'_>> = BTreeMap::new();
@@ -187,8 +188,8 @@ fn check_split(parts: &[ModelPart<'_>]) -> Result<Option<String>> {
 }
 
 /// Compares the number of tensors in all parts with `split.tensors.count`. llama.cpp uses the
-/// first part's count, loads nothing if that is missing or wrong, and ignores the counts in other
-/// parts. Some writers put no tensors into the first part and state a different count in the
+/// first part's count, loads nothing if that count is missing or wrong, and ignores the counts in
+/// other parts. Some writers put no tensors into the first part and state a different count in the
 /// others; that is only noted.
 fn check_tensor_counts(parts: &BTreeMap<u64, &ModelPart<'_>>) -> Result<Option<String>> {
     let splits: Vec<(&ModelPart<'_>, Split)> = parts.values().filter_map(|part| Some((*part, part.split?))).collect();
@@ -206,7 +207,7 @@ fn check_tensor_counts(parts: &BTreeMap<u64, &ModelPart<'_>>) -> Result<Option<S
     };
     let tensors: u64 = splits.iter().map(|(_, split)| split.tensors).sum();
     if all != tensors {
-        let reason = format!("the {} parts contain {tensors} tensors, but split.tensors.count is {all}", split.count);
+        let reason = format!("split.tensors.count is {all}, but the number of tensors in all parts is {tensors}");
         return Err(contradiction(stating.path, reason));
     }
     let other = stated.find(|&(_, own)| own != all);
@@ -241,8 +242,8 @@ fn incomplete(part: &ModelPart<'_>, split: Split, have: u64, missing: &[u64]) ->
     let Split { number, count, .. } = split;
     let reason = if have == 1 {
         format!(
-            "part {} of {count} of a split model (split.no {number}), without part {numbers}{more}: give it a name \
-             that ends in {:05}-of-{count:05}.gguf, and put the other parts next to it",
+            "part {} of {count} of a split model (split.no {number}); missing parts: {numbers}{more}; give this file \
+             a name that ends in {:05}-of-{count:05}.gguf, and put the other parts next to it",
             number + 1,
             number + 1
         )

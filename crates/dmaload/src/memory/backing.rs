@@ -15,7 +15,8 @@ use crate::memory::lent::ViewCount;
 use crate::memory::reaper::{Holding, Reaper};
 use crate::support::id::LoadId;
 
-/// Bytes to move to the start of their slot. `slot` and `from` are offsets in the allocation.
+/// A move of a tensor's bytes to an aligned address, the start of `slot`. The slot is the memory
+/// of the tensor's segment. `slot` and `from` are offsets in the allocation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Move {
     pub(crate) slot: Range<usize>,
@@ -23,7 +24,7 @@ pub(crate) struct Move {
     pub(crate) bytes: usize,
 }
 
-/// A mapped allocation. Dropping it hands the unmapping to the reaper thread.
+/// A mapped allocation. Dropping it passes it to the reaper, which pools or unmaps it.
 #[derive(Debug)]
 pub(crate) struct Backing {
     /// `None` only inside `drop`.
@@ -73,8 +74,9 @@ impl Backing {
         self.reused
     }
 
-    /// Marks the memory as complete, so it can be reused once dropped. Dma-heap memory can't be
-    /// reused: its mapping can't be moved, so it would only take up space in the pool.
+    /// Lets the memory be reused once it is dropped, because it is complete. Has no effect on
+    /// memory that is itself a dma-buf: such a mapping can't be moved, so the memory would only
+    /// take up space in the pool.
     pub(crate) fn allow_reuse(&self) {
         let holding = self.holding();
         if holding.memory.dma_buf().is_none() {
@@ -82,7 +84,7 @@ impl Backing {
         }
     }
 
-    /// Lets forked processes inherit the memory, because devices no longer write to it. If the
+    /// Lets forked processes inherit private memory, because devices no longer write to it. If the
     /// kernel refuses for lack of memory, forked processes still don't inherit it.
     pub(crate) fn allow_fork(&self) {
         let holding = self.holding();
@@ -91,7 +93,7 @@ impl Backing {
         }
     }
 
-    /// Moves bytes to the start of their slot, and zeroes the rest of it.
+    /// Moves bytes to the start of their slot, and zeroes the rest of the slot.
     ///
     /// # Safety
     /// The slot must be filled, and nothing else may read or write it during the call.
@@ -152,11 +154,11 @@ impl Backing {
             return Ok(dma_buf.cpu_access(Access::ReadWrite)?.end()?);
         }
         let dma_buf = export(&holding.memory)?;
-        // Before the dma-buf existed, the CPU zeroed the tail and may have copied bytes. This
-        // flushes those writes.
+        // Before the dma-buf existed, the CPU zeroed the tail and may have copied bytes. Beginning
+        // and ending a CPU access flushes those writes.
         dma_buf.cpu_access(Access::ReadWrite)?.end()?;
         if let Some(memfd) = holding.memory.memfd() {
-            // After the export, because newer kernels refuse to export a memfd with this seal.
+            // Sealed only now, because newer kernels refuse to export a memfd that has this seal.
             memfd.seal_against_writes()?;
         }
         holding.exported.set(dma_buf).expect("an allocation is exported once, by the worker that finishes it");
@@ -254,7 +256,7 @@ impl Sink for Backing {
 #[derive(Debug)]
 pub(crate) struct PieceBuffer<P> {
     backing: Arc<Backing>,
-    /// Populates the memory on demand, unless its pages are already present.
+    /// Populates the memory on demand; `None` if all its pages are present.
     filling: Option<Arc<dyn Sink>>,
     offset: usize,
     bytes: usize,
@@ -288,7 +290,7 @@ unsafe impl<P> Buffer for PieceBuffer<P> {
     }
 
     fn leak(self) {
-        // Drops the permit, so later loads can use the whole window.
+        // The permit is not leaked but dropped, so later loads can use the whole window.
         std::mem::forget(self.backing);
     }
 }

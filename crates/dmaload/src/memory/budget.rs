@@ -5,13 +5,13 @@
 //! all of its memory; a stream reserves its largest segment, or the segments of its largest tensor
 //! if these are larger. Every load can therefore proceed once its own consumer drops something,
 //! and a consumer that stops holds up only its own load. Beyond its reservation, a load may take
-//! its equal part of half the limit, as long as the other half stays free for the reservations of
+//! an equal share of half the limit, as long as the other half stays free for the reservations of
 //! later loads.
 //!
 //! A kept load holds its memory forever if its file system stops responding. The kept loads of one
 //! file system together therefore get at most three quarters of the limit, unless a single one
-//! needs more. (Streams are exempt: a consumer may read several of
-//! them in any order, so one must not wait for another.)
+//! needs more. (Streams are exempt: a consumer may read several streams in any order, so one must
+//! not wait for another.)
 //!
 //! ```text
 //!   limit   |- reserved, or held where that is more -|- held by finished loads -|---- free -----|
@@ -82,23 +82,23 @@ impl<L: PartialEq> Budget<L> {
         self.limit == u64::MAX
     }
 
-    /// Memory that is neither held nor reserved.
+    /// The number of bytes that are neither held nor reserved.
     fn free(&self) -> u64 {
         let taken = self.accounts.iter().map(Account::taken).fold(self.loose, u64::saturating_add);
         self.limit.saturating_sub(taken)
     }
 
-    /// Memory held by any load.
+    /// The number of bytes that loads hold, including closed ones.
     pub(crate) fn held(&self) -> u64 {
         self.accounts.iter().map(|account| account.held).fold(self.loose, u64::saturating_add)
     }
 
-    /// Memory held by this load; 0 if the load is not admitted or is closed.
+    /// The number of bytes that this load holds; 0 if the load is not admitted or is closed.
     pub(crate) fn held_by(&self, load: &L) -> u64 {
         self.accounts.iter().find(|account| account.load == *load).map_or(0, |account| account.held)
     }
 
-    /// Memory that is allocated: held, or in the pool.
+    /// The number of bytes that are allocated: held, or in the pool.
     pub(crate) fn present(&self) -> u64 {
         self.held().saturating_add(self.pooled)
     }

@@ -36,8 +36,8 @@ pub(crate) trait PieceMemory: Buffer {
 /// Takes bytes from threads: bytes copied from staging or from the page cache, and bytes read
 /// without a ring.
 ///
-/// If the piece is not populated yet, its sink populates each part just before it is written, so
-/// the new pages are still in the CPU cache.
+/// If the piece is not populated yet, its sink populates each extent just before bytes are written
+/// there, so the new pages are still in the CPU cache.
 pub(crate) trait Sink: Debug + Send + Sync {
     /// Calls `write` for consecutive parts of the `bytes` bytes at `offset`, and returns how many
     /// bytes were written. If `write` returns less than a part's length, no further parts are

@@ -9,12 +9,13 @@ use crate::support::id::LoadId;
 
 /// Keeps the accounts that charges are booked to.
 pub(crate) trait Ledger: fmt::Debug + Send + Sync {
-    /// Memory was freed: `held` bytes were charged to the load, `pooled` bytes to the pool.
+    /// Books freed memory, of which `held` bytes were charged to the load and `pooled` bytes to
+    /// the pool.
     fn freed(&self, load: LoadId, held: u64, pooled: u64);
-    /// Memory that a load held is charged to the pool from now on.
+    /// Moves a charge of `bytes` bytes from the load that held the memory to the pool.
     fn pooled(&self, load: LoadId, bytes: u64);
-    /// A load reuses `bytes` bytes of pooled memory, and has already taken as much from the
-    /// budget. With 0 bytes, only makes waiting loads search the pool again.
+    /// Ends the pool's charge for `bytes` bytes, because a load reuses them and has already taken
+    /// as much from the budget. With 0 bytes, only makes waiting loads search the pool again.
     fn unpooled(&self, bytes: u64);
 }
 
@@ -34,7 +35,7 @@ impl Charge {
         let ledger = self.ledger.get_or_init(|| Weak::clone(ledger));
         self.load.store(load.0, Ordering::Relaxed);
         self.held.fetch_add(bytes, Ordering::AcqRel);
-        // Memory from the pool is charged part by part, as it is used.
+        // Reused memory moves from the pool to the load step by step, as the load charges it.
         let mut part = 0;
         let _ = self.pooled.fetch_update(Ordering::AcqRel, Ordering::Acquire, |pooled| {
             part = pooled.min(bytes);
@@ -55,8 +56,8 @@ impl Charge {
         }
     }
 
-    /// The ledger, to be notified once the memory is in the pool. By then, another load may
-    /// already have taken the memory, and this charge with it.
+    /// The ledger, so the caller can notify it once the memory is in the pool. By then, another
+    /// load may already have taken the memory, and this charge with it.
     pub(crate) fn ledger(&self) -> Option<Weak<dyn Ledger>> {
         self.ledger.get().cloned()
     }

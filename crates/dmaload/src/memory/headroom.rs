@@ -47,8 +47,8 @@ fn available_in_meminfo(meminfo: &str) -> Option<u64> {
     Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.saturating_mul(1024))
 }
 
-/// The folders of this process's memory cgroups: its own and all ancestors, because each may set a
-/// limit.
+/// The folders of the memory cgroups that `cgroups`, the text of `/proc/self/cgroup`, lists, and
+/// of all their ancestors, because each may set a limit.
 fn cgroup_folders(cgroups: &str, root: &Path) -> Vec<PathBuf> {
     let mut folders = Vec::new();
     for line in cgroups.lines() {
@@ -79,8 +79,8 @@ fn cgroup_folders(cgroups: &str, root: &Path) -> Vec<PathBuf> {
 /// cache.
 const LIMITS: [&str; 3] = ["memory.max", "memory.high", "memory.limit_in_bytes"];
 
-/// A cgroup's lowest limit minus its memory that can't be reclaimed. Page cache counts as free,
-/// because it is reclaimed first.
+/// Returns a cgroup's lowest limit, and how much memory that limit leaves; `None` if the cgroup
+/// has no limit. Page cache counts as free, because it is reclaimed first.
 fn headroom_of_cgroup(folder: &Path) -> Option<Headroom> {
     let number = |name: &str| read_to_string(folder.join(name)).ok()?.trim().parse::<u64>().ok();
     let limits = LIMITS.into_iter().filter_map(|name| Some((number(name)?, name)));

@@ -58,9 +58,9 @@ pub use udmabuf::UdmabufHeap;
 /// - **The memory is exclusive.** It shares no page with any other memory, file, mapping or
 ///   buffer. Only the returned value reads or writes it; no other thread, process or device does.
 /// - **No second descriptor can change it.** A duplicate of its descriptor, a writable mapping of
-///   it, or a dma-buf made from it is either not kept, or never used to write, to resize, to punch
-///   holes, or to import it into a device. This includes descriptors that other processes or
-///   drivers hold.
+///   it, or a dma-buf made from it is either not kept, or never used to write to the memory, to
+///   resize it, to punch holes into it, or to import it into a device. This includes descriptors
+///   that other processes or drivers hold.
 /// - **A memfd can be sealed.** It is created with `MFD_ALLOW_SEALING` and without `F_SEAL_SEAL`.
 ///   dmaload seals it against writes before it shows a segment; if that fails, the load fails.
 /// - **Its pages stay.** It has at least the requested length, and neither shrinks nor loses
@@ -145,9 +145,9 @@ pub unsafe trait Heap: fmt::Debug + Send + Sync + 'static {
         false
     }
 
-    /// The page size that [`Heap::populate`] uses. It determines how much is populated at a time
-    /// when memory is populated just before it is written, and which way of reading is used until
-    /// one has been measured.
+    /// The page size that [`Heap::populate`] uses. It also determines the size of the extents that
+    /// are populated just before they are written, and whether loads read directly or into staging
+    /// until both have been measured.
     fn pages(&self) -> Pages {
         Pages::Auto
     }
@@ -165,7 +165,7 @@ pub unsafe trait Heap: fmt::Debug + Send + Sync + 'static {
 
     /// Whether this crate provides the heap. If so, its memfds may be shown without the seal
     /// against writes on kernels that lack it, because the heap keeps no second descriptor.
-    /// Callers can't name the argument's type, so they can't override this.
+    /// Callers can't name the argument's type, so they can't override this method.
     #[doc(hidden)]
     fn is_own(&self, _: private::Key) -> bool {
         false

@@ -11,12 +11,13 @@ use rustix::io::Errno;
 
 use crate::memory::headroom::own_cgroups;
 
-/// Makes the kernel report when some task waited for memory for 150 ms within 2 s. Unprivileged
-/// processes can use only windows that are multiples of 2 s.
+/// Makes the kernel report when, within 2 s, there was a total of 150 ms in which at least one
+/// task (`some`) waited for memory. Unprivileged processes can use only windows that are multiples
+/// of 2 s.
 const TRIGGER: &[u8] = b"some 150000 2000000\0";
 
 /// Opens the first pressure file that accepts the trigger: that of this process's cgroup, of one
-/// of its ancestors, or of the machine. `None` if none does.
+/// of its ancestors, or of the machine. `None` if no file accepts it.
 pub(crate) fn open() -> Option<File> {
     let own = own_cgroups().into_iter().rev().map(|folder| folder.join("memory.pressure"));
     own.chain([Path::new("/proc/pressure/memory").to_owned()]).find_map(|path| {

@@ -1,4 +1,4 @@
-//! A file's bytes in memory that only this process can access, and may write to.
+//! A file's bytes in memory that only this process can read and write.
 //!
 //! ```text
 //!   anonymous segment ── handed out; views are refused ──► its own memory
@@ -61,7 +61,7 @@ pub struct PrivateMemory {
     keeps: Keeps,
 }
 
-/// Keeps the memory alive.
+/// What keeps the memory alive.
 #[expect(dead_code, reason = "owned only to keep the memory alive")]
 enum Keeps {
     /// There are no bytes.

@@ -7,8 +7,8 @@
 //!
 //! The **pool** keeps whole allocations, mapped and populated, so later loads need not allocate,
 //! zero or populate them. It keeps only memory that no other code can access: memory that was
-//! handed out is freed. It is indexed by age and by size, so no operation walks it while holding
-//! the lock, which every drop of a segment takes.
+//! handed out is freed. Every release of memory takes the pool's lock, so the pool is indexed by
+//! age and by size: no operation walks it while holding the lock.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -21,8 +21,8 @@ use dmabuf::{AddressRange, DmaBuf, Mapping, Memory, NotMoved};
 
 use crate::memory::charge::Charge;
 
-/// How many holdings [`Reaper::trim_pool`] removes at most while it holds the lock: 64 take about
-/// 20 µs.
+/// Maximum number of holdings that [`Reaper::trim_pool`] removes before it releases the lock.
+/// Removing 64 takes about 20 µs.
 const TRIM_BATCH: usize = 64;
 
 /// A mapped allocation, with everything that the reaper needs to pool or free it.
@@ -56,7 +56,8 @@ impl Holding {
         self.mapping.bytes() as u64
     }
 
-    /// Moves the mapping; returns the holding unchanged if the kernel refuses.
+    /// Moves the mapping to offset `at` of `range`. If the kernel refuses, returns the unchanged
+    /// holding as the error.
     pub(crate) fn move_to(self, range: &Arc<AddressRange>, at: usize) -> Result<Box<Self>, Box<Self>> {
         let Holding { mapping, memory, exported, reusable, next, charge } = self;
         match mapping.move_to(range, at) {
@@ -98,9 +99,9 @@ impl Drop for Stack {
 /// Holdings that are kept for reuse, by age and by size.
 #[derive(Debug, Default)]
 struct Pool {
-    /// By insertion number: the oldest first.
+    /// Holdings by insertion number: the oldest first.
     by_age: BTreeMap<u64, Box<Holding>>,
-    /// Pairs of size and insertion number.
+    /// Pairs of the size in bytes and the insertion number.
     by_size: BTreeSet<(u64, u64)>,
     bytes: u64,
     next: u64,
@@ -249,7 +250,7 @@ impl Reaper {
         }
     }
 
-    /// Sets the pool's capacity, and removes the oldest memory that exceeds it.
+    /// Sets the pool's capacity, and removes the oldest memory until the pool fits into it.
     pub(crate) fn set_pool_bytes(&self, bytes: u64) {
         self.shared.0.list().pool_bytes = bytes;
         self.trim_pool(bytes);
@@ -279,7 +280,7 @@ impl Reaper {
         self.shared.0.list().pool.bytes
     }
 
-    /// Takes memory of this size from the pool, the most recent first.
+    /// Takes the most recently pooled memory of exactly this size.
     pub(crate) fn reuse(&self, bytes: usize) -> Option<Box<Holding>> {
         self.shared.0.list().pool.take_newest(bytes as u64)
     }
@@ -374,7 +375,7 @@ mod tests {
         reaper.release(newest);
         assert_eq!(reaper.trim_pool(0), 4096);
         reaper.run_once();
-        assert_eq!(Arc::strong_count(&range), 1, "all of it is freed");
+        assert_eq!(Arc::strong_count(&range), 1, "all memory is freed");
     }
 
     /// The minimum CPU time that `work` takes on a pool of `count` pages, out of five runs.
@@ -397,8 +398,8 @@ mod tests {
         Duration::new(time.tv_sec.try_into().unwrap(), time.tv_nsec.try_into().unwrap())
     }
 
-    /// Asserts that eight times the allocations take about eight times as long, not sixty-four
-    /// times.
+    /// Asserts that eight times as many allocations take less than 32 times as long. Linear time
+    /// would be eight times as long, quadratic time 64 times.
     fn assert_linear(what: &str, work: impl Fn(&Reaper, &Arc<AddressRange>, usize)) {
         let [few, many] = [2_500, 20_000].map(|count| best_time(count, |reaper, range| work(reaper, range, count)));
         let ratio = many.as_secs_f64() / few.as_secs_f64().max(20e-6);
@@ -476,7 +477,7 @@ mod tests {
         drop(reaper);
         let deadline = Instant::now() + Duration::from_secs(10);
         while Arc::strong_count(&range) > 1 {
-            assert!(Instant::now() < deadline, "{} ranges are still mapped", Arc::strong_count(&range) - 1);
+            assert!(Instant::now() < deadline, "ranges still mapped: {}", Arc::strong_count(&range) - 1);
             thread::sleep(Duration::from_millis(1));
         }
     }

@@ -21,7 +21,7 @@ use crate::memory::backing::Backing;
 use crate::plan::tensors::FileTensors;
 use crate::support::convert::to_usize;
 
-/// A contiguous part of a heap's memory that holds a complete range of a file.
+/// A contiguous range of a file, completely loaded into memory from a heap.
 ///
 /// Small files that follow one another in a load share memory: their segments have one dma-buf or
 /// memfd in common, each at its own [`Segment::memory_offset`] (see
@@ -78,12 +78,12 @@ impl Segment {
         self.0.place.span
     }
 
-    /// The number of the segment in the load, counted over all files.
+    /// The number of the segment in the load, counted from 0 over all files.
     pub fn index(&self) -> usize {
         self.0.place.index
     }
 
-    /// The number of the segment's file in the load.
+    /// The number of the segment's file in the load, counted from 0.
     pub fn file_index(&self) -> usize {
         self.0.place.file_index
     }
@@ -109,26 +109,27 @@ impl Segment {
         self.len() == 0
     }
 
-    /// The segment's offset in its dma-buf or memfd, a multiple of the page size: 0, unless it
-    /// shares the dma-buf or memfd with other segments.
+    /// The segment's offset in its allocation (a dma-buf, a memfd or anonymous memory): a multiple
+    /// of the page size. The offset is 0 if no other segment shares the allocation.
     pub fn memory_offset(&self) -> usize {
         self.0.place.memory_offset
     }
 
-    /// The length of the segment's memory: [`Self::len`], rounded up to a block of its file system
-    /// (at least a page). The padding is zero.
+    /// The length of the segment's memory: at least [`Self::len`], and a multiple of the alignment
+    /// of direct reads of its file (at least 4 KiB and at least a page). The bytes past
+    /// [`Self::len`] are zero.
     pub fn memory_bytes(&self) -> usize {
         self.0.place.memory_bytes
     }
 
-    /// Whether the two segments are in the same allocation. Handing out its descriptor for one
-    /// segment exposes all segments in it.
+    /// Whether the two segments are in the same allocation. Handing out the allocation's
+    /// descriptor for one segment exposes all its segments.
     pub fn shares_memory_with(&self, other: &Segment) -> bool {
         Arc::ptr_eq(&self.0.backing, &other.0.backing)
     }
 
-    /// Returns a view of the bytes, without a copy. The view keeps the memory alive and prevents
-    /// handing out the dma-buf until it is dropped.
+    /// Returns a view of the bytes, without a copy. Until the view is dropped, it keeps the memory
+    /// alive and prevents handing out the dma-buf.
     ///
     /// # Errors
     /// [`Error::HandedOut`] if the memory may be written to: the dma-buf of this segment, or of
@@ -172,8 +173,9 @@ impl Segment {
     /// permanently revokes [`Segment::bytes`]**, as [`Segment::hand_out_dma_buf`] does.
     ///
     /// # Errors
-    /// Those of [`Segment::hand_out_dma_buf`]; [`Error::File`] at the limit of open files, after
-    /// the views have been revoked.
+    /// Those of [`Segment::hand_out_dma_buf`]; [`Error::File`] if the descriptor can't be
+    /// duplicated, for example at the limit of open files. [`Segment::bytes`] is revoked even
+    /// then.
     pub fn hand_out_owned_dma_buf(&self) -> Result<OwnedFd> {
         self.hand_out_dma_buf()?.try_clone_to_owned().map_err(|error| Error::File {
             path: self.path().to_owned(),
@@ -183,8 +185,8 @@ impl Segment {
     }
 
     /// Begins a CPU access to the bytes, even if the dma-buf was handed out. The access ends when
-    /// the guard is dropped. On a dma-buf, `DMA_BUF_IOCTL_SYNC` begins and ends it, so a device's
-    /// writes are visible.
+    /// the guard is dropped. On a dma-buf, `DMA_BUF_IOCTL_SYNC` begins and ends the access, so a
+    /// device's writes are visible during it.
     ///
     /// # Errors
     /// [`Error::Memory`] if the kernel refuses the access.
@@ -200,17 +202,17 @@ impl Segment {
         Ok(SegmentAccess { segment: self })
     }
 
-    /// Hands out the memfd to other processes, which can map it read-only: it is sealed, so no
-    /// process can write to the file, resize it or punch holes into it. Existing views stay valid,
-    /// and new ones can be made. Other loads don't reuse the memory
-    /// ([`crate::LoaderBuilder::pool_bytes`]).
+    /// Hands out the memfd to other processes, which can map it read-only. The memfd is sealed: no
+    /// process can write to it through a new mapping or a descriptor, resize it or punch holes
+    /// into it. Existing views stay valid, and new ones can be made. Other loads don't reuse the
+    /// memory ([`crate::LoaderBuilder::pool_bytes`]).
     ///
-    /// The segment's bytes start at [`Segment::memory_offset`] in it. On the heap `udmabuf`,
-    /// writes by importers of the dma-buf are visible in the memfd.
+    /// The segment's bytes start at [`Segment::memory_offset`] in the memfd. On the heap
+    /// `udmabuf`, writes by importers of the dma-buf are visible in the memfd.
     ///
     /// # Errors
-    /// [`Error::NoDescriptor`] on a heap without memfds; [`Error::Memory`] if the memfd could not
-    /// be sealed because the kernel lacks the seal (before Linux 5.1).
+    /// [`Error::NoDescriptor`] on a heap without memfds; [`Error::Memory`] if the kernel refuses
+    /// the seal, as it does before Linux 5.1.
     pub fn hand_out_memfd(&self) -> Result<BorrowedFd<'_>> {
         let heap = || self.0.heap.to_string();
         let memfd = self.0.backing.memfd();
@@ -222,10 +224,10 @@ impl Segment {
         Ok(memfd.as_fd())
     }
 
-    /// The range of the segment that holds bytes of the named tensor of its file, in bytes from
-    /// the start of the segment. A tensor that crosses segments has a range in each of them.
-    /// `None` if the segment has none of its bytes, or if they are not contiguous
-    /// ([`crate::Tensor::is_contiguous`]).
+    /// Returns which bytes of the segment belong to the tensor of this name in the segment's file,
+    /// as offsets from the start of the segment. A tensor that crosses segments has a range in
+    /// each of them. `None` if the segment has no byte of the tensor, or if the tensor's bytes are
+    /// not contiguous in the file ([`crate::Tensor::is_contiguous`]).
     pub fn tensor_range(&self, tensor: &str) -> Option<Range<usize>> {
         let tensors = self.file_tensors()?;
         let part = tensors.part_at(tensors.map.get_index_of(tensor)?)?;
@@ -259,7 +261,7 @@ impl Segment {
         self.0.backing.hand_out().map_err(|views| Error::Viewed { segment: self.index(), views })
     }
 
-    /// The shared path of the file.
+    /// The path of the file, without copying it.
     pub(crate) fn shared_path(&self) -> Arc<PathBuf> {
         Arc::clone(&self.0.place.path)
     }
@@ -286,7 +288,7 @@ impl Segment {
     /// [`Error::HandedOut`] if it was already handed out.
     pub(crate) fn prevent_hand_out(&self) -> Result<()> {
         if self.has_dma_buf() {
-            // A view that never ends.
+            // Leaks a view, which is then never taken back.
             std::mem::forget(View::new(self)?);
         }
         Ok(())
@@ -304,6 +306,8 @@ impl Segment {
         unsafe { self.0.backing.address().add(self.0.place.memory_offset) }
     }
 
+    /// Borrows the segment's bytes.
+    ///
     /// # Safety
     /// Nothing may write to the bytes while the slice lives.
     unsafe fn filled(&self) -> &[u8] {
@@ -314,8 +318,8 @@ impl Segment {
     }
 }
 
-/// The right to read a segment's bytes: while one exists, the memory can't be handed out to code
-/// that may write to it.
+/// The right to read a segment's bytes. While a view exists, the memory can't be handed out to
+/// code that may write to it.
 #[derive(Debug)]
 struct View(Segment);
 
@@ -333,9 +337,9 @@ impl Drop for View {
 
 impl AsRef<[u8]> for View {
     fn as_ref(&self) -> &[u8] {
-        // SAFETY: nothing writes to the bytes: `Segment::new` requires that, memfds are sealed
-        // before they are shown, and neither a dma-buf nor anonymous memory can be handed out
-        // while this view exists.
+        // SAFETY: nothing writes to the bytes, as `Segment::new` requires. Memfds are sealed
+        // before they are shown or, on kernels without the seal, have no other descriptor. Neither
+        // a dma-buf nor anonymous memory can be handed out while this view exists.
         unsafe { self.0.filled() }
     }
 }
@@ -355,7 +359,7 @@ impl SegmentAccess<'_> {
     pub fn read_at(&self, buffer: &mut [u8], offset: usize) -> usize {
         let bytes = buffer.len().min(self.segment.len().saturating_sub(offset));
         if bytes > 0 {
-            // SAFETY: `offset` is below the segment's length.
+            // SAFETY: `offset` is below the segment's length, which is mapped.
             let from = unsafe { self.address().add(offset) };
             // SAFETY: `from` has that many bytes left, mapped and initialized; the buffer has at
             // least as many, in this process's own memory. No reference to the segment's bytes is
@@ -365,8 +369,8 @@ impl SegmentAccess<'_> {
         bytes
     }
 
-    /// The address of the bytes in this process. [`Segment::memory_bytes`] of them are mapped
-    /// while the segment lives, readable and writable; sealed memory of another process
+    /// The address of the bytes in this process. [`Segment::memory_bytes`] bytes are mapped there
+    /// while the segment lives. They are readable and writable; sealed memory of another process
     /// ([`crate::share`]) is only readable.
     pub fn address(&self) -> NonNull<u8> {
         self.segment.start()

@@ -5,19 +5,19 @@
 //! and returned when that memory is filled or abandoned. The engine's permits are
 //! `engine::WindowPermit`; in `engine::schedule`, the next batch of a load waits for one.
 //!
-//! Loads whose reads never complete must not end up holding the whole window. Their share is
-//! therefore limited on two levels:
+//! Loads whose reads never complete must not end up holding the whole window. The share of each
+//! load is therefore limited on two levels:
 //!
-//! - A *file system* may hold at most three times as much as it leaves free (dynamic queue length
+//! - A *file system* may hold at most three times as much as remains free (dynamic queue length
 //!   thresholds: Choudhury and Hahne, 1998), and a permit of the usual size must still fit into
 //!   the rest. A single file system gets three quarters, two get three sevenths each. All loads
-//!   from one file system count as one, because they wait for the same server or device. If it
-//!   does not answer, they hold up to three quarters; those of a second silent file system, three
-//!   quarters of the rest, and so on. A file system that holds nothing may take anything that
-//!   fits.
+//!   from one file system count as one, because they wait for the same server or device. If that
+//!   does not answer, its loads hold up to three quarters of the window. The loads of a second
+//!   silent file system hold up to three quarters of the rest, and so on. A file system that holds
+//!   nothing may take anything that fits.
 //! - A *load* that holds something leaves one permit of its file system's share for a new load.
-//!   Windows with room for fewer than [`MANY`] permits are exempt, because that would cost too
-//!   much speed.
+//!   Windows with room for fewer than [`MANY`] permits are exempt, because leaving one would cost
+//!   too much speed.
 //!
 //! Loads that hold nothing all get their turn: the scheduler and the driver serve loads
 //! round-robin, and the thread pool serves reads in order of arrival. The same rules govern reads
@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn loads_from_one_file_system_share_its_part() {
+    fn loads_from_one_file_system_count_as_one() {
         for (size, [first, second, third], other) in [(8, [3, 3, 0], 1), (32, [12, 11, 1], 5), (128, [48, 47, 1], 23)] {
             let mut window = Window::new(size, 1);
             assert_eq!(take_in_turn(&mut window, [1, 2], [7, 7]), [first, second], "of {size}");

@@ -9,9 +9,9 @@ pub enum Layout {
     /// Segments of the configured size. The first can be used while the rest is being read.
     #[default]
     Segmented,
-    /// One segment for the whole file, or for each contiguous part of it that is read. Except on
-    /// heaps that populate memory when they allocate it, such as dma-heaps, it is filled piece by
-    /// piece while the rest is being populated.
+    /// One segment for the whole file, or for each contiguous range of it that is read. A segment
+    /// is filled piece by piece while the rest of it is being populated, except on heaps that
+    /// populate memory when they allocate it, such as dma-heaps.
     Single,
     /// Like `Segmented`, but cut between tensors. Each tensor is in one segment, larger than the
     /// others if necessary. A tensor is split only if it exceeds what the importer, the heap or
@@ -176,8 +176,8 @@ pub struct Shard {
     pub rank: u32,
     /// The number of ranks.
     pub world_size: u32,
-    /// The dimension along which each tensor is cut, counted from the outermost; `None` cuts the
-    /// bytes of each file.
+    /// The dimension along which each tensor is cut, counted from 0, the outermost; `None` cuts
+    /// the bytes of each file.
     pub dim: Option<usize>,
 }
 
@@ -186,13 +186,14 @@ pub struct Shard {
 /// limits fails with [`crate::Error::Importer`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ImporterLimits {
-    /// The size of the largest dma-buf that the importer accepts: at least 1 MiB.
+    /// The size in bytes of the largest dma-buf that the importer accepts: at least 1 MiB, and at
+    /// least [`crate::LoadOptions::segment_bytes`], if that is set.
     pub max_segment_bytes: u64,
     /// The maximum number of dma-bufs for a load. Small files, and small spans of tensors, share
     /// dma-bufs.
     pub max_segments: usize,
-    /// Alignment of a tensor in its dma-buf: a power of two, at most 1 GiB. More than 1 requires
-    /// [`Layout::Tensors`].
+    /// The alignment in bytes of a tensor in its dma-buf: a power of two, at most 1 GiB. More than
+    /// 1 requires [`Layout::Tensors`].
     ///
     /// A direct read preserves a byte's position within a block of at least a page (usually 4
     /// KiB). A tensor that is less aligned in its file is therefore copied into place after it was

@@ -69,22 +69,23 @@ impl Default for LoadOptions {
 }
 
 impl LoadOptions {
-    /// The default of [`Self::segment_bytes`], 64 MiB, unless a limit requires less.
+    /// The default of [`Self::segment_bytes`]: 64 MiB, unless a limit requires another size.
     pub const SEGMENT_BYTES: u64 = 64 << 20;
     /// The default of [`Self::chunk_bytes`]: 2 MiB.
     pub const CHUNK_BYTES: u64 = 2 << 20;
 
-    /// The defaults: everything is read, into segments of [`Self::SEGMENT_BYTES`], by the fastest
-    /// route. Where the kernel refuses a route, the load steps down to the next one and reports
-    /// that.
+    /// Returns the defaults: everything is read, into segments of [`Self::SEGMENT_BYTES`], by the
+    /// fastest route. Where the kernel refuses a route, the load steps down to the next one and
+    /// reports that.
     pub fn new() -> Self {
         LoadOptions::default()
     }
 
     /// Reads only these tensors, given by name or pattern (`model.layers.{0..3}.*`: `*` matches
     /// any text, `?` any character, `{a,b}` either alternative, `{0..3}` a number from 0 to 3).
-    /// They arrive in the order of the patterns, and in file order where one pattern matches
-    /// several. A pattern that matches no tensor in any file is an error. Default: everything.
+    /// The tensors arrive in the order of the patterns, and in file order where one pattern
+    /// matches several. A pattern that matches no tensor in any file is an error. Default:
+    /// everything.
     ///
     /// Small gaps between tensors are read too, and so is the rest of the blocks in which tensors
     /// begin and end. The report says how much was wanted ([`crate::Report::wanted_bytes`]) and
@@ -133,8 +134,8 @@ impl LoadOptions {
 
     /// Reads only one rank's share: of each tensor (of those selected by [`Self::tensors`], if
     /// set), or of each file's bytes. If the length of a dimension does not divide evenly, the
-    /// shares differ by at most one. A tensor without the dimension belongs to every rank. Files
-    /// are cut at block boundaries. Default: everything.
+    /// shares differ by at most one element of that dimension. A tensor without the dimension
+    /// belongs to every rank. Files are cut at block boundaries. Default: everything.
     ///
     /// Along dimension 0, a share is contiguous and behaves like a whole tensor. Along other
     /// dimensions, its rows are scattered in the file: see [`crate::Tensor::to_vec`].
@@ -170,11 +171,12 @@ impl LoadOptions {
     /// Smaller segments are usable earlier. Larger ones need fewer descriptors, since each
     /// allocation has its own.
     ///
-    /// Default: [`Self::SEGMENT_BYTES`], 64 MiB. It is less if the heap or the importer accepts
-    /// only smaller segments, if memory is limited, and on dma-heaps, which allocate all of a
-    /// segment at once: there it is at most an eighth of the window. It is more if too few
-    /// descriptors are available. A size that was set is never changed. With [`Layout::Single`],
-    /// it does not determine the size of segments, but must still be valid.
+    /// Default: [`Self::SEGMENT_BYTES`], 64 MiB. The default is less if the heap or the importer
+    /// accepts only smaller segments, if memory is limited, and on dma-heaps, which allocate all
+    /// of a segment at once: there it is at most an eighth of the window. For a load that keeps
+    /// all its segments (one that is awaited as an image), it is more if too few descriptors are
+    /// available. A size that was set is never changed. With [`Layout::Single`], this size does
+    /// not determine the size of segments, but must still be valid.
     #[must_use]
     pub fn segment_bytes(mut self, bytes: u64) -> Self {
         self.segment_bytes = Some(bytes);
@@ -184,14 +186,16 @@ impl LoadOptions {
     /// Whether consecutive small files share memory: files of up to a quarter of a segment, each
     /// at a multiple of at least the page size. A thousand of them then need only a few
     /// allocations and descriptors, and can have huge pages. The dma-buf or memfd of such a file
-    /// contains all files that share it. Has no effect with [`Layout::Single`]. Default: true.
+    /// contains all files that share it. Has no effect with [`Layout::Single`], or if the
+    /// [importer](Self::importer) requires an alignment of more than a page. Default: true.
     #[must_use]
     pub fn packed(mut self, packed: bool) -> Self {
         self.packed = packed;
         self
     }
 
-    /// The segment size, if the heap and the loader's settings allow up to `limit_bytes`.
+    /// The segment size if the heap and the loader's settings allow segments of up to
+    /// `limit_bytes`; `None` stands for no limit.
     pub(crate) fn segment_bytes_within(&self, limit_bytes: Option<u64>) -> u64 {
         let own = Some(self.importer.max_segment_bytes).filter(|&most| most < u64::MAX);
         let limit_bytes = limit_bytes.into_iter().chain(own).min();
@@ -219,8 +223,8 @@ impl LoadOptions {
     /// [`Route::UringBuffered`]. For files in memory (tmpfs, DAX), whose direct reads are copies,
     /// [`Route::PreadDirect`].
     ///
-    /// Which one is fastest depends on the machine, so a load of 512 MiB or more measures each on
-    /// a part of itself and continues with the fastest one. Later loads of the loader from the
+    /// Which way is fastest depends on the machine, so a load of 512 MiB or more measures each on
+    /// some of its bytes and continues with the fastest one. Later loads of the loader from the
     /// same file system use that result and measure again from time to time
     /// ([`crate::Report::measured`]). Until something has been measured, smaller loads from local
     /// file systems use staged reads on small pages. All others use direct reads.
@@ -271,12 +275,13 @@ impl LoadOptions {
     /// Sets the expected contents of the files: a manifest, or the checksum of a single file
     /// (module and feature `verify`). A load of files with other contents fails with
     /// [`crate::Error::Corrupt`], [`crate::Error::WrongLength`] or
-    /// [`crate::Error::NotInManifest`]. With a manifest, no segment is handed over unverified;
-    /// with a single checksum, all segments of the file but the last are handed over before the
+    /// [`crate::Error::NotInManifest`]. With a manifest, no segment is handed over unverified.
+    /// With a single checksum, all segments of the file but the last are handed over before the
     /// result is known. Default: no verification.
     ///
     /// The verifier sees the same bytes as the load's [observer](Self::observer), and sees them
-    /// first.
+    /// first. Because checksums cover whole files, neither can be combined with [`Self::tensors`],
+    /// [`Self::range`], [`Self::shard`], [`Layout::Tensors`] or a model inside another file.
     #[must_use]
     pub fn verify(mut self, expected: impl Verify) -> Self {
         self.verify = Some(VerifyOption(Foreign::new(Arc::new(expected))));
@@ -284,7 +289,8 @@ impl LoadOptions {
     }
 
     /// Sets an observer, which sees every byte before its segment is handed over, for example to
-    /// compute a checksum. Default: none.
+    /// compute a checksum. Requires that whole files are read, as [`Self::verify`] does. Default:
+    /// none.
     ///
     /// On a heap that the CPU reads uncached, every read then goes into staging, where the CPU
     /// reads the bytes quickly. The load takes the route [`Route::Bounce`] or a lower one, which a
@@ -313,11 +319,11 @@ pub(crate) const LARGEST_SEGMENT_BYTES: u64 = 1 << 30;
 
 pub(crate) const MIB: u64 = 1 << 20;
 
-/// Which parts of the files a load reads.
+/// What a load reads of its files.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Select {
     pub(crate) tensors: Option<Vec<String>>,
-    /// Whether these are literal names rather than patterns.
+    /// Whether `tensors` are literal names rather than patterns.
     pub(crate) by_name: bool,
     pub(crate) range: Option<Range<u64>>,
     pub(crate) shard: Option<Shard>,

@@ -18,7 +18,7 @@ use crate::support::foreign::Foreign;
 /// The bytes are in the memory of their segment or, on a heap that the CPU reads uncached
 /// ([`crate::heap::Heap::is_uncached`]), in the staging buffer that they were read into. Reading
 /// continues while the observer runs. If the observer is slower, reading waits: until bytes are
-/// observed, they keep their share of the window, or their staging buffer.
+/// observed, they keep their share of the window, or their place in staging.
 ///
 /// An observer must not wait for a load of its loader, nor for a shutdown to complete: either may
 /// need the thread that the observer runs on.
@@ -30,7 +30,7 @@ pub trait Observer: Send + Sync + 'static {
     ///
     /// # Errors
     /// The reason why these bytes can't be right. The load fails with [`crate::Error::Rejected`]
-    /// or [`crate::Error::Corrupt`], which contains the reason.
+    /// or [`crate::Error::Corrupt`], which contain the reason.
     fn bytes(&self, file_index: usize, offset: u64, bytes: &[u8]) -> Result<(), Rejection>;
 }
 
@@ -81,9 +81,9 @@ pub trait Verify: Send + Sync + 'static {
     /// before it reads anything but headers.
     fn begin(&self, files: &[(&Path, u64)], format: Format) -> Result<Arc<dyn Observer>>;
 
-    /// Like [`Self::begin`], for a load whose caller named only one part of a split model, with
-    /// which the model's other files are loaded. `named` is the index of that part in `files`: a
-    /// checksum of a single file refers to it. Default: calls [`Self::begin`].
+    /// Like [`Self::begin`], for a load whose caller named only one part of a split model, and
+    /// which loads the model's other parts, too. `named` is the index of the named part in
+    /// `files`. A checksum of a single file refers to that part. Default: calls [`Self::begin`].
     ///
     /// # Errors
     /// Those of [`Self::begin`].
@@ -93,7 +93,7 @@ pub trait Verify: Send + Sync + 'static {
     }
 
     /// Whether only the file that the caller named is verified, even if others are loaded with it.
-    /// The report then notes that. Default: false.
+    /// If so, the report says that the others were not verified. Default: false.
     fn is_of_one_file(&self) -> bool {
         false
     }
@@ -102,7 +102,7 @@ pub trait Verify: Send + Sync + 'static {
     fn describe(&self) -> String;
 }
 
-/// An observer as an option. Two are equal if they are the same object.
+/// An observer as an option. Two options are equal if their observers are the same object.
 #[derive(Clone)]
 pub(crate) struct ObserverOption(pub(crate) Foreign<Arc<dyn Observer>>);
 
@@ -112,7 +112,7 @@ impl ObserverOption {
     }
 }
 
-/// A verifier as an option. Two are equal if they are the same object.
+/// A verifier as an option. Two options are equal if their verifiers are the same object.
 #[derive(Clone)]
 pub(crate) struct VerifyOption(pub(crate) Foreign<Arc<dyn Verify>>);
 

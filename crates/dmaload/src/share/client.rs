@@ -37,12 +37,13 @@ use crate::telemetry::report::{FileReport, Report};
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Attached {
-    /// The files, segments and tensors, in memory shared by both processes. Its report describes
-    /// attaching, except for the route and the page sizes, which are those of the original load.
+    /// The files, segments and tensors, in memory shared by both processes. The image's report
+    /// describes attaching, except for the route and the page sizes, which are those of the
+    /// original load.
     pub image: Image,
     /// The id of the process that shares the image, in that process's PID namespace.
     pub process: u32,
-    /// Whether its memory consists of dma-bufs, which others can write to.
+    /// Whether the image's memory consists of dma-bufs, which others can write to.
     pub dma_bufs: bool,
 }
 
@@ -116,7 +117,8 @@ fn refuse(socket: &Path, reason: impl Into<String>) -> Error {
     Error::Share { socket: socket.to_owned(), reason: reason.into() }
 }
 
-/// Sends the request and receives all descriptors, within about `limit`.
+/// Sends the request and receives all descriptors. Fails at the first message that arrives after
+/// `limit`, or if a message takes longer than twice [`PATIENCE`].
 fn receive(path: &Path, options: &AttachOptions, limit: Duration) -> Result<Vec<OwnedFd>> {
     let failed = |what: &'static str| move |errno: Errno| refuse(path, format!("cannot {what}: {}", errno::describe(errno)));
     let name = options.name.as_deref().unwrap_or_default();
@@ -164,7 +166,7 @@ fn receive(path: &Path, options: &AttachOptions, limit: Duration) -> Result<Vec<
         if here.len() != reply.here as usize || here.is_empty() || descriptors.len() + here.len() > reply.all as usize {
             return Err(refuse(
                 path,
-                "descriptors were lost: the limit of open files (ulimit -n) is reached, or the server sent too few",
+                "descriptors were lost: the limit of open files (ulimit -n) is reached, or the server sent a different number than it announced",
             ));
         }
         descriptors.append(&mut here);
@@ -264,10 +266,10 @@ fn parse_descriptors(path: &Path, descriptors: Vec<OwnedFd>) -> Result<(Descript
     let wrong = |what: String| refuse(path, what);
     let description = descriptors.next().ok_or_else(|| wrong("the server sent nothing".to_owned()))?;
     let description = Memfd::from_sealed(description)
-        .map_err(|error| wrong(format!("its description is not a sealed memfd: {}", error.errno.describe())))?;
+        .map_err(|error| wrong(format!("the image's description is not a sealed memfd: {}", error.errno.describe())))?;
     if description.bytes() > DESCRIPTION_LIMIT_BYTES {
         return Err(wrong(format!(
-            "its description is {} bytes long, more than the limit of {DESCRIPTION_LIMIT_BYTES}",
+            "the image's description is {} bytes long, more than the limit of {DESCRIPTION_LIMIT_BYTES}",
             description.bytes()
         )));
     }
@@ -275,7 +277,7 @@ fn parse_descriptors(path: &Path, descriptors: Vec<OwnedFd>) -> Result<(Descript
     let mut at = 0;
     while at < json.len() {
         match rustix::io::pread(&description, json.get_mut(at..).unwrap_or_default(), at as u64) {
-            Ok(0) | Err(_) => return Err(wrong("cannot read its description".to_owned())),
+            Ok(0) | Err(_) => return Err(wrong("cannot read the image's description".to_owned())),
             Ok(bytes) => at += bytes,
         }
     }
@@ -291,7 +293,7 @@ fn parse_descriptors(path: &Path, descriptors: Vec<OwnedFd>) -> Result<(Descript
     let memories = memories.collect::<Result<Vec<_>>>()?;
     if memories.len() != description.memories {
         return Err(wrong(format!(
-            "received {} allocations, but its description lists {}",
+            "allocations received: {}, but the image's description states {}",
             memories.len(),
             description.memories
         )));
@@ -330,8 +332,8 @@ fn build_image(path: &Path, description: &Description, memories: Vec<Memory>, st
     let wrong = |what: String| refuse(path, what);
     let length = |memory: &Memory| memory.bytes().expect("memory received as a descriptor has a length");
     let lengths: Vec<usize> = memories.iter().map(length).collect();
-    let (places, all) =
-        plan_mapping(&description.segments, &lengths).ok_or_else(|| wrong("its segments don't fit their memory".to_owned()))?;
+    let (places, all) = plan_mapping(&description.segments, &lengths)
+        .ok_or_else(|| wrong("the image's segments don't fit their memory".to_owned()))?;
     let mut backings = Vec::new();
     if !memories.is_empty() {
         let reaper = Reaper::start().map_err(|error| wrong(format!("cannot start a thread: {error}")))?;
@@ -374,7 +376,7 @@ fn build_image(path: &Path, description: &Description, memories: Vec<Memory>, st
     let route = description
         .route
         .parse()
-        .map_err(|_| wrong(format!("its description contains an unknown route, {:?}", description.route)))?;
+        .map_err(|_| wrong(format!("the image's description contains an unknown route, {:?}", description.route)))?;
     let report = make_report(path, description, route, &segments, backings.len(), &heap, started.elapsed());
     let files = description.files.iter().enumerate().map(|(number, file)| LoadFile {
         path: Arc::clone(&file.path),
@@ -420,7 +422,11 @@ pub(super) fn make_report(
         pages_refused: None,
         reused_bytes: 0,
         heap: heap.to_owned(),
-        notes: vec![format!("attached to {}: loaded by process {} by {route}", printable::path(path), description.process)],
+        notes: vec![format!(
+            "attached to {}: process {} loaded the image by {route}",
+            printable::path(path),
+            description.process
+        )],
         layout: Layout::Segmented,
         route,
         fallbacks: Vec::new(),

@@ -53,8 +53,8 @@ const RETRY: Duration = Duration::from_millis(20);
 /// A client's connection.
 struct Client {
     socket: Connection,
-    /// Whether the client's user may attach. Other users are refused only after their request has
-    /// arrived: closing the connection earlier would lose the answer.
+    /// Whether the client's user may attach. Clients of other users are refused only after their
+    /// request has arrived: closing the connection earlier would lose the answer.
     allowed: bool,
     user: u32,
     /// When the client connected or last made progress.
@@ -112,7 +112,8 @@ impl Client {
         match self.state {
             ClientState::Silent | ClientState::Early { .. } => Some(self.since + PATIENCE),
             ClientState::Receiving { begun, .. } => Some((self.since + PATIENCE).min(begun + TRANSFER_LIMIT)),
-            // Only the client can end this, by receiving the descriptors or exiting.
+            // Only the client can end this state, by receiving the descriptors or closing its
+            // socket.
             ClientState::Draining { .. } => None,
         }
     }
@@ -131,7 +132,7 @@ impl Client {
     /// Stops sending, and keeps the connection while descriptors are in flight.
     fn drain(&mut self) -> ClientStep {
         let unreceived = self.unreceived();
-        // Only a system call filter can make this fail. Without the kernel's answer, the
+        // Only a system call filter can make the query fail. Without the kernel's answer, the
         // descriptors still count as in flight.
         if unreceived > 0 && is_unreceived(&self.socket).unwrap_or(true) {
             self.state = ClientState::Draining { unreceived };
@@ -330,7 +331,8 @@ fn admit(shared: &ServerShared, limits: ClientLimits, clients: &mut Vec<Client>)
         let socket = match accept_with(&shared.listener.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
             Ok(socket) => socket,
             Err(Errno::INTR | Errno::CONNABORTED) => continue,
-            // Out of descriptors: close a connection, preferably one of a user who may not attach.
+            // Descriptors have run out: close a connection, preferably one of a user who may not
+            // attach.
             Err(Errno::MFILE | Errno::NFILE) if make_room(clients, |client| !client.allowed) || make_room(clients, |_| true) => {
                 shared.refused.fetch_add(1, Ordering::Relaxed);
                 continue;

@@ -53,11 +53,11 @@ impl Connection {
         Connection { socket: Some(socket), closer }
     }
 
-    /// Receives a message without blocking and returns its length. If it is longer than the
-    /// buffer, the rest is lost.
+    /// Receives a message without blocking and returns the number of bytes received. If the
+    /// message is longer than the buffer, the rest of it is lost.
     ///
     /// # Errors
-    /// `EBADMSG` if the message carries descriptors; it then stays in the queue. Otherwise the
+    /// `EBADMSG` for a message that carries descriptors, which stays in the queue; otherwise the
     /// kernel's error.
     pub(super) fn receive(&self, buffer: &mut [u8]) -> Result<usize, Errno> {
         if self.closer.is_some() && carries_descriptors(self.as_fd())? {

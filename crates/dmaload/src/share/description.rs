@@ -91,7 +91,8 @@ impl Description {
     /// # Errors
     /// What is wrong with the description.
     pub(super) fn parse(json: &[u8]) -> Result<Self, String> {
-        let value: Value = serde_json::from_slice(json).map_err(|error| format!("its description is not JSON: {error}"))?;
+        let value: Value =
+            serde_json::from_slice(json).map_err(|error| format!("the image's description is not JSON: {error}"))?;
         let wrong = |what: &str| format!("invalid description: {what}");
         let malformed = |key: &str| wrong(&format!("{key:?} is missing or malformed"));
         let number = |key: &str| value.get(key).and_then(Value::as_u64).ok_or_else(|| malformed(key));
@@ -179,7 +180,7 @@ fn parse_tensors(values: &[Value], file_bytes: u64) -> Option<FileTensors> {
     let read = values.iter().map(|value| parse_tensor(value, file_bytes)).collect::<Option<Vec<_>>>()?;
     let infos = read.iter().map(|(info, _)| info.clone()).collect();
     let map = TensorMap::from_tensors(infos).ok()?;
-    // In the order received, which can differ from that of the map.
+    // Keep the order in which the tensors were received. It can differ from that of the map.
     let list = read.into_iter().enumerate().map(|(class, (info, part))| {
         let position = map.get_index_of(&info.name)?;
         Some(ChosenTensor { position, class, part })
@@ -257,7 +258,7 @@ mod tests {
             // Spans out of order, and a span with two segments in one allocation.
             "[[0,1,0,0,8192,0,8192],[0,0,1,0,4096,8192,12000]]",
             "[[0,0,0,0,4096,0,4096],[0,0,0,4096,4096,4096,8192],[0,1,1,0,4096,0,99]]",
-            // Not page-aligned.
+            // A segment that is not page-aligned.
             "[[0,0,0,100,8192,0,8192],[0,0,1,0,4096,8192,12000]]",
         ] {
             assert!(Description::parse(describe_segments(segments).as_bytes()).is_err(), "{segments}");

@@ -6,7 +6,7 @@
 //! later step uses descriptors:
 //!
 //! 1. A private folder is created next to the socket: `.NAME.dmaload`, mode 0700, owned by this
-//!    user. Others cannot change its contents, whatever they do to its name. It is locked
+//!    user. Others cannot change its contents, whatever they do to its name. The folder is locked
 //!    (`flock`), which excludes all other servers at this path.
 //! 2. The socket is bound in this folder, gets its mode, and starts to listen.
 //! 3. The socket is moved to its place, which fails if another file is there. An existing file is
@@ -96,8 +96,8 @@ impl Listener {
         }
         after(BindStep::Found);
         if Mode::from_raw_mode(found.st_mode) & Mode::from_raw_mode(0o777) != mode {
-            // Uses the descriptor, so this changes the file that was checked, never a link's
-            // target.
+            // This call uses the descriptor, so it changes the file that was checked, never a
+            // link's target.
             chmod(proc_path(&file), mode).map_err(cannot("set the socket's mode"))?;
         }
         listen(&socket, BACKLOG).map_err(cannot("listen"))?;
@@ -175,7 +175,7 @@ pub(super) fn new_socket() -> Result<OwnedFd, Errno> {
     socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)
 }
 
-/// Opens the folder that contains the socket. From here on, the path is not used.
+/// Opens the folder that contains the socket. After this, the path is not used.
 fn open_folder(path: &Path) -> Result<(OwnedFd, OsString), String> {
     let name = path.file_name().ok_or("cannot create a socket there: the path has no file name")?;
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -249,7 +249,7 @@ impl<'a> PrivateFolder<'a> {
                 Err(errno) => return Err(format!("cannot use {name:?} next to the socket: {}", describe(errno))),
             }
             if Instant::now() >= deadline {
-                return Err(format!("cannot lock {name:?} next to the socket: another server has held it for {LOCK_PATIENCE:?}"));
+                return Err(format!("cannot lock {name:?} next to the socket: other servers held it for {LOCK_PATIENCE:?}"));
             }
             thread::sleep(Duration::from_millis(2));
         }
@@ -280,7 +280,7 @@ impl<'a> PrivateFolder<'a> {
 
     /// Moves the new socket to its place.
     fn move_socket_to_place(&self) -> Result<(), String> {
-        // Each retry removes a dead socket, so all of them fail only if other sockets keep
+        // Each retry removes a dead socket, so all attempts fail only if other sockets keep
         // appearing in the meantime.
         for _ in 0..8 {
             match self.move_to_place(FRESH) {
@@ -332,7 +332,7 @@ impl<'a> PrivateFolder<'a> {
         };
         match connected {
             Err(Errno::CONNREFUSED) => Ok(Some(identity(&found))),
-            // The listener has another socket type, or its backlog is full.
+            // A listener accepted the connection, has another socket type, or has a full backlog.
             Ok(()) | Err(Errno::PROTOTYPE | Errno::AGAIN) => Err("another process is listening there".to_owned()),
             Err(errno) => Err(cannot("check whether another process is listening there")(errno)),
         }

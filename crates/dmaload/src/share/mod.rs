@@ -20,14 +20,14 @@
 //! root, or to a user that the client trusts. In a user namespace, the overflow id stands for all
 //! unmapped users, and is accepted only if listed explicitly.
 //!
-//! A request has at most [`REQUEST_LIMIT_BYTES`]. A client that sends an invalid request, or none
-//! within [`PATIENCE`], is disconnected. One thread serves all clients and never waits for any of
-//! them. The limits on descriptors in flight apply to each user separately.
+//! A request is at most [`REQUEST_LIMIT_BYTES`] long. A client that sends an invalid request, or
+//! none within [`PATIENCE`], is disconnected. One thread serves all clients and never waits for
+//! any of them. The limits on descriptors in flight apply to each user separately.
 //!
 //! Uses Unix sockets and the descriptors of finished images, but neither the engine's threads nor
 //! model files. Requires segments with descriptors, which anonymous memory lacks. A server also
 //! requires procfs or `unshare(CLONE_FS)` (see `listener`). Dropping the [`Server`] ends its
-//! thread and then removes its socket; clients that have attached keep their memory.
+//! thread and then removes its socket; clients that have attached keep the memory.
 //!
 //! The protocol (version 1, `SOCK_SEQPACKET`): the client sends `dmaload\0`, the version and the
 //! operation (`u32` each, little-endian), and the name of an image (empty to request a server's

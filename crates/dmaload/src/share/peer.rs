@@ -11,12 +11,12 @@ const DEFAULT_OVERFLOW_USER: u32 = 65534;
 /// The number of user ids: `u32::MAX` is not a valid one.
 const ALL_USERS: u64 = u32::MAX as u64;
 
-/// Which user ids stand for a single user. In a user namespace that does not map every user,
-/// all others share one id: the overflow id, often called `nobody`. A peer with that id can be any
-/// of them, even if this process has it too.
+/// Knows which user id can stand for several users. In a user namespace that does not map every
+/// user, all unmapped users share one id: the overflow id, often called `nobody`. A peer with that
+/// id can be any of these users, even if this process has the id, too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Users {
-    /// The id that stands for every unmapped user.
+    /// The id that stands for every unmapped user; `None` if all users are mapped.
     overflow: Option<u32>,
 }
 

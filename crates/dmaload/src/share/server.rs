@@ -21,21 +21,22 @@ use crate::error::Result;
 use crate::load::image::Image;
 use crate::support::errno;
 
-/// Shares images with other processes; see [the module](super). Dropping it stops sharing; clients
-/// keep the images that they have received.
+/// Shares images with other processes; see [the module](super). Dropping the server stops sharing;
+/// clients keep the images that they have received.
 pub struct Server {
     shared: Arc<ServerShared>,
     thread: Option<thread::JoinHandle<()>>,
 }
 
 impl Server {
-    /// Listens at a path, which can be longer than a socket address; its last component has at
-    /// most 246 bytes. Replaces an existing socket that refuses connections, but no other file.
-    /// Only the server's user may connect, unless others are allowed.
+    /// Listens at a path, which can be longer than a socket address. Replaces an existing socket
+    /// that refuses connections, but no other file. Only the server's user may connect, unless
+    /// others are allowed.
     ///
-    /// This is safe in a folder that another user owns: see `share/listener.rs`. While a server is
-    /// created, checked or removed, the socket's folder also contains a folder named
-    /// `.NAME.dmaload`.
+    /// Binding is safe in a folder that another user owns: see `share/listener.rs`. While a server
+    /// is created, checked or removed, the socket's folder also contains a folder named
+    /// `.NAME.dmaload`, where `NAME` is the last component of the path. `NAME` can therefore have
+    /// at most 246 bytes.
     ///
     /// Clients that connect before the first image is published wait for it, for at most
     /// [`super::PATIENCE`].
@@ -54,8 +55,8 @@ impl Server {
         // would be refused from connecting.
         let mode = Mode::from_raw_mode(if options.allowed_users.is_empty() { 0o600 } else { 0o666 });
         let socket = new_socket().map_err(|errno| failed("create a socket", errno))?;
-        // A connection inherits this from the listener when the client connects, so it is set
-        // before anyone can connect.
+        // A connection inherits the refusal from the listener when the client connects, so it is
+        // set before any client can connect.
         let closer = (!refuse_descriptors(socket.as_fd())).then(Arc::default);
         let listener = Listener::bind(socket, path, mode).map_err(|reason| refuse(path, reason))?;
         // A trial: if a system call filter refuses this query, `bind` should fail rather than
@@ -89,9 +90,9 @@ impl Server {
         Listener::check(path).map_err(|reason| refuse(path, reason))
     }
 
-    /// Publishes an image under a name, replacing any other image of that name. No pool ever
-    /// recycles its memory. Unless dma-bufs are shared, the memory is sealed against writes, and
-    /// its dma-bufs can no longer be handed out.
+    /// Publishes an image under a name, replacing any other image of that name. Later loads never
+    /// reuse the image's memory. Unless dma-bufs are shared, the memory is sealed against writes,
+    /// and its dma-bufs can no longer be handed out.
     ///
     /// # Errors
     /// - [`crate::Error::NoDescriptor`] if the memory is not of the kind that this server shares.
@@ -141,7 +142,7 @@ impl Drop for Server {
         self.shared.images().closed = true;
         self.shared.wake();
         if let Some(thread) = self.thread.take() {
-            // The thread never waits for a client.
+            // The thread never waits for a client, so it ends soon.
             let _ = thread.join();
         }
         if let Some(closer) = &self.shared.closer {
@@ -209,11 +210,11 @@ mod tests {
             sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(Duration::from_secs(10))).unwrap();
             socket
         };
-        // With this kernel's behavior, and with that of kernels before Linux 6.16.
         let refuse_in_time = |listener: BorrowedFd<'_>| {
             assert!(!sockopt::socket_acceptconn(listener).unwrap(), "a client could connect before this");
             refuse_descriptors(listener)
         };
+        // First as this kernel behaves, then as kernels before Linux 6.16 do.
         for refuse in [refuse_in_time, |_: BorrowedFd<'_>| false] {
             let server = Server::bind_with(&path, ServerOptions::default(), refuse).unwrap();
             let is_refused = server.shared.closer.is_none();

@@ -1,4 +1,4 @@
-//! Conversions that are known to fit.
+//! Conversions of integers that are known to fit into the other type.
 
 /// Converts a length or an offset that is known to fit into memory, for example because an address
 /// range of that length was reserved.

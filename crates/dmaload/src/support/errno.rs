@@ -15,7 +15,7 @@ pub(crate) fn to_rustix(errno: Errno) -> io::Errno {
     io::Errno::from_io_error(&errno.into()).unwrap_or(io::Errno::IO)
 }
 
-/// Formats name and description: `EINVAL (Invalid argument)`.
+/// Formats an errno's name and description: `EINVAL (Invalid argument)`.
 pub(crate) fn describe(errno: io::Errno) -> String {
     from_rustix(errno).describe()
 }

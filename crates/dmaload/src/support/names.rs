@@ -17,8 +17,8 @@ mod tests {
 
     #[test]
     fn unknown_name_error_lists_the_valid_names() {
-        let parse = |name| parse(name, "colour", &["red", "green"], |colour| colour);
+        let parse = |name| parse(name, "color", &["red", "green"], |color| color);
         assert_eq!(parse("green"), Ok("green"));
-        assert_eq!(parse("gre\u{1b}en").unwrap_err(), "no such colour: \"gre\\u{1b}en\"; the colours are red, green");
+        assert_eq!(parse("gre\u{1b}en").unwrap_err(), "no such color: \"gre\\u{1b}en\"; the colors are red, green");
     }
 }

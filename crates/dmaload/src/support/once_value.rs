@@ -7,7 +7,7 @@ use crate::support::sync::{Condvar, Mutex, MutexGuard, lock, wait};
 #[derive(Debug)]
 enum ValueState<T> {
     Empty,
-    /// A thread is making it.
+    /// A thread is making the value.
     Making,
     Ready(T),
 }
@@ -57,7 +57,7 @@ impl<T: Clone> OnceValue<T> {
     }
 
     /// Returns a clone of the value. If there is no value yet, this thread makes it while others
-    /// wait. If that fails, one of the waiting threads tries next.
+    /// wait. If making it fails, one of the waiting threads tries next.
     ///
     /// # Errors
     /// Those of `make`.
@@ -72,7 +72,7 @@ impl<T: Clone> OnceValue<T> {
         }
         *state = ValueState::Making;
         drop(state);
-        // If `make` panics, dropping this lets the other threads continue.
+        // If `make` panics, dropping `making` lets the other threads continue.
         let mut making = Making { owner: self, value: None };
         let value = make()?;
         making.value = Some(value.clone());

@@ -72,7 +72,7 @@ mod tests {
             }
             Poll::Pending
         });
-        // An unpark without a wake.
+        // Unpark the thread without waking the future.
         thread::current().unpark();
         let begin = Instant::now();
         assert_eq!(block_on(future), 7);

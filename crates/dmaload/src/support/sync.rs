@@ -1,5 +1,5 @@
 //! The standard library's locks and atomics, or loom's, which try the interleavings of a model's
-//! threads. Selected by `--cfg dmaload_loom`, because tokio reacts to `--cfg loom` too.
+//! threads. `--cfg dmaload_loom` selects loom's: tokio would react to `--cfg loom`, too.
 
 use std::time::Duration;
 
@@ -14,12 +14,12 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// Waits for a change.
+/// Waits until `changed` is notified.
 pub(crate) fn wait<'a, T>(changed: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
     changed.wait(guard).unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// Waits for a change, or until the timeout. (In loom's models, time stands still.)
+/// Waits until `changed` is notified, or until the timeout. (In loom's models, time stands still.)
 pub(crate) fn wait_timeout<'a, T>(changed: &Condvar, guard: MutexGuard<'a, T>, timeout: Duration) -> MutexGuard<'a, T> {
     changed.wait_timeout(guard, timeout).unwrap_or_else(std::sync::PoisonError::into_inner).0
 }

@@ -24,8 +24,8 @@ async fn missing_parts_are_an_error_unless_allowed() {
         (vec![(A, st(&[("a", 1)])), (B, Vec::new())], &[], &[B, "0 bytes"], 1),
         (vec![("a.safetensors", st(&[("a", 1)])), ("b.safetensors", Vec::new())], &[], &["b.safetensors", "0 bytes"], 1),
         (vec![("a.safetensors", st(&[("a", 1)]))], &[("b.safetensors", "nowhere")], &["b.safetensors", "nowhere"], 1),
-        (vec![(INDEX, two.clone()), (A, st(&[("a", 1)]))], &[], &["the index lists 2 files, 1 is missing", B], 1),
-        (vec![(INDEX, two.clone()), (A, st(&[("a", 1)])), (B, Vec::new())], &[], &["lists 2 files, 1 is missing", B], 1),
+        (vec![(INDEX, two.clone()), (A, st(&[("a", 1)]))], &[], &["the index lists 2 files; 1 is missing", B], 1),
+        (vec![(INDEX, two.clone()), (A, st(&[("a", 1)])), (B, Vec::new())], &[], &["lists 2 files; 1 is missing", B], 1),
         (
             vec![(INDEX, two.clone()), (A, st(&[("a", 1)])), ("blobs/b.incomplete", vec![1])],
             &[(B, "blobs/b")],
@@ -127,9 +127,9 @@ async fn parts_of_a_split_gguf_model_are_checked() {
         (vec![part(0, 2, 2, &[("a", 1)]), part(1, 2, 3, &[("b", 1)])], "split.tensors.count is 3"),
         (
             vec![part(0, 2, 3, &[("a", 1)]), part(1, 2, 3, &[("b", 1)])],
-            "the 2 parts contain 2 tensors, but split.tensors.count is 3",
+            "split.tensors.count is 3, but the number of tensors in all parts is 2",
         ),
-        (vec![part(0, 2, 1, &[]), part(1, 2, 1, &[])], "the 2 parts contain 0 tensors"),
+        (vec![part(0, 2, 1, &[]), part(1, 2, 1, &[])], "the number of tensors in all parts is 0"),
         (vec![part(0, 2, 2, &[("a", 1)]), gguf(&[], &[("b", 1)])], "split.count is missing"),
         (vec![part(0, 2, 2, &[("a", 1)]), part(2, 2, 2, &[("b", 1)])], "part 3 of 2"),
         (vec![part(0, 2, 2, &[("a", 1)]), gguf(&[("split.count", 2)], &[("b", 1)])], "but split.no is not"),

@@ -84,11 +84,11 @@ async fn lying_server_cannot_cause_out_of_bounds_access() {
         (vec![description(&describe(good, 2)), two_pages(true), two_pages(true)], None),
         (vec![description(&describe(good, 2)), two_pages(true), two_pages(false)], Some("an allocation is not a sealed memfd")),
         (vec![description(&describe(good, 2)), two_pages(true), file()], Some("an allocation is not a sealed memfd")),
-        (vec![description(&describe(good, 2)), two_pages(true)], Some("received 1 allocations")),
+        (vec![description(&describe(good, 2)), two_pages(true)], Some("allocations received: 1, but")),
         (vec![description("[]")], Some("invalid description")),
         (vec![description("{")], Some("not JSON")),
-        (vec![two_pages(false)], Some("its description")),
-        (vec![file()], Some("its description")),
+        (vec![two_pages(false)], Some("the image's description")),
+        (vec![file()], Some("the image's description")),
         (
             vec![description(&describe(good, 2).replace("buffered", "unheard of")), two_pages(true), two_pages(true)],
             Some("unknown route"),
@@ -101,7 +101,7 @@ async fn lying_server_cannot_cause_out_of_bounds_access() {
             ],
             Some("an allocation is not a dma-buf"),
         ),
-        (vec![huge()], Some("its description is 314572800 bytes long")),
+        (vec![huge()], Some("the image's description is 314572800 bytes long")),
         // A segment larger than its memory, and a segment that leaves the end of its memory
         // unused, which would be a gap in the span.
         (vec![description(&describe("[[0,0,0,0,12288,0,12288]]", 1)), two_pages(true)], Some("don't fit their memory")),

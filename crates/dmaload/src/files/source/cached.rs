@@ -57,20 +57,20 @@ impl CachedChunks {
 
 const WORD_BITS: usize = u64::BITS as usize;
 
-/// Minimum size of the parts that are probed if `cachestat(2)` is not available, rounded down to
+/// Minimum size of the ranges that are probed if `cachestat(2)` is not available, rounded down to
 /// whole chunks. A probe that misses reads a page into the cache, and a load that finds little
-/// cached should add very little to it: two pages in 2 MiB are 0.4 %.
+/// cached should add very little to the cache: two pages of 4 KiB in 2 MiB are 0.4 %.
 const LEAST_PROBED_BYTES: u64 = 2 << 20;
 
-/// Maximum number of bytes that one system call copies from the cache. If some were evicted in the
-/// meantime, readahead reads no more than these.
+/// Maximum number of bytes that one system call copies from the cache. If some of these bytes were
+/// evicted in the meantime, readahead reads no bytes beyond them.
 const STEP_BYTES: usize = 256 << 10;
 
 impl OpenFile {
     /// Which chunks of a range are fully cached and may be copied from the cache: none if
-    /// readahead is on, or if the cache can't be trusted or can't be read without waiting. Neither
-    /// waits for reads nor starts readahead, but waits for running writers and for the writeback
-    /// of dirty pages ([`Self::settle`]).
+    /// readahead is on, or if the cache can't be trusted or can't be read without waiting. The
+    /// call neither waits for reads nor starts readahead, but it waits for running writers and for
+    /// the writeback of dirty pages ([`Self::settle`]).
     pub(crate) fn cached(&self, range: &Range<u64>, chunk_bytes: u64) -> CachedChunks {
         // With readahead, probing would fill the cache, and earlier reads may have done so.
         let may_ask = self.cache_is_witness && self.is_quiet.load(Ordering::Relaxed);
@@ -139,9 +139,9 @@ impl OpenFile {
     /// page cache is trusted (otherwise does nothing).
     ///
     /// A writer inside `write(2)` has already set the time, perhaps before the file was first
-    /// inspected, so this waits for the writer. (On xfs, reads from the cache wait for it.) Stores
-    /// into dirty mapped pages do not set the time, so those pages are written back and thereby
-    /// write-protected. Takes 3 µs without such writers.
+    /// inspected, so this call waits for the writer. (On xfs, reads from the cache wait for it.)
+    /// Stores into dirty mapped pages do not set the time, so those pages are written back and
+    /// thereby write-protected. Takes 3 µs without such writers.
     ///
     /// # Errors
     /// The error of `lseek(2)` or of the writeback.
@@ -149,9 +149,9 @@ impl OpenFile {
         if !self.cache_is_witness {
             return Ok(());
         }
-        // On ext4 and btrfs, takes the lock that writers hold; on xfs, reads from the cache do.
-        // The offset of this file description is not used, and ENXIO means that the file has no
-        // data.
+        // On ext4 and btrfs, this call takes the lock that writers hold. On xfs, reads from the
+        // cache take it. The offset of this file description is not used, and ENXIO means that the
+        // file has no data.
         match seek(&self.buffered, SeekFrom::Data(0)) {
             Ok(_) | Err(Errno::NXIO) => {}
             Err(errno) => return Err(errno),

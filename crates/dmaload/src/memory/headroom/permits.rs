@@ -1,15 +1,15 @@
 //! Grants memory before each allocation, because allocating too much invokes the OOM killer.
 //!
-//! The kernel's figures do not include memory that was granted but is still being allocated, so it
-//! is counted here, for the whole process: all of its loaders share the same memory. A forked
-//! child starts a new count, because the threads that hold the permits and the lock exist only in
-//! its parent.
+//! The kernel's figures do not include memory that was granted but is still being allocated, so
+//! such memory is counted here, for all loaders of the process together. A forked child starts a
+//! new count, because the threads that hold the permits and the lock exist only in its parent.
 //!
 //! Other processes allocate memory, too. Each process that uses this library takes only a small
-//! fraction of the free memory between two checks. If a single allocation exceeds that fraction,
-//! the processes take turns, holding an advisory lock on the cgroup's folder or on
-//! `/proc/meminfo`, each from its check until its memory shows in the kernel's figures. Processes
-//! that don't use this library can still take memory that a check found free.
+//! fraction of the free memory between two checks. For a single allocation that exceeds that
+//! fraction, the processes take turns. A turn is an advisory lock on the folder of the cgroup with
+//! the tightest limit, or on `/proc/meminfo`. It is held from the check until the memory shows in
+//! the kernel's figures. Processes that don't use this library can still take memory that a check
+//! found free.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -26,35 +26,37 @@ use super::{Headroom, headroom};
 use crate::support::errno;
 use crate::support::foreign;
 
-/// After a check, at most this much memory is granted, for at most this long, before the limits
-/// are checked again. A check reads about a dozen small files.
+/// Maximum total of the grants that share one check of the limits. A check reads about a dozen
+/// small files.
 const BUDGET_BYTES: u64 = 64 << 20;
+/// How long a check of the limits is valid.
 const BUDGET_TIME: Duration = Duration::from_millis(200);
 /// Between two checks, a process may take one sixteenth of the free memory without waiting for its
 /// turn.
 const PART_WITHOUT_TURN: u64 = 16;
 /// How long to wait for a turn while no memory is being allocated. Others hold the lock for as
-/// long as an allocation takes: milliseconds. Waiting longer is pointless, because any process
-/// that can open the folder could keep it locked forever.
+/// long as an allocation takes: milliseconds. The wait is limited because any process that can
+/// open the folder could keep it locked forever.
 const TURN_PATIENCE: Duration = Duration::from_secs(1);
 /// How long to wait for a turn while memory is being allocated. On an overloaded machine, the
 /// turns of a few processes take seconds.
 const TURN_PATIENCE_MAX: Duration = Duration::from_secs(10);
-/// How often to check whether memory is being allocated, and the change in free memory that shows
-/// it.
+/// How often to check, while waiting for a turn, whether memory is being allocated.
 const TURN_CHECK_INTERVAL: Duration = Duration::from_millis(100);
+/// The change in free memory from one such check to the next that shows an allocation, in bytes.
 const TURN_CHECK_BYTES: u64 = 1 << 20;
 /// How long to go without turns after failing to obtain one.
 const WITHOUT_TURNS: Duration = Duration::from_secs(10);
 /// When processes that share a limit run out of memory at the same time, the first one to give up
-/// makes room for the others. To spread them out, each waits for 0 to 7 of these steps, depending
-/// on its process ID.
+/// makes room for the others. To spread them out, each waits for 0 to [`GIVE_UP_STEPS`] - 1 of
+/// these steps, depending on its process ID.
 const GIVE_UP_STEP: Duration = Duration::from_millis(150);
+/// The number of different waits before giving up.
 const GIVE_UP_STEPS: u32 = 8;
-/// The interval between checks while waiting.
+/// The interval between checks while waiting to give up.
 const CHECK_INTERVAL: Duration = Duration::from_millis(20);
 /// How long to wait for this process's other allocations to finish if there is not enough memory
-/// for all. They take milliseconds, but a caller's heap may hang.
+/// for all. Allocations take milliseconds, but a caller's heap may hang.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 #[derive(Debug)]
@@ -137,7 +139,9 @@ impl Drop for HeadroomPermit {
 }
 
 /// Grants `bytes` bytes. If they are not available, waits for other allocations of this process,
-/// and then calls `make_room` once, which frees what it can.
+/// and then calls `make_room` once, which frees what it can. After that, waits for other processes
+/// that share the limit to free memory, for a time that depends on the process ID
+/// ([`GIVE_UP_STEP`]).
 ///
 /// # Errors
 /// The headroom, if the bytes are still not available.
@@ -211,8 +215,8 @@ impl Permits {
                 break;
             }
             if state.granted_bytes > 0 && now < deadline {
-                // Granted memory that already shows in the kernel's figures is counted twice until
-                // its permit is dropped.
+                // Wait for permits to be dropped. Until then, granted memory that already shows in
+                // the kernel's figures is counted twice.
                 state = self.changed.wait_timeout(state, deadline - now).unwrap_or_else(PoisonError::into_inner).0;
             } else if let Some(make_room) = make_room.take() {
                 drop(state);

@@ -55,10 +55,12 @@ impl HeapChoice {
     /// `pages` is the page size to populate with.
     ///
     /// # Errors
-    /// [`Error::NoDmaBuf`] for [`HeapChoice::DmaBuf`] if neither heap can be opened;
-    /// [`Error::Config`] for [`HeapChoice::DmaHeap`] with any `pages` but [`Pages::Auto`], because
-    /// a dma-heap's driver chooses the page sizes; otherwise the errors of [`UdmabufHeap::open`]
-    /// and [`DmaHeap::open`].
+    /// - [`Error::NoDmaBuf`] for [`HeapChoice::DmaBuf`] if udmabuf can't be opened, and the
+    ///   dma-heap `system` can't be opened either, or `pages` other than [`Pages::Auto`] rule it
+    ///   out.
+    /// - [`Error::Config`] for [`HeapChoice::DmaHeap`] with `pages` other than [`Pages::Auto`],
+    ///   because a dma-heap's driver chooses the page sizes.
+    /// - Those of [`UdmabufHeap::open`] and [`DmaHeap::open`].
     pub fn open(&self, pages: Pages) -> Result<(Arc<dyn Heap>, Option<String>)> {
         let heap: Arc<dyn Heap> = match self {
             HeapChoice::Auto | HeapChoice::Memfd => Arc::new(MemfdHeap { pages }),
@@ -146,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn page_size_is_not_ignored_for_want_of_udmabuf() {
+    fn page_size_is_not_ignored_without_udmabuf() {
         match HeapChoice::DmaBuf.open(Pages::Small) {
             Ok((heap, _)) => assert_eq!(&*heap.name(), "udmabuf"),
             Err(Error::NoDmaBuf { tried }) => assert!(tried[1].contains("chooses its page sizes itself"), "{tried:?}"),

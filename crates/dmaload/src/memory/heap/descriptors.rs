@@ -32,9 +32,9 @@ impl fmt::Debug for FromDescriptors {
 }
 
 impl FromDescriptors {
-    /// Creates a heap from `allocate`, which takes a length, a multiple of the page size, and
-    /// returns a dma-buf of at least that many bytes. [`Errno::from_io_error`] converts an I/O
-    /// error to an errno.
+    /// Creates a heap from `allocate`. That function takes a length in bytes, a multiple of the
+    /// page size, and returns a dma-buf of at least that length. [`Errno::from_io_error`] converts
+    /// an I/O error to an errno.
     ///
     /// # Safety
     /// For each descriptor that `allocate` returns, until its memory is freed:
@@ -71,7 +71,7 @@ unsafe impl Heap for FromDescriptors {
         let fd = (self.allocate)(bytes).map_err(|errno| HeapError::new("allocate a dma-buf", bytes, errno))?;
         let dma_buf = DmaBuf::from_fd(fd).map_err(|error| HeapError::new(error.operation, bytes, error.errno))?;
         if dma_buf.bytes() < bytes {
-            // As `mmap(2)` would return for a length beyond the end of the dma-buf.
+            // `mmap(2)` returns the same errno for a length beyond the end of a dma-buf.
             return Err(HeapError::new("use a dma-buf that is too short", bytes, Errno::EINVAL));
         }
         Ok(Memory::DmaBuf(dma_buf))

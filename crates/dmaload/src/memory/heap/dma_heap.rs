@@ -11,8 +11,8 @@ use crate::error::Result;
 /// A dma-heap of this machine: `system`, a CMA region, or one that the vendor provides.
 ///
 /// Mappings of the kernel's own system heap can't be pinned, so reads are bounced
-/// ([`crate::Route::Bounce`]). If a heap's mappings can be pinned, reads go straight into them.
-/// The first load finds out by trying.
+/// ([`crate::Route::Bounce`]). If another heap's mappings can be pinned, reads go straight into
+/// them. The first load finds out by trying.
 #[derive(Debug)]
 pub struct DmaHeap {
     device: dmabuf::DmaHeap,

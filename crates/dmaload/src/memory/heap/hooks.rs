@@ -75,8 +75,8 @@ pub trait HeapHooks: fmt::Debug + Send + Sync + 'static {
 
 /// A heap with callbacks around its calls, to count, delay or fail them.
 ///
-/// The hooks see addresses, sizes and offsets, but get no access to the memory, so this needs no
-/// `unsafe`.
+/// The hooks see addresses, sizes and offsets, but get no access to the memory, so implementing
+/// them needs no `unsafe`.
 ///
 /// ```
 /// use dmaload::heap::{HeapError, HeapHooks, Hooked, MemfdHeap};

@@ -5,8 +5,9 @@ use std::borrow::Cow;
 use super::{Heap, HeapError, Memfd, Memory, Pages, private};
 use crate::error::Result;
 
-/// Memfds: each segment has a file descriptor, its own or one shared with other small segments,
-/// that other processes can map. Needs no device and no privileges, so it is the default.
+/// Memfds: memory with file descriptors, which other processes can map. Each segment has its own
+/// descriptor, unless small segments share one. Needs no device and no privileges, so it is the
+/// default.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct MemfdHeap {
     /// The page size to populate with.

@@ -21,7 +21,7 @@ use crate::support::errno;
 pub struct UdmabufHeap {
     device: Udmabuf,
     pages: Pages,
-    /// A note for the report about the kernel's bug with 2 MiB pages, if it has that bug.
+    /// A note for the report; `None` unless this kernel has the bug with 2 MiB pages.
     note: Option<String>,
 }
 
@@ -82,7 +82,7 @@ impl UdmabufHeap {
         Ok(heap)
     }
 
-    /// Whether to keep huge pages out, because drivers would see wrong bytes on them.
+    /// Whether to keep huge pages out, because drivers would see wrong bytes in them.
     fn avoids_bug(&self) -> bool {
         self.pages == Pages::Small && Udmabuf::huge_pages_show_wrong_bytes()
     }
@@ -131,8 +131,8 @@ unsafe impl Heap for UdmabufHeap {
     fn export(&self, memory: &Memory) -> Result<DmaBuf, HeapError> {
         if let Some(memfd) = memory.memfd().filter(|_| self.avoids_bug()) {
             let refused = |errno| HeapError::new("export memory that was not populated", memfd.bytes(), errno);
-            // The driver would allocate missing pages itself, and might choose huge ones, because
-            // the mapping's advice does not apply to it.
+            // The udmabuf driver would allocate missing pages itself. It might choose huge ones,
+            // because the mapping's advice does not apply to it.
             if missing_bytes(memfd).map_err(|errno| refused(errno::from_rustix(errno)))? > 0 {
                 return Err(refused(Errno::EINVAL));
             }

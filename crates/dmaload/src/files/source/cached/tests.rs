@@ -80,7 +80,7 @@ impl Mapping {
         let file = fs::File::options().read(true).write(true).open(path).unwrap();
         let bytes = to_usize(file.metadata().unwrap().len());
         let flags = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: creates a new mapping at an address that the kernel chooses.
+        // SAFETY: the kernel chooses the address, so no other mapping is replaced.
         let address = unsafe { mmap(std::ptr::null_mut(), bytes, flags, MapFlags::SHARED, &file, 0) }.unwrap();
         Mapping(NonNull::new(address.cast()).unwrap(), bytes)
     }
@@ -161,7 +161,7 @@ fn checking_the_cache_starts_no_readahead() {
         for probes in [false, true] {
             cache_only(&path, &[]);
             let opened = OpenFile::open(&path).unwrap();
-            // Reads as for a header: a few bytes, then the rest.
+            // Read as a load reads a header: first a few bytes, then the rest.
             opened.read_exact(&mut [0; 9], 0).unwrap();
             opened.read_exact(&mut vec![0; 100_000], 8).unwrap();
             for start in (0..64 * MIB).step_by(to_usize(16 * MIB)) {
@@ -171,8 +171,9 @@ fn checking_the_cache_starts_no_readahead() {
                 assert!(found == CachedChunks::default() || may_seem_cached, "{what}, by probes: {probes}: {found:?}");
                 std::thread::sleep(Duration::from_millis(3));
             }
-            // Three probes for each of four ranges, plus two for each of the eight chunks of a
-            // range that seems to be partly cached: the first, because of the header.
+            // Each probe reads at most one page. There are three probes for each of four ranges,
+            // plus two for each of the eight chunks of a range that seems to be partly cached. The
+            // first range does, because of the header.
             let seem_cached = if may_outrun_probes() { 4 } else { 1 };
             let most = 100_008_u64.next_multiple_of(page) + if probes { (4 * 3 + seem_cached * 8 * 2) * page } else { 0 };
             match cached_bytes(&opened.buffered) {
@@ -237,9 +238,9 @@ fn stores_into_dirty_pages_are_detected() {
             assert_eq!(read(&opened, offset..offset + 1), [2], "{what}");
             assert!(!has_changed(&opened), "{what}: writing back is not a change");
             mapping.store(offset, 3);
-            assert!(has_changed(&opened), "{what}: a store at {offset} after it was read");
+            assert!(has_changed(&opened), "{what}: a store at {offset}, after that byte was read");
         }
-        // The same for headers, which are read before anything else is known.
+        // The same holds for headers, which are read before anything else is known.
         dirty();
         let opened = OpenFile::open(&path).unwrap();
         opened.read_exact(&mut [0; 100], 0).unwrap();
