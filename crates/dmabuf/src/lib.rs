@@ -1,4 +1,4 @@
-//! The kernel's shareable memory objects, typed and safe.
+//! Safe, typed access to the Linux kernel's shareable memory.
 //!
 //! ```text
 //!   AddressRange   one reserved (PROT_NONE) range of addresses, aligned to 2 MiB

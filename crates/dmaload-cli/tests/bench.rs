@@ -163,7 +163,7 @@ fn other_users_get_the_usual_locked_memory_limit() {
     let json = bench_json(&file, &["--rounds", "1", "--modes", "direct_io", "--user", &NOBODY.to_string()]);
     assert_eq!(json["user"], NOBODY);
     let notes = mode(&json, "direct_io")["notes"].to_string();
-    assert!(!notes.contains("uring-fixed-direct"), "64 MiB can't be registered under a limit of 8 MiB: {notes}");
+    assert!(!notes.contains("uring-fixed-direct"), "80 MiB can't all be registered under a limit of 8 MiB: {notes}");
     // The device's limit does not depend on the user.
     assert_eq!(mode(&json, "limit")["failures"], serde_json::json!([]));
     // A file that the user can't read fails each mode, and the results state why.

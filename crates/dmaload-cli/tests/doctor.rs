@@ -147,7 +147,7 @@ fn doctor_lists_the_ways_that_a_load_measures() {
     }
     let screen = run(dmaload(["doctor"]).arg(folder.path().join("model.bin"))).succeeds().text();
     let screen = screen.split_whitespace().collect::<Vec<_>>().join(" ");
-    assert!(screen.contains("; also measures staged reads, and takes the faster ones"), "{screen}");
+    assert!(screen.contains("; also measures staged reads, and continues with the fastest"), "{screen}");
 }
 
 #[test]

@@ -453,7 +453,7 @@ pub enum Error {
     #[error("the loader was shut down")]
     ShutDown,
     /// io_uring failed, and with it every running load of the loader. Later loads use a new ring.
-    #[error("the ring failed: {}; the memory it was reading into is leaked on purpose", .errno.describe())]
+    #[error("the ring failed: {}; memory that its reads may still write to is leaked on purpose", .errno.describe())]
     Ring {
         /// The kernel's error.
         errno: Errno,

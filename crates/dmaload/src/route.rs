@@ -40,8 +40,7 @@ impl Route {
     pub const ALL: [Route; 6] =
         [Route::UringFixedDirect, Route::UringDirect, Route::PreadDirect, Route::Bounce, Route::UringBuffered, Route::Buffered];
 
-    /// The next route down the ladder after this one was refused with `errno`; `None` after the
-    /// last one.
+    /// The lower route to take after this one was refused with `errno`; `None` after the last one.
     ///
     /// EFAULT means that the memory can't be pinned, so no direct read can target it and the next
     /// route is [`Route::Bounce`]. Other refusals have nothing to do with the memory, and bouncing

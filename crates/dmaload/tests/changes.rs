@@ -218,7 +218,7 @@ async fn last_segment_of_a_changed_file_is_withheld() {
     heap.0.open();
     let mut received = 1;
     let error = loop {
-        match segments.next().await.expect("the load must fail before it ends") {
+        match segments.next().await.expect("the stream ended without an error") {
             Ok(_) => received += 1,
             Err(error) => break error,
         }

@@ -198,7 +198,7 @@ fn verdict_line(verdict: Result<Expected, String>) -> String {
             let others: Vec<_> = measured.iter().filter(|&&way| way != Way::Direct).map(Way::to_string).collect();
             let measured = match &*others {
                 [] => String::new(),
-                others => format!("; also measures {} reads, and takes the faster ones", others.join(" and ")),
+                others => format!("; also measures {} reads, and continues with the fastest", others.join(" and ")),
             };
             format!("works: memfd by {route}{pages}{because}{measured}")
         }

@@ -179,9 +179,8 @@ fn plan_all(engine: &Engine, load: &LoadShared, limit: Option<SizeLimit>) -> Res
     let (share_bytes, memory_limit_bytes) = (settings.share_bytes(), settings.memory_limit_bytes);
     let options = &load.options;
     // If the heap populates a whole allocation at once, the window must count all of it. The
-    // layout
-    // `single` is an exception: its allocation may be larger than the window, and then could never
-    // be loaded.
+    // layout `single` is an exception: its allocation may be larger than the window, so it would
+    // never get a permit.
     let at_once = allocates_at_once && options.layout != Layout::Single;
     // Segments of up to an eighth of the window let several allocations proceed at the same time.
     let part_of_window = at_once.then_some(settings.window_bytes / 8);

@@ -109,8 +109,8 @@ impl PrivateMemory {
         let bytes = to_usize(range.end - range.start);
         if touched.iter().all(Segment::is_anonymous) {
             touched.iter().try_for_each(Segment::hand_out_memory)?;
-            // SAFETY: the segments hold the range and are adjacent, as asserted, so the offset is
-            // within the first segment's mapping.
+            // SAFETY: the range is not empty, and each of `touched` overlaps it, so the first one
+            // contains the range's start: the offset is within its mapping.
             let address = unsafe { first.start().add(offset) };
             return Ok(PrivateMemory { address, bytes, keeps: Keeps::Segments(touched.to_vec()) });
         }

@@ -225,8 +225,8 @@ struct Ring {
     uncached: Uncached,
 }
 
-/// Reads through the page cache that should leave nothing in it (`RWF_DONTCACHE`, Linux 6.14 or
-/// later), where supported.
+/// Which reads have the flag `RWF_DONTCACHE` (Linux 6.14 or later: a read through the page cache
+/// leaves nothing in it), and which file systems refuse it.
 #[derive(Debug, Default)]
 struct Uncached {
     /// Reads in flight with the flag: their user data, and the file system's number.

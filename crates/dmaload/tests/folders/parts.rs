@@ -290,7 +290,7 @@ async fn rank_that_loads_a_byte_range_checks_the_whole_model() {
     let (g1, g2) = ("m-00001-of-00002.gguf", "m-00002-of-00002.gguf");
     let [first, second] = [part(0, 2, 2, &[("a", 1)]), part(1, 2, 2, &[("b", 2)])];
     let cases: [(&str, Vec<(&str, Vec<u8>)>); 4] = [
-        ("part 2", vec![("x.gguf", first.clone())]),
+        ("missing parts: 2", vec![("x.gguf", first.clone())]),
         ("its name says", vec![(g1, second.clone()), (g2, first.clone())]),
         ("\"w\"", vec![(A, st(&[("a", 1), ("w", 1)])), (B, st(&[("b", 2), ("w", 2)]))]),
         ("", vec![(g1, first), (g2, second)]),

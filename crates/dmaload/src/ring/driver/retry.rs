@@ -59,7 +59,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         }
     }
 
-    /// Retries a read that was interrupted.
+    /// Requeues a read that was interrupted. After [`INTERRUPTIONS`] of these without progress,
+    /// fails the load.
     pub(super) fn retry_interrupted(&mut self, mut chunk: Chunk, route: Route) {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let id = entry.load;
