@@ -184,8 +184,8 @@ fn checking_the_cache_starts_no_readahead() {
     });
 }
 
-/// Asking for the descriptor of `buffered` turns readahead on. From then on, pages in the cache may
-/// come from the load's own readahead, so none counts as cached.
+/// Asking for the descriptor of `buffered` turns readahead on. From then on, cached pages may come
+/// from the load's own readahead, so none counts as cached.
 #[test]
 fn file_with_readahead_is_not_copied_from_the_cache() {
     let folder = folder();
