@@ -7,9 +7,9 @@
 //!
 //! - Since Linux 6.16, a socket can refuse descriptors (`SO_PASSRIGHTS`, `unix(7)`): sending them
 //!   fails.
-//! - On older kernels, a message is peeked at (`MSG_PEEK`) before it is received. If the message
-//!   carries descriptors, the connection is handed to a thread that only closes connections
-//!   ([`SlowCloser`]).
+//! - On older kernels, a message is peeked at (`MSG_PEEK`) before it is received, and one that
+//!   carries descriptors is left in the queue. A connection with messages in its queue is handed to
+//!   a thread that only closes connections ([`SlowCloser`]).
 #![allow(unsafe_code)]
 
 use std::collections::VecDeque;
@@ -18,7 +18,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use rustix::io::Errno;
-use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, Shutdown, recv, recvmsg, shutdown};
+use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, Shutdown, recv, recvmsg, shutdown, sockopt};
 
 /// `SO_PASSRIGHTS` of `include/uapi/asm-generic/socket.h`, which the libc crate does not define
 /// yet. Only PA-RISC and SPARC have other numbers.
@@ -66,22 +66,20 @@ impl Connection {
         recv(self, buffer, RecvFlags::DONTWAIT).map(|(received, _)| received)
     }
 
-    /// Whether closing the connection would close descriptors sent by the client.
-    fn holds_descriptors(&self) -> bool {
-        // Nothing arrives after the shutdown, so the loop sees every message. The client can still
-        // receive messages that were already sent.
-        let _ = shutdown(self, Shutdown::Both);
-        loop {
-            match carries_descriptors(self.as_fd()) {
-                Ok(true) => return true,
-                Ok(false) => {}
-                Err(_) => return false,
-            }
-            // At end of file, no bytes are received.
-            if !matches!(recv(self, &mut [0; 1][..], RecvFlags::DONTWAIT), Ok((1.., _))) {
-                return false;
-            }
+    /// Whether closing the connection might close descriptors sent by the client: if a message is
+    /// left in the queue. Later messages can carry descriptors even if the first one does not, and
+    /// reading up to them is no way out, because an empty message looks like the end of file.
+    fn may_hold_descriptors(&self) -> bool {
+        // With this option, the kernel reports every message as one whose credentials were
+        // truncated, but not the end of file (`__scm_recv_common` in include/net/scm.h).
+        if sockopt::set_socket_passcred(self, true).is_err() {
+            return true;
         }
+        // Nothing arrives after the shutdown. The client can still receive messages that were
+        // already sent.
+        let _ = shutdown(self, Shutdown::Both);
+        // An error of the connection (ECONNRESET) is returned before messages.
+        carries_descriptors(self.as_fd()).unwrap_or(true)
     }
 }
 
@@ -103,7 +101,7 @@ impl AsFd for Connection {
 impl Drop for Connection {
     fn drop(&mut self) {
         let Some(closer) = self.closer.take() else { return };
-        if self.holds_descriptors() {
+        if self.may_hold_descriptors() {
             let socket = self.socket.take().expect("only `drop` takes the socket");
             closer.close_later(socket);
         }
