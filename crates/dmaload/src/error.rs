@@ -18,8 +18,8 @@ use crate::route::{Attempt, Route};
 pub use kind::ErrorKind;
 pub use size_limit::SizeLimit;
 
-/// Memory left to other processes: without it, the machine would be at its limit right after the
-/// load.
+/// Memory that loads leave available. Without it, the machine or the cgroup would be at its limit
+/// right after a load.
 pub(crate) const MARGIN_BYTES: u64 = 32 << 20;
 
 /// Why an operation failed: building a loader, a load, or the use of loaded memory.

@@ -169,8 +169,8 @@ impl Guard {
         let shared = Arc::new(LoadShared::new(id, options, keep, inputs, &engine.facts, Arc::clone(&engine.counters), events));
         let submit = || engine.jobs.submit(id, Arc::clone(&shared));
         if let Err(error) = checked.and_then(|()| submit().then_some(()).ok_or_else(|| engine.end_reason())) {
-            // The load holds nothing yet and is not registered anywhere, so this thread delivers
-            // the error to its consumer.
+            // The scheduler does not know the load, so no other thread can deliver to its
+            // consumer. This thread therefore does.
             let mut remains = vec![shared.fail(error)];
             assert_eq!(shared.deliver(&mut remains), HandOverStatus::Over, "a load that has failed is over");
         }

@@ -299,7 +299,6 @@ impl LoadShared {
         if self.is_observed_in_staging() { requested.max(Route::Bounce) } else { requested }
     }
 
-    /// Whether the load is over.
     pub(crate) fn is_over(&self) -> bool {
         self.abandoned.load(Ordering::Acquire) || self.state().is_over()
     }
@@ -369,7 +368,6 @@ impl LoadShared {
         (pieces, needs)
     }
 
-    /// Sets how its batches are read.
     pub(crate) fn set_choosing(&self, choosing: Choosing) {
         *self.choosing() = choosing;
     }

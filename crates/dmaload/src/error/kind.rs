@@ -99,8 +99,8 @@ impl Error {
             },
             Error::Start { errno, .. } => kind_of(*errno),
             Error::Memory { refusal, .. } => kind_of(refusal.errno),
-            // ESTALE means that a network file was replaced, and ENOMEM that no thread could be
-            // started for the read.
+            // ESTALE means that a network file was replaced, and ENOMEM that the kernel had no
+            // memory for the read or that no thread could be started for it.
             Error::Read { errno: Errno::ESTALE, .. } => ErrorKind::Changed,
             Error::Read { errno: Errno::ENOMEM, .. } => ErrorKind::OutOfMemory,
             Error::Read { .. } | Error::Ring { .. } => ErrorKind::Io,

@@ -123,8 +123,7 @@ fn silent_loads_do_not_count_as_open() {
     assert!(scheduler.find_silent_file_systems());
     assert_eq!(drain(&mut scheduler), [20, 21].map(Job::Open));
     assert!(!scheduler.find_silent_file_systems(), "file system 1 was already silent");
-    // The silent loads count again once a permit is returned: now two more loads count than may be
-    // open.
+    // Once a permit is returned, the silent loads count as open again: two more than may be open.
     scheduler.submit(22);
     scheduler.give_back(&1, need_from(1, 10));
     assert!(scheduler.lacks_places());
