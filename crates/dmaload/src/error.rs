@@ -97,7 +97,8 @@ pub enum Error {
         /// The stated length, which did not change during the load.
         stated_bytes: u64,
     },
-    /// A read failed. The load has already retried it, unless it was a read of a header.
+    /// A read failed. A read into a segment has already been retried; a read of a header or of the
+    /// end of the file has not.
     #[error("{}: cannot read {bytes} bytes at offset {offset} by {route}: {}", printable::path(.path), .errno.describe())]
     Read {
         /// The file.

@@ -1,5 +1,5 @@
-//! Finds out what this machine offers a load, for tools that diagnose problems, such as `dmaload
-//! doctor`.
+//! Finds out what this machine offers a load, for tools that diagnose problems, such as
+//! `dmaload doctor`.
 //!
 //! Each function tries or measures what a load would, in the same way, and leaves nothing behind.
 //! None compares versions or looks for causes: that is left to the caller, who knows about sysctls

@@ -202,7 +202,8 @@ impl Guard {
     pub(crate) fn abandon(&self, load: Arc<LoadShared>) {
         load.record_drop();
         self.engine.abandon(&load);
-        // A worker closes its files and unmaps its addresses: the caller may be an async task.
+        // A worker closes its files and unmaps its addresses, because both may block and the
+        // caller may be an async task.
         self.engine.defer_drop(load.id, load.take_remains_if_over());
         self.engine.jobs.defer_drop(DropKey::Files(load.id), load);
     }

@@ -5,9 +5,10 @@
 //! tests in `tests` with every interleaving of their threads, up to three preemptions.
 //!
 //! Workers also drop the files and memory of loads that are over. Closing a file may block, so at
-//! most one worker at a time closes a load's files. A thread that sleeps in [`Jobs::watch`] finds
-//! workers that have waited too long for files (see [`super::workers`]) and, while loads wait to
-//! be opened, silent file systems.
+//! most one worker at a time closes a load's files.
+//!
+//! A thread that sleeps in [`Jobs::watch`] finds workers that have waited too long for files (see
+//! [`super::workers`]) and, while loads wait for others to end, silent file systems.
 
 use std::any::Any;
 use std::collections::{HashMap, VecDeque};

@@ -337,7 +337,8 @@ fn check_importer(plan: &Plan, limits: ImporterLimits) -> Result<()> {
     Ok(())
 }
 
-/// Starts the verifier, now that the lengths of the files are known.
+/// Starts the verifier, now that the lengths of the files are known. Refuses to verify or observe
+/// a model inside another file.
 fn begin_verifying(load: &LoadShared, files: &[FilePlan]) -> Result<()> {
     if load.observation.is_some() && load.sources().iter().any(|source| source.part.is_some()) {
         return Err(Error::Config("a model inside another file can't be verified or observed".to_owned()));

@@ -58,8 +58,8 @@ pub(crate) struct LoadShared {
     allocates_at_once: bool,
     heap_is_own: bool,
     pub(crate) observation: Option<Observation>,
-    /// The verifier's description of itself. Set during planning, because it comes from the
-    /// caller's code.
+    /// The verifier's description of itself. Requested during planning, because it comes from the
+    /// caller's code, which must not run when the report is made under the lock.
     pub(crate) verified: OnceLock<String>,
     started: Instant,
     planned_bytes: AtomicU64,

@@ -19,8 +19,8 @@ use std::time::{Duration, Instant};
 use crate::support::id::LoadId;
 
 /// How long a worker may wait for a file before it counts as stalled. A local file system answers
-/// within milliseconds, even if its disk is busy. A worker that is wrongly considered stalled only
-/// costs an extra thread for a while.
+/// within milliseconds, even if its disk is busy. Until its file is answered, a worker that is
+/// wrongly considered stalled costs an extra thread and delays its load's jobs that need files.
 pub(super) const STALLED_AFTER: Duration = Duration::from_secs(1);
 
 /// Replaces [`STALLED_AFTER`] while a worker is already stalled: others may wait for the same

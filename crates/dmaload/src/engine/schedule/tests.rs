@@ -352,7 +352,7 @@ fn stalled_load_gets_no_job_that_may_wait_for_files() {
 
 #[test]
 fn stalled_opening_does_not_block_later_loads() {
-    // Memory is limited, so loads start in order of arrival; and only one may be open.
+    // Memory is limited, so loads start in order of arrival. Only one may be open.
     let mut scheduler = Scheduler::new(1000, 40, 100, 1);
     (1..4).for_each(|load| scheduler.submit(load));
     assert_eq!(drain(&mut scheduler), [Job::Open(1)]);

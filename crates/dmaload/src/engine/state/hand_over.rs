@@ -365,8 +365,8 @@ impl LoadShared {
     /// Seals a memfd against writes, before any segment in it is shown.
     ///
     /// # Errors
-    /// If it can't be sealed, so another holder of its descriptor could write to bytes that are
-    /// shown.
+    /// If the memfd can't be sealed: another holder of its descriptor could write to bytes that
+    /// are shown.
     fn seal(&self, backing: &Backing) -> Result<(), dmabuf::Error> {
         let Some(memfd) = backing.memfd() else { return Ok(()) };
         match memfd.seal_against_writes() {
