@@ -212,8 +212,8 @@ impl Engine {
                     load.heap()
                 )));
             }
-            // The access ends in `Backing::export`. A dma-buf that never gets there, because its
-            // load fails, is closed with the access open, which is allowed.
+            // The access ends in `Backing::export`. A dma-buf that is never exported, because its
+            // load fails or is dropped, is closed with the access open, which is allowed.
             dma_buf.begin_cpu_access(Access::ReadWrite).map_err(refused)?;
         }
         let mapping = allocation.range.map(&memory, at, bytes).map_err(refused)?;

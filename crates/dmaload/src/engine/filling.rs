@@ -87,7 +87,7 @@ impl Filling {
 
     /// Populates an extent. On failure, records the error in the load.
     fn populate_extent(&self, extent: Range<usize>) -> std::result::Result<(), Errno> {
-        // The load is gone after its end, and the heap after the engine's.
+        // The load may be gone after its end, and the heap after the engine's end.
         let (Some(load), Some(heap)) = (self.load.upgrade(), self.heap.upgrade()) else { return Err(Errno::CANCELED) };
         let populated = self.populate(&load, &heap, extent);
         if let Err(error) = populated {
