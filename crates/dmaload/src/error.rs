@@ -18,8 +18,8 @@ use crate::route::{Attempt, Route};
 pub use kind::ErrorKind;
 pub use size_limit::SizeLimit;
 
-/// Memory left to other processes: without it, the machine would be at its limit right after the
-/// load.
+/// Memory that loads leave available. Without it, the machine or the cgroup would be at its limit
+/// right after a load.
 pub(crate) const MARGIN_BYTES: u64 = 32 << 20;
 
 /// Why an operation failed: building a loader, a load, or the use of loaded memory.
@@ -97,7 +97,8 @@ pub enum Error {
         /// The stated length, which did not change during the load.
         stated_bytes: u64,
     },
-    /// A read failed. The load has already retried it, unless it was a read of a header.
+    /// A read failed. A read into a segment has already been retried; a read of a header or of the
+    /// end of the file has not.
     #[error("{}: cannot read {bytes} bytes at offset {offset} by {route}: {}", printable::path(.path), .errno.describe())]
     Read {
         /// The file.

@@ -39,7 +39,7 @@
 //! | get dma-bufs | [`LoaderBuilder::dma_buf`], [`Segment::hand_out_dma_buf`] |
 //! | use memory of your own | [`heap`] |
 //! | share loaded memory with other processes | [`share`] |
-//! | compare with checksums as bytes land | the module `verify` (feature `verify`) |
+//! | verify checksums while bytes are read | the module `verify` (feature `verify`) |
 //! | decide what to do about an error | [`Error::kind`] |
 //! | see how a load went, and every step down from the best [`Route`] | [`Report`] |
 //! | export metrics | [`Loader::metrics`] |

@@ -115,9 +115,10 @@ impl Loader {
 /// Worst-case memory that is allocated but not filled is window + staging, over all loads: with
 /// the defaults, 128 MiB ([`Self::window_bytes`]) plus 16 to 72 MiB ([`Self::staging_bytes`]). On
 /// a dma-heap, [`Layout::Single`](crate::Layout::Single) adds the files that are being loaded,
-/// because each of them is allocated at once. Filled memory belongs to the consumers of the loads.
-/// [`Self::memory_limit_bytes`] limits it (by default, nothing does), and [`Self::pool_bytes`]
-/// keeps it for later loads (none by default).
+/// because each of them is allocated at once.
+///
+/// Filled memory belongs to the consumers of the loads. [`Self::memory_limit_bytes`] limits it (by
+/// default, nothing does), and [`Self::pool_bytes`] keeps it for later loads (none by default).
 ///
 /// - A larger window lets more loads run at full speed side by side. The size of a segment must
 ///   not exceed the window.
@@ -198,7 +199,8 @@ impl LoaderBuilder {
     /// Memory is reused for allocations of exactly the same size: for most segments of any model
     /// if the segment size is the same, and for the last segment of a file only if the lengths
     /// match. Only complete segments that were never handed out are kept, and none on dma-heaps.
-    /// When memory runs short, an allocation frees pooled memory before it fails; where the kernel
+    ///
+    /// When memory runs short, an allocation frees pooled memory before it fails. Where the kernel
     /// reports memory pressure (PSI), the whole pool is freed as soon as processes have to wait
     /// for memory. Default: 0, nothing is kept.
     pub fn pool_bytes(mut self, bytes: u64) -> Self {
@@ -241,7 +243,7 @@ impl LoaderBuilder {
     /// explicit number stays fixed.
     ///
     /// If a thread waits more than a second for a file whose server does not answer, another
-    /// thread takes its place. At most 64 threads are replaced in this way.
+    /// thread takes its place. At most 64 threads are replaced in this way at the same time.
     pub fn allocator_threads(mut self, threads: usize) -> Self {
         self.settings.allocators_are_chosen = true;
         self.settings.allocator_threads = threads;

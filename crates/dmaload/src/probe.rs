@@ -1,5 +1,5 @@
-//! Finds out what this machine offers a load, for tools that diagnose problems, such as `dmaload
-//! doctor`.
+//! Finds out what this machine offers a load, for tools that diagnose problems, such as
+//! `dmaload doctor`.
 //!
 //! Each function tries or measures what a load would, in the same way, and leaves nothing behind.
 //! None compares versions or looks for causes: that is left to the caller, who knows about sysctls
@@ -58,9 +58,9 @@ pub struct File {
 /// with a [`crate::LoadOptions::route`] or [`crate::Prefer::Cpu`] never measure.
 pub const MEASURED_BYTES_MIN: u64 = ways::MEASURED_BYTES_MIN;
 
-/// The size in bytes of the largest usual piece, the unit in which a load allocates, registers and
-/// fills memory. Pieces are larger if the heap allocates whole segments at once, and in loads of
-/// several TiB.
+/// The size in bytes of the largest usual piece, the unit in which a load registers and fills
+/// memory. Pieces are larger if the heap allocates whole segments at once, and in loads of several
+/// TiB.
 pub const PIECE_BYTES_MAX: u64 = BATCH_BYTES;
 
 impl File {

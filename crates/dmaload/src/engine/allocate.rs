@@ -33,9 +33,9 @@ type Prepared = (Arc<Backing>, Option<Arc<dyn Sink>>);
 const FREEING_TIME: Duration = Duration::from_secs(10);
 
 impl Engine {
-    /// Opens a batch's files, gets its memory, and passes its pieces to the ring thread. If any of
-    /// this fails, the load fails. Dropping `permit` and `advance` returns what the batch does not
-    /// use of them.
+    /// Opens a batch's files, gets its memory, and passes its pieces to the ring thread. If one of
+    /// these steps fails, the load fails. Dropping `permit` and `advance` returns the part of them
+    /// that the batch does not use.
     pub(super) fn allocate(
         self: &Arc<Self>,
         load: &Arc<LoadShared>,
@@ -97,9 +97,10 @@ impl Engine {
                 Way::Direct | Way::Buffered => route,
             };
             if route == Route::UringBuffered {
-                // Threads settle a range before they read it. The ring thread must not block, so
-                // its ranges are settled here. A failure is ignored: these bytes are then read as
-                // they would be without settling.
+                // Settling may wait for a writer or a writeback, and the ring thread must not
+                // block, so the ranges that it reads are settled here. (Threads settle a range
+                // themselves before they read it.) A failure is ignored: the bytes are then read
+                // without having been settled.
                 self.jobs.begin_file(worker);
                 let _ = file.settle(&(piece.file_offset..piece.file_offset + piece.bytes));
             }
@@ -211,8 +212,8 @@ impl Engine {
                     load.heap()
                 )));
             }
-            // The access ends when the segment is exported. A dma-buf that is never exported is
-            // closed with the access open, which is allowed.
+            // The access ends in `Backing::export`. A dma-buf that is never exported, because its
+            // load fails or is dropped, is closed with the access open, which is allowed.
             dma_buf.begin_cpu_access(Access::ReadWrite).map_err(refused)?;
         }
         let mapping = allocation.range.map(&memory, at, bytes).map_err(refused)?;
@@ -278,8 +279,9 @@ struct OpenPart {
     cached: CachedChunks,
 }
 
-/// Chooses how a batch is read. A batch that is wholly in the page cache is copied like a staged
-/// one, so its memory need not be populated ahead.
+/// Chooses how a batch is read, and stops measuring if any of it is in the page cache. A batch
+/// that is wholly in the page cache is copied like a staged one, so its memory need not be
+/// populated ahead.
 fn batch_way(load: &LoadShared, allocation: &Allocation, sources: &[OpenPart]) -> Way {
     if sources.iter().any(|source| !source.cached.is_empty()) {
         load.cannot_measure();

@@ -27,8 +27,8 @@ fn limit() -> u64 {
     Limit::OpenFiles.current().unwrap_or(u64::MAX)
 }
 
-/// How many files may be open with this limit of descriptors. Each file takes two. If descriptors
-/// are scarce, a quarter of them is for files.
+/// How many files may be open with this limit of descriptors. Each file takes two: one for direct
+/// reads and one for buffered reads. If descriptors are scarce, a quarter of them is for files.
 fn files_within(limit: u64) -> u64 {
     let most = 4 * BATCH_FILES as u64;
     if limit < 4 * most { (limit / 8).max(1) } else { most }

@@ -169,8 +169,8 @@ impl Guard {
         let shared = Arc::new(LoadShared::new(id, options, keep, inputs, &engine.facts, Arc::clone(&engine.counters), events));
         let submit = || engine.jobs.submit(id, Arc::clone(&shared));
         if let Err(error) = checked.and_then(|()| submit().then_some(()).ok_or_else(|| engine.end_reason())) {
-            // The load holds nothing yet and is not registered anywhere, so this thread delivers
-            // the error to its consumer.
+            // The scheduler does not know the load, so no other thread can deliver to its
+            // consumer. This thread therefore does.
             let mut remains = vec![shared.fail(error)];
             assert_eq!(shared.deliver(&mut remains), HandOverStatus::Over, "a load that has failed is over");
         }
@@ -202,7 +202,8 @@ impl Guard {
     pub(crate) fn abandon(&self, load: Arc<LoadShared>) {
         load.record_drop();
         self.engine.abandon(&load);
-        // A worker closes its files and unmaps its addresses: the caller may be an async task.
+        // A worker closes its files and unmaps its addresses, because both may block and the
+        // caller may be an async task.
         self.engine.defer_drop(load.id, load.take_remains_if_over());
         self.engine.jobs.defer_drop(DropKey::Files(load.id), load);
     }

@@ -6,8 +6,9 @@ use crate::error::{Error, Result};
 use crate::memory::heap::Heap;
 use crate::support::foreign::{self, Foreign};
 
-/// The heap, which may be the caller's code. Held by the caller's handles and by threads that may
-/// run the caller's code; never by the ring thread or the teller.
+/// The heap, which may be the caller's code. Held by the caller's handles, by the workers and the
+/// thread that starts them, and by copiers while they populate memory; never by the ring thread or
+/// the teller.
 #[derive(Debug, Clone)]
 pub(crate) struct HeapCode(Arc<Foreign<Arc<dyn Heap>>>);
 
@@ -36,7 +37,7 @@ impl HeapCode {
         WeakHeap(Arc::downgrade(&self.0))
     }
 
-    /// Calls the heap, which must not happen under a lock.
+    /// Calls the heap. Must not be called under a lock, because the heap may be the caller's code.
     ///
     /// # Errors
     /// [`Error::Panicked`] if the heap panicked.

@@ -5,9 +5,10 @@
 //! tests in `tests` with every interleaving of their threads, up to three preemptions.
 //!
 //! Workers also drop the files and memory of loads that are over. Closing a file may block, so at
-//! most one worker at a time closes a load's files. A thread that sleeps in [`Jobs::watch`] finds
-//! workers that have waited too long for files (see [`super::workers`]) and, while loads wait to
-//! be opened, silent file systems.
+//! most one worker at a time closes a load's files.
+//!
+//! A thread that sleeps in [`Jobs::watch`] finds workers that have waited too long for files (see
+//! [`super::workers`]) and, while loads wait for others to end, silent file systems.
 
 use std::any::Any;
 use std::collections::{HashMap, VecDeque};
@@ -64,7 +65,7 @@ struct Schedule<T> {
     since: Instant,
     /// How many bytes each worker is allocating.
     allocating: HashMap<WorkerId, u64>,
-    /// Whether the pace has grown, and the additional worker was not hired yet.
+    /// Whether the pace has grown and the additional worker has not been hired yet.
     growing: bool,
     /// Whether the watching thread sleeps until a worker has to wait for a file, or a load has to
     /// wait for other loads to end.
@@ -205,7 +206,8 @@ impl<T: Clone> Jobs<T> {
     pub(super) fn give_back(&self, load: LoadId, need: Need) {
         let mut schedule = self.schedule();
         schedule.scheduler.give_back(&load, need);
-        // A load that did not count as open may count again.
+        // If the permit's file system was silent, its loads count as open again, so waiting loads
+        // may lack places.
         self.wake_watch_for_places(&mut schedule);
         drop(schedule);
         self.changed.notify_one();
@@ -372,7 +374,8 @@ impl<T: Clone> Jobs<T> {
         None
     }
 
-    /// Finds silent file systems and stalled workers, and suspends the loads of these workers.
+    /// Finds silent file systems and stalled workers, suspends the loads of these workers, and
+    /// hires the workers that are missing.
     fn find_stalled(&self, schedule: &mut Schedule<T>, now: Instant) -> WatchReport {
         if schedule.next_silence_check(now) == Some(Duration::ZERO) {
             schedule.silence_checked_at = now;

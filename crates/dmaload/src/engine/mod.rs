@@ -15,9 +15,10 @@
 //! caught at the call (see [`crate::support::foreign`]).
 //!
 //! The engine decides which job is next, and runs it on one of its threads. It does no I/O itself:
-//! [`crate::files`] opens files, [`crate::memory`] allocates, and [`crate::ring`] reads. It
-//! requires threads and one eventfd. The kernel may refuse any other feature: a load that is
-//! not strict then does without it, and reports that.
+//! [`crate::files`] opens files, [`crate::memory`] allocates, and [`crate::ring`] reads.
+//!
+//! It requires threads and one eventfd. The kernel may refuse io_uring, `O_DIRECT` or huge pages:
+//! a load that does not require the refused one continues without it, and reports that.
 //!
 //! Shutdown: the engine closes when its [`Guard`] is dropped, or on request. Running loads fail.
 //! The ring thread drains its reads and ends, then the workers end. The teller ends last, after it
@@ -221,8 +222,8 @@ impl Engine {
         for load in &loads {
             self.defer_drop(load.id, [load.fail(self.end_reason())]);
         }
-        // If a panic in the scheduler led here, it may panic again. The loads have already failed,
-        // and the remaining steps must still be done.
+        // If a panic in the scheduler led here, the scheduler may panic again. The loads have
+        // already failed, and the remaining steps must still be done.
         let _ = foreign::call(|| loads.iter().for_each(|load| self.abandon(load)));
         self.mailbox.push(loads.iter().cloned().map(Message::Deliver));
         for load in loads {

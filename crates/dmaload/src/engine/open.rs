@@ -57,7 +57,8 @@ impl Engine {
             let error = Error::OverLimit { wanted_bytes: tensor_bytes, limit_bytes, why: "the memory of a tensor" };
             let _ = load.tensor_over_limit.set(error);
         }
-        // Only a stream can exceed the limit here: a kept load was checked before planning.
+        // Only a stream can exceed the limit here: `check_size` has refused any load that keeps
+        // all its segments and would exceed it.
         if reserved_bytes > limit_bytes {
             self.fail(load, Error::OverLimit { wanted_bytes: reserved_bytes, limit_bytes, why: "a segment" });
             return self.jobs.end();
@@ -96,8 +97,9 @@ impl Engine {
             let direct = start < Route::Bounce || start == Route::UringBuffered && !load.is_observed_in_staging();
             return Choosing::fixed(if direct { Way::Direct } else { Way::Staged });
         }
-        // This heap populates memory when it allocates it, so memory is always ready before its
-        // reads. Whether it can be pinned becomes known only with the first read into it.
+        // This heap allocates memory together with its pages, so there is nothing for copiers to
+        // populate. Whether the memory can be pinned becomes known only with the first read into
+        // it.
         if self.facts.allocates_at_once {
             return Choosing::fixed(Way::Direct);
         }
@@ -292,7 +294,8 @@ fn count_allocations(lengths: &[u64], segment_bytes: u64, packed: bool) -> u64 {
     let shape = Shape { layout: Layout::Segmented, segment_bytes, batch_bytes: segment_bytes, packed, batch_files: 1 };
     let (small, large): (Vec<u64>, Vec<u64>) = lengths.iter().partition(|&&bytes| shape.shares_memory(bytes));
     let shared = small.into_iter().fold(0, u64::saturating_add);
-    // Up to a quarter of an allocation stays empty if the next file does not fit.
+    // Only files of up to a quarter of a segment share allocations, so at most a quarter of an
+    // allocation stays empty because the next file does not fit.
     shared.div_ceil(segment_bytes / 4 * 3) + shape.count_pieces(large.into_iter())
 }
 
@@ -334,7 +337,8 @@ fn check_importer(plan: &Plan, limits: ImporterLimits) -> Result<()> {
     Ok(())
 }
 
-/// Starts the verifier, now that the lengths of the files are known.
+/// Starts the verifier, now that the lengths of the files are known. Refuses to verify or observe
+/// a model inside another file.
 fn begin_verifying(load: &LoadShared, files: &[FilePlan]) -> Result<()> {
     if load.observation.is_some() && load.sources().iter().any(|source| source.part.is_some()) {
         return Err(Error::Config("a model inside another file can't be verified or observed".to_owned()));
@@ -481,8 +485,8 @@ fn starting_route(load: &LoadShared) -> Result<Route> {
     Ok(route)
 }
 
-/// The best route for reads into staging: through a ring, unless a lower direct route was
-/// requested.
+/// The best route for reads into staging: the requested one if it is above bounce, otherwise the
+/// best of all.
 pub(super) fn staged_by(options: &LoadOptions) -> Route {
     options.route.filter(|&route| route < Route::Bounce).unwrap_or(Route::UringFixedDirect)
 }
@@ -504,7 +508,8 @@ pub(super) struct FileRoute {
 /// refused, if a ring must not read the file, or if [`best_route`] is lower.
 ///
 /// # Errors
-/// [`Error::Refused`] if the load is strict and `from` was refused.
+/// [`Error::Refused`] if the load is strict and `from` was refused; for [`Route::Bounce`], if its
+/// reads into staging were refused a ring.
 pub(super) fn route_for(file: &OpenFile, index: usize, offset: u64, load: &LoadShared, from: Route) -> Result<FileRoute> {
     let strict = load.options.strict;
     let staged_by = staged_by(&load.options);

@@ -193,7 +193,8 @@ impl Waiter {
                     self.unregister();
                     return Poll::Ready(Ok(found));
                 }
-                // Checked once more after registering, so no event is missed in between.
+                // `look` runs again after registering, so an event that arrived in between is not
+                // missed.
                 Err(interest) if registered == Some(interest) => return Poll::Pending,
                 Err(interest) => {
                     self.register(interest, context.waker());

@@ -20,8 +20,9 @@
 //! not count as open if the stalled job is the one that opens it.
 //!
 //! A file system is *silent* while it holds permits of the window and has not returned any for a
-//! long time ([`Scheduler::find_silent_file_systems`]). Up to [`MOST_SILENT`] of its loads don't
-//! count as open either: otherwise they would keep loads of other file systems from being opened.
+//! long time ([`Scheduler::find_silent_file_systems`]). Loads of silent file systems, up to
+//! [`MOST_SILENT`] in total, don't count as open either: otherwise they would keep loads of other
+//! file systems from being opened.
 
 use std::collections::VecDeque;
 
@@ -45,7 +46,7 @@ pub(crate) enum Job<L> {
     MakeRoom(L, u64),
 }
 
-/// The resources that a batch holds until it is full; the contents of its permit.
+/// The resources that are taken for a batch: those of its permit, and its bytes of the budget.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Need {
     /// Bytes of the window.
@@ -86,7 +87,8 @@ pub(crate) struct LoadNeeds {
 }
 
 impl LoadNeeds {
-    /// The file system of the load, if its consumer keeps the whole load.
+    /// The file system of the load's first batch; `None` for a stream and for a load without
+    /// batches.
     fn kept_from(&self) -> Option<u64> {
         self.batches.first().filter(|_| self.ahead_bytes.is_none()).map(|need| need.file_system)
     }
@@ -439,8 +441,8 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         }
     }
 
-    /// Removes a load that failed or was dropped. The caller knows whether it was opened; if so,
-    /// it must also call [`Self::end`].
+    /// Removes a load that failed or was dropped. If the load counts as open, [`Self::end`]
+    /// returns its place separately.
     pub(crate) fn forget(&mut self, load: &L) {
         self.waiting.retain(|other| other != load);
         self.urgent.retain(|job| job.load() != load);

@@ -13,9 +13,11 @@ use crate::support::convert::to_usize;
 
 /// Default window: bytes that may be allocated and not yet filled, across all loads.
 pub(crate) const WINDOW_BYTES: u64 = 128 << 20;
-/// Default maximum number of reads in flight, across all loads.
+/// Default maximum number of reads in flight, across all loads. A file system may have 33 of them,
+/// and a single load 32: 64 MiB in chunks of the default size.
 pub(crate) const QUEUE_DEPTH: usize = 44;
-/// Default initial size of staging.
+/// Default initial size of staging. Staging that exceeds the processor's cache is a third slower,
+/// and 32 MiB were slower even with 260 MiB of L3 cache.
 pub(crate) const STAGING_BYTES: u64 = 16 << 20;
 /// The size of a staging slot: that of a huge page and of a default chunk. Several slots fit into
 /// a processor's cache.

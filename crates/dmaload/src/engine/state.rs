@@ -58,8 +58,8 @@ pub(crate) struct LoadShared {
     allocates_at_once: bool,
     heap_is_own: bool,
     pub(crate) observation: Option<Observation>,
-    /// The verifier's description of itself. Set during planning, because it comes from the
-    /// caller's code.
+    /// The verifier's description of itself. Requested during planning, because it comes from the
+    /// caller's code, which must not run when the report is made under the lock.
     pub(crate) verified: OnceLock<String>,
     started: Instant,
     planned_bytes: AtomicU64,
@@ -299,7 +299,6 @@ impl LoadShared {
         if self.is_observed_in_staging() { requested.max(Route::Bounce) } else { requested }
     }
 
-    /// Whether the load is over.
     pub(crate) fn is_over(&self) -> bool {
         self.abandoned.load(Ordering::Acquire) || self.state().is_over()
     }
@@ -369,7 +368,6 @@ impl LoadShared {
         (pieces, needs)
     }
 
-    /// Sets how its batches are read.
     pub(crate) fn set_choosing(&self, choosing: Choosing) {
         *self.choosing() = choosing;
     }

@@ -36,13 +36,13 @@ fn block_on<T>(future: impl Future<Output = T>) -> T {
     runtime.block_on(async { tokio::time::timeout(Duration::from_secs(10), future).await.expect("the future completes in time") })
 }
 
-/// A broken invariant of the driver: no load hangs, and each one reports the reason.
+/// Simulates a broken invariant of the driver: no load hangs, and each one reports the reason.
 #[test]
 fn ring_thread_panic_fails_all_loads_with_its_message() {
     assert_panic_fails_all_loads("the ring thread", |engine| engine.ring.panic());
 }
 
-/// The thread that panics is the one that delivers the ends of loads.
+/// The teller must go on after its panic, because it delivers the ends of loads.
 #[test]
 fn teller_panic_fails_all_loads_with_its_message() {
     assert_panic_fails_all_loads("the teller thread", |engine| engine.mailbox.push([Message::Panic]));

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use super::mailbox::Mailbox;
 
-/// The number of threads that have not ended. The teller, which ends after them, and the reaper
-/// are not counted.
+/// The number of these threads that have not ended: the ring thread, the workers, and the threads
+/// that watch the workers and memory pressure. The teller ends after all of them.
 #[derive(Debug, Default)]
 pub(super) struct Threads {
     count: Mutex<usize>,

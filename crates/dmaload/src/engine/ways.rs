@@ -93,8 +93,8 @@ impl Phase {
 impl Trial {
     fn new(ways: Ways, pages: Pages) -> Self {
         let phase_bytes = if pages == Pages::Small { SMALL_PAGES_PHASE_BYTES } else { PHASE_BYTES };
-        // Direct comes first: memory prepared ahead would make it seem faster, and at the start of
-        // a load none has been prepared.
+        // Direct comes first: memory prepared ahead would make direct reads seem faster, and at
+        // the start of a load none has been prepared.
         let tried = [Way::Direct, Way::Staged, Way::Buffered].into_iter().filter(|&way| ways.allows(way));
         Trial { phase_bytes, expected: ways.expected, phases: tried.map(|way| (way, Phase::default())).collect() }
     }
@@ -152,7 +152,7 @@ impl Trial {
     }
 }
 
-/// Returns the fastest way, or the expected one if it is about as fast.
+/// Returns the fastest way, or the expected one if no way is faster than it by [`MARGIN`].
 fn choose_way(expected: Way, rates: impl Iterator<Item = (Way, f64)> + Clone) -> Way {
     let expected_rate = rates.clone().find(|&(way, _)| way == expected).map_or(0.0, |(_, rate)| rate);
     let fastest = rates.max_by(|(_, one), (_, other)| one.total_cmp(other));
@@ -258,9 +258,12 @@ impl Choices {
         Choices { pages, mounts: HashMap::new(), trying: None }
     }
 
-    /// The ways for loads from a file system, with the one expected to be faster. On small pages,
-    /// populating is slow, so reads should not wait for it; on large pages, direct reads cost
-    /// less. A server that may answer slowly needs more reads in flight than staging has room for.
+    /// The ways for loads from a file system, with the one expected to be the fastest.
+    ///
+    /// On small pages, staged reads are expected to be the fastest, because they do not wait until
+    /// memory is populated, which is slow. On large pages, direct reads are, because they save the
+    /// copy. A server that may answer slowly needs more reads in flight than staging has room for,
+    /// so direct reads are expected to be the fastest there.
     pub(crate) fn ways(&self, may_be_slow: bool, buffered: bool) -> Ways {
         let expected = if self.pages == Pages::Small && !may_be_slow { Way::Staged } else { Way::Direct };
         Ways { expected, buffered }

@@ -42,7 +42,7 @@ impl Engine {
                 let loads = stalled.into_iter().map(|task| task.load).collect();
                 self.mailbox.push([Message::Stalled { loads, is_exhausted }]);
             }
-            // A failed start is retried each time, but reported once.
+            // The next check retries a failed start, but only the first failure is reported.
             if let Some(error) = error.filter(|_| !refused) {
                 refused = true;
                 self.mailbox.push([Message::NoSubstitute { error }]);
@@ -103,7 +103,8 @@ impl Engine {
     fn check(&self, load: &Arc<LoadShared>, file: usize) {
         // `None` when the load is over.
         let Some((open, identity)) = load.take_file(file) else { return };
-        // The header of a large file was read during planning.
+        // Only for a small file, whose header is read from its memory: the header of a large file
+        // was read during planning.
         let checked = load.whole_file(file).map_or(Ok(None), |bytes| {
             let tensors = find_header(&open, bytes.as_ref(), load.options.format)?;
             let source = load.sources().get(file).expect("only planned files are checked");
@@ -133,9 +134,11 @@ impl Engine {
         let Some((backing, moves)) = load.full_memory(number) else { return };
         let start = Instant::now();
         for slot in &moves {
-            // SAFETY: the driver has returned all pieces of the allocation, so it is filled and
-            // nothing writes to it. Its segments are created only after `record_finished_memory`,
-            // so nothing reads it.
+            // SAFETY: an allocation is finished only once its `pieces_left` is 0: the driver has
+            // returned all of its pieces, so it is filled and nothing else writes to it. Nothing
+            // reads it: `is_ready` is false until `record_finished_memory`, so it has no segments
+            // yet; and only the layout `tensors` moves bytes, which has no small files for `check`
+            // to read from memory.
             unsafe { backing.move_down(slot) };
         }
         let export = |memory: &Memory| {

@@ -1,11 +1,14 @@
 //! The worker threads and what they wait for. Pure bookkeeping, under the lock of [`super::jobs`].
 //!
 //! A worker that opens, checks or closes a file waits for that file's server (FUSE, a network file
-//! system), which may never answer. A worker that has waited longer than [`STALLED_AFTER`] is
-//! *stalled*: it no longer counts, so another one takes its place. Until the server has answered,
-//! the load that it works for gets no further jobs that may wait for files. Thus a load whose
-//! server hangs keeps the workers that it already has, and takes no others. When a stalled worker
-//! resumes, a surplus one ends.
+//! system), which may never answer. A worker that has waited longer than [`STALLED_AFTER`]
+//! ([`NEXT_STALLED_AFTER`] while another is stalled) is *stalled*: it no longer counts, so another
+//! one takes its place, up to [`MOST_SUBSTITUTES`]. When a stalled worker resumes, a surplus one
+//! ends.
+//!
+//! Until the server has answered, the load of a stalled worker gets no further jobs that may wait
+//! for files. Thus a load whose server hangs keeps the workers that already wait for it, and takes
+//! no others.
 //!
 //! Each file of a batch counts as progress, so a worker is not stalled just because its batch has
 //! many files.
@@ -16,8 +19,8 @@ use std::time::{Duration, Instant};
 use crate::support::id::LoadId;
 
 /// How long a worker may wait for a file before it counts as stalled. A local file system answers
-/// within milliseconds, even if its disk is busy. A worker that is wrongly considered stalled only
-/// costs an extra thread for a while.
+/// within milliseconds, even if its disk is busy. Until its file is answered, a worker that is
+/// wrongly considered stalled costs an extra thread and delays its load's jobs that need files.
 pub(super) const STALLED_AFTER: Duration = Duration::from_secs(1);
 
 /// Replaces [`STALLED_AFTER`] while a worker is already stalled: others may wait for the same

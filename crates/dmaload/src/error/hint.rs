@@ -119,7 +119,7 @@ const ALL_OPEN_FILES: &str = "the machine's limit of open files is reached: rais
 const ALL_ADDRESSES: usize = 1 << 47;
 
 /// What to do if memory is refused. The failed step shows what ran out: ENOMEM from mapping means
-/// address space, and ENOMEM from populating means memory.
+/// address space or mappings, and ENOMEM from any other step means memory.
 fn memory_hint(heap: &str, refusal: &HeapError) -> Option<&'static str> {
     let maps = ["reserve", "map", "move", "allocate a staging"].iter().any(|step| refusal.operation.starts_with(step));
     Some(match refusal.errno {

@@ -52,7 +52,8 @@ pub enum ErrorKind {
     NotLoaded,
     /// The file changed after the load began. Load it again when nothing is writing to it.
     Changed,
-    /// The bytes differ from what was expected. Don't use them; download the file again.
+    /// The bytes differ from what was expected, or an observer rejected them. Don't use them;
+    /// download the file again.
     Corrupt,
     /// The machine, its memory cgroup, or the process's address space is too small. Free memory
     /// and try again, or stream the load.
@@ -75,8 +76,8 @@ pub enum ErrorKind {
     /// where an importer can map it. Use its parts, copy it, or load with another
     /// [`crate::Layout`].
     Placement,
-    /// Views of the bytes and a handed-out dma-buf exclude each other. Drop the views first, or
-    /// read through [`crate::Segment::cpu_access`].
+    /// Bytes can't be viewed and be handed out, as a dma-buf or as private memory, at the same
+    /// time. Drop the views first, or read through [`crate::Segment::cpu_access`].
     InUse,
     /// A server or a client of shared images failed ([`crate::share`]).
     Share,
@@ -99,8 +100,8 @@ impl Error {
             },
             Error::Start { errno, .. } => kind_of(*errno),
             Error::Memory { refusal, .. } => kind_of(refusal.errno),
-            // ESTALE means that a network file was replaced, and ENOMEM that no thread could be
-            // started for the read.
+            // ESTALE means that a network file was replaced, and ENOMEM that the kernel had no
+            // memory for the read or that no thread could be started for it.
             Error::Read { errno: Errno::ESTALE, .. } => ErrorKind::Changed,
             Error::Read { errno: Errno::ENOMEM, .. } => ErrorKind::OutOfMemory,
             Error::Read { .. } | Error::Ring { .. } => ErrorKind::Io,

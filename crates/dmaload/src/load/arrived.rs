@@ -1,4 +1,4 @@
-//! What a kept load has delivered so far: its files, its segments, and how it ended.
+//! What a load that keeps all its segments has delivered so far: files, segments, and its end.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::files::source::SourceFile;
 use crate::memory::segment::Segment;
 
-/// The files, segments and end of a kept load, as far as they have arrived.
+/// The files, segments and end of a load, as far as they have arrived.
 #[derive(Debug, Default)]
 pub(super) struct Arrived {
     segments: Vec<Segment>,
@@ -103,7 +103,8 @@ impl Files {
     fn add(&mut self, segment: &Segment) {
         let file = self.list.get_mut(segment.file_index()).expect("a segment belongs to a file of its load");
         if !file.about.is_known {
-            // The file was checked and its header read before its first segment was handed over.
+            // Only small files are unknown, and each is one segment. A file is checked before its
+            // last segment is handed over, and the check of a small file reads its header.
             file.about.tensors = segment.file_tensors().cloned();
             file.about.is_known = true;
             self.unknown -= 1;

@@ -37,7 +37,7 @@ impl Feed {
 
     /// Reports that the consumer of a stream has taken a segment, so its load may continue.
     pub(super) fn consumed(&self, segment: &Segment) {
-        // Kept loads never wait for their consumer.
+        // A load that keeps all its segments never waits for its consumer.
         if let Some(load) = self.shared.as_ref().filter(|load| !load.keep) {
             self.guard.consumed(load.id, segment.memory_bytes() as u64);
         }

@@ -27,9 +27,10 @@ use crate::support::park;
 ///   it is complete.
 /// - [`Load::finish`], or awaiting the load itself, returns the [`Image`].
 ///
-/// Dropping it cancels the load: no new reads start, reads in flight are drained in the
+/// Dropping a `Load` cancels it: no new reads start, reads in flight are drained in the
 /// background, and then its memory is freed. Segments and tensors already handed over stay valid.
-/// Until it is dropped, the load holds all its segments. It closes each file once that file is
+///
+/// Until it is dropped, a `Load` holds all its segments. It closes each file once that file is
 /// read and checked.
 #[derive(Debug)]
 #[must_use = "dropping a load cancels it"]
@@ -89,12 +90,13 @@ impl Load {
     /// [`Tensor::is_contiguous`].
     ///
     /// The names of a file's tensors are known once its header is read; a small file is read as a
-    /// whole, so its names arrive with its bytes. For several files, the model's index decides
-    /// which file has the tensor. If the model has no index, or its index does not list the name,
-    /// the tensor is returned only after the headers of all files are read, because another file
-    /// may have a tensor of the same name. Whether a model of several files is complete may be
-    /// known only at the end of the load. If it is incomplete, the load fails, even if tensors
-    /// were already returned.
+    /// whole, so its names arrive with its bytes.
+    ///
+    /// For several files, the model's index decides which file has the tensor. If the model has no
+    /// index, or its index does not list the name, the tensor is returned only after the headers
+    /// of all files are read, because another file may have a tensor of the same name. Whether a
+    /// model of several files is complete may be known only at the end of the load. If it is
+    /// incomplete, the load fails, even if tensors were already returned.
     ///
     /// As with segments, a change to a file during the load is detected when the file has been
     /// read. A tensor may be returned before that, and the load may fail afterwards. Once the load
@@ -105,8 +107,8 @@ impl Load {
     ///
     /// A [memory limit](crate::LoaderBuilder::memory_limit_bytes) never stops a load between two
     /// tensors, whatever order they are requested in, because all its memory is reserved before
-    /// the first byte is read. Until then, this can wait for memory of other loads, even if the
-    /// caller itself holds that memory.
+    /// the first byte is read. Before that, a call can wait for memory of other loads to be
+    /// dropped, even if the caller itself holds that memory.
     ///
     /// Cancel-safe: dropping the future loses nothing and does not cancel the load.
     ///
@@ -136,10 +138,9 @@ impl Load {
     /// until the tensor has arrived.
     ///
     /// Don't call this from a thread with other work to do: on a worker of an async runtime, the
-    /// call stops all of that worker's tasks. Don't call it on the loader's own threads (in
-    /// wakers,
-    /// `tracing` subscribers, heaps, verifiers or observers) either, because the load may need the
-    /// thread that waits.
+    /// call stops all of that worker's tasks. Nor call it on the loader's own threads (in wakers,
+    /// `tracing` subscribers, heaps, verifiers or observers), because the load may need the thread
+    /// that waits.
     ///
     /// # Errors
     /// Those of [`Self::tensor`].

@@ -343,7 +343,7 @@ impl Tensor {
         self.file.private_memory(self.file_range())
     }
 
-    /// Copies the tensor's bytes, also if they are not contiguous.
+    /// Copies the tensor's bytes, even if they are not contiguous.
     ///
     /// # Errors
     /// Those of [`Segment::bytes`].
@@ -366,8 +366,8 @@ impl Tensor {
     }
 
     /// Hands out the dma-buf that holds all of the tensor, which revokes views of its segment
-    /// **permanently**: see [`Segment::hand_out_dma_buf`]. The tensor's offset in the dma-buf is
-    /// in its parts ([`TensorPart::memory_offset`]).
+    /// **permanently**: see [`Segment::hand_out_dma_buf`]. [`Self::parts`] says where in the
+    /// dma-buf the tensor begins ([`TensorPart::memory_offset`]).
     ///
     /// # Errors
     /// [`Error::Straddles`] if the tensor spans several segments, or none because it is empty;

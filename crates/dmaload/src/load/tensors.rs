@@ -174,7 +174,7 @@ impl Tensors {
         for file in &mut self.files {
             file.queue_complete(&mut self.ready);
         }
-        // Return the tensors of files that were not read at all, because they have no bytes.
+        // Files without segments were not read: their tensors have no bytes.
         for file in self.segments.finished_files().iter().filter(|file| !file.has_segments) {
             let Some(tensors) = &file.tensors else { continue };
             let image =

@@ -172,8 +172,8 @@ fn files_of_a_load_are_dropped_by_one_worker_at_a_time() {
     });
 }
 
-/// Counts, in the second number, the values that were dropped while no other value was being
-/// dropped.
+/// Counts the values that are being dropped, and those whose drop began while no other value was
+/// being dropped.
 struct Closes(Arc<(AtomicUsize, AtomicUsize)>);
 
 impl Drop for Closes {

@@ -123,8 +123,7 @@ fn silent_loads_do_not_count_as_open() {
     assert!(scheduler.find_silent_file_systems());
     assert_eq!(drain(&mut scheduler), [20, 21].map(Job::Open));
     assert!(!scheduler.find_silent_file_systems(), "file system 1 was already silent");
-    // The silent loads count again once a permit is returned: now two more loads count than may be
-    // open.
+    // Once a permit is returned, the silent loads count as open again: two more than may be open.
     scheduler.submit(22);
     scheduler.give_back(&1, need_from(1, 10));
     assert!(scheduler.lacks_places());
@@ -353,7 +352,7 @@ fn stalled_load_gets_no_job_that_may_wait_for_files() {
 
 #[test]
 fn stalled_opening_does_not_block_later_loads() {
-    // Memory is limited, so loads start in order of arrival; and only one may be open.
+    // Memory is limited, so loads start in order of arrival. Only one may be open.
     let mut scheduler = Scheduler::new(1000, 40, 100, 1);
     (1..4).for_each(|load| scheduler.submit(load));
     assert_eq!(drain(&mut scheduler), [Job::Open(1)]);

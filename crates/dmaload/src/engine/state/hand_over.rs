@@ -44,9 +44,10 @@ pub(crate) struct WholeFile {
 
 impl AsRef<[u8]> for WholeFile {
     fn as_ref(&self) -> &[u8] {
-        // SAFETY: `LoadShared::whole_file` creates this only for files whose pieces were all
-        // returned by the driver, so their memory is filled. Nothing writes to it
-        // before it is handed over, which happens only after its file's check.
+        // SAFETY: `LoadShared::whole_file` creates this only for small files whose pieces were all
+        // returned by the driver, so their memory is filled. Nothing writes to the memory before
+        // it is handed over, which happens only after this file's check: only the layout
+        // `tensors`, which has no small files, moves bytes within filled memory.
         unsafe { self.backing.filled(self.range.clone()) }
     }
 }
@@ -335,8 +336,8 @@ impl LoadShared {
         let backing = backing.expect("an allocation that is ready exists until its last segment is handed over");
         if index == sharing.start {
             self.seal(&backing)?;
-            // Only with the first segment: its consumer may hand out the memory before the second
-            // segment is created.
+            // Only with the first segment: its consumer may hand out the memory, which forbids
+            // reuse, before the second segment is created.
             backing.allow_reuse();
             backing.allow_fork();
         }
@@ -352,19 +353,20 @@ impl LoadShared {
             memory_offset: to_usize(planned.memory_offset),
             memory_bytes: to_usize(planned.memory_bytes),
         };
-        // SAFETY: `pieces_left` of the allocation is 0, so the driver has returned all of its
-        // pieces: all bytes were read, and no read is in flight. Pieces drop their reference to
-        // the backing without reading it, and the cell's reference is only used for segments like
-        // this one. A memfd is sealed, or one of our own heaps created it; any other holder of the
-        // memory is bound by the contract of `Heap`.
+        // SAFETY: the allocation is ready (`is_ready`). Its `pieces_left` is 0, so the driver has
+        // returned all of its pieces: all bytes were read, and no read is in flight. It is not
+        // `unfinished`, so all moves are done. The other references to the backing, those of the
+        // cell and of returned pieces, are not used to write. A memfd was sealed with the first
+        // segment, or one of our own heaps created it and keeps no second descriptor; any other
+        // holder of the memory is bound by the contract of `Heap`.
         Ok(Some((unsafe { Segment::new(place, Arc::clone(&self.heap), backing) }, last)))
     }
 
     /// Seals a memfd against writes, before any segment in it is shown.
     ///
     /// # Errors
-    /// If it can't be sealed, so another holder of its descriptor could write to bytes that are
-    /// shown.
+    /// If the memfd can't be sealed: another holder of its descriptor could write to bytes that
+    /// are shown.
     fn seal(&self, backing: &Backing) -> Result<(), dmabuf::Error> {
         let Some(memfd) = backing.memfd() else { return Ok(()) };
         match memfd.seal_against_writes() {

@@ -24,7 +24,7 @@ use crate::telemetry::metrics::increment;
 use crate::telemetry::report::{FileReport, Report};
 use crate::telemetry::trace::{TraceEvent, TraceKind};
 
-/// The smallest number of bytes read through the page cache that is reported: 1 GiB.
+/// The smallest number of bytes read through the page cache that the log and the report mention.
 const PAGE_CACHE_NOTE_BYTES: u64 = 1 << 30;
 /// How many retries are noted individually. A dying disk causes thousands; the first few suffice.
 const RETRIES_NOTED_MAX: usize = 8;
