@@ -10,9 +10,11 @@
 //!
 //! The bytes of an observed load are observed in file order: each full piece or, on uncached
 //! memory, each chunk while it is in staging. Until then, a piece keeps its permit, and a chunk in
-//! staging its slot. The load can't deadlock, because reads of a load that is observed in staging,
-//! including retries, are issued in file order: among the chunks that hold slots, the first one
-//! waits for no other.
+//! staging its slot.
+//!
+//! Loads that are observed in staging can't deadlock. Their reads, including retries, are issued
+//! in file order, so whenever such a load takes a slot, its first unobserved chunk has one. That
+//! chunk waits for no other.
 //!
 //! Chunks in the page cache are copied from there, by the copiers. A cached chunk takes its turn
 //! like any other, in file order. If it was evicted in the meantime, it is read from storage.
@@ -355,8 +357,9 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         leaked
     }
 
-    /// Replaces a kernel that failed, after [`Self::give_up`]. The old one is leaked: closing it
-    /// would not end its reads.
+    /// Replaces a kernel that failed, after [`Self::give_up`]. The old one is leaked rather than
+    /// closed: closing a ring does not end its reads, so the memory that they write to could not
+    /// be freed anyway.
     pub(crate) fn replace_kernel(&mut self, kernel: K) {
         assert_eq!(self.reads.len() + self.pieces.len(), 0, "`give_up` was called before");
         self.buffer_slots = (0..kernel.buffer_slots()).rev().collect();
@@ -456,8 +459,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         let entry = self.pieces.get_mut(token).expect(PIECE);
         assert_eq!(entry.in_flight, 0, "a piece with all its bytes has no operation in flight");
         let tail = to_usize(entry.piece.bytes)..entry.buffer.bytes();
-        // SAFETY: `tail.start` is the length of the piece's bytes, which is at most the length of
-        // its buffer.
+        // SAFETY: `tail.start` is at most the length of the buffer: a plan has `piece.bytes` ≤
+        // `piece.memory_bytes`, which `enqueue_piece` has compared with the buffer's length.
         let after = unsafe { entry.buffer.address().add(tail.start) };
         // SAFETY: the buffer is valid for writes from `after` to its end, and no operation on it
         // is in flight.

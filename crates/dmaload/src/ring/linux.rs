@@ -40,8 +40,8 @@ use crate::support::id::LoadId;
 const BUFFER_SLOTS: u16 = 512;
 /// Maximum number of registered files. Further files are read by their descriptors.
 const FILE_SLOTS: u32 = 64;
-/// The user data of the ring's poll of the eventfd. No operation has this token, since its slot
-/// index would be 2^32 - 1.
+/// The user data of the ring's poll of the eventfd. No operation has this token: its slot index
+/// would be 2^32 - 1, and far fewer operations are in flight at once.
 const WAKE_USER_DATA: u64 = u64::MAX;
 
 /// See the module documentation.

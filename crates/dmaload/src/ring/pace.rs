@@ -34,8 +34,8 @@ const MOST_ALLOCATORS: usize = 8;
 /// device: they reached its limit, and a single thread reached an eighth of it.
 pub(crate) const FIRST_READERS: usize = 4;
 
-/// Maximum number of threads that read for one load: by default, a load may have that many reads
-/// in flight.
+/// Maximum number of threads that read for one load: as many as the reads that a single load may
+/// have in flight with the default queue depth, 44 (see [`crate::memory::window`]).
 pub(crate) const MOST_READERS: usize = 32;
 
 /// Maximum number of epochs to rest after a trial without gain: one epoch after the first such
@@ -44,7 +44,7 @@ const REST_EPOCHS_MAX: u32 = 16;
 
 /// Number of jobs after a pause that are not measured. While the window fills, jobs run as fast as
 /// memory can be allocated, whatever the device does. The number is one less than the six batches
-/// that a load's share of the default window holds.
+/// of 16 MiB that a load's share of the default window, 128 MiB, holds.
 const FILLING_JOBS: usize = 5;
 
 /// Maximum number of threads that copy on a machine with `cores` processors.

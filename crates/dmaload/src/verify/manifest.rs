@@ -81,9 +81,11 @@ impl fmt::Debug for ManifestFile {
 }
 
 impl Manifest {
-    /// Maximum size of a chunk: 1 MiB. Every chunk size divides it, and segments of whole files
-    /// begin at its multiples, so no chunk crosses into another segment, and each segment is
-    /// verified before it is handed over.
+    /// Maximum size of a chunk: 1 MiB.
+    ///
+    /// Every chunk size divides it, and segments of whole files begin at its multiples. No chunk
+    /// therefore crosses into another segment, so each segment can be verified before it is handed
+    /// over.
     pub const LARGEST_CHUNK_BYTES: u64 = 1 << 20;
     /// Minimum size of a chunk: 4 KiB.
     pub const SMALLEST_CHUNK_BYTES: u64 = 4096;
@@ -125,7 +127,7 @@ impl Manifest {
     }
 
     /// The shortest suffixes that tell the paths apart, all with the same number of components
-    /// unless a path is shorter.
+    /// unless a path is shorter. If no suffixes do, returns the longest ones.
     pub(super) fn shortest_names(paths: &[&Path]) -> Vec<PathBuf> {
         let ends = |depth: usize| -> Vec<PathBuf> {
             let end = |path: &&Path| {
