@@ -374,7 +374,8 @@ mod tests {
                 let plan = planned(&vec![5; 1000], Shape { batch_files, ..large_shape(batch_bytes) });
                 assert!(plan.batches.iter().all(|batch| batch.pieces.len() <= batch_files));
                 let fewest = 1000_usize.div_ceil(batch_files);
-                // A batch may end early, at the end of its memory or before a huge page.
+                // A batch may end early, at the end of its memory or at the boundary of a huge
+                // page.
                 assert!((fewest..fewest + 2 * plan.memories.len()).contains(&plan.batches.len()), "{}", plan.batches.len());
             }
         }

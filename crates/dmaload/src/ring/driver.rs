@@ -62,8 +62,8 @@ use crate::telemetry::metrics::ReadCounters;
 use crate::telemetry::trace::TraceKind;
 
 // If an entry is missing, an invariant is broken, and the driver panics with one of these
-// messages; the engine then fails all loads with it. Continuing would lose a read, and the read's
-// load would hang.
+// messages. The engine then fails all loads with that message. Continuing would lose a read, and
+// the read's load would hang.
 const PIECE: &str = "a piece stays while it has chunks in flight or queued, or is being observed";
 const LOAD: &str = "a load stays while it has pieces";
 
@@ -459,8 +459,9 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         let entry = self.pieces.get_mut(token).expect(PIECE);
         assert_eq!(entry.in_flight, 0, "a piece with all its bytes has no operation in flight");
         let tail = to_usize(entry.piece.bytes)..entry.buffer.bytes();
-        // SAFETY: `tail.start` is at most the length of the buffer: a plan has `piece.bytes` ≤
-        // `piece.memory_bytes`, which `enqueue_piece` has compared with the buffer's length.
+        // SAFETY: `tail.start` is at most the length of the buffer. In a plan, a piece's `bytes`
+        // are at most its `memory_bytes`, and `enqueue_piece` asserts that these are the buffer's
+        // length.
         let after = unsafe { entry.buffer.address().add(tail.start) };
         // SAFETY: the buffer is valid for writes from `after` to its end, and no operation on it
         // is in flight.
@@ -531,7 +532,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         }
     }
 
-    /// Applies a change in the number of copiers.
+    /// Applies the pace's number of copiers to the kernel and, if staging grows with it, to
+    /// staging.
     fn apply_pace(&mut self) {
         let copiers = self.pace.threads();
         self.kernel.set_copiers(copiers);

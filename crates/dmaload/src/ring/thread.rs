@@ -136,7 +136,6 @@ impl<B: PieceMemory + Send + 'static> RingThread<B> {
         thread::Builder::new().name("dmaload-ring".to_owned()).spawn(body).map(|_| ())
     }
 
-    /// The counters of the ring thread.
     pub(crate) fn counters(&self) -> &ReadCounters {
         &self.shared.counters
     }
@@ -162,7 +161,6 @@ impl<B: PieceMemory + Send + 'static> RingThread<B> {
         self.wake();
     }
 
-    /// Makes the thread panic.
     #[cfg(test)]
     pub(crate) fn panic(&self) {
         self.send(Command::Panic);

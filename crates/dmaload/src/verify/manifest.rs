@@ -118,8 +118,9 @@ impl Manifest {
         Digest::new(self.algorithm, file.sums.get(start..start.checked_add(length)?)?)
     }
 
-    /// The entry for a path: the entry whose path is the longest suffix of this path, or the only
-    /// entry if only one file is loaded (a copy may have any name).
+    /// The entry for a path: the one whose path is the longest suffix of this path. If there is
+    /// none and only one file is loaded (`alone`), it is the manifest's only entry, because a copy
+    /// may have any name.
     pub(super) fn find(&self, path: &Path, alone: bool) -> Option<usize> {
         let named = self.files.iter().enumerate().filter(|(_, file)| path.ends_with(file.raw_path()));
         let longest = named.max_by_key(|(_, file)| file.raw_path().components().count());

@@ -153,7 +153,7 @@ impl SimKernel {
             SimJob::Cached(file, read) => (read.token, self.complete_cached_read(&file, &read)),
             SimJob::Observe(request) => {
                 // SAFETY: the driver guarantees that these bytes are initialized, and that nothing
-                // writes to them until this observation completes.
+                // frees or writes to them until this observation completes.
                 let bytes = unsafe { std::slice::from_raw_parts(request.address.as_ptr(), request.bytes) };
                 let verdict = request.watch.observe(request.file, request.offset, bytes);
                 (request.token, verdict.map(|()| request.bytes).map_err(Fault::Read))
