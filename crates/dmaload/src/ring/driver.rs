@@ -460,7 +460,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         assert_eq!(entry.in_flight, 0, "a piece with all its bytes has no operation in flight");
         let tail = to_usize(entry.piece.bytes)..entry.buffer.bytes();
         // SAFETY: `tail.start` is at most the length of the buffer. In a plan, a piece's `bytes`
-        // are at most its `memory_bytes`, and `enqueue_piece` asserts that these are the buffer's
+        // are at most its `memory_bytes`, and `enqueue_piece` asserts that the buffer has that
         // length.
         let after = unsafe { entry.buffer.address().add(tail.start) };
         // SAFETY: the buffer is valid for writes from `after` to its end, and no operation on it
