@@ -69,8 +69,8 @@ fn expand(before: String, rest: &str, into: &mut Vec<String>) -> Result<(), Stri
     Ok(())
 }
 
-/// Splits the text after an opening brace into the choices inside the braces and what follows
-/// them.
+/// Splits the text after an opening brace into the choices inside the braces and what follows the
+/// closing brace. A range such as `0..3` becomes one choice for each number.
 fn choices(text: &str) -> Result<(Vec<String>, &str), String> {
     let (mut depth, mut start, mut choices) = (0_u32, 0, Vec::new());
     for (at, c) in text.char_indices() {

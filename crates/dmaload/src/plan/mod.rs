@@ -149,24 +149,29 @@ pub(crate) struct Piece {
     pub(crate) memory_bytes: u64,
 }
 
-/// The usual maximum size of a batch: 16 MiB. This is small enough for the first reads to start
-/// early and for the window to be divided finely, and large enough that the cost per call of
-/// registering and populating does not matter.
+/// The default maximum size of a batch: 16 MiB. With more than two allocators, it is three eighths
+/// of this: see `Settings::batch_bytes`.
+///
+/// 16 MiB are small enough for the first reads to start early and for the window to be divided
+/// finely, and large enough that the cost per call of registering and populating does not matter.
 pub(crate) const BATCH_BYTES: u64 = 16 << 20;
 
 /// Maximum number of files whose bytes share a batch. All of them are open while the batch is
-/// read.
+/// read, and at most four times as many small files may be open at once (see
+/// `engine::descriptors`).
 pub(crate) const BATCH_FILES: usize = 64;
 
-/// Maximum number of pieces in a plan. For long files, pieces grow up to the size of a segment, so
-/// this is enough for 32 TiB in segments of 64 MiB, or 1 TiB in segments of 2 MiB. A plan takes up
-/// to 400 bytes per piece, and a sparse file of any length costs nothing to create, so the size of
-/// a plan must be bounded.
+/// Maximum number of pieces in a plan, as estimated by [`Shape::count_pieces`]. For long files,
+/// pieces grow up to the size of a segment, so this is enough for 32 TiB in segments of 64 MiB, or
+/// 1 TiB in segments of 2 MiB.
+///
+/// The number is bounded because a plan takes up to 400 bytes per piece, and a sparse file of any
+/// length costs nothing to create.
 pub(crate) const MOST_PIECES: u64 = 1 << 19;
 
-/// The segment size divided by this is the size up to which spans share memories: a quarter of a
-/// segment. For larger spans, fewer allocations are not worth waiting for the other spans of the
-/// memory.
+/// Spans of up to this fraction of a segment, a quarter, share memories. The segments of a memory
+/// are handed over together, and for larger spans, fewer allocations are not worth the wait for
+/// the memory's other spans.
 const PACKED_PART: u64 = 4;
 
 impl Shape {
@@ -369,7 +374,8 @@ mod tests {
                 let plan = planned(&vec![5; 1000], Shape { batch_files, ..large_shape(batch_bytes) });
                 assert!(plan.batches.iter().all(|batch| batch.pieces.len() <= batch_files));
                 let fewest = 1000_usize.div_ceil(batch_files);
-                // A batch may end early, at the end of its memory or before a huge page.
+                // A batch may end early, at the end of its memory or at the boundary of a huge
+                // page.
                 assert!((fewest..fewest + 2 * plan.memories.len()).contains(&plan.batches.len()), "{}", plan.batches.len());
             }
         }

@@ -58,7 +58,7 @@ impl AffectedTensors {
 pub(crate) struct Selected {
     /// Sorted by request class, then by place in the file.
     pub(crate) spans: Vec<Span>,
-    /// `None` if no tensors were selected: all tensors in the spans are loaded as they are.
+    /// `None` if tensors are neither selected by name nor cut along a dimension.
     pub(crate) tensors: Option<Arc<ChosenTensors>>,
     /// Number of bytes that were requested, without the gaps and blocks that are read with them.
     pub(crate) wanted_bytes: u64,
@@ -407,7 +407,8 @@ fn rank_slice(tensor: &TensorInfo, shard: Option<Shard>) -> Result<TensorSlice, 
     }
     let product = |dims: &[usize]| dims.iter().map(|&dim| dim as u64).product::<u64>();
     let (outer, inner) = (product(&shape[..dim]), product(&shape[dim + 1..]));
-    // The size of the whole tensor fits into 64 bits, so the sizes below do too.
+    // The parsers refuse tensors whose number of elements or size overflows 64 bits, so neither
+    // the products nor the sizes of parts do.
     let place = (dtype.bytes_of(start * inner), dtype.bytes_of(end * inner), dtype.bytes_of(len * inner));
     let (Some(from), Some(to), Some(stride_bytes)) = place else {
         return Err(format!("the part {start}..{end} of dimension {dim} of tensor {name:?} splits a block of {dtype}"));
@@ -430,7 +431,8 @@ fn coalesce(ranges: impl Iterator<Item = Range<u64>>, file_bytes: u64, alignment
     for range in ranges.filter(|range| !range.is_empty()) {
         let (start, end) = (range.start / alignment * alignment, range.end.next_multiple_of(alignment).min(file_bytes));
         match into.get_mut(first..).and_then(<[_]>::last_mut) {
-            // Tensors never overlap, so no range begins before the last one.
+            // The ranges are sorted, and the parsers refuse tensors that overlap, so no range
+            // begins before the last one ends; only their blocks may overlap.
             Some(last) if start <= last.range.end.saturating_add(GAP_BYTES) => last.range.end = last.range.end.max(end),
             _ => into.push(Span { file: 0, range: start..end, class, moved: None, single: false }),
         }
@@ -440,14 +442,17 @@ fn coalesce(ranges: impl Iterator<Item = Range<u64>>, file_bytes: u64, alignment
 /// Makes the spans for [`crate::Layout::Tensors`].
 ///
 /// Each span holds whole tensors and is no longer than `most_bytes`, unless it holds a single
-/// tensor. A longer span is one segment if it is no longer than `single_bytes`. Each tensor begins
-/// at a multiple of the importer's alignment, counted from the beginning of its memory. If its
-/// place in the file does not allow that, the tensor gets its own span and, unless the span begins
-/// with it, is moved.
+/// tensor. A longer span is one segment if it is no longer than `single_bytes`.
+///
+/// Each tensor begins at a multiple of the importer's alignment, counted from the beginning of its
+/// memory. Spans begin at multiples of `alignment` in the file, which has two consequences. If the
+/// importer's alignment is larger than `alignment`, each tensor gets its own span. If a tensor's
+/// place in the file is not a multiple of the smaller of the two, the tensor gets its own span and
+/// is moved to the beginning of the span's memory.
 ///
 /// # Errors
 /// [`Error::Unaligned`] if a tensor has to be moved, but the importer does not allow copies or the
-/// tensor is longer than `single_bytes`.
+/// tensor, extended to whole blocks, is longer than `single_bytes`.
 pub(crate) fn tensor_spans(
     selected: &Selected,
     map: &TensorMap,

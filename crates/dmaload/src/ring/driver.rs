@@ -10,9 +10,11 @@
 //!
 //! The bytes of an observed load are observed in file order: each full piece or, on uncached
 //! memory, each chunk while it is in staging. Until then, a piece keeps its permit, and a chunk in
-//! staging its slot. The load can't deadlock, because reads of a load that is observed in staging,
-//! including retries, are issued in file order: among the chunks that hold slots, the first one
-//! waits for no other.
+//! staging its slot.
+//!
+//! Loads that are observed in staging can't deadlock. Their reads, including retries, are issued
+//! in file order, so whenever such a load takes a slot, its first unobserved chunk has one. That
+//! chunk waits for no other.
 //!
 //! Chunks in the page cache are copied from there, by the copiers. A cached chunk takes its turn
 //! like any other, in file order. If it was evicted in the meantime, it is read from storage.
@@ -60,8 +62,8 @@ use crate::telemetry::metrics::ReadCounters;
 use crate::telemetry::trace::TraceKind;
 
 // If an entry is missing, an invariant is broken, and the driver panics with one of these
-// messages; the engine then fails all loads with it. Continuing would lose a read, and the read's
-// load would hang.
+// messages. The engine then fails all loads with that message. Continuing would lose a read, and
+// the read's load would hang.
 const PIECE: &str = "a piece stays while it has chunks in flight or queued, or is being observed";
 const LOAD: &str = "a load stays while it has pieces";
 
@@ -355,8 +357,9 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         leaked
     }
 
-    /// Replaces a kernel that failed, after [`Self::give_up`]. The old one is leaked: closing it
-    /// would not end its reads.
+    /// Replaces a kernel that failed, after [`Self::give_up`]. The old one is leaked rather than
+    /// closed: closing a ring does not end its reads, so the memory that they write to could not
+    /// be freed anyway.
     pub(crate) fn replace_kernel(&mut self, kernel: K) {
         assert_eq!(self.reads.len() + self.pieces.len(), 0, "`give_up` was called before");
         self.buffer_slots = (0..kernel.buffer_slots()).rev().collect();
@@ -456,8 +459,9 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         let entry = self.pieces.get_mut(token).expect(PIECE);
         assert_eq!(entry.in_flight, 0, "a piece with all its bytes has no operation in flight");
         let tail = to_usize(entry.piece.bytes)..entry.buffer.bytes();
-        // SAFETY: `tail.start` is the length of the piece's bytes, which is at most the length of
-        // its buffer.
+        // SAFETY: `tail.start` is at most the length of the buffer. In a plan, a piece's `bytes`
+        // are at most its `memory_bytes`, and `enqueue_piece` asserts that the buffer has that
+        // length.
         let after = unsafe { entry.buffer.address().add(tail.start) };
         // SAFETY: the buffer is valid for writes from `after` to its end, and no operation on it
         // is in flight.
@@ -528,7 +532,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         }
     }
 
-    /// Applies a change in the number of copiers.
+    /// Applies the pace's number of copiers to the kernel and, if staging grows with it, to
+    /// staging.
     fn apply_pace(&mut self) {
         let copiers = self.pace.threads();
         self.kernel.set_copiers(copiers);

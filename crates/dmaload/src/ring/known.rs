@@ -8,8 +8,8 @@ use rustix::io::Errno;
 
 use crate::route::{Attempt, Route};
 
-/// How long a refusal is remembered. Trying again costs little, and the first file may have been
-/// unusual.
+/// How long a refusal is remembered. After that, reads by the refused route are tried again: this
+/// costs little, and the file whose read was refused may have been unusual.
 const KNOWN_FOR: Duration = Duration::from_secs(60);
 
 /// Whether the heap's memory can be pinned.
@@ -43,7 +43,8 @@ pub(super) struct Known {
 }
 
 impl Known {
-    /// Records a step down.
+    /// Records a step down to `bounce` as a refusal by the memory, and a direct read that failed
+    /// with EINVAL or EOPNOTSUPP as a refusal by the file system. Other steps are not remembered.
     pub(super) fn stepped_down(&mut self, mount: u64, (from, to): (Route, Route), attempt: Attempt, errno: Errno, now: Duration) {
         let until = now + KNOWN_FOR;
         if to == Route::Bounce {

@@ -40,8 +40,8 @@ use crate::support::id::LoadId;
 const BUFFER_SLOTS: u16 = 512;
 /// Maximum number of registered files. Further files are read by their descriptors.
 const FILE_SLOTS: u32 = 64;
-/// The user data of the ring's poll of the eventfd. No operation has this token, since its slot
-/// index would be 2^32 - 1.
+/// The user data of the ring's poll of the eventfd. No operation has this token: its slot index
+/// would be 2^32 - 1, and far fewer operations are in flight at once.
 const WAKE_USER_DATA: u64 = u64::MAX;
 
 /// See the module documentation.
@@ -197,8 +197,8 @@ impl StagingMemory {
     }
 }
 
-// SAFETY: the memory is mapped, writable and at the same address until the mapping is dropped, and
-// not exposed.
+// SAFETY: a `Mapping` stays mapped, writable and at the same address until it is dropped, and the
+// memory of this one is reachable only by its address.
 unsafe impl Buffer for StagingMemory {
     fn address(&self) -> NonNull<u8> {
         self.0.address()
@@ -293,7 +293,7 @@ impl Ring {
         // reporting that.
         let vector = libc_iovec(address, bytes);
         // SAFETY: the memory stays mapped while it is registered: the driver unregisters a buffer
-        // before releasing it, or leaks the buffer.
+        // before releasing it, or leaks the buffer. The probe never reads into its memory.
         unsafe { self.ring.submitter().register_buffers_update(u32::from(slot), &[vector], None) }.map_err(|error| errno(&error))
     }
 

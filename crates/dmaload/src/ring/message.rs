@@ -31,7 +31,7 @@ pub(crate) struct FileSpec<F> {
     pub(crate) route: Route,
     /// The best route for direct reads of the file into staging.
     pub(crate) staged_by: Route,
-    /// Identifies its file system.
+    /// Identifies the file system that the file is on.
     pub(crate) mount: u64,
     /// The alignment of direct reads, in the file and in memory.
     pub(crate) alignment_bytes: u64,

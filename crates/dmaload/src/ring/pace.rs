@@ -11,8 +11,9 @@
 //!
 //! Threads that read wait for storage or for a server rather than for the processor, and each file
 //! system has its own pace for them. Their number starts at [`FIRST_READERS`]. It doubles or
-//! halves where the number of copiers would change by one: a server that takes 20 ms per answer
-//! needs 32 threads, and adding threads one by one would take gigabytes of reads.
+//! halves where the number of copiers would change by one. From a server that takes 20 ms for each
+//! answer, even 32 threads get only about 3 GiB/s in chunks of 2 MiB, and adding them one by one
+//! would take 4 GiB of reads.
 //!
 //! The module is pure: it starts no threads and reads no clock. The engine and the simulator both
 //! use it.
@@ -34,8 +35,8 @@ const MOST_ALLOCATORS: usize = 8;
 /// device: they reached its limit, and a single thread reached an eighth of it.
 pub(crate) const FIRST_READERS: usize = 4;
 
-/// Maximum number of threads that read for one load: by default, a load may have that many reads
-/// in flight.
+/// Maximum number of threads that read for one load: as many as the reads that a single load may
+/// have in flight with the default queue depth, 44 (see [`crate::memory::window`]).
 pub(crate) const MOST_READERS: usize = 32;
 
 /// Maximum number of epochs to rest after a trial without gain: one epoch after the first such
@@ -44,7 +45,7 @@ const REST_EPOCHS_MAX: u32 = 16;
 
 /// Number of jobs after a pause that are not measured. While the window fills, jobs run as fast as
 /// memory can be allocated, whatever the device does. The number is one less than the six batches
-/// that a load's share of the default window holds.
+/// of 16 MiB that a load's share of the default window, 128 MiB, holds.
 const FILLING_JOBS: usize = 5;
 
 /// Maximum number of threads that copy on a machine with `cores` processors.
@@ -146,7 +147,6 @@ impl Pace {
         self.threads
     }
 
-    /// The maximum number of threads.
     pub(crate) fn max_threads(&self) -> usize {
         self.most
     }

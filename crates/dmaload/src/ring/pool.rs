@@ -27,10 +27,11 @@ use crate::support::id::LoadId;
 /// Maximum number of threads that read for all loads. At most [`MOST_READERS`] of them read for
 /// one load, and three quarters for all loads of one file system.
 pub(crate) const READERS: usize = 2 * MOST_READERS;
-/// If more file systems than this have a pace, the paces of idle ones are forgotten, which bounds
-/// the table of paces.
+/// If this many file systems have a pace and another one is read, the paces of idle file systems
+/// are forgotten. This bounds the table of paces.
 const MOUNTS: usize = 64;
-/// Maximum number of threads that run observers; each load is observed by one at a time.
+/// Maximum number of threads that run observers, and thus of loads that are observed at the same
+/// time: each load is observed by one thread at a time.
 pub(crate) const OBSERVERS: usize = 2;
 
 #[derive(Debug)]
@@ -41,7 +42,9 @@ enum PoolJob {
     Observe(ObserveRequest),
 }
 
-// SAFETY: a job points to memory that the driver keeps until the job's completion is reaped.
+// SAFETY: the only fields of a job that are not `Send` are pointers to plain bytes, which any
+// thread may access. By the contracts of `Kernel`, these stay valid until the job's completion is
+// reaped, and until then no other thread accesses them in a way that conflicts with the job.
 unsafe impl Send for PoolJob {}
 
 #[derive(Debug)]
@@ -209,8 +212,8 @@ pub(crate) struct ThreadPool {
 }
 
 impl ThreadPool {
-    /// Creates a pool. Reads, copies and observations have separate pools, because reads that wait
-    /// for a dead disk must not hold up copies.
+    /// Creates a pool. Reads, copies and observations have separate pools: reads that wait for a
+    /// dead disk must not hold up copies, and neither must observers, which are the caller's code.
     pub(crate) fn new(wake: Arc<Wake>, name: &'static str, threads_max: usize) -> Self {
         ThreadPool {
             shared: Arc::new(PoolShared { queues: Mutex::new(Queues::new(threads_max)), changed: Condvar::new(), wake }),
@@ -434,8 +437,8 @@ fn pread(file: &OpenFile, read: &Read) -> Completion {
                 at += bytes as u64;
                 Ok(bytes)
             };
-            // SAFETY: the driver guarantees that nothing else reads or writes the place until the
-            // completion is reaped.
+            // SAFETY: the place comes from the piece's memory. The driver has checked that it has
+            // room for the read, and lets nothing else access it until the completion is reaped.
             unsafe { sink.fill_with(*offset, read.bytes, &mut next) }
         }
     };
@@ -454,8 +457,8 @@ fn copy_staged(copy: &StagedCopy) -> Completion {
         left = later;
         Ok(part.len())
     };
-    // SAFETY: the driver guarantees that nothing else reads or writes the place until this copy's
-    // completion is reaped.
+    // SAFETY: the place comes from the piece's memory. The driver has checked that it has room for
+    // the copy, and lets nothing else access it until the completion is reaped.
     let result = unsafe { copy.to.sink.fill_with(copy.to.offset, copy.bytes, &mut next) };
     Completion { token: copy.token, result }
 }
@@ -467,8 +470,8 @@ fn read_cached(file: &OpenFile, read: &CachedRead) -> Completion {
         at += bytes as u64;
         Ok(bytes)
     };
-    // SAFETY: the driver guarantees that nothing else reads or writes the place until this copy's
-    // completion is reaped.
+    // SAFETY: the place comes from the piece's memory. The driver has checked that it has room for
+    // the copy, and lets nothing else access it until the completion is reaped.
     let result = unsafe { read.to.sink.fill_with(read.to.offset, read.bytes, &mut next) };
     Completion { token: read.token, result }
 }

@@ -1,7 +1,7 @@
 //! Slots with generations. The token of an operation's slot is its `user_data` in the kernel.
 //!
 //! A token packs an index and a generation. A reused slot has a new generation, so a late or
-//! duplicate completion matches no entry, not the entry of a later operation.
+//! duplicate completion matches no entry, rather than that of a later operation.
 
 use crate::support::convert::to_usize;
 

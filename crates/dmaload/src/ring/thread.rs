@@ -46,7 +46,8 @@ pub(crate) trait Events<B>: Send + Sync + 'static {
     /// new ring replaces it, or at the deadline of a shutdown (ETIMEDOUT).
     fn on_ring_failure(&self, errno: Errno, leaked_bytes: u64);
     /// Reports that the thread ends, normally or with this panic, and leaves `left` behind. `self`
-    /// is the thread's reference to the engine, which must not be dropped on this thread.
+    /// is the thread's reference to the engine. It must not be dropped on this thread: it may be
+    /// the last one, and dropping the engine may run the caller's code.
     fn on_end(self: Arc<Self>, left: LeftBehind, panic: Option<String>);
 }
 
@@ -135,7 +136,6 @@ impl<B: PieceMemory + Send + 'static> RingThread<B> {
         thread::Builder::new().name("dmaload-ring".to_owned()).spawn(body).map(|_| ())
     }
 
-    /// The counters of the ring thread.
     pub(crate) fn counters(&self) -> &ReadCounters {
         &self.shared.counters
     }
@@ -161,7 +161,6 @@ impl<B: PieceMemory + Send + 'static> RingThread<B> {
         self.wake();
     }
 
-    /// Makes the thread panic.
     #[cfg(test)]
     pub(crate) fn panic(&self) {
         self.send(Command::Panic);

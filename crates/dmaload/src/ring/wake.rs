@@ -24,7 +24,8 @@ impl Wake {
         let _ = rustix::io::read(&self.0, &mut [0u8; 8]);
     }
 
-    /// Blocks until [`Self::wake`] is called; for use without a ring.
+    /// Blocks until [`Self::wake`] is called or a signal interrupts the wait. For use without a
+    /// ring, which would poll the eventfd.
     pub(crate) fn wait(&self) {
         let _ = poll(&mut [PollFd::new(&self.0, PollFlags::IN)], None);
         self.clear();

@@ -85,7 +85,7 @@ pub enum Way {
     /// copy the bytes into it while both are in the cache ([`Route::Bounce`]).
     Staged,
     /// io_uring through the page cache ([`Route::UringBuffered`]), for network file systems where
-    /// direct reads may be slow. A step down, so strict loads never use it.
+    /// direct reads may be slow. Strict loads never use it, because it is a step down.
     Buffered,
 }
 
@@ -121,7 +121,8 @@ pub struct FileReport {
     pub path: PathBuf,
     /// The file's length when the load began, even if only parts of it were loaded.
     pub bytes: u64,
-    /// The lowest route that any of its bytes took.
+    /// The lowest route that any of its bytes took; the starting route if all of them came from
+    /// the page cache.
     pub route: Route,
 }
 

@@ -81,9 +81,11 @@ impl fmt::Debug for ManifestFile {
 }
 
 impl Manifest {
-    /// Maximum size of a chunk: 1 MiB. Every chunk size divides it, and segments of whole files
-    /// begin at its multiples, so no chunk crosses into another segment, and each segment is
-    /// verified before it is handed over.
+    /// Maximum size of a chunk: 1 MiB.
+    ///
+    /// Every chunk size divides it, and segments of whole files begin at its multiples. No chunk
+    /// therefore crosses into another segment, so each segment can be verified before it is handed
+    /// over.
     pub const LARGEST_CHUNK_BYTES: u64 = 1 << 20;
     /// Minimum size of a chunk: 4 KiB.
     pub const SMALLEST_CHUNK_BYTES: u64 = 4096;
@@ -116,8 +118,9 @@ impl Manifest {
         Digest::new(self.algorithm, file.sums.get(start..start.checked_add(length)?)?)
     }
 
-    /// The entry for a path: the entry whose path is the longest suffix of this path, or the only
-    /// entry if only one file is loaded (a copy may have any name).
+    /// The entry for a path: the one whose path is the longest suffix of this path. If there is
+    /// none and only one file is loaded (`alone`), it is the manifest's only entry, because a copy
+    /// may have any name.
     pub(super) fn find(&self, path: &Path, alone: bool) -> Option<usize> {
         let named = self.files.iter().enumerate().filter(|(_, file)| path.ends_with(file.raw_path()));
         let longest = named.max_by_key(|(_, file)| file.raw_path().components().count());
@@ -125,7 +128,7 @@ impl Manifest {
     }
 
     /// The shortest suffixes that tell the paths apart, all with the same number of components
-    /// unless a path is shorter.
+    /// unless a path is shorter. If no suffixes do, returns the longest ones.
     pub(super) fn shortest_names(paths: &[&Path]) -> Vec<PathBuf> {
         let ends = |depth: usize| -> Vec<PathBuf> {
             let end = |path: &&Path| {

@@ -26,9 +26,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         load.from_cache.begin(since);
         self.pace.begin(since);
         let token = self.reads.insert(InFlight { chunk, route, step: Step::Cached, since });
-        // SAFETY: the place is in the piece's buffer, by the assertion above. As for reads, the
-        // buffer is neither released nor accessed before the completion, and no other chunk covers
-        // the place.
+        // SAFETY: the place is in the piece's buffer, by the assertion above. As in `start_read`,
+        // `in_flight` keeps the buffer until the completion, and no other chunk covers the place.
         unsafe { self.kernel.read_cached(&entry.file.handle, CachedRead { token, to, bytes, offset }) };
     }
 

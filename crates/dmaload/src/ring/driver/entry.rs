@@ -129,9 +129,10 @@ pub(super) struct LoadEntry {
     pub(super) unobserved: InOrder<Unobserved>,
     /// For an observed load: the number of the first piece whose chunks are not queued yet.
     pub(super) next_piece: usize,
-    /// The offset of that piece in the concatenation of all files.
+    /// The offset of piece `next_piece` in the concatenation of all files.
     pub(super) next_position: u64,
-    /// Pieces after that one that have already arrived, by number, with their lengths in bytes.
+    /// Pieces after `next_piece` that have already arrived, by number, with their lengths in
+    /// bytes.
     pub(super) early: BTreeMap<usize, (Token, u64)>,
 }
 

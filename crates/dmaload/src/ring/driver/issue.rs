@@ -86,7 +86,9 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     /// Such a piece may come later in the file than the waiting chunk, for example if that chunk
     /// was evicted from the page cache. The chunk waits for the piece's slot, which the piece
     /// keeps until its last chunk is read, while the piece's chunks are queued behind the waiting
-    /// one. A chunk that must be read alone is issued only if the load has nothing in flight.
+    /// one. In the order of the queue, neither would ever be read.
+    ///
+    /// A chunk that must be read alone is issued only if the load has nothing in flight.
     pub(super) fn issue_registered_instead(&mut self, id: LoadId, chunk: Chunk) -> bool {
         let load = self.loads.get_mut(&id).expect(LOAD);
         let mut has_slot = |other: &Chunk| self.pieces.get_mut(other.piece).expect(PIECE).buffer_slot.is_some();
@@ -121,8 +123,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         self.start_read(id, in_flight, route, Destination { buffer_slot, address, bytes, place });
     }
 
-    /// Starts a read by the route `by`. For a direct read into staging, this is not the file's
-    /// route, which is `bounce`.
+    /// Starts a read by the route `by`. For a direct read into staging, `by` is the route into the
+    /// staging slot, and the file's route is `bounce`.
     pub(super) fn start_read(&mut self, id: LoadId, in_flight: InFlight, by: Route, to: Destination) {
         let Destination { buffer_slot, address, bytes, place } = to;
         let entry = self.pieces.get_mut(in_flight.chunk.piece).expect(PIECE);

@@ -40,8 +40,9 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         self.in_flight.take(&id, entry.file.mount, 1);
         let (file, offset) = (entry.file.index, entry.piece.file_offset + chunk.range.start);
         let token = self.reads.insert(InFlight { chunk, route, step, since: self.kernel.now() });
-        // SAFETY: these bytes were written by reads and copies that have completed. As for reads,
-        // neither the piece nor the slot is released or written to before the completion.
+        // SAFETY: these bytes were written by reads and copies that have completed. As in
+        // `start_read`, `in_flight` keeps the piece's buffer until the completion, and the slot
+        // stays taken. Nothing writes to a full piece or to a slot whose read has completed.
         unsafe { self.kernel.observe(ObserveRequest { token, watch, file, offset, address, bytes }) };
         self.report_missing_thread(id);
     }

@@ -115,8 +115,9 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         let since = self.kernel.now();
         let token = self.reads.insert(InFlight { chunk, route, step: Step::Copied(slot), since });
         // SAFETY: both ranges of `bytes` bytes are within their buffers (asserted above), which
-        // belong to different mappings. As for reads, neither buffer is released or accessed
-        // before the completion, and nothing else reads into a taken slot.
+        // belong to different mappings. As in `start_read`, `in_flight` keeps the piece's buffer
+        // until the completion, and the slot stays taken: nothing else reads into it. No other
+        // chunk covers the target.
         unsafe { self.kernel.copy(StagedCopy { token, from, to, bytes }) };
         self.report_missing_thread(id);
         let load = self.loads.get_mut(&id).expect(LOAD);

@@ -7,8 +7,8 @@ use crate::memory::buffer::Buffer;
 use crate::ring::wake::Wake;
 use crate::support::errno;
 
-/// The largest registration that is tried: the usual maximum size of a piece, since each piece is
-/// registered separately.
+/// The largest registration that is tried. Each piece is registered separately, and by default no
+/// piece is larger ([`BATCH_BYTES`](crate::plan::BATCH_BYTES)).
 pub(crate) const REGISTER_BYTES_MAX: usize = 16 << 20;
 
 /// The smallest registration that is tried. Larger ones are multiples of it.
@@ -27,8 +27,8 @@ pub struct IoUring {
     pub buffer_table: Result<(), Errno>,
     /// A sparse table of registered files, which saves a lookup for each read.
     pub file_table: Result<(), Errno>,
-    /// Registering 16 MiB, the usual maximum size of a piece. ENOMEM means that the limit of
-    /// locked memory is too low.
+    /// Registering 16 MiB: by default, the most that a load registers at a time. ENOMEM means that
+    /// the limit of locked memory is too low.
     pub register: Result<(), Errno>,
     /// The largest multiple of 64 KiB, up to 16 MiB, that could be registered; 0 if none.
     pub registrable_bytes: u64,

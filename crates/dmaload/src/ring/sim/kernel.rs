@@ -153,7 +153,7 @@ impl SimKernel {
             SimJob::Cached(file, read) => (read.token, self.complete_cached_read(&file, &read)),
             SimJob::Observe(request) => {
                 // SAFETY: the driver guarantees that these bytes are initialized, and that nothing
-                // writes to them until this observation completes.
+                // frees or writes to them until this observation completes.
                 let bytes = unsafe { std::slice::from_raw_parts(request.address.as_ptr(), request.bytes) };
                 let verdict = request.watch.observe(request.file, request.offset, bytes);
                 (request.token, verdict.map(|()| request.bytes).map_err(Fault::Read))
@@ -166,8 +166,8 @@ impl SimKernel {
     fn complete_read(&mut self, file: &SimFile, read: &Read) -> Result<usize, Fault> {
         // A sink that can't populate its memory fails before anything is read.
         if let Some(place) = &read.place {
-            // SAFETY: the driver guarantees that this place is valid, and nothing is written
-            // there.
+            // SAFETY: the driver guarantees that this place has room for `read.bytes` bytes, and
+            // that nothing else accesses them. Nothing is written there.
             unsafe { place.sink.fill_with(place.offset, read.bytes, &mut |_| Ok(0)) }?;
         }
         self.perform(file, read).map_err(Fault::Read)
@@ -184,7 +184,8 @@ impl SimKernel {
             }
             Ok(part.len())
         };
-        // SAFETY: the driver guarantees that the target is valid until this copy completes.
+        // SAFETY: the driver guarantees that the target has room for `copy.bytes` bytes, and that
+        // nothing else accesses them until this copy completes.
         let result = unsafe { copy.to.sink.fill_with(copy.to.offset, copy.bytes, &mut write) };
         self.memory.borrow_mut().end_use(source_token(copy));
         result
@@ -210,7 +211,8 @@ impl SimKernel {
             }
             Ok(here)
         };
-        // SAFETY: the driver guarantees that this place is valid until this read completes.
+        // SAFETY: the driver guarantees that this place has room for `read.bytes` bytes, and that
+        // nothing else accesses them until this read completes.
         unsafe { read.to.sink.fill_with(read.to.offset, read.bytes, &mut write) }
     }
 

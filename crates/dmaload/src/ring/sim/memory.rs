@@ -1,5 +1,5 @@
-//! Memory that records which operations use it. It panics if the driver, while an operation uses
-//! it, frees it, outputs it or starts another operation on it.
+//! Memory that records which operations use it. The simulator panics if the driver frees or
+//! outputs memory, or starts another operation on it, while an operation uses it.
 #![allow(unsafe_code)]
 
 use std::alloc::{Layout, alloc, dealloc};
@@ -139,7 +139,8 @@ impl Sink for SimSink {
 impl SimBuffer {
     pub(super) fn new(load: LoadId, bytes: u64, memory: &Rc<RefCell<Memory>>) -> Self {
         let layout = layout(usize::try_from(bytes).unwrap());
-        // SAFETY: the layout has a size above zero.
+        // SAFETY: the layout has a size above zero, because a piece or a staging slot has at least
+        // one block.
         let address = NonNull::new(unsafe { alloc(layout) }).expect("the test has enough memory");
         // SAFETY: the memory was just allocated with this size.
         unsafe { address.as_ptr().write_bytes(POISON, layout.size()) };
@@ -197,8 +198,8 @@ fn layout(bytes: usize) -> Layout {
     Layout::from_size_align(bytes, BLOCK_BYTES).expect("the layout is valid")
 }
 
-// SAFETY: the memory stays allocated until the drop, and only `contents` gives access to it, after
-// checking that nothing writes to it.
+// SAFETY: the memory stays allocated until the drop. Besides those that get its address or a
+// place, only `contents` accesses it, after checking that nothing writes to it.
 unsafe impl Buffer for SimBuffer {
     fn address(&self) -> NonNull<u8> {
         self.address

@@ -11,9 +11,9 @@
 //!   fair, overlap, remember, scaling    single properties, in virtual time
 //! ```
 //!
-//! It runs on one thread, and the seed determines every choice: which read completes next, how
-//! short it is, what is refused, when a load is abandoned. A failure prints its seed, which
-//! reproduces it. Time is a number that the simulator advances.
+//! The simulator runs on one thread, and the seed determines every choice: which read completes
+//! next, how short it is, what is refused, when a load is abandoned. A failure prints its seed,
+//! which reproduces it. Time is a number that the simulator advances.
 //!
 //! `DMALOAD_SIM_SEEDS=50000` runs more seeds, from `DMALOAD_SIM_FROM` on; `DMALOAD_SIM_SEED=17`
 //! replays one.

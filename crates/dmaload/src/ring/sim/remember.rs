@@ -1,5 +1,5 @@
-//! Refusals by memory or by a file system are remembered: later loads report the known refusal
-//! without trying again.
+//! Refusals by memory or by a file system are remembered for a minute: until then, later loads
+//! report the known refusal without trying again, unless they are strict.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;

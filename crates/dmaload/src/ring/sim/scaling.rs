@@ -212,7 +212,8 @@ struct Untouched {
 impl Untouched {
     fn new(bytes: usize, populated: bool) -> Self {
         let layout = Allocation::from_size_align(bytes, 4096).unwrap();
-        // SAFETY: the layout has a size above zero.
+        // SAFETY: the layout has a size above zero, because a piece or a staging slot is never
+        // empty.
         let address = NonNull::new(unsafe { alloc(layout) }).expect("the test has enough memory");
         Untouched { address, bytes, populated }
     }
