@@ -58,7 +58,7 @@ impl DmaHeap {
     /// The folder of the dma-heap devices.
     pub const FOLDER: &str = device::HEAPS;
 
-    /// The names of this machine's heaps, sorted; empty if the folder does not exist.
+    /// The names of this machine's heaps, sorted; empty if the folder cannot be read.
     pub fn names() -> Vec<String> {
         device::heap_names()
     }

@@ -136,8 +136,9 @@ pub fn huge_bytes_in(addresses: Range<usize>) -> PageCount {
         .unwrap_or_default()
 }
 
-/// Sums the smaps entries of the mappings that overlap the range. Counts at most the overlap of
-/// each mapping, since smaps shows adjacent mappings of one file as one.
+/// Sums the smaps entries that overlap the range. An entry may extend beyond the range, because
+/// smaps shows adjacent mappings of one file as one entry, and states only sums. Each sum counts
+/// for at most the length of the overlap.
 fn parse_smaps(smaps: &str, addresses: &Range<usize>) -> PageCount {
     let mut count = PageCount::default();
     let mut inside = 0;

@@ -62,10 +62,11 @@ pub struct Part<'a> {
 /// The limits of this kernel's udmabuf driver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct UdmabufLimits {
-    /// Maximum size of one dma-buf (`size_limit_mb`); `None` if unlimited or unknown.
+    /// Maximum size of one dma-buf in bytes, from the driver's parameter `size_limit_mb`, which is
+    /// in MiB; `None` if unlimited or unknown.
     pub size_bytes: Option<u64>,
-    /// Maximum number of ranges in one dma-buf (`list_limit`); `None` if unlimited or unknown.
-    /// [`Udmabuf::create`] uses one range.
+    /// Maximum number of ranges in one dma-buf, from the driver's parameter `list_limit`; `None`
+    /// if unlimited or unknown. [`Udmabuf::create`] uses one range.
     pub list_entries: Option<u64>,
 }
 

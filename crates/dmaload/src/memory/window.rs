@@ -1,7 +1,7 @@
 //! The window: limits how many bytes may be allocated but not yet filled, and how much of a shared
 //! resource each load may hold.
 //!
-//! It keeps the allocator and the reader in step: a permit is taken before memory is allocated,
+//! The window keeps allocating and reading in step: a permit is taken before memory is allocated,
 //! and returned when that memory is filled or abandoned. The engine's permits are
 //! `engine::WindowPermit`; in `engine::schedule`, the next batch of a load waits for one.
 //!
@@ -14,7 +14,8 @@
 //!   from one file system count as one, because they wait for the same server or device. If that
 //!   does not answer, its loads hold up to three quarters of the window. The loads of a second
 //!   silent file system hold up to three quarters of the rest, and so on. A file system that holds
-//!   nothing may take anything that fits.
+//!   nothing may take anything that fits. Windows with room for fewer than [`FEW`] permits are
+//!   exempt.
 //! - A *load* that holds something leaves one permit of its file system's share for a new load.
 //!   Windows with room for fewer than [`MANY`] permits are exempt, because leaving one would cost
 //!   too much speed.
@@ -29,7 +30,8 @@
 pub(crate) struct Window<L> {
     bytes: u64,
     held: Holders<L>,
-    /// The number of bytes that must be left for others: the usual size of a permit.
+    /// The number of bytes that must be left for others: the usual size of a permit, but at most
+    /// the window divided by [`FEW`].
     usual: u64,
     /// Whether shares are per file system; if not, they are per load.
     by_file_system: bool,

@@ -26,8 +26,8 @@ use super::{Headroom, headroom};
 use crate::support::errno;
 use crate::support::foreign;
 
-/// Maximum total of the grants that share one check of the limits. A check reads about a dozen
-/// small files.
+/// Maximum total, in bytes, of the grants that share one check of the limits. They share it
+/// because a check reads about a dozen small files.
 const BUDGET_BYTES: u64 = 64 << 20;
 /// How long a check of the limits is valid.
 const BUDGET_TIME: Duration = Duration::from_millis(200);
@@ -43,7 +43,8 @@ const TURN_PATIENCE: Duration = Duration::from_secs(1);
 const TURN_PATIENCE_MAX: Duration = Duration::from_secs(10);
 /// How often to check, while waiting for a turn, whether memory is being allocated.
 const TURN_CHECK_INTERVAL: Duration = Duration::from_millis(100);
-/// The change in free memory from one such check to the next that shows an allocation, in bytes.
+/// How many bytes free memory must differ from its amount at the last such change to show that
+/// memory is being allocated.
 const TURN_CHECK_BYTES: u64 = 1 << 20;
 /// How long to go without turns after failing to obtain one.
 const WITHOUT_TURNS: Duration = Duration::from_secs(10);
