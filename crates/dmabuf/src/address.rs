@@ -332,8 +332,9 @@ impl Drop for Mapping {
     fn drop(&mut self) {
         let mut taken = self.range.taken();
         let address = self.address().as_ptr().cast::<c_void>();
-        // SAFETY: this mapping is the only owner of these addresses. Reserving them again unmaps
-        // the pages and prevents other mappings from taking the addresses.
+        // SAFETY: this mapping is the only owner of these addresses, and nothing uses them after
+        // it. Reserving them again unmaps the pages, and keeps other mappings out until the whole
+        // range is dropped.
         let reserved = unsafe { mmap_anonymous(address, self.bytes, ProtFlags::empty(), reserved_flags() | MapFlags::FIXED) };
         // If reserving fails (too many mappings), the pages stay until the whole range is dropped.
         if reserved.is_ok() {

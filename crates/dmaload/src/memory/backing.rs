@@ -40,6 +40,7 @@ pub(crate) struct Backing {
 // SAFETY: `address` points into the mapping that `holding` owns, which is not bound to a thread.
 unsafe impl Send for Backing {}
 // SAFETY: as above; only unsafe methods access the bytes, and their callers rule out data races.
+// The other fields synchronize their own changes.
 unsafe impl Sync for Backing {}
 
 impl Backing {

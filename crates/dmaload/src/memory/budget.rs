@@ -62,7 +62,8 @@ pub(crate) enum Admitted {
     No,
 }
 
-/// Maximum ratio of reserved to free memory for the kept loads of one file system.
+/// Maximum ratio of reserved to free memory for the kept loads of one file system, which together
+/// get at most three quarters of the limit.
 const HELD_TO_FREE_MAX: u64 = 3;
 
 /// The result of trying to take memory.
@@ -172,8 +173,8 @@ impl<L: PartialEq> Budget<L> {
         *held -= bytes;
     }
 
-    /// Ends a load's reservation. Memory that the load still holds counts against the limit until
-    /// it is returned.
+    /// Ends a load's reservation. Memory that its consumer still holds counts against the limit
+    /// until it is returned.
     pub(crate) fn close(&mut self, load: &L) {
         if let Some(at) = self.accounts.iter().position(|account| account.load == *load) {
             self.loose += self.accounts.swap_remove(at).held;

@@ -53,7 +53,7 @@ pub(crate) enum Permitted {
     Full,
 }
 
-/// Maximum ratio of held to free space for one file system.
+/// Maximum ratio of held to free space for one file system: a single one gets three quarters.
 const HELD_TO_FREE_MAX: u64 = 3;
 
 /// If fewer permits than this fit, nothing is reserved for other file systems: reserving one of
@@ -138,6 +138,8 @@ impl<L: Clone + PartialEq> Holders<L> {
         }
     }
 
+    /// Returns part of what this load holds for files on this file system.
+    ///
     /// # Panics
     /// If more is returned than was taken: the bookkeeping is broken.
     pub(crate) fn give_back(&mut self, load: &L, file_system: u64, amount: u64) {

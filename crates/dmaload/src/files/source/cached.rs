@@ -62,8 +62,8 @@ const WORD_BITS: usize = u64::BITS as usize;
 /// cached should add very little to the cache: two pages of 4 KiB in 2 MiB are 0.4 %.
 const LEAST_PROBED_BYTES: u64 = 2 << 20;
 
-/// Maximum number of bytes that one system call copies from the cache. If some of these bytes were
-/// evicted in the meantime, readahead reads no bytes beyond them.
+/// Maximum number of bytes that one system call copies from the cache. If bytes were evicted in
+/// the meantime, the kernel reads ahead at most to the end of the range of that call.
 const STEP_BYTES: usize = 256 << 10;
 
 impl OpenFile {
@@ -102,7 +102,7 @@ impl OpenFile {
     }
 
     /// Whether the page at that offset is cached. If not, the kernel reads that page, and no
-    /// other, into the cache.
+    /// other, into the cache: readahead is off.
     fn has_cached(&self, offset: u64) -> bool {
         read_nowait(&self.buffered, &mut [MaybeUninit::uninit()], offset).is_ok_and(|bytes| bytes > 0)
     }

@@ -100,8 +100,9 @@ fn missing_bytes(memfd: &Memfd) -> rustix::io::Result<u64> {
     Ok((memfd.bytes() as u64).saturating_sub(present_bytes))
 }
 
-// SAFETY: memfds as in `MemfdHeap`, and populating changes no bytes. `exports` returns true, and
-// `export` a dma-buf of all of the memfd's pages; the returned value has its only descriptor.
+// SAFETY: memfds as in `MemfdHeap`, and `Mapping::populate` changes no bytes. `exports` returns
+// true, and `export` a dma-buf of all of the memfd's pages; the returned value has its only
+// descriptor.
 #[allow(unsafe_code)]
 unsafe impl Heap for UdmabufHeap {
     fn name(&self) -> Cow<'_, str> {
