@@ -109,7 +109,8 @@ pub(crate) fn scan(addresses: Range<usize>) -> Option<PageCount> {
             return_mask: PAGE_IS_HUGE,
             ..Default::default()
         };
-        // SAFETY: `vec` and `vec_len` describe `regions`, which outlives the call.
+        // SAFETY: `vec` and `vec_len` describe `regions`, which outlives the call, as `argument`
+        // does.
         let found = unsafe { ioctl(&pagemap, Scan(&mut argument)) }.ok()?;
         count.huge_bytes += regions.iter().take(found).map(|region| region.end - region.start).sum::<u64>();
         if argument.walk_end <= start {

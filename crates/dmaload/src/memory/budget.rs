@@ -173,8 +173,8 @@ impl<L: PartialEq> Budget<L> {
         *held -= bytes;
     }
 
-    /// Ends a load's reservation. Memory that its consumer still holds counts against the limit
-    /// until it is returned.
+    /// Ends a load's reservation. Memory that the load took and that was not returned yet still
+    /// counts against the limit.
     pub(crate) fn close(&mut self, load: &L) {
         if let Some(at) = self.accounts.iter().position(|account| account.load == *load) {
             self.loose += self.accounts.swap_remove(at).held;

@@ -46,7 +46,8 @@ const TURN_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 /// How many bytes free memory must differ from its amount at the last such change to show that
 /// memory is being allocated.
 const TURN_CHECK_BYTES: u64 = 1 << 20;
-/// How long to go without turns after failing to obtain one.
+/// How long to go without turns after failing to obtain one. A lock that is never released thus
+/// delays only one allocation in this time.
 const WITHOUT_TURNS: Duration = Duration::from_secs(10);
 /// When processes that share a limit run out of memory at the same time, the first one to give up
 /// makes room for the others. To spread them out, each waits for 0 to [`GIVE_UP_STEPS`] - 1 of
