@@ -138,8 +138,8 @@ pub fn huge_bytes_in(addresses: Range<usize>) -> PageCount {
 }
 
 /// Sums the smaps entries that overlap the range. An entry may extend beyond the range, because
-/// smaps shows adjacent mappings of one file as one entry, and states only sums. Each sum counts
-/// for at most the length of the overlap.
+/// smaps shows adjacent mappings of one file as one. Each number in an entry therefore counts for
+/// at most the length of the overlap.
 fn parse_smaps(smaps: &str, addresses: &Range<usize>) -> PageCount {
     let mut count = PageCount::default();
     let mut inside = 0;

@@ -7,7 +7,7 @@
 //! hexadecimal (`\xff`).
 //!
 //! In the dmaload workspace, paths and names are shown through this module, or quoted with `{:?}`,
-//! which escapes the same characters. The lint `clippy::disallowed_methods` forbids
+//! which escapes all of these, too. The lint `clippy::disallowed_methods` forbids
 //! [`Path::display`], which escapes nothing.
 
 use std::fmt::{self, Write};

@@ -9,8 +9,8 @@
 //!
 //! - [`heap`]: sources of memory; [`backing`]: one mapped allocation, while it is being filled and
 //!   afterwards. [`buffer`] is the contract between memory and its writers.
-//! - [`segment`]: filled memory, as a caller holds it. [`lent`] ensures that views of the
-//!   bytes and handing out the memory for writing exclude each other.
+//! - [`segment`]: filled memory, as a caller holds it. [`lent`] ensures that views of the bytes
+//!   and handing out the memory for writing exclude each other.
 //! - [`private`]: filled memory for code that may write to it.
 //! - [`reaper`]: releases or pools dropped memory.
 //! - Limits: [`window`] (allocated and not yet filled), [`budget`] (held by all loads of a loader;

@@ -74,8 +74,8 @@ enum Keeps {
     Mapping(PrivateMapping, Vec<Segment>),
 }
 
-// SAFETY: `address` points into memory that `keeps` owns, which is not bound to a thread, or to
-// nothing if there are no bytes.
+// SAFETY: `address` points into memory that `keeps` owns and that is not bound to a thread. If
+// there are no bytes, it dangles and is never dereferenced.
 unsafe impl Send for PrivateMemory {}
 // SAFETY: as above; nothing here dereferences the address.
 unsafe impl Sync for PrivateMemory {}

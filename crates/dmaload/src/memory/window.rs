@@ -21,8 +21,11 @@
 //!   too much speed.
 //!
 //! Loads that hold nothing all get their turn: the scheduler and the driver serve loads
-//! round-robin, and the thread pool serves reads in order of arrival. The same rules govern reads
-//! in flight, staging, registered buffers and threads.
+//! round-robin, and the thread pool serves reads in order of arrival.
+//!
+//! The same rules govern reads in flight, staging, registered buffers and threads. They also
+//! govern open small files, but with shares per load rather than per file system
+//! ([`Window::per_load`]).
 
 /// A number of bytes that loads share by permits. Does only the bookkeeping; the scheduler decides
 /// which loads wait. `L` identifies a load.

@@ -91,8 +91,8 @@ impl OpenFile {
     }
 
     fn probe(&self, range: &Range<u64>, chunk_bytes: u64) -> CachedChunks {
-        // A range without cached bytes costs only these three probes, each of which reads a page
-        // into the cache.
+        // A range without cached bytes costs only these three probes, each of which reads at most
+        // one page into the cache.
         let middle = range.start + (range.end - range.start) / 2;
         if ![range.start, middle, range.end - 1].into_iter().any(|offset| self.has_cached(offset)) {
             return CachedChunks::default();

@@ -43,11 +43,11 @@ const TURN_PATIENCE: Duration = Duration::from_secs(1);
 const TURN_PATIENCE_MAX: Duration = Duration::from_secs(10);
 /// How often to check, while waiting for a turn, whether memory is being allocated.
 const TURN_CHECK_INTERVAL: Duration = Duration::from_millis(100);
-/// How many bytes free memory must differ from its amount at the last such change to show that
-/// memory is being allocated.
+/// The change in free memory, in bytes, that shows that memory is being allocated. It is measured
+/// from the last change of at least this size, so small steps add up.
 const TURN_CHECK_BYTES: u64 = 1 << 20;
-/// How long to go without turns after failing to obtain one. A lock that is never released thus
-/// delays only one allocation in this time.
+/// How long to go without turns after failing to obtain one, so a lock that is never released does
+/// not delay every allocation.
 const WITHOUT_TURNS: Duration = Duration::from_secs(10);
 /// When processes that share a limit run out of memory at the same time, the first one to give up
 /// makes room for the others. To spread them out, each waits for 0 to [`GIVE_UP_STEPS`] - 1 of
