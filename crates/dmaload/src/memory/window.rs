@@ -10,12 +10,13 @@
 //!
 //! - A *file system* may hold at most three times as much as remains free (dynamic queue length
 //!   thresholds: Choudhury and Hahne, 1998), and a permit of the usual size must still fit into
-//!   the rest. A single file system gets three quarters, two get three sevenths each. All loads
-//!   from one file system count as one, because they wait for the same server or device. If that
-//!   does not answer, its loads hold up to three quarters of the window. The loads of a second
-//!   silent file system hold up to three quarters of the rest, and so on. A file system that holds
-//!   nothing may take anything that fits. Windows with room for fewer than [`FEW`] permits are
-//!   exempt.
+//!   the rest. A single file system gets three quarters, two get three sevenths each. A file
+//!   system that holds nothing may take anything that fits. Windows with room for fewer than
+//!   [`FEW`] permits are exempt.
+//!
+//!   All loads from one file system count as one, because they wait for the same server or device.
+//!   If that server or device is silent, the loads hold up to three quarters of the window. The
+//!   loads of a second silent file system hold up to three quarters of the rest, and so on.
 //! - A *load* that holds something leaves one permit of its file system's share for a new load.
 //!   Windows with room for fewer than [`MANY`] permits are exempt, because leaving one would cost
 //!   too much speed.
