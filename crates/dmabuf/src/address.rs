@@ -102,9 +102,9 @@ impl AddressRange {
         let read_only = memory.memfd().is_some_and(Memfd::is_foreign);
         let access = if read_only { ProtFlags::READ } else { ProtFlags::READ | ProtFlags::WRITE };
         match memory {
-            // SAFETY: [at, end) lies in the range, which this value owns, and overlaps no live
-            // mapping (checked above, under the lock), so MAP_FIXED replaces nothing but reserved
-            // address space.
+            // SAFETY: [at, end) lies in the range, which this value owns, and overlaps neither a
+            // live mapping nor a place that may belong to others: nothing in `taken` (checked
+            // above, under the lock). So MAP_FIXED replaces nothing but reserved address space.
             Memory::Memfd(memfd) => unsafe { mmap(address, bytes, access, MapFlags::SHARED | MapFlags::FIXED, memfd, 0) },
             // SAFETY: as above.
             Memory::DmaBuf(dma_buf) => unsafe { mmap(address, bytes, access, MapFlags::SHARED | MapFlags::FIXED, dma_buf, 0) },
@@ -161,8 +161,8 @@ impl Drop for AddressRange {
 /// reservation, which was never unmapped, or such a foreign mapping. The kernel's error does not
 /// say which.
 pub(crate) fn reserve_hole(address: *mut c_void, bytes: usize) -> bool {
-    // SAFETY: MAP_FIXED_NOREPLACE never replaces a mapping. Before Linux 4.17 the kernel ignores
-    // the flag and takes the address as a hint.
+    // SAFETY: MAP_FIXED_NOREPLACE never replaces a mapping. Kernels before Linux 4.17 ignore the
+    // flag and take the address as a hint, which replaces nothing either.
     let reserved = unsafe { mmap_anonymous(address, bytes, ProtFlags::empty(), reserved_flags() | MapFlags::FIXED_NOREPLACE) };
     match reserved {
         Ok(at) if at == address => true,
@@ -233,7 +233,8 @@ impl Mapping {
 
     /// The first address, page-aligned.
     pub fn address(&self) -> NonNull<u8> {
-        // SAFETY: `at` is below the length of the range, and the range is a single reservation.
+        // SAFETY: `AddressRange::map` and `Mapping::move_to` checked that the mapping lies in the
+        // range, which is a single reservation.
         unsafe { self.range.base.add(self.at) }
     }
 
@@ -270,7 +271,8 @@ impl Mapping {
     }
 
     fn advise(&self, advice: Advice, operation: &'static str) -> Result<(), Error> {
-        // SAFETY: the range belongs to this mapping, and the advice does not change its bytes.
+        // SAFETY: the range belongs to this mapping. MADV_DONTFORK and MADV_DOFORK, the only
+        // advice passed here, change no bytes.
         unsafe { madvise(self.address().as_ptr().cast(), self.bytes, advice) }
             .map_err(|errno| Error::from_call(operation, self.bytes, errno))
     }
@@ -303,15 +305,16 @@ impl Mapping {
         }
         let (from, to) = (self.address().as_ptr().cast::<c_void>(), range.base.as_ptr().wrapping_add(at).cast::<c_void>());
         let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
-        // SAFETY: the old place belongs to this mapping, and the new one is reserved and unmapped
-        // (checked above, under the lock). The caller gives up the mapping, so the old addresses
-        // are no longer used.
+        // SAFETY: the old addresses belong to this mapping. The new ones lie in `range` and
+        // overlap nothing in `taken` (checked above, under the lock), so only reserved address
+        // space is replaced. The caller gives up the mapping, so the old addresses are no longer
+        // used.
         let moved = unsafe { libc::mremap(from, self.bytes, self.bytes, flags, to) };
         if moved == libc::MAP_FAILED {
             let errno = Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::INVAL);
-            // Before Linux 5.13, the kernel unmaps the target before it refuses to move a memfd.
-            // If the target is still mapped, the kernel did not unmap it, or another thread mapped
-            // memory there first.
+            // Before Linux 5.13, the kernel unmaps the target before it refuses to move a memfd,
+            // so the target is reserved again. If that is refused, either the kernel never
+            // unmapped the target, or another thread has mapped memory there in the meantime.
             reserve_hole(to, self.bytes);
             let error = failed(errno);
             drop(taken);
@@ -319,8 +322,8 @@ impl Mapping {
         }
         taken.insert(at, self.bytes);
         drop(taken);
-        // Dropping `self` on return reserves the old place again, which is still mapped but has
-        // no pages.
+        // MREMAP_DONTUNMAP leaves the old addresses mapped, without pages. Dropping `self` on
+        // return replaces that empty mapping by a reservation.
         Ok(Mapping { range: Arc::clone(range), at, bytes: self.bytes, kind: self.kind })
     }
 }
@@ -329,8 +332,9 @@ impl Drop for Mapping {
     fn drop(&mut self) {
         let mut taken = self.range.taken();
         let address = self.address().as_ptr().cast::<c_void>();
-        // SAFETY: this mapping is the only owner of these addresses. Reserving them again unmaps
-        // the pages and prevents other mappings from taking the addresses.
+        // SAFETY: this mapping is the only owner of these addresses, and nothing uses them after
+        // it. Reserving them again unmaps the pages, and keeps other mappings out until the whole
+        // range is dropped.
         let reserved = unsafe { mmap_anonymous(address, self.bytes, ProtFlags::empty(), reserved_flags() | MapFlags::FIXED) };
         // If reserving fails (too many mappings), the pages stay until the whole range is dropped.
         if reserved.is_ok() {

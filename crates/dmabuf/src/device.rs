@@ -11,7 +11,7 @@ pub(crate) const UDMABUF: &str = "/dev/udmabuf";
 /// The folder of the dma-heap devices.
 pub(crate) const HEAPS: &str = "/dev/dma_heap";
 
-/// The names of this machine's dma-heaps, sorted.
+/// The names of this machine's dma-heaps, sorted; empty if the folder cannot be read.
 pub(crate) fn heap_names() -> Vec<String> {
     let entries = std::fs::read_dir(HEAPS).into_iter().flatten().flatten();
     let mut names: Vec<_> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();

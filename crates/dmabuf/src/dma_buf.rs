@@ -69,6 +69,7 @@ impl DmaBuf {
         // in drivers/dma-buf/dma-buf.c).
         let bytes = rustix::fs::seek(&fd, rustix::fs::SeekFrom::End(0)).map_err(failed)?;
         let dma_buf = DmaBuf { fd, bytes: usize::try_from(bytes).map_err(|_| failed(Errno::OVERFLOW))? };
+        // Other files have a size, too. Only a dma-buf answers this ioctl.
         dma_buf.cpu_access(Access::Read)?.end()?;
         Ok(dma_buf)
     }

@@ -42,7 +42,7 @@ unsafe impl Ioctl for Allocate {
     }
 
     unsafe fn output_from_ptr(_: IoctlOutput, pointer: *mut c_void) -> rustix::io::Result<u32> {
-        // SAFETY: this is the pointer that `as_ptr` returned.
+        // SAFETY: this is the pointer that `as_ptr` returned, to the struct that this value holds.
         Ok(unsafe { (*pointer.cast::<Allocation>()).fd })
     }
 }
@@ -58,7 +58,7 @@ impl DmaHeap {
     /// The folder of the dma-heap devices.
     pub const FOLDER: &str = device::HEAPS;
 
-    /// The names of this machine's heaps, sorted; empty if the folder does not exist.
+    /// The names of this machine's heaps, sorted; empty if the folder cannot be read.
     pub fn names() -> Vec<String> {
         device::heap_names()
     }
@@ -126,7 +126,8 @@ impl DmaHeap {
         let failed = |errno| Error::from_call("allocate a dma-buf", bytes, errno);
         let rounded = bytes.checked_next_multiple_of(page_bytes()).ok_or(failed(io::Errno::NOMEM))?;
         let request = Allocate(Allocation { len: bytes as u64, fd: 0, fd_flags, heap_flags });
-        // SAFETY: `Allocate` implements `Ioctl` for the struct that this ioctl expects.
+        // SAFETY: the descriptor is that of a dma-heap, and `Allocate` implements `Ioctl` for the
+        // struct that the heap's ioctl expects.
         let fd = unsafe { ioctl(&self.fd, request) }.map_err(failed)?;
         let fd = i32::try_from(fd).map_err(|_| failed(io::Errno::BADF))?;
         // SAFETY: the kernel just created this descriptor, and nothing else owns it.

@@ -9,7 +9,7 @@ use crate::Errno;
 pub struct Error {
     /// The step as a verb phrase: "create a memfd", "map memory".
     pub operation: &'static str,
-    /// The length of the memory; 0 while taking a descriptor, before its length is known.
+    /// The length of the memory; 0 if it is not known yet, as when a descriptor is wrapped.
     pub bytes: usize,
     /// The kernel's errno, or the errno that describes why this crate refused the call.
     pub errno: Errno,

@@ -3,7 +3,7 @@
 //! ```text
 //!   AddressRange   one reserved (PROT_NONE) range of addresses, aligned to 2 MiB
 //!    └─ Mapping    a part of the range, backed by a Memory: a memfd, a dma-buf or private pages
-//!        └─ populate()   allocates and maps its pages, of 2 MiB where possible
+//!        └─ populate()   allocates and maps its pages, by default of 2 MiB where possible
 //!   PrivateMapping  parts of memfds, mapped copy-on-write
 //!
 //!   Udmabuf ── create(memfd) ──┐
@@ -57,8 +57,8 @@ pub enum Memory {
     Memfd(Memfd),
     /// Private memory of this process, without a descriptor.
     Anonymous,
-    /// A dma-buf. [`Mapping::populate`] does nothing for it, because udmabuf and the dma-heaps
-    /// allocate all pages when they create a dma-buf.
+    /// A dma-buf. [`Mapping::populate`] does nothing for it: its exporter is expected to have
+    /// allocated all pages, as udmabuf and the kernel's dma-heaps do when they create a dma-buf.
     DmaBuf(DmaBuf),
 }
 

@@ -21,7 +21,8 @@ pub struct DeviceError {
     pub about: Option<String>,
 }
 
-/// The path of the file behind a descriptor, for error messages.
+/// The path of the file behind a descriptor, for error messages; without procfs, the path of the
+/// descriptor itself.
 pub(crate) fn path_of(fd: &OwnedFd) -> PathBuf {
     use std::os::fd::AsRawFd;
     let link = PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()));

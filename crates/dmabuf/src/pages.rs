@@ -109,7 +109,8 @@ pub(crate) fn scan(addresses: Range<usize>) -> Option<PageCount> {
             return_mask: PAGE_IS_HUGE,
             ..Default::default()
         };
-        // SAFETY: `vec` and `vec_len` describe `regions`, which outlives the call.
+        // SAFETY: `vec` and `vec_len` describe `regions`, which outlives the call, as `argument`
+        // does.
         let found = unsafe { ioctl(&pagemap, Scan(&mut argument)) }.ok()?;
         count.huge_bytes += regions.iter().take(found).map(|region| region.end - region.start).sum::<u64>();
         if argument.walk_end <= start {
@@ -136,8 +137,9 @@ pub fn huge_bytes_in(addresses: Range<usize>) -> PageCount {
         .unwrap_or_default()
 }
 
-/// Sums the smaps entries of the mappings that overlap the range. Counts at most the overlap of
-/// each mapping, since smaps shows adjacent mappings of one file as one.
+/// Sums the smaps entries that overlap the range. An entry may extend beyond the range, because
+/// smaps shows adjacent mappings of one file as one. Each number in an entry therefore counts for
+/// at most the length of the overlap.
 fn parse_smaps(smaps: &str, addresses: &Range<usize>) -> PageCount {
     let mut count = PageCount::default();
     let mut inside = 0;

@@ -5,7 +5,7 @@
 //! mm/khugepaged.c) replaces the pages of an aligned 2 MiB extent with one huge page, for any
 //! user, even with the sysfs switches at `never`. It needs at least one present page in the
 //! extent. Its return value is unreliable (stock 6.1 and 6.12 return EINVAL even after collapsing
-//! everything), so the result is read from the page tables.
+//! everything), so the result is read from the page tables (`PAGEMAP_SCAN`, Linux 6.7 or later).
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
@@ -29,16 +29,16 @@ pub enum Pages {
     Auto,
     /// Small pages only.
     Small,
-    /// 2 MiB pages for every whole 2 MiB extent, or an error. Before Linux 6.7, the result cannot
-    /// be checked, so missing huge pages are not an error.
+    /// 2 MiB pages for every whole 2 MiB extent, or an error. Before Linux 6.7 or without procfs,
+    /// the result cannot be checked, so missing huge pages are not an error.
     Huge,
 }
 
 /// The result of populating.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Populated {
-    /// The page sizes obtained; `None` for a dma-buf, and if the kernel has no cheap way to
-    /// inspect them (before Linux 6.7).
+    /// The page sizes obtained; `None` for a dma-buf, and if there is no cheap way to inspect them
+    /// (before Linux 6.7, or without procfs).
     pub pages: Option<PageCount>,
     /// Why an extent is not on a huge page although one was requested. Always `None` if `pages` is
     /// `None`.
@@ -73,8 +73,8 @@ impl Mapping {
             return Err(failed(Errno::INVAL));
         }
         if memory.dma_buf().is_some() {
-            // The exporter allocated all pages when it created the dma-buf, and the kernel does
-            // not populate mappings by page frame number (VM_PFNMAP).
+            // The exporter is expected to have allocated all pages when it created the dma-buf.
+            // The kernel does not populate mappings by page frame number (VM_PFNMAP) anyway.
             return Ok(Populated::default());
         }
         let area = Area { mapping: self, memory, part: part.clone() };
@@ -160,6 +160,7 @@ impl Area<'_> {
         // without THP.
         let _ = self.advise(self.whole_mapping(), Advice::LinuxHugepage);
         match self.memory {
+            // Collapsing needs one page of each extent.
             Memory::Memfd(memfd) => {
                 for extent in extents.clone().step_by(HUGE_PAGE_BYTES) {
                     memfd.allocate(extent as u64, page_bytes() as u64);
@@ -233,7 +234,8 @@ impl Area<'_> {
             // SAFETY: `at` lies in the mapping, which is readable and, by the assertion above,
             // writable.
             let byte = unsafe { self.mapping.address().add(at) };
-            // SAFETY: an AtomicU8 has the layout of a u8, and no alignment requirement.
+            // SAFETY: an AtomicU8 has the size and alignment of a u8. The byte stays mapped as
+            // long as `self.mapping` lives.
             let byte = unsafe { byte.cast::<std::sync::atomic::AtomicU8>().as_ref() };
             byte.fetch_add(0, std::sync::atomic::Ordering::Relaxed);
         }
@@ -241,8 +243,8 @@ impl Area<'_> {
 
     fn advise(&self, part: Range<usize>, advice: Advice) -> Result<(), Errno> {
         let (address, bytes) = self.pointer(part);
-        // SAFETY: the range lies in the mapping, and the advice used here never drops or changes
-        // bytes.
+        // SAFETY: the range lies in the mapping. The advice used here (MADV_HUGEPAGE,
+        // MADV_NOHUGEPAGE, MADV_POPULATE_READ and MADV_POPULATE_WRITE) changes no bytes.
         unsafe { madvise(address, bytes, advice) }
     }
 

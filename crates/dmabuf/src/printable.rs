@@ -6,8 +6,9 @@
 //! these are written as escapes (`\n`, `\u{1b}`, `\u{202e}`), and bytes that are not UTF-8 in
 //! hexadecimal (`\xff`).
 //!
-//! Everything in the dmaload workspace that shows a path or a name goes through this module. The
-//! lint `clippy::disallowed_methods` forbids [`Path::display`], which escapes nothing.
+//! In the dmaload workspace, paths and names are shown through this module, or quoted with `{:?}`,
+//! which escapes all of these, too. The lint `clippy::disallowed_methods` forbids
+//! [`Path::display`], which escapes nothing.
 
 use std::fmt::{self, Write};
 use std::os::unix::ffi::OsStrExt;
@@ -30,7 +31,8 @@ pub fn text<T: AsRef<str> + ?Sized>(text: &T) -> Printable<'_> {
 }
 
 /// Displays a path as one word of a shell command line, for commands that users copy. The path
-/// can contain spaces, quotes and semicolons.
+/// can contain spaces, quotes and semicolons. If it contains hidden characters or is not UTF-8,
+/// the word is written as `$'…'`, which bash, ksh and zsh understand.
 pub fn shell<P: AsRef<Path> + ?Sized>(path: &P) -> impl fmt::Display {
     fmt::from_fn(move |f| {
         let bytes = path.as_ref().as_os_str().as_bytes();

@@ -56,7 +56,8 @@ impl PrivateMapping {
         // SAFETY: no address is requested, so no existing mapping is replaced.
         let start = unsafe { mmap_anonymous(std::ptr::null_mut(), bytes, ProtFlags::empty(), reserved) }.map_err(failed)?;
         let address = NonNull::new(start.cast::<u8>()).ok_or(failed(Errno::NOMEM))?;
-        // From here on, an early return drops the mapping, which unmaps everything.
+        // From here on, an early return drops the mapping, which unmaps everything. The only
+        // exception is a place that may have become another mapping's: see `unmap_around`.
         let mapping = PrivateMapping { address, bytes };
         let mut at = 0;
         for (memfd, range) in parts {

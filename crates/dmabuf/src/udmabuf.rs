@@ -29,7 +29,7 @@ const _: () = assert!(size_of::<Create>() == 24 && UDMABUF_CREATE == 0x4018_7542
 const UDMABUF_FLAGS_CLOEXEC: u32 = 1;
 
 // SAFETY: the opcode is UDMABUF_CREATE, and the pointer points to the struct that this ioctl
-// reads. It writes nothing.
+// reads. The ioctl writes to no memory of this process.
 unsafe impl Ioctl for Create {
     /// The new descriptor, which the ioctl returns.
     type Output = RawFd;
@@ -62,10 +62,11 @@ pub struct Part<'a> {
 /// The limits of this kernel's udmabuf driver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct UdmabufLimits {
-    /// Maximum size of one dma-buf (`size_limit_mb`); `None` if unlimited or unknown.
+    /// Maximum size of one dma-buf in bytes, from the driver's parameter `size_limit_mb`, which is
+    /// in MiB; `None` if unlimited or unknown.
     pub size_bytes: Option<u64>,
-    /// Maximum number of ranges in one dma-buf (`list_limit`); `None` if unlimited or unknown.
-    /// [`Udmabuf::create`] uses one range.
+    /// Maximum number of ranges in one dma-buf, from the driver's parameter `list_limit`; `None`
+    /// if unlimited or unknown. [`Udmabuf::create`] uses one range.
     pub list_entries: Option<u64>,
 }
 
@@ -128,7 +129,8 @@ impl Udmabuf {
             offset: part.offset,
             size: part.bytes as u64,
         };
-        // SAFETY: `Create` implements `Ioctl` for the struct that this ioctl expects.
+        // SAFETY: the descriptor is that of /dev/udmabuf, and `Create` implements `Ioctl` for the
+        // struct that the driver's ioctl expects.
         let fd = unsafe { ioctl(&self.fd, create) }.map_err(|errno| Error::from_call("make a udmabuf", part.bytes, errno))?;
         // SAFETY: the kernel just created this descriptor, and nothing else owns it.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };

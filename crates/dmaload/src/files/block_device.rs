@@ -8,6 +8,7 @@
 //! Requires sysfs at `/sys`. A device that sysfs doesn't list is not trusted.
 //!
 //! Results are not cached, because a loop device's number can be reused for another file.
+//!
 //! Resolving a disk takes a few system calls that never wait for a device. A loop device's file,
 //! however, can be on a server that hangs, so callers must be allowed to block.
 
@@ -25,7 +26,8 @@ const REMOTE: [&str; 6] = ["nbd", "rbd", "rnbd", "drbd", "ublkb", "etherd!"];
 /// Maximum depth of stacked devices. Real setups have fewer levels.
 const MOST_LEVELS: usize = 8;
 
-/// Maximum number of devices below one device, over all levels.
+/// Maximum number of devices to visit for one file, over all levels. A device that is reached by
+/// several ways counts each time, so the number of visits could grow exponentially with the depth.
 const MOST_DEVICES: usize = 256;
 
 /// The number of a block device.

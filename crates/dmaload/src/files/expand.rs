@@ -47,8 +47,9 @@ impl<'a> Choice<'a> {
 /// Finds the files of all inputs.
 ///
 /// # Errors
-/// [`Error::File`] for a folder or an index that can't be read; [`Error::Model`] for an invalid
-/// index; [`Error::NoModel`]; [`Error::Incomplete`].
+/// [`Error::File`] for a folder that can't be listed; for an index, those of [`OpenFile::open`]
+/// and [`OpenFile::read_exact`], [`Error::Model`] if it is invalid, and [`Error::Changed`];
+/// [`Error::NoModel`]; [`Error::Incomplete`].
 pub(crate) fn find_files(inputs: &[Input], choice: Choice<'_>) -> Result<Found> {
     let mut found = Found::default();
     let splits: Vec<_> = inputs.iter().map(|input| split_key(input, choice)).collect();
@@ -121,7 +122,8 @@ fn expand_named_index(path: &Path, named: Named, choice: Choice<'_>, found: &mut
         }
         Named::Unsaid => match read_generic_index(path)? {
             Some(index) => expand_index(path, &index, choice, found),
-            // The JSON is not an index, so it loads as raw bytes.
+            // The file is not an index of safetensors files, so the path stands for the file
+            // itself.
             None => {
                 found.sources.push(SourceFile::file(path.to_owned()));
                 Ok(())

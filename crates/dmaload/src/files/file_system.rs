@@ -8,10 +8,11 @@
 //!
 //! Therefore only listed file systems are allowed. Others are read by threads, which costs little.
 //!
-//! Buffered reads ([`crate::Route::UringBuffered`]) from network file systems are also allowed.
-//! Each such read goes straight to its own kernel thread (`IOSQE_ASYNC`), and there are as many of
-//! these as reads in flight, so no other read waits for it, and a short answer is reported as a
-//! short read. FUSE, and anything that may be FUSE, is never allowed.
+//! Buffered reads ([`crate::Route::UringBuffered`]) from network file systems are also allowed,
+//! because neither problem occurs there. A short answer is reported as a short read. Each read
+//! goes straight to its own kernel thread (`IOSQE_ASYNC`), and there are as many of these threads
+//! as reads in flight, so no other read waits for it. FUSE, and anything that may be FUSE, is
+//! never allowed.
 //!
 //! The `f_type` of `fstatfs(2)` alone proves nothing, because 9p reports whatever its server says.
 //! Each allowed file system needs a second proof that only the kernel's own code can provide.
@@ -89,7 +90,7 @@ pub(crate) struct Trust {
 /// Determines how far the file's file system can be trusted. May wait for a server: that of the
 /// file itself, or of the file behind its loop device.
 pub(crate) fn trust(file: &OwnedFd, device: Device) -> Trust {
-    // A FUSE server may refuse to answer.
+    // On FUSE, `fstatfs` asks the server, which may answer with an error.
     let f_type = match fstatfs(file) {
         Ok(about) => magic(&about),
         Err(errno) => {

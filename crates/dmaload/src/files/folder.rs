@@ -222,11 +222,12 @@ impl Folder {
 }
 
 /// Maximum number of files to open in a folder without a model to see whether they look like
-/// models.
+/// models. The result only improves an error message, which must not take long.
 const SNIFFED: usize = 64;
 /// Maximum number of missing files to list for one numbered sequence.
 const MISSING_LISTED: usize = 10_000;
-/// Maximum depth to which subfolders are searched for models.
+/// Maximum depth to which subfolders are searched for models. Like the number of subfolders, it is
+/// limited because the search only improves an error message, which must not take long.
 const DEPTH: usize = 5;
 /// Maximum number of subfolders that are searched for models.
 const FOLDERS: usize = 256;

@@ -1,9 +1,9 @@
 //! Finds and reads the header of a model: in a file ([`read_header`]), or in its bytes if they are
 //! already in memory ([`find_header`]).
 //!
-//! Reads through the page cache; on local file systems, without readahead. Headers are not
-//! trusted: each length is checked against the length of the file before memory is allocated for
-//! it.
+//! Headers are read through the page cache, and without readahead on local file systems. They are
+//! not trusted: each length is checked against the length of the file before memory is allocated
+//! for it.
 
 use std::ops::Range;
 use std::path::Path;
@@ -137,8 +137,8 @@ fn read_gguf(file: &OpenFile, part: Range<u64>) -> Result<std::result::Result<Te
         file.read_exact(start.get_mut(have..).expect("the buffer only grows"), part.start + have as u64)?;
         match gguf::parse(&start, file_bytes) {
             Ok(Parsed::Complete(map)) => return Ok(Ok(map)),
-            // The buffer at least doubles each time, so all attempts together parse at most twice
-            // as many bytes as the last one.
+            // The buffer at least doubles each time, or grows to the whole file, so all attempts
+            // together parse at most three times as many bytes as the last one.
             Ok(Parsed::More { bytes }) if bytes <= file_bytes && bytes > start.len() as u64 => wanted = bytes.max(2 * wanted),
             Ok(Parsed::More { bytes }) => return Ok(Err(cut_short(bytes, file_bytes))),
             Err(fault) => return Ok(Err(fault)),

@@ -20,8 +20,8 @@ pub(super) fn read_index(path: &Path) -> Result<Index> {
 ///
 /// # Errors
 /// Those of [`OpenFile::open`] and [`OpenFile::read_exact`]; [`Error::Model`] for a file that is
-/// too long, invalid JSON, or an invalid index. Skipping such a file could load a model without
-/// its index.
+/// too long, invalid JSON, or an invalid index, because skipping such a file could load a model
+/// without its index; [`Error::Changed`] if such a file has changed since it was opened.
 pub(super) fn read_generic_index(path: &Path) -> Result<Option<Index>> {
     let (file, json) = read_json(path)?;
     match parse_index(&file, &json) {

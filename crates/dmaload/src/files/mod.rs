@@ -3,12 +3,14 @@
 //! what is cached. [`expand`] turns folders, indices and split models into files, [`header`] reads
 //! the files' headers, and [`whole`] checks that they form complete models.
 //!
-//! This is the only folder that opens model files by path. Each call may wait for a server that
-//! does not answer, so the ring thread never opens files: workers do, and the threads that
-//! inspect, probe or observe. Without `O_DIRECT`, the load takes another route. Without
-//! `statx(2)`, attributes may be stale, and nothing is copied from the page cache. Without procfs,
-//! a file is reopened by its path rather than by its descriptor. A file is closed when the last
-//! reference to its [`OpenFile`](source::OpenFile) is dropped.
+//! Only this module and its submodules open model files by path. Each call may wait for a server
+//! that does not answer, so the ring thread never opens files: workers do, and the threads that
+//! inspect, probe or observe. A file is closed when the last reference to its
+//! [`OpenFile`](source::OpenFile) is dropped.
+//!
+//! If `O_DIRECT` is refused, the load takes another route. If `statx(2)` is refused, attributes
+//! may be stale, and nothing is copied from the page cache. Without procfs, a file is reopened by
+//! its path rather than by its descriptor.
 
 mod block_device;
 pub(crate) mod expand;

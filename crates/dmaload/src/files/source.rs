@@ -277,8 +277,8 @@ impl OpenFile {
         drop(self.place.set(Box::new(place)));
     }
 
-    /// Opens a regular file for reading, twice: with `O_DIRECT`, where supported, and through the
-    /// page cache.
+    /// Opens a regular file for reading, twice: through the page cache, and with `O_DIRECT` unless
+    /// the file system refuses that.
     ///
     /// # Errors
     /// The error of `open(2)` or `statx(2)`, or of reading a byte of a file whose stated length is
@@ -303,8 +303,8 @@ impl OpenFile {
             return Err(failed("open")(errno));
         }
         let Trust { ring_refused, buffered_ring_refused, cache, in_memory } = trust(&buffered, look.device);
-        // Reading a header or checking what is cached must not start readahead. For files on
-        // servers, readahead is worthwhile.
+        // Reading a header or checking what is cached must not start readahead. A file that a ring
+        // must not read may be on a server; for such a file, readahead is worthwhile.
         let is_quiet = ring_refused.is_none() && fadvise(&buffered, 0, None, Advice::Random).is_ok();
         if look.from_cache && ring_refused.is_some() {
             let path = printable::path(path);

@@ -15,7 +15,7 @@ use crate::model::gguf::Value;
 use crate::model::parts::PartName;
 use crate::model::{ModelError, TensorMap};
 
-/// A file of a load and its tensors.
+/// A file of a load and its tensors; `None` for raw bytes.
 pub(crate) type KnownFile<'a> = (&'a SourceFile, Option<&'a TensorMap>);
 
 /// Checks that the files of each model form one complete model. Returns notes for the report about
@@ -27,8 +27,8 @@ pub(crate) type KnownFile<'a> = (&'a SourceFile, Option<&'a TensorMap>);
 pub(crate) fn check_whole(files: &[KnownFile<'_>], allow_missing: bool) -> Result<Vec<String>> {
     let mut sizes: HashMap<usize, usize> = HashMap::new();
     files.iter().for_each(|(source, _)| *sizes.entry(source.model).or_default() += 1);
-    // A name that occurs twice in one file is an error of its header, found when the header is
-    // parsed.
+    // In a model of one file, no names need to be compared: a name that occurs twice in a file is
+    // an error of its header, found when the header is parsed.
     let has_several = |source: &SourceFile| sizes.get(&source.model).is_some_and(|&files| files > 1);
     let notes = check_splits(files, has_several, allow_missing)?;
     check_names(files, has_several)?;

@@ -40,6 +40,7 @@ pub(crate) struct Backing {
 // SAFETY: `address` points into the mapping that `holding` owns, which is not bound to a thread.
 unsafe impl Send for Backing {}
 // SAFETY: as above; only unsafe methods access the bytes, and their callers rule out data races.
+// The other fields synchronize their own changes.
 unsafe impl Sync for Backing {}
 
 impl Backing {
@@ -75,8 +76,8 @@ impl Backing {
     }
 
     /// Lets the memory be reused once it is dropped, because it is complete. Has no effect on
-    /// memory that is itself a dma-buf: such a mapping can't be moved, so the memory would only
-    /// take up space in the pool.
+    /// memory that is itself a dma-buf: `Mapping::move_to` can't move the mapping of a dma-heap's
+    /// dma-buf, so the memory would only take up space in the pool.
     pub(crate) fn allow_reuse(&self) {
         let holding = self.holding();
         if holding.memory.dma_buf().is_none() {
@@ -146,7 +147,7 @@ impl Backing {
     pub(crate) fn export<E: From<dmabuf::Error>>(&self, export: impl FnOnce(&Memory) -> Result<DmaBuf, E>) -> Result<(), E> {
         let holding = self.holding();
         if let Some(dma_buf) = holding.memory.dma_buf() {
-            // The access was begun when the memory was allocated.
+            // The worker that allocated the memory began the access.
             return Ok(dma_buf.end_cpu_access(Access::ReadWrite)?);
         }
         if let Some(dma_buf) = holding.exported.get() {
@@ -158,7 +159,8 @@ impl Backing {
         // and ending a CPU access flushes those writes.
         dma_buf.cpu_access(Access::ReadWrite)?.end()?;
         if let Some(memfd) = holding.memory.memfd() {
-            // Sealed only now, because newer kernels refuse to export a memfd that has this seal.
+            // Sealed only now, because neither `Udmabuf::create` nor newer kernels export a memfd
+            // that has this seal.
             memfd.seal_against_writes()?;
         }
         holding.exported.set(dma_buf).expect("an allocation is exported once, by the worker that finishes it");
@@ -251,8 +253,8 @@ impl Sink for Backing {
     }
 }
 
-/// A piece: a part of an allocation that the kernel may write to. Dropping it returns its permit,
-/// `P`.
+/// A piece: a range of an allocation, which the kernel may write to while the piece is filled.
+/// Dropping the piece returns its permit, `P`.
 #[derive(Debug)]
 pub(crate) struct PieceBuffer<P> {
     backing: Arc<Backing>,

@@ -1,12 +1,14 @@
 //! Limits the memory that loads hold: segments being filled, and segments that their consumers
 //! have not dropped yet.
 //!
-//! Each admitted load has a reservation that no other load can use. A load that is kept reserves
-//! all of its memory; a stream reserves its largest segment, or the segments of its largest tensor
-//! if these are larger. Every load can therefore proceed once its own consumer drops something,
-//! and a consumer that stops holds up only its own load. Beyond its reservation, a load may take
-//! an equal share of half the limit, as long as the other half stays free for the reservations of
-//! later loads.
+//! Each admitted load has a reservation that no other load can use. A *kept* load, whose consumer
+//! keeps all segments (an image, for example), reserves all of its memory. A *stream*, whose
+//! consumer may drop each segment before it takes the next, reserves its largest segment, or the
+//! segments of its largest tensor if these are larger. Every load can therefore proceed once its
+//! own consumer drops something, and a consumer that stops holds up only its own load.
+//!
+//! A load may exceed its reservation until it holds an equal share of half the limit, as long as
+//! the other half stays free for the reservations of later loads.
 //!
 //! A kept load holds its memory forever if its file system stops responding. The kept loads of one
 //! file system together therefore get at most three quarters of the limit, unless a single one
@@ -60,7 +62,8 @@ pub(crate) enum Admitted {
     No,
 }
 
-/// Maximum ratio of reserved to free memory for the kept loads of one file system.
+/// Maximum ratio of reserved to free memory for the kept loads of one file system, which together
+/// get at most three quarters of the limit.
 const HELD_TO_FREE_MAX: u64 = 3;
 
 /// The result of trying to take memory.
@@ -170,8 +173,8 @@ impl<L: PartialEq> Budget<L> {
         *held -= bytes;
     }
 
-    /// Ends a load's reservation. Memory that the load still holds counts against the limit until
-    /// it is returned.
+    /// Ends a load's reservation. Memory that the load took and that was not returned yet still
+    /// counts against the limit.
     pub(crate) fn close(&mut self, load: &L) {
         if let Some(at) = self.accounts.iter().position(|account| account.load == *load) {
             self.loose += self.accounts.swap_remove(at).held;

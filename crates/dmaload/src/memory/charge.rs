@@ -1,5 +1,5 @@
-//! Budget accounting for one allocation: its share of the loader's budget is returned when the
-//! memory is freed.
+//! Budget accounting for one allocation: its share of the loader's budget is booked to the pool
+//! while the pool keeps the memory, and returned when the memory is freed.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -133,8 +133,8 @@ pub unsafe trait Heap: fmt::Debug + Send + Sync + 'static {
         Err(HeapError::new("export memory as a dma-buf", memory.memfd().map_or(0, Memfd::bytes), Errno::EOPNOTSUPP))
     }
 
-    /// Whether [`Heap::allocate`] allocates all pages at once. If so, the window counts them from
-    /// then on.
+    /// Whether [`Heap::allocate`] allocates all pages at once. If so, the window counts the whole
+    /// allocation from that call on.
     fn allocates_at_once(&self) -> bool {
         false
     }

@@ -9,8 +9,8 @@
 //!
 //! - [`heap`]: sources of memory; [`backing`]: one mapped allocation, while it is being filled and
 //!   afterwards. [`buffer`] is the contract between memory and its writers.
-//! - [`segment`]: filled memory, as a caller holds it. [`lent`] ensures that views of its bytes
-//!   and handing it out for writing exclude each other.
+//! - [`segment`]: filled memory, as a caller holds it. [`lent`] ensures that views of the bytes
+//!   and handing out the memory for writing exclude each other.
 //! - [`private`]: filled memory for code that may write to it.
 //! - [`reaper`]: releases or pools dropped memory.
 //! - Limits: [`window`] (allocated and not yet filled), [`budget`] (held by all loads of a loader;
@@ -18,11 +18,13 @@
 //!   its cgroups have left; [`pressure`] reports when processes wait for memory). A permit
 //!   reserves part of a limit before memory is allocated; dropping it returns that part.
 //!
-//! Allocates and maps memory through `dmabuf`, and reads the available memory from procfs and
-//! cgroups; if neither can be read, only the loader's own limits apply. Opens no model files and
-//! does not depend on the ring. Memory that the kernel may still write to is never freed: its
-//! owner either waits for the reads or leaks it. Dropped memory goes to the reaper, whose thread
-//! runs until the loader and its last allocation are dropped.
+//! This module allocates and maps memory through `dmabuf`, and reads the available memory from
+//! procfs and cgroups; if neither can be read, only the loader's own limits apply. It opens no
+//! model files and does not depend on the ring.
+//!
+//! Memory that the kernel may still write to is never freed: its owner either waits for the reads
+//! or leaks it. Dropped memory goes to the reaper, whose thread runs until the loader and its last
+//! allocation are dropped.
 
 pub(crate) mod backing;
 pub(crate) mod budget;

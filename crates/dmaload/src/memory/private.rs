@@ -6,9 +6,10 @@
 //!   dma-buf ──────────── refused: others can write to it
 //! ```
 //!
-//! Loads nothing: only maps memory of finished segments, or copies it where the kernel can't map
-//! it copy-on-write. Exposes addresses and never references, because any holder of an address may
-//! write. The memory is freed when the last [`PrivateMemory`] and the last segment are dropped.
+//! This module loads nothing: it only maps memory of finished segments, or copies it where the
+//! kernel can't map it copy-on-write. It exposes addresses and never references, because any
+//! holder of an address may write. The memory is freed when the last [`PrivateMemory`] and the
+//! last segment are dropped.
 #![allow(unsafe_code)]
 
 use std::fmt;
@@ -73,7 +74,8 @@ enum Keeps {
     Mapping(PrivateMapping, Vec<Segment>),
 }
 
-// SAFETY: `address` points into memory that `keeps` owns, which is not bound to a thread.
+// SAFETY: `address` points into memory that `keeps` owns and that is not bound to a thread. If
+// there are no bytes, it dangles and is never dereferenced.
 unsafe impl Send for PrivateMemory {}
 // SAFETY: as above; nothing here dereferences the address.
 unsafe impl Sync for PrivateMemory {}

@@ -1,14 +1,14 @@
 //! Moves the memory of dropped segments to the pool, or to the thread that unmaps it.
 //!
 //! Unmapping and freeing a segment takes milliseconds, and its last owner may be an async task.
-//! Dropping it therefore only moves its memory to the pool or to the thread's list. The list is
-//! intrusive, so adding to it does not allocate. The thread runs as long as anything can be added,
-//! which may be longer than the loader lives.
+//! Dropping a segment therefore only moves its memory to the pool or to the thread's list. The
+//! list is intrusive, so adding to it does not allocate. The thread runs as long as anything can
+//! be added, which may be longer than the loader lives.
 //!
 //! The **pool** keeps whole allocations, mapped and populated, so later loads need not allocate,
 //! zero or populate them. It keeps only memory that no other code can access: memory that was
-//! handed out is freed. Every release of memory takes the pool's lock, so the pool is indexed by
-//! age and by size: no operation walks it while holding the lock.
+//! handed out is freed. Every release of memory takes the pool's lock. The pool is therefore
+//! indexed by age and by size, so no operation searches it while holding the lock.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -31,7 +31,7 @@ pub(crate) struct Holding {
     pub(crate) mapping: Mapping,
     pub(crate) memory: Memory,
     /// The dma-buf that was exported from the memory. It holds references to the pages, so closing
-    /// it may free them.
+    /// it can free them, which takes as long as unmapping: the reaper closes it, too.
     pub(crate) exported: OnceLock<DmaBuf>,
     /// Whether the memory may be reused: it is complete and was not handed out.
     pub(crate) reusable: AtomicBool,
@@ -398,8 +398,8 @@ mod tests {
         Duration::new(time.tv_sec.try_into().unwrap(), time.tv_nsec.try_into().unwrap())
     }
 
-    /// Asserts that eight times as many allocations take less than 32 times as long. Linear time
-    /// would be eight times as long, quadratic time 64 times.
+    /// Asserts that eight times as many allocations take less than 32 times as long: linear work
+    /// takes eight times as long, quadratic work 64 times.
     fn assert_linear(what: &str, work: impl Fn(&Reaper, &Arc<AddressRange>, usize)) {
         let [few, many] = [2_500, 20_000].map(|count| best_time(count, |reaper, range| work(reaper, range, count)));
         let ratio = many.as_secs_f64() / few.as_secs_f64().max(20e-6);

@@ -1,9 +1,9 @@
 //! Finished segments: memory that holds a known range of a file.
 //!
-//! While views of the bytes exist, nothing may write to them; once the dma-buf is handed out, its
-//! holders may. The two exclude each other: the dma-buf can be handed out only while no view
-//! exists, and after that no view can be created. Handing out is permanent. Anonymous memory that
-//! becomes [`private`](super::private) is handed out under the same rules.
+//! While views of the bytes exist, nothing may write to the bytes; once the dma-buf is handed out,
+//! its holders may. The dma-buf can therefore be handed out only while no view exists, and after
+//! that no view can be created. Handing out is permanent. Anonymous memory that becomes
+//! [`private`](super::private) is handed out under the same rules.
 #![allow(unsafe_code)]
 
 use std::fmt;
@@ -23,8 +23,8 @@ use crate::support::convert::to_usize;
 
 /// A contiguous range of a file, completely loaded into memory from a heap.
 ///
-/// Small files that follow one another in a load share memory: their segments have one dma-buf or
-/// memfd in common, each at its own [`Segment::memory_offset`] (see
+/// Small files that follow one another in a load share an allocation (a dma-buf, a memfd or
+/// anonymous memory), in which each segment has its own [`Segment::memory_offset`] (see
 /// [`crate::LoadOptions::packed`]).
 ///
 /// Cheap to clone. The memory is released when the last clone and the last view of all segments in
@@ -281,8 +281,8 @@ impl Segment {
         self.0.place.tensors.as_ref()
     }
 
-    /// Permanently prevents handing out the dma-buf, if the segment has one, so nothing can write
-    /// to the segment's memory.
+    /// Permanently prevents handing out the dma-buf, if the segment has one, so no holder of it
+    /// can write to the segment's memory.
     ///
     /// # Errors
     /// [`Error::HandedOut`] if it was already handed out.
@@ -337,9 +337,10 @@ impl Drop for View {
 
 impl AsRef<[u8]> for View {
     fn as_ref(&self) -> &[u8] {
-        // SAFETY: nothing writes to the bytes, as `Segment::new` requires. Memfds are sealed
-        // before they are shown or, on kernels without the seal, have no other descriptor. Neither
-        // a dma-buf nor anonymous memory can be handed out while this view exists.
+        // SAFETY: nothing writes to the bytes before the memory is handed out: the caller of
+        // `Segment::new` guaranteed that. While this view is counted (`ViewCount`), neither a
+        // dma-buf nor anonymous memory can be handed out. A memfd is handed out only once it is
+        // sealed against writes (`Segment::hand_out_memfd`).
         unsafe { self.0.filled() }
     }
 }
@@ -464,8 +465,9 @@ impl AsRef<[u8]> for Contiguous {
         let View(first) = self.views.first().expect("a range with bytes touches a segment: see `bytes`");
         let offset = to_usize(self.range.start - first.file_range().start);
         let bytes = to_usize(self.range.end - self.range.start);
-        // SAFETY: `bytes` checked that the range lies within the segments' bytes, and that the
-        // segments are adjacent in one reserved address range.
+        // SAFETY: `bytes` checked that the range lies within the segments' bytes, and that each
+        // segment starts at the address where the previous one ends. All segments of a span are
+        // mapped in one reserved address range.
         let start = unsafe { first.start().add(offset) };
         // SAFETY: as above; each segment stays mapped, complete and unchanged while its view lives
         // (see `View`).

@@ -1,7 +1,7 @@
 //! The window: limits how many bytes may be allocated but not yet filled, and how much of a shared
 //! resource each load may hold.
 //!
-//! It keeps the allocator and the reader in step: a permit is taken before memory is allocated,
+//! The window keeps allocating and reading in step: a permit is taken before memory is allocated,
 //! and returned when that memory is filled or abandoned. The engine's permits are
 //! `engine::WindowPermit`; in `engine::schedule`, the next batch of a load waits for one.
 //!
@@ -10,18 +10,23 @@
 //!
 //! - A *file system* may hold at most three times as much as remains free (dynamic queue length
 //!   thresholds: Choudhury and Hahne, 1998), and a permit of the usual size must still fit into
-//!   the rest. A single file system gets three quarters, two get three sevenths each. All loads
-//!   from one file system count as one, because they wait for the same server or device. If that
-//!   does not answer, its loads hold up to three quarters of the window. The loads of a second
-//!   silent file system hold up to three quarters of the rest, and so on. A file system that holds
-//!   nothing may take anything that fits.
+//!   the rest. A single file system gets three quarters, two get three sevenths each. A file
+//!   system that holds nothing may take anything that fits. Windows with room for fewer than
+//!   [`FEW`] permits are exempt.
+//!
+//!   All loads from one file system count as one, because they wait for the same server or device.
+//!   If that server or device is silent, the loads hold up to three quarters of the window. The
+//!   loads of a second silent file system hold up to three quarters of the rest, and so on.
 //! - A *load* that holds something leaves one permit of its file system's share for a new load.
 //!   Windows with room for fewer than [`MANY`] permits are exempt, because leaving one would cost
 //!   too much speed.
 //!
 //! Loads that hold nothing all get their turn: the scheduler and the driver serve loads
-//! round-robin, and the thread pool serves reads in order of arrival. The same rules govern reads
-//! in flight, staging, registered buffers and threads.
+//! round-robin, and the thread pool serves reads in order of arrival.
+//!
+//! The same rules govern reads in flight, staging, registered buffers and threads. They also
+//! govern open small files, but with shares per load rather than per file system
+//! ([`Window::per_load`]).
 
 /// A number of bytes that loads share by permits. Does only the bookkeeping; the scheduler decides
 /// which loads wait. `L` identifies a load.
@@ -29,7 +34,8 @@
 pub(crate) struct Window<L> {
     bytes: u64,
     held: Holders<L>,
-    /// The number of bytes that must be left for others: the usual size of a permit.
+    /// The number of bytes that must be left for others: the usual size of a permit, but at most
+    /// the window divided by [`FEW`].
     usual: u64,
     /// Whether shares are per file system; if not, they are per load.
     by_file_system: bool,
@@ -51,7 +57,7 @@ pub(crate) enum Permitted {
     Full,
 }
 
-/// Maximum ratio of held to free space for one file system.
+/// Maximum ratio of held to free space for one file system: a single one gets three quarters.
 const HELD_TO_FREE_MAX: u64 = 3;
 
 /// If fewer permits than this fit, nothing is reserved for other file systems: reserving one of
@@ -136,6 +142,8 @@ impl<L: Clone + PartialEq> Holders<L> {
         }
     }
 
+    /// Returns part of what this load holds for files on this file system.
+    ///
     /// # Panics
     /// If more is returned than was taken: the bookkeeping is broken.
     pub(crate) fn give_back(&mut self, load: &L, file_system: u64, amount: u64) {

@@ -62,8 +62,8 @@ const WORD_BITS: usize = u64::BITS as usize;
 /// cached should add very little to the cache: two pages of 4 KiB in 2 MiB are 0.4 %.
 const LEAST_PROBED_BYTES: u64 = 2 << 20;
 
-/// Maximum number of bytes that one system call copies from the cache. If some of these bytes were
-/// evicted in the meantime, readahead reads no bytes beyond them.
+/// Maximum number of bytes that one system call copies from the cache. If bytes were evicted in
+/// the meantime, the kernel reads ahead at most to the end of the range of that call.
 const STEP_BYTES: usize = 256 << 10;
 
 impl OpenFile {
@@ -91,6 +91,8 @@ impl OpenFile {
     }
 
     fn probe(&self, range: &Range<u64>, chunk_bytes: u64) -> CachedChunks {
+        // A range without cached bytes costs only these three probes, each of which reads at most
+        // one page into the cache.
         let middle = range.start + (range.end - range.start) / 2;
         if ![range.start, middle, range.end - 1].into_iter().any(|offset| self.has_cached(offset)) {
             return CachedChunks::default();
@@ -102,7 +104,7 @@ impl OpenFile {
     }
 
     /// Whether the page at that offset is cached. If not, the kernel reads that page, and no
-    /// other, into the cache.
+    /// other, into the cache: readahead is off.
     fn has_cached(&self, offset: u64) -> bool {
         read_nowait(&self.buffered, &mut [MaybeUninit::uninit()], offset).is_ok_and(|bytes| bytes > 0)
     }

@@ -26,8 +26,8 @@ use super::{Headroom, headroom};
 use crate::support::errno;
 use crate::support::foreign;
 
-/// Maximum total of the grants that share one check of the limits. A check reads about a dozen
-/// small files.
+/// Maximum total, in bytes, of the grants that share one check of the limits. They share it
+/// because a check reads about a dozen small files.
 const BUDGET_BYTES: u64 = 64 << 20;
 /// How long a check of the limits is valid.
 const BUDGET_TIME: Duration = Duration::from_millis(200);
@@ -43,9 +43,11 @@ const TURN_PATIENCE: Duration = Duration::from_secs(1);
 const TURN_PATIENCE_MAX: Duration = Duration::from_secs(10);
 /// How often to check, while waiting for a turn, whether memory is being allocated.
 const TURN_CHECK_INTERVAL: Duration = Duration::from_millis(100);
-/// The change in free memory from one such check to the next that shows an allocation, in bytes.
+/// The change in free memory, in bytes, that shows that memory is being allocated. It is measured
+/// from the last change of at least this size, so small steps add up.
 const TURN_CHECK_BYTES: u64 = 1 << 20;
-/// How long to go without turns after failing to obtain one.
+/// How long to go without turns after failing to obtain one, so a lock that is never released does
+/// not delay every allocation.
 const WITHOUT_TURNS: Duration = Duration::from_secs(10);
 /// When processes that share a limit run out of memory at the same time, the first one to give up
 /// makes room for the others. To spread them out, each waits for 0 to [`GIVE_UP_STEPS`] - 1 of

@@ -80,7 +80,7 @@ impl FromStr for HeapChoice {
     type Err = String;
 
     /// # Errors
-    /// A list of the valid names.
+    /// A message with the unknown name and a list of the valid names.
     fn from_str(name: &str) -> Result<Self, String> {
         match (name, name.strip_prefix(Self::DMA_HEAP)) {
             ("auto", _) => Ok(HeapChoice::Auto),

@@ -51,9 +51,9 @@ impl DmaHeap {
     }
 }
 
-// SAFETY: the kernel's heaps return new memory for each call, and the returned value has its only
-// descriptor. This heap does not override `populate` or `export`. (A vendor's driver is trusted
-// like the kernel.)
+// SAFETY: the kernel's heaps return new memory for each call, which keeps its pages, and the
+// returned value has its only descriptor. This heap does not override `populate` or `export`, and
+// `exports` returns true. (A vendor's driver is trusted like the kernel.)
 #[allow(unsafe_code)]
 unsafe impl Heap for DmaHeap {
     fn name(&self) -> Cow<'_, str> {

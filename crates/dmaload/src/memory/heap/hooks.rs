@@ -117,8 +117,8 @@ impl<H: Heap, K: HeapHooks> Hooked<H, K> {
 }
 
 // SAFETY: memory comes from the inner heap, whose implementer guarantees the contract. The hooks
-// get no reference to the memory, and can't change any result that the contract covers, except to
-// an error.
+// get addresses but no pointer or descriptor, so only `unsafe` code of their own could access the
+// memory. They can't change any result that the contract covers, except to an error.
 #[allow(unsafe_code)]
 unsafe impl<H: Heap, K: HeapHooks> Heap for Hooked<H, K> {
     fn name(&self) -> Cow<'_, str> {

@@ -18,9 +18,9 @@ impl MemfdHeap {
     pub(crate) const NAME: &str = "memfd";
 }
 
-// SAFETY: each memfd is new, the returned value has its only descriptor, and `Memfd` creates it
-// without F_SEAL_SEAL and sealed against shrinking. Populating changes no bytes. This heap does
-// not export.
+// SAFETY: each memfd is new, and the returned value has its only descriptor. `Memfd::create`
+// allows sealing, and seals it only against shrinking. `Mapping::populate` changes no bytes. This
+// heap does not export.
 #[allow(unsafe_code)]
 unsafe impl Heap for MemfdHeap {
     fn name(&self) -> Cow<'_, str> {
@@ -52,7 +52,7 @@ impl AnonHeap {
 }
 
 // SAFETY: anonymous memory is created with its mapping, which dmaload makes, and has no
-// descriptor. Populating changes no bytes. This heap does not export.
+// descriptor. `Mapping::populate` changes no bytes. This heap does not export.
 #[allow(unsafe_code)]
 unsafe impl Heap for AnonHeap {
     fn name(&self) -> Cow<'_, str> {

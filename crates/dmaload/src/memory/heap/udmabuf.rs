@@ -15,8 +15,8 @@ use crate::support::errno;
 ///
 /// Reads go through the mapping of the memfd, because newer kernels can't pin mappings of the
 /// dma-buf. On Linux 6.11 to 6.15 the heap uses only small pages, unless opened with
-/// [`UdmabufHeap::open_despite_bug`]: there, drivers that map 2 MiB pages into the kernel see
-/// wrong bytes (see [`Udmabuf::huge_pages_show_wrong_bytes`]).
+/// [`UdmabufHeap::open_despite_bug`]: on these kernels, drivers that map 2 MiB pages into the
+/// kernel see wrong bytes (see [`Udmabuf::huge_pages_show_wrong_bytes`]).
 #[derive(Debug)]
 pub struct UdmabufHeap {
     device: Udmabuf,
@@ -64,7 +64,7 @@ impl UdmabufHeap {
 
     /// Like [`UdmabufHeap::open`], but permits 2 MiB pages even on kernels with the bug, where
     /// importers that map the dma-buf into the kernel see wrong bytes. For callers whose importers
-    /// do not map it: an importer that only uses its DMA addresses is not affected.
+    /// do not map it that way: an importer that only uses its DMA addresses is not affected.
     ///
     /// # Errors
     /// [`Error::Device`]; [`Error::Memory`] if no dma-buf can be created.
@@ -100,8 +100,9 @@ fn missing_bytes(memfd: &Memfd) -> rustix::io::Result<u64> {
     Ok((memfd.bytes() as u64).saturating_sub(present_bytes))
 }
 
-// SAFETY: memfds as in `MemfdHeap`. The dma-buf that `export` returns consists of all of the
-// memfd's pages, and the returned value has its only descriptor.
+// SAFETY: memfds as in `MemfdHeap`, and `Mapping::populate` changes no bytes. `exports` returns
+// true, and `export` a dma-buf of all of the memfd's pages; the returned value has its only
+// descriptor.
 #[allow(unsafe_code)]
 unsafe impl Heap for UdmabufHeap {
     fn name(&self) -> Cow<'_, str> {
