@@ -32,7 +32,7 @@ fn peak_memory_is_the_model_and_the_window() {
     let (window, segment) = (16 * MIB, 8 * MIB);
     let options = LoadOptions::new().segment_bytes(segment);
     let loader = Loader::builder().window_bytes(window).load_options(options).build().unwrap();
-    // Resets the peak.
+    // Resets `VmHWM`, the peak of `VmRSS`.
     std::fs::write("/proc/self/clear_refs", "5").unwrap();
     let before = status("VmRSS");
     let weights = Weights::load(&loader, &path, DType::F32, &Device::Cpu).unwrap();
