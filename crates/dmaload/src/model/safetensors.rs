@@ -20,7 +20,8 @@
 //! Memory and time are bounded by the header's length: parsing takes at most a small multiple of
 //! that length in memory, and `n log n` comparisons of `n` names. A value of the wrong type is
 //! refused where it begins, before the rest of it is read. The value of an unknown key is skipped,
-//! but a header that nests more than 127 levels deep there is refused: `serde_json` limits nesting.
+//! but a header that nests more than 127 levels deep there is refused: `serde_json` limits
+//! nesting.
 
 mod header;
 mod values;

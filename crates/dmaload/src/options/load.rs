@@ -228,7 +228,8 @@ impl LoadOptions {
     /// same file system use that result and measure again from time to time
     /// ([`crate::Report::measured`]). Until something has been measured, smaller loads use staged
     /// reads if the file system is local and the memory is on small pages, and otherwise direct
-    /// reads.
+    /// reads. A load from several file systems, or on a heap that populates memory when it
+    /// allocates it (such as a dma-heap), measures nothing.
     #[must_use]
     pub fn route(mut self, route: Route) -> Self {
         self.route = Some(route);
