@@ -1,4 +1,5 @@
-//! Fills [burn](burn_core) modules from a [`dmaload`] load, without a copy.
+//! Fills [burn](burn_core) modules from a [`dmaload`] load, with burn-ndarray usually without a
+//! copy.
 //!
 //! ```no_run
 //! use burn_core::module::Module;

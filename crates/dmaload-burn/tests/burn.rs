@@ -241,7 +241,7 @@ fn headers_follow_the_load_options() {
     some.get_snapshot("b").unwrap().unwrap().to_data().unwrap();
 }
 
-/// A load whose segments are kept reserves all its memory before it starts.
+/// A load that keeps all its segments reserves its memory before it starts, so it fails at once.
 #[test]
 fn model_that_exceeds_the_limit_is_an_error() {
     let folder = folder();

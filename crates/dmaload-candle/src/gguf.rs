@@ -105,7 +105,7 @@ impl QTensors {
 fn convert(tensor: &Tensor, device: &Device) -> candle_core::Result<QTensor> {
     let dtype = block_type(tensor.dtype())?;
     let bytes = tensor.bytes().map_err(Error::wrap)?;
-    // candle also asserts the alignment of empty tensors.
+    // candle asserts the alignment of the address (see below), even of a tensor without elements.
     if bytes.is_empty() {
         candle_core::bail!("it has no elements")
     }
@@ -158,9 +158,10 @@ fn block_type(dtype: dmaload::model::DType) -> candle_core::Result<GgmlDType> {
 ///
 /// Reading from a tensor blocks until the tensor's last byte is loaded. dmaload's memory of a
 /// tensor is dropped when the tensor was read to its end. candle makes two copies of each tensor,
-/// of which it keeps one. The load is ahead of the model by at most the window and a segment. If
-/// the model requests a tensor early, the reader keeps all tensors that arrive before that tensor.
-/// If these tensors fill the loader's memory limit, the read fails with the text of
+/// of which it keeps one. The load is ahead of the model by at most the window and a segment.
+///
+/// If the model requests a tensor early, the reader keeps all tensors that arrive before that
+/// tensor. If these tensors fill the loader's memory limit, the read fails with the text of
 /// [`dmaload::Error::HeldUp`]: raise the limit, or load in the model's order
 /// ([`LoadOptions::tensors`]). Reading a tensor of which [`LoadOptions::shard`] loads only a part
 /// is an error.

@@ -26,12 +26,14 @@
 //!
 //! # Memory
 //!
-//! candle's CPU tensors own their memory as a `Vec`, so each tensor is copied once. dmaload's
-//! memory of a tensor is dropped after the copy, and the load is ahead of the copies by at most
-//! the window and a segment. The peak is the model, the window
-//! ([`dmaload::LoaderBuilder::window_bytes`], 128 MiB by default), two segments of 64 MiB, and
-//! staging (16 to 72 MiB, depending on the CPUs). This crate uses [`dmaload::Tensors`], since a
-//! [`dmaload::Load`] would hold the whole file in memory until the load ends.
+//! candle's CPU tensors own their memory as a `Vec`, so each tensor is copied once, and again if
+//! it is converted to another type. dmaload's memory of a tensor is dropped after the copy, and
+//! the load is ahead of the copies by at most the window and a segment.
+//!
+//! The peak is the model, the window ([`dmaload::LoaderBuilder::window_bytes`], 128 MiB by
+//! default), two segments of 64 MiB, and staging (16 to 72 MiB, depending on the CPUs). This crate
+//! uses [`dmaload::Tensors`], since a [`dmaload::Load`] would hold the whole file in memory until
+//! the load ends.
 //!
 //! # Order
 //!

@@ -14,9 +14,9 @@ use crate::headers::{self, Named};
 /// The weights of a model, as candle's tensors, while they are read. Cheap to clone.
 ///
 /// Each tensor is available as soon as its last byte is loaded; requesting a tensor blocks the
-/// thread until then. Tensors are kept until the last clone and the last `VarBuilder` are dropped.
-/// Requests that need no conversion return the same memory each time. Dropping the last clone and
-/// the last `VarBuilder` cancels the load.
+/// thread until then. Requests that need no conversion return the same memory each time. Tensors
+/// are kept until the last clone and the last `VarBuilder` are dropped, which also cancels the
+/// load.
 ///
 /// Do not request tensors on a worker of an async runtime: build the model in `spawn_blocking`.
 #[derive(Debug, Clone)]
@@ -119,8 +119,8 @@ pub(crate) fn unavailable(name: &str, missing: &Missing) -> Error {
 /// Copies a tensor to the device.
 ///
 /// If `dtype` can represent all values of the tensor's type, the tensor is converted immediately,
-/// so it is not kept in two types. Otherwise the original type is kept, since the model may
-/// request the tensor in a third type.
+/// so it is not kept in two types. Otherwise the original type is kept: the conversion could lose
+/// values, which the model may need if it requests the tensor in a third type.
 fn convert(tensor: &dmaload::Tensor, dtype: DType, device: &Device) -> Result<Tensor> {
     // A rank's shard along a dimension other than the first is not contiguous.
     let bytes =

@@ -38,7 +38,8 @@ pub fn hang(call: u32) -> OwnedFd {
 #[must_use]
 pub fn refusing(mut command: Command, calls: &[u32], errno: i32) -> Command {
     let mut filter = refusal(calls, errno);
-    // SAFETY: the closure makes two system calls and allocates nothing.
+    // SAFETY: between fork and exec, only async-signal-safe code may run. The closure makes two
+    // system calls, and allocates nothing.
     unsafe { command.pre_exec(move || seccomp(0, &mut filter).map(drop)) };
     command
 }
@@ -82,7 +83,7 @@ fn seccomp(flags: libc::c_ulong, filter: &mut [sock_filter]) -> Result<i32, Erro
     if unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) } != 0 {
         return Err(Error::last_os_error());
     }
-    // SAFETY: the program points to `filter`, which outlives the call.
+    // SAFETY: the program has the address and the length of `filter`, which outlives the call.
     let answer = unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const program) };
     if answer < 0 { Err(Error::last_os_error()) } else { Ok(i32::try_from(answer).unwrap()) }
 }

@@ -525,7 +525,7 @@ fn format_key(key: Option<&'static str>) -> impl fmt::Display {
     fmt::from_fn(move |f| key.map_or(Ok(()), |key| write!(f, ", \"{key}\"")))
 }
 
-/// Shortens a reason that quotes a long part of the file.
+/// Shortens a reason to twice [`SHOWN_CHARS`]: it may quote a long part of the file.
 pub(super) fn shorten(mut reason: String) -> String {
     if let Some((cut, _)) = reason.char_indices().nth(2 * SHOWN_CHARS) {
         reason.truncate(cut);

@@ -203,7 +203,7 @@ fn recognize_markup(start: &[u8]) -> Option<ForeignFile> {
 fn recognize_text(start: &[u8]) -> Option<ForeignFile> {
     let text = match std::str::from_utf8(start) {
         Ok(text) => text,
-        // The last character may be incomplete.
+        // The examined bytes may end within a character.
         Err(error) if start.len() == LOOKED_AT_BYTES && error.valid_up_to() + 4 > start.len() => {
             std::str::from_utf8(start.get(..error.valid_up_to())?).ok()?
         }

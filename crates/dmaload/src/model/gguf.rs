@@ -105,7 +105,7 @@ fn read_tensor(cursor: &mut Cursor<'_>, alignment: u64) -> Result<TensorInfo, St
     let mut shape = Vec::new();
     for _ in 0..rank {
         let dim = cursor.u64("a tensor's dimension")?;
-        // Truncating it on a 32-bit machine would give another shape.
+        // Truncating the dimension on a 32-bit machine would give another shape.
         let dim = usize::try_from(dim).map_err(|_| {
             cursor.fault(at, format!("tensor {} has a dimension of {dim}, more than the limit of {}", quote(&name), usize::MAX))
         })?;

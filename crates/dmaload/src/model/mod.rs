@@ -1,10 +1,12 @@
 //! Headers of model files: which tensors a file contains, and where.
 //!
-//! Pure logic: nothing here makes a system call. The caller passes in the bytes of a
-//! header and the length of the file, and gets a [`TensorMap`], or a [`ModelError`] that says what
-//! is wrong and where. The tensors of a parsed header do not overlap, and each has exactly the
-//! bytes that its type and shape require. In a safetensors file, they cover all of the data. A
-//! GGUF file may also contain padding between tensors, and any bytes after the last one.
+//! Pure logic: nothing here makes a system call. The caller passes in the bytes of a header and
+//! the length of the file, and gets a [`TensorMap`], or a [`ModelError`] that says what is wrong
+//! and where.
+//!
+//! The tensors of a parsed header do not overlap, and each has exactly the bytes that its type and
+//! shape require. In a safetensors file, they cover all of the data. A GGUF file may also contain
+//! padding between tensors, and any bytes after the last one.
 //!
 //! Memory and time are bounded by the length of the header, whatever the header claims.
 //!

@@ -1,4 +1,5 @@
-//! The names of parts of a model: `model-00001-of-00003.safetensors`.
+//! Numbered names of a model's files: `model-00001-of-00003.safetensors`. In this module, each
+//! such file is a part, whatever its format.
 
 /// The parsed name of one part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

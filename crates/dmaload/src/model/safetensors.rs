@@ -19,8 +19,9 @@
 //!
 //! Memory and time are bounded by the header's length: parsing takes at most a small multiple of
 //! that length in memory, and `n log n` comparisons of `n` names. A value of the wrong type is
-//! refused where it begins, before the rest of it is read. The value of an unknown key is skipped;
-//! the header is refused if it nests more than 127 levels deep.
+//! refused where it begins, before the rest of it is read. The value of an unknown key is skipped,
+//! but a header that nests more than 127 levels deep there is refused: `serde_json` limits
+//! nesting.
 
 mod header;
 mod values;
@@ -92,8 +93,8 @@ pub fn sniff(first: &[u8], file_bytes: u64, named_safetensors: bool) -> Sniff {
 
 /// Whether a fault found by [`check_start`] rules out a raw load, whatever the file's name.
 fn indicates_safetensors(error: &ModelError) -> bool {
-    // If the caller passed too few bytes to determine the format, treating the file as raw would
-    // be a guess.
+    // A header past the end most likely belongs to a truncated model. If the caller passed too few
+    // bytes to determine the format, treating the file as raw would be a guess.
     matches!(error, ModelError::HeaderPastEnd { .. } | ModelError::StartTooShort { .. })
 }
 

@@ -130,7 +130,8 @@ pub enum Prefer {
     /// The duration of the load.
     #[default]
     Speed,
-    /// CPU time: reads are direct, which copies nothing, and nothing is measured.
+    /// CPU time: reads are direct if possible, which copies nothing unless the file is in memory
+    /// (tmpfs, DAX). Nothing is measured.
     Cpu,
 }
 

@@ -75,7 +75,7 @@ impl LoadOptions {
     pub const CHUNK_BYTES: u64 = 2 << 20;
 
     /// Returns the defaults: everything is read, into segments of [`Self::SEGMENT_BYTES`], by the
-    /// fastest route. Where the kernel refuses a route, the load steps down to the next one and
+    /// fastest route. If the kernel refuses a route, the load steps down to a lower one and
     /// reports that.
     pub fn new() -> Self {
         LoadOptions::default()
@@ -218,16 +218,18 @@ impl LoadOptions {
         self
     }
 
-    /// The route to start at. Default: the faster of direct reads by the best route and staged
-    /// reads ([`Route::Bounce`]), and on some network file systems also of
-    /// [`Route::UringBuffered`]. For files in memory (tmpfs, DAX), whose direct reads are copies,
+    /// The route to start at. Default: the fastest of direct reads by the best route, staged reads
+    /// ([`Route::Bounce`]), and, on some network file systems, reads by [`Route::UringBuffered`].
+    /// For files in memory (tmpfs, DAX), whose direct reads are copies, the default is
     /// [`Route::PreadDirect`].
     ///
-    /// Which way is fastest depends on the machine, so a load of 512 MiB or more measures each on
-    /// some of its bytes and continues with the fastest one. Later loads of the loader from the
+    /// Which way is fastest depends on the machine, so a load of 512 MiB or more measures each way
+    /// on some of its bytes and continues with the fastest one. Later loads of the loader from the
     /// same file system use that result and measure again from time to time
-    /// ([`crate::Report::measured`]). Until something has been measured, smaller loads from local
-    /// file systems use staged reads on small pages. All others use direct reads.
+    /// ([`crate::Report::measured`]). Until something has been measured, smaller loads use staged
+    /// reads if the file system is local and the memory is on small pages, and otherwise direct
+    /// reads. A load from several file systems, or on a heap that populates memory when it
+    /// allocates it (such as a dma-heap), measures nothing.
     #[must_use]
     pub fn route(mut self, route: Route) -> Self {
         self.route = Some(route);

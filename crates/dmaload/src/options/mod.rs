@@ -3,8 +3,8 @@
 //!
 //! Plain values with their defaults. Nothing here knows how a load works: the engine checks
 //! whether the options are valid together before the load starts. Observers and verifiers are the
-//! caller's code, so the options that hold them catch panics from dropping them. Makes no system
-//! calls, and needs no shutdown.
+//! caller's code, so an option that holds one catches a panic of its `Drop`. Nothing here makes a
+//! system call or has to be shut down.
 
 pub(crate) mod choices;
 pub(crate) mod load;

@@ -81,9 +81,9 @@ pub trait Verify: Send + Sync + 'static {
     /// before it reads anything but headers.
     fn begin(&self, files: &[(&Path, u64)], format: Format) -> Result<Arc<dyn Observer>>;
 
-    /// Like [`Self::begin`], for a load whose caller named only one part of a split model, and
-    /// which loads the model's other parts, too. `named` is the index of the named part in
-    /// `files`. A checksum of a single file refers to that part. Default: calls [`Self::begin`].
+    /// Like [`Self::begin`], for a split model of which the caller named only one part: all parts
+    /// are loaded. `named` is the index of the named part in `files`. A checksum of a single file
+    /// refers to the named part. Default: calls [`Self::begin`].
     ///
     /// # Errors
     /// Those of [`Self::begin`].

@@ -118,7 +118,8 @@ fn refuse(socket: &Path, reason: impl Into<String>) -> Error {
 }
 
 /// Sends the request and receives all descriptors. Fails at the first message that arrives after
-/// `limit`, or if a message takes longer than twice [`PATIENCE`].
+/// `limit`, or if a message takes longer than twice [`PATIENCE`]: a server that refuses the client
+/// after its own patience still answers in time.
 fn receive(path: &Path, options: &AttachOptions, limit: Duration) -> Result<Vec<OwnedFd>> {
     let failed = |what: &'static str| move |errno: Errno| refuse(path, format!("cannot {what}: {}", errno::describe(errno)));
     let name = options.name.as_deref().unwrap_or_default();
@@ -362,11 +363,13 @@ fn build_image(path: &Path, description: &Description, memories: Vec<Memory>, st
             memory_offset: to_usize(planned.memory_offset),
             memory_bytes: to_usize(planned.memory_bytes),
         };
-        // SAFETY: the whole allocation is mapped and initialized: bytes of a memfd that the server
-        // did not write are zero. The memfd is sealed against writing (`Memfd::from_sealed` has
-        // checked that), so only a process that mapped it before the seal can write to it, and
-        // `receive` has checked that the server's user is trusted. A dma-buf is marked as handed
-        // out below, so views of it are never created.
+        // SAFETY: `plan_mapping` has checked that the segment lies within its allocation, which is
+        // mapped as a whole. The bytes are initialized: those that the server did not write are
+        // zero. This process never writes to them, and submits no reads into them. A memfd cannot
+        // shrink, and only a process that mapped it before it was sealed can still write to it:
+        // `Memfd::from_sealed` has checked its seals, and `receive` has checked that the server's
+        // user is trusted. A dma-buf is marked as handed out below, so views of it are never
+        // created.
         let segment = unsafe { Segment::new(place, Arc::clone(&heap), Arc::clone(backing)) };
         if description.dma_bufs {
             segment.hand_out_dma_buf()?;

@@ -54,7 +54,8 @@ const RETRY: Duration = Duration::from_millis(20);
 struct Client {
     socket: Connection,
     /// Whether the client's user may attach. Clients of other users are refused only after their
-    /// request has arrived: closing the connection earlier would lose the answer.
+    /// request has arrived: if the connection were closed earlier, sending the request would fail,
+    /// and a client might give up before it reads the answer.
     allowed: bool,
     user: u32,
     /// When the client connected or last made progress.

@@ -47,7 +47,8 @@ const FRESH: &str = "socket";
 /// The name in the private folder of a file that was moved away from the socket's place.
 const TAKEN: &str = "taken";
 
-/// A file's device and inode number. While a socket is open, its inode number is not reused.
+/// A file's device and inode number. A bound socket keeps its file's inode, so the number is not
+/// reused while the socket is open, even if the file was removed.
 type SocketIdentity = (u64, u64);
 
 /// A listening socket and its place.
@@ -96,8 +97,8 @@ impl Listener {
         }
         after(BindStep::Found);
         if Mode::from_raw_mode(found.st_mode) & Mode::from_raw_mode(0o777) != mode {
-            // This call uses the descriptor, so it changes the file that was checked, never a
-            // link's target.
+            // The path leads through procfs to the descriptor, so the call changes the file that
+            // was checked, never a link's target.
             chmod(proc_path(&file), mode).map_err(cannot("set the socket's mode"))?;
         }
         listen(&socket, BACKLOG).map_err(cannot("listen"))?;
@@ -197,8 +198,9 @@ fn has_proc(file: &OwnedFd) -> bool {
 /// affecting the rest of the process.
 fn run_in_folder(folder: &OwnedFd, task: impl FnOnce() -> Result<(), Errno> + Send) -> Result<(), Errno> {
     let body = || {
-        // SAFETY: only the working directory, the root and the umask become private to the thread;
-        // descriptors stay shared.
+        // SAFETY: the call is unsafe because of `UnshareFlags::FILES`, which is not set: only the
+        // working directory, the root and the umask become private to the thread, and descriptors
+        // stay shared.
         unsafe { unshare_unsafe(UnshareFlags::FS) }?;
         fchdir(folder)?;
         umask(Mode::empty());
@@ -280,8 +282,8 @@ impl<'a> PrivateFolder<'a> {
 
     /// Moves the new socket to its place.
     fn move_socket_to_place(&self) -> Result<(), String> {
-        // Each retry removes a dead socket, so all attempts fail only if other sockets keep
-        // appearing in the meantime.
+        // Before each retry, a dead socket is removed from the place, so all attempts fail only if
+        // other sockets keep appearing there.
         for _ in 0..8 {
             match self.move_to_place(FRESH) {
                 Ok(()) => return Ok(()),
@@ -298,8 +300,8 @@ impl<'a> PrivateFolder<'a> {
     /// Moves a file from the private folder to the socket's place.
     fn move_to_place(&self, name: &str) -> Result<(), Errno> {
         match renameat_with(&self.fd, name, self.parent, self.socket, RenameFlags::NOREPLACE) {
-            // On file systems that do not support this flag, a hard link does not replace a file
-            // either.
+            // Some file systems do not support this flag. There, a hard link serves, which does
+            // not replace a file either.
             Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
                 linkat(&self.fd, name, self.parent, self.socket, AtFlags::empty())?;
                 unlinkat(&self.fd, name, AtFlags::empty())
@@ -361,7 +363,8 @@ impl Drop for PrivateFolder<'_> {
     fn drop(&mut self) {
         // The socket is still here only after a failure.
         let _ = unlinkat(&self.fd, FRESH, AtFlags::empty());
-        // The lock is released with the descriptor, which is closed later.
+        // The folder is removed while it is locked: the lock is released only when the descriptor
+        // is closed, after this function.
         if let Err(errno) = unlinkat(self.parent, &self.name, AtFlags::REMOVEDIR) {
             foreign::emit(|| tracing::debug!(folder = ?self.name, errno = %describe(errno), "a private folder was left behind"));
         }

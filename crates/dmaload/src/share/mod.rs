@@ -24,10 +24,11 @@
 //! none within [`PATIENCE`], is disconnected. One thread serves all clients and never waits for
 //! any of them. The limits on descriptors in flight apply to each user separately.
 //!
-//! Uses Unix sockets and the descriptors of finished images, but neither the engine's threads nor
-//! model files. Requires segments with descriptors, which anonymous memory lacks. A server also
-//! requires procfs or `unshare(CLONE_FS)` (see `listener`). Dropping the [`Server`] ends its
-//! thread and then removes its socket; clients that have attached keep the memory.
+//! The module uses Unix sockets and the descriptors of finished images, but neither the engine's
+//! threads nor model files. An image can be shared if its segments have descriptors, which
+//! anonymous memory lacks. A server also requires procfs or `unshare(CLONE_FS)` (see `listener`).
+//! Dropping the [`Server`] ends its thread and then removes its socket; clients that have attached
+//! keep the memory.
 //!
 //! The protocol (version 1, `SOCK_SEQPACKET`): the client sends `dmaload\0`, the version and the
 //! operation (`u32` each, little-endian), and the name of an image (empty to request a server's

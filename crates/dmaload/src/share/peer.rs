@@ -30,7 +30,8 @@ impl Users {
 
     fn parse(uid_map: &str, overflow: &str) -> Self {
         // Ranges do not overlap, so the sum of their lengths shows whether all users are mapped. A
-        // nested namespace can map only ids that its parent maps.
+        // nested namespace can map only ids that its parent maps, so its map is complete only if
+        // the parent's is.
         let length = |line: &str| line.split_ascii_whitespace().nth(2).and_then(|length| length.parse::<u64>().ok()).unwrap_or(0);
         let mapped = uid_map.lines().map(length).fold(0, u64::saturating_add);
         let overflow = overflow.trim().parse().unwrap_or(DEFAULT_OVERFLOW_USER);

@@ -148,8 +148,8 @@ impl Drop for Server {
         if let Some(closer) = &self.shared.closer {
             closer.close();
         }
-        // The thread has exited, so dropping `shared` drops the listener, which removes its
-        // socket.
+        // The thread held the only other reference to `shared` and has exited, so dropping
+        // `shared` drops the listener, which removes its socket.
     }
 }
 

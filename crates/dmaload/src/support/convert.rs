@@ -4,7 +4,7 @@
 /// range of that length was reserved.
 ///
 /// # Panics
-/// If it does not fit into `usize`, which can happen only on a 32-bit machine.
+/// If `bytes` does not fit into `usize`, which can happen only on a 32-bit machine.
 pub(crate) fn to_usize(bytes: u64) -> usize {
     usize::try_from(bytes).expect("a length in memory fits into the address space")
 }

@@ -109,7 +109,8 @@ mod tests {
 
     #[test]
     fn two_values_that_panic_on_drop_can_be_dropped_together() {
-        // Two panics at once would abort, even while a third one unwinds.
+        // Both drops panic while the first panic unwinds. A second panic that is not caught would
+        // abort the process.
         let unwound = call(|| {
             let _held = [Foreign::new(PanicsInDrop), Foreign::new(PanicsInDrop)];
             panic!("the first one");

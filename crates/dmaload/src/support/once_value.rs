@@ -72,7 +72,7 @@ impl<T: Clone> OnceValue<T> {
         }
         *state = ValueState::Making;
         drop(state);
-        // If `make` panics, dropping `making` lets the other threads continue.
+        // If `make` fails or panics, dropping `making` lets one of the waiting threads try.
         let mut making = Making { owner: self, value: None };
         let value = make()?;
         making.value = Some(value.clone());

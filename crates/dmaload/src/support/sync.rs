@@ -14,7 +14,8 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// Waits until `changed` is notified.
+/// Waits until `changed` is notified, or returns earlier (a spurious wakeup): callers check their
+/// condition in a loop.
 pub(crate) fn wait<'a, T>(changed: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
     changed.wait(guard).unwrap_or_else(std::sync::PoisonError::into_inner)
 }

@@ -35,7 +35,6 @@ impl<'a> Cursor<'a> {
         self.position as u64
     }
 
-    /// Returns bytes that were already read.
     pub(super) fn already_read(&self, range: Range<u64>) -> &'a [u8] {
         self.start.get(to_usize(range.start)..to_usize(range.end)).expect("the cursor has passed this range")
     }

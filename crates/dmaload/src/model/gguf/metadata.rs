@@ -337,7 +337,7 @@ fn skip_array(cursor: &mut Cursor<'_>, kind: Kind, len: u64, depth: u32) -> Resu
     if kind == Kind::Array && depth >= DEPTH_LIMIT {
         return Err(cursor.fault(at, format!("arrays are nested more than {DEPTH_LIMIT} deep")));
     }
-    // Each string or array takes at least the 8 bytes of its length, so an excessive count reaches
-    // the end of the file.
+    // Each string or array takes at least the 8 bytes of its length, so an excessive count fails
+    // at the end of the file.
     (0..len).try_for_each(|_| skip(cursor, kind, depth + 1))
 }
