@@ -149,7 +149,8 @@ pub(crate) unsafe fn free_array(segments: *mut dmaload_segment, count: usize) {
 }
 
 fn close(fd: c_int) {
-    // SAFETY: the caller owns the descriptor. If it is already closed, the error does not matter.
+    // SAFETY: `close` takes a number and touches no memory. The array owns the descriptor: a
+    // caller that takes it sets its `fd` to -1, as the header requires.
     unsafe { libc::close(fd) };
 }
 

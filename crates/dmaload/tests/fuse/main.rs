@@ -41,8 +41,8 @@ fn loader() -> LoaderBuilder {
     Loader::builder().load_options(options())
 }
 
-/// A loader whose window and staging are so small that two hanging loads would use them up if
-/// loads were not limited to a share.
+/// A loader whose window and staging are so small that two hanging loads would use them up if the
+/// loads of one file system were not limited to a share.
 fn small_loader(route: Route) -> Loader {
     loader()
         .load_options(options().route(route).chunk_bytes(256 << 10))
@@ -136,7 +136,7 @@ async fn more_threads_read_from_a_distant_server() {
         let most = most();
         assert!((16..=32).contains(&most), "{most} reads at once");
     }
-    // Two loads share the threads.
+    // Two loads of one file system get at most 48 of the 64 threads that read.
     let (one, other) = tokio::join!(loader.load(&mounted.path), loader.load(&mounted.path));
     for image in [one, other] {
         assert_same(&image.unwrap().files()[0].bytes().unwrap(), &mounted.bytes, "a load with another one running");
@@ -195,8 +195,8 @@ async fn read_error_names_the_file_and_the_offset() {
     }
 }
 
-/// Lazily pulled container images are mounted this way. Threads read them, since a ring could
-/// return the same bytes twice.
+/// Lazily pulled container images are mounted this way. Threads read them, because after a short
+/// answer of the FUSE server a ring could return the same bytes twice.
 #[tokio::test]
 async fn overlay_over_fuse_loads_the_same_bytes_by_every_route() {
     for most in [100_001, 65_535, 12_288] {
