@@ -137,7 +137,10 @@ static void set_tensor(struct ggml_tensor *tensor, void *user)
     }
     if (id == source->shared_id)
         id = gguf_find_tensor(metadata, EMBEDDINGS);
-    /* llama.cpp takes the type from the metadata, and the shape from the model's parameters. */
+    /*
+     * llama.cpp takes the type from the metadata, but the shape from the model's parameters. The
+     * shape can therefore differ from the file's.
+     */
     size_t begin = gguf_get_data_offset(metadata) + gguf_get_tensor_offset(metadata, id);
     size_t bytes = gguf_get_tensor_size(metadata, id);
     if (memcmp(tensor->ne, gguf_get_tensor_ne(metadata, id), sizeof tensor->ne) != 0 || ggml_nbytes(tensor) != bytes) {
@@ -152,7 +155,7 @@ static void set_tensor(struct ggml_tensor *tensor, void *user)
     ggml_backend_tensor_set(tensor, source->bytes + begin, 0, bytes);
 }
 
-/* Reads the metadata. The offset and the type of each tensor are in it, the data is not. */
+/* Reads the metadata, which has the offset and the type of each tensor, but not the data. */
 static int read_metadata(struct source *source, FILE *file)
 {
     struct ggml_context *tensors = NULL;

@@ -299,8 +299,8 @@ proptest! {
 
 // ---- damaged files ----
 
-/// Damage to a valid file. Edits of the header also correct its length prefix, so the JSON parser
-/// sees them.
+/// Damage to a valid file. Edits of the header also correct its length prefix, so that they
+/// reach the JSON parser.
 #[derive(Debug, Clone)]
 enum Damage {
     FlipBit(Index, u8),

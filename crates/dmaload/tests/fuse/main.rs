@@ -1,7 +1,6 @@
-//! Loads from FUSE file systems that misbehave in known ways, mounted by the real kernel, some of
-//! them below an overlayfs. Their servers refuse direct reads, return short or empty reads, fail,
-//! are slow, do not answer, state a wrong length, or rewrite the file while its attributes are
-//! cached.
+//! Loads from FUSE file systems that misbehave in known ways. The real kernel mounts them, some
+//! below an overlayfs. Their servers refuse direct reads, return short or empty reads, fail, are
+//! slow, do not answer, state a wrong length, or rewrite the file while its attributes are cached.
 //!
 //! Mounting needs root and `/dev/fuse`; without them, these tests report that they are skipped.
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
