@@ -97,9 +97,9 @@ static int is_llama(const struct gguf_context *metadata)
 }
 
 /*
- * llama.cpp also creates the optional tensors of the architecture that the file lacks, as F32.
- * Sets those that have a value without an effect: factors, and biases, all of which are optional
- * in the architecture "llama".
+ * llama.cpp also creates those optional tensors of the architecture that the file lacks, as F32.
+ * Sets factors to 1, and biases to 0, so that neither has an effect. Fails for any other tensor,
+ * and for biases of an architecture other than "llama", where all biases are optional.
  */
 static void set_missing_tensor(struct source *source, struct ggml_tensor *tensor)
 {
@@ -137,7 +137,10 @@ static void set_tensor(struct ggml_tensor *tensor, void *user)
     }
     if (id == source->shared_id)
         id = gguf_find_tensor(metadata, EMBEDDINGS);
-    /* llama.cpp takes the type from the metadata, and the shape from the model's parameters. */
+    /*
+     * llama.cpp takes the type from the metadata, but the shape from the model's parameters. The
+     * shape can therefore differ from the file's.
+     */
     size_t begin = gguf_get_data_offset(metadata) + gguf_get_tensor_offset(metadata, id);
     size_t bytes = gguf_get_tensor_size(metadata, id);
     if (memcmp(tensor->ne, gguf_get_tensor_ne(metadata, id), sizeof tensor->ne) != 0 || ggml_nbytes(tensor) != bytes) {
@@ -152,7 +155,7 @@ static void set_tensor(struct ggml_tensor *tensor, void *user)
     ggml_backend_tensor_set(tensor, source->bytes + begin, 0, bytes);
 }
 
-/* Reads the metadata. The offset and the type of each tensor are in it, the data is not. */
+/* Reads the metadata, which has the offset and the type of each tensor, but not the data. */
 static int read_metadata(struct source *source, FILE *file)
 {
     struct ggml_context *tensors = NULL;
@@ -178,7 +181,7 @@ static int read_metadata(struct source *source, FILE *file)
     return 1;
 }
 
-/* Returns NULL after an error, which `source` has. */
+/* Creates the model during the load. Returns NULL after an error, which `source->error` states. */
 static struct llama_model *create_model(struct source *source, FILE *file)
 {
     /* Small segments, so that llama.cpp gets the first tensors early. */
@@ -205,7 +208,7 @@ static struct llama_model *create_model(struct source *source, FILE *file)
         llama_model_init_from_user(source->metadata, set_tensor, source, llama_model_default_params());
     if (!model)
         fail(source, "llama.cpp cannot create the model");
-    /* The load has to end without an error: only then has the file not changed meanwhile. */
+    /* Only a load that ends without an error shows that the file did not change meanwhile. */
     while (!source->error[0] && map_next_segment(source))
         ;
     if (source->error[0] && model) {
@@ -311,7 +314,10 @@ int main(int argc, char **argv)
     }
     if (logits && compare) {
         struct llama_model_params params = llama_model_default_params();
-        /* These rearrange weights and round differently. llama_model_init_from_user uses none. */
+        /*
+         * Extra buffer types rearrange weights and round differently. llama_model_init_from_user
+         * uses none of them, so they are turned off for the comparison.
+         */
         params.use_extra_bufts = false;
         model = llama_model_load_from_file(path, params);
         expected = model ? evaluate(model, &expected_count) : NULL;

@@ -135,7 +135,7 @@ struct dmaload_report {
      */
     uint64_t cpu_ns;
     /*
-     Bytes of the memory that are on 2 MiB pages; 0 if the kernel does not report it.
+     Bytes of the memory that are on 2 MiB pages; 0 if the kernel does not report page sizes.
      */
     uint64_t huge_page_bytes;
     /*

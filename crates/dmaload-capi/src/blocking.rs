@@ -17,7 +17,8 @@ use crate::outcome::{self, Finished, OwnedSegment};
 use crate::request::Started;
 use crate::types::dmaload_options;
 
-/// The interval at which progress is reported and the cancel flag is checked.
+/// The interval at which progress is reported and the cancel flag is checked, as stated in the
+/// header.
 const TICK: Duration = Duration::from_millis(20);
 
 struct Unpark(Thread);
@@ -59,7 +60,8 @@ impl<'a> Control<'a> {
     /// The pointers in the options are valid as the header requires.
     unsafe fn check(self, segments: &Segments) -> Result<()> {
         if !self.0.cancel.is_null() {
-            // SAFETY: the flag is valid during the call. Others may write it concurrently.
+            // SAFETY: the flag is valid during the call, as the caller guarantees. It is read
+            // atomically, because another thread or a signal handler may write it.
             let flag = unsafe { AtomicI32::from_ptr(self.0.cancel.cast_mut()) };
             if flag.load(Ordering::Relaxed) != 0 {
                 return Err(Failure::cancelled("the load was cancelled by its flag"));
@@ -67,7 +69,8 @@ impl<'a> Control<'a> {
         }
         let Some(call) = self.0.progress else { return Ok(()) };
         let progress = outcome::progress(segments.progress());
-        // SAFETY: `call` is the caller's function, and `user` is the argument provided for it.
+        // SAFETY: `call` and `user` are the caller's function and the argument for it, which the
+        // caller guarantees to be valid. `progress` lives until the call returns.
         match unsafe { call(self.0.user, &raw const progress) } {
             0 => Ok(()),
             other => Err(Failure::cancelled(&format!("the load was cancelled: its progress function returned {other}"))),

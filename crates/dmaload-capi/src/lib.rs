@@ -108,7 +108,7 @@ pub unsafe extern "C" fn dmaload_alloc_and_read(
         let loader = request::one_shot_loader(heap, batch_bytes)?;
         let options = dmaload_options { layout: DMALOAD_SINGLE, ..sized::zeroed() };
         let started = request::start(&loader, file, bytes, &options)?;
-        // SAFETY: the options contain no pointers.
+        // SAFETY: all pointers in the options are null.
         let (loaded, _) = unsafe { blocking::collect_segments(started, Control::new(&options))? };
         let one = blocking::single_descriptor(loaded)?;
         if fd_flags & OFlags::CLOEXEC.bits() == 0 {

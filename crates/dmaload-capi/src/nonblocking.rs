@@ -178,7 +178,8 @@ impl dmaload_load {
             None
         };
         drop(state);
-        // Dropped after the lock is released, because the load may be the last owner of a loader.
+        // Dropped after the lock is released: the load may be the last owner of its loader, and
+        // other calls for this load must not wait until the loader is gone.
         drop(cancelled);
     }
 }

@@ -22,8 +22,8 @@ pub(crate) struct OwnedSegment {
 }
 
 impl OwnedSegment {
-    /// Takes the requested bytes of a segment, which can have more because reads take whole
-    /// blocks. The segment can be dropped afterwards: the descriptor keeps its memory alive.
+    /// Takes the requested bytes of a segment. A segment can contain more, because reads take
+    /// whole blocks. The segment can be dropped afterwards: the descriptor keeps its memory alive.
     pub(crate) fn new(segment: &Segment, wanted: &Range<u64>) -> Result<Self> {
         let (fd, kind) = if segment.has_dma_buf() {
             (segment.hand_out_owned_dma_buf()?, DMALOAD_DMA_BUF)
@@ -149,7 +149,8 @@ pub(crate) unsafe fn free_array(segments: *mut dmaload_segment, count: usize) {
 }
 
 fn close(fd: c_int) {
-    // SAFETY: the caller owns the descriptor. If it is already closed, the error does not matter.
+    // SAFETY: `close` takes a number and touches no memory. The array owns the descriptor: a
+    // caller that takes it sets its `fd` to -1, as the header requires.
     unsafe { libc::close(fd) };
 }
 

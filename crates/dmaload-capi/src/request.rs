@@ -199,8 +199,8 @@ pub(crate) fn start(loader: &Loader, file: OwnedFd, file_bytes: u64, options: &d
         other => return Err(Failure::invalid(format!("invalid priority {other}: use -1, 0 or 1"))),
     };
     let part = requested_range(file_bytes, options.file_offset, options.file_bytes)?;
-    // No range is set for the whole file, because the file may have grown by the time it is
-    // opened.
+    // No range is set for the whole file: if the file has grown by the time it is opened, the new
+    // bytes are loaded, too.
     let (part, wanted) = if part == (0..file_bytes) { (None, 0..u64::MAX) } else { (Some(part.clone()), part) };
     let strict = options.flags & DMALOAD_STRICT != 0;
     // Every file is loaded as raw bytes, regardless of its format.

@@ -53,10 +53,12 @@ pub(crate) unsafe fn read<T: Sized64>(from: *const T) -> Result<T> {
     if from.is_null() {
         return Ok(all);
     }
-    // SAFETY: the first field is present; the caller's struct may have any alignment.
+    // SAFETY: the first field is present, as the caller guarantees. The caller's struct may have
+    // any alignment, so the read is unaligned.
     let size = stated_size::<T>(unsafe { from.cast::<u64>().read_unaligned() })?;
     let known = size.min(size_of::<T>());
-    // SAFETY: both structs have at least `known` bytes, and they do not overlap.
+    // SAFETY: both structs have at least `known` bytes. They do not overlap, because `all` is a
+    // local variable.
     unsafe { std::ptr::copy_nonoverlapping(from.cast::<u8>(), (&raw mut all).cast::<u8>(), known) };
     // SAFETY: the caller's struct has `size` bytes, and `known` is at most that.
     let rest = unsafe { from.cast::<u8>().add(known) };
@@ -78,7 +80,8 @@ pub(crate) unsafe fn write<T: Sized64>(to: *mut T, all: &T) -> Result<()> {
     if to.is_null() {
         return Ok(());
     }
-    // SAFETY: the first field is present.
+    // SAFETY: the first field is present, as the caller guarantees. The caller's struct may have
+    // any alignment, so the read is unaligned.
     let size = stated_size::<T>(unsafe { to.cast::<u64>().read_unaligned() })?;
     let known = size.min(size_of::<T>());
     let first = size_of::<u64>();
@@ -86,7 +89,8 @@ pub(crate) unsafe fn write<T: Sized64>(to: *mut T, all: &T) -> Result<()> {
     let from = unsafe { (&raw const *all).cast::<u8>().add(first) };
     // SAFETY: the struct begins with a field of `first` bytes.
     let to = unsafe { to.cast::<u8>().add(first) };
-    // SAFETY: both structs have at least `known` bytes, and they do not overlap.
+    // SAFETY: both structs have at least `known` bytes. They do not overlap, because the caller's
+    // struct may be written to and `all` is borrowed.
     unsafe { std::ptr::copy_nonoverlapping(from, to, known - first) };
     // SAFETY: the caller's struct has `size` bytes, and `known` is at most that.
     let rest = unsafe { to.add(known - first) };

@@ -93,7 +93,7 @@ pub struct dmaload_report {
     pub copying_ns: u64,
     /// CPU time of the process during the load.
     pub cpu_ns: u64,
-    /// Bytes of the memory that are on 2 MiB pages; 0 if the kernel does not report it.
+    /// Bytes of the memory that are on 2 MiB pages; 0 if the kernel does not report page sizes.
     pub huge_page_bytes: u64,
     /// Number of segments.
     pub segments: u64,

@@ -11,8 +11,8 @@ use dmaload::{Cache, Error, Format, Layout, LoadOptions, Loader, LoaderBuilder, 
 
 use crate::{errors, parse};
 
-/// The number of segments that must fit below a memory limit: a segment is at most a quarter of
-/// the limit.
+/// The maximum number of open loads under a memory limit. The library divides the limit by this
+/// number to bound the size of a segment.
 const MEMORY_PARTS: usize = 4;
 
 /// The options of a loader and of its loads.
@@ -178,8 +178,8 @@ fn builder(arguments: &EngineArguments, route: Option<Route>, strict: bool) -> R
         builder = builder.staging_bytes(bytes);
     }
     if let Some(bytes) = arguments.memory_limit {
-        // The command runs one load at a time, so its segments need not leave room for as many
-        // loads as the library's default allows.
+        // The command runs one load at a time, so its segments may be larger than the library's
+        // default of 64 open loads allows.
         builder = builder.memory_limit_bytes(bytes).max_open_loads(MEMORY_PARTS);
     }
     let (heap, reason) = heap(arguments)?;

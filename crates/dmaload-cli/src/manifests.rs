@@ -73,14 +73,15 @@ impl FromStr for Against {
 fn split_loosely(text: &str) -> Option<(String, &str)> {
     let (name, hex) = text.split_once([':', '-', '='])?;
     let name = name.to_ascii_lowercase();
-    // Anything that does not look like a checksum is a path.
+    // Anything that does not look like a checksum is a path. The shortest checksum, crc32c, has
+    // eight digits.
     let is_name = ["md5", "sha", "crc", "xxh", "blake", "b3", "adler"].iter().any(|start| name.starts_with(start));
     let is_hex = hex.len() >= 8 && hex.bytes().all(|byte| byte.is_ascii_hexdigit());
     (is_name && is_hex).then_some((name, hex))
 }
 
-/// Returns the digits of a checksum that has no `NAME:` before them: they are the whole text, or
-/// in a line of SHA256SUMS in the format of coreutils or BSD.
+/// Returns the digits of a checksum without a `NAME:`. The text consists of the digits alone, or
+/// is a line of SHA256SUMS in the format of coreutils or BSD.
 fn bare_digits(text: &str) -> Option<&str> {
     let first = match text.strip_prefix("SHA256 (") {
         Some(line) => line.rsplit_once(") = ")?.1,

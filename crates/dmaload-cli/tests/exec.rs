@@ -11,8 +11,8 @@ fn program_reads_the_segments_from_its_descriptors() {
     let sizes = [5 * MIB + 7, 0, 3 * MIB];
     let paths = ["a", "b", "c"].iter().zip(sizes).map(|(name, len)| random_file(folder.path(), name, len));
     let paths: Vec<_> = paths.collect();
-    // Concatenated in the order of the descriptors, the segments are the files, each padded with
-    // zeros to a whole page.
+    // The script prints the segments in the order of their descriptors. Together they contain the
+    // files, each padded with zeros to a whole page.
     let script = r#"
         printf '%s|%s|%s|' "$DMALOAD_FDS" "$DMALOAD_FILES" "$DMALOAD_SEGMENTS"
         for fd in 3 4 5 6 7; do cat <&$fd; done

@@ -100,8 +100,9 @@ async fn both_ways_are_measured_and_the_faster_one_is_taken() {
     }
 }
 
-/// Hooks that slow down calls that populate at most 2 MiB. Copiers make such calls, so direct
-/// reads win.
+/// Hooks that slow down calls that populate at most 2 MiB. Copiers populate an extent per call,
+/// which is never larger. For direct reads, a worker populates a whole batch per call. Only staged
+/// reads are slowed down, so direct reads win.
 #[derive(Debug)]
 struct SlowExtents;
 

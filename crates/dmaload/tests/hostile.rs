@@ -39,14 +39,17 @@ thread_local! {
 }
 
 fn count(bytes: isize) {
-    // A thread that is ending no longer has counters and is not measured.
+    // A thread that is ending may no longer have counters. Its allocations are not counted then,
+    // because this function must not panic.
     let _ = NOW.try_with(|now| {
         now.set(now.get() + bytes);
         let _ = MOST.try_with(|most| most.set(most.get().max(now.get())));
     });
 }
 
-// SAFETY: all calls are forwarded to the system allocator.
+// SAFETY: all calls are forwarded to the system allocator, which upholds the contract. Counting
+// neither allocates nor panics: the counters need no initialization, and `try_with` returns
+// errors.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count(layout.size().cast_signed());

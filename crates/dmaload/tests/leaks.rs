@@ -33,8 +33,8 @@ fn holdings() -> Holdings {
     let mut mappings = BTreeMap::new();
     for line in fs::read_to_string("/proc/self/maps").unwrap().lines() {
         let name = line.splitn(6, ' ').last().unwrap_or("").trim();
-        // Reserved address ranges have no name. Unlike the unused ends of the C library's arenas,
-        // they start at a multiple of 2 MiB.
+        // The address ranges that the library reserves have no name. Unlike the unused ends of the
+        // C library's arenas, they start at a multiple of 2 MiB.
         let (start, bytes) = parse_range(line);
         let reserved = line.contains("---p") && name.is_empty() && start % SEGMENT == 0 && bytes >= SEGMENT;
         if name.contains("dmaload") || name.contains("io_uring") || reserved {

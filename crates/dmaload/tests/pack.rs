@@ -13,7 +13,7 @@ use common::{ROUTES, assert_same, file, folder, random_bytes};
 use dmaload::heap::{AnonHeap, Pages};
 use dmaload::{Error, Image, Layout, LoadOptions, Loader, Observer, Rejection, Segment};
 
-/// With segments of 8 MiB, files of up to 2 MiB count as small.
+/// Files of up to a quarter of a segment, here 2 MiB, count as small.
 const SEGMENT: u64 = 8 << 20;
 
 fn loader() -> Loader {

@@ -29,7 +29,8 @@ async fn load(path: &Path, heap: impl Heap) -> Image {
 }
 
 fn read(memory: &PrivateMemory) -> Vec<u8> {
-    // SAFETY: the memory is `len` bytes long, and only the running test writes to it.
+    // SAFETY: the memory is `len` bytes long. Only the test writes to it, on this thread, so it
+    // does not change during this call.
     unsafe { std::slice::from_raw_parts(memory.address().as_ptr(), memory.len()) }.to_vec()
 }
 

@@ -76,7 +76,7 @@ fn stricter_on_purpose(error: &ModelError) -> bool {
         // The crate's derived deserializer accepts even an array for a struct and an object for an
         // enum.
         ModelError::WrongType { key, .. } => matches!(key, None | Some("dtype")),
-        // No tensor library supports such ranks; the crate has no limit.
+        // `RANK_LIMIT` is far above what models use. The crate has no limit.
         ModelError::RankTooLarge { .. } => true,
         _ => false,
     }
@@ -121,8 +121,8 @@ impl Tensor {
     }
 }
 
-/// All dtypes of the crate, taken from its error on an unknown dtype, since the enum cannot be
-/// enumerated.
+/// All dtypes of the crate. Its error on an unknown dtype lists them; the enum itself offers no
+/// list.
 fn oracle_dtypes() -> Vec<Dtype> {
     let error = serde_json::from_str::<Dtype>("\"none\"").unwrap_err().to_string();
     let (_, expected) = error.split_once("expected one of").expect("the error lists the variants");
@@ -299,8 +299,8 @@ proptest! {
 
 // ---- damaged files ----
 
-/// Damage to a valid file. Edits of the header also correct its length prefix, so the JSON parser
-/// sees them.
+/// Damage to a valid file. Edits of the header also correct its length prefix, so that they
+/// reach the JSON parser.
 #[derive(Debug, Clone)]
 enum Damage {
     FlipBit(Index, u8),

@@ -127,7 +127,8 @@ impl Gpu {
 
     /// Reads a buffer from [`Gpu::make_visible`].
     fn read_bytes(&self, buffer: &Buffer) -> Result<Vec<u8>> {
-        // SAFETY: the memory can be mapped and has `buffer.bytes` bytes, and the GPU is idle.
+        // SAFETY: the memory comes from `make_visible`, so it can be mapped and has `buffer.bytes`
+        // bytes. The GPU does not write to it, because `run` has waited until the queue is idle.
         unsafe {
             let address = self.device.map_memory(buffer.memory, 0, buffer.bytes, vk::MemoryMapFlags::empty())?;
             let bytes = std::slice::from_raw_parts(address.cast::<u8>(), usize::try_from(buffer.bytes)?).to_vec();
@@ -148,7 +149,8 @@ impl Gpu {
     /// Copies a buffer on the GPU, and returns the copy.
     pub(crate) fn copy(&self, from: &Buffer) -> Result<Vec<u8>> {
         let to = self.make_visible(from.bytes, vk::BufferUsageFlags::TRANSFER_DST)?;
-        // SAFETY: both buffers have memory of this size.
+        // SAFETY: both buffers have memory of `from.bytes` bytes, which is alive until `run`
+        // returns.
         self.run(|commands| unsafe {
             self.device.cmd_copy_buffer(commands, from.buffer, to.buffer, &[vk::BufferCopy::default().size(from.bytes)]);
         })?;

@@ -53,7 +53,10 @@ static int count_entries(const char *path)
     return count;
 }
 
-/* Waits for the library's threads, which end shortly after the load or loader that they served. */
+/*
+ * Waits for the library's threads, which end shortly after the load or loader that they served.
+ * Three entries are left then: "." and "..", and the thread of this test.
+ */
 static void wait_for_threads(void)
 {
     for (int tries = 0; count_entries("/proc/self/task") > 3; tries++) {
@@ -80,7 +83,7 @@ static void check_segment(const struct dmaload_segment *segment)
     CHECK(memory != MAP_FAILED);
     CHECK(segment->file_offset + segment->bytes <= BYTES && segment->bytes <= segment->memory_bytes);
     CHECK(memcmp(memory + segment->memory_offset, original + segment->file_offset, segment->bytes) == 0);
-    /* If only a range of the file was loaded, its last block also contains the bytes after it. */
+    /* If only a range of the file was loaded, the last block has bytes from after the range. */
     uint64_t end = segment->file_offset + segment->bytes, rest = BYTES - end < 4096 ? BYTES - end : 4096;
     for (uint64_t at = segment->bytes + rest; at < segment->memory_bytes; at++)
         CHECK(memory[segment->memory_offset + at] == 0);

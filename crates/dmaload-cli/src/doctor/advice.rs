@@ -1,10 +1,11 @@
 //! What would help most: a ranked list, derived from the facts.
 //!
 //! The ranks follow measurements of a 1 GiB file with 2 cores and a disk that reads 1.8 GB/s. A
-//! load through the page cache takes up to twice as long and fills the cache. A load into 4 KiB
-//! pages takes nearly twice as long. Four threads that `pread` keep up with io_uring on such a
-//! disk, but fall behind on faster disks. Registered memory gains nothing measurable on 2 MiB
-//! pages. dma-bufs do not make loads faster, so they come last.
+//! load through the page cache takes up to twice as long as a direct one, and fills the cache. A
+//! load into 4 KiB pages takes nearly twice as long as one into 2 MiB pages. Four threads that
+//! `pread` keep up with io_uring on such a disk, but fall behind on faster disks. Registered
+//! memory gains nothing measurable on 2 MiB pages. dma-bufs do not make loads faster, so they come
+//! last.
 
 use std::path::Path;
 

@@ -19,7 +19,8 @@ use crate::engine::block_on;
 use crate::errors;
 use crate::progress::finish;
 
-/// The length of the trial file, unless the file size limit is smaller.
+/// The length of the trial file, unless the file size limit is smaller. 4 MiB fill two huge pages,
+/// and fit under an ordinary user's locked memory limit of 8 MiB.
 const BYTES_MAX: u64 = 4 << 20;
 /// The name of the row that reports the absence of dma-heaps, and the start of the names of all
 /// dma-heaps.

@@ -52,7 +52,7 @@ pub fn random_file(folder: &Path, name: &str, len: usize) -> PathBuf {
 }
 
 /// Writes a large file quickly: a MiB of random bytes, repeated with a different number in every
-/// sector.
+/// sector, so that no two sectors are equal.
 pub fn large_file(folder: &Path, name: &str, len: u64) -> PathBuf {
     const SECTOR: u64 = 512;
     let path = folder.join(name);

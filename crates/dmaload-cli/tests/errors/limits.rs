@@ -22,8 +22,8 @@ fn sparse_file(folder: &Path, bytes: u64) -> std::path::PathBuf {
     path
 }
 
-/// With 4 descriptors the ring can't be created, with 6 the file can't be opened, and with 7
-/// to 16 there are not enough for the segments.
+/// With 4 to 6 descriptors, the file can't be opened. With 7 to 16, there are too few for the
+/// memory of all segments.
 #[test]
 fn open_file_limit_is_named_wherever_it_is_hit() {
     let folder = folder();
@@ -82,7 +82,8 @@ fn model_with_more_files_than_descriptors_can_be_loaded() {
     run(&mut limited(&command, "-n 32")).fails(1, &["EMFILE", "raise it (ulimit -n)"]);
 }
 
-/// The advice is to raise the limit for every selection and layout, because no option helps.
+/// For every selection, and with each layout that has several segments, the advice is to raise the
+/// limit. It names no option.
 #[test]
 fn advice_on_few_descriptors_is_the_same_for_every_load() {
     let folder = folder();

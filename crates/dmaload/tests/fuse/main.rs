@@ -1,7 +1,6 @@
-//! Loads from FUSE file systems that misbehave in known ways, mounted by the real kernel, some of
-//! them below an overlayfs. Their servers refuse direct reads, return short or empty reads, fail,
-//! are slow, do not answer, state a wrong length, or rewrite the file while its attributes are
-//! cached.
+//! Loads from FUSE file systems that misbehave in known ways. The real kernel mounts them, some
+//! below an overlayfs. Their servers refuse direct reads, return short or empty reads, fail, are
+//! slow, do not answer, state a wrong length, or rewrite the file while its attributes are cached.
 //!
 //! Mounting needs root and `/dev/fuse`; without them, these tests report that they are skipped.
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
@@ -41,8 +40,8 @@ fn loader() -> LoaderBuilder {
     Loader::builder().load_options(options())
 }
 
-/// A loader whose window and staging are so small that two hanging loads would use them up if
-/// loads were not limited to a share.
+/// A loader whose window and staging are so small that two hanging loads would use them up if the
+/// loads of one file system were not limited to a share.
 fn small_loader(route: Route) -> Loader {
     loader()
         .load_options(options().route(route).chunk_bytes(256 << 10))
@@ -136,7 +135,7 @@ async fn more_threads_read_from_a_distant_server() {
         let most = most();
         assert!((16..=32).contains(&most), "{most} reads at once");
     }
-    // Two loads share the threads.
+    // Two loads of one file system get at most 48 of the 64 threads that read.
     let (one, other) = tokio::join!(loader.load(&mounted.path), loader.load(&mounted.path));
     for image in [one, other] {
         assert_same(&image.unwrap().files()[0].bytes().unwrap(), &mounted.bytes, "a load with another one running");
@@ -195,8 +194,8 @@ async fn read_error_names_the_file_and_the_offset() {
     }
 }
 
-/// Lazily pulled container images are mounted this way. Threads read them, since a ring could
-/// return the same bytes twice.
+/// Lazily pulled container images are mounted this way. Threads read them, because after a short
+/// answer of the FUSE server a ring could return the same bytes twice.
 #[tokio::test]
 async fn overlay_over_fuse_loads_the_same_bytes_by_every_route() {
     for most in [100_001, 65_535, 12_288] {

@@ -77,8 +77,8 @@ async fn shutdown_with_a_silent_server_ends_and_reports_leaks() {
         let start = Instant::now();
         let leaked = loader.shutdown().await.unwrap_err();
         assert!(start.elapsed() < Duration::from_secs(5), "{route}: the shutdown took {:?}", start.elapsed());
-        // Four threads read from such a file. The fifth read was still waiting for a thread and
-        // was cancelled.
+        // Four threads read from a file system that has not answered yet. The fifth read was
+        // still waiting for a thread and was cancelled.
         assert_eq!(leaked.threads, 4, "{route}: {leaked}");
         let staged = if route == Route::Bounce { 4 * (2 << 20) } else { 0 };
         // Pieces are read in the order in which they were allocated, so the last piece of the
@@ -135,7 +135,7 @@ async fn many_silent_loads_do_not_stop_other_file_systems() {
         let overlay = Overlay::over(servers[1].served.path());
         let builder = loader().window_bytes(8 * SEGMENT as u64).shutdown_timeout(Duration::from_millis(300));
         let builder = route.into_iter().fold(builder, |builder, route| builder.load_options(options().route(route)));
-        // Twenty loads of such a file would use up the limit.
+        // Twenty of the forty silent loads would use up the limit.
         let builder = if limited { builder.memory_limit_bytes(20 * BYTES as u64) } else { builder };
         let loader = builder.build().unwrap();
         let paths = [&servers[0].path, &overlay.path].into_iter().flat_map(|path| [path; 20]);
@@ -204,7 +204,8 @@ async fn dropped_silent_load_cancels_reads_that_have_not_started() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    // Wait for as many reads as one load may have in flight.
+    // Wait until as many of the file's 33 reads are in flight as one load may have: about 32,
+    // because it leaves one to other loads of its file system.
     wait_for(30..=33).await;
     drop(load);
     // Only the reads of the four reading threads remain.

@@ -78,8 +78,9 @@ impl Hostility {
     }
 }
 
-/// The server is limited to 128 descriptors and does not run as root, so it cannot have more than
-/// 128 in flight to clients.
+/// The kernel allows a user other than root as many descriptors in flight as the sending process
+/// may open. The server does not run as root and may open 128 descriptors, so 128 can be in flight
+/// to all its clients together.
 #[test]
 fn hostile_clients_do_not_stall_other_users() {
     if !is_root() {
@@ -123,8 +124,9 @@ fn hostile_clients_do_not_stall_other_users() {
                 wrong.push(format!("{hostility:?} of {hostile}: the slowest took {slowest:?}"));
             }
             let during = serving.descriptors();
-            // A process that may open 128 descriptors accepts at most 64 connections, and 16 more
-            // of users who may not attach. Four further descriptors are tolerated.
+            // A process that may open 128 descriptors accepts at most 64 connections (half of
+            // them), and 16 more (an eighth) of users who may not attach. Four further descriptors
+            // are tolerated.
             if during > before + 64 + 16 + 4 {
                 wrong.push(format!("{hostility:?} of {hostile}: {during} descriptors, {before} before"));
             }
@@ -157,16 +159,18 @@ fn hostile_clients_do_not_stall_other_users() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
-/// For each user, the descriptors in flight and the clients that they are sent to are bounded.
+/// The server bounds the descriptors in flight to each user, and the number of the user's clients
+/// that they are sent to (the receivers).
 #[test]
 fn descriptors_in_flight_to_one_user_are_bounded() {
     if !is_root() {
         return;
     }
     let (folder, alice) = (open_folder(), fresh_user());
-    // The numbers of segments and of allowed users, and the maximum numbers of receivers and of
-    // descriptors in flight that MALLORY then has. The allowed users and the server's own share
-    // half of the 128 descriptors, and each has at most four receivers.
+    // Cases: the number of segments, the number of allowed users, and MALLORY's maximum numbers of
+    // receivers and of descriptors in flight. The allowed users and the server's own share 64
+    // descriptors in flight (half of 128) and 16 receivers (an eighth). No user has more than four
+    // receivers.
     for (segments, users, receivers, descriptors) in [(1, 2, 4, 8), (10, 2, 2, 21), (10, 7, 1, 8), (10, 63, 1, 1)] {
         let model = file(folder.path(), "model.bin", &random_bytes(segments << 21, 3));
         let socket = folder.path().join(format!("socket{segments}{users}"));

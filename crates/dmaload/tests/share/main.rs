@@ -1,5 +1,5 @@
-//! One process loads, and others map the same memory. Clients run in this process or, where it
-//! matters, in other processes.
+//! One process loads, and others map the same memory. Most clients run in this process. Clients
+//! that are killed, run as other users, or need their own address space are other processes.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(clippy::print_stdout, reason = "measurements are printed")]
 

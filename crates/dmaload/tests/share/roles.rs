@@ -39,7 +39,7 @@ pub(crate) fn open_folder() -> tempfile::TempDir {
     folder
 }
 
-/// A helper process, and how it is started.
+/// Describes a helper process, which [`Role::start`] starts.
 pub(crate) struct Role<'a> {
     pub(crate) name: &'a str,
     pub(crate) user: u32,
