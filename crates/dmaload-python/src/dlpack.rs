@@ -193,7 +193,8 @@ fn capsule(
     destructor: unsafe extern "C" fn(*mut PyObject),
     or_else: impl FnOnce(),
 ) -> Result<Py<PyAny>, Raised> {
-    // SAFETY: `managed` is not null, and `name` is static.
+    // SAFETY: the thread is attached to the interpreter (`py`), `managed` is not null, and `name`
+    // is static.
     let capsule = unsafe { ffi::PyCapsule_New(managed, name.as_ptr(), Some(destructor)) };
     // SAFETY: `PyCapsule_New` returns a new reference, or null with an exception set.
     unsafe { Bound::from_owned_ptr_or_err(py, capsule) }.map(Bound::unbind).map_err(|error| {
@@ -203,7 +204,7 @@ fn capsule(
 }
 
 /// # Safety
-/// [`export`] must have created the structure. It must not be used afterwards.
+/// [`export`] must have created the structure, which must not be used afterwards.
 unsafe extern "C" fn delete_versioned(managed: *mut Versioned) {
     // SAFETY: `managed` came from `Box::into_raw` in `export`, and is freed once.
     let managed = unsafe { Box::from_raw(managed) };

@@ -1,4 +1,4 @@
-"""Loads large model files straight from storage into memory, bypassing the page cache.
+"""Loads large model files straight from storage into memory.
 
     import dmaload
 
