@@ -27,8 +27,8 @@ measure() {
     [[ $name == *$filter* ]] || return 0
     grep -qx "<!-- begin:$name -->" "$page"
     echo "$name: dmaload bench $*"
-    # Under memory pressure, a failing mode is a result, and the bench fails only if wrong bytes
-    # were loaded.
+    # Under memory pressure, a failing mode is a result, and the bench fails, which ends this
+    # script, only if wrong bytes were loaded.
     "$dmaload" bench "$@" --md >"$out/$name.md"
     { echo "\`dmaload bench ${*/#docs\//docs/}\`"; echo; cat "$out/$name.md"; } >"$out/$name"
     insert "$name" "$out/$name"

@@ -412,7 +412,8 @@ fn allocate_descriptor(source: &str, bytes: usize) -> Result<OwnedFd, Errno> {
 fn vendors_dma_bufs_by_descriptor_equal_the_file() {
     for source in ["udmabuf", "system"] {
         // SAFETY: each dma-buf has new memory, which nothing else has mapped or opened:
-        // `allocate_descriptor` closes the memfd of a udmabuf before it returns.
+        // `allocate_descriptor` closes the memfd of a udmabuf before it returns. udmabuf and the
+        // system heap keep the pages of a dma-buf as long as it exists.
         #[allow(unsafe_code)]
         let heap = unsafe { FromDescriptors::new(format!("vendor-{source}"), move |bytes| allocate_descriptor(source, bytes)) };
         let loader = Loader::builder()
