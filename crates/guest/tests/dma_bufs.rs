@@ -246,8 +246,8 @@ fn memory_is_shared_read_only_or_as_dma_bufs() {
         } else {
             assert_same(&theirs.files()[0].bytes().unwrap(), &original()[..len], &what);
             for segment in image.segments() {
-                // Drivers ignore seals, so the dma-buf cannot be handed out while its memory is
-                // shared read-only.
+                // Drivers ignore seals, so dmaload refuses to hand out the dma-buf while its
+                // memory is shared read-only.
                 assert!(matches!(segment.hand_out_owned_dma_buf(), Err(Error::Viewed { .. })), "{what}");
             }
         }
