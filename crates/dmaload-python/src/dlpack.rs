@@ -206,18 +206,22 @@ fn capsule(
 /// # Safety
 /// [`export`] must have created the structure, which must not be used afterwards.
 unsafe extern "C" fn delete_versioned(managed: *mut Versioned) {
-    // SAFETY: `managed` came from `Box::into_raw` in `export`, and is freed once.
+    // SAFETY: the caller guarantees that `export` created the structure, by `Box::into_raw`, and
+    // that it is not used afterwards, so it is freed once.
     let managed = unsafe { Box::from_raw(managed) };
-    // SAFETY: its context also came from `Box::into_raw` in `export`, and is freed once.
+    // SAFETY: `export` created the context by `Box::into_raw`, too. Only the structure, which was
+    // just taken over, owns it.
     drop(unsafe { Box::from_raw(managed.context.cast::<Context>()) });
 }
 
 /// # Safety
 /// The same as for [`delete_versioned`].
 unsafe extern "C" fn delete_unversioned(managed: *mut Unversioned) {
-    // SAFETY: `managed` came from `Box::into_raw` in `export`, and is freed once.
+    // SAFETY: the caller guarantees that `export` created the structure, by `Box::into_raw`, and
+    // that it is not used afterwards, so it is freed once.
     let managed = unsafe { Box::from_raw(managed) };
-    // SAFETY: its context also came from `Box::into_raw` in `export`, and is freed once.
+    // SAFETY: `export` created the context by `Box::into_raw`, too. Only the structure, which was
+    // just taken over, owns it.
     drop(unsafe { Box::from_raw(managed.context.cast::<Context>()) });
 }
 
@@ -227,7 +231,7 @@ unsafe extern "C" fn delete_unversioned(managed: *mut Unversioned) {
 /// # Safety
 /// `capsule` must be a capsule that the interpreter is destroying.
 unsafe fn unconsumed(capsule: *mut PyObject, name: &'static CStr) -> *mut c_void {
-    // SAFETY: `capsule` is a capsule, and the call only compares its name.
+    // SAFETY: the caller passes a capsule, and the call only compares the capsule's name.
     if unsafe { ffi::PyCapsule_IsValid(capsule, name.as_ptr()) } == 0 {
         return ptr::null_mut();
     }
