@@ -19,7 +19,7 @@ NORM, KEY = "blk.1.ffn_norm.weight", "blk.2.attn_k.weight"
 def tensors():
     """Yields the name, shape and type of each tensor.
 
-    They have 58 MiB, so a load by examples/c/llama.c, whose segments have 16 MiB, has several.
+    The tensors have 58 MiB. examples/c/llama.c requests segments of 16 MiB, so a load has several.
     """
     yield "token_embd.weight", (VOCABULARY, WIDTH), Type.F16
     yield FACTORS, (WIDTH // HEADS // 2,), Type.F32
