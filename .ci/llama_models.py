@@ -17,7 +17,10 @@ NORM, KEY = "blk.1.ffn_norm.weight", "blk.2.attn_k.weight"
 
 
 def tensors():
-    """Yields the name, shape and type of each tensor: 57 MiB, so a load has several segments."""
+    """Yields the name, shape and type of each tensor.
+
+    The tensors have 58 MiB. examples/c/llama.c requests segments of 16 MiB, so a load has several.
+    """
     yield "token_embd.weight", (VOCABULARY, WIDTH), Type.F16
     yield FACTORS, (WIDTH // HEADS // 2,), Type.F32
     for layer in range(LAYERS):

@@ -27,8 +27,8 @@ measure() {
     [[ $name == *$filter* ]] || return 0
     grep -qx "<!-- begin:$name -->" "$page"
     echo "$name: dmaload bench $*"
-    # Under memory pressure, a failing mode is a result, and the bench fails only if wrong bytes
-    # were loaded.
+    # Under memory pressure, a failing mode is a result, and the bench fails, which ends this
+    # script, only if wrong bytes were loaded.
     "$dmaload" bench "$@" --md >"$out/$name.md"
     { echo "\`dmaload bench ${*/#docs\//docs/}\`"; echo; cat "$out/$name.md"; } >"$out/$name"
     insert "$name" "$out/$name"
@@ -133,8 +133,9 @@ profile() {
         {
             printf '`perf record dmaload bench %s`: %.2f s of CPU time per GiB, of which\n\n| share | function |\n|--:|---|\n' \
                 "${arguments[*]}" "$(python3 -c 'import json, sys; print([mode["cpu_seconds_per_gib"] for mode in json.load(sys.stdin)["modes"] if mode["name"] == "direct_io"][0])' <"$out/profile.json")"
-            # perf filters threads only after it has merged them. Therefore perf sorts by thread
-            # and function, and awk adds up the shares of each function.
+            # `--comms` selects entries, not samples: sorted by function alone, an entry would mix
+            # samples of all threads. Therefore perf sorts by thread and function, and awk adds up
+            # the shares of each function.
             perf report --input "$out/perf.data" --no-children --stdio --percentage relative --sort comm,symbol \
                 --comms dmaload-alloc-0,dmaload-alloc-1,dmaload-ring,dmaload-reap 2>/dev/null |
                 awk '/^ +[0-9.]+%/ { share[$4] += $1 } END { for (name in share) if (share[name] >= 2) printf "| %.1f %% | `%s` |\n", share[name], name }' |

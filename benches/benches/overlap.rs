@@ -14,7 +14,8 @@ use dmaload::{LoadOptions, Loader, Report};
 use dmaload_testing::random_bytes;
 
 const FILE_BYTES: usize = 512 << 20;
-/// The size of a segment, which is also the size of a piece.
+/// The size of a segment and of a piece: with a single allocator thread, a batch has 16 MiB,
+/// whatever the number of processors.
 const SEGMENT_BYTES: usize = 16 << 20;
 const ROUNDS: usize = 5;
 

@@ -1,7 +1,8 @@
 //! A soak test: several tasks load files with random sizes, routes, heaps, cancellations and
-//! faults, and compare every byte that they receive. After each period, everything is dropped, and
-//! the process must hold no more than after the first period, apart from 16 mappings and 2 MiB of
-//! resident memory.
+//! faults, and compare every byte that they receive.
+//!
+//! After each period, the tasks have dropped all loaders and loads. The process must then hold no
+//! more than after the first period, apart from 16 mappings and 2 MiB of resident memory.
 //!
 //! `just soak --minutes 30`
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]

@@ -20,7 +20,7 @@ use crate::ways::{self, WrongBytes};
 
 pub use crate::pressure::{fill, hog};
 
-/// The usual locked memory limit of ordinary users.
+/// The usual locked memory limit of ordinary users: the kernel's default since Linux 5.16.
 const ORDINARY_MEMLOCK_BYTES: u64 = 8 << 20;
 pub(crate) const PREPARE: &str = "prepare";
 pub(crate) const GO: &str = "go";
@@ -61,7 +61,7 @@ impl Load {
 }
 
 /// Waits for `prepare`, prepares, waits for `go`, and runs. Returns early if standard input ends,
-/// because the parent has exited in that case.
+/// because the parent has then exited or abandoned the run.
 fn measure(
     prepare: impl FnOnce() -> Result<ways::Ready>,
     describe: fn(&anyhow::Error) -> String,

@@ -101,8 +101,9 @@ fn residency(file: &File, path: &Path) -> Result<Residency, FileError> {
     Ok(Residency { resident, total, method })
 }
 
-/// Whether `cachestat(2)` is unavailable: older kernels lack it, sandboxes forbid it, and some
-/// file systems do not support it.
+/// Whether `cachestat(2)` is unavailable: older kernels lack it, sandboxes forbid it, newer
+/// kernels refuse it to users who neither own the file nor can write to it, and some file systems
+/// do not support it.
 fn is_refusal(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM | libc::EACCES | libc::EOPNOTSUPP))
 }

@@ -47,7 +47,8 @@ pub trait Engine {
     fn manifest(&self, paths: &[PathBuf], recorder: Recorder) -> anyhow::Result<Manifest>;
 }
 
-/// Runs a future to completion. One thread is enough, because the loader has separate threads.
+/// Runs a future to completion. One thread is enough, because files are read on other threads: the
+/// loader's, or those of tokio for blocking calls.
 pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> anyhow::Result<T> {
     Ok(tokio::runtime::Builder::new_current_thread().enable_time().build()?.block_on(future))
 }

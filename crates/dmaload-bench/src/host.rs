@@ -27,8 +27,10 @@ pub(crate) fn available_bytes() -> u64 {
 }
 
 /// Touches as much memory as loading `file_bytes` bytes takes in any mode, but at most 80 % of
-/// what is available, and frees it. Under memory pressure (`is_short`), touches only free memory,
-/// to keep page cache that was created on purpose.
+/// what is available, and frees it.
+///
+/// Under memory pressure (`is_short`), touches at most 80 % of the free memory instead, to keep
+/// page cache that was created on purpose.
 ///
 /// # Errors
 /// If there is not enough memory.

@@ -20,8 +20,8 @@ use crate::scratch;
 
 /// The processes and groups that currently exist.
 static ALIVE: Mutex<Alive> = Mutex::new(Alive { processes: BTreeMap::new(), groups: BTreeSet::new() });
-/// Number of attempts to remove a group, [`PAUSE`] apart: the kernel refuses until a moment after
-/// the group's last process has exited.
+/// Number of attempts to remove a group, [`PAUSE`] apart, so 2 s in all: the kernel refuses until
+/// a moment after the group's last process has exited.
 const TRIES: u32 = 100;
 const PAUSE: Duration = Duration::from_millis(20);
 

@@ -6,9 +6,11 @@
 //! ```
 //!
 //! A mode must not profit from the leftovers of another (page cache, fragmentation, peak memory):
-//! each run is a new process, and the file is verified to be cold. The modes take turns in each
-//! round, so other load on the machine affects all of them alike. Ratios are computed within a
-//! round; the median of each ratio is reported.
+//! each run is a new process, and the file is verified to be cold, or to be cached if
+//! [`Settings::warm`] is set.
+//!
+//! The modes take turns in each round, so other load on the machine affects all of them alike.
+//! Ratios are computed within a round; the median of each ratio is reported.
 //!
 //! The program that runs a [`Bench`] also serves as its child processes: it is started through
 //! `/proc/self/exe` (unless [`run_children_by`] sets another command) with `bench-child` as the

@@ -33,8 +33,8 @@ impl Destination {
     }
 }
 
-/// Buffers of 4, 8, 16 and 64 MiB in total. Eight reads in flight kept every disk that was tested
-/// busy.
+/// Buffers of 4, 8, 16 and 64 MiB in total. Eight reads in flight, as in the smaller three, kept
+/// every disk that was tested busy.
 pub(crate) const DESTINATIONS: [Destination; 4] = [
     Destination { chunk_bytes: 512 << 10, depth: 8 },
     Destination { chunk_bytes: 1 << 20, depth: 8 },
@@ -73,7 +73,7 @@ impl Into {
     }
 }
 
-/// A range of a file, read by one request.
+/// A range of a file, read by one request, or by several after a short read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Chunk {
     pub(crate) file: usize,

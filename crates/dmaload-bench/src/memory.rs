@@ -49,7 +49,7 @@ impl Region {
         Ok(Region { parts, address: range.base(), bytes })
     }
 
-    /// Populates the whole region with up to two threads.
+    /// Populates the whole region with up to two threads, as many as the engine starts with.
     ///
     /// # Errors
     /// The kernel's error.

@@ -7,7 +7,7 @@ use std::str::FromStr;
 /// those of the modes in `examples/c/dmabuf-heap-file-read.c`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Mode {
-    /// Allocates memory, maps the file and copies it: the usual way, on 4 KiB pages.
+    /// Allocates memory, maps the file and copies it: the usual way, without huge pages.
     Normal,
     /// Allocates a memfd, and fills it by `read(2)` through the page cache.
     NormalIo,

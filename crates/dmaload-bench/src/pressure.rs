@@ -178,8 +178,10 @@ pub fn hog(bytes: u64, output: &mut dyn Write) -> Result<()> {
 }
 
 /// Waits for a line, then fills the page cache: the child process `bench-child fill BYTES PATH
-/// [--dirty]`. The kernel charges a cached page to the cgroup of the process that first reads or
-/// writes it.
+/// [--dirty]`.
+///
+/// The kernel charges a cached page to the cgroup of the process that first reads or writes it.
+/// The parent therefore moves this process into the cgroup before it sends the line.
 ///
 /// # Errors
 /// If the file can't be read or written.

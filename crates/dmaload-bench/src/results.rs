@@ -9,7 +9,8 @@ use crate::stats::{Spread, median};
 /// One measured run of one mode.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Run {
-    /// Time from just before the allocation until the last byte is in memory.
+    /// Time from just before files are opened or memory is allocated, whichever comes first, until
+    /// the last byte is in memory.
     pub(crate) seconds: f64,
     /// User and system CPU time of the process in that period.
     pub(crate) cpu_seconds: f64,

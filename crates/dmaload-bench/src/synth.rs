@@ -26,7 +26,7 @@ use std::path::Path;
 
 use dmaload_text::{At, FileError};
 
-/// The minimum size of a model in bytes, which leaves just enough room for the header.
+/// The minimum size of a model in bytes, which has room for the header and the narrowest tensors.
 pub const BYTES_MIN: u64 = 4096;
 /// The unit of generated content, in bytes. All tensors begin and end at multiples of this unit.
 const WORD: usize = 8;

@@ -45,8 +45,8 @@ impl Reader {
             .parts()
             .map(|(mapping, _)| libc::iovec { iov_base: mapping.address().as_ptr().cast(), iov_len: mapping.bytes() })
             .collect();
-        // SAFETY: the memory stays mapped as long as the ring exists: `drop` and `into_region`
-        // close the ring first.
+        // SAFETY: the memory stays mapped as long as the ring exists: `finish` closes the ring
+        // before it returns the region, or leaks both.
         let refusal = unsafe { ring.submitter().register_buffers(&vectors) }.err();
         Ok(Reader { ring: ManuallyDrop::new(ring), region: ManuallyDrop::new(region), refusal, in_flight: 0 })
     }
@@ -69,9 +69,10 @@ impl Reader {
         } else {
             opcode::Read::new(fd, address, length).offset(read.offset).build()
         };
-        // SAFETY: the range is within a part of the region, which is mapped, writable, and neither
-        // accessed nor freed before every read has completed. If the file is closed before the
-        // read starts, another file's bytes may end up in the region, which is safe.
+        // SAFETY: `Region::place` has checked that the range is within a part of the region, which
+        // is mapped and writable. `self` owns the region, accesses no bytes of it, and returns or
+        // frees it only after every read has completed (`finish`). If the file is closed before
+        // the read starts, another file's bytes may end up in the region, which is safe.
         let pushed = unsafe { self.ring.submission().push(&entry.user_data(read.token)) };
         pushed.map_err(|_| io::Error::from(io::ErrorKind::WouldBlock))?;
         self.in_flight += 1;
@@ -130,7 +131,8 @@ impl Drop for Reader {
 #[cfg(test)]
 pub(crate) fn bytes(region: &Region) -> &[u8] {
     // SAFETY: the parts are adjacent, mapped and readable as long as the region exists. Nothing
-    // writes to it: a `Reader` owns the region it reads into, and `bytes_mut` borrows exclusively.
+    // writes to the region: a `Reader` owns the region that it reads into, and `bytes_mut` borrows
+    // exclusively.
     unsafe { std::slice::from_raw_parts(region.address().as_ptr(), region.bytes()) }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Preparation covers what a process needs only once, no matter how much it loads: the engine's
 //! threads and ring, the pool's memory, a manifest, and the limit's buffers. Timing begins just
-//! before memory is allocated and ends when the last byte is in memory.
+//! before files are opened or memory is allocated, and ends when the last byte is in memory.
 
 use std::fs::{self, File};
 use std::hint::black_box;
@@ -99,8 +99,8 @@ pub(crate) fn prepare(mode: Mode, engine: &dyn Engine, paths: Vec<PathBuf>, curv
             let (mut reader, notes) = limit_reader()?;
             let open = limit::open(&files.paths)?;
             let (chunks, _) = limit::plan(&files.lengths, PART_BYTES, LARGEST.chunk_bytes);
-            // Fills each buffer once, because the first reads into memory that no device has
-            // written to are slow.
+            // Fills the buffers once, as far as the files suffice, because the first reads into
+            // memory that no device has written to are slow.
             let first = chunks.get(..LARGEST.depth.min(chunks.len())).unwrap_or(&chunks);
             limit::read_all(&mut reader, &open, &files.paths, first, Into::Slots(LARGEST))?;
             drop(open);

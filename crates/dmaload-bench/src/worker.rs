@@ -1,8 +1,9 @@
 //! A child process that reads commands and writes answers, each a line of text.
 //!
 //! Unless [`run_children_by`] sets another command, the child is this same program, started
-//! through `/proc/self/exe`: another user may not have access to the program's folder, and a build
-//! may replace the program in the meantime. The child exits when its standard input ends.
+//! through `/proc/self/exe`: the user that the child runs as may not have access to the program's
+//! folder, and a build may replace the program in the meantime. The child exits when its standard
+//! input ends.
 
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Write};
@@ -89,7 +90,7 @@ impl Worker {
     /// If the process has ended without writing a line. The error says how it ended.
     pub(crate) fn receive_line(&mut self) -> Result<String> {
         let mut line = String::new();
-        // An error of the pipe means the same as the end of its data.
+        // After an error of the pipe, as after the end of its data, no line will come.
         if self.stdout.read_line(&mut line).is_ok_and(|count| count > 0) {
             return Ok(line);
         }

@@ -193,7 +193,8 @@ fn capsule(
     destructor: unsafe extern "C" fn(*mut PyObject),
     or_else: impl FnOnce(),
 ) -> Result<Py<PyAny>, Raised> {
-    // SAFETY: `managed` is not null, and `name` is static.
+    // SAFETY: the thread is attached to the interpreter (`py`), `managed` is not null, and `name`
+    // is static.
     let capsule = unsafe { ffi::PyCapsule_New(managed, name.as_ptr(), Some(destructor)) };
     // SAFETY: `PyCapsule_New` returns a new reference, or null with an exception set.
     unsafe { Bound::from_owned_ptr_or_err(py, capsule) }.map(Bound::unbind).map_err(|error| {
@@ -203,20 +204,24 @@ fn capsule(
 }
 
 /// # Safety
-/// [`export`] must have created the structure. It must not be used afterwards.
+/// [`export`] must have created the structure, which must not be used afterwards.
 unsafe extern "C" fn delete_versioned(managed: *mut Versioned) {
-    // SAFETY: `managed` came from `Box::into_raw` in `export`, and is freed once.
+    // SAFETY: the caller guarantees that `export` created the structure, by `Box::into_raw`, and
+    // that it is not used afterwards, so it is freed once.
     let managed = unsafe { Box::from_raw(managed) };
-    // SAFETY: its context also came from `Box::into_raw` in `export`, and is freed once.
+    // SAFETY: `export` created the context by `Box::into_raw`, too. Only the structure, which was
+    // just taken over, owns it.
     drop(unsafe { Box::from_raw(managed.context.cast::<Context>()) });
 }
 
 /// # Safety
 /// The same as for [`delete_versioned`].
 unsafe extern "C" fn delete_unversioned(managed: *mut Unversioned) {
-    // SAFETY: `managed` came from `Box::into_raw` in `export`, and is freed once.
+    // SAFETY: the caller guarantees that `export` created the structure, by `Box::into_raw`, and
+    // that it is not used afterwards, so it is freed once.
     let managed = unsafe { Box::from_raw(managed) };
-    // SAFETY: its context also came from `Box::into_raw` in `export`, and is freed once.
+    // SAFETY: `export` created the context by `Box::into_raw`, too. Only the structure, which was
+    // just taken over, owns it.
     drop(unsafe { Box::from_raw(managed.context.cast::<Context>()) });
 }
 
@@ -226,7 +231,7 @@ unsafe extern "C" fn delete_unversioned(managed: *mut Unversioned) {
 /// # Safety
 /// `capsule` must be a capsule that the interpreter is destroying.
 unsafe fn unconsumed(capsule: *mut PyObject, name: &'static CStr) -> *mut c_void {
-    // SAFETY: `capsule` is a capsule, and the call only compares its name.
+    // SAFETY: the caller passes a capsule, and the call only compares the capsule's name.
     if unsafe { ffi::PyCapsule_IsValid(capsule, name.as_ptr()) } == 0 {
         return ptr::null_mut();
     }

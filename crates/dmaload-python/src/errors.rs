@@ -62,7 +62,7 @@ impl Failure {
         Failure { class, ..Failure::from(error) }
     }
 
-    /// Creates the exception. If that fails, returns the error it raised.
+    /// Creates the exception, or returns the error that was raised instead.
     pub(crate) fn into_exception(self, py: Python<'_>) -> PyErr {
         let make = || {
             let Failure { class, message, errno, filename, hint, offset } = self;

@@ -50,8 +50,9 @@ fn duplicate(fd: i32) -> Result<OwnedFd, Failure> {
 
 #[allow(unsafe_code)]
 fn borrowed<'a>(fd: i32) -> BorrowedFd<'a> {
-    // SAFETY: `fd` is not -1, and the package keeps the file open during the call. If the number
-    // is not an open file, the system call that uses it fails.
+    // SAFETY: `fd` is not -1, because `duplicate` refuses negative numbers, and the package keeps
+    // the file open during the call. If the number is not an open file, the system call that uses
+    // it fails.
     unsafe { BorrowedFd::borrow_raw(fd) }
 }
 

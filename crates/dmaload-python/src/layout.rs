@@ -44,7 +44,8 @@ impl Elements {
     }
 }
 
-/// The size of a tensor in bytes. The file's header must have been checked.
+/// The size of a tensor in bytes. The file's header must have been checked, so that the number of
+/// elements does not overflow.
 pub(crate) fn bytes_of(dtype: DType, shape: &[usize]) -> usize {
     if shape.contains(&0) {
         return 0;

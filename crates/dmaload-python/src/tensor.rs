@@ -88,9 +88,9 @@ impl Tensor {
         if let Some(known) = &*lock(&self.memory) {
             return Ok(Arc::clone(known));
         }
-        // Gathers before taking the lock. Only threads that are attached to the interpreter hold
-        // the lock, so it is never held during a fork by Python. If two threads gather at once,
-        // the first result is kept.
+        // Gathers before taking the lock, so only threads that are attached to the interpreter
+        // hold the lock. While Python forks, no other thread is attached, so a child never
+        // inherits a held lock. If two threads gather at once, the first result is kept.
         let gathered = match &*self.source {
             Source::Tensor(tensor) if !tensor.is_contiguous() => Some(detached(py, || gathered(tensor))?),
             _ => None,

@@ -127,7 +127,7 @@ def test_values_equal_those_written(tmp_path):
         assert image[name].numpy().tolist() == each.tolist(), name
 
 
-# Codes and bits of types in dlpack.h, and its structures, to read exported capsules.
+# The codes and bits of types, and the structures, of dlpack.h, to read exported capsules.
 
 CODES = {
     "BOOL": (6, 8),
@@ -211,7 +211,7 @@ def test_dlpack_describes_the_tensor(everything):
         assert versioned.major == 1
         assert not versioned.flags & READ_ONLY, "private memory is writable"
         check_dlpack(found, expected, versioned.tensor)
-        # Importers older than version 1 pass no version.
+        # Importers older than DLPack 1 pass no version.
         old = found.__dlpack__()
         check_dlpack(found, expected, DLTensor.from_address(pointer_of(old, b"dltensor")))
 

@@ -204,7 +204,7 @@ def test_transformers_computes_the_same_output(minilm):
     own = transformers.AutoModel.from_config(config).eval()
     state = dmaload.torch.load_file(minilm / "model.safetensors")
     missing, unexpected = own.load_state_dict(state, strict=False, assign=True)
-    # Newer versions compute positions instead of storing them.
+    # Newer versions of transformers compute positions instead of storing them.
     assert not [name for name in missing if "position_ids" not in name]
     assert not [name for name in unexpected if "position_ids" not in name]
     tokens = torch.randint(

@@ -8,9 +8,11 @@
 //!   linux-base-7.2.12+deb13-amd64                 the configuration, the list of built-in modules
 //! ```
 //!
-//! A line that has left the archive is replaced by the first later line that the archive has. If a
-//! kernel cannot be fetched, the newest cached release is used, such as
-//! `target/guest/kernels/7.2-full/7.2.12+deb13-amd64/`.
+//! A line that has left the archive is replaced by the first later line that the archive has.
+//!
+//! A fetched release is kept in a folder, such as
+//! `target/guest/kernels/7.2-full/7.2.12+deb13-amd64/`. If a kernel cannot be fetched, the newest
+//! release that was kept for it is used.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -106,7 +106,7 @@ const fn kernel(id: &'static str, line: Line, flavor: Flavor, suites: &'static [
 }
 
 pub(crate) const KERNELS: [Kernel; 9] = [
-    // The slowest starts first, so that it does not end last.
+    // The slowest kernel starts first. If it started last, the others would end long before it.
     Kernel { bad_disks: true, by_default: true, ..kernel("6.12-full", (6, 12), Flavor::Full, LONG_TERM) },
     Kernel { by_default: true, ..kernel("7.2-full", (7, 2), Flavor::Full, RECENT) },
     Kernel { by_default: true, ..kernel("6.18-full", (6, 18), Flavor::Full, RECENT) },

@@ -22,8 +22,8 @@ const SILENCE_MAX: Duration = Duration::from_secs(120);
 const TICK: Duration = Duration::from_millis(200);
 
 /// The kernel's parameters. To boot fast, some of them turn off mitigations, self tests and the
-/// calibration of clocks. An oops panics, and a panic reboots, which ends QEMU. Other parameters
-/// enable the second serial port, and reserve memory for a CMA heap.
+/// calibration of clocks. An oops panics, and a panic reboots, which ends QEMU (`-no-reboot`).
+/// Other parameters enable the second serial port, and reserve memory for a CMA heap.
 const APPEND: &str = "console=ttyS0 quiet panic=-1 oops=panic mitigations=off nokaslr cryptomgr.notests tsc=reliable \
                       no_timer_check 8250.nr_uarts=2 rcupdate.rcu_expedited=1 cma=64M";
 
@@ -41,9 +41,9 @@ pub(crate) struct Outcome {
 impl Outcome {
     /// Whether a fault of the emulator ended the guest.
     ///
-    /// The kernel uses breakpoints to patch its code, mostly while it boots. With QEMU 7.2, a
-    /// processor occasionally executes a breakpoint that the other one has already removed. The
-    /// resulting panic says nothing about the tests.
+    /// The kernel uses breakpoints to patch its code, mostly while it boots. With QEMU 7.2, one of
+    /// the guest's two processors occasionally executes a breakpoint that the other processor has
+    /// already removed. The resulting panic says nothing about the tests.
     pub(crate) fn is_emulator_fault(&self) -> bool {
         // `[#1]` marks the first oops. Older kernels print `int3: 0000 [#1]`, newer ones `Oops:
         // int3: 0000 [#1]`.

@@ -1,7 +1,7 @@
 //! Unpacks what a guest needs from a kernel's packages: the image, the modules and the
 //! configuration. The result is kept beside the packages, because unpacking is slow.
 //!
-//! Debian's packages have no index of modules. `depmod` would decompress all of a generic kernel's
+//! Debian's packages have no index of modules. `depmod` would decompress all of a full kernel's
 //! thousands of modules, so `modinfo` reads the dependencies of each module that is needed.
 
 use std::collections::BTreeMap;

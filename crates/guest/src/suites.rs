@@ -70,7 +70,7 @@ fn has_bad_disks(kernel: &Kernel, line: Line) -> bool {
 }
 
 /// Selects the oldest and the newest of the default kernels, between which system calls differ
-/// most.
+/// most, and lines later than the newest.
 fn oldest_or_newest(_: &Kernel, line: Line) -> bool {
     !line_makes_dma_bufs(line) || line >= (7, 2)
 }

@@ -246,8 +246,8 @@ fn memory_is_shared_read_only_or_as_dma_bufs() {
         } else {
             assert_same(&theirs.files()[0].bytes().unwrap(), &original()[..len], &what);
             for segment in image.segments() {
-                // Drivers ignore seals, so the dma-buf cannot be handed out while its memory is
-                // shared read-only.
+                // Drivers ignore seals, so dmaload refuses to hand out the dma-buf while its
+                // memory is shared read-only.
                 assert!(matches!(segment.hand_out_owned_dma_buf(), Err(Error::Viewed { .. })), "{what}");
             }
         }
@@ -411,7 +411,9 @@ fn allocate_descriptor(source: &str, bytes: usize) -> Result<OwnedFd, Errno> {
 #[test]
 fn vendors_dma_bufs_by_descriptor_equal_the_file() {
     for source in ["udmabuf", "system"] {
-        // SAFETY: each dma-buf has new memory, which nothing else has mapped or opened.
+        // SAFETY: each dma-buf has new memory, which nothing else has mapped or opened:
+        // `allocate_descriptor` closes the memfd of a udmabuf before it returns. udmabuf and the
+        // system heap keep the pages of a dma-buf as long as it exists.
         #[allow(unsafe_code)]
         let heap = unsafe { FromDescriptors::new(format!("vendor-{source}"), move |bytes| allocate_descriptor(source, bytes)) };
         let loader = Loader::builder()

@@ -63,7 +63,8 @@ impl Mapped {
     fn map_at(&self, memfd: &OwnedFd, offset: usize, bytes: usize) {
         assert!(offset + bytes <= self.bytes);
         let (access, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_POPULATE);
-        // SAFETY: `reserve` reserved the range, and nothing else uses it.
+        // SAFETY: the range is within the one that `reserve` reserved (asserted above), and
+        // nothing else uses it.
         let start = unsafe { libc::mmap(self.start.wrapping_add(offset).cast(), bytes, access, flags, memfd.as_raw_fd(), 0) };
         assert_ne!(start, libc::MAP_FAILED);
     }
@@ -159,7 +160,8 @@ fn rings_can_be_resized_since_6_13() {
     const _: () = assert!(size_of::<Params>() == 120);
     let ring: IoUring = IoUring::builder().setup_single_issuer().setup_defer_taskrun().build(8).unwrap();
     let mut params = Params { sq_entries: 32, cq_entries: 64, ..Params::default() };
-    // SAFETY: the kernel accesses only this structure, and the ring is not used afterwards.
+    // SAFETY: the kernel accesses only this structure. Resizing invalidates the ring's mappings of
+    // its queues, and the ring is not used afterwards.
     let resized = unsafe { libc::syscall(libc::SYS_io_uring_register, ring.as_raw_fd(), RESIZE_RINGS, &raw mut params, 1) };
     let resized = if resized < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
     assert_answer("resizing the rings of io_uring", &describe(resized), (6, 13), "EINVAL", "ok");

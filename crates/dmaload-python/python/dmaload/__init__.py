@@ -1,4 +1,4 @@
-"""Loads large model files straight from storage into memory, bypassing the page cache.
+"""Loads large model files straight from storage into memory.
 
     import dmaload
 
@@ -103,7 +103,9 @@ __all__ = [
 def dma_buf(tensor: Tensor) -> list[DmaBuf]:
     """Returns the descriptors of the dma-bufs that contain a tensor, in order, for importers.
 
-    The tensor must have been loaded with ``heap="dma-buf"``, ``"udmabuf"`` or ``"dma-heap:NAME"``.
+    The tensor must have been loaded with ``heap="dma-buf"``, ``"udmabuf"`` or ``"dma-heap:NAME"``,
+    or be attached from a server that shares dma-bufs.
+
     Each :class:`DmaBuf` owns its descriptor; ``offset`` and ``length`` are the range of the
     tensor's bytes in the dma-buf. Most tensors are in one dma-buf; a large one may be in several.
 

@@ -10,7 +10,7 @@ from . import _native
 
 
 def main() -> int:
-    """Runs the command with this process's arguments, and exits with its status."""
+    """Runs the command with this process's arguments, and exits with the command's status."""
     # Like any other program, the command is ended by the signal, not by an exception.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     status = _native.run_command(["dmaload", *sys.argv[1:]], [sys.executable, "-m", "dmaload"])

@@ -60,8 +60,8 @@ def _keywords(
         numbers = tuple(shard)
         if len(numbers) not in (2, 3) or not all(n is None or isinstance(n, int) and n >= 0 for n in numbers):
             raise ConfigError(f"shard must be (rank, world_size) or (rank, world_size, dim), not {shard!r}")
-        # Without a dimension, the library would cut the bytes of files, which then have no
-        # tensors.
+        # Without a dimension, the library would cut each file's bytes, and the shares would have
+        # no tensors.
         shard = (numbers[0], numbers[1], numbers[2] if len(numbers) == 3 else 0)
     if memory_limit is not None and not 0 <= memory_limit < 1 << 64:
         raise ConfigError(f"memory_limit must be a number of bytes from 0 to 2**64 - 1, not {memory_limit}")

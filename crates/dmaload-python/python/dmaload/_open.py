@@ -30,7 +30,7 @@ Index: TypeAlias = "int | slice | EllipsisType | tuple[int | slice | EllipsisTyp
 # Up to this size, reading through the page cache takes less time than starting a load.
 _SMALL_BYTES = 256 << 10
 
-# As in the library, whose errors `load` raises.
+# The classes for failures of `os.open`: the same as those that `load` raises.
 _OPEN_ERRORS: dict[int | None, type[Error]] = {
     errno.ENOENT: NotFoundError,
     errno.ENOTDIR: NotFoundError,
@@ -100,7 +100,7 @@ def _headers(path: str, format: str | None) -> list[dict[str, Any]]:
     headers: list[dict[str, Any]] = wait(_native.read_header(path, format))
     for header in headers:
         if header["format"] is None:
-            # The file is not a model. This raises an error that says why.
+            # The file is not a model. Reading it as safetensors raises an error that says why.
             wait(_native.read_header(header["path"], "safetensors"))
     return headers
 

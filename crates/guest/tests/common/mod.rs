@@ -89,8 +89,8 @@ pub fn with_mapping<T>(dma_buf: OwnedFd, inspect: impl FnOnce(&[u8]) -> T) -> T 
     let bytes = dma_buf.bytes();
     let mapping = AddressRange::reserve(bytes).unwrap().map(&memory, 0, bytes).unwrap();
     let access = dma_buf.cpu_access(Access::Read).unwrap();
-    // SAFETY: the mapping has that many bytes, and nothing writes to the dma-buf while the slice
-    // is alive.
+    // SAFETY: the mapping has that many bytes. Callers pass the dma-buf of a load that has ended,
+    // so nothing writes to the dma-buf while the slice is alive.
     let seen = inspect(unsafe { std::slice::from_raw_parts(mapping.address().as_ptr(), bytes) });
     access.end().unwrap();
     seen

@@ -104,7 +104,8 @@ fn pass_vendors_udmabuf(loopback: &mut Loopback, name: &str, flags: MemfdFlags) 
         *folios.lock().unwrap() = populated;
         create_udmabuf(&memfd, bytes)
     };
-    // SAFETY: each dma-buf has new memory, and its memfd is closed before the dma-buf is returned.
+    // SAFETY: each dma-buf has new memory, whose memfd is closed and no longer mapped when the
+    // dma-buf is returned. udmabuf keeps the pages as long as the dma-buf exists.
     let heap = unsafe { FromDescriptors::new(name, allocate) };
     let (_image, frame) = load_and_pass(loopback, heap, LEN, |options| options.cache(Cache::Bypass));
     let folios = *seen.lock().unwrap();

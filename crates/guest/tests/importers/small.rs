@@ -15,8 +15,8 @@ use crate::common::{MIB, PAGE, ThpSettings, assert_dma_bufs, block_on, file, hea
 use crate::vivid::Loopback;
 use crate::{HUGE, LEN, Way, cache_first_bytes, count_folios, load_and_pass, ways, wrong_pages};
 
-/// Shows the bug that the default avoids. If this test fails, the kernel was fixed: adapt
-/// `Udmabuf::huge_pages_show_wrong_bytes`.
+/// Shows the bug that the default avoids. If this test fails because pages are right, the kernel
+/// was fixed: adapt `Udmabuf::huge_pages_show_wrong_bytes`.
 #[test]
 fn importers_see_wrong_bytes_on_huge_pages() {
     assert!(Udmabuf::huge_pages_show_wrong_bytes());

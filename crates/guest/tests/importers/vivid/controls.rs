@@ -12,9 +12,10 @@ use super::v4l2::{
     QueryControl, QueryMenu, S_CTRL, field_text, ioctl, name_step, vivid_error,
 };
 
-/// Maximum number of times that a link is set again after vivid reset it.
+/// Maximum number of times that a link is set again after vivid reset it. Resets are rare (see
+/// [`keep_link`]), so a link that is reset this often will never hold.
 const LINK_TRIES: u32 = 20;
-/// How long to wait after setting the link. By then, vivid's work item has run.
+/// How long to wait after setting the link: long enough for vivid's work item to run.
 const LINK_SETTLE_TIME: Duration = Duration::from_millis(100);
 
 /// The value that lets a frame pass unchanged.

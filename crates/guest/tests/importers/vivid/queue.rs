@@ -148,11 +148,11 @@ impl Mapping {
         Ok(Self { start, length })
     }
 
-    /// Copies the buffer. It must be dequeued, so that the driver does not write to it.
+    /// Copies the buffer, which must be dequeued, so that the driver does not write to it.
     fn to_vec(&self) -> Vec<u8> {
         // SAFETY: `length` bytes from `start` are mapped readable until `self` is dropped. The
-        // slice ends before the buffer is queued again, so the driver does not write to it while
-        // the slice exists.
+        // caller has dequeued the buffer, and the slice ends before the buffer is queued again, so
+        // the driver does not write to the buffer while the slice exists.
         unsafe { slice::from_raw_parts(self.start.as_ptr(), self.length) }.to_vec()
     }
 }
