@@ -8,8 +8,8 @@
 //! - Since Linux 6.16, a socket can refuse descriptors (`SO_PASSRIGHTS`, `unix(7)`): sending them
 //!   fails.
 //! - On older kernels, a message is peeked at (`MSG_PEEK`) before it is received, and one that
-//!   carries descriptors is left in the queue. A connection with messages in its queue is handed to
-//!   a thread that only closes connections ([`SlowCloser`]).
+//!   carries descriptors is left in the queue. A connection with messages in its queue is handed
+//!   to a thread that only closes connections ([`SlowCloser`]).
 #![allow(unsafe_code)]
 
 use std::collections::VecDeque;
