@@ -32,7 +32,7 @@ pub enum BaselineError {
     /// A call failed.
     #[error(transparent)]
     File(#[from] FileError),
-    /// The file is not cold, so the time would be meaningless.
+    /// The file could not be made cold, so the time would be meaningless.
     #[error(transparent)]
     NotCold(#[from] ColdError),
     /// The file is empty, so there is nothing to map.

@@ -56,7 +56,7 @@ pub(crate) struct EngineArguments {
     /// Maximum number of reads in flight.
     #[arg(long, default_value_t = dmaload::LoaderBuilder::QUEUE_DEPTH, value_name = "READS")]
     pub(crate) queue_depth: usize,
-    /// Maximum memory in which reads are staged by the route bounce [default: 16MiB, plus 4MiB for
+    /// Maximum memory for the staging buffers of the route bounce [default: 16MiB, plus 4MiB for
     /// each copier thread after the first two].
     #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
     pub(crate) staging: Option<u64>,

@@ -6,7 +6,8 @@ use dmaload_text::bytes;
 use super::facts::Facts;
 use super::trial::Loaded;
 
-/// The default window: no load with the default options registers more bytes at once.
+/// The default window: the most memory of pieces that loads with the default options register at
+/// once. Registered staging comes on top, and is not counted here.
 const REGISTERED_BYTES_MAX: u64 = LoaderBuilder::WINDOW_BYTES;
 /// The default segment size; each segment is a memfd.
 const SEGMENT_BYTES: u64 = LoadOptions::SEGMENT_BYTES;

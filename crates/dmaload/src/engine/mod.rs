@@ -18,9 +18,10 @@
 //! [`crate::files`] opens files, [`crate::memory`] allocates, and [`crate::ring`] reads.
 //!
 //! It requires threads and one eventfd. The kernel may refuse io_uring, `O_DIRECT` or huge pages:
-//! a load that does not require the refused one continues without it, and reports that.
+//! a load that does not require what was refused continues without it, and reports that.
 //!
-//! Shutdown: the engine closes when its [`Guard`] is dropped, or on request. Running loads fail.
+//! Shutdown: the engine closes when its [`Guard`] is dropped, on request, or after a panic of the
+//! ring thread or of the teller. Running loads fail.
 //! The ring thread drains its reads and ends, then the workers end. The teller ends last, after it
 //! has informed the consumers. At the deadline, memory of reads still in flight is leaked, and
 //! threads that hang are left behind ([`Leaked`]).

@@ -66,8 +66,9 @@ pub enum ErrorKind {
     /// A segment would be larger than its heap allows, or the plan longer than the limit. Change
     /// the segment size, load only a part, or raise the limit.
     TooLarge,
-    /// No dma-buf is available: a device is missing or may not be opened. [`Error::hint`] says
-    /// what is needed; memfds ([`crate::heap::MemfdHeap`]) need no device.
+    /// No dma-buf is available: a device is missing or can't be opened, for example without
+    /// permission. [`Error::hint`] says what is needed; memfds ([`crate::heap::MemfdHeap`]) need
+    /// no device.
     Device,
     /// The kernel, the file system or the heap does not support what was required. Require less:
     /// drop [`crate::LoadOptions::strict`], or use another heap.

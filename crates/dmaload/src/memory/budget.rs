@@ -55,10 +55,12 @@ impl<L> Account<L> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Admitted {
     Yes,
-    /// The load's file system is at its share; loads from other file systems may be admitted
-    /// first.
+    /// Other loads from the load's file system hold or reserve memory, and this reservation
+    /// exceeds their share or does not fit. Loads from that file system must not overtake this
+    /// one; loads from others may.
     FileSystemAtShare,
-    /// Not enough memory is free.
+    /// The reservation does not fit, and no other load from its file system holds or reserves
+    /// memory. No load may overtake this one.
     No,
 }
 

@@ -189,7 +189,8 @@ impl<B: PieceMemory + Send + 'static> RingThread<B> {
 }
 
 /// Runs until [`RingThread::give_up`] is called or, after [`RingThread::close`], until the last
-/// load has ended. Returns how many threads of kernels that were given up were still busy.
+/// load has ended. Returns how many pool threads were still busy when their ring was given up: the
+/// last ring, and those that failed before it.
 fn run<B: PieceMemory>(shared: &RingShared<B>, limits: &RingLimits, started: Instant, events: &impl Events<B>) -> usize {
     let depth = limits.depth;
     let new_kernel = || LinuxKernel::new(depth, started, Arc::clone(&shared.wake));

@@ -59,8 +59,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         }
     }
 
-    /// Requeues a read that was interrupted. After [`INTERRUPTIONS`] of these without progress,
-    /// fails the load.
+    /// Requeues a read that was interrupted, or fails the load after more than [`INTERRUPTIONS`]
+    /// interruptions without progress.
     pub(super) fn retry_interrupted(&mut self, mut chunk: Chunk, route: Route) {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let id = entry.load;
