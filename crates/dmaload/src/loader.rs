@@ -178,8 +178,8 @@ impl LoaderBuilder {
     }
 
     /// Maximum memory for the staging buffers of [`Route::Bounce`](crate::Route::Bounce), from
-    /// 2 MiB to 1 GiB. It is allocated as loads need it, and kept. A single load uses at most three
-    /// quarters of staging if it has 8 MiB or more, otherwise all of it. Default:
+    /// 2 MiB to 1 GiB. It is allocated as loads need it, and kept. A single load uses at most
+    /// three quarters of staging if it has 8 MiB or more, otherwise all of it. Default:
     /// [`Self::STAGING_BYTES`], 16 MiB, plus 4 MiB for each copier thread after the first two: up
     /// to 72 MiB on a machine with 16 or more CPUs, and 16 MiB on one with at most two. An
     /// explicit size stays fixed.
