@@ -64,7 +64,7 @@ impl<'a> Control<'a> {
             // atomically, because another thread or a signal handler may write it.
             let flag = unsafe { AtomicI32::from_ptr(self.0.cancel.cast_mut()) };
             if flag.load(Ordering::Relaxed) != 0 {
-                return Err(Failure::cancelled("the load was cancelled by its flag"));
+                return Err(Failure::cancelled("the load was cancelled: its `cancel` flag was set"));
             }
         }
         let Some(call) = self.0.progress else { return Ok(()) };

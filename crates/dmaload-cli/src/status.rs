@@ -1,5 +1,5 @@
-//! Exit statuses. `lib.rs` decides in which status an error results; `load --exec` returns the
-//! status of its program.
+//! Exit statuses. `lib.rs` maps errors to them. Once `load --exec` has started its program, it
+//! returns that program's status instead.
 
 /// The command succeeded.
 pub(crate) const SUCCESS: u8 = 0;

@@ -112,7 +112,7 @@ pub(crate) const KERNELS: [Kernel; 9] = [
     Kernel { by_default: true, ..kernel("6.18-full", (6, 18), Flavor::Full, RECENT) },
     // Lacks devices that make dma-bufs.
     Kernel { by_default: true, ..kernel("6.1-cloud", (6, 1), Flavor::Cloud, OLD) },
-    // Booted only when named.
+    // The rest boot only if `--kernel` names them.
     Kernel { bad_disks: true, ..kernel("6.12-cloud", (6, 12), Flavor::Cloud, LONG_TERM) },
     kernel("6.18-cloud", (6, 18), Flavor::Cloud, RECENT),
     kernel("7.2-cloud", (7, 2), Flavor::Cloud, RECENT),

@@ -388,7 +388,7 @@ static void progress_is_reported_and_loads_are_cancelled(void)
     CHECK(reported.times == 1);
     options.progress = NULL;
     flag = 1;
-    expect(try_load(fd, &options), ECANCELED, "by its flag");
+    expect(try_load(fd, &options), ECANCELED, "`cancel` flag was set");
     close(fd);
 
     /* A long load is cancelled before half of it is read, even while its segments arrive without

@@ -125,7 +125,8 @@ pub struct ParseDTypeError {
     pub name: String,
 }
 
-/// Spelled exactly as in a safetensors header (`"BF16"`, not `"bf16"`) or by ggml (`"Q4_0"`).
+/// Parses a name that is spelled exactly as safetensors headers (`"BF16"`, not `"bf16"`) or ggml
+/// (`"Q4_0"`) spell it.
 impl FromStr for DType {
     type Err = ParseDTypeError;
 

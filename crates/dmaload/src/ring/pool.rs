@@ -344,7 +344,8 @@ impl ThreadPool {
     /// Takes the completions that are available.
     ///
     /// # Panics
-    /// If a thread has panicked: its job never completes, and nothing may wait for it.
+    /// If a thread of the pool has panicked: its job never completes, so waiting for the job would
+    /// hang.
     pub(crate) fn reap(&self, into: &mut Vec<Completion>) {
         let mut queues = self.shared.queues();
         if let Some(panic) = queues.broken.take() {

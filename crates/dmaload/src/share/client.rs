@@ -156,7 +156,7 @@ fn receive(path: &Path, options: &AttachOptions, limit: Duration) -> Result<Vec<
             return Err(refuse(path, "the server closed the connection"));
         }
         let Some(reply) = Reply::parse(&message) else {
-            return Err(refuse(path, "the server's answer is of another version, or not from dmaload"));
+            return Err(refuse(path, "the server speaks another version of the protocol, or is not dmaload"));
         };
         if reply.status != Status::Ok {
             return Err(refuse(path, explain_refusal(reply, name, &parse_names(&message))));

@@ -160,7 +160,8 @@ fn start_lying_server(socket: &Path, messages: Vec<Message>) -> std::thread::Joi
 fn messages_of_a_lying_server_are_refused() {
     let folder = folder();
     let null_files = |count: usize| (0..count).map(|_| fs::File::open("/dev/null").unwrap().into()).collect::<Vec<OwnedFd>>();
-    let (other, lost, closed) = ("of another version, or not from dmaload", "descriptors were lost", "closed the connection");
+    let (other, lost, closed) =
+        ("another version of the protocol, or is not dmaload", "descriptors were lost", "closed the connection");
     let names = [&reply(1, 4, 2, 0)[..], b"\x1b]0;title\x07\0\xff\0"].concat();
     let cases: Vec<(Vec<Message>, &str)> = vec![
         (vec![(reply(2, 0, 1, 1), null_files(1))], other),

@@ -98,7 +98,8 @@ pub(crate) struct HeadroomPermit {
 struct ProcessTurn(#[expect(dead_code, reason = "closing the descriptor ends the turn")] OwnedFd);
 
 impl ProcessTurn {
-    /// Waits for a turn; `None` if it can't be obtained.
+    /// Waits for a turn, for longer while `look` shows that available memory keeps changing.
+    /// Returns `None` after a timeout, or if the turn can't be requested.
     fn wait(place: &Path, look: impl Fn() -> Option<Headroom>) -> Option<Self> {
         let descriptor = open(place, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?;
         let start = Instant::now();
