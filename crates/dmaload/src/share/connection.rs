@@ -171,3 +171,39 @@ impl SlowCloser {
         self.changed.notify_all();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::IoSlice;
+    use std::mem::MaybeUninit;
+
+    use rustix::net::{AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType};
+    use rustix::net::{sendmsg, socketpair};
+
+    use super::*;
+
+    /// An empty message looks like the end of file to `recv`.
+    #[test]
+    fn descriptors_behind_other_messages_are_noticed() {
+        for before in [None, Some(&b"not a request"[..]), Some(b"")] {
+            for sends in [false, true] {
+                let (client, server) =
+                    socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+                let descriptors = [client.as_fd()];
+                let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+                if let Some(message) = before {
+                    let mut nothing = SendAncillaryBuffer::default();
+                    sendmsg(&client, &[IoSlice::new(message)], &mut nothing, SendFlags::NOSIGNAL).unwrap();
+                }
+                if sends {
+                    let mut control = SendAncillaryBuffer::new(&mut space);
+                    assert!(control.push(SendAncillaryMessage::ScmRights(&descriptors)));
+                    sendmsg(&client, &[IoSlice::new(b"")], &mut control, SendFlags::NOSIGNAL).unwrap();
+                }
+                let connection = Connection::new(server, None);
+                let expected = sends || before.is_some();
+                assert_eq!(connection.may_hold_descriptors(), expected, "{before:?}, then descriptors: {sends}");
+            }
+        }
+    }
+}
