@@ -127,7 +127,6 @@ fn doctor_reports_what_a_load_does() {
     assert_eq!(about["file_system"], findmnt.trim());
     assert_eq!(reported["kernel"], run(Command::new("uname").arg("-sr")).succeeds().text().trim());
     assert_eq!(reported["trial"]["folder"], fs::canonicalize(folder.path()).unwrap().to_str().unwrap());
-    // Nothing is left behind.
     let mut left: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     left.sort();
     assert_eq!(left, ["model.bin", "small"]);
