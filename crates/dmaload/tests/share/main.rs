@@ -245,6 +245,12 @@ fn the_server() {
     server.publish("model", image).unwrap();
     println!("ready {:o}", umask(Mode::empty()).as_raw_mode());
     let _ = std::io::stdin().read_to_end(&mut Vec::new());
+    // A client has its image before the server counts it, so the last one may not be counted yet.
+    let expected: u64 = std::env::var("DMALOAD_TEST_SERVED").map_or(0, |count| count.parse().unwrap());
+    let deadline = std::time::Instant::now() + Duration::from_secs(10);
+    while server.served().0 < expected && std::time::Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(1));
+    }
     let (served, refused) = server.served();
     println!("ended {served} {refused}");
 }
