@@ -157,7 +157,7 @@ mod tests {
             ("e3069283", "crc32c:HEX"),
             ("0123456789abcdef", "xxh3:HEX"),
             (&hex[1..], "63 hexadecimal digits"),
-            (&format!("SHA256:{}", &hex[1..]), "sha256 has 64"),
+            (&format!("SHA256:{}", &hex[1..]), "sha256 checksum has 64"),
             (&format!("sha512:{hex}"), "\"sha512\": use sha256, blake3, crc32c or xxh3"),
             (&format!("MD5-{}", &hex[32..]), "\"md5\": use sha256"),
         ] {

@@ -138,7 +138,7 @@ fn server_of_an_unmapped_user_must_be_trusted_explicitly() {
         command.arg("--user").arg("--").arg(env!("CARGO_BIN_EXE_dmaload")).arg("attach").args(trusted).arg(&socket);
         run(&mut command)
     };
-    attach(&[]).fails(1, &["user 65534", "unmapped user in this user namespace", "--trust-user 65534"]);
+    attach(&[]).fails(1, &["user 65534", "all unmapped users share in this user namespace", "--trust-user 65534"]);
     attach(&["--trust-user", "65534"]).succeeds();
     stop_server(server, &socket);
 }

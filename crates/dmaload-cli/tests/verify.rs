@@ -70,7 +70,7 @@ fn misspelled_checksums_are_accepted_or_explained() {
         (format!("sha512:{hex}{hex}"), ["sha512", "use sha256, blake3"]),
         (format!("md5:{}", &hex[32..]), ["md5", "use sha256, blake3"]),
         (hex[1..].to_owned(), ["63 hexadecimal digits", "a sha256 has 64"]),
-        (format!("SHA256:{}", &hex[1..]), ["sha256 has 64", "hexadecimal digits"]),
+        (format!("SHA256:{}", &hex[1..]), ["sha256 checksum has 64", "hexadecimal digits"]),
     ] {
         verify(&against).fails(2, &words);
     }

@@ -1,7 +1,7 @@
 //! Errors, with messages that a person can act on.
 //!
-//! Plain values: they hold paths, offsets and errnos, but no files or memory. Neither creating nor
-//! displaying an error makes a system call. [`Error::hint`] may read a symbolic link.
+//! Errors are plain values: they hold paths, offsets and errnos, but no files or memory. Neither
+//! creating nor displaying an error makes a system call. [`Error::hint`] may read a symbolic link.
 
 mod hint;
 mod kind;
@@ -18,15 +18,16 @@ use crate::route::{Attempt, Route};
 pub use kind::ErrorKind;
 pub use size_limit::SizeLimit;
 
-/// Memory that loads leave available. Without it, the machine or the cgroup would be at its limit
-/// right after a load.
+/// The amount of memory that loads leave available. Without this reserve, a load could leave the
+/// machine or the cgroup right at its limit.
 pub(crate) const MARGIN_BYTES: u64 = 32 << 20;
 
-/// Why an operation failed: building a loader, a load, or the use of loaded memory.
+/// An error from building a loader, from a load, or from using loaded memory.
 ///
-/// The text says what was tried, on which file and where, and names the errno; [`Error::hint`]
-/// says what to do about it. Programs that react to errors match on [`Error::kind`] and use
-/// [`Error::errno`], [`Error::path`] and [`Error::offset`]; the variants have the details:
+/// The message says what was tried and why it failed, with the file, the offset and the errno if
+/// there are any. [`Error::hint`] suggests what to do about it. Programs that react to errors can
+/// match on [`Error::kind`] and use [`Error::errno`], [`Error::path`] and [`Error::offset`]. The
+/// variants' fields hold the details. For example:
 ///
 /// ```no_run
 /// # async fn example(loader: dmaload::Loader) {
@@ -45,18 +46,18 @@ pub(crate) const MARGIN_BYTES: u64 = 32 << 20;
 /// ```
 ///
 /// # Sources
-/// [`source`](std::error::Error::source) is the [`crate::model::ModelError`] of [`Error::Model`],
-/// the [`HeapError`](crate::heap::HeapError) of [`Error::Memory`] and the
-/// [`DeviceError`](crate::heap::DeviceError) of [`Error::Device`], for programs that need their
-/// fields. An error's text includes that of its source, so print only the error, not the chain of
-/// its sources.
+/// [`source`](std::error::Error::source) returns the [`crate::model::ModelError`] in
+/// [`Error::Model`], the [`HeapError`](crate::heap::HeapError) in [`Error::Memory`] and the
+/// [`DeviceError`](crate::heap::DeviceError) in [`Error::Device`], for programs that need their
+/// fields. The message of an error already includes that of its source, so print only the error,
+/// not its chain of sources.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A setting or option is invalid, contradicts another, or does not fit the heap.
+    /// A setting or option is invalid, conflicts with another, or can't be used with the heap.
     #[error("{}", printable::text(.0))]
     Config(String),
-    /// A thread or a descriptor of the loader could not be created.
+    /// A thread or a descriptor that the loader needs could not be created.
     #[error("cannot start a loader: cannot {operation}: {}", .errno.describe())]
     Start {
         /// What could not be done, such as `start a thread`.
@@ -64,7 +65,7 @@ pub enum Error {
         /// The kernel's error.
         errno: Errno,
     },
-    /// An operation on a file failed, other than reading it.
+    /// An operation on a file failed. If that operation was a read, the error is [`Error::Read`].
     #[error("{}: cannot {operation}: {}", printable::path(.path), .errno.describe())]
     File {
         /// The file.
@@ -82,24 +83,24 @@ pub enum Error {
         /// What it is instead.
         kind: &'static str,
     },
-    /// The file has contents although its file system states a length of 0.
-    #[error("{}: not empty, although its length is stated as 0", printable::path(.path))]
+    /// The file is not empty, although its file system reports a length of 0.
+    #[error("{}: not empty, although its reported length is 0", printable::path(.path))]
     NoLength {
         /// The file.
         path: PathBuf,
     },
-    /// The file has contents beyond the length that its file system states, so the load would have
+    /// The file is longer than the length that its file system reports, so the load would have
     /// been incomplete.
-    #[error("{}: longer than its stated length of {stated_bytes} bytes", printable::path(.path))]
+    #[error("{}: longer than its reported length of {stated_bytes} bytes", printable::path(.path))]
     Longer {
         /// The file.
         path: PathBuf,
-        /// The stated length, which did not change during the load.
+        /// The reported length, which did not change during the load.
         stated_bytes: u64,
     },
     /// A read failed. A read into a segment has already been retried; a read of a header or of the
     /// end of the file has not.
-    #[error("{}: cannot read {bytes} bytes at offset {offset} by {route}: {}", printable::path(.path), .errno.describe())]
+    #[error("{}: cannot read {bytes} bytes at offset {offset} (route {route}): {}", printable::path(.path), .errno.describe())]
     Read {
         /// The file.
         path: PathBuf,
@@ -138,12 +139,12 @@ pub enum Error {
         expected: String,
         /// The computed checksum.
         found: String,
-        /// The tensors that overlap these bytes, if a chunk was verified; empty if the file's
-        /// header can't be read.
+        /// The tensors that overlap these bytes. Empty if the whole file was verified with a
+        /// single checksum, or if the file's header can't be read.
         tensors: Vec<String>,
     },
     /// The file's length differs from what was expected ([`crate::LoadOptions::verify`]). Nothing
-    /// was read but headers.
+    /// except headers has been read.
     #[error("{}: {bytes} bytes long, expected {expected_bytes}", printable::path(.path))]
     WrongLength {
         /// The file.
@@ -153,21 +154,21 @@ pub enum Error {
         /// The expected length.
         expected_bytes: u64,
     },
-    /// The manifest that the load was to be verified against does not list this file. Nothing was
-    /// read but headers.
+    /// The load was to be verified against a manifest that does not list this file. Nothing except
+    /// headers has been read.
     #[error("{}: not in the manifest", printable::path(.path))]
     NotInManifest {
         /// The file.
         path: PathBuf,
     },
-    /// The file ends before the length that its file system stated when the load began.
-    #[error("{}: ends before offset {offset} (read by {route}), but was {planned_bytes} bytes long when the load began", printable::path(.path))]
+    /// The file is shorter than the length that its file system reported when the load began.
+    #[error("{}: ends before offset {offset} (route {route}), but was {planned_bytes} bytes long when the load began", printable::path(.path))]
     Ended {
         /// The file.
         path: PathBuf,
-        /// Where no more bytes could be read: the end of the file, or beyond it.
+        /// Offset at which no more bytes could be read. This is the end of the file, or beyond it.
         offset: u64,
-        /// The stated length when the load began.
+        /// The reported length when the load began.
         planned_bytes: u64,
         /// The route of the read that reached the end.
         route: Route,
@@ -181,7 +182,7 @@ pub enum Error {
         change: &'static str,
     },
     /// A route was refused, and the load is strict.
-    #[error("{}: route {route} was refused while {attempt} (offset {offset}): {}; a strict load does not step down", printable::path(.path), .errno.describe())]
+    #[error("{}: route {route} was refused while {attempt} (offset {offset}): {}; a strict load does not fall back to another route", printable::path(.path), .errno.describe())]
     Refused {
         /// The file.
         path: PathBuf,
@@ -191,7 +192,7 @@ pub enum Error {
         route: Route,
         /// What was being tried.
         attempt: Attempt,
-        /// The kernel's error, or an equivalent one if the kernel was not asked or returned none.
+        /// The kernel's error, or an equivalent one if the kernel returned none.
         errno: Errno,
     },
     /// Memory could not be allocated, populated, mapped, sealed, exported or accessed.
@@ -202,16 +203,16 @@ pub enum Error {
         /// The step that failed.
         #[source]
         refusal: HeapError,
-        /// Bytes that the load had allocated before.
+        /// Number of bytes that the load had already allocated.
         loaded_bytes: u64,
         /// Bytes that the load needs in total; 0 if not known yet.
         planned_bytes: u64,
     },
-    /// The caller's code panicked. If it is a heap, a verifier or an observer, only the load that
-    /// it belongs to fails. If it is a waker, the load continues: the future or stream that was
-    /// polled with the waker returns this error once, and [`crate::Load::finish`] keeps waiting
-    /// with its next waker. (If `code` names a thread of dmaload, dmaload itself or a `tracing`
-    /// subscriber panicked.)
+    /// The caller's code panicked. If the code is a heap, a verifier or an observer, only the load
+    /// that it belongs to fails. If it is a waker, the load continues: the future or stream that
+    /// was polled with the waker returns this error once, and [`crate::Load::finish`] keeps
+    /// waiting with its next waker. If `code` names a thread of dmaload, the panic was in dmaload
+    /// itself or in a `tracing` subscriber.
     #[error("{} panicked: {}", printable::text(.code), printable::text(.message))]
     Panicked {
         /// Which code panicked: `heap NAME`, `the verifier`, `the observer`, `the waker of a
@@ -228,8 +229,8 @@ pub enum Error {
     OutOfMemory {
         /// The heap.
         heap: String,
-        /// Bytes that are needed: of the next allocation, or of all that must be in memory at
-        /// once.
+        /// Number of bytes needed: for the next allocation, or for everything that must be in
+        /// memory at once.
         wanted_bytes: u64,
         /// Bytes that can be allocated without invoking the OOM killer, minus a reserve.
         available_bytes: u64,
@@ -244,12 +245,12 @@ pub enum Error {
         wanted_bytes: u64,
         /// The loader's limit.
         limit_bytes: u64,
-        /// What needs that much.
+        /// What needs this much memory.
         why: &'static str,
     },
-    /// The load cannot continue because the tensors that its consumer holds fill the load's share
-    /// of the loader's memory limit ([`crate::LoaderBuilder::memory_limit_bytes`]) while the
-    /// consumer waits for the next one ([`crate::Tensors::next_while_holding_blocking`]).
+    /// The consumer waits for the next tensor, but the tensors that it already holds fill the
+    /// load's share of the loader's memory limit ([`crate::LoaderBuilder::memory_limit_bytes`]),
+    /// so the load cannot continue. Returned by [`crate::Tensors::next_while_holding_blocking`].
     #[error(
         "cannot allocate {wanted_bytes} more bytes: the {held_bytes} bytes that the consumer of the load holds fill its share of the loader's limit of {limit_bytes} bytes"
     )]
@@ -261,8 +262,8 @@ pub enum Error {
         /// The loader's limit.
         limit_bytes: u64,
     },
-    /// The load's plan would take too much memory: its files are very long (sparse files can be),
-    /// or its segments are small.
+    /// The load consists of so many pieces that planning it would use too much memory. This
+    /// happens if its files are very long, as sparse files can be, or if its segments are small.
     #[error("{bytes} bytes in segments of {segment_bytes} bytes make {pieces} pieces, more than the limit of {most_pieces}")]
     TooManyPieces {
         /// The total number of bytes to read.
@@ -329,15 +330,15 @@ pub enum Error {
         /// Number of segments; 0 for an empty tensor.
         segments: usize,
     },
-    /// The selection does not fit the file.
+    /// The requested selection can't be applied to this file.
     #[error("{}: {}", printable::path(.path), printable::text(.reason))]
     Selection {
         /// The file.
         path: PathBuf,
-        /// Why it does not fit.
+        /// Why it can't be applied.
         reason: String,
     },
-    /// The path leads to no model that can be loaded.
+    /// The path does not lead to a model that can be loaded.
     #[error("{}: {}", printable::path(.path), printable::text(.reason))]
     NoModel {
         /// The folder or file.
@@ -355,7 +356,7 @@ pub enum Error {
         /// How many of the model's files can be loaded.
         loadable: usize,
     },
-    /// Two files of one model contain a tensor of this name, and no index says which one counts.
+    /// Two files of one model contain a tensor with this name, and no index says which one to use.
     #[error(
         "tensor {tensor:?} is in two files of one model, and no index says which one to use: {} and {}",
         printable::path(.first), printable::path(.second)
@@ -368,7 +369,7 @@ pub enum Error {
         /// Another file that contains it.
         second: PathBuf,
     },
-    /// Several files that were loaded together contain a tensor of this name. Use
+    /// Several files that were loaded together contain a tensor with this name. Use
     /// [`crate::ImageFile::tensor`] to look it up in one of them.
     #[error("tensor {tensor:?} is in {} files: {}", .paths.len(), list_paths(.paths))]
     AmbiguousTensor {
@@ -377,8 +378,9 @@ pub enum Error {
         /// The files.
         paths: Vec<PathBuf>,
     },
-    /// The tensor is in a file of the model that was not read: none of the requested tensors are
-    /// in that file, or the file is missing, which was allowed.
+    /// The tensor is in a file of the model that was not read, either because none of the
+    /// requested tensors are in that file, or because the file is missing and missing files were
+    /// allowed.
     #[error("tensor {tensor:?} was not loaded: its file {} was not read", printable::path(.path))]
     NotSelected {
         /// The tensor's name.
@@ -395,15 +397,19 @@ pub enum Error {
         /// The byte range.
         range: std::ops::Range<u64>,
     },
-    /// The bytes of this part of a tensor are in separate rows, so there is no single view of it.
-    #[error("this part of tensor {tensor:?} is not contiguous but in {rows} separate rows: use its parts, or copy it (to_vec)")]
+    /// The bytes of this part of a tensor are in separate rows, so they can't be viewed as one
+    /// slice.
+    #[error(
+        "this part of tensor {tensor:?} is not contiguous, but consists of {rows} separate rows: use its parts, or copy it (to_vec)"
+    )]
     NotContiguous {
         /// The tensor.
         tensor: String,
         /// Number of rows.
         rows: u64,
     },
-    /// A tensor does not have the importer's alignment, and is not copied to get it.
+    /// A tensor does not have the alignment that the importer requires, and it was not copied to
+    /// an aligned place.
     #[error("tensor {tensor:?} is at byte {offset} of its file, which is not a multiple of {alignment_bytes}: {why}")]
     Unaligned {
         /// The tensor.
@@ -430,11 +436,11 @@ pub enum Error {
         /// The importer's maximum segment size.
         max_segment_bytes: u64,
     },
-    /// No file of the load has a tensor of this name, or one that matches this pattern.
+    /// No file in the load contains a tensor with this name, or one that matches this pattern.
     #[error("there is no tensor named or matching {0:?}")]
     NoSuchTensor(String),
-    /// The memory has no file descriptor of the requested kind, or is a dma-buf, which cannot be
-    /// private ([`crate::PrivateMemory`]).
+    /// The memory has no file descriptor of the requested kind. Also returned when
+    /// [`crate::PrivateMemory`] is requested for a dma-buf, which cannot be private.
     #[error("heap {} does not provide a {wanted}", printable::text(.heap))]
     NoDescriptor {
         /// The heap.

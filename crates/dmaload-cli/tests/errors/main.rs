@@ -139,7 +139,7 @@ fn block_device_is_refused_with_advice() {
 #[test]
 fn file_with_contents_but_a_length_of_0_is_an_error() {
     for path in ["/proc/self/status", "/proc/version"] {
-        every_command_fails(Path::new(path), &["its length is stated as 0", &format!("cat {path} > COPY")]);
+        every_command_fails(Path::new(path), &["its reported length is 0", &format!("cat {path} > COPY")]);
     }
 }
 

@@ -5,14 +5,15 @@ use dmabuf::{DeviceError, Error as HeapError, printable};
 use super::{Errno, Error};
 
 impl Error {
-    /// What to do about the error, unless its text already says so or nothing can be done.
+    /// Suggests what to do about the error. Returns `None` if the error's message already says so,
+    /// or if nothing can be done.
     ///
-    /// Hints refer to the library's options and to what anyone can do in a shell. Programs add the
-    /// names that these options have in their own user interfaces.
+    /// Hints mention the library's options and commands for a shell. A program that has its own
+    /// names for these options can add them to the hint.
     pub fn hint(&self) -> Option<String> {
         let hint = match self {
             Error::Start { errno: Errno::EAGAIN | Errno::ENOMEM, .. } => {
-                "the limit of processes or of address space is reached: see ulimit -u and ulimit -v"
+                "the limit on processes or on address space has been reached: see ulimit -u and ulimit -v"
             }
             Error::Start { errno: Errno::EMFILE, .. } => OPEN_FILES,
             Error::Start { errno: Errno::ENFILE, .. } => ALL_OPEN_FILES,
@@ -70,7 +71,7 @@ impl Error {
             }
             Error::Ended { path, .. } => {
                 return Some(format!(
-                    "if something truncated the file, load it again afterwards; otherwise the length that its file system states is \
+                    "if something truncated the file, load it again afterwards; otherwise the length that its file system reports is \
                      wrong (sysfs, some FUSE servers): copy it to a disk first: cat {} > COPY",
                     printable::shell(path)
                 ));
@@ -102,7 +103,7 @@ impl Error {
             }
             Error::Incomplete { loadable: 0, .. } => "finish the download, or download the model again",
             Error::Incomplete { .. } => "finish the download, or load the files that exist (allow_missing)",
-            Error::DuplicateTensor { .. } => "load only the right file, or add an index that says which one counts",
+            Error::DuplicateTensor { .. } => "load only the right file, or add an index that says which one to use",
             Error::AmbiguousTensor { .. } => "look it up in one of these files",
             Error::Model { fault, .. } => fault.hint(),
             _ => return None,
@@ -111,15 +112,16 @@ impl Error {
     }
 }
 
-const OPEN_FILES: &str = "the limit of open files is reached: raise it (ulimit -n)";
-const ALL_OPEN_FILES: &str = "the machine's limit of open files is reached: raise it (sysctl fs.file-max)";
+const OPEN_FILES: &str = "the limit on open files has been reached: raise it (ulimit -n)";
+const ALL_OPEN_FILES: &str = "the machine's limit on open files has been reached: raise it (sysctl fs.file-max)";
 
 /// The usual address space of a process on x86-64, in bytes. (On AArch64, it is usually 2^48
 /// bytes.)
 const ALL_ADDRESSES: usize = 1 << 47;
 
-/// What to do if memory is refused. The failed step shows what ran out: ENOMEM from mapping means
-/// address space or mappings, and ENOMEM from any other step means memory.
+/// Suggests what to do about a memory error. The step that failed shows what ran out: ENOMEM from
+/// a step that maps memory means address space or mappings, and ENOMEM from any other step means
+/// memory.
 fn memory_hint(heap: &str, refusal: &HeapError) -> Option<&'static str> {
     let maps = ["reserve", "map", "move", "allocate a staging"].iter().any(|step| refusal.operation.starts_with(step));
     Some(match refusal.errno {
@@ -132,7 +134,7 @@ fn memory_hint(heap: &str, refusal: &HeapError) -> Option<&'static str> {
             "no memory is free for its pages: check the limit of this process's memory cgroup (memory.max), and the machine's free memory"
         }
         Errno::EPERM | Errno::EACCES | Errno::ENOSYS if refusal.operation.contains("memfd") => {
-            "memfds are refused here, for example by a container's seccomp profile: the heap anon needs none"
+            "memfds are refused here, for example by a container's seccomp profile: the heap anon does not need them"
         }
         Errno::EFBIG => "the file size limit also applies to memfds: raise it (ulimit -f), or use the heap anon",
         Errno::EOPNOTSUPP => {

@@ -20,16 +20,17 @@ use super::{Errno, Error};
 /// - Report it: [`Io`](Self::Io), [`Share`](Self::Share), [`Panicked`](Self::Panicked),
 ///   [`ShutDown`](Self::ShutDown).
 ///
-/// A later version may add kinds, and use them for errors that are [`Io`](Self::Io) in this one.
+/// Later versions may add kinds, and use them for errors that are [`Io`](Self::Io) in this
+/// version.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// A setting or option is invalid, contradicts another, or does not fit the heap. Change the
-    /// call.
+    /// A setting or option is invalid, conflicts with another, or can't be used with the heap.
+    /// Change the call.
     Config,
-    /// The input can't be loaded in this way: it is not a regular file, its file system states a
-    /// wrong length, or the selection is not in the file. Use another input, or copy the file to a
-    /// disk first.
+    /// The input can't be loaded: it is not a regular file, its file system reports a wrong
+    /// length, or the file does not contain the selection. Use another input, or copy the file to
+    /// a disk first.
     InvalidInput,
     /// There is no such file, model, tensor or manifest entry. A tensor that is in the model but
     /// was not loaded is [`ErrorKind::NotLoaded`].
@@ -45,7 +46,7 @@ pub enum ErrorKind {
     /// Files of the model are missing or empty. Finish the download, or allow missing files
     /// ([`crate::LoadOptions::allow_missing`]).
     Incomplete,
-    /// Several files contain a tensor of this name. Say which file to use.
+    /// Several files contain a tensor with this name. Say which file to use.
     Ambiguous,
     /// The tensor or the bytes exist, but were not requested when the files were loaded, or the
     /// bytes are not contiguous in memory. Load them, or use another [`crate::Layout`].
@@ -60,11 +61,11 @@ pub enum ErrorKind {
     OutOfMemory,
     /// The load needs more memory at once than its loader may use
     /// ([`crate::LoaderBuilder::memory_limit_bytes`]), or its consumer holds too much of it
-    /// ([`Error::HeldUp`]). Trying the same again does not help. Raise the limit, or stream the
-    /// load and drop its segments after use.
+    /// ([`Error::HeldUp`]). Retrying does not help. Raise the limit, or stream the load and drop
+    /// its segments after use.
     OverLimit,
-    /// A segment would be larger than its heap allows, or the plan longer than the limit. Change
-    /// the segment size, load only a part, or raise the limit.
+    /// A segment would be larger than its heap allows, or the load would consist of too many
+    /// pieces. Change the segment size, load only a part, or raise the limit.
     TooLarge,
     /// No dma-buf is available: a device is missing or can't be opened, for example without
     /// permission. [`Error::hint`] says what is needed; memfds ([`crate::heap::MemfdHeap`]) need
@@ -77,10 +78,10 @@ pub enum ErrorKind {
     /// where an importer can map it. Use its parts, copy it, or load with another
     /// [`crate::Layout`].
     Placement,
-    /// Bytes can't be viewed and be handed out, as a dma-buf or as private memory, at the same
-    /// time. Drop the views first, or read through [`crate::Segment::cpu_access`].
+    /// The same bytes can't be viewed and handed out (as a dma-buf or as private memory) at the
+    /// same time. Drop the views first, or read through [`crate::Segment::cpu_access`].
     InUse,
-    /// A server or a client of shared images failed ([`crate::share`]).
+    /// Sharing an image with another process, or attaching to one, failed ([`crate::share`]).
     Share,
     /// The caller's own code panicked (a heap, a verifier, an observer or a waker), or dmaload
     /// did: [`Error::Panicked`].
@@ -131,8 +132,8 @@ impl Error {
         }
     }
 
-    /// The kernel's error, or an equivalent one if the kernel was not asked ([`Error::Refused`],
-    /// [`Error::Device`]). `None` for an error of another origin.
+    /// The kernel's error, or an equivalent one if the kernel returned none ([`Error::Refused`],
+    /// [`Error::Device`]). `None` for all other errors.
     pub fn errno(&self) -> Option<Errno> {
         match self {
             Error::Start { errno, .. }
@@ -146,7 +147,8 @@ impl Error {
         }
     }
 
-    /// The file, folder, device or socket that the error is about; the first if there are several.
+    /// The file, folder, device or socket that the error is about. If there are several, the first
+    /// one.
     pub fn path(&self) -> Option<&Path> {
         match self {
             Error::File { path, .. }
@@ -191,7 +193,7 @@ impl Error {
     }
 }
 
-/// The kind of an error that depends on nothing but its errno.
+/// The kind of an error that is classified by its errno alone.
 fn kind_of(errno: Errno) -> ErrorKind {
     match errno {
         Errno::EACCES | Errno::EPERM => ErrorKind::PermissionDenied,

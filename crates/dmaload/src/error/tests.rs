@@ -1,14 +1,14 @@
 use super::*;
 use crate::model::ForeignFile;
 
-/// Programs have their own user interfaces, so the library's texts name its functions, not flags
-/// of the command.
+/// The library is also used without the `dmaload` command, so its messages name functions, never
+/// command-line flags.
 #[test]
 fn texts_name_no_flags_of_the_command() {
     fn find_flags(folder: &std::path::Path, found: &mut Vec<String>) {
         for entry in std::fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
-            // Simulated worlds and benchmarks print commands for developers of this crate.
+            // The simulator and the benchmarks print commands for developers of this crate.
             if path.is_dir() && !path.ends_with("ring/sim") {
                 find_flags(&path, found);
             }
@@ -44,12 +44,12 @@ fn hostile() -> (PathBuf, String) {
     (path.into(), text)
 }
 
-/// Only opening a device creates this error.
+/// A `DeviceError` can be created only by failing to open a device.
 fn device_error() -> Error {
-    dmabuf::DmaHeap::open("no/name").expect_err("a name has no slash").into()
+    dmabuf::DmaHeap::open("no/name").expect_err("a heap name with a slash is invalid").into()
 }
 
-/// At least one error of each variant, with hostile texts and paths.
+/// Returns at least one error of each variant, with hostile texts and paths.
 fn errors() -> Vec<Error> {
     let (path, text) = hostile();
     let p = || path.clone();
@@ -167,7 +167,7 @@ fn refused_memory_names_the_limit() {
     assert!(files.contains("ulimit -n") && !files.contains("layout"), "{files}");
 }
 
-/// The answers that programs see.
+/// What the accessors of an error return.
 #[derive(Debug, PartialEq)]
 struct Answers {
     kind: ErrorKind,
@@ -177,8 +177,9 @@ struct Answers {
     has_source: bool,
 }
 
-/// The expected answers for each of [`errors`], and the number of its variant. A new variant does
-/// not compile until it is added here, and fails the test until it is added to [`errors`].
+/// Returns the number of an error's variant, and the expected answers for each error from
+/// [`errors`]. When a variant is added to [`Error`], this function does not compile until it
+/// handles the variant, and the test below fails until [`errors`] contains it.
 fn expected(error: &Error) -> (usize, Answers) {
     let without_path = |kind| Answers { kind, errno: None, has_path: false, offset: None, has_source: false };
     let on_file = |kind| Answers { has_path: true, ..without_path(kind) };

@@ -1,4 +1,5 @@
-//! What a load that keeps all its segments has delivered so far: files, segments, and its end.
+//! Tracks what a load that keeps all its segments has delivered so far: files, segments, and its
+//! end.
 
 use std::sync::Arc;
 
@@ -10,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::files::source::SourceFile;
 use crate::memory::segment::Segment;
 
-/// The files, segments and end of a load, as far as they have arrived.
+/// The files, segments and end of a load, as far as these events have arrived.
 #[derive(Debug, Default)]
 pub(super) struct Arrived {
     segments: Vec<Segment>,
@@ -31,7 +32,7 @@ struct Files {
     list: Vec<ArrivingFile>,
     /// Number of files whose tensors are not known yet.
     unknown: usize,
-    /// Built when a tensor is looked up and the tensors of all files are known.
+    /// Built by the first lookup after the tensors of all files are known.
     names: Option<Names>,
 }
 
@@ -70,7 +71,7 @@ impl Arrived {
         (self.segments, self.end)
     }
 
-    /// Returns the tensor with this name if it has arrived, or the error if it never will.
+    /// Returns the tensor with this name if it has arrived, or an error if it never will.
     /// `sources` are the files of the load.
     ///
     /// # Errors
@@ -103,8 +104,9 @@ impl Files {
     fn add(&mut self, segment: &Segment) {
         let file = self.list.get_mut(segment.file_index()).expect("a segment belongs to a file of its load");
         if !file.about.is_known {
-            // Only small files are unknown, and each is one segment. A file is checked before its
-            // last segment is handed over, and the check of a small file reads its header.
+            // Only the tensors of small files can be unknown here, and a small file is a single
+            // segment. A file is checked before its last segment is handed over, and this check
+            // reads the header of a small file.
             file.about.tensors = segment.file_tensors().cloned();
             file.about.is_known = true;
             self.unknown -= 1;
@@ -112,11 +114,11 @@ impl Files {
         file.segments.push(segment.clone());
     }
 
-    /// Returns two numbers: that of the file that contains this tensor, and the tensor's position
-    /// in that file's map. Returns the error if no file contains it.
+    /// Returns the number of the file that contains this tensor, and the tensor's position in that
+    /// file's map. Returns an error instead if it is certain that the lookup fails.
     ///
     /// # Errors
-    /// The event to wait for before this can be decided.
+    /// The event to wait for before the lookup can be decided.
     fn find(&mut self, name: &str, sources: &[SourceFile]) -> Result<Result<(usize, usize)>, Interest> {
         if self.unknown == 0 {
             let list = &self.list;
@@ -129,8 +131,8 @@ impl Files {
         // Last file first: segments arrive in file order unless tensors were selected in another
         // order, so the last unknown file is likely to be the last one to become known.
         let files = || self.list.iter().zip(sources).enumerate().rev();
-        // A model's index rules out most of its files for a given tensor. A file that it does not
-        // rule out, or that has no index, must be known first.
+        // A model's index rules out most of its files for a given tensor. The tensors of the other
+        // files, including those that have no index, must be known first.
         let mut found = Vec::new();
         for (file_index, (file, _)) in files().filter(|(_, (_, source))| source.owns(name)) {
             if !file.about.is_known {
@@ -140,12 +142,13 @@ impl Files {
         }
         match *found {
             [place] => Ok(Ok(place)),
-            // If none of these files has the name, the tensor may not exist or may not be
-            // selected: only the names of all files can tell. If several have it, that is an
-            // error, unless the load fails first.
+            // If none of these files contains the tensor, it may not exist or may not be selected,
+            // which is certain only when the tensors of all files are known. If several files
+            // contain it, the lookup will fail, but if the load fails first, the load's error is
+            // returned instead.
             _ => {
                 let unknown = files().find(|(_, (file, _))| !file.about.is_known);
-                let (file_index, (file, _)) = unknown.expect("counted above");
+                let (file_index, (file, _)) = unknown.expect("`self.unknown` counts these files");
                 Err(file.header_interest(file_index))
             }
         }
@@ -153,13 +156,13 @@ impl Files {
 }
 
 impl ArrivingFile {
-    /// The event after which the file's tensors are known. Only small files are unknown, and each
-    /// is one segment.
+    /// The event after which the file's tensors are known. Only the tensors of small files can be
+    /// unknown, and a small file is a single segment, so any of its bytes will do.
     fn header_interest(&self, file_index: usize) -> Interest {
         Interest::Byte { file_index, offset: self.about.part.start }
     }
 
-    /// The position in the file's map of a tensor that is loaded.
+    /// Returns the position of this tensor in the file's map, if the tensor is being loaded.
     fn position_of(&self, name: &str) -> Option<usize> {
         let tensors = self.about.tensors.as_ref()?;
         tensors.map.get_index_of(name).filter(|&position| tensors.part_at(position).is_some())

@@ -1,4 +1,4 @@
-//! The events of a load, from its consumer's side.
+//! Receives a load's events on behalf of its consumer.
 
 use std::sync::Arc;
 
@@ -35,7 +35,7 @@ impl Feed {
         self.outbox.take()
     }
 
-    /// Reports that the consumer of a stream has taken a segment, so its load may continue.
+    /// Tells the engine that a stream's consumer has taken a segment, so the load may continue.
     pub(super) fn consumed(&self, segment: &Segment) {
         // A load that keeps all its segments never waits for its consumer.
         if let Some(load) = self.shared.as_ref().filter(|load| !load.keep) {

@@ -1,4 +1,4 @@
-//! A load that is kept as a whole: its progress, single tensors as they arrive, and the image.
+//! A load that keeps all its segments: its progress, single tensors as they arrive, and the image.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -39,13 +39,13 @@ pub struct Load {
     /// the load does not wake the task that drops it.
     waiter: Waiter,
     inbox: Inbox,
-    /// How many segments [`Load::next`] has returned.
+    /// Number of segments that [`Load::next`] has returned.
     returned: usize,
     /// Whether [`Load::next`] has returned the error.
     failure_returned: bool,
 }
 
-/// The feed of a load and what has arrived from it, shared by all waiters.
+/// A load's feed, and what has arrived from it. All waiters share it.
 #[derive(Debug)]
 struct Inbox {
     feed: Feed,
@@ -86,17 +86,17 @@ impl Load {
 
     /// Returns the tensor with this name as soon as the segments up to its last byte have arrived
     /// (segments arrive in order), which may be long before the load ends. The tensor's bytes are
-    /// contiguous even if they span segments, except for a rank's part in rows:
-    /// [`Tensor::is_contiguous`].
+    /// contiguous even if they span segments, except for a rank's part that consists of separate
+    /// rows (see [`Tensor::is_contiguous`]).
     ///
     /// The names of a file's tensors are known once its header is read; a small file is read as a
     /// whole, so its names arrive with its bytes.
     ///
-    /// For several files, the model's index decides which file has the tensor. If the model has no
-    /// index, or its index does not list the name, the tensor is returned only after the headers
-    /// of all files are read, because another file may have a tensor of the same name. Whether a
-    /// model of several files is complete may be known only at the end of the load. If it is
-    /// incomplete, the load fails, even if tensors were already returned.
+    /// If there are several files, the model's index decides which one contains the tensor. If the
+    /// model has no index, or its index does not list the name, the tensor is returned only after
+    /// the headers of all files are read, because another file may contain a tensor with the same
+    /// name. Whether a multi-file model is complete may be known only at the end of the load. If
+    /// it is incomplete, the load fails, even if tensors were already returned.
     ///
     /// As with segments, a change to a file during the load is detected when the file has been
     /// read. A tensor may be returned before that, and the load may fail afterwards. Once the load
@@ -107,8 +107,8 @@ impl Load {
     ///
     /// A [memory limit](crate::LoaderBuilder::memory_limit_bytes) never stops a load between two
     /// tensors, whatever order they are requested in, because all its memory is reserved before
-    /// the first byte is read. Before that, a call can wait for memory of other loads to be
-    /// dropped, even if the caller itself holds that memory.
+    /// the first byte is read. Before that, a call may have to wait until memory from other loads
+    /// is dropped, even if the caller itself holds that memory.
     ///
     /// Cancel-safe: dropping the future loses nothing and does not cancel the load.
     ///
@@ -167,14 +167,15 @@ impl Load {
     /// Cancel-safe: dropping the future never loses a segment.
     ///
     /// # Errors
-    /// The error that made the load fail; after that, `None`. [`crate::Error::Panicked`] if the
-    /// waker that this future was polled with panicked; the next call returns the segment.
+    /// Returns the error that made the load fail, and `None` after that.
+    /// [`crate::Error::Panicked`] if the waker that this future was polled with panicked; the next
+    /// call returns the segment.
     pub async fn next(&mut self) -> Option<Result<Segment>> {
         self.waiter.begin();
         std::future::poll_fn(|context| self.poll_segment(context)).await
     }
 
-    /// Waits for the rest of the load and returns all of it.
+    /// Waits until the load is complete and returns its image.
     ///
     /// Not cancel-safe: dropping the future drops the load, which cancels it.
     ///
@@ -185,14 +186,15 @@ impl Load {
     pub async fn finish(mut self) -> Result<Image> {
         std::future::poll_fn(|context| {
             let mut check = || self.inbox.check_arrived(|arrived| arrived.end().map(drop).ok_or(Interest::End));
-            // If the last waker panicked, which the panic hook has reported, wait with this one.
+            // If the previous waker panicked, the panic hook has already reported it. Wait with
+            // the current waker instead.
             while ready!(self.waiter.poll(context, &mut check)).is_err() {}
             Poll::Ready(())
         })
         .await;
         let arrived = self.inbox.arrived.into_inner().unwrap_or_else(PoisonError::into_inner);
         let (segments, end) = arrived.into_parts();
-        match end.expect("the wait above returned at the end") {
+        match end.expect("the wait above ends only when the load has ended") {
             End::Finished(finished) => {
                 assert_eq!(segments.len(), finished.report.segments, "a load delivers all of its segments before its end");
                 Ok(Image::new(finished.files, segments, finished.report))
@@ -214,7 +216,7 @@ impl Load {
         };
         let next = match ready!(self.waiter.poll(context, || self.inbox.check_arrived(check))) {
             Ok(next) => next,
-            // Only this wait has failed.
+            // Only this wait failed. The load continues.
             Err(panicked) => return Poll::Ready(Some(Err(panicked))),
         };
         match &next {

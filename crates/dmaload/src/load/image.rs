@@ -38,8 +38,8 @@ pub struct ImageFile {
     part: Range<u64>,
     segments: Arc<[Segment]>,
     tensors: Option<Arc<FileTensors>>,
-    /// Whether `segments` may lack some of the file's segments: the file belongs to a tensor that
-    /// was returned before the load ended, or that released the other segments.
+    /// Whether `segments` may lack some of the file's segments. This is so if the file belongs to
+    /// a tensor that was returned before the load ended, or that released the other segments.
     is_partial: bool,
 }
 
@@ -92,7 +92,7 @@ impl Image {
         });
         let (file, position) = names.find(name)?;
         let file = self.files.get(file).expect("a name belongs to one of the files");
-        Ok(file.tensor_at(position).expect("only loaded tensors have names"))
+        Ok(file.tensor_at(position).expect("a lookup by name finds only loaded tensors"))
     }
 
     /// All loaded tensors, file by file; within a file, in file order or in the order in which
@@ -113,7 +113,7 @@ impl ImageFile {
         ImageFile { path, bytes, part, segments: segments.into(), tensors, is_partial: false }
     }
 
-    /// The length of the file that contains the model.
+    /// The length of the whole file, even if the model is in a range of it.
     pub(crate) fn file_bytes(&self) -> u64 {
         self.bytes
     }
@@ -161,23 +161,24 @@ impl ImageFile {
     }
 
     /// Returns these bytes of the file, contiguous, in memory that only this process can access
-    /// and may write to. See [`PrivateMemory`], which also explains what this revokes. `range`
-    /// counts from the beginning of the file, as [`Self::file_range`] does.
+    /// and may write to. See [`PrivateMemory`], which also explains what this revokes. `range` is
+    /// relative to the beginning of the file, like [`Self::file_range`].
     ///
     /// # Errors
     /// [`Error::NotLoaded`] under the same conditions as [`Self::bytes`]; [`Error::Viewed`] while
-    /// views of anonymous memory are alive; [`Error::NoDescriptor`] for a dma-buf;
+    /// there are views of anonymous memory; [`Error::NoDescriptor`] for a dma-buf;
     /// [`Error::Memory`] if a memfd cannot be mapped again. If the range spans several segments,
     /// [`Error::Viewed`] can be returned after some of these segments were handed out: their views
-    /// are permanently revoked, but nothing is written to them. A call after all views are dropped
-    /// succeeds.
+    /// are permanently revoked, but nothing is written to them. Once all views are dropped,
+    /// another call succeeds.
     pub fn private_memory(&self, range: Range<u64>) -> Result<PrivateMemory> {
         PrivateMemory::from_segments(&self.path, &self.segments, range)
     }
 
     /// Returns the tensor with this name if it was loaded and the model's index, if any, does not
-    /// map the name to another file. The file of a tensor that was returned before the load ended
-    /// ([`Tensor::file`]) has only the tensors that lie in that tensor's segments.
+    /// map the name to another file. If this is the [file](Tensor::file) of a tensor that was
+    /// returned before the load ended, it contains only the tensors that lie in that tensor's
+    /// segments.
     pub fn tensor(&self, name: &str) -> Option<Tensor> {
         let position = self.tensor_map()?.get_index_of(name)?;
         self.tensor_at(position)
@@ -199,8 +200,7 @@ impl ImageFile {
         if self.is_partial && last_missing_row(&self.segments, &part.rows).is_some() {
             return None;
         }
-        // A tensor's name and type are looked up in the map on each access, so the entry must
-        // exist.
+        // Accesses to the tensor's name and type look them up in the map, so the entry must exist.
         tensors.map.get_index(position)?;
         Some(Tensor { position, part, tensors: Arc::clone(tensors), file: self.clone() })
     }
@@ -210,7 +210,8 @@ impl ImageFile {
     }
 }
 
-/// The tensor at this position of a file's map, if these segments of the file hold all its bytes.
+/// Returns the tensor at this position in a file's map, if these segments of the file hold all of
+/// its bytes.
 pub(super) fn complete_tensor(file: &LoadFile, segments: &[Segment], position: usize) -> Option<Tensor> {
     let tensors = file.tensors.as_ref()?;
     let part = tensors.part_at(position)?;
@@ -232,15 +233,16 @@ fn overlapping(segments: &[Segment], range: &Range<u64>) -> Vec<Segment> {
     segments.iter().filter(holds).cloned().collect()
 }
 
-/// Returns the offset of a byte of this tensor that these segments of its file lack: the one that
-/// is expected last. `None` if all bytes of the tensor have arrived, or if it was not selected.
+/// Of the tensor's bytes that are missing from these segments of its file, returns the offset of
+/// the one that is expected to arrive last. `None` if all bytes of the tensor have arrived, or if
+/// it was not selected.
 pub(super) fn missing_byte(file: &LoadFile, segments: &[Segment], position: usize) -> Option<u64> {
     let part = file.tensors.as_ref()?.part_at(position)?;
     // The segments of a row arrive in order, so the one with its last byte completes it.
     last_missing_row(segments, &part.rows).map(|row| row.end - 1)
 }
 
-/// The last of these rows that these segments of a file do not hold.
+/// Returns the last of these rows that is not entirely in these segments of a file.
 fn last_missing_row(segments: &[Segment], rows: &Rows) -> Option<Range<u64>> {
     let is_missing = |row: &Range<u64>| !row.is_empty() && segments_of_range(segments, row).is_none();
     // If the hull of the rows is held, so is every row. Otherwise, each row is checked, because
@@ -271,16 +273,16 @@ pub struct TensorPart {
 }
 
 impl TensorPart {
-    /// Offset of the bytes in the segment's dma-buf or memfd. It may differ from `offset` where
-    /// the segment shares the dma-buf or memfd with others.
+    /// Offset of the bytes in the segment's dma-buf or memfd. It may differ from `offset` if the
+    /// segment shares the dma-buf or memfd with other segments.
     pub fn memory_offset(&self) -> usize {
         self.segment.memory_offset() + self.offset
     }
 }
 
 impl Tensor {
-    /// Releases the file's segments that hold none of this tensor's bytes. Otherwise, a tensor of
-    /// an image keeps its whole file in memory.
+    /// Releases the file's segments that hold none of this tensor's bytes. Without this call, a
+    /// tensor from an image keeps its whole file in memory.
     #[must_use]
     pub fn without_other_segments(self) -> Tensor {
         let segments = overlapping(&self.file.segments, &self.part.rows.hull()).into();
@@ -303,7 +305,8 @@ impl Tensor {
         &self.part.shape
     }
 
-    /// The tensor's byte range in its file. For a part in rows, from the first row to the last.
+    /// The tensor's byte range in its file. For a part that consists of rows, the range extends
+    /// from the first row to the last.
     pub fn file_range(&self) -> Range<u64> {
         self.part.rows.hull()
     }
@@ -313,8 +316,9 @@ impl Tensor {
         &self.file
     }
 
-    /// Whether the bytes are contiguous in the file, and so in memory. Those of whole tensors are.
-    /// Those of a rank's part along any dimension but the first usually are not.
+    /// Whether the bytes are contiguous in the file, and therefore in memory. The bytes of a whole
+    /// tensor are. The bytes of one rank's part usually are not if the tensor is split along a
+    /// dimension other than the first.
     pub fn is_contiguous(&self) -> bool {
         self.part.rows.count == 1
     }
@@ -365,13 +369,13 @@ impl Tensor {
         Ok(copy)
     }
 
-    /// Hands out the dma-buf that holds all of the tensor, which revokes views of its segment
-    /// **permanently**: see [`Segment::hand_out_dma_buf`]. [`Self::parts`] says where in the
+    /// Hands out the dma-buf that holds the whole tensor, which **permanently** revokes views of
+    /// the tensor's segment: see [`Segment::hand_out_dma_buf`]. [`Self::parts`] says where in the
     /// dma-buf the tensor begins ([`TensorPart::memory_offset`]).
     ///
     /// # Errors
-    /// [`Error::Straddles`] if the tensor spans several segments, or none because it is empty;
-    /// otherwise those of [`Segment::hand_out_dma_buf`].
+    /// [`Error::Straddles`] if the tensor spans several segments, or if it is empty and in no
+    /// segment; otherwise those of [`Segment::hand_out_dma_buf`].
     pub fn hand_out_dma_buf(&self) -> Result<BorrowedFd<'_>> {
         let parts = self.parts();
         let mut numbers: Vec<_> = parts.iter().map(|part| part.segment.index()).collect();
@@ -383,9 +387,9 @@ impl Tensor {
         segment.ok_or_else(|| Error::Straddles { tensor: self.name().to_owned(), segments: numbers.len() })?.hand_out_dma_buf()
     }
 
-    /// The tensor's places in memory, in order: one part for each segment that holds some of it.
-    /// If the tensor is not contiguous, each of its rows has its own parts. An empty tensor has
-    /// none.
+    /// Returns where the tensor's bytes are in memory, in order: one part for each segment that
+    /// holds some of them. If the tensor is not contiguous, each of its rows has its own parts. An
+    /// empty tensor has no parts.
     pub fn parts(&self) -> Vec<TensorPart> {
         self.part.rows.iter().flat_map(|row| self.parts_of(row)).collect()
     }
@@ -394,7 +398,8 @@ impl Tensor {
         if wanted.is_empty() {
             return Vec::new();
         }
-        let touched = segments_of_range(&self.file.segments, &wanted).expect("a tensor is returned only with all its rows");
+        let touched =
+            segments_of_range(&self.file.segments, &wanted).expect("the segments of a returned tensor hold all of its rows");
         let segments = touched.iter().filter_map(|segment| {
             let held = segment.file_range();
             let range = wanted.start.max(held.start)..wanted.end.min(held.end);

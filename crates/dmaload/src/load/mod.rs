@@ -1,6 +1,6 @@
-//! A load from the caller's side. [`Source`] and [`LoadRequest`] say what to load. There are three
-//! ways to consume it: as a whole, with single tensors on the way ([`Load`], [`image::Image`]),
-//! segment by segment ([`Segments`]), or tensor by tensor ([`Tensors`]).
+//! Loads as the caller sees them. [`Source`] and [`LoadRequest`] say what to load. The caller can
+//! consume a load as a whole, with access to single tensors while it is running ([`Load`],
+//! [`image::Image`]), segment by segment ([`Segments`]), or tensor by tensor ([`Tensors`]).
 //!
 //! ```text
 //!   request ─┬─► handle (Load) ──► arrived ─► names, image
@@ -9,9 +9,9 @@
 //! ```
 //!
 //! This module turns the engine's events into the values that a caller holds, and makes no system
-//! calls. It needs no runtime, only something that polls its futures. Dropping a [`Load`],
-//! [`Segments`] or [`Tensors`] cancels its load; the engine then frees what the load leaves
-//! behind.
+//! calls. It needs no async runtime, only something that polls its futures. Dropping a [`Load`],
+//! [`Segments`] or [`Tensors`] cancels its load. The engine then frees the load's remaining
+//! memory.
 
 mod arrived;
 mod feed;

@@ -1,4 +1,4 @@
-//! The tensors of all files of a load, by name.
+//! Looks up a load's tensors by name, across all of its files.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -8,10 +8,10 @@ use crate::error::{Error, Result};
 use crate::model::index::Index;
 use crate::plan::tensors::FileTensors;
 
-/// An index that was used to find files, and its folder.
+/// A model's index that was used to find its files, and the folder that contains it.
 pub(super) type FolderIndex = (PathBuf, Arc<Index>);
 
-/// The indices of these files, without duplicates.
+/// Returns the indices that were used to find these files, without duplicates.
 pub(super) fn indices<'a>(files: impl Iterator<Item = &'a LoadFile>) -> Vec<FolderIndex> {
     let mut indices: Vec<FolderIndex> = Vec::new();
     for (folder, index) in files.filter_map(|file| file.index.as_ref()) {
@@ -22,15 +22,16 @@ pub(super) fn indices<'a>(files: impl Iterator<Item = &'a LoadFile>) -> Vec<Fold
     indices
 }
 
-/// A file and its tensors.
+/// The path of a file, and its tensors.
 pub(super) type NamedFile = (Arc<PathBuf>, Option<Arc<FileTensors>>);
 
-/// The tensors of all files of a load, by name.
+/// A load's tensors by name, across all of its files.
 #[derive(Debug)]
 pub(super) struct Names {
     files: Vec<NamedFile>,
     indices: Vec<FolderIndex>,
-    /// The loaded tensors as file numbers and positions in the files' maps, sorted by name.
+    /// The loaded tensors, sorted by name. Each is a file's number and a position in that file's
+    /// map.
     sorted: Vec<(u32, u32)>,
 }
 
@@ -40,14 +41,14 @@ impl Names {
         for ((_, tensors), number) in files.iter().zip(0..) {
             let Some(tensors) = tensors else { continue };
             let positions = (0..tensors.len()).filter_map(|number| tensors.position_of(number));
-            sorted.extend(positions.map(|position| (number, u32::try_from(position).expect("a map numbers tensors by u32"))));
+            sorted.extend(positions.map(|position| (number, u32::try_from(position).expect("tensor index overflow"))));
         }
         sorted.sort_by(|a, b| tensor_name(&files, *a).cmp(&tensor_name(&files, *b)));
         Names { files, indices, sorted }
     }
 
-    /// Returns two numbers: that of the file that contains this tensor, and the tensor's position
-    /// in that file's map.
+    /// Returns the number of the file that contains this tensor, and the tensor's position in that
+    /// file's map.
     ///
     /// # Errors
     /// Those of [`crate::Image::tensor`].
@@ -69,7 +70,7 @@ impl Names {
         &rest[..rest.partition_point(|&at| tensor_name(&self.files, at) == Some(wanted))]
     }
 
-    /// The error that explains why no loaded tensor has this name.
+    /// Returns an error that explains why no loaded tensor has this name.
     fn not_loaded(&self, name: &str) -> Error {
         let info = |tensors: &Option<Arc<FileTensors>>| Some(tensors.as_ref()?.map.get(name)?.file_range.clone());
         let found = self.files.iter().find_map(|(path, tensors)| Some((path, info(tensors)?)));

@@ -1,4 +1,4 @@
-//! A load that was requested but not started.
+//! A load that was requested, but not started yet.
 
 use std::sync::Arc;
 
@@ -14,8 +14,9 @@ use crate::options::load::LoadOptions;
 /// Nothing is opened or read until the request is consumed in one of these ways:
 ///
 /// - `.await` returns the [`Image`](crate::Image), with everything in memory at once.
-/// - [`start`](Self::start) returns a [`Load`]: progress, single tensors by name while the rest is
-///   read, and the image. Everything is in memory at once here, too.
+/// - [`start`](Self::start) returns a [`Load`], which reports progress, returns single tensors by
+///   name while the rest is being read, and finally returns the image. Here, too, everything is in
+///   memory at once.
 /// - [`segments`](Self::segments) yields each segment, in order, as soon as it is complete. Memory
 ///   holds what the consumer keeps plus what the load has read ahead.
 /// - [`tensors`](Self::tensors) yields each tensor, in order, as soon as it is complete. Memory is
@@ -36,9 +37,9 @@ use crate::options::load::LoadOptions;
 /// # }
 /// ```
 ///
-/// None of these blocks: files are opened and read on the loader's threads, and every error comes
-/// from the load. A load runs whether or not it is polled; only a stream that is far ahead waits
-/// for its consumer. Loads work on any runtime, and without one.
+/// None of these blocks: files are opened and read on the loader's threads, and the load returns
+/// all errors. A load runs whether or not it is polled; only a stream that is far ahead waits for
+/// its consumer. Loads work on any runtime, and without one.
 #[derive(Debug)]
 #[must_use = "nothing is loaded until the request is awaited, started or consumed"]
 pub struct LoadRequest {
@@ -61,8 +62,8 @@ impl LoadRequest {
         self
     }
 
-    /// Starts the load and keeps everything, for the image and for single tensors before it is
-    /// complete.
+    /// Starts the load and keeps everything that it reads. The returned [`Load`] yields single
+    /// tensors before the load is complete, and the image at the end.
     pub fn start(self) -> Load {
         let LoadRequest { guard, source, options } = self;
         Load::start(&guard, source.into_inputs(), options)

@@ -1,4 +1,4 @@
-//! The segments of a load as a stream.
+//! A stream of a load's segments.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -16,13 +16,13 @@ use crate::memory::segment::Segment;
 use crate::options::load::LoadOptions;
 use crate::telemetry::report::Report;
 
-/// The segments of a load, each handed over once and not kept: a consumer that drops segments
-/// after use can load files larger than memory. Created by
+/// A stream of a load's segments. Each segment is handed over once and not kept, so a consumer
+/// that drops segments after use can load files that are larger than memory. Created by
 /// [`LoadRequest::segments`](crate::LoadRequest::segments).
 ///
 /// The load runs ahead of its consumer by at most the loader's window plus one segment (less if
 /// memory is short), and then waits until the next segment is taken. After the last segment, a
-/// `Segments` holds only the report and the tensor maps, but no file, memory or address range.
+/// `Segments` holds only the report and the tensor maps, and no file, memory or address range.
 ///
 /// Dropping the `Segments` cancels the load. Segments already handed over stay valid.
 #[derive(Debug)]
@@ -50,8 +50,8 @@ impl Segments {
     /// Cancel-safe: dropping the future never loses a segment.
     ///
     /// # Errors
-    /// The error that made the load fail; after that, `None`. [`Error::Panicked`] if the waker
-    /// that this future was polled with panicked; the next call returns the segment.
+    /// Returns the error that made the load fail, and `None` after that. [`Error::Panicked`] if
+    /// the waker that this future was polled with panicked; the next call returns the segment.
     pub async fn next(&mut self) -> Option<Result<Segment>> {
         self.begin_wait();
         std::future::poll_fn(|context| self.poll_segment(context)).await
@@ -83,7 +83,8 @@ impl Segments {
         self.finished.as_ref().map_or(&[], |finished| &finished.files)
     }
 
-    /// Begins a wait for a new future, which must not return panics of earlier wakers.
+    /// Begins a wait on behalf of a new future. The new future must not report that an earlier
+    /// future's waker panicked.
     pub(super) fn begin_wait(&mut self) {
         self.waiter.begin();
     }
@@ -93,7 +94,7 @@ impl Segments {
             let next = ready!(self.waiter.poll(context, || self.feed.take().ok_or(Interest::AnyEvent)));
             let event = match next {
                 Ok(event) => event,
-                // Only this wait has failed.
+                // Only this wait failed. The load continues.
                 Err(panicked) => return Poll::Ready(Some(Err(panicked))),
             };
             match event {

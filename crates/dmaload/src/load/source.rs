@@ -12,10 +12,10 @@ use crate::files::source::Input;
 
 /// What to load: a path, several paths, or an open file.
 ///
-/// A path names a file, a folder that contains a model, the index of a model of several files, or
-/// one part of a split GGUF model, which stands for all its parts (see
+/// A path names a file, a folder that contains a model, the index of a multi-file model, or one
+/// part of a split GGUF model. Naming one part loads all parts (see
 /// [`LoadOptions::as_one_file`](crate::LoadOptions::as_one_file)). Several paths form one load,
-/// whose files come in the given order.
+/// with the files in the given order.
 ///
 /// Anything that names a file converts into a `Source`:
 ///
@@ -39,13 +39,14 @@ pub struct Source {
 }
 
 impl Source {
-    /// Several paths, as one load. Without any path, the load fails with [`Error::Config`].
+    /// Loads the files at several paths as one load. If there are no paths, the load fails with
+    /// [`Error::Config`].
     pub fn paths<P: Into<PathBuf>>(paths: impl IntoIterator<Item = P>) -> Self {
         let inputs = paths.into_iter().map(|path| Input::Path(path.into())).collect();
         Source { inputs, range: None }
     }
 
-    /// A file that is already open.
+    /// Loads a file that is already open.
     ///
     /// The file is opened again by its descriptor, because direct reads need their own open file
     /// description. That requires procfs and permission to read the file. Reports and errors name
@@ -54,8 +55,8 @@ impl Source {
         Source { inputs: vec![Input::Open { file: Arc::new(file.into()), part: None }], range: None }
     }
 
-    /// The model in this byte range of the file: weights stored, uncompressed, in an application's
-    /// package or another container.
+    /// Selects the byte range of the file that contains the model, for weights that are stored
+    /// uncompressed in an application's package or another container.
     ///
     /// The range need not begin or end at a block boundary: its first and last block are read in
     /// full. A range can't be verified or observed. The load fails with [`Error::Config`] if
@@ -67,10 +68,10 @@ impl Source {
         self
     }
 
-    /// Returns what to load as the engine's inputs.
+    /// Converts the source to inputs for the engine.
     ///
     /// # Errors
-    /// [`Error::Config`] without a file, or for a range of several files.
+    /// [`Error::Config`] if there are no files, or if there is a range but more than one file.
     pub(crate) fn into_inputs(self) -> Result<Vec<Input>> {
         let Source { mut inputs, range } = self;
         if inputs.is_empty() {

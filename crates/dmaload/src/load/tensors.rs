@@ -1,4 +1,4 @@
-//! The tensors of a load as a stream.
+//! A stream of a load's tensors.
 
 use std::collections::VecDeque;
 use std::pin::Pin;
@@ -17,13 +17,13 @@ use crate::plan::tensors::FileTensors;
 use crate::support::park;
 use crate::telemetry::report::Report;
 
-/// The interval at which a waiting consumer checks whether the load waits for it. A tensor that
-/// arrives ends the wait immediately.
+/// How often a waiting consumer checks whether the load, in turn, waits for the consumer to drop
+/// tensors. The arrival of a tensor ends the wait immediately.
 const HELD_UP_CHECK_INTERVAL: Duration = Duration::from_millis(20);
 
-/// The tensors of a load, each as soon as its last byte has arrived, while later ones are being
-/// read: in file order, or in the order in which they were requested
-/// ([`crate::LoadOptions::tensors`]). Created by
+/// A stream of a load's tensors, in file order or in the order in which they were requested
+/// ([`crate::LoadOptions::tensors`]). Each tensor is returned as soon as its last byte has
+/// arrived, while later ones are still being read. Created by
 /// [`LoadRequest::tensors`](crate::LoadRequest::tensors).
 ///
 /// The stream keeps only the segments of tensors that it has not returned yet. Once all returned
@@ -37,19 +37,19 @@ pub struct Tensors {
     segments: Segments,
     ready: VecDeque<Tensor>,
     files: Vec<Pending>,
-    /// Files whose tensors have all been returned.
+    /// Indices of the files whose tensors have all been queued or returned.
     done: Vec<usize>,
     ended: bool,
 }
 
-/// A file whose tensors are being returned.
+/// A file with tensors that are not queued yet.
 #[derive(Debug)]
 struct Pending {
     index: usize,
     about: LoadFile,
     tensors: Arc<FileTensors>,
     next: usize,
-    /// Segments that may hold part of a tensor not yet returned.
+    /// Segments that may hold part of a tensor that is not queued yet.
     segments: Vec<Segment>,
 }
 
@@ -58,24 +58,26 @@ impl Tensors {
         Tensors { segments, ready: VecDeque::new(), files: Vec::new(), done: Vec::new(), ended: false }
     }
 
-    /// Returns the next tensor; `None` after the last one. Files of raw bytes have none and are
-    /// skipped. Cancel-safe: dropping the future never loses a tensor.
+    /// Returns the next tensor; `None` after the last one. Files of raw bytes have no tensors and
+    /// are skipped. Cancel-safe: dropping the future never loses a tensor.
     ///
     /// # Errors
-    /// The error that made the load fail; after that, `None`. [`crate::Error::Panicked`] if the
-    /// waker that this future was polled with panicked; the next call returns the tensor.
+    /// Returns the error that made the load fail, and `None` after that.
+    /// [`crate::Error::Panicked`] if the waker that this future was polled with panicked; the next
+    /// call returns the tensor.
     pub async fn next(&mut self) -> Option<Result<Tensor>> {
         self.segments.begin_wait();
         std::future::poll_fn(|context| self.poll_tensor(context)).await
     }
 
-    /// Returns the next tensor to a consumer that drops no tensors while it waits, such as one
-    /// that keeps them until they are requested by name. Blocks the caller's thread.
+    /// Like [`Self::next`], but blocks the caller's thread, and is meant for consumers that don't
+    /// drop tensors while they wait, such as one that keeps tensors until they are requested by
+    /// name.
     ///
     /// If the returned tensors fill the loader's memory limit, [`Self::next`] waits, because
     /// another task can drop them. This method returns [`crate::Error::HeldUp`] instead, because
-    /// the wait would never end. The load continues: after some tensors were dropped, another call
-    /// returns the next one. Without a memory limit, this error never occurs.
+    /// the wait would never end. The load does not fail: once some tensors have been dropped,
+    /// another call returns the next one. Without a memory limit, this error never occurs.
     ///
     /// Do not call this where [`Load::tensor_blocking`](crate::Load::tensor_blocking) must not be
     /// called.
@@ -174,7 +176,7 @@ impl Tensors {
         for file in &mut self.files {
             file.queue_complete(&mut self.ready);
         }
-        // Files without segments were not read: their tensors have no bytes.
+        // Files without segments were not read. Any tensors selected from them are empty.
         for file in self.segments.finished_files().iter().filter(|file| !file.has_segments) {
             let Some(tensors) = &file.tensors else { continue };
             let image =
@@ -198,9 +200,9 @@ impl Pending {
             ready.push_back(tensor);
             self.next += 1;
         }
-        // The tensors of a class come in file order, so a segment that ends before the next tensor
-        // begins holds no part of a later one. Tensors of other classes are in separate spans,
-        // which are read later.
+        // Within a request class, tensors are in file order, so a segment that ends before the
+        // next tensor begins holds no part of a later one. Tensors in other classes are in
+        // separate spans, which are read later.
         let class = |number: usize| self.tensors.class_of(number);
         let goes_on = self.next == before || class(self.next - 1) == class(self.next);
         let next = self.next_start().filter(|_| goes_on);

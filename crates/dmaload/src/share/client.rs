@@ -55,23 +55,23 @@ pub struct AttachOptions {
     pub name: Option<String>,
     /// Users, besides this process's own user and root, whose servers are trusted. A server can
     /// keep a writable mapping of the memory that it shares and change bytes while they are being
-    /// read, so trust only users whose servers do not.
+    /// read, so trust only users whose servers won't do that.
     ///
     /// In a user namespace that does not map every user, all unmapped users appear as the overflow
     /// id (usually 65534, `nobody`). A server with that id is not trusted, even if this process
-    /// has it as well, unless the id is in this list: that trusts *every* unmapped user.
+    /// has it as well, unless the id is in this list, which trusts *every* unmapped user.
     pub trusted_users: Vec<u32>,
 }
 
 impl AttachOptions {
-    /// See [`Self::name`].
+    /// Sets [`Self::name`].
     #[must_use]
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
         self
     }
 
-    /// See [`Self::trusted_users`].
+    /// Adds a user to [`Self::trusted_users`].
     #[must_use]
     pub fn trust_user(mut self, user: u32) -> Self {
         self.trusted_users.push(user);
@@ -79,10 +79,10 @@ impl AttachOptions {
     }
 }
 
-/// Attaches to an image of the server at this socket.
+/// Attaches to an image that the server at this socket shares.
 ///
-/// A new thread receives the image and maps it. Dropping the future does not stop that thread, but
-/// its result is dropped.
+/// A new thread receives and maps the image. Dropping the future does not stop that thread, but
+/// the image is then dropped.
 ///
 /// # Errors
 /// [`Error::Share`].
@@ -98,7 +98,7 @@ pub async fn attach(socket: impl AsRef<Path>, options: AttachOptions) -> Result<
         refuse(&socket, format!("cannot start a thread: {}", errno::describe(errno)))
     };
     std::thread::Builder::new().name("dmaload-attach".to_owned()).spawn(body).map_err(no_thread)?;
-    receiver.await.unwrap_or_else(|_| Err(refuse(&socket, "the thread that attaches panicked")))
+    receiver.await.unwrap_or_else(|_| Err(refuse(&socket, "the thread that receives the image panicked")))
 }
 
 /// Blocking version of [`attach`].
@@ -118,8 +118,8 @@ fn refuse(socket: &Path, reason: impl Into<String>) -> Error {
 }
 
 /// Sends the request and receives all descriptors. Fails at the first message that arrives after
-/// `limit`, or if a message takes longer than twice [`PATIENCE`]: a server that refuses the client
-/// after its own patience still answers in time.
+/// `limit`, or if a message takes longer than twice [`PATIENCE`]. A server that refuses the client
+/// after waiting for [`PATIENCE`] therefore still answers in time.
 fn receive(path: &Path, options: &AttachOptions, limit: Duration) -> Result<Vec<OwnedFd>> {
     let failed = |what: &'static str| move |errno: Errno| refuse(path, format!("cannot {what}: {}", errno::describe(errno)));
     let name = options.name.as_deref().unwrap_or_default();
@@ -167,7 +167,7 @@ fn receive(path: &Path, options: &AttachOptions, limit: Duration) -> Result<Vec<
         if here.len() != reply.here as usize || here.is_empty() || descriptors.len() + here.len() > reply.all as usize {
             return Err(refuse(
                 path,
-                "descriptors were lost: the limit of open files (ulimit -n) is reached, or the server sent a different number than it announced",
+                "descriptors were lost: the limit on open files (ulimit -n) was reached, or the server sent a different number than it announced",
             ));
         }
         descriptors.append(&mut here);
@@ -198,7 +198,7 @@ fn explain_connect_error(errno: Errno) -> String {
 /// Explains why a server is not trusted.
 fn explain_distrust(users: Users, server: u32) -> String {
     let reason = if users.is_ambiguous(server) {
-        "which stands for every unmapped user in this user namespace"
+        "an id that all unmapped users share in this user namespace"
     } else {
         "who could modify the shared memory"
     };
@@ -228,7 +228,7 @@ fn explain_refusal(reply: Reply, name: &str, names: &[String]) -> String {
         Status::NotYet => format!("the server still has no image after {PATIENCE:?}: try again when it has finished loading"),
         Status::Busy => {
             format!(
-                "the server is busy: for {PATIENCE:?}, other clients of this user did not receive their descriptors, or the server has reached its limit of connections or of open files (ulimit -n)"
+                "the server is busy: other clients of this user have not received their descriptors for {PATIENCE:?}, or the server has reached its limit on connections or open files (ulimit -n)"
             )
         }
     }
@@ -242,8 +242,8 @@ fn receive_message(socket: &OwnedFd) -> Result<(Vec<u8>, Vec<OwnedFd>), Errno> {
     let received = loop {
         match recvmsg(socket, &mut [IoSliceMut::new(&mut message)], &mut control, RecvFlags::CMSG_CLOEXEC) {
             Err(Errno::INTR) => {}
-            // The server closed the connection without reading everything; its last answer follows
-            // this error.
+            // The server closed the connection without reading everything. Its last answer can be
+            // received after this error.
             Err(Errno::CONNRESET) if !was_reset => was_reset = true,
             received => break received?,
         }
@@ -258,14 +258,14 @@ fn receive_message(socket: &OwnedFd) -> Result<(Vec<u8>, Vec<OwnedFd>), Errno> {
     Ok((message, descriptors))
 }
 
-/// Parses the description, which is the first descriptor, and checks that the other descriptors
-/// are allocations of the kind and number that it states.
+/// Parses the description, which is in the first descriptor, and checks that the other descriptors
+/// are allocations of the kind and number that it promises.
 fn parse_descriptors(path: &Path, descriptors: Vec<OwnedFd>) -> Result<(Description, Vec<Memory>)> {
     /// Maximum length of a description. A million tensors take about 200 MB.
     const DESCRIPTION_LIMIT_BYTES: usize = 256 << 20;
     let mut descriptors = descriptors.into_iter();
     let wrong = |what: String| refuse(path, what);
-    let description = descriptors.next().ok_or_else(|| wrong("the server sent nothing".to_owned()))?;
+    let description = descriptors.next().ok_or_else(|| wrong("the server sent no descriptors".to_owned()))?;
     let description = Memfd::from_sealed(description)
         .map_err(|error| wrong(format!("the image's description is not a sealed memfd: {}", error.errno.describe())))?;
     if description.bytes() > DESCRIPTION_LIMIT_BYTES {
@@ -294,7 +294,7 @@ fn parse_descriptors(path: &Path, descriptors: Vec<OwnedFd>) -> Result<(Descript
     let memories = memories.collect::<Result<Vec<_>>>()?;
     if memories.len() != description.memories {
         return Err(wrong(format!(
-            "allocations received: {}, but the image's description states {}",
+            "allocations received: {}, but the image's description lists {}",
             memories.len(),
             description.memories
         )));
@@ -394,7 +394,8 @@ fn build_image(path: &Path, description: &Description, memories: Vec<Memory>, st
     Ok(Attached { image, process: description.process, dma_bufs: description.dma_bufs })
 }
 
-/// Makes the report of an attached image: this process read, copied and allocated nothing.
+/// Creates the report of an attached image, according to which this process read, copied and
+/// allocated nothing.
 pub(super) fn make_report(
     path: &Path,
     description: &Description,
@@ -426,7 +427,7 @@ pub(super) fn make_report(
         reused_bytes: 0,
         heap: heap.to_owned(),
         notes: vec![format!(
-            "attached to {}: process {} loaded the image by {route}",
+            "attached to {}: process {} loaded the image with the route {route}",
             printable::path(path),
             description.process
         )],

@@ -1,10 +1,11 @@
 //! The thread that serves a server's clients. It never waits for any of them.
 //!
-//! What clients can hold is bounded per user, and nothing that a client sends is trusted:
+//! The resources that clients can hold are limited per user, and nothing that a client sends is
+//! trusted:
 //!
 //! - Descriptors in flight over a Unix socket count against the *server's* user until they are
 //!   received, even if the server closes the connection in the meantime. Above the server's limit
-//!   of open files, the kernel refuses to send more. The server asks the kernel whether
+//!   on open files, the kernel refuses to send more. The server asks the kernel whether
 //!   descriptors were received (`SIOCOUTQ`), and does not rely on the client's confirmation. If a
 //!   client confirms too early, or closes its half of the connection, the server stops sending,
 //!   but keeps the connection until no descriptor is in flight. Until then, the descriptors count
@@ -12,10 +13,11 @@
 //! - A user has at most [`ClientLimits::descriptors`] in flight, to at most
 //!   [`ClientLimits::receivers`] clients. The user's other clients wait, for at most [`PATIENCE`];
 //!   clients of other users do not.
-//! - When the limit of connections is reached, a new connection replaces the oldest one of the
-//!   user with the most connections. Connections with descriptors in flight do not count and are
-//!   not replaced; if all have descriptors in flight, the limit is exceeded.
-//! - After [`TRANSFER_LIMIT`], the server sends a client nothing more.
+//! - When the limit on connections is reached, a new connection replaces the oldest one of the
+//!   user with the most connections. Connections with descriptors in flight are not counted for
+//!   this and never replaced. If all connections have descriptors in flight, the limit is
+//!   exceeded.
+//! - The server stops sending to a client when [`TRANSFER_LIMIT`] has passed.
 //! - Descriptors sent by clients are refused, or closed on threads that the server never waits for
 //!   ([`super::connection`]).
 
@@ -64,7 +66,7 @@ struct Client {
 }
 
 enum ClientState {
-    /// The request has not arrived.
+    /// The request has not arrived yet.
     Silent,
     /// The request arrived before the first image was published.
     Early { request: Vec<u8> },
@@ -82,7 +84,7 @@ enum ClientStep {
     LetGo,
 }
 
-/// What is in flight to one user's clients.
+/// Counts one user's clients with descriptors in flight, and those descriptors.
 #[derive(Debug, Clone, Copy, Default)]
 struct HeldByUser {
     receivers: usize,
@@ -98,8 +100,9 @@ impl Client {
         }
     }
 
-    /// Whether the client has to be polled, because no event signals that it can continue: the
-    /// server cannot send to it yet, or it is draining descriptors that are in flight.
+    /// Whether the client has to be polled at intervals, because no event signals that it can
+    /// continue. Either the server cannot send to it yet, or it still has to receive descriptors
+    /// that are in flight.
     fn is_polled_by_time(&self) -> bool {
         match self.state {
             ClientState::Receiving { unreceived, .. } => unreceived == 0,
@@ -108,7 +111,7 @@ impl Client {
         }
     }
 
-    /// When the server gives up on the client: closes the connection or stops sending.
+    /// The time at which the server closes the connection or stops sending.
     fn deadline(&self) -> Option<Instant> {
         match self.state {
             ClientState::Silent | ClientState::Early { .. } => Some(self.since + PATIENCE),
@@ -119,9 +122,9 @@ impl Client {
         }
     }
 
-    /// Sends a last message, after which the connection ends.
+    /// Sends a last message, after which the connection is closed.
     fn answer(&self, message: &[u8]) -> ClientStep {
-        // A failure changes nothing: the connection ends either way.
+        // Errors can be ignored, because the connection is closed in any case.
         let _ = send_bytes(&self.socket, message, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
         ClientStep::LetGo
     }
@@ -151,7 +154,7 @@ impl Client {
         }
     }
 
-    /// Serves the client once. `others` is what is in flight to other clients of its user.
+    /// Serves the client once. `others` is what is in flight to other clients of the same user.
     fn advance(&mut self, shared: &ServerShared, others: HeldByUser, limits: ClientLimits) -> ClientStep {
         if matches!(self.state, ClientState::Draining { .. }) {
             return self.drain();
@@ -209,7 +212,8 @@ impl Client {
         }
     }
 
-    /// Sends the next descriptors: as many as fit into a message and the user may have in flight.
+    /// Sends the next descriptors: as many as fit into one message, without exceeding the user's
+    /// limit on descriptors in flight.
     fn send_next(&mut self, others: HeldByUser, limits: ClientLimits) -> ClientStep {
         let ClientState::Receiving { published, next, unreceived, .. } = &mut self.state else {
             unreachable!("only a receiving client is sent descriptors");
@@ -275,7 +279,7 @@ pub(super) fn serve(shared: &ServerShared) {
             return;
         }
         if polled.is_err_and(|errno| errno != Errno::INTR) {
-            // Memory has run out, or the limit of open files was lowered. Retry after a pause.
+            // Memory has run out, or the limit on open files was lowered. Retry after a pause.
             thread::sleep(Duration::from_millis(10));
             continue;
         }
@@ -332,7 +336,7 @@ fn admit(shared: &ServerShared, limits: ClientLimits, clients: &mut Vec<Client>)
         let socket = match accept_with(&shared.listener.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
             Ok(socket) => socket,
             Err(Errno::INTR | Errno::CONNABORTED) => continue,
-            // Descriptors have run out: close a connection, preferably one of a user who may not
+            // Descriptors have run out. Close a connection, preferably one from a user who may not
             // attach.
             Err(Errno::MFILE | Errno::NFILE) if make_room(clients, |client| !client.allowed) || make_room(clients, |_| true) => {
                 shared.refused.fetch_add(1, Ordering::Relaxed);
@@ -372,9 +376,9 @@ fn close_pending(shared: &ServerShared) {
     }
 }
 
-/// Closes one of the connections that `may_close` selects: the oldest one of the user with the
-/// most of them. Returns `false` if there is none. Connections with descriptors in flight are
-/// kept, because the server must know when these are received.
+/// Closes one of the connections that `may_close` selects: of the user with the most such
+/// connections, the oldest one. Returns `false` if there are none. Connections with descriptors in
+/// flight are kept, because the server must know when the descriptors are received.
 fn make_room(clients: &mut Vec<Client>, may_close: impl Fn(&Client) -> bool) -> bool {
     let may_close = |client: &Client| may_close(client) && client.unreceived() == 0;
     let mut by_user: HashMap<u32, usize> = HashMap::new();
@@ -425,7 +429,7 @@ mod tests {
             let mut begun = now;
             client.state = ClientState::Receiving { published: Arc::clone(&published), next: 0, unreceived, begun };
             assert_eq!(client.deadline(), Some(now + PATIENCE));
-            // The client makes progress, but the transfer takes too long.
+            // The client has just made progress, but the transfer has already taken too long.
             begun = now - TRANSFER_LIMIT;
             client.state = ClientState::Receiving { published: Arc::clone(&published), next: 0, unreceived, begun };
             assert_eq!(client.deadline(), Some(now));

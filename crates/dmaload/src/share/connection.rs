@@ -1,4 +1,5 @@
-//! A server's end of a connection. Closing it never waits for descriptors that the client sent.
+//! A server's end of a connection. Closing it never blocks because of descriptors that the client
+//! sent.
 //!
 //! A message from any sender can carry descriptors of any kind. A server uses none of them: they
 //! are closed on the thread that receives the message or closes the connection. The last close of
@@ -20,8 +21,8 @@ use std::thread;
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, Shutdown, recv, recvmsg, shutdown, sockopt};
 
-/// `SO_PASSRIGHTS` of `include/uapi/asm-generic/socket.h`, which the libc crate does not define
-/// yet. Only PA-RISC and SPARC have other numbers.
+/// `SO_PASSRIGHTS` from `include/uapi/asm-generic/socket.h`, which the libc crate does not define
+/// yet. Its value differs only on PA-RISC and SPARC.
 const SO_PASSRIGHTS: libc::c_int = 83;
 /// Maximum number of threads that close connections with descriptors from clients. Further
 /// connections wait in a queue.
@@ -31,7 +32,7 @@ const CLOSERS_MAX: usize = 16;
 /// the kernel supports that.
 pub(super) fn refuse_descriptors(listener: BorrowedFd<'_>) -> bool {
     let no: libc::c_int = 0;
-    let length = libc::socklen_t::try_from(size_of_val(&no)).expect("four bytes");
+    let length = libc::socklen_t::try_from(size_of_val(&no)).expect("the size of an int fits into socklen_t");
     // SAFETY: the kernel reads the option's value, of the given length, while `no` is alive.
     let result = unsafe {
         libc::setsockopt(listener.as_raw_fd(), libc::SOL_SOCKET, SO_PASSRIGHTS, std::ptr::from_ref(&no).cast(), length)
@@ -66,27 +67,30 @@ impl Connection {
         recv(self, buffer, RecvFlags::DONTWAIT).map(|(received, _)| received)
     }
 
-    /// Whether closing the connection might close descriptors sent by the client: if a message is
-    /// left in the queue. Later messages can carry descriptors even if the first one does not, and
-    /// reading up to them is no way out, because an empty message looks like the end of file.
+    /// Whether closing the connection might close descriptors that the client sent. Assumes so if
+    /// any message is left in the queue: a later message can carry descriptors even if the first
+    /// one does not. Reading all messages first would not help, because an empty message looks
+    /// like the end of file.
     fn may_hold_descriptors(&self) -> bool {
-        // With this option, the kernel reports every message as one whose credentials were
-        // truncated, but not the end of file (`__scm_recv_common` in include/net/scm.h).
+        // With this option, the kernel sets MSG_CTRUNC for every message, because there is no
+        // space for its credentials, but not at the end of file (`__scm_recv_common` in
+        // include/net/scm.h).
         if sockopt::set_socket_passcred(self, true).is_err() {
             return true;
         }
         // Nothing arrives after the shutdown. The client can still receive messages that were
         // already sent.
         let _ = shutdown(self, Shutdown::Both);
-        // An error of the connection (ECONNRESET) is returned before messages.
+        // A pending error of the connection (ECONNRESET) is returned before any messages, so it
+        // does not mean that the queue is empty.
         carries_descriptors(self.as_fd()).unwrap_or(true)
     }
 }
 
 /// Whether the next message carries descriptors; an error if there is no message.
 fn carries_descriptors(socket: BorrowedFd<'_>) -> Result<bool, Errno> {
-    // Without buffer space for them, the kernel reports that descriptors were truncated. Peeking
-    // does not close them: the message still holds them.
+    // There is no buffer space for descriptors, so the kernel reports them as truncated. Because
+    // this only peeks at the message, the message keeps its descriptors.
     let mut nowhere = RecvAncillaryBuffer::default();
     recvmsg(socket, &mut [], &mut nowhere, RecvFlags::PEEK | RecvFlags::DONTWAIT)
         .map(|message| message.flags.contains(ReturnFlags::CTRUNC))

@@ -2,17 +2,17 @@
 
 use super::protocol::DESCRIPTORS_IN_A_MESSAGE;
 
-/// Maximum number of simultaneous connections of users who may attach; less if the process's limit
-/// of open files is low.
+/// Maximum number of simultaneous connections from users who may attach. Lower if the process's
+/// limit on open files is low.
 const CONNECTIONS_LIMIT: usize = 256;
 
-/// Maximum number of simultaneous connections of users who may not attach and only receive a
-/// refusal; less if the process's limit of open files is low.
+/// Maximum number of simultaneous connections from users who may not attach and only receive a
+/// refusal. Lower if the process's limit on open files is low.
 const STRANGERS_LIMIT: usize = 16;
 
-/// Maximum number of a user's clients with descriptors in flight; less if the process's limit of
-/// open files is low. Usually more than one, so that a slow client does not block the user's other
-/// clients.
+/// Maximum number of clients of one user that may have descriptors in flight at the same time.
+/// Lower if the process's limit on open files is low. Usually more than one, so a slow client does
+/// not block the user's other clients.
 const RECEIVERS_LIMIT: usize = 4;
 
 /// The limits of one server.
@@ -30,8 +30,8 @@ pub(super) struct ClientLimits {
 
 impl ClientLimits {
     /// Computes the limits for a process that may open `descriptors` descriptors, when `users`
-    /// users may attach. The kernel allows the server's user the same number in flight. Half of
-    /// them are left for that user's other processes.
+    /// users may attach. The kernel lets the server's user have the same number of descriptors in
+    /// flight. Half of that number is left for the user's other processes.
     pub(super) fn new(descriptors: usize, users: usize) -> Self {
         ClientLimits {
             connections: CONNECTIONS_LIMIT.min(descriptors / 2).max(1),

@@ -13,7 +13,7 @@
 //!    replaced only if it is a socket that refuses connections.
 //!
 //! When the server ends, the socket is removed under the same lock, and only if its inode is this
-//! server's: another server may have taken the path in the meantime.
+//! server's, because another server may have taken the path in the meantime.
 //!
 //! Requires procfs or permission to `unshare(CLONE_FS)`, because Linux has no `bindat`. The path
 //! can be longer than the 107 bytes that fit into a socket address; clients then need procfs.
@@ -37,8 +37,8 @@ use rustix::thread::{UnshareFlags, unshare_unsafe};
 use crate::support::errno::describe;
 use crate::support::foreign;
 
-/// How long a server waits while another one is created or removed at the same path, which usually
-/// takes about a millisecond.
+/// How long a server waits for another one that is being created or removed at the same path,
+/// which usually takes about a millisecond.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 /// Maximum number of connections waiting to be accepted.
 const BACKLOG: i32 = 128;
@@ -51,7 +51,7 @@ const TAKEN: &str = "taken";
 /// reused while the socket is open, even if the file was removed.
 type SocketIdentity = (u64, u64);
 
-/// A listening socket and its place.
+/// A listening socket, and where it is in the file system.
 #[derive(Debug)]
 pub(super) struct Listener {
     pub(super) socket: OwnedFd,
@@ -300,8 +300,8 @@ impl<'a> PrivateFolder<'a> {
     /// Moves a file from the private folder to the socket's place.
     fn move_to_place(&self, name: &str) -> Result<(), Errno> {
         match renameat_with(&self.fd, name, self.parent, self.socket, RenameFlags::NOREPLACE) {
-            // Some file systems do not support this flag. There, a hard link serves, which does
-            // not replace a file either.
+            // Some file systems do not support this flag. On those, create a hard link, which does
+            // not replace an existing file either.
             Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
                 linkat(&self.fd, name, self.parent, self.socket, AtFlags::empty())?;
                 unlinkat(&self.fd, name, AtFlags::empty())
@@ -313,7 +313,7 @@ impl<'a> PrivateFolder<'a> {
     /// Identifies a dead socket in the socket's place; `None` if the place is free.
     ///
     /// # Errors
-    /// A reason, for example that something other than a dead socket occupies the place.
+    /// The reason, for example that something other than a dead socket is in this place.
     fn find_dead_socket(&self) -> Result<Option<SocketIdentity>, String> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = match openat(self.parent, self.socket, flags, Mode::empty()) {
@@ -334,7 +334,8 @@ impl<'a> PrivateFolder<'a> {
         };
         match connected {
             Err(Errno::CONNREFUSED) => Ok(Some(identity(&found))),
-            // A listener accepted the connection, has another socket type, or has a full backlog.
+            // A listener accepted the connection, uses another type of socket, or has a full
+            // backlog.
             Ok(()) | Err(Errno::PROTOTYPE | Errno::AGAIN) => Err("another process is listening there".to_owned()),
             Err(errno) => Err(cannot("check whether another process is listening there")(errno)),
         }
@@ -361,7 +362,7 @@ impl<'a> PrivateFolder<'a> {
 
 impl Drop for PrivateFolder<'_> {
     fn drop(&mut self) {
-        // The socket is still here only after a failure.
+        // The socket is still in this folder only if an earlier step failed.
         let _ = unlinkat(&self.fd, FRESH, AtFlags::empty());
         // The folder is removed while it is locked: the lock is released only when the descriptor
         // is closed, after this function.
@@ -371,7 +372,7 @@ impl Drop for PrivateFolder<'_> {
     }
 }
 
-/// Tries to take the lock, and returns whether that succeeded.
+/// Tries to take the lock without waiting, and returns whether that succeeded.
 fn lock(fd: &OwnedFd) -> Result<bool, String> {
     match flock(fd, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(true),

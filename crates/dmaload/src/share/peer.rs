@@ -11,12 +11,12 @@ const DEFAULT_OVERFLOW_USER: u32 = 65534;
 /// The number of user ids: `u32::MAX` is not a valid one.
 const ALL_USERS: u64 = u32::MAX as u64;
 
-/// Knows which user id can stand for several users. In a user namespace that does not map every
+/// Knows which user id, if any, several users share. In a user namespace that does not map every
 /// user, all unmapped users share one id: the overflow id, often called `nobody`. A peer with that
 /// id can be any of these users, even if this process has the id, too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Users {
-    /// The id that stands for every unmapped user; `None` if all users are mapped.
+    /// The id that all unmapped users share; `None` if all users are mapped.
     overflow: Option<u32>,
 }
 
@@ -38,7 +38,7 @@ impl Users {
         Users { overflow: (mapped < ALL_USERS).then_some(overflow) }
     }
 
-    /// Whether a peer with this id can be any unmapped user.
+    /// Whether a peer with this id might be any unmapped user.
     pub(super) fn is_ambiguous(self, user: u32) -> bool {
         self.overflow == Some(user)
     }
@@ -48,13 +48,13 @@ impl Users {
         user == geteuid().as_raw() && !self.is_ambiguous(user)
     }
 
-    /// Whether a peer with this id is root of this process's user namespace.
+    /// Whether a peer with this id is root in this process's user namespace.
     pub(super) fn is_root(self, user: u32) -> bool {
         user == 0 && !self.is_ambiguous(user)
     }
 }
 
-/// The user id of the other end of a connection.
+/// Returns the user id of the process at the other end of a connection.
 pub(super) fn user_of(socket: impl AsFd) -> Result<u32, rustix::io::Errno> {
     sockopt::socket_peercred(socket).map(|peer| peer.uid.as_raw())
 }

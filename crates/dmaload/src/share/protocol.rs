@@ -9,7 +9,7 @@ const ATTACH: u32 = 1;
 /// Maximum number of descriptors in a message. The kernel allows 253 (`SCM_MAX_FD`), but all of
 /// them count against the server's user until the client has received them.
 pub(super) const DESCRIPTORS_IN_A_MESSAGE: usize = 64;
-/// Maximum number of descriptors of an image: enough for about 128 GiB in segments of 2 MiB.
+/// Maximum number of descriptors for an image: enough for about 128 GiB in segments of 2 MiB.
 pub(super) const DESCRIPTORS_LIMIT: usize = 1 << 16;
 pub(super) const REPLY_BYTES: usize = 24;
 /// Maximum length in bytes of the names that follow a refusal.
@@ -21,12 +21,12 @@ pub(super) enum Status {
     Ok,
     /// The message is not a request, or a request of another version.
     Malformed,
-    /// The server has no image of that name, or no longer has any image; `all` is the number of
-    /// its images, and as many of their names as fit follow.
+    /// The server has no image with that name, or no longer has any image. `all` is the number of
+    /// its images. As many of their names as fit follow.
     NoSuchImage,
     /// The client's user may not attach; `all` is the user's id as the server sees it.
     NotAllowed,
-    /// The server has several images and the client named none; their names follow, as with
+    /// The server has several images, and the client did not name one. The names follow, as with
     /// `NoSuchImage`.
     Several,
     /// The server has not published an image yet.

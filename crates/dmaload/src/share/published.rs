@@ -19,16 +19,16 @@ use crate::load::image::Image;
 use crate::memory::segment::Segment;
 use crate::support::errno;
 
-/// Options of a server.
+/// Options for a [`Server`](super::Server).
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct ServerOptions {
     /// Ids of users, besides the server's own, that may attach. If this list is not empty, the
-    /// socket's mode lets every user connect, and the server refuses users that may not attach.
+    /// socket's mode lets every user connect, and the server refuses those who may not attach.
     ///
     /// In a user namespace that does not map every user, all unmapped users appear as the overflow
     /// id (usually 65534, `nobody`). A client with that id is refused, even if the server has it
-    /// as well, unless the id is in this list: that allows *every* unmapped user.
+    /// as well, unless the id is in this list, which allows *every* unmapped user.
     pub allowed_users: Vec<u32>,
     /// Whether to share dma-bufs, for clients with devices. **Every client can write to a dma-buf
     /// that it receives.** By default, only memfds are shared, sealed against writes.
@@ -36,14 +36,14 @@ pub struct ServerOptions {
 }
 
 impl ServerOptions {
-    /// See [`Self::allowed_users`].
+    /// Adds a user to [`Self::allowed_users`].
     #[must_use]
     pub fn allow_user(mut self, user: u32) -> Self {
         self.allowed_users.push(user);
         self
     }
 
-    /// See [`Self::dma_bufs`].
+    /// Sets [`Self::dma_bufs`].
     #[must_use]
     pub fn dma_bufs(mut self, shared: bool) -> Self {
         self.dma_bufs = shared;
@@ -51,7 +51,7 @@ impl ServerOptions {
     }
 }
 
-/// Maximum number of allocations of a shared image. The description takes another descriptor.
+/// Maximum number of allocations in a shared image. One descriptor is needed for the description.
 const ALLOCATIONS_LIMIT: usize = DESCRIPTORS_LIMIT - 1;
 
 #[derive(Debug)]
@@ -117,7 +117,7 @@ impl ServerShared {
             return Err(refuse(&self.socket, reason));
         }
         if !self.options.dma_bufs {
-            // Holders of a dma-buf of this memory could write to it.
+            // If a dma-buf of this memory were handed out, its holders could write to the memory.
             image.segments().iter().try_for_each(Segment::prevent_hand_out)?;
         }
         let own = |fd: BorrowedFd<'_>| {
@@ -167,7 +167,7 @@ impl ServerShared {
 
     pub(super) fn limits(&self) -> ClientLimits {
         let descriptors = dmabuf::Limit::OpenFiles.current().unwrap_or(1 << 20);
-        // Plus one for the server's own user.
+        // The server's own user may attach, too.
         ClientLimits::new(usize::try_from(descriptors).unwrap_or(1 << 20), self.options.allowed_users.len() + 1)
     }
 }

@@ -55,12 +55,12 @@ impl Server {
         // would be refused from connecting.
         let mode = Mode::from_raw_mode(if options.allowed_users.is_empty() { 0o600 } else { 0o666 });
         let socket = new_socket().map_err(|errno| failed("create a socket", errno))?;
-        // A connection inherits the refusal from the listener when the client connects, so it is
-        // set before any client can connect.
+        // Connections inherit this setting from the listener when a client connects, so it is made
+        // before any client can connect.
         let closer = (!refuse_descriptors(socket.as_fd())).then(Arc::default);
         let listener = Listener::bind(socket, path, mode).map_err(|reason| refuse(path, reason))?;
-        // A trial: if a system call filter refuses this query, `bind` should fail rather than
-        // every client.
+        // Try the query once. If a system call filter refuses it, `bind` should fail now, rather
+        // than every client later.
         is_unreceived(&listener.socket).map_err(|errno| failed("check what clients have received", errno))?;
         let shared = Arc::new(ServerShared {
             socket: path.to_owned(),
@@ -90,9 +90,9 @@ impl Server {
         Listener::check(path).map_err(|reason| refuse(path, reason))
     }
 
-    /// Publishes an image under a name, replacing any other image of that name. Later loads never
-    /// reuse the image's memory. Unless dma-bufs are shared, the memory is sealed against writes,
-    /// and its dma-bufs can no longer be handed out.
+    /// Publishes an image under a name, replacing any other image with that name. Later loads
+    /// never reuse the image's memory. Unless dma-bufs are shared, the memory is sealed against
+    /// writes, and its dma-bufs can no longer be handed out.
     ///
     /// # Errors
     /// - [`crate::Error::NoDescriptor`] if the memory is not of the kind that this server shares.
@@ -142,7 +142,7 @@ impl Drop for Server {
         self.shared.images().closed = true;
         self.shared.wake();
         if let Some(thread) = self.thread.take() {
-            // The thread never waits for a client, so it ends soon.
+            // The thread never waits for a client, so it exits soon.
             let _ = thread.join();
         }
         if let Some(closer) = &self.shared.closer {
@@ -211,10 +211,10 @@ mod tests {
             socket
         };
         let refuse_in_time = |listener: BorrowedFd<'_>| {
-            assert!(!sockopt::socket_acceptconn(listener).unwrap(), "a client could connect before this");
+            assert!(!sockopt::socket_acceptconn(listener).unwrap(), "the socket should not be listening yet");
             refuse_descriptors(listener)
         };
-        // First as this kernel behaves, then as kernels before Linux 6.16 do.
+        // First with this kernel's behavior, then with that of kernels before Linux 6.16.
         for refuse in [refuse_in_time, |_: BorrowedFd<'_>| false] {
             let server = Server::bind_with(&path, ServerOptions::default(), refuse).unwrap();
             let is_refused = server.shared.closer.is_none();
@@ -228,7 +228,7 @@ mod tests {
                 if let Some(message) = before {
                     send_bytes(&socket, message, SendFlags::NOSIGNAL).unwrap();
                 }
-                // Keeps the server busy with other clients, so that this side closes first.
+                // Keep the server busy with other clients, so the client's side is closed first.
                 let _busy: Vec<_> = (0..16)
                     .map(|_| {
                         let socket = connect();
@@ -243,7 +243,7 @@ mod tests {
                 if !ends {
                     std::mem::forget(socket);
                 }
-                // Other clients are still answered, though not with an image.
+                // The server still answers other clients, though not with an image.
                 let socket = connect();
                 send_bytes(&socket, b"not a request", SendFlags::NOSIGNAL).unwrap();
                 let answer = rustix::net::recv(&socket, &mut [0; 64][..], rustix::net::RecvFlags::empty());

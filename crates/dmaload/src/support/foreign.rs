@@ -4,7 +4,7 @@
 //! Such code never runs while a lock of the library is held, and never on the ring thread. Panics
 //! are caught at the call. If a heap, an observer or a verifier panics, the load that it belongs
 //! to fails with a message that names the code; if a waker panics, only the wait that it was
-//! passed to fails. Panics of subscribers and in drops are ignored. Other loads are not affected.
+//! passed to fails. Panics in subscribers and in drops are ignored. Other loads are not affected.
 
 use std::any::Any;
 use std::fmt;
@@ -27,12 +27,11 @@ pub(crate) fn emit(event: impl FnOnce()) {
 
 /// Drops a value that may contain the caller's code.
 pub(crate) fn discard<T>(value: T) {
-    // The panic hook has already reported a panic, and nothing is left that could fail because of
-    // it.
+    // The panic hook has already reported the panic, and it can't affect anything else.
     let _ = call(|| drop(value));
 }
 
-/// Returns the message in a panic's payload.
+/// Extracts the message from a panic's payload.
 pub(crate) fn message(payload: Box<dyn Any + Send>) -> String {
     if let Some(text) = payload.downcast_ref::<&str>() {
         return (*text).to_owned();

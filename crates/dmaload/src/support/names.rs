@@ -1,6 +1,6 @@
-//! Looks up choices by name, and lists the valid names.
+//! Looks up choices by name. The error for an unknown name lists the valid ones.
 
-/// Finds the choice called `name`.
+/// Returns the choice with this name.
 ///
 /// # Errors
 /// A list of the valid names.

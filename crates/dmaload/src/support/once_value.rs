@@ -1,18 +1,17 @@
-//! A value that several threads need and the first of them makes. No lock is held while the value
-//! is being made, because that may call a heap's code, or open a file on a server that never
-//! answers.
+//! A value that several threads need and that the first of them creates. No lock is held in the
+//! meantime, because creating the value may call a heap's code, or open a file on a server that
+//! never answers.
 
 use crate::support::sync::{Condvar, Mutex, MutexGuard, lock, wait};
 
 #[derive(Debug)]
 enum ValueState<T> {
     Empty,
-    /// A thread is making the value.
     Making,
     Ready(T),
 }
 
-/// A value that the first thread to need it makes; see the module documentation.
+/// A value that is created by the first thread that needs it; see the module documentation.
 #[derive(Debug)]
 pub(crate) struct OnceValue<T> {
     state: Mutex<ValueState<T>>,
@@ -34,7 +33,7 @@ impl<T> OnceValue<T> {
         lock(&self.state)
     }
 
-    /// Takes the value, if it is ready. It can then be made again.
+    /// Takes the value, if it is ready. Afterwards, it can be created again.
     pub(crate) fn take(&self) -> Option<T> {
         let mut state = self.state();
         match std::mem::replace(&mut *state, ValueState::Empty) {
@@ -56,8 +55,8 @@ impl<T: Clone> OnceValue<T> {
         }
     }
 
-    /// Returns a clone of the value. If there is no value yet, this thread makes it while others
-    /// wait. If making it fails, one of the waiting threads tries next.
+    /// Returns a clone of the value. If there is no value yet, this thread creates it while others
+    /// wait. If that fails, one of the waiting threads tries next.
     ///
     /// # Errors
     /// Those of `make`.

@@ -23,9 +23,10 @@ impl Wake for Unpark {
     }
 }
 
-/// Runs a future to completion on this thread, which sleeps until the future's waker is called.
+/// Runs a future to completion on this thread. The thread sleeps while it waits for the future's
+/// waker to be called.
 pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
-    block_on_until(None, future).expect("a wait without a deadline ends with a value")
+    block_on_until(None, future).expect("without a deadline, the wait ends only when the future is ready")
 }
 
 /// Like [`block_on`], but returns `None` if the future is not ready within `timeout`.
@@ -88,7 +89,7 @@ mod tests {
         assert_eq!(
             block_on_for(Duration::ZERO, std::future::ready(7)),
             Some(7),
-            "the future is polled once even if the time is up"
+            "the future should be polled once even if the timeout is zero"
         );
     }
 }

@@ -1,5 +1,6 @@
-//! The standard library's locks and atomics, or loom's, which try the interleavings of a model's
-//! threads. `--cfg dmaload_loom` selects loom's: tokio would react to `--cfg loom`, too.
+//! The standard library's locks and atomics, or loom's, which try different interleavings of a
+//! model's threads. `--cfg dmaload_loom` selects loom's. The flag is not `--cfg loom`, because
+//! tokio would react to that, too.
 
 use std::time::Duration;
 
@@ -9,18 +10,19 @@ pub(crate) use std::sync::{Condvar, Mutex, MutexGuard, atomic};
 #[cfg(dmaload_loom)]
 pub(crate) use loom::sync::{Condvar, Mutex, MutexGuard, atomic};
 
-/// Locks data that is never left inconsistent, so a panic of a lock holder does no harm.
+/// Locks data that is never left in an inconsistent state, so poisoning by a panic can be ignored.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// Waits until `changed` is notified, or returns earlier (a spurious wakeup): callers check their
-/// condition in a loop.
+/// Waits until `changed` is notified. May return earlier (a spurious wakeup), so callers must
+/// check their condition in a loop.
 pub(crate) fn wait<'a, T>(changed: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
     changed.wait(guard).unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// Waits until `changed` is notified, or until the timeout. (In loom's models, time stands still.)
+/// Waits until `changed` is notified, or until the timeout. (With loom, the timeout never
+/// expires.)
 pub(crate) fn wait_timeout<'a, T>(changed: &Condvar, guard: MutexGuard<'a, T>, timeout: Duration) -> MutexGuard<'a, T> {
     changed.wait_timeout(guard, timeout).unwrap_or_else(std::sync::PoisonError::into_inner).0
 }

@@ -1,4 +1,4 @@
-//! Measures how long activities were running. Overlapping intervals count only once.
+//! Measures how long activities were running. Overlapping intervals are counted only once.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! Metrics of a loader, for exporters.
+//! A loader's metrics, for exporters.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -10,11 +10,11 @@ use std::time::Duration;
 pub struct Metrics {
     /// Loads that have started.
     pub loads_started: u64,
-    /// Loads that have handed over everything.
+    /// Loads that have delivered all of their data.
     pub loads_finished: u64,
-    /// Loads that ended with an error.
+    /// Loads that have failed.
     pub loads_failed: u64,
-    /// Loads that were dropped before they ended.
+    /// Loads that were dropped before they finished or failed.
     pub loads_dropped: u64,
     /// Bytes read from files into segments.
     pub read_bytes: u64,
@@ -22,18 +22,18 @@ pub struct Metrics {
     pub segments: u64,
     /// Steps down the ladder of routes.
     pub fallbacks: u64,
-    /// Reads that failed because of the medium, and were retried.
+    /// Reads that failed because of the storage medium and were retried.
     pub retried_reads: u64,
     /// Reads in flight now, at most [`crate::LoaderBuilder::queue_depth`].
     pub reads_in_flight: u64,
     /// The maximum number of reads in flight.
     pub queue_depth: u64,
-    /// Memory that segments and the pool occupy now ([`crate::Loader::memory_bytes`]).
+    /// Bytes of memory that segments and the pool occupy now ([`crate::Loader::memory_bytes`]).
     pub memory_bytes: u64,
-    /// Memory that the pool keeps now.
+    /// Bytes of memory that the pool keeps now.
     pub pooled_bytes: u64,
     /// How long reads waited from the arrival of their piece on the ring thread until their
-    /// submission to the kernel: mostly for a place in the queue.
+    /// submission to the kernel. Most of this is spent waiting for a place in the queue.
     pub before_kernel: Latency,
     /// How long reads took, from submission until their completion was received.
     pub in_kernel: Latency,
@@ -50,8 +50,9 @@ pub struct Latency {
     pub count: u64,
     /// Sum of all samples.
     pub sum: Duration,
-    /// Number of samples in each bucket: those up to the bucket's [`Latency::bound`] and above the
-    /// bound of the bucket before it. The last bucket has no bound.
+    /// Number of samples in each bucket. A bucket contains the samples up to its
+    /// [`Latency::bound`] that are above the bound of the preceding bucket. The last bucket has no
+    /// bound.
     pub buckets: [u64; Latency::BUCKETS],
 }
 
@@ -74,7 +75,7 @@ impl Latency {
     }
 }
 
-/// Counts latencies as they are measured.
+/// Counts latencies in buckets. Several threads can add to it at the same time.
 #[derive(Debug, Default)]
 pub(crate) struct Histogram {
     sum_nanos: AtomicU64,
@@ -87,7 +88,7 @@ impl Histogram {
         let micros = nanos.div_ceil(1000);
         // The exponent of the smallest power of two that is at least `micros`.
         let bucket = micros.max(1).next_power_of_two().trailing_zeros() as usize;
-        let bucket = self.buckets.get(bucket.min(Latency::BUCKETS - 1)).expect("the last bucket counts everything longer");
+        let bucket = self.buckets.get(bucket.min(Latency::BUCKETS - 1)).expect("the index is limited to the last bucket");
         bucket.fetch_add(1, Ordering::Relaxed);
         self.sum_nanos.fetch_add(nanos, Ordering::Relaxed);
     }
@@ -123,7 +124,8 @@ pub(crate) struct LoadCounters {
 }
 
 impl LoadCounters {
-    /// Takes a snapshot. Figures that are not counted here are zero; the caller sets them.
+    /// Takes a snapshot. The metrics that are not counted here are set to zero, and the caller
+    /// must fill them in.
     pub(crate) fn snapshot(&self, reads: &ReadCounters) -> Metrics {
         let seen = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Metrics {

@@ -3,7 +3,8 @@
 //!
 //! This module does only bookkeeping: it reads no files and no clock, and starts no threads. The
 //! engine fills these values and returns them to the caller, who may keep them: nothing here
-//! refers to a loader. Figures of the whole process, such as its CPU time, are left to the caller.
+//! refers to a loader. Measuring the process as a whole, such as its CPU time, is left to the
+//! caller.
 
 pub(crate) mod busy;
 pub(crate) mod metrics;

@@ -9,14 +9,14 @@ use crate::options::choices::Layout;
 use crate::route::{Fallback, Route};
 use crate::telemetry::trace::TraceEvent;
 
-/// What happened during a load: how much was read, how long it took, and by which routes.
+/// What happened during a load: how much was read, how long that took, and which routes were used.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Report {
     /// Bytes read into segments: all bytes of the files, or the requested parts plus whatever was
     /// read along with them.
     pub bytes: u64,
-    /// Bytes requested. Equal to `bytes`, unless only parts of the files were requested
+    /// Number of bytes requested. Equal to `bytes`, unless only parts of the files were requested
     /// ([`crate::LoadOptions::tensors`] and the like) or the layout is [`Layout::Tensors`].
     pub wanted_bytes: u64,
     /// Bytes of tensors that were copied to meet the importer's alignment
@@ -30,7 +30,7 @@ pub struct Report {
     /// Number of allocations (memfds, dma-bufs or private memory) that hold the segments: fewer
     /// than segments if small files share allocations.
     pub memories: usize,
-    /// From the start of the load until everything was handed over.
+    /// Time from the start of the load until everything was handed over.
     pub total: Duration,
     /// Time during which memory was being allocated or populated.
     pub allocating: Duration,
@@ -41,12 +41,12 @@ pub struct Report {
     /// Time during which at least one copy from the page cache was running; zero if nothing was
     /// copied from there.
     pub from_cache: Duration,
-    /// Time until the first segment was handed over; `None` without segments.
+    /// Time until the first segment was handed over; `None` if there were no segments.
     pub first_segment: Option<Duration>,
     /// How much of the segments' memory lies on 2 MiB pages.
     pub pages: PageCount,
-    /// Why some of the memory is on small pages although 2 MiB pages were wanted: the first reason
-    /// found. Always `None` before Linux 6.7.
+    /// Why some of the memory is on small pages although 2 MiB pages were wanted. If there were
+    /// several reasons, this is the first one found. Always `None` before Linux 6.7.
     pub pages_refused: Option<Errno>,
     /// How much of the segments' memory came from the pool ([`crate::LoaderBuilder::pool_bytes`]).
     pub reused_bytes: u64,
@@ -57,19 +57,20 @@ pub struct Report {
     pub notes: Vec<String>,
     /// The layout.
     pub layout: Layout,
-    /// The lowest route that any byte took; the starting route if everything came from the page
-    /// cache.
+    /// The lowest route on the ladder that was used for any byte. If everything came from the page
+    /// cache, this is the route that the load started with.
     pub route: Route,
-    /// Every step down the ladder, in the order taken. Equal steps of several files are merged
-    /// into one that names no file.
+    /// Every step down the ladder of routes, in the order in which they were taken. If several
+    /// files took the same step, they are merged into one step that names no file.
     pub fallbacks: Vec<Fallback>,
     /// How fast each way of reading was, if this load measured them to find the fastest one
     /// ([`crate::LoadOptions::route`]).
     pub measured: Option<Measured>,
-    /// What was compared ([`crate::LoadOptions::verify`]), as described by the verifier; `None`
-    /// without verification.
+    /// What was compared ([`crate::LoadOptions::verify`]), as described by the verifier; `None` if
+    /// the load was not verified.
     pub verified: Option<String>,
-    /// A timeline, sorted by when each event ended. Empty without [`crate::LoadOptions::trace`].
+    /// A timeline, sorted by the times at which the events ended. Empty without
+    /// [`crate::LoadOptions::trace`].
     pub trace: Vec<TraceEvent>,
     /// The files, in load order.
     pub files: Vec<FileReport>,
@@ -79,7 +80,7 @@ pub struct Report {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Way {
-    /// Memory is populated ahead of reads, and devices write to it.
+    /// Memory is populated ahead of the reads, which then write directly into it.
     Direct,
     /// Reads go into a few buffers that stay in the CPU cache. Threads then populate memory and
     /// copy the bytes into it while both are in the cache ([`Route::Bounce`]).
@@ -99,7 +100,7 @@ impl std::fmt::Display for Way {
     }
 }
 
-/// How fast each way was on parts of a load.
+/// How fast each way of reading was, measured on parts of a load.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct Measured {
@@ -121,8 +122,8 @@ pub struct FileReport {
     pub path: PathBuf,
     /// The file's length when the load began, even if only parts of it were loaded.
     pub bytes: u64,
-    /// The lowest route that any of its bytes took; the starting route if all of them came from
-    /// the page cache.
+    /// The lowest route on the ladder that was used for any of its bytes. If all of them came from
+    /// the page cache, this is the route that the load started with.
     pub route: Route,
 }
 
@@ -133,13 +134,14 @@ impl Report {
         self.bytes as f64 / self.total.as_secs_f64().max(f64::MIN_POSITIVE)
     }
 
-    /// Read speed of storage over the time that reads were running; `None` if there were no reads.
+    /// The speed of reads from storage, over the time during which any were in flight; `None` if
+    /// there were no reads.
     pub fn storage_bytes_per_second(&self) -> Option<f64> {
         rate(self.bytes.saturating_sub(self.cached_bytes), self.reading)
     }
 
-    /// Copy speed from the page cache over the time that such copies were running; `None` if there
-    /// were none.
+    /// The speed of copies from the page cache, over the time during which any were running;
+    /// `None` if there were no such copies.
     pub fn cache_bytes_per_second(&self) -> Option<f64> {
         rate(self.cached_bytes, self.from_cache)
     }

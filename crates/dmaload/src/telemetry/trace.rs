@@ -6,17 +6,17 @@ use std::time::Duration;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum TraceKind {
-    /// Memory for segments was allocated and populated, or a part of it was populated.
+    /// Memory for segments was allocated and populated, or part of an allocation was populated.
     Allocate,
     /// A piece's pages were registered with the ring.
     Register,
     /// A read was in flight.
     Read,
-    /// Data read into staging was copied into place.
+    /// Bytes were copied from staging to their place in memory.
     Copy,
     /// A chunk was copied from the page cache.
     FromCache,
-    /// An observer saw bytes.
+    /// An observer was called with bytes of the load.
     Observe,
     /// A full allocation was finished: bytes were moved to their places, and the allocation was
     /// exported as a dma-buf if the heap supports that.
@@ -41,7 +41,7 @@ impl TraceKind {
     }
 }
 
-/// A step of a load. Its times count from the start of the load.
+/// A step of a load. Its times are relative to the start of the load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct TraceEvent {
@@ -51,12 +51,12 @@ pub struct TraceEvent {
     pub start: Duration,
     /// When it ended.
     pub end: Duration,
-    /// The number of the file; the first one if the memory belongs to several.
+    /// The number of the file. If the memory belongs to several files, this is the first one.
     pub file_index: usize,
-    /// The number of the segment, counted over all files; the first one if the memory belongs to
-    /// several.
+    /// The number of the segment, counted across all files. If the memory belongs to several
+    /// segments, this is the first one.
     pub segment: usize,
-    /// Number of bytes: of memory for `Allocate` and `Register`, 0 for `Export`, and of the file
-    /// for the others.
+    /// Number of bytes of memory (for `Allocate` and `Register`) or of the file (for the other
+    /// kinds); 0 for `Export`.
     pub bytes: u64,
 }

@@ -21,8 +21,8 @@ impl Chunks {
         self.seen_bytes
     }
 
-    /// Takes the next bytes, and calls `each` with the number and checksum of every chunk that
-    /// they complete.
+    /// Adds the file's next bytes, and calls `each` with the number and checksum of every chunk
+    /// that they complete.
     pub(super) fn update<E>(&mut self, mut bytes: &[u8], mut each: impl FnMut(u64, Digest) -> Result<(), E>) -> Result<(), E> {
         while !bytes.is_empty() {
             let number = self.seen_bytes / self.chunk_bytes;

@@ -1,6 +1,6 @@
 //! Checksums of loaded bytes.
 //!
-//! Four algorithms are supported, so users can compare with checksums that they already have:
+//! Four algorithms are supported, so users can verify against checksums that they already have:
 //! `sha256`, which model hubs publish; `blake3`, which is also cryptographic and usually faster;
 //! `crc32c`, which storage systems keep; and `xxh3`, which is fast and, like `crc32c`, detects
 //! only accidental changes.
@@ -89,8 +89,8 @@ impl Digest {
         Some(Digest { algorithm, bytes })
     }
 
-    /// Creates a digest from hexadecimal digits in either case; `None` if these are not the digits
-    /// of a value of this algorithm.
+    /// Creates a digest from hexadecimal digits in upper or lower case; `None` if `hex` is not a
+    /// valid value for this algorithm.
     pub fn from_hex(algorithm: Algorithm, hex: &str) -> Option<Self> {
         let digit = |at: usize| hex.as_bytes().get(at).and_then(|&byte| char::from(byte).to_digit(16));
         let byte = |at: usize| u8::try_from(digit(2 * at)? << 4 | digit(2 * at + 1)?).ok();
@@ -134,7 +134,7 @@ impl FromStr for Digest {
         let algorithm: Algorithm = name.parse()?;
         let digits = 2 * algorithm.digest_bytes();
         Digest::from_hex(algorithm, hex)
-            .ok_or_else(|| format!("invalid checksum {hex:?}: a {algorithm} has {digits} hexadecimal digits"))
+            .ok_or_else(|| format!("invalid checksum {hex:?}: a {algorithm} checksum has {digits} hexadecimal digits"))
     }
 }
 
@@ -182,7 +182,7 @@ impl Hasher {
         }
     }
 
-    /// Takes the next bytes; how they are split makes no difference.
+    /// Adds the next bytes. It makes no difference how the bytes are split across calls.
     pub fn update(&mut self, bytes: &[u8]) {
         match &mut self.0 {
             HasherState::Sha256(state) => state.update(bytes),
@@ -194,7 +194,7 @@ impl Hasher {
         }
     }
 
-    /// The checksum of all bytes taken.
+    /// Returns the checksum of all bytes that were added.
     #[must_use]
     pub fn finish(self) -> Digest {
         let algorithm = self.algorithm();

@@ -1,4 +1,4 @@
-//! Manifests: the expected contents of files, chunk by chunk, as JSON.
+//! Manifests: JSON texts that list the expected checksums of each file's chunks.
 //!
 //! ```json
 //! { "format": "dmaload-manifest", "version": 1, "algorithm": "crc32c", "chunk_bytes": 1048576,
@@ -19,7 +19,7 @@ use super::digest::{Algorithm, Digest};
 const FORMAT: &str = "dmaload-manifest";
 const VERSION: u64 = 1;
 
-/// The expected contents of files; see the [module](super).
+/// The expected lengths and checksums of files; see the [module](super).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Manifest {
     pub(super) algorithm: Algorithm,
@@ -27,7 +27,7 @@ pub struct Manifest {
     pub(super) files: Vec<ManifestFile>,
 }
 
-/// The expected contents of one file.
+/// The expected length and checksums of one file.
 #[derive(Clone, PartialEq, Eq)]
 pub struct ManifestFile {
     /// The path for display. It also identifies the file unless `raw` does.
@@ -40,13 +40,13 @@ pub struct ManifestFile {
     pub(super) sums: Vec<u8>,
 }
 
-/// Why a manifest is invalid: where, and what is wrong there.
+/// The error for an invalid manifest. Its message says where the manifest is invalid, and why.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("invalid manifest: {}", dmabuf::printable::text(.0))]
 pub struct ManifestError(String);
 
 impl ManifestFile {
-    /// An entry with a name and a length, but no checksums yet.
+    /// Creates an entry with a path and a length, but without checksums.
     pub(super) fn new(path: &Path, bytes: u64) -> Self {
         let raw = path.to_str().is_none().then(|| path.to_owned());
         ManifestFile { path: path.to_string_lossy().into_owned(), raw, bytes, sha256: None, sums: Vec::new() }
@@ -57,7 +57,7 @@ impl ManifestFile {
         &self.path
     }
 
-    /// Like [`Self::path`], but with the bytes as in the file system.
+    /// Like [`Self::path`], but with exactly the bytes that the path has in the file system.
     pub fn raw_path(&self) -> &Path {
         self.raw.as_deref().unwrap_or(Path::new(&self.path))
     }
@@ -67,8 +67,8 @@ impl ManifestFile {
         self.bytes
     }
 
-    /// The checksum of the whole file, if present: for people and other tools. Loads verify the
-    /// chunks.
+    /// The SHA-256 checksum of the whole file, if present. It is meant for people and other tools;
+    /// loads verify the chunks instead.
     pub fn sha256(&self) -> Option<Digest> {
         self.sha256
     }
@@ -83,9 +83,9 @@ impl fmt::Debug for ManifestFile {
 impl Manifest {
     /// Maximum size of a chunk: 1 MiB.
     ///
-    /// Every chunk size divides it, and segments of whole files begin at its multiples. No chunk
-    /// therefore crosses into another segment, so each segment can be verified before it is handed
-    /// over.
+    /// Every chunk size divides this size. When whole files are loaded, segments begin at
+    /// multiples of it. No chunk therefore extends into another segment, so each segment can be
+    /// verified before it is handed over.
     pub const LARGEST_CHUNK_BYTES: u64 = 1 << 20;
     /// Minimum size of a chunk: 4 KiB.
     pub const SMALLEST_CHUNK_BYTES: u64 = 4096;
@@ -118,17 +118,18 @@ impl Manifest {
         Digest::new(self.algorithm, file.sums.get(start..start.checked_add(length)?)?)
     }
 
-    /// The entry for a path: the one whose path is the longest suffix of this path. If there is
-    /// none and only one file is loaded (`alone`), it is the manifest's only entry, because a copy
-    /// may have any name.
+    /// Returns the index of the entry for this path: the entry whose own path is the longest
+    /// suffix of it. If there is none, only one file is loaded (`alone`) and the manifest has only
+    /// one entry, returns that entry, because a copy of the file may have any name.
     pub(super) fn find(&self, path: &Path, alone: bool) -> Option<usize> {
         let named = self.files.iter().enumerate().filter(|(_, file)| path.ends_with(file.raw_path()));
         let longest = named.max_by_key(|(_, file)| file.raw_path().components().count());
         longest.map(|(index, _)| index).or((alone && self.files.len() == 1).then_some(0))
     }
 
-    /// The shortest suffixes that tell the paths apart, all with the same number of components
-    /// unless a path is shorter. If no suffixes do, returns the longest ones.
+    /// Returns the shortest suffixes of these paths that are all different. They have the same
+    /// number of components, except for paths that are shorter. If no suffixes are all different,
+    /// returns the longest ones.
     pub(super) fn shortest_names(paths: &[&Path]) -> Vec<PathBuf> {
         let ends = |depth: usize| -> Vec<PathBuf> {
             let end = |path: &&Path| {
@@ -142,7 +143,7 @@ impl Manifest {
         (1..=longest).map(ends).find(|names| distinct(names)).unwrap_or_else(|| ends(longest))
     }
 
-    /// Parses a manifest. Takes a small multiple of the input's memory, and never panics.
+    /// Parses a manifest. Its memory use is a small multiple of the input's length. Never panics.
     ///
     /// # Errors
     /// Where the manifest is invalid, and why.
@@ -156,7 +157,7 @@ impl Manifest {
         if version != VERSION {
             return Err(error_at("version", &format!("is {version}, but only {VERSION} is supported")));
         }
-        let algorithm: Algorithm = top.text("algorithm")?.parse().map_err(|error: String| error_at("algorithm", &error))?;
+        let algorithm: Algorithm = top.text("algorithm")?.parse().map_err(|error: String| error_at("algorithm:", &error))?;
         let chunk_bytes = top.number("chunk_bytes")?;
         if !Self::allows_chunk_bytes(chunk_bytes) {
             return Err(error_at("chunk_bytes", &format!("is {chunk_bytes}, but must be a power of two from 4096 to 1048576")));
@@ -166,12 +167,12 @@ impl Manifest {
         let files: Vec<_> = files.collect::<Result<_, _>>()?;
         let mut seen = BTreeSet::new();
         match files.iter().find(|file| !seen.insert(file.raw_path())) {
-            Some(twice) => Err(error_at("files", &format!("has {:?} twice", twice.path))),
+            Some(twice) => Err(error_at("files", &format!("lists {:?} twice", twice.path))),
             None => Ok(Manifest { algorithm, chunk_bytes, files }),
         }
     }
 
-    /// The manifest as JSON.
+    /// Returns the manifest as JSON.
     pub fn to_json(&self) -> String {
         let file = |file: &ManifestFile| {
             let chunks = file.sums.chunks(self.algorithm.digest_bytes());
@@ -207,7 +208,7 @@ fn parse_file(value: &Value, at: &str, algorithm: Algorithm, chunk_bytes: u64) -
         None | Some(Value::Null) => None,
         Some(value) => {
             let digest = value.as_str().and_then(|hex| Digest::from_hex(Algorithm::Sha256, hex));
-            Some(digest.ok_or_else(|| error_at(&format!("{at}.sha256"), "is not a sha256"))?)
+            Some(digest.ok_or_else(|| error_at(&format!("{at}.sha256"), "is not a sha256 checksum"))?)
         }
     };
     let chunks = file.list("chunks")?;
@@ -215,14 +216,16 @@ fn parse_file(value: &Value, at: &str, algorithm: Algorithm, chunk_bytes: u64) -
     if chunks.len() as u64 != expected {
         return Err(error_at(
             &format!("{at}.chunks"),
-            &format!("has length {}, but must have length {expected}: one checksum for each chunk", chunks.len()),
+            &format!("has length {}, but must have length {expected}, with one checksum for each chunk", chunks.len()),
         ));
     }
     let mut sums = Vec::with_capacity(chunks.len() * algorithm.digest_bytes());
     for (index, chunk) in chunks.iter().enumerate() {
         let digest = chunk.as_str().and_then(|hex| Digest::from_hex(algorithm, hex));
         sums.extend_from_slice(
-            digest.ok_or_else(|| error_at(&format!("{at}.chunks[{index}]"), &format!("is not a {algorithm}")))?.as_bytes(),
+            digest
+                .ok_or_else(|| error_at(&format!("{at}.chunks[{index}]"), &format!("is not a {algorithm} checksum")))?
+                .as_bytes(),
         );
     }
     let raw = match file.fields.get("path_hex") {
@@ -234,7 +237,7 @@ fn parse_file(value: &Value, at: &str, algorithm: Algorithm, chunk_bytes: u64) -
     Ok(ManifestFile { path, raw, bytes, sha256, sums })
 }
 
-/// Decodes a path from its bytes in hex.
+/// Decodes a path whose bytes are given as hexadecimal digits.
 fn unhex(hex: &str) -> Option<PathBuf> {
     let pairs = hex.as_bytes().chunks(2);
     let bytes: Option<Vec<u8>> = pairs.map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()).collect();
@@ -243,7 +246,7 @@ fn unhex(hex: &str) -> Option<PathBuf> {
     Some(OsString::from_vec(bytes).into())
 }
 
-/// A JSON object and its location.
+/// A JSON object, and where it is in the manifest.
 struct Object<'a> {
     at: String,
     fields: &'a Map<String, Value>,
@@ -352,7 +355,7 @@ mod tests {
         assert_eq!(says("[]"), "invalid manifest: it is not an object");
         assert!(with("dmaload-manifest", "other").contains("format is not"));
         assert!(with(r#""version":1"#, r#""version":2"#).contains("version is 2"));
-        assert!(with("crc32c", "md5").contains("algorithm unknown checksum"));
+        assert!(with("crc32c", "md5").contains("algorithm: unknown checksum"));
         assert!(with(r#""chunk_bytes":4096"#, r#""chunk_bytes":5000"#).contains("power of two"));
         assert!(with(r#""chunk_bytes":4096"#, r#""chunk_bytes":0"#).contains("power of two"));
         assert!(with(r#""chunk_bytes":4096"#, r#""chunk_bytes":8192"#).contains("files[0].chunks has length 3"));

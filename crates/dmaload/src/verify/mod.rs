@@ -5,9 +5,9 @@
 //! never hands over a segment with unverified bytes. A single [`Digest`] of a whole file also
 //! verifies it, but all segments except the last one are handed over before the result is known.
 //!
-//! Verifiers compute checksums of the bytes that a load passes to them. They read no payload
-//! themselves, only a file's header, to name the tensors in a corrupt chunk. They have no threads
-//! and need no shutdown: a verifier lives as long as the load that uses it.
+//! Verifiers compute checksums of the bytes that a load passes to them. The only thing that they
+//! read themselves is a file's header, to name the tensors in a corrupt chunk. They have no
+//! threads and need no shutdown. A verifier lives as long as the load that uses it.
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), Box<dyn std::error::Error>> {

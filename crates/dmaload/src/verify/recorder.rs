@@ -1,4 +1,4 @@
-//! Creates manifests: an observer that computes checksums of loaded files.
+//! An observer that creates a manifest by computing checksums of the loaded files.
 
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
@@ -52,7 +52,7 @@ impl Recorder {
         Recorder { algorithm, chunk_bytes, files: Mutex::default() }
     }
 
-    /// The manifest of a completely observed load.
+    /// Returns the manifest of a load that was observed completely.
     ///
     /// # Panics
     /// If the recorder has not seen all bytes of the report's files, for example because the
@@ -62,7 +62,7 @@ impl Recorder {
         seen.resize_with(report.files.len(), || self.empty_sums());
         let paths: Vec<&Path> = report.files.iter().map(|file| file.path.as_path()).collect();
         let files = report.files.iter().zip(seen).zip(Manifest::shortest_names(&paths)).map(|((file, mut seen), path)| {
-            assert_eq!(seen.chunks.seen_bytes(), file.bytes, "all bytes of {path:?} were seen");
+            assert_eq!(seen.chunks.seen_bytes(), file.bytes, "the recorder should have seen all bytes of {path:?}");
             let last = seen.chunks.finish();
             seen.sums.extend_from_slice(last.as_ref().map_or(&[], |(_, digest)| digest.as_bytes()));
             ManifestFile { sha256: Some(seen.whole.finish()), sums: seen.sums, ..ManifestFile::new(&path, file.bytes) }

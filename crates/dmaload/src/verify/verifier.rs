@@ -57,7 +57,7 @@ impl Verify for Digest {
     }
 
     fn begin_for(&self, files: &[(&Path, u64)], named: usize, format: Format) -> Result<Arc<dyn Observer>> {
-        let own = files.get(named).expect("the named file is one of the load's files");
+        let own = files.get(named).expect("`named` is the index of a file in the load");
         Ok(Arc::new(OnlyFile { file_index: named, observer: self.begin(&[*own], format)? }))
     }
 
@@ -70,7 +70,7 @@ impl Verify for Digest {
     }
 }
 
-/// Passes the bytes of only one file of a load to another observer.
+/// Passes the bytes of one of a load's files to another observer, and ignores the other files.
 struct OnlyFile {
     file_index: usize,
     observer: Arc<dyn Observer>,
@@ -89,7 +89,7 @@ struct VerifiedFile {
     entry: usize,
 }
 
-/// Verifies the checksum of each chunk.
+/// Verifies files chunk by chunk.
 #[derive(Debug)]
 struct ByChunks {
     manifest: Arc<Manifest>,
@@ -138,7 +138,7 @@ fn tensors_in(path: &Path, format: Format, start: u64, end: u64) -> Vec<String> 
     overlapping.map(|tensor| tensor.name.to_string()).collect()
 }
 
-/// Verifies the checksum of a whole file, at its end.
+/// Verifies the checksum of a whole file when its last bytes have arrived.
 #[derive(Debug)]
 struct AsAWhole {
     expected: Digest,

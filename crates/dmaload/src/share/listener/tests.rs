@@ -94,7 +94,7 @@ fn file_in_place_of_the_bound_socket_is_left_alone() {
         |victim, fresh| fs::hard_link(victim, fresh).unwrap(),
         |_, fresh| {
             create_dead_socket(fresh);
-            // Make the socket another user's, if this process may do that; otherwise remove it.
+            // Give the socket to another user if this process may do that. Otherwise, remove it.
             if geteuid().is_root() {
                 std::os::unix::fs::chown(fresh, Some(12345), None).unwrap();
             } else {
@@ -350,7 +350,7 @@ fn long_path_works_until_its_name_exceeds_the_limit() {
     refused(deep.join("missing").join("socket"), "ENOENT");
 }
 
-/// Binds as [`Listener::bind`] does without procfs.
+/// This is how [`Listener::bind`] binds a socket if procfs is not available.
 #[test]
 fn separate_thread_binds_in_another_folder() {
     let folder = tempfile::tempdir().unwrap();
@@ -360,9 +360,9 @@ fn separate_thread_binds_in_another_folder() {
     fchmod(&socket, everyone()).unwrap();
     let address = SocketAddrUnix::new("here").unwrap();
     run_in_folder(&opened, || bind(&socket, &address)).unwrap();
-    assert_eq!(mode_of(&folder.path().join("here")), 0o666, "the umask of that thread is empty");
+    assert_eq!(mode_of(&folder.path().join("here")), 0o666, "the umask should be empty on that thread");
     assert_eq!(std::env::current_dir().unwrap(), before);
     let file = folder.path().join("file");
     fs::write(&file, "").unwrap();
-    assert_ne!(mode_of(&file), 0o666, "the umask of the process is unchanged");
+    assert_ne!(mode_of(&file), 0o666, "the umask of the process should not change");
 }
