@@ -15,54 +15,56 @@
 #include <stdint.h>
 
 /*
- `dmaload_options.flags`: `heap_fd` identifies the heap.
+ For `dmaload_options.flags`: allocate from the heap that `heap_fd` refers to.
  */
 #define DMALOAD_HEAP_FD 1
 
 /*
- `dmaload_options.flags`: fail if the best route is refused, instead of taking the next route
- and reporting the step down.
+ For `dmaload_options.flags`: fail if the best way to read the file is refused, instead of
+ falling back to the next one and recording that in the report.
  */
 #define DMALOAD_STRICT 2
 
 /*
- `dmaload_options.layout`: segments of `segment_bytes`, each of which can be used as soon as it
- is complete.
+ For `dmaload_options.layout`: divide the file into segments of `segment_bytes`, each of which
+ can be used as soon as it is complete.
  */
 #define DMALOAD_SEGMENTED 0
 
 /*
- `dmaload_options.layout`: the whole file in one segment.
+ For `dmaload_options.layout`: load the whole file into one segment.
  */
 #define DMALOAD_SINGLE 1
 
 /*
- `dmaload_segment.kind`: a memfd, sealed against writing; it can be mapped for reading.
+ In `dmaload_segment.kind`: a memfd, which is sealed against writing and can be mapped for
+ reading.
  */
 #define DMALOAD_MEMFD 0
 
 /*
- `dmaload_segment.kind`: a dma-buf. Every process that has its descriptor can write to it.
+ In `dmaload_segment.kind`: a dma-buf. Every process that has its descriptor can write to it.
  */
 #define DMALOAD_DMA_BUF 1
 
 /*
- `dmaload_poll`: the load is still running. Wait until its eventfd is readable.
+ Returned by `dmaload_poll`: no segment is available yet. Wait until the load's eventfd is
+ readable.
  */
 #define DMALOAD_PENDING 0
 
 /*
- `dmaload_poll`: a segment has been returned.
+ Returned by `dmaload_poll`: the next segment has been stored.
  */
 #define DMALOAD_SEGMENT 1
 
 /*
- `dmaload_poll`: all segments have been returned.
+ Returned by `dmaload_poll`: the load has finished, and all segments have been returned.
  */
 #define DMALOAD_FINISHED 2
 
 /*
- A load that is running, or that is over but not freed yet.
+ A load, which `dmaload_start` creates and `dmaload_free` frees.
  */
 struct dmaload_load;
 
@@ -119,7 +121,7 @@ struct dmaload_report {
      */
     uint64_t first_segment_ns;
     /*
-     Time during which memory was being allocated, by any thread; overlaps with reading.
+     Time during which at least one thread was allocating memory; this overlaps with reading.
      */
     uint64_t allocating_ns;
     /*
@@ -135,7 +137,8 @@ struct dmaload_report {
      */
     uint64_t cpu_ns;
     /*
-     Bytes of the memory that are on 2 MiB pages; 0 if the kernel does not report page sizes.
+     Number of bytes of the memory that are on 2 MiB pages; 0 if the kernel does not report page
+     sizes.
      */
     uint64_t huge_page_bytes;
     /*
@@ -143,19 +146,20 @@ struct dmaload_report {
      */
     uint64_t segments;
     /*
-     Number of steps down from the best route; `text` describes each of them.
+     Number of times that the load had to fall back to another way of reading; `text` describes
+     each of them.
      */
     uint64_t fallbacks;
     /*
-     A line with the heap and the route, a line for each step down with its reason, and other
+     A line with the heap and the route, a line for each fallback with its reason, and other
      notes. Truncated to 1023 bytes, and terminated by a zero.
      */
     char text[1024];
 };
 
 /*
- The options of a load. Zero is the default of every field except `size`, including fields of
- newer versions that the caller does not know.
+ The options of a load. In every field except `size`, zero selects the default. This also holds
+ for fields that newer versions add.
  */
 struct dmaload_options {
     /*
@@ -169,13 +173,13 @@ struct dmaload_options {
      */
     uint64_t flags;
     /*
-     The heap to allocate from: "memfd" (the default, also for NULL), "udmabuf",
+     The heap to allocate from: "memfd" (the default if this is NULL), "udmabuf",
      "dma-heap:NAME", or "dma-buf" for the best available heap that provides dma-bufs.
      */
     const char *heap;
     /*
-     With `DMALOAD_HEAP_FD`: an open dma-heap or /dev/udmabuf, instead of a name. The caller
-     remains its owner.
+     With `DMALOAD_HEAP_FD`: the descriptor of an open dma-heap or /dev/udmabuf, used instead of
+     a name. The caller keeps ownership of it.
      */
     int32_t heap_fd;
     /*
@@ -183,8 +187,9 @@ struct dmaload_options {
      */
     uint32_t layout;
     /*
-     Segment size, a multiple of 2 MiB; 0 means 64 MiB, or less if the window or the heap's
-     maximum is small, or more if the limit of open files is low. For `DMALOAD_SEGMENTED` only.
+     Segment size, a multiple of 2 MiB. 0 means 64 MiB, but less if the window or the heap's
+     maximum is small, and more if the limit on open files is low. Used for `DMALOAD_SEGMENTED`
+     only.
      */
     uint64_t segment_bytes;
     /*
@@ -193,7 +198,7 @@ struct dmaload_options {
      */
     uint64_t window_bytes;
     /*
-     Offset in the file to load from.
+     Offset in the file of the first byte to load.
      */
     uint64_t file_offset;
     /*
@@ -205,7 +210,7 @@ struct dmaload_options {
      */
     uint32_t queue_depth;
     /*
-     0 for normal, 1 to be served before other loads of the loader, -1 to be served after them.
+     Priority among the loader's loads: 1 is served first, then 0 (normal), then -1.
      */
     int32_t priority;
     /*
@@ -215,8 +220,8 @@ struct dmaload_options {
      */
     const struct dmaload_loader *loader;
     /*
-     Called with the load's progress; may be NULL. Must be NULL for `dmaload_start`, see
-     `dmaload_load_progress`.
+     Called with the load's progress; may be NULL. Must be NULL for `dmaload_start`, which has
+     `dmaload_load_progress` instead.
      */
     dmaload_progress_fn progress;
     /*
@@ -225,26 +230,27 @@ struct dmaload_options {
     void *user;
     /*
      A flag that another thread or a signal handler sets to nonzero to cancel the load; may be
-     NULL. Checked about every 20 ms. Must be NULL for `dmaload_start`, see `dmaload_cancel`.
+     NULL. Checked about every 20 ms. Must be NULL for `dmaload_start`, which has
+     `dmaload_cancel` instead.
      */
     const int *cancel;
     /*
-     Written if the load succeeds; may be NULL. Must be NULL for `dmaload_start`, see
-     `dmaload_load_report`.
+     Where to write the report if the load succeeds; may be NULL. Must be NULL for
+     `dmaload_start`, which has `dmaload_load_report` instead.
      */
     struct dmaload_report *report;
 };
 
 /*
- A range of the file's bytes in memory. The bytes begin at `memory_offset` in the memory of
- `fd`. If the whole file was requested, the memory after the last byte is zero. If only a range
- of the file was requested, the first and last blocks also contain neighboring bytes of the
- file.
+ A range of the file's bytes, loaded into memory. The bytes begin at offset `memory_offset` in
+ the memory that `fd` refers to. If the whole file was requested, the memory after the last byte
+ is zero. If only a range of the file was requested, the first and last blocks also contain
+ neighboring bytes of the file.
  */
 struct dmaload_segment {
     /*
-     Owned by the caller, close-on-exec: close it when it is no longer needed. The memory lives
-     as long as any descriptor, mapping or import of it exists.
+     A descriptor of the memory. It is close-on-exec, and the caller owns it and must close it.
+     The memory lives as long as any descriptor, mapping or import of it exists.
      */
     int fd;
     /*
@@ -280,50 +286,53 @@ extern "C" {
 #endif // __cplusplus
 
 /*
- Returns the version of the library: major in bits 16 and up, minor in bits 8 to 15, patch in
- bits 0 to 7.
+ Returns the library's version: the major number in bits 16 and up, the minor number in bits 8
+ to 15, and the patch number in bits 0 to 7.
  */
 uint32_t dmaload_version(void);
 
 /*
- Returns the message of this thread's last failed call: what failed, on what, the name of the
- kernel's errno if there is one, and a hint if there is one. The string is valid until this
- thread's next failure. It is never NULL, and empty before the first failure.
+ Returns the message of this thread's last failed call. It says what failed and on what, names
+ the kernel's errno if there is one, and ends with a hint if there is one. The string is valid
+ until this thread's next failure. It is never NULL, and is empty before the first failure.
  */
 const char *dmaload_last_error(void);
 
 /*
- Allocates a dma-buf and reads a file into it, as `DMA_HEAP_IOCTL_ALLOC_AND_READ` would have
- done. The dma-buf has the length of the file, rounded up to whole pages and to whole blocks of
- the file system. Returns 0 and stores the dma-buf, which the caller must close, in `dmabuf_fd`;
- or returns a negative errno and leaves `dmabuf_fd` unchanged.
+ Allocates a dma-buf and reads a file into it, like the proposed ioctl
+ `DMA_HEAP_IOCTL_ALLOC_AND_READ`. The dma-buf is as long as the file, rounded up to whole pages
+ and to whole blocks of the file system. Returns 0 and stores the dma-buf in `dmabuf_fd`; the
+ caller must close it. On failure, returns a negative errno and leaves `dmabuf_fd` unchanged.
 
  `heap_fd` is an open dma-heap or /dev/udmabuf, identified by its device number. `file_fd` is a
  file opened for reading, with or without O_DIRECT; it is read from its beginning, and its file
  position is neither used nor changed. The file is opened again through /proc/self/fd, which
  requires procfs and permission to open it (-ENOENT, -EACCES). `fd_flags` is O_CLOEXEC or 0,
- combined with any access mode. `heap_flags` are passed to the dma-heap, which currently defines
- none, and must be 0 for udmabuf. At most `batch_bytes` of a udmabuf are allocated but not yet
- read; 0 means 128 MiB, and the minimum is 2 MiB. A dma-heap allocates all memory at once.
+ combined with any access mode. `heap_flags` is passed to the dma-heap and must be 0 for
+ udmabuf; the kernel currently defines no flags. For a udmabuf, `batch_bytes` is the maximum
+ amount of memory that is allocated but not yet read into; 0 means 128 MiB, and the minimum is 2
+ MiB. A dma-heap allocates all memory at once.
 
  Errors: -EINVAL for an empty file, a file that is not regular, flags that are not allowed, or a
  batch that is too small; -EISDIR for a directory; -EBADF for a descriptor that is closed, or
- not open for reading; -ENOTTY for a `heap_fd` that is not a heap; -EFAULT for NULL; -EFBIG if
- udmabuf's size_limit_mb is too small (raise it in /sys/module/udmabuf/parameters); -ENOMEM if
- the memory would not fit (the OOM killer is not woken); -ESTALE for a file that changed during
- the load; -EIO, and any other error of the kernel. `dmaload_last_error` returns the message.
+ not open for reading; -ENOTTY for a `heap_fd` that is not a heap; -EFAULT if `dmabuf_fd` is
+ NULL; -EFBIG if udmabuf's size_limit_mb is too small (raise it in
+ /sys/module/udmabuf/parameters); -ENOMEM if the memory would not fit (the OOM killer is not
+ invoked); -ESTALE if the file changed during the load; -EIO and other errors from the kernel.
+ `dmaload_last_error` returns the message.
 
- Differences from the ioctl of the 2024 kernel series: there the batch size triggers reads; here
- it limits how much is allocated ahead of the reads. The memory of a dma-heap is a single
- allocation, which can't overlap with reading. This memory usually can't be pinned, so reads go
- through staging, in parallel with copies. A udmabuf can be read into directly, while the rest
- of it is being allocated. The dma-buf is always opened for reading and writing.
+ This function differs from the ioctl in the kernel patch series of 2024. There, the batch size
+ triggers reads; here, it limits how much is allocated ahead of the reads. A dma-heap's memory
+ is a single allocation, which can't overlap with reading. It usually can't be pinned, so data
+ is read into staging buffers and copied from there, both in parallel. A udmabuf can be read
+ into directly while the rest of it is being allocated. The dma-buf is always opened for reading
+ and writing.
 
- Thread-safe. Blocks. Starts threads, which exit on their own soon after the call returns; until
- then they may hold duplicates of the descriptors.
+ Thread-safe. Blocks until the file is loaded or the load fails. Starts threads, which exit on
+ their own soon after the call returns; until then, they may hold duplicates of the descriptors.
 
  # Safety
- `dmabuf_fd` is null, or valid for a write.
+ `dmabuf_fd` must be NULL or valid for a write.
  */
 int dmaload_alloc_and_read(int heap_fd,
                            int file_fd,
@@ -337,14 +346,14 @@ int dmaload_alloc_and_read(int heap_fd,
  number in `count`. The array must be freed with `dmaload_segments_free`. `options` may be NULL.
  Returns 0; on failure, returns a negative errno and stores nothing.
 
- Errors: those of `dmaload_alloc_and_read`; -ECANCELED if the progress function or the flag
- cancelled the load; -E2BIG for options that set fields of a newer version; -EINVAL for invalid
- options.
+ Errors: those of `dmaload_alloc_and_read`; -EFAULT if `segments` or `count` is NULL; -ECANCELED
+ if the progress function or the flag cancelled the load; -E2BIG if the options set fields that
+ this version does not know; -EINVAL for invalid options.
 
- Thread-safe. Blocks.
+ Thread-safe. Blocks until the load has finished or failed.
 
  # Safety
- The pointers, and those in `options`, are null or valid as the header requires.
+ Each pointer, including those in `options`, must be NULL or valid for the use described here.
  */
 int dmaload_load_file(int file_fd,
                       const struct dmaload_options *options,
@@ -352,67 +361,69 @@ int dmaload_load_file(int file_fd,
                       size_t *count);
 
 /*
- Closes the descriptors of an array of segments, except those that the caller has taken and set
- to -1, and frees the array. Does nothing for NULL.
+ Closes the descriptors in an array of segments and frees the array. Descriptors that the caller
+ has taken over, and set to -1 in the array, are skipped. Does nothing for NULL.
 
  # Safety
- `segments` is null, or came from `dmaload_load_file` with this count, and was not freed.
+ `segments` must be NULL, or have been returned by `dmaload_load_file` with this count and not
+ been freed.
  */
 void dmaload_segments_free(struct dmaload_segment *segments, size_t count);
 
 /*
- Creates a loader, whose loads share memory, threads and limits. Uses only the heap,
- `window_bytes` and `queue_depth` of `options`, which may be NULL. Returns 0 and stores the
- loader, which must be freed with `dmaload_loader_free`, in `loader`; or returns a negative
- errno.
+ Creates a loader, whose loads share memory, threads and limits. Of `options`, which may be
+ NULL, it uses only the heap, `window_bytes` and `queue_depth`. Returns 0 and stores the loader
+ in `loader`, or returns a negative errno. The loader must be freed with `dmaload_loader_free`.
 
  # Safety
- The pointers, and those in `options`, are null or valid as the header requires.
+ Each pointer, including those in `options`, must be NULL or valid for the use described here.
  */
 int dmaload_loader_new(const struct dmaload_options *options, struct dmaload_loader **loader);
 
 /*
  Frees a loader. Running loads continue, and the loader's threads exit after the last of these
- loads. Does nothing for NULL.
+ loads has ended. Does nothing for NULL.
 
  # Safety
- `loader` is null, or came from `dmaload_loader_new`, and was not freed. No other call is using
- it.
+ `loader` must be NULL, or have been returned by `dmaload_loader_new` and not been freed. No
+ other call may be using it.
  */
 void dmaload_loader_free(struct dmaload_loader *loader);
 
 /*
- Starts a load and returns at once. Returns 0 and stores the load, which must be freed with
- `dmaload_free`, in `load`; or returns a negative errno. `file_fd` may be closed after the call.
- `options` may be NULL; the fields `progress`, `cancel` and `report` must be NULL.
+ Starts a load and returns at once. Returns 0 and stores the load in `load`, or returns a
+ negative errno. The load must be freed with `dmaload_free`. `file_fd` may be closed after the
+ call. `options` may be NULL; its fields `progress`, `cancel` and `report` must be NULL.
 
  # Safety
- The pointers, and those in `options`, are null or valid as the header requires.
+ Each pointer, including those in `options`, must be NULL or valid for the use described here.
  */
 int dmaload_start(int file_fd, const struct dmaload_options *options, struct dmaload_load **load);
 
 /*
- Returns the eventfd of a load, for poll(2) or epoll(7). It is readable while `dmaload_poll` has
- a segment, the end of the load or a failure to return. The load owns it: do not close it, read
- from it or write to it. Returns -EFAULT for NULL.
+ Returns the eventfd of a load, for poll(2) or epoll(7). It is readable while `dmaload_poll` can
+ return a segment, the end of the load or a failure. The load owns the eventfd: do not close it,
+ read from it or write to it. Returns -EFAULT for NULL.
 
  # Safety
- `load` is null, or came from `dmaload_start`, and was not freed.
+ `load` must be NULL, or have been returned by `dmaload_start` and not been freed.
  */
 int dmaload_event_fd(const struct dmaload_load *load);
 
 /*
- Returns the next event of a load without blocking: `DMALOAD_PENDING`; `DMALOAD_SEGMENT` with
- the next segment in order, whose descriptor the caller must close; `DMALOAD_FINISHED` after the
- last one; or a negative errno, as from `dmaload_load_file`, on this and all later calls.
+ Returns the next event of a load without blocking. `DMALOAD_PENDING` means that there is none
+ yet. `DMALOAD_SEGMENT` means that the next segment, in order, was stored in `segment`; the
+ caller must close its descriptor. `DMALOAD_FINISHED` follows the last segment. If the load
+ fails, this and all later calls return a negative errno, as from `dmaload_load_file`.
 
- Segments returned before a failure contain the file's bytes as they were when they were read: a
- change of the file may be detected only at the end of the load.
+ Segments returned before a failure contain the file's bytes at the time they were read. A
+ change to the file may be detected only at the end of the load.
 
  Thread-safe: each segment is returned once.
 
  # Safety
- `load` came from `dmaload_start`, and was not freed; `segment` is valid for a write.
+ `load` must have been returned by `dmaload_start` and not been freed, and `segment` must be
+ valid for a write.
  */
 int dmaload_poll(struct dmaload_load *load, struct dmaload_segment *segment);
 
@@ -421,7 +432,8 @@ int dmaload_poll(struct dmaload_load *load, struct dmaload_segment *segment);
  `DMALOAD_FINISHED` or a failure, or the load was cancelled. Returns 0 or -EFAULT.
 
  # Safety
- `load` came from `dmaload_start`, and was not freed; `progress` is valid for a write.
+ `load` must have been returned by `dmaload_start` and not been freed, and `progress` must be
+ valid for a write.
  */
 int dmaload_load_progress(const struct dmaload_load *load, struct dmaload_progress *progress);
 
@@ -431,18 +443,19 @@ int dmaload_load_progress(const struct dmaload_load *load, struct dmaload_progre
  `report` is not set.
 
  # Safety
- `load` came from `dmaload_start`, and was not freed; `report` is valid, with its size set.
+ `load` must have been returned by `dmaload_start` and not been freed. `report` must be valid
+ and have its size set.
  */
 int dmaload_load_report(const struct dmaload_load *load, struct dmaload_report *report);
 
 /*
- Cancels a load: from now on `dmaload_poll` returns -ECANCELED. No new reads start; reads in
- flight are drained in the background, and then their memory is freed. Does not block. Segments
- already returned stay valid. Does nothing once `dmaload_poll` has returned `DMALOAD_FINISHED`
- or a failure, and for NULL.
+ Cancels a load without blocking. From then on, `dmaload_poll` returns -ECANCELED. No new reads
+ start; reads in flight are drained in the background, and then their memory is freed. Segments
+ already returned stay valid. Does nothing for NULL, or once `dmaload_poll` has returned
+ `DMALOAD_FINISHED` or a failure.
 
  # Safety
- `load` is null, or came from `dmaload_start`, and was not freed.
+ `load` must be NULL, or have been returned by `dmaload_start` and not been freed.
  */
 void dmaload_cancel(struct dmaload_load *load);
 
@@ -450,7 +463,8 @@ void dmaload_cancel(struct dmaload_load *load);
  Frees a load, and cancels it if it is still running. Does nothing for NULL.
 
  # Safety
- `load` is null, or came from `dmaload_start`, and was not freed. No other call is using it.
+ `load` must be NULL, or have been returned by `dmaload_start` and not been freed. No other call
+ may be using it.
  */
 void dmaload_free(struct dmaload_load *load);
 

@@ -1,4 +1,4 @@
-//! Calls that return once the load is complete.
+//! Loads that block the calling thread until they have finished.
 #![allow(unsafe_code)]
 
 use std::ffi::c_int;
@@ -17,7 +17,7 @@ use crate::outcome::{self, Finished, OwnedSegment};
 use crate::request::Started;
 use crate::types::dmaload_options;
 
-/// The interval at which progress is reported and the cancel flag is checked, as stated in the
+/// The interval at which progress is reported and the cancel flag is checked, as documented in the
 /// header.
 const TICK: Duration = Duration::from_millis(20);
 
@@ -95,7 +95,7 @@ pub(crate) unsafe fn collect_segments(started: Started, control: Control<'_>) ->
             Poll::Pending if control.is_set() => thread::park_timeout(due.saturating_duration_since(Instant::now())),
             Poll::Pending => thread::park(),
         }
-        // The flag is also checked while segments arrive without a pause.
+        // This check also runs while segments arrive without a pause.
         if due <= Instant::now() {
             // SAFETY: the pointers in the options are valid, as the caller guarantees.
             unsafe { control.check(&segments)? };
@@ -111,7 +111,7 @@ pub(crate) unsafe fn collect_segments(started: Started, control: Control<'_>) ->
 
 /// Shuts down a loader that is not shared, after its load, and waits for its threads.
 pub(crate) fn shut_down(loader: Loader) {
-    // The load is over, so no memory can leak: the result does not matter.
+    // The load has finished, so no memory can leak and the result can be ignored.
     let _ = block_on(loader.shutdown());
 }
 

@@ -1,4 +1,4 @@
-//! Errors as C sees them: a negative errno, and a message.
+//! Errors in the form that C programs receive: a negative errno, and a message.
 
 use std::cell::RefCell;
 use std::ffi::{CString, c_char, c_int};
@@ -27,7 +27,6 @@ impl Failure {
         Failure { errno, text: format!("{text}: {reason}") }
     }
 
-    /// An invalid argument.
     pub(crate) fn invalid(text: impl Into<String>) -> Self {
         Failure::new(Errno::INVAL, text)
     }
@@ -58,8 +57,8 @@ fn errno_of(error: &Error) -> Errno {
         ErrorKind::Unsupported => Errno::OPNOTSUPP,
         ErrorKind::ShutDown => Errno::CANCELED,
         ErrorKind::Panicked => Errno::NOTRECOVERABLE,
-        // Wrong bytes; errors that always have an errno, handled above; and kinds about models,
-        // views and shared images, which the C interface does not use.
+        // These kinds are corrupt data, errors that always have an errno (handled above), and
+        // errors about models, views and shared images, which the C interface does not use.
         _ => Errno::IO,
     }
 }

@@ -1,9 +1,9 @@
 //! dmaload for C and C++. The functions are documented in `include/dmaload.h`, which is generated
 //! from these sources.
 //!
-//! A thin layer: it checks arguments ([`request`]), calls the library, and stores the results in
-//! plain structs ([`outcome`]). Panics are caught. Functions that can fail return a negative errno
-//! ([`failure`]).
+//! The layer is thin: it checks arguments ([`request`]), calls the library, and stores the results
+//! in plain structs ([`outcome`]). Functions that can fail return a negative errno, and panics are
+//! caught and returned as errors ([`failure`]).
 #![allow(unsafe_code)]
 #![allow(unreachable_pub, reason = "the header decides what is public")]
 
@@ -29,8 +29,8 @@ use types::{
     dmaload_report, dmaload_segment,
 };
 
-/// Returns the version of the library: major in bits 16 and up, minor in bits 8 to 15, patch in
-/// bits 0 to 7.
+/// Returns the library's version: the major number in bits 16 and up, the minor number in bits 8
+/// to 15, and the patch number in bits 0 to 7.
 #[unsafe(no_mangle)]
 pub extern "C" fn dmaload_version() -> u32 {
     const fn number(text: &str) -> u32 {
@@ -47,45 +47,48 @@ pub extern "C" fn dmaload_version() -> u32 {
     MAJOR << 16 | MINOR << 8 | PATCH
 }
 
-/// Returns the message of this thread's last failed call: what failed, on what, the name of the
-/// kernel's errno if there is one, and a hint if there is one. The string is valid until this
-/// thread's next failure. It is never NULL, and empty before the first failure.
+/// Returns the message of this thread's last failed call. It says what failed and on what, names
+/// the kernel's errno if there is one, and ends with a hint if there is one. The string is valid
+/// until this thread's next failure. It is never NULL, and is empty before the first failure.
 #[unsafe(no_mangle)]
 pub extern "C" fn dmaload_last_error() -> *const c_char {
     failure::last_message()
 }
 
-/// Allocates a dma-buf and reads a file into it, as `DMA_HEAP_IOCTL_ALLOC_AND_READ` would have
-/// done. The dma-buf has the length of the file, rounded up to whole pages and to whole blocks of
-/// the file system. Returns 0 and stores the dma-buf, which the caller must close, in `dmabuf_fd`;
-/// or returns a negative errno and leaves `dmabuf_fd` unchanged.
+/// Allocates a dma-buf and reads a file into it, like the proposed ioctl
+/// `DMA_HEAP_IOCTL_ALLOC_AND_READ`. The dma-buf is as long as the file, rounded up to whole pages
+/// and to whole blocks of the file system. Returns 0 and stores the dma-buf in `dmabuf_fd`; the
+/// caller must close it. On failure, returns a negative errno and leaves `dmabuf_fd` unchanged.
 ///
 /// `heap_fd` is an open dma-heap or /dev/udmabuf, identified by its device number. `file_fd` is a
 /// file opened for reading, with or without O_DIRECT; it is read from its beginning, and its file
 /// position is neither used nor changed. The file is opened again through /proc/self/fd, which
 /// requires procfs and permission to open it (-ENOENT, -EACCES). `fd_flags` is O_CLOEXEC or 0,
-/// combined with any access mode. `heap_flags` are passed to the dma-heap, which currently defines
-/// none, and must be 0 for udmabuf. At most `batch_bytes` of a udmabuf are allocated but not yet
-/// read; 0 means 128 MiB, and the minimum is 2 MiB. A dma-heap allocates all memory at once.
+/// combined with any access mode. `heap_flags` is passed to the dma-heap and must be 0 for
+/// udmabuf; the kernel currently defines no flags. For a udmabuf, `batch_bytes` is the maximum
+/// amount of memory that is allocated but not yet read into; 0 means 128 MiB, and the minimum is 2
+/// MiB. A dma-heap allocates all memory at once.
 ///
 /// Errors: -EINVAL for an empty file, a file that is not regular, flags that are not allowed, or a
 /// batch that is too small; -EISDIR for a directory; -EBADF for a descriptor that is closed, or
-/// not open for reading; -ENOTTY for a `heap_fd` that is not a heap; -EFAULT for NULL; -EFBIG if
-/// udmabuf's size_limit_mb is too small (raise it in /sys/module/udmabuf/parameters); -ENOMEM if
-/// the memory would not fit (the OOM killer is not woken); -ESTALE for a file that changed during
-/// the load; -EIO, and any other error of the kernel. `dmaload_last_error` returns the message.
+/// not open for reading; -ENOTTY for a `heap_fd` that is not a heap; -EFAULT if `dmabuf_fd` is
+/// NULL; -EFBIG if udmabuf's size_limit_mb is too small (raise it in
+/// /sys/module/udmabuf/parameters); -ENOMEM if the memory would not fit (the OOM killer is not
+/// invoked); -ESTALE if the file changed during the load; -EIO and other errors from the kernel.
+/// `dmaload_last_error` returns the message.
 ///
-/// Differences from the ioctl of the 2024 kernel series: there the batch size triggers reads; here
-/// it limits how much is allocated ahead of the reads. The memory of a dma-heap is a single
-/// allocation, which can't overlap with reading. This memory usually can't be pinned, so reads go
-/// through staging, in parallel with copies. A udmabuf can be read into directly, while the rest
-/// of it is being allocated. The dma-buf is always opened for reading and writing.
+/// This function differs from the ioctl in the kernel patch series of 2024. There, the batch size
+/// triggers reads; here, it limits how much is allocated ahead of the reads. A dma-heap's memory
+/// is a single allocation, which can't overlap with reading. It usually can't be pinned, so data
+/// is read into staging buffers and copied from there, both in parallel. A udmabuf can be read
+/// into directly while the rest of it is being allocated. The dma-buf is always opened for reading
+/// and writing.
 ///
-/// Thread-safe. Blocks. Starts threads, which exit on their own soon after the call returns; until
-/// then they may hold duplicates of the descriptors.
+/// Thread-safe. Blocks until the file is loaded or the load fails. Starts threads, which exit on
+/// their own soon after the call returns; until then, they may hold duplicates of the descriptors.
 ///
 /// # Safety
-/// `dmabuf_fd` is null, or valid for a write.
+/// `dmabuf_fd` must be NULL or valid for a write.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dmaload_alloc_and_read(
     heap_fd: c_int,
@@ -128,14 +131,14 @@ pub unsafe extern "C" fn dmaload_alloc_and_read(
 /// number in `count`. The array must be freed with `dmaload_segments_free`. `options` may be NULL.
 /// Returns 0; on failure, returns a negative errno and stores nothing.
 ///
-/// Errors: those of `dmaload_alloc_and_read`; -ECANCELED if the progress function or the flag
-/// cancelled the load; -E2BIG for options that set fields of a newer version; -EINVAL for invalid
-/// options.
+/// Errors: those of `dmaload_alloc_and_read`; -EFAULT if `segments` or `count` is NULL; -ECANCELED
+/// if the progress function or the flag cancelled the load; -E2BIG if the options set fields that
+/// this version does not know; -EINVAL for invalid options.
 ///
-/// Thread-safe. Blocks.
+/// Thread-safe. Blocks until the load has finished or failed.
 ///
 /// # Safety
-/// The pointers, and those in `options`, are null or valid as the header requires.
+/// Each pointer, including those in `options`, must be NULL or valid for the use described here.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dmaload_load_file(
     file_fd: c_int,
@@ -165,11 +168,12 @@ pub unsafe extern "C" fn dmaload_load_file(
     })
 }
 
-/// Closes the descriptors of an array of segments, except those that the caller has taken and set
-/// to -1, and frees the array. Does nothing for NULL.
+/// Closes the descriptors in an array of segments and frees the array. Descriptors that the caller
+/// has taken over, and set to -1 in the array, are skipped. Does nothing for NULL.
 ///
 /// # Safety
-/// `segments` is null, or came from `dmaload_load_file` with this count, and was not freed.
+/// `segments` must be NULL, or have been returned by `dmaload_load_file` with this count and not
+/// been freed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dmaload_segments_free(segments: *mut dmaload_segment, count: usize) {
     answer(|| {
@@ -180,13 +184,12 @@ pub unsafe extern "C" fn dmaload_segments_free(segments: *mut dmaload_segment, c
     });
 }
 
-/// Creates a loader, whose loads share memory, threads and limits. Uses only the heap,
-/// `window_bytes` and `queue_depth` of `options`, which may be NULL. Returns 0 and stores the
-/// loader, which must be freed with `dmaload_loader_free`, in `loader`; or returns a negative
-/// errno.
+/// Creates a loader, whose loads share memory, threads and limits. Of `options`, which may be
+/// NULL, it uses only the heap, `window_bytes` and `queue_depth`. Returns 0 and stores the loader
+/// in `loader`, or returns a negative errno. The loader must be freed with `dmaload_loader_free`.
 ///
 /// # Safety
-/// The pointers, and those in `options`, are null or valid as the header requires.
+/// Each pointer, including those in `options`, must be NULL or valid for the use described here.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dmaload_loader_new(options: *const dmaload_options, loader: *mut *mut dmaload_loader) -> c_int {
     answer(|| {
@@ -202,11 +205,11 @@ pub unsafe extern "C" fn dmaload_loader_new(options: *const dmaload_options, loa
 }
 
 /// Frees a loader. Running loads continue, and the loader's threads exit after the last of these
-/// loads. Does nothing for NULL.
+/// loads has ended. Does nothing for NULL.
 ///
 /// # Safety
-/// `loader` is null, or came from `dmaload_loader_new`, and was not freed. No other call is using
-/// it.
+/// `loader` must be NULL, or have been returned by `dmaload_loader_new` and not been freed. No
+/// other call may be using it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dmaload_loader_free(loader: *mut dmaload_loader) {
     answer(|| {
@@ -219,12 +222,12 @@ pub unsafe extern "C" fn dmaload_loader_free(loader: *mut dmaload_loader) {
     });
 }
 
-/// Starts a load and returns at once. Returns 0 and stores the load, which must be freed with
-/// `dmaload_free`, in `load`; or returns a negative errno. `file_fd` may be closed after the call.
-/// `options` may be NULL; the fields `progress`, `cancel` and `report` must be NULL.
+/// Starts a load and returns at once. Returns 0 and stores the load in `load`, or returns a
+/// negative errno. The load must be freed with `dmaload_free`. `file_fd` may be closed after the
+/// call. `options` may be NULL; its fields `progress`, `cancel` and `report` must be NULL.
 ///
 /// # Safety
-/// The pointers, and those in `options`, are null or valid as the header requires.
+/// Each pointer, including those in `options`, must be NULL or valid for the use described here.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dmaload_start(file_fd: c_int, options: *const dmaload_options, load: *mut *mut dmaload_load) -> c_int {
     answer(|| {
@@ -246,28 +249,30 @@ pub unsafe extern "C" fn dmaload_start(file_fd: c_int, options: *const dmaload_o
     })
 }
 
-/// Returns the eventfd of a load, for poll(2) or epoll(7). It is readable while `dmaload_poll` has
-/// a segment, the end of the load or a failure to return. The load owns it: do not close it, read
-/// from it or write to it. Returns -EFAULT for NULL.
+/// Returns the eventfd of a load, for poll(2) or epoll(7). It is readable while `dmaload_poll` can
+/// return a segment, the end of the load or a failure. The load owns the eventfd: do not close it,
+/// read from it or write to it. Returns -EFAULT for NULL.
 ///
 /// # Safety
-/// `load` is null, or came from `dmaload_start`, and was not freed.
+/// `load` must be NULL, or have been returned by `dmaload_start` and not been freed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dmaload_event_fd(load: *const dmaload_load) -> c_int {
     with_load(load, |load| Ok(load.event_fd()))
 }
 
-/// Returns the next event of a load without blocking: `DMALOAD_PENDING`; `DMALOAD_SEGMENT` with
-/// the next segment in order, whose descriptor the caller must close; `DMALOAD_FINISHED` after the
-/// last one; or a negative errno, as from `dmaload_load_file`, on this and all later calls.
+/// Returns the next event of a load without blocking. `DMALOAD_PENDING` means that there is none
+/// yet. `DMALOAD_SEGMENT` means that the next segment, in order, was stored in `segment`; the
+/// caller must close its descriptor. `DMALOAD_FINISHED` follows the last segment. If the load
+/// fails, this and all later calls return a negative errno, as from `dmaload_load_file`.
 ///
-/// Segments returned before a failure contain the file's bytes as they were when they were read: a
-/// change of the file may be detected only at the end of the load.
+/// Segments returned before a failure contain the file's bytes at the time they were read. A
+/// change to the file may be detected only at the end of the load.
 ///
 /// Thread-safe: each segment is returned once.
 ///
 /// # Safety
-/// `load` came from `dmaload_start`, and was not freed; `segment` is valid for a write.
+/// `load` must have been returned by `dmaload_start` and not been freed, and `segment` must be
+/// valid for a write.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dmaload_poll(load: *mut dmaload_load, segment: *mut dmaload_segment) -> c_int {
     with_load(load, |load| {
@@ -288,7 +293,8 @@ pub unsafe extern "C" fn dmaload_poll(load: *mut dmaload_load, segment: *mut dma
 /// `DMALOAD_FINISHED` or a failure, or the load was cancelled. Returns 0 or -EFAULT.
 ///
 /// # Safety
-/// `load` came from `dmaload_start`, and was not freed; `progress` is valid for a write.
+/// `load` must have been returned by `dmaload_start` and not been freed, and `progress` must be
+/// valid for a write.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dmaload_load_progress(load: *const dmaload_load, progress: *mut dmaload_progress) -> c_int {
     with_load(load, |load| {
@@ -304,7 +310,8 @@ pub unsafe extern "C" fn dmaload_load_progress(load: *const dmaload_load, progre
 /// `report` is not set.
 ///
 /// # Safety
-/// `load` came from `dmaload_start`, and was not freed; `report` is valid, with its size set.
+/// `load` must have been returned by `dmaload_start` and not been freed. `report` must be valid
+/// and have its size set.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dmaload_load_report(load: *const dmaload_load, report: *mut dmaload_report) -> c_int {
     with_load(load, |load| {
@@ -315,13 +322,13 @@ pub unsafe extern "C" fn dmaload_load_report(load: *const dmaload_load, report: 
     })
 }
 
-/// Cancels a load: from now on `dmaload_poll` returns -ECANCELED. No new reads start; reads in
-/// flight are drained in the background, and then their memory is freed. Does not block. Segments
-/// already returned stay valid. Does nothing once `dmaload_poll` has returned `DMALOAD_FINISHED`
-/// or a failure, and for NULL.
+/// Cancels a load without blocking. From then on, `dmaload_poll` returns -ECANCELED. No new reads
+/// start; reads in flight are drained in the background, and then their memory is freed. Segments
+/// already returned stay valid. Does nothing for NULL, or once `dmaload_poll` has returned
+/// `DMALOAD_FINISHED` or a failure.
 ///
 /// # Safety
-/// `load` is null, or came from `dmaload_start`, and was not freed.
+/// `load` must be NULL, or have been returned by `dmaload_start` and not been freed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dmaload_cancel(load: *mut dmaload_load) {
     answer(|| {
@@ -336,7 +343,8 @@ pub unsafe extern "C" fn dmaload_cancel(load: *mut dmaload_load) {
 /// Frees a load, and cancels it if it is still running. Does nothing for NULL.
 ///
 /// # Safety
-/// `load` is null, or came from `dmaload_start`, and was not freed. No other call is using it.
+/// `load` must be NULL, or have been returned by `dmaload_start` and not been freed. No other call
+/// may be using it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dmaload_free(load: *mut dmaload_load) {
     answer(|| {
@@ -348,7 +356,7 @@ pub unsafe extern "C" fn dmaload_free(load: *mut dmaload_load) {
     });
 }
 
-/// Runs `body` with a load from C.
+/// Calls `body` with the load that a C program passed, or fails if it passed NULL.
 fn with_load(load: *const dmaload_load, body: impl FnOnce(&dmaload_load) -> failure::Result<c_int>) -> c_int {
     answer(|| {
         // SAFETY: `load` is null, or a load that was not freed, as the header requires.

@@ -1,4 +1,4 @@
-//! Loads for event loops, with an eventfd that is readable while a result can be fetched.
+//! Loads for event loops, which have an eventfd that is readable while a result is available.
 
 use std::fmt;
 use std::ops::Range;
@@ -17,7 +17,7 @@ use crate::failure::{Failure, Result};
 use crate::outcome::{Finished, OwnedSegment};
 use crate::request::Started;
 
-/// An eventfd: readable once it is set, until it is cleared.
+/// An eventfd that is readable after [`Event::set`], until [`Event::clear`].
 #[derive(Debug)]
 struct Event(OwnedFd);
 
@@ -39,7 +39,7 @@ impl Wake for Event {
     }
 }
 
-/// A load that is running, or that is over but not freed yet.
+/// A load, which `dmaload_start` creates and `dmaload_free` frees.
 #[allow(non_camel_case_types, reason = "the header uses this name")]
 pub struct dmaload_load {
     event: Arc<Event>,
@@ -51,8 +51,8 @@ pub struct dmaload_load {
 enum State {
     Going {
         segments: Box<Segments>,
-        /// The result that was fetched in advance, so that the eventfd can signal it; `Some(None)`
-        /// is the end of the load.
+        /// The next result, which is fetched in advance so that the eventfd can signal it.
+        /// `Some(None)` is the end of the load.
         next: Option<Option<std::result::Result<Segment, Error>>>,
     },
     Finished {
@@ -75,7 +75,7 @@ pub(crate) enum Fetched {
 }
 
 impl dmaload_load {
-    /// Wraps a started load, and signals its eventfd from now on.
+    /// Wraps a started load. From now on, its eventfd signals results.
     pub(crate) fn new(started: Started) -> Result<Self> {
         let Started { segments, wanted, cpu_before } = started;
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
@@ -98,8 +98,8 @@ impl dmaload_load {
         self.event.0.as_raw_fd()
     }
 
-    /// Fetches the next result if it is available, and sets the eventfd; otherwise the eventfd is
-    /// set when a result arrives.
+    /// Fetches the next result and sets the eventfd if a result is available. If not, the eventfd
+    /// will be set when one arrives.
     fn fetch_ahead(&self, state: &mut State) {
         let State::Going { segments, next } = state else { return self.event.set() };
         if next.is_none() {
@@ -178,8 +178,8 @@ impl dmaload_load {
             None
         };
         drop(state);
-        // Dropped after the lock is released: the load may be the last owner of its loader, and
-        // other calls for this load must not wait until the loader is gone.
+        // Drop the load after releasing the lock: it may be the last owner of its loader, and
+        // other calls on this load must not wait until the loader is torn down.
         drop(cancelled);
     }
 }

@@ -1,4 +1,4 @@
-//! Results of a load in C structs: segments, progress, a report.
+//! Converts a load's results to C structs: segments, progress and the report.
 #![allow(unsafe_code)]
 
 use std::ffi::{c_char, c_int};
@@ -22,8 +22,9 @@ pub(crate) struct OwnedSegment {
 }
 
 impl OwnedSegment {
-    /// Takes the requested bytes of a segment. A segment can contain more, because reads take
-    /// whole blocks. The segment can be dropped afterwards: the descriptor keeps its memory alive.
+    /// Describes the requested bytes of a segment, and gets a descriptor of its memory. The
+    /// segment can contain more bytes than requested, because whole blocks are read. It can be
+    /// dropped afterwards: the descriptor keeps the memory alive.
     pub(crate) fn new(segment: &Segment, wanted: &Range<u64>) -> Result<Self> {
         let (fd, kind) = if segment.has_dma_buf() {
             (segment.hand_out_owned_dma_buf()?, DMALOAD_DMA_BUF)
@@ -56,7 +57,7 @@ impl OwnedSegment {
     }
 }
 
-/// The report of a load, with the CPU time, which is not in the library's report.
+/// The report of a load, and the CPU time, which the library's report does not contain.
 #[derive(Debug, Clone)]
 pub(crate) struct Finished {
     report: Report,
@@ -114,13 +115,13 @@ fn describe_report(report: &Report) -> String {
     let mut lines = vec![format!("{} by {}", report.heap, report.route)];
     lines.extend(report.fallbacks.iter().map(|step| {
         let errno = step.errno.describe();
-        format!("{} was refused while {}: {errno}; {} was taken", step.from, step.attempt, step.to)
+        format!("{} was refused while {}: {errno}; {} was used instead", step.from, step.attempt, step.to)
     }));
     lines.extend(report.notes.iter().cloned());
     lines.join("\n")
 }
 
-/// Hands an array of segments to C.
+/// Stores the segments in an array and passes its ownership to C.
 ///
 /// # Safety
 /// Both pointers are valid for writes.

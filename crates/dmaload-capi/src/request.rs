@@ -53,8 +53,8 @@ pub(crate) fn duplicate_file(fd: c_int) -> Result<(OwnedFd, u64)> {
     }
 }
 
-/// Returns the file's mode and length. A network file system must ask its server: with an outdated
-/// length from its cache, the end of the file would not be loaded.
+/// Returns the file's mode and length. Forces a network file system to ask its server: if its
+/// cached length were outdated, the end of the file would not be loaded.
 fn mode_and_length(file: &OwnedFd) -> rustix::io::Result<(RawMode, u64)> {
     match statx(file, c"", AtFlags::EMPTY_PATH | AtFlags::STATX_FORCE_SYNC, StatxFlags::BASIC_STATS) {
         Ok(found) => Ok((RawMode::from(found.stx_mode), found.stx_size)),
@@ -79,7 +79,7 @@ pub(crate) fn heap_from_fd(fd: c_int, flags: u64) -> Result<Arc<dyn Heap>> {
     }
 }
 
-/// Opens the heap with this name; null means the heap memfd.
+/// Opens the heap with this name; null means the heap `memfd`.
 ///
 /// # Safety
 /// `name` is null, or a valid C string.
@@ -100,10 +100,10 @@ unsafe fn heap_named(name: *const c_char) -> Result<Arc<dyn Heap>> {
     Ok(choice.open(Pages::Auto)?.0)
 }
 
-/// Opens the heap that the options name or identify by a descriptor.
+/// Opens the heap that the options specify, by name or by descriptor.
 ///
 /// # Safety
-/// As for [`heap_named`], with `options.heap`.
+/// `options.heap` is null, or a valid C string.
 unsafe fn heap(options: &dmaload_options) -> Result<Arc<dyn Heap>> {
     match (options.flags & DMALOAD_HEAP_FD != 0, options.heap.is_null()) {
         (true, true) => heap_from_fd(options.heap_fd, 0),
@@ -116,7 +116,7 @@ unsafe fn heap(options: &dmaload_options) -> Result<Arc<dyn Heap>> {
 /// Creates a loader with these options.
 ///
 /// # Safety
-/// As for [`heap_named`], with `options.heap`.
+/// `options.heap` is null, or a valid C string.
 pub(crate) unsafe fn new_loader(options: &dmaload_options) -> Result<Loader> {
     check_flags(options)?;
     // SAFETY: `options.heap` is null or a valid C string, as the caller guarantees.
@@ -128,8 +128,8 @@ pub(crate) unsafe fn new_loader(options: &dmaload_options) -> Result<Loader> {
     Ok(builder.load_options(options_for_window(options.window_bytes)?).build()?)
 }
 
-/// Creates a loader for one call of `dmaload_alloc_and_read`, whose contract is to read from
-/// storage.
+/// Creates a loader for one call of `dmaload_alloc_and_read`, which always reads from storage,
+/// even if the file is cached.
 pub(crate) fn one_shot_loader(heap: Arc<dyn Heap>, batch_bytes: u64) -> Result<Loader> {
     let options = options_for_window(batch_bytes)?.cache(Cache::Bypass);
     Ok(Loader::builder().heap(heap).window_bytes(window_bytes(batch_bytes)?).load_options(options).build()?)
@@ -143,9 +143,9 @@ fn check_flags(options: &dmaload_options) -> Result<()> {
 fn window_bytes(requested: u64) -> Result<u64> {
     match requested {
         0 => Ok(LoaderBuilder::WINDOW_BYTES),
-        bytes if bytes < SEGMENT_STEP_BYTES => {
-            Err(Failure::invalid(format!("too few bytes to allocate ahead ({bytes}): use at least 2 MiB")))
-        }
+        bytes if bytes < SEGMENT_STEP_BYTES => Err(Failure::invalid(format!(
+            "too few bytes to allocate ahead ({bytes}): window_bytes and batch_bytes must be at least 2 MiB"
+        ))),
         bytes => Ok(bytes),
     }
 }
@@ -158,7 +158,7 @@ fn options_for_window(window: u64) -> Result<LoadOptions> {
     Ok(if window < LoadOptions::SEGMENT_BYTES { options.segment_bytes(fits) } else { options })
 }
 
-/// Returns the loader for a load, and whether the loader belongs to this load alone.
+/// Returns the loader for a load, and whether that loader was created for this load alone.
 ///
 /// # Safety
 /// The pointers in `options` are as the header requires.
@@ -199,8 +199,8 @@ pub(crate) fn start(loader: &Loader, file: OwnedFd, file_bytes: u64, options: &d
         other => return Err(Failure::invalid(format!("invalid priority {other}: use -1, 0 or 1"))),
     };
     let part = requested_range(file_bytes, options.file_offset, options.file_bytes)?;
-    // No range is set for the whole file: if the file has grown by the time it is opened, the new
-    // bytes are loaded, too.
+    // If the whole file was requested, no range is set, so that bytes are also loaded that the
+    // file gains before the load opens it.
     let (part, wanted) = if part == (0..file_bytes) { (None, 0..u64::MAX) } else { (Some(part.clone()), part) };
     let strict = options.flags & DMALOAD_STRICT != 0;
     // Every file is loaded as raw bytes, regardless of its format.
@@ -213,7 +213,8 @@ pub(crate) fn start(loader: &Loader, file: OwnedFd, file_bytes: u64, options: &d
     Ok(Started { segments: loader.load(source).options(load).segments(), wanted, cpu_before })
 }
 
-/// Returns the requested range of the file's bytes; `bytes` is 0 for everything from `offset` on.
+/// Returns the range of the file that was requested, if the file contains it. If `bytes` is 0, the
+/// range extends from `offset` to the end of the file.
 fn requested_range(file_bytes: u64, offset: u64, bytes: u64) -> Result<Range<u64>> {
     let left = file_bytes.checked_sub(offset).filter(|&left| left > 0 && bytes <= left).ok_or_else(|| {
         Failure::invalid(if bytes == 0 {

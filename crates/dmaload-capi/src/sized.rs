@@ -1,7 +1,7 @@
-//! Structs that grow from version to version. Each begins with a `uint64_t`: its size in bytes in
-//! the version that the calling program was compiled with.
+//! Structs that may get more fields in later versions. Each begins with a `uint64_t` that holds
+//! its size in bytes in the version that the calling program was compiled with.
 //!
-//! Works like the kernel's `copy_struct_from_user` (include/linux/uaccess.h).
+//! This works like the kernel's `copy_struct_from_user` (include/linux/uaccess.h).
 #![allow(unsafe_code)]
 
 use std::mem::MaybeUninit;
@@ -71,8 +71,8 @@ pub(crate) unsafe fn read<T: Sized64>(from: *const T) -> Result<T> {
     Ok(all)
 }
 
-/// Writes a struct of any version, up to the size that the caller states. Keeps the caller's
-/// `size`, and sets fields that this version does not know to 0. Does nothing for NULL.
+/// Writes a struct of any version, up to the `size` that the caller has set in it. Keeps the
+/// caller's `size`, and sets fields that this version does not know to 0. Does nothing for NULL.
 ///
 /// # Safety
 /// `to` is null, or valid for reads and writes of as many bytes as its first field says.

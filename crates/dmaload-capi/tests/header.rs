@@ -1,4 +1,4 @@
-//! The header matches the sources that it is generated from.
+//! Tests that the C header matches the sources that it is generated from.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 use std::path::Path;

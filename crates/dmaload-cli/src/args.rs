@@ -29,7 +29,7 @@ pub(crate) enum Command {
     Serve(serve::Arguments),
     /// Maps memory that `serve` has loaded, without a copy, and prints a report.
     Attach(attach::Arguments),
-    /// Tries loads on this machine, and shows how they would work and what would help most.
+    /// Tests how loads work on this machine, and shows what would help most.
     ///
     /// Exit status: 0 if a load would work, 1 if not, 2 wrong usage.
     Doctor(doctor::Arguments),

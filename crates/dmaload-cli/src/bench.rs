@@ -29,17 +29,17 @@ const SEED: u64 = 1;
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// The files to load; several files form one load.
+    /// The files to load; if there are several, one load reads all of them.
     #[arg(value_name = "PATH", required_unless_present = "size", conflicts_with = "size")]
     pub(crate) paths: Vec<PathBuf>,
     /// Create a file of random weights of this size, and remove it afterwards.
     #[arg(long, value_parser = parse::bytes)]
     pub(crate) size: Option<u64>,
-    /// The folder for created files; by default one on a disk, not in memory.
+    /// The folder in which to create files; by default, one on a disk, not in memory.
     #[arg(long)]
     pub(crate) dir: Option<PathBuf>,
     /// The modes to compare, separated by commas; normal and limit are always included [default:
-    /// all].
+    /// all except those that run only on request].
     ///
     /// normal, normal_io, direct_io, direct_io_check, limit, mmap, tokio-fs, pread-direct,
     /// no-overlap; and, only on request, reuse, swap, at-once and verify: see docs/cli.md.
@@ -49,7 +49,7 @@ pub(crate) struct Arguments {
     /// repeated: see docs/cli.md.
     #[arg(long = "peer", value_name = "NAME=COMMAND", value_parser = Mode::peer)]
     pub(crate) peers: Vec<Mode>,
-    /// How often to measure each mode; medians are reported.
+    /// How many times to measure each mode; medians are reported.
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) rounds: u32,
     /// Make memory scarce: cgroup:SIZE, cgroup:SIZE,clean, cgroup:SIZE,dirty, hog:SIZE,
@@ -75,7 +75,7 @@ pub(crate) struct Arguments {
     pub(crate) engine: EngineArguments,
 }
 
-/// The commands that `bench` runs in child processes.
+/// Commands that `bench` runs in child processes.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Child {
     /// Measures one run.
@@ -145,7 +145,7 @@ pub(crate) fn run_child(arguments: Child) -> Result<()> {
     }
 }
 
-/// Reports wrong usage before the first file is written.
+/// Rejects invalid options before the first file is written.
 fn check(arguments: &Arguments) -> Result<()> {
     if arguments.user.is_some() && !rustix::process::geteuid().is_root() {
         return Err(dmaload::Error::Config("--user: only root can run a process as another user".to_owned()).into());
@@ -167,7 +167,7 @@ fn print_progress(line: &str) {
     }
 }
 
-/// Creates a file of random weights that the user of `--user` can read, too.
+/// Creates a file of random weights, which the user given by `--user` must be able to read.
 fn make_file(arguments: &Arguments, size: u64) -> Result<ScratchFile> {
     let model = Model::new(size, SEED)?;
     let file = ScratchFile::create(arguments.dir.as_deref(), "bench.safetensors", size)?;

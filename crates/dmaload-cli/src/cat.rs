@@ -12,12 +12,12 @@ use crate::manifests::Against;
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// A file, written as it is even if its model has several files; or a folder, for all files of
-    /// its model.
+    /// A file, which is written unchanged, even if it is one of several files of a model; or a
+    /// folder, to write all files of its model.
     #[arg(value_name = "MODEL")]
     pub(crate) path: PathBuf,
-    /// Write only the bytes of this tensor. Little else is read. In a model of several files with
-    /// an index, the index determines the tensor's file.
+    /// Write only the bytes of this tensor, and read little else. If a multi-file model has an
+    /// index, the index determines which file the tensor is read from.
     #[arg(long, value_name = "NAME", conflicts_with = "verify")]
     pub(crate) tensor: Option<String>,
     /// Fail unless the file matches, as for `load`; only verified bytes are written.
@@ -31,7 +31,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let paths = std::slice::from_ref(&arguments.path);
     let about = |error| errors::with_files(error, paths);
     let loader = engine::loader_for(&arguments.engine, paths)?;
-    // A file is written as it is, regardless of its name; a folder must contain one complete
+    // A file is written unchanged, regardless of its name; a folder must contain one complete
     // model.
     let as_one_file = !arguments.path.is_dir();
     let options = match (&arguments.tensor, &arguments.verify) {
@@ -42,7 +42,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let mut segments = loader.load(&arguments.path).options(options).segments();
     block_on(async {
         let mut stdout = crate::output::stdout();
-        // The load is at most the window and one segment ahead of a slow reader.
+        // If the reader is slow, the load is ahead of it by at most the window and one segment.
         while let Some(segment) = segments.next().await {
             let segment = segment.map_err(about)?;
             let wanted = match &arguments.tensor {

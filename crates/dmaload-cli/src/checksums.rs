@@ -12,7 +12,7 @@ use dmaload::{Image, LoadOptions, Observer, Rejection};
 #[derive(Debug)]
 pub(crate) struct Checksums {
     algorithm: Algorithm,
-    /// Hashes the files during the load, on a heap that the CPU reads uncached.
+    /// Hashes the files during the load. It is `None` unless the CPU reads the heap uncached.
     observer: Option<Arc<HashingObserver>>,
 }
 
@@ -24,8 +24,8 @@ struct HashingObserver {
 }
 
 impl HashingObserver {
-    /// Locks the list and extends it to at least `files` hashers. No bytes of empty files are
-    /// observed, so their hashers may be missing.
+    /// Locks the list and extends it to at least `files` hashers. The observer is not called for
+    /// empty files, so their hashers may be missing.
     fn extend_to(&self, files: usize) -> MutexGuard<'_, Vec<Hasher>> {
         let mut hashers = self.hashers.lock().unwrap_or_else(PoisonError::into_inner);
         if hashers.len() < files {

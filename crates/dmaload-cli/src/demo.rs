@@ -1,10 +1,10 @@
-//! `dmaload demo`: loads a model of random values, and compares the time with that of the
-//! usual way of loading.
+//! `dmaload demo`: loads a model of random values, and compares the time with that of a
+//! conventional load, which allocates memory, maps the file and copies it.
 //!
-//! Both ways are measured equally often, in turn, from a cold file. Before each load, as much
-//! memory as it needs is touched and freed. Otherwise, a virtual machine that has returned memory
-//! to its host would spend part of the measured time getting that memory back. Results are
-//! verified outside the measured time.
+//! Each round measures a conventional load and then a load with dmaload, both from a cold file.
+//! Before each load, as much memory as it needs is touched and freed. Otherwise, a virtual machine
+//! that has returned memory to its host would spend part of the measured time getting that memory
+//! back. Results are verified outside the measured time.
 
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -32,10 +32,11 @@ pub(crate) struct Arguments {
     /// The size of the model.
     #[arg(long, default_value = "1GiB", value_parser = parse::bytes)]
     pub(crate) size: u64,
-    /// The folder for the model; by default one on a disk, not in memory.
+    /// The folder in which to create the model; by default, one on a disk, not in memory.
     #[arg(long)]
     pub(crate) dir: Option<PathBuf>,
-    /// How often to measure each way; the median is reported.
+    /// The number of rounds, each with one conventional load and one with dmaload; medians are
+    /// reported.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) rounds: u32,
 }
@@ -85,7 +86,7 @@ fn engine_round(path: &Path) -> Result<(Image, Used)> {
     Ok((image, Used::since(cpu_before)))
 }
 
-/// Touches as much memory as a load takes, and returns it to the kernel.
+/// Touches `len` bytes of memory, as many as a load needs, and returns them to the kernel.
 fn warm_memory(len: u64) -> Result<()> {
     let len = usize::try_from(len)?;
     drop(MmapOptions::new().len(len).populate().map_anon()?);

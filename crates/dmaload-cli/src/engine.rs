@@ -15,13 +15,14 @@ use crate::{errors, parse};
 /// number to bound the size of a segment.
 const MEMORY_PARTS: usize = 4;
 
-/// The options of a loader and of its loads.
+/// Options for a loader and its loads.
 #[derive(Debug, Args)]
 pub(crate) struct EngineArguments {
     /// The heap to allocate from: auto, memfd, anon, udmabuf, dma-heap:NAME.
     #[arg(long, default_value = "auto", value_parser = heap_choice)]
     pub(crate) heap: HeapChoice,
-    /// Require dma-bufs: with --heap auto, udmabuf or else the dma-heap system.
+    /// Require dma-bufs. With --heap auto, allocate them from udmabuf or, if that is unavailable,
+    /// from the dma-heap system.
     #[arg(long)]
     pub(crate) dma_buf: bool,
     /// The page size: auto uses 2 MiB pages where available, 2m fails without them.
@@ -39,7 +40,7 @@ pub(crate) struct EngineArguments {
     #[arg(long)]
     pub(crate) no_pack: bool,
     /// The size of a segment: a multiple of 2 MiB, at most 1 GiB [default: 64MiB; less or more if
-    /// a limit of the heap, of memory or of open files requires it].
+    /// a limit on the heap, memory or open files requires it].
     #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
     pub(crate) segment_size: Option<u64>,
     /// Maximum memory that is allocated but not yet filled: at least a segment [default: 128MiB].
@@ -60,16 +61,16 @@ pub(crate) struct EngineArguments {
     /// each copier thread after the first two].
     #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
     pub(crate) staging: Option<u64>,
-    /// The route to start at: auto, uring-fixed-direct, uring-direct, pread-direct, bounce,
+    /// The route to start with: auto, uring-fixed-direct, uring-direct, pread-direct, bounce,
     /// uring-buffered, buffered. auto uses the fastest of direct reads, staged reads (bounce) and,
     /// on network file systems, buffered reads; it measures them during large loads.
     #[arg(long, default_value = "auto")]
     pub(crate) route: RouteChoice,
-    /// What to optimize if no route is set: speed, or cpu, which uses direct reads and copies
-    /// nothing.
+    /// What to optimize for if no route is set: speed; or cpu, which takes less CPU time, with
+    /// direct reads and without copies.
     #[arg(long, default_value = "speed", value_name = "speed|cpu")]
     pub(crate) prefer: Prefer,
-    /// Fail rather than step down from the starting route.
+    /// Fail if the starting route is refused, instead of falling back to another.
     #[arg(long)]
     pub(crate) strict: bool,
     /// Whether to use the page cache: auto copies cached chunks from it, bypass reads everything
@@ -79,7 +80,7 @@ pub(crate) struct EngineArguments {
     /// How to interpret the files' bytes: auto, safetensors, gguf, raw.
     #[arg(long, default_value = "auto")]
     pub(crate) format: Format,
-    /// Load the existing files of models with missing files, rather than fail.
+    /// If files of a model are missing, load the others instead of failing.
     #[arg(long)]
     pub(crate) allow_missing: bool,
 }
@@ -133,19 +134,19 @@ pub(crate) fn loader(arguments: &EngineArguments) -> Result<Loader> {
     builder(arguments, arguments.route.0, arguments.strict)?.build()
 }
 
-/// Like [`loader`], for loading these files. An error of the heap names the files; an error in
-/// starting the loader does not, because it is unrelated to them.
+/// Like [`loader`], but an error from the heap names the files to load. An error from starting the
+/// loader does not, because it is unrelated to them.
 pub(crate) fn loader_for(arguments: &EngineArguments, paths: &[PathBuf]) -> anyhow::Result<Loader> {
     let builder = builder(arguments, arguments.route.0, arguments.strict);
     Ok(builder.map_err(|error| errors::with_files(error, paths))?.build()?)
 }
 
-/// Like [`loader`], with this route and strictness instead of the arguments'.
+/// Like [`loader`], but uses the given `route` and `strict` instead of those in `arguments`.
 pub(crate) fn loader_by(arguments: &EngineArguments, route: Route, strict: bool) -> Result<Loader> {
     builder(arguments, Some(route), strict)?.build()
 }
 
-/// Like [`loader`], with an unlimited pool.
+/// Like [`loader`], but the pool keeps any amount of memory for later loads.
 pub(crate) fn loader_with_pool(arguments: &EngineArguments) -> Result<Loader> {
     builder(arguments, arguments.route.0, arguments.strict)?.pool_bytes(u64::MAX).build()
 }

@@ -1,5 +1,5 @@
-//! Formats errors in the terms of this command line: with their causes, hints, and the files that
-//! they concern.
+//! Formats errors for the command line, with their causes, hints and the files that they concern.
+//! Flags replace the names of library functions and options.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -9,8 +9,8 @@ use std::path::PathBuf;
 use dmabuf::printable;
 use dmaload::ErrorKind;
 
-/// Formats an error with its causes, outermost first, in the terms of this command line. Skips
-/// causes that are already part of the text.
+/// Formats an error with its causes, outermost first, and with flags instead of library functions.
+/// Skips causes that are already part of the text.
 pub(crate) fn describe(error: &anyhow::Error) -> String {
     let text = error.chain().map(ToString::to_string).fold(String::new(), |text, next| match text {
         text if text.is_empty() => next,
@@ -28,7 +28,7 @@ const FUNCTIONS: [(&str, &str); 4] = [
     ("pages: a dma-heap", "--pages: a dma-heap"),
 ];
 
-/// Replaces functions by flags: `f(7)` becomes `--f 7`, and `f` becomes `--f`.
+/// Replaces functions with flags: `f(7)` becomes `--f 7`, and `f` becomes `--f`.
 fn functions_to_flags(text: String) -> String {
     FUNCTIONS.iter().fold(text, |text, (function, flag)| {
         let mut parts = text.split(function);
@@ -44,14 +44,14 @@ fn functions_to_flags(text: String) -> String {
     })
 }
 
-/// Returns what the user can do about an error of the engine, in the terms of this command line.
+/// Returns the library's hint for an error, with flags instead of the library's options.
 pub(crate) fn hint(error: &dmaload::Error) -> Option<String> {
     let hint = error.hint()?;
     Some(IN_FLAGS.iter().fold(hint, |hint, (library, command)| hint.replace(library, command)))
 }
 
-/// Phrases of the library's hints, and what this command says instead. Two entries replace advice
-/// to stream, which no user of this command can follow: each subcommand either keeps all
+/// Phrases in the library's hints, and what this command says instead. Two entries replace the
+/// advice to stream, which no user of this command can follow: each subcommand either keeps all
 /// segments or already streams.
 const IN_FLAGS: [(&str, &str); 14] = [
     ("(allow_missing)", "(--allow-missing)"),
@@ -76,8 +76,8 @@ const IN_FLAGS: [(&str, &str); 14] = [
     ),
 ];
 
-/// Escapes the control and invisible characters of a message, except its line breaks. Names were
-/// escaped when they were inserted; this function escapes any that were missed.
+/// Escapes the control and invisible characters of a message, except line breaks. Names should
+/// already have been escaped when they were inserted; this catches any that were not.
 pub(crate) fn escape(message: &str) -> impl fmt::Display {
     fmt::from_fn(move |f| {
         for (number, line) in message.split('\n').enumerate() {
@@ -88,13 +88,14 @@ pub(crate) fn escape(message: &str) -> impl fmt::Display {
     })
 }
 
-/// Adds the files being loaded to an engine error that names none, such as one about memory.
+/// Adds the names of the files being loaded to a library error that names no file, such as one
+/// about memory.
 pub(crate) fn with_files(error: dmaload::Error, paths: &[PathBuf]) -> anyhow::Error {
     let concerns_machine = matches!(
         error.kind(),
         ErrorKind::OutOfMemory | ErrorKind::PermissionDenied | ErrorKind::Unsupported | ErrorKind::Device | ErrorKind::Io
     );
-    // The path of a device is not that of a loaded file.
+    // The path in an error about a device is that of the device, not of a file being loaded.
     let names_no_file = error.path().is_none() || error.kind() == ErrorKind::Device;
     match paths {
         [first, others @ ..] if concerns_machine && names_no_file => {

@@ -1,7 +1,7 @@
 //! `dmaload load --exec`: passes the loaded segments to another program.
 //!
 //! Modeled on systemd's socket activation (sd_listen_fds(3)): the program inherits descriptors
-//! from 3 on, and environment variables describe them.
+//! that are numbered from 3, and environment variables describe them.
 
 use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
@@ -37,8 +37,8 @@ pub(crate) fn run(image: &Image, program: &OsStr, arguments: &[impl AsRef<OsStr>
     for (name, value) in [("DMALOAD_SEGMENTS", &described), ("DMALOAD_FILES", &files)] {
         ensure!(
             name.len() + value.len() + 2 <= STRING_BYTES_MAX,
-            "--exec: {} segments of {} files do not fit into an environment variable ({STRING_BYTES_MAX} bytes): load with \
-             larger segments, --layout single, or fewer files",
+            "--exec: the descriptions of {} segments and {} files do not fit into environment variables of at most \
+             {STRING_BYTES_MAX} bytes: load with larger segments, --layout single, or fewer files",
             segments.len(),
             image.files().len(),
         );
@@ -53,7 +53,7 @@ pub(crate) fn run(image: &Image, program: &OsStr, arguments: &[impl AsRef<OsStr>
     Ok(code.and_then(|code| u8::try_from(code).ok()).unwrap_or(crate::status::FAILURE))
 }
 
-/// Duplicates the segment's dma-buf or, on the heap memfd, its memfd.
+/// Duplicates the descriptor of the segment's dma-buf or, if it has none, of its memfd.
 fn duplicate_descriptor(segment: &Segment) -> Result<OwnedFd> {
     if segment.has_dma_buf() {
         return Ok(segment.hand_out_owned_dma_buf()?);

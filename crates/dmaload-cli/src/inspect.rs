@@ -15,7 +15,7 @@ use crate::output::{self, terminal_width};
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// The file to inspect; a folder or an index stands for all files of a model.
+    /// The file to inspect; for a folder or an index, all files of its model are inspected.
     pub(crate) path: PathBuf,
     /// How to interpret the file's bytes: auto, safetensors, gguf, raw.
     #[arg(long, default_value = "auto")]

@@ -1,4 +1,4 @@
-//! The command `dmaload`, which loads model files from the command line, as a function.
+//! The command `dmaload`, which loads model files, in the form of a function.
 //!
 //! The program `dmaload` and `python -m dmaload` both call [`run`]. This crate is not meant as a
 //! library: it takes arguments and returns an exit status, both documented in docs/cli.md.
@@ -53,9 +53,9 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, program: Option<Vec<Os
         Ok(arguments) => arguments,
         Err(error) => return report_usage(&error, &command_line),
     };
-    // Every report lists fallbacks; log events are opt-in.
+    // Log events are printed only on request; fallbacks are listed in every report anyway.
     let filter = EnvFilter::try_from_env("DMALOAD_LOG").unwrap_or_else(|_| EnvFilter::new("off"));
-    // A process that runs the command twice already has a subscriber.
+    // This fails if the process has run the command before: the first subscriber stays in place.
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

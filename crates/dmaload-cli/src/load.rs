@@ -22,7 +22,7 @@ use crate::{errors, exec, output, parse, trace};
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// The files to load; a folder or an index stands for all files of a model.
+    /// The files to load; for a folder or an index, all files of its model are loaded.
     #[arg(required = true, value_name = "PATH")]
     pub(crate) paths: Vec<PathBuf>,
     #[command(flatten)]
@@ -47,19 +47,20 @@ pub(crate) struct Arguments {
     /// Load only the shard of this rank, counted from 0; or env, to read RANK and WORLD_SIZE from
     /// the environment.
     ///
-    /// Launchers of several processes (torchrun) set both variables. Without `--rank env`, these
+    /// Multi-process launchers such as torchrun set both variables. Without `--rank env`, these
     /// variables have no effect.
     #[arg(long, value_name = "NUMBER|env")]
     pub(crate) rank: Option<Rank>,
-    /// Number of shards; 1 means everything in one shard.
+    /// Number of shards; 1 loads everything as one shard.
     #[arg(long, value_name = "RANKS")]
     pub(crate) world_size: Option<u32>,
-    /// Cut each tensor along this dimension, counted from the outermost, 0; by default the bytes
-    /// of each file are cut.
+    /// Split each tensor along this dimension, where 0 is the outermost; by default, the bytes of
+    /// each file are split.
     #[arg(long, value_name = "DIMENSION")]
     pub(crate) shard_dim: Option<usize>,
-    /// Fail unless the files match: a manifest (see `dmaload manifest`), or sha256:HEX (or
-    /// blake3:, crc32c:, xxh3:) for the one given file; other files of its model are not checked.
+    /// Fail unless the files match this manifest (see `dmaload manifest`), or the one given file
+    /// matches this checksum: sha256:HEX, blake3:HEX, crc32c:HEX or xxh3:HEX. With a checksum,
+    /// other files of its model are not checked.
     #[arg(long, value_name = "MANIFEST|ALGORITHM:HEX")]
     pub(crate) verify: Option<Against>,
     /// Compute this digest of each file from the loaded memory: sha256, blake3, crc32c, xxh3.
@@ -75,8 +76,8 @@ pub(crate) struct Arguments {
     /// chrome://tracing.
     #[arg(long, value_name = "FILE")]
     pub(crate) trace: Option<PathBuf>,
-    /// After the load, run this command with the segments' descriptors, from 3 on, and exit with
-    /// its status. The command extends to the end of the line.
+    /// After the load, run this command and exit with its status. It inherits the descriptors of
+    /// the segments, numbered from 3. The command extends to the end of the line.
     ///
     /// DMALOAD_FDS is the number of descriptors; DMALOAD_SEGMENTS and DMALOAD_FILES describe their
     /// contents: see docs/cli.md.
@@ -84,11 +85,12 @@ pub(crate) struct Arguments {
     pub(crate) exec: Vec<OsString>,
 }
 
-/// The number of a rank, or where to read it.
+/// The rank, or where to read it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Rank {
     Number(u32),
-    /// In the variables RANK and WORLD_SIZE, which a launcher sets.
+    /// The rank and the number of ranks are in the variables RANK and WORLD_SIZE, which a launcher
+    /// sets.
     Environment,
 }
 
@@ -128,7 +130,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let whole = arguments.tensors.is_empty() && arguments.range.is_none() && shard.is_none() && arguments.inside.is_none();
     if arguments.digest.is_some() && !(whole && arguments.engine.layout != Layout::Tensors) {
         return Err(Error::Config(
-            "--digest needs whole files: it excludes --tensors, --range, --rank, --inside and --layout tensors".to_owned(),
+            "--digest needs whole files: it cannot be used with --tensors, --range, --rank, --inside or --layout tensors"
+                .to_owned(),
         )
         .into());
     }
@@ -188,7 +191,7 @@ fn requested_shard(
             let both = variable("RANK").zip(variable("WORLD_SIZE"));
             let note = both.map(|(rank, all)| {
                 format!(
-                    "RANK={rank} and WORLD_SIZE={all} in the environment are ignored; --rank env loads that rank's shard only"
+                    "RANK={rank} and WORLD_SIZE={all} in the environment are ignored; use --rank env to load only that rank's shard"
                 )
             });
             (None, world_size, note)

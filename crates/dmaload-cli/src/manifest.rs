@@ -16,7 +16,8 @@ pub(crate) struct Arguments {
     /// The files to compute checksums of.
     #[arg(required = true, value_name = "PATH")]
     pub(crate) paths: Vec<PathBuf>,
-    /// The checksum of the chunks: crc32c or xxh3; to detect deliberate changes, blake3 or sha256.
+    /// The checksum to compute for each chunk: crc32c or xxh3; or, to detect deliberate changes,
+    /// blake3 or sha256.
     #[arg(long, default_value = "crc32c")]
     pub(crate) algorithm: Algorithm,
     /// The size of a chunk: a power of two from 4KiB to 1MiB.

@@ -42,7 +42,7 @@ impl FromStr for Against {
         if named {
             return text.parse().map(Against::Digest);
         }
-        // A manifest can have any name.
+        // A manifest can have any name, even one that looks like a checksum.
         if Path::new(text).exists() {
             return Ok(Against::Manifest(text.into()));
         }
@@ -73,8 +73,8 @@ impl FromStr for Against {
 fn split_loosely(text: &str) -> Option<(String, &str)> {
     let (name, hex) = text.split_once([':', '-', '='])?;
     let name = name.to_ascii_lowercase();
-    // Anything that does not look like a checksum is a path. The shortest checksum, crc32c, has
-    // eight digits.
+    // Text that does not look like a checksum is a path. The shortest checksum, crc32c, has eight
+    // digits.
     let is_name = ["md5", "sha", "crc", "xxh", "blake", "b3", "adler"].iter().any(|start| name.starts_with(start));
     let is_hex = hex.len() >= 8 && hex.bytes().all(|byte| byte.is_ascii_hexdigit());
     (is_name && is_hex).then_some((name, hex))
@@ -111,7 +111,7 @@ fn read(path: &Path) -> Result<Manifest> {
         let lines = String::from_utf8_lossy(&json);
         let sums = lines.lines().next().is_some_and(|line| bare_digits(line).is_some());
         let why = if sums {
-            " is a list of checksums, not a manifest: use the checksum of the one file (--verify sha256:HEX), or write a manifest \
+            " is a list of checksums, not a manifest: use the checksum of one file (--verify sha256:HEX), or create a manifest \
              (dmaload manifest)"
         } else {
             ""

@@ -26,7 +26,8 @@ pub(crate) fn stdout() -> Stdout {
     Stdout(io::stdout().lock())
 }
 
-/// Adds "standard output" to an error and keeps its kind, by which a closed pipe is recognized.
+/// Adds "standard output" to an error. Keeps the kind, by which [`crate::errors::is_closed_pipe`]
+/// recognizes a closed pipe.
 fn name_error(error: io::Error) -> io::Error {
     io::Error::new(error.kind(), OutputError(error))
 }
@@ -51,7 +52,7 @@ impl Write for Stdout {
 /// Whether a run with `--json` has begun to write its object.
 static OBJECT_WRITTEN: AtomicBool = AtomicBool::new(false);
 
-/// Writes the only object of a run with `--json`.
+/// Writes the one object that a run with `--json` prints.
 ///
 /// # Errors
 /// If standard output can't be written to.
@@ -67,11 +68,12 @@ pub(crate) fn write_json_error(object: &Value) -> io::Result<()> {
     if OBJECT_WRITTEN.load(Ordering::Relaxed) { Ok(()) } else { write_json(object) }
 }
 
-/// Formats a value as JSON for programs and terminals: characters that a terminal would interpret
-/// or hide are escaped.
+/// Formats a value as JSON, for programs and terminals. Escapes all characters that a terminal
+/// would interpret or hide.
 ///
-/// JSON itself requires escapes only below U+0020. Apart from line breaks, such characters occur
-/// only in strings, where an escape is equivalent.
+/// JSON itself requires escapes only for characters below U+0020. Line breaks separate the lines
+/// of the JSON and are kept. All other characters that need an escape occur only in strings, where
+/// the escape is equivalent to the character.
 pub(crate) fn json(value: &Value) -> String {
     escape(format!("{value:#}"))
 }

@@ -9,7 +9,7 @@ use dmaload_bench::scratch::ScratchFile;
 use dmaload_bench::synth::Model;
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// Returns whether no bar would be visible, because standard error is not a terminal.
+/// Returns whether standard error is not a terminal, so that a progress bar would not be visible.
 pub(crate) fn is_quiet() -> bool {
     !std::io::stderr().is_terminal()
 }
@@ -20,7 +20,8 @@ pub(crate) async fn finish(mut load: Load, quiet: bool) -> dmaload::Result<Image
         return load.await;
     }
     let bar = progress_bar("loading");
-    // Shown right away, because opening files and allocating memory come before the first segment.
+    // Show the bar at once: before the first segment arrives, files must be opened and memory must
+    // be allocated.
     bar.tick();
     loop {
         // `next` is cancel-safe.

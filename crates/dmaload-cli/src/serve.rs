@@ -22,7 +22,7 @@ pub(crate) struct Arguments {
     /// The path of the socket, which is created once the files are loaded; an old socket on which
     /// no process listens is replaced.
     pub(crate) socket: PathBuf,
-    /// The files to load; a folder or an index stands for all files of a model.
+    /// The files to load; for a folder or an index, all files of its model are loaded.
     #[arg(required = true, value_name = "PATH")]
     pub(crate) paths: Vec<PathBuf>,
     /// The name under which clients request the memory.
@@ -45,8 +45,8 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let about = |error| errors::with_files(error, &arguments.paths);
     let server: Arc<Mutex<Option<Server>>> = Arc::default();
-    // Signals are handled from the beginning, even during the load: the socket must not be left
-    // behind. The loaded memory is freed with the process.
+    // Handle signals from the start, even during the load, because the socket must not be left
+    // behind. The loaded memory is freed when the process exits.
     let mut signals = Signals::new([SIGINT, SIGTERM])?;
     let own = Arc::clone(&server);
     let ending = move || {

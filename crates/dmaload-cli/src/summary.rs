@@ -31,7 +31,8 @@ fn memory(report: &Report) -> String {
     format!("{}, {} ({}{shared})", report.heap, report.layout, counted(report.segments, "segment"))
 }
 
-/// Returns whether this process read the bytes; another process read those of an attached image.
+/// Returns whether this process read the bytes. Those of an attached image were read by another
+/// process.
 fn were_read(report: &Report) -> bool {
     report.bytes == 0 || !report.reading.is_zero() || !report.from_cache.is_zero()
 }
@@ -121,8 +122,8 @@ fn times(report: &Report) -> String {
     format!("allocating {allocating}, reading {reading}{copying}, {:.0} % overlapped{first}", report.overlap() * 100.0)
 }
 
-/// Formats how many bytes were copied from the page cache and at which rate, and the rate of the
-/// reads from storage.
+/// Formats the number of bytes copied from the page cache and the rate of these copies, and the
+/// rate of the reads from storage.
 fn cached(report: &Report) -> String {
     let stored_bytes = report.bytes.saturating_sub(report.cached_bytes);
     let rest = report

@@ -1,9 +1,9 @@
 //! `load --trace`: a timeline for Perfetto (<https://ui.perfetto.dev>) and chrome://tracing.
 //!
 //! Uses the Trace Event Format: an object with `traceEvents`. Most events are complete events
-//! (`"ph": "X"`) with times in microseconds; metadata events (`"ph": "M"`) name the rows.
-//! Overlapping events of a kind are shown in different rows, so each kind has as many rows as it
-//! had simultaneous events.
+//! (`"ph": "X"`) with times in microseconds; metadata events (`"ph": "M"`) name the rows. Events
+//! of one kind that overlap are shown in different rows, so each kind has as many rows as it had
+//! events at the same time.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -42,8 +42,8 @@ fn complete_event(report: &Report, event: &TraceEvent, row: usize) -> Value {
     })
 }
 
-/// Returns the thread ID of a row, which the viewer shows as a thread. Rows of a kind have
-/// adjacent IDs.
+/// Returns the thread ID that represents a row, because the viewer shows a row for each thread.
+/// All rows of one kind have adjacent IDs.
 fn thread_id(kind: TraceKind, row: usize) -> usize {
     let kind = [
         TraceKind::Allocate,
@@ -69,8 +69,8 @@ fn microseconds(time: Duration) -> f64 {
 struct Rows(BTreeMap<TraceKind, Vec<Duration>>);
 
 impl Rows {
-    /// Assigns the event to the first row of its kind that is free when it begins. The events of a
-    /// kind must be passed in the order of their start.
+    /// Assigns the event to the first row of its kind that is free when it begins. The events of
+    /// one kind must be passed in order of their start times.
     fn assign(&mut self, event: &TraceEvent) -> usize {
         let ends = self.0.entry(event.kind).or_default();
         let free = ends.iter().position(|&end| end <= event.start);

@@ -1,5 +1,5 @@
-//! `dmaload bench` measures every mode, reports failures, and leaves nothing behind. These tests
-//! do not check speeds.
+//! Tests that `dmaload bench` measures every mode, reports failures, and leaves nothing behind.
+//! Speeds are not checked.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -121,7 +121,8 @@ fn pages_have_the_requested_size() {
         assert_ne!(mode(&huge, "normal")["pages"], "2m");
         assert_eq!(huge["page_size_bytes"], 2 * MIB);
     } else {
-        // If 2 MiB pages are unavailable, the bench reports that, and no time for the mode.
+        // If 2 MiB pages are unavailable, the results contain the reason instead of a time for the
+        // mode.
         let failure = &mode(&huge, "direct_io")["failures"][0]["reason"];
         assert!(failure.as_str().unwrap().contains("2 MiB"), "{done}");
         assert_eq!(mode(&huge, "direct_io")["seconds"], Value::Null);
@@ -166,7 +167,7 @@ fn other_users_get_the_usual_locked_memory_limit() {
     assert!(!notes.contains("uring-fixed-direct"), "80 MiB can't all be registered under a limit of 8 MiB: {notes}");
     // The device's limit does not depend on the user.
     assert_eq!(mode(&json, "limit")["failures"], serde_json::json!([]));
-    // A file that the user can't read fails each mode, and the results state why.
+    // If the user can't read the file, each mode fails, and the results say why.
     common::allow(&file, 0o600);
     let done = run(dmaload(["bench", "--json", "--rounds", "1", "--modes", "mmap", "--user", &NOBODY.to_string()]).arg(&file));
     let json = done.exits(1).json();
@@ -229,7 +230,8 @@ fn cgroup_limits_memory_and_its_kills_are_reported() {
         assert!(json["pressure"].as_str().unwrap().contains("page cache"));
         assert_eq!(mode(&json, "direct_io_check")["failures"], serde_json::json!([]));
     }
-    // The limit is below the size of the file: no mode that keeps the file can succeed.
+    // The limit is below the size of the file, so no mode that keeps the whole file in memory can
+    // succeed.
     let json = bench("cgroup:24MiB", "direct_io,tokio-fs").succeeds().json();
     for (name, reason) in [("normal", "killed"), ("tokio-fs", "killed"), ("direct_io", "more bytes are needed")] {
         let mode = mode(&json, name);

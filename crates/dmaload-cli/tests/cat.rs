@@ -1,4 +1,4 @@
-//! `dmaload cat` writes exactly the file's bytes.
+//! Tests that `dmaload cat` writes exactly the bytes of the file.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -70,7 +70,7 @@ fn read_slowly(mut cat: std::process::Child) -> (usize, Vec<u8>, common::Done) {
 
 #[test]
 fn cat_with_a_slow_reader_uses_a_bounded_amount_of_memory() {
-    /// Resident memory of the program itself, its ring and its threads.
+    /// How much memory the program itself, its ring and its threads may occupy.
     const OWN: usize = 32 * MIB;
     let folder = folder();
     let path = common::large_file(folder.path(), "model.bin", (480 * MIB) as u64);
@@ -237,7 +237,7 @@ fn folder_that_is_not_one_model_is_refused() {
     fs::write(folder.path().join("a.safetensors"), st("w")).unwrap();
     fs::write(folder.path().join("b.safetensors"), st("w")).unwrap();
     run(dmaload(["cat"]).arg(folder.path())).fails(1, &["\"w\"", "a.safetensors", "b.safetensors"]);
-    // A file is written as it is.
+    // A single file is written unchanged.
     run(dmaload(["cat"]).arg(folder.path().join("b.safetensors"))).succeeds();
     fs::write(folder.path().join("b.safetensors"), st("v")).unwrap();
     run(dmaload(["cat"]).arg(folder.path())).succeeds();

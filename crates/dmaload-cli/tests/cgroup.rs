@@ -1,5 +1,5 @@
-//! A load that would exceed the limit of its memory cgroup fails with an error before the kernel
-//! kills it.
+//! Tests that a load that would exceed the limit of its memory cgroup fails with an error before
+//! the kernel kills it.
 //!
 //! Requires root and a cgroup file system, v2 or v1; otherwise the tests are skipped.
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
@@ -34,7 +34,7 @@ impl MemoryGroup {
             let limit_file = group.join(file);
             let made = fs::create_dir(&group).map(|()| MemoryGroup(group));
             // Only a cgroup file system creates the limit file. The test must not create the file,
-            // because in any other folder a file of this name limits nothing.
+            // because in any other folder, a file with this name limits nothing.
             let written = |made: MemoryGroup| {
                 fs::OpenOptions::new().write(true).open(&limit_file)?.write_all(limit.to_string().as_bytes())?;
                 Ok(made)
@@ -85,8 +85,8 @@ fn only_loads_above_the_limit_of_the_group_are_refused() {
         run(&mut load(&large)).fails(1, &["large.bin", "more bytes are needed", "/memory."]);
         run(&mut load(&small)).succeeds();
     }
-    // `cat` streams, so it fails only if a piece of the file does not fit into the limit. The
-    // pieces of this file do.
+    // `cat` streams, so it fails only if a single piece of the file does not fit under the limit.
+    // All pieces of this file fit.
     let cat = group.inside(dmaload(["cat"]).arg(&small));
     assert_eq!(run(&mut { cat }).succeeds().stdout.len(), 20 * MIB);
 }
@@ -123,7 +123,7 @@ fn concurrent_loads_above_the_limit_fail_and_are_not_killed() {
         }
     }
     println!("{succeeded} loads succeeded, {failed} failed");
-    assert!(succeeded > 0, "no load succeeded, although loads that fail make room for others");
+    assert!(succeeded > 0, "some load should succeed, because loads that fail make room for others");
 }
 
 #[test]

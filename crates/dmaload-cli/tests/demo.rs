@@ -1,4 +1,4 @@
-//! `dmaload demo` loads, verifies, compares, and leaves nothing behind.
+//! Tests that `dmaload demo` loads, verifies and compares, and leaves nothing behind.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -33,7 +33,7 @@ fn interrupted_demo_removes_its_file() {
     let demo = demo.arg(folder.path()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let deadline = Instant::now() + Duration::from_secs(30);
     while count_files(folder.path()) == 0 {
-        assert!(Instant::now() < deadline, "the demo creates no file");
+        assert!(Instant::now() < deadline, "the demo should have created its file by now");
         thread::sleep(Duration::from_millis(5));
     }
     kill_process(Pid::from_child(&demo), Signal::INT).unwrap();

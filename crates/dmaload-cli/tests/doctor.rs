@@ -1,5 +1,5 @@
-//! `dmaload doctor` reports what loads do: with and without privileges, io_uring, huge pages,
-//! locked memory, and a usable path.
+//! Tests that `dmaload doctor` reports what loads do, with and without privileges, io_uring, huge
+//! pages, locked memory, and a usable path.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(unsafe_code, reason = "limits are set between fork and exec")]
 
@@ -35,7 +35,7 @@ fn trial_without_descriptors_leaves_loads_unknown() {
         unknown += usize::from(text.contains("load doctor can't tell"));
     }
     assert!(unknown > 0, "no limit was too low for the trial");
-    // Doctor never reports that a working load would fail, and always reports that the load of a
+    // Doctor never reports that a working load would fail, and always reports that loading a
     // damaged model would.
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 5000);
@@ -296,7 +296,7 @@ fn file_system_without_direct_reads_is_reported() {
     if !path.exists() {
         return skip("no such file in sysfs");
     }
-    // The file is shorter than the length that sysfs states.
+    // The file is shorter than the length that sysfs reports.
     let json = run(&mut doctor(Some(path))).exits(1).json();
     let about = &json["path"];
     assert_eq!((about["file_system"].as_str(), about["o_direct"].as_bool()), (Some("sysfs"), Some(false)), "{json:#}");
@@ -427,7 +427,7 @@ fn trial_in_an_unwritable_folder_moves_to_another() {
     }
 }
 
-/// Complete and damaged models, and other files with the name of a model.
+/// Complete and damaged models, and other files that are named like models.
 fn files_of_all_kinds() -> Vec<(&'static str, Vec<u8>)> {
     let safetensors = |header: &str, data: usize| {
         [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &common::random_bytes(data, 1)].concat()
@@ -528,7 +528,7 @@ fn doctor_and_load_agree_on_every_folder() {
     assert_eq!(works, 1);
 }
 
-/// Tests files whose file system states a wrong length.
+/// The file systems report wrong lengths for these files.
 #[test]
 fn doctor_inspect_and_load_agree_on_false_lengths() {
     let files = ["/sys/kernel/mm/transparent_hugepage/enabled", "/proc/self/status", "/proc/version"].map(Path::new);
@@ -548,7 +548,8 @@ fn doctor_inspect_and_load_agree_on_false_lengths() {
     }
 }
 
-/// Returns a command that runs the given command where another file system hides procfs.
+/// Returns a command that runs the given command in a mount namespace in which a tmpfs hides
+/// procfs.
 fn without_proc(command: &Command) -> Command {
     let mut hidden = Command::new("unshare");
     hidden.args(["-m", "sh", "-c", "mount -t tmpfs none /proc && exec \"$@\"", "sh"]).arg(command.get_program());

@@ -1,4 +1,5 @@
-//! `dmaload load --exec`: a program inherits the segments' descriptors, and a description of each.
+//! Tests for `dmaload load --exec`: the program inherits the segments' descriptors and a
+//! description of each segment.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -36,7 +37,8 @@ fn program_reads_the_segments_from_its_descriptors() {
     assert_eq!(reported("file_offset"), [0, 2 * mib, 4 * mib, 0, 2 * mib]);
     assert_eq!(reported("bytes"), [2 * mib, 2 * mib, mib + 7, 2 * mib, mib]);
     assert!(described.iter().all(|segment| segment["dma_buf"] == false));
-    // A memfd is as long as its memory: zeros follow the file's last bytes up to the page's end.
+    // A memfd is as long as its memory: zeros follow the file's last bytes up to the end of the
+    // page.
     let memory = next();
     let padded = (5 * MIB + 7).next_multiple_of(4096);
     assert_eq!(memory.len(), padded + 3 * MIB);
@@ -84,7 +86,7 @@ fn exit_status_is_that_of_the_program() {
     exec("exit 0").succeeds();
     exec("exit 37").exits(37);
     exec("kill -TERM $$").exits(128 + 15);
-    // The report comes before the program's output.
+    // The report is printed before the program runs.
     let mut command = dmaload(["load", "--json"]);
     command.arg(&path).args(["--exec", "echo", "--flag-of-the-program"]);
     let done = run(&mut command).succeeds();
@@ -101,8 +103,8 @@ fn exec_without_descriptors_or_program_is_an_error() {
     let name = path.to_str().unwrap();
     run(&mut dmaload(["load", "--quiet", name, "--exec", "/nonexistent/program"])).fails(1, &["/nonexistent/program"]);
     run(&mut dmaload(["load", "--quiet", "--heap", "anon", name, "--exec", "true"])).fails(2, &["--exec", "anon"]);
-    // The descriptions exceed the length of an environment variable, or the descriptors exceed the
-    // limit of open files.
+    // In the first case, the descriptions are too long for an environment variable. In the second,
+    // there are more descriptors than the limit on open files allows.
     let many: Vec<_> = (0..3000).map(|_| name).collect();
     run(dmaload(["load", "--quiet"]).args(&many).args(["--exec", "true"])).fails(1, &["--exec", "3000 segments", "fewer files"]);
     let mut some = dmaload(["load", "--quiet"]);

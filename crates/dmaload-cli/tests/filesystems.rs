@@ -1,5 +1,5 @@
-//! Loads return the right bytes from every file system, by every route, even if the file system
-//! refuses some operations.
+//! Tests that loads return the right bytes from every file system and through every route, even if
+//! the file system refuses some operations.
 //!
 //! Uses real file systems on loop devices, which requires root, `mkfs.xfs` (package xfsprogs),
 //! `mkfs.btrfs` (btrfs-progs) and `mksquashfs` (squashfs-tools). Otherwise the tests are skipped.
@@ -22,7 +22,8 @@ use serde_json::Value;
 
 const SIZES: [usize; 7] = [0, 1, 4095, 4096, 4097, 2 * MIB + 1, 9 * MIB + 777];
 
-/// Mounts a new file system on a loop device at a folder with the name of its kind.
+/// Creates a file system of this kind on a loop device, and mounts it at a folder named after the
+/// kind.
 fn loop_mounted(folder: &Path, kind: &str, mkfs: &[&str]) -> Result<Mounted, String> {
     mounted::on_loop_device(&folder.join(kind), kind, mkfs, "loop")
 }
@@ -31,11 +32,12 @@ fn create_files(folder: &Path) -> Vec<PathBuf> {
     SIZES.iter().map(|&size| random_file(folder, &format!("{size}.bin"), size)).collect()
 }
 
-/// Words of the fallback that is reported for a file that io_uring does not read.
+/// Words in the reason given for the fallback of a file that io_uring does not read.
 const BY_THREADS: &str = "by io_uring from a file system";
 
 /// Loads each cached file with the default options. A load copies the file from the page cache
-/// only if every change to cached bytes changes the file's modification time (`is_witness`).
+/// only if every change to cached bytes also changes the file's modification time, which
+/// `is_witness` says.
 fn check_cached(what: &str, files: &[PathBuf], is_witness: bool) {
     for (path, size) in files.iter().zip(SIZES).filter(|&(_, size)| size > 0) {
         let digest = sha256sum(path);
@@ -47,13 +49,13 @@ fn check_cached(what: &str, files: &[PathBuf], is_witness: bool) {
     }
 }
 
-/// Returns the route at which a load begins if the caller requests none.
+/// Returns the route that a load starts with if the caller requests none.
 fn best_route(what: &str) -> &'static str {
     if what == "tmpfs" { "pread-direct" } else { ROUTES[0] }
 }
 
-/// Loads each file by each route, and checks the bytes and the reported fallbacks. io_uring reads
-/// only local files, and `doctor` must report the same route.
+/// Loads each file through each route, and checks the bytes and the reported fallbacks. io_uring
+/// must read only local files, and `doctor` must report the route that the load takes.
 fn check(what: &str, files: &[PathBuf], is_local: bool) {
     for route in ["auto"].into_iter().chain(ROUTES) {
         let mut seen = Vec::new();
@@ -93,7 +95,7 @@ fn assert_every_step_is_reported(first: &str, json: &Value, what: &str) {
     let mut at = place(first);
     for fallback in json["fallbacks"].as_array().unwrap() {
         let (from, to) = (place(fallback["from"].as_str().unwrap()), place(fallback["to"].as_str().unwrap()));
-        // A fallback of the reads into staging is a separate step.
+        // A fallback that affects only the reads into staging is reported as a separate step.
         if first == "bounce" && to < place("bounce") {
             continue;
         }

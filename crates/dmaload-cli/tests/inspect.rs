@@ -1,5 +1,5 @@
-//! `dmaload inspect` shows the tensors that the `safetensors` crate wrote, and reads only the
-//! header.
+//! Tests that `dmaload inspect` shows the tensors that the `safetensors` crate wrote, and reads
+//! only the header.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;

@@ -1,5 +1,5 @@
-//! A load that is killed while it runs leaves no memory and no file behind, and the next load
-//! returns the right bytes.
+//! Tests that a load that is killed while it runs leaves no memory and no file behind, and that
+//! the next load returns the right bytes.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use common::{MIB, digest_of, dmaload, folder, large_file, load_json, sha256sum};
 
-/// Returns the number of bytes of memfds and other shared memory on the whole machine.
+/// Returns how many bytes of shared memory, including memfds, there are on the whole machine.
 fn shared_memory_bytes() -> u64 {
     dmaload_testing::meminfo_bytes("Shmem")
 }
@@ -36,7 +36,7 @@ fn killed_load_leaves_nothing_behind() {
         let deadline = Instant::now() + Duration::from_secs(60);
         while allocated_bytes(child.id()) < 100 * MIB as u64 {
             assert!(child.try_wait().unwrap().is_none(), "{arguments:?}: the load ended before it was killed");
-            assert!(Instant::now() < deadline, "{arguments:?}: the load makes no progress");
+            assert!(Instant::now() < deadline, "{arguments:?}: the load should have allocated 100 MiB by now");
             sleep(Duration::from_millis(1));
         }
         child.kill().unwrap();

@@ -1,4 +1,5 @@
-//! `dmaload load`: memory equals the file, and the report has everything that docs/cli.md states.
+//! Tests that `dmaload load` loads exactly the bytes of the file, and that its report contains
+//! everything that docs/cli.md documents.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -18,8 +19,8 @@ fn shapes() -> impl Iterator<Item = (&'static str, &'static str)> {
     ["memfd", "anon"].into_iter().flat_map(|heap| ["segmented", "single"].map(|layout| (heap, layout)))
 }
 
-/// Asserts that files of all sizes, loaded into all shapes by this route only, have the digest
-/// that coreutils computes.
+/// Loads files of all sizes through this route only, into all combinations of heap and layout.
+/// Asserts that each has the digest that coreutils computes.
 fn check_every_size_and_shape(route: &str) {
     let folder = folder();
     if let Some(reason) = common::unavailable(route, folder.path()) {
@@ -37,7 +38,7 @@ fn check_every_size_and_shape(route: &str) {
     }
 }
 
-/// Asserts that the report states the requested options, and that its segments cover the file.
+/// Asserts that the report shows the requested options, and that its segments cover the file.
 fn assert_report(json: &Value, size: usize, route: &str, heap: &str, layout: &str) {
     assert_eq!(json["bytes"], size, "{json:#}");
     for (key, expected) in [("route", route), ("heap", heap), ("layout", layout)] {
@@ -115,7 +116,8 @@ fn digest_of_a_3_gib_file_equals_sha256sum() {
     assert_eq!(json["bytes"], SIZE, "{json:#}");
 }
 
-/// The settings include chunks that do not divide a segment, and a queue of a single read.
+/// The settings include chunk sizes that do not divide the segment size, and a queue that holds a
+/// single read.
 #[test]
 fn chunk_size_and_queue_depth_do_not_affect_the_bytes() {
     let folder = folder();
@@ -454,7 +456,10 @@ fn bytes_from_the_page_cache_are_reported() {
     if attempts.iter().all(|json| number(json) == 0) {
         return common::skip("loads do not use the page cache here");
     }
-    let warm = attempts.iter().find(|json| json["cached_bytes"] == json["bytes"]).expect("no load found the whole file cached");
+    let warm = attempts
+        .iter()
+        .find(|json| json["cached_bytes"] == json["bytes"])
+        .expect("at least one load should find the whole file cached");
     assert_eq!(number(warm), 20 << 20 | 1);
     assert!(warm["cache_bytes_per_second"].as_f64().unwrap() > 0.0 && warm["storage_bytes_per_second"].is_null(), "{warm}");
     assert_eq!(digest_of(&load(&["--digest", "sha256"])), sha256sum(&path));

@@ -1,5 +1,5 @@
-//! Control characters in untrusted texts (names of files, folders, tensors and keys; indices)
-//! never reach a terminal unescaped.
+//! Tests that control characters in untrusted text never reach a terminal unescaped. The text
+//! includes names of files, folders, tensors and keys, and the contents of an index.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -12,9 +12,9 @@ use std::path::{Path, PathBuf};
 use common::{Done, dmaload, file, folder, run, safetensors};
 use serde_json::{Value, json};
 
-/// Hostile file names. They contain, one after another: a sequence that sets the window title;
-/// line breaks; right-to-left text; C1 control sequences with a byte order mark; bytes that are
-/// not UTF-8.
+/// Hostile file names. They contain, in this order: a sequence that sets the window title; line
+/// breaks; right-to-left text; C1 control sequences with a byte order mark; bytes that are not
+/// UTF-8.
 const HOSTILE: [&[u8]; 5] = [
     b"\x1b]0;owned\x07",
     b"a\nb\rc\td",

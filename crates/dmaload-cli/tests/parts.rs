@@ -1,5 +1,5 @@
-//! Loads of selected tensors, of byte ranges, of a rank's shard (also with the variables of a
-//! launcher), and of the folder of a model.
+//! Tests for partial loads: selected tensors, byte ranges, and a rank's shard, which may be given
+//! by the variables of a launcher. Also tests loads of a model's folder.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -11,21 +11,21 @@ use common::{dmaload, file, folder, random_bytes, random_file, run};
 use safetensors::tensor::{Dtype, TensorView, serialize};
 use serde_json::Value;
 
-/// Writes a model of three tensors of a million bytes each.
+/// Writes a model with three tensors of a million bytes each.
 fn model(folder: &Path, name: &str, names: [&str; 3]) -> PathBuf {
     let data = random_bytes(1_000_000, 3);
     let view = |name: &str| (name.to_owned(), TensorView::new(Dtype::U8, vec![1000, 1000], &data).unwrap());
     file(folder, name, &serialize(names.map(view), None).unwrap())
 }
 
-/// Returns the command `load`, without variables that a launcher of this test may have set.
+/// Returns the command `load`, without the variables that a launcher of these tests may have set.
 fn load() -> Command {
     let mut command = dmaload(["load", "--json"]);
     command.env_remove("RANK").env_remove("WORLD_SIZE");
     command
 }
 
-/// Returns the report's numbers of wanted bytes, of loaded bytes and of tensors.
+/// Returns the numbers of wanted bytes, of loaded bytes and of tensors in the report.
 fn numbers(json: &Value) -> (u64, u64, u64) {
     let number = |key: &str| json[key].as_u64().unwrap();
     (number("wanted_bytes"), number("bytes"), number("tensors"))
@@ -148,12 +148,12 @@ fn report_notes_split_tensors_and_empty_shards() {
     }
     assert!(!notes(&["--rank", "1", "--world-size", "2", "--format", "raw"]).contains("split"));
     assert!(!notes(&["--rank", "1", "--world-size", "2", "--shard-dim", "0"]).contains("split between"));
-    // There are 1000 rows for 3000 ranks, so two of three ranks have none.
+    // There are 1000 rows for 3000 ranks, so two out of three ranks get none.
     let nothing = (0..6).filter(|rank| {
         notes(&["--rank", &rank.to_string(), "--world-size", "3000", "--shard-dim", "0"]).contains("nothing of 3 tensors")
     });
     assert_eq!(nothing.count(), 4);
-    // If a file has fewer blocks than there are ranks, the first ranks have all of its bytes.
+    // If a file has fewer blocks than there are ranks, the first ranks get all of its bytes.
     for (name, header) in
         [("small.bin", None), ("small.safetensors", Some(br#"{"w":{"dtype":"U8","shape":[16],"data_offsets":[0,16]}}"#))]
     {

@@ -1,6 +1,6 @@
-//! Containers refuse io_uring by a seccomp filter. These tests refuse each call with each errno: a
-//! load takes the next route, reports the step down, and loads the right bytes; a strict load
-//! fails.
+//! Tests for sandboxes. Containers often refuse io_uring with a seccomp filter, so these tests
+//! refuse its calls with several errnos. A load must use the next route, report the fallback, and
+//! load the right bytes; a strict load must fail.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -51,7 +51,8 @@ fn refused_io_uring_steps_down_and_loads_the_same_bytes() {
     }
 }
 
-/// The error of a heap that refuses memory does name the file: see `errors/limits.rs`.
+/// This differs from the error of a heap that refuses memory, which names the file: see
+/// `errors/limits.rs`.
 #[test]
 fn loader_that_cannot_start_names_no_file() {
     let folder = folder();

@@ -1,4 +1,5 @@
-//! `dmaload serve` and `dmaload attach`: one process loads, others map its memory.
+//! Tests for `dmaload serve` and `dmaload attach`: one process loads files, and others map its
+//! memory.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -11,19 +12,19 @@ use std::time::{Duration, Instant};
 use common::{KilledOnDrop, digest_of, dmaload, folder, is_root, random_file, run, sha256sum, skip};
 use rustix::process::{Pid, Signal, kill_process};
 
-/// Starts a server and waits until it serves.
+/// Starts a server and waits until clients can attach to it.
 fn start_server(arguments: &[&str], socket: &Path, paths: &[&Path]) -> KilledOnDrop {
     let mut command = dmaload(["serve"]);
     let mut server = KilledOnDrop::spawn(command.args(arguments).arg(socket).args(paths).stdout(Stdio::piped()));
     let mut lines = BufReader::new(server.stdout.take().unwrap()).lines();
-    assert!(lines.any(|line| line.unwrap().starts_with("serving ")), "the server exited before it served");
+    assert!(lines.any(|line| line.unwrap().starts_with("serving ")), "the server exited without serving");
     server
 }
 
 fn stop_server(mut server: KilledOnDrop, socket: &Path) {
     kill_process(Pid::from_child(&server), Signal::TERM).unwrap();
     assert!(server.wait().unwrap().success());
-    assert!(!socket.exists(), "the socket is left behind");
+    assert!(!socket.exists(), "the socket was left behind");
 }
 
 #[test]
@@ -103,8 +104,8 @@ fn servers_that_cannot_serve_end_early_and_cleanly() {
     run(dmaload(["serve"]).arg(&socket).arg(&missing)).fails(1, &["another process is listening there"]);
     run(dmaload(["serve"]).arg(&path).arg(&missing)).fails(1, &["a file that is not a socket has this name"]);
     run(dmaload(["serve"]).arg(missing.join("socket")).arg(&missing)).fails(1, &["ENOENT", "folder of the socket"]);
-    // A server that ends does not remove the socket of another server that took the place of its
-    // own.
+    // When a server exits, it does not remove a socket that another server has created at the same
+    // path.
     std::fs::remove_file(&socket).unwrap();
     let second = start_server(&[], &socket, &[&path]);
     kill_process(Pid::from_child(&server), Signal::TERM).unwrap();
@@ -123,7 +124,7 @@ fn servers_that_cannot_serve_end_early_and_cleanly() {
     }
 }
 
-/// A client in a user namespace does not trust unmapped users by default.
+/// By default, a client in a user namespace does not trust unmapped users.
 #[test]
 fn server_of_an_unmapped_user_must_be_trusted_explicitly() {
     if !is_root() {

@@ -1,5 +1,5 @@
-//! `manifest` and `load --verify`: correct files pass, wrong files are named, and no wrong bytes
-//! are written.
+//! Tests for `manifest` and `--verify`: intact files pass, errors name the files that differ, and
+//! no wrong bytes are written.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;

@@ -54,8 +54,8 @@ static int count_entries(const char *path)
 }
 
 /*
- * Waits for the library's threads, which end shortly after the load or loader that they served.
- * Three entries are left then: "." and "..", and the thread of this test.
+ * Waits for the library's threads, which exit shortly after the load or loader that they served.
+ * Then three entries are left: ".", ".." and the thread that runs this test.
  */
 static void wait_for_threads(void)
 {
@@ -83,7 +83,7 @@ static void check_segment(const struct dmaload_segment *segment)
     CHECK(memory != MAP_FAILED);
     CHECK(segment->file_offset + segment->bytes <= BYTES && segment->bytes <= segment->memory_bytes);
     CHECK(memcmp(memory + segment->memory_offset, original + segment->file_offset, segment->bytes) == 0);
-    /* If only a range of the file was loaded, the last block has bytes from after the range. */
+    /* If only a range was loaded, the last block also has the bytes that follow the range. */
     uint64_t end = segment->file_offset + segment->bytes, rest = BYTES - end < 4096 ? BYTES - end : 4096;
     for (uint64_t at = segment->bytes + rest; at < segment->memory_bytes; at++)
         CHECK(memory[segment->memory_offset + at] == 0);
@@ -183,7 +183,7 @@ static void null_pointers_are_refused(void)
 static void unusable_descriptors_are_refused(void)
 {
     char other[4300];
-    /* Otherwise a thread of the library could open a file under the number of the closed
+    /* A library thread that is still running could open a file and get the number of the closed
      * descriptor. */
     wait_for_threads();
     int closed = open_file(), dmabuf = -7;
@@ -245,7 +245,7 @@ static void unlinked_direct_file_at_an_offset_loads(void)
     close(fd);
 }
 
-/* The options of a newer version, with additional fields. */
+/* The options struct of a newer version, which has additional fields. */
 struct newer {
     struct dmaload_options options;
     uint64_t unknown[3];

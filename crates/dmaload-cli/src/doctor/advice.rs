@@ -4,8 +4,8 @@
 //! load through the page cache takes up to twice as long as a direct one, and fills the cache. A
 //! load into 4 KiB pages takes nearly twice as long as one into 2 MiB pages. Four threads that
 //! `pread` keep up with io_uring on such a disk, but fall behind on faster disks. Registered
-//! memory gains nothing measurable on 2 MiB pages. dma-bufs do not make loads faster, so they come
-//! last.
+//! memory gains nothing measurable on 2 MiB pages. dma-bufs do not make loads faster, so advice
+//! about them comes last.
 
 use std::path::Path;
 
@@ -21,8 +21,8 @@ use super::verdict::{direct_refused, memlock_suffices, path_file, too_large};
 
 /// Maximum number of entries to show.
 pub(crate) const SHOWN: usize = 3;
-/// The amount of available memory below which doctor advises to free some: twice the default
-/// window, so that a load leaves half of it to other processes.
+/// Doctor advises to free memory if less than this is available: twice the default window, so that
+/// a load leaves half of it to other processes.
 const LITTLE_MEMORY_BYTES: u64 = 256 << 20;
 /// The size of a realistic model, used if no file is given.
 const MODEL_BYTES: u64 = 1 << 30;
@@ -63,7 +63,11 @@ fn memory(facts: &Facts) -> Option<Advice> {
         Some((file, _)) if file.starts_with('/') => format!("echo {} > {file}", MODEL_BYTES.max(2 * needed(facts))),
         _ => "ps -eo rss,comm --sort=-rss | head".to_owned(),
     };
-    Some(Advice::new(change, command, "a load that works: one that does not fit is refused, before it could wake the OOM killer"))
+    Some(Advice::new(
+        change,
+        command,
+        "a load that works; one that does not fit is refused, so that the OOM killer is not invoked",
+    ))
 }
 
 fn needed(facts: &Facts) -> u64 {
@@ -79,7 +83,7 @@ fn direct(facts: &Facts) -> Option<Advice> {
     let Some(errno) = direct_refused(facts) else {
         let (attempt, errno) = path_file(facts)?.ring_refused.filter(|_| facts.io_uring.setup.is_ok())?;
         let (change, command) = allow_ring_on_file(attempt, errno);
-        return Some(Advice::new(change, command, "reads by io_uring instead of by threads"));
+        return Some(Advice::new(change, command, "reads through io_uring instead of with threads"));
     };
     let mount = facts.path.as_ref().and_then(|path| path.mount.as_ref());
     let kind = mount.map_or("this file system", |mount| mount.file_system.as_str());
@@ -198,7 +202,7 @@ fn heap<'a>(facts: &'a Facts, name: &str) -> Option<&'a HeapTrial> {
     facts.trial.heap(name)
 }
 
-/// Advises on a device that exists but can't be opened, unless the heap udmabuf works.
+/// Returns advice on a device that exists but can't be opened, unless the heap udmabuf works.
 fn permission(facts: &Facts) -> Option<Advice> {
     if heap(facts, "udmabuf").is_some_and(|heap| heap.outcome.is_ok()) {
         return None;

@@ -4,7 +4,7 @@ use std::fmt;
 
 use dmaload::Errno;
 
-/// The circumstances of a refusal.
+/// Settings of the process and the machine that can explain why io_uring was refused.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Circumstances {
     /// `kernel.io_uring_disabled`: 0 allows io_uring, 1 allows it for privileged users and a
@@ -22,17 +22,14 @@ pub(crate) struct Circumstances {
 /// What refuses io_uring.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Cause {
-    /// The sysctl, with this value.
+    /// The sysctl `kernel.io_uring_disabled`, with this value.
     Sysctl(u32),
-    /// A seccomp filter.
     Seccomp,
     /// A security module, with its name if known.
     Lsm(Option<String>),
     /// The kernel does not support io_uring.
     Kernel,
-    /// The locked memory limit.
     Memlock,
-    /// The cause could not be identified.
     Unknown,
 }
 

@@ -1,4 +1,4 @@
-//! The findings, as plain data.
+//! The facts that doctor collects, as plain data.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -45,8 +45,8 @@ pub(crate) struct PathFacts {
     pub(crate) mount: Option<Mount>,
     /// The results of probing the file; `None` for a folder.
     pub(crate) file: Option<probe::File>,
-    /// How many bytes a load would read, over all files of the model; or, judging by their
-    /// headers, why the load would fail.
+    /// How many bytes a load would read from all files of the model; or why, according to their
+    /// headers, the load would fail.
     pub(crate) load: Result<u64, String>,
 }
 

@@ -7,8 +7,8 @@
 //!   cause    what refuses io_uring (pure)                └───► screen, json
 //! ```
 //!
-//! Everything that can be tried is tried, with the engine itself. System files are read only to
-//! explain refusals, and to find limits, modules and file systems.
+//! Whatever can be tried is tried, with real loads. System files are read only to explain
+//! refusals, and to find limits, modules and file systems.
 
 mod advice;
 mod cause;
@@ -31,7 +31,8 @@ use facts::Facts;
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// A file, or the folder of a model.
+    /// The file, or the folder of a model, whose load to test; by default, only the machine is
+    /// tested.
     pub(crate) path: Option<PathBuf>,
     /// Print one JSON object to standard output, and nothing else.
     #[arg(long)]

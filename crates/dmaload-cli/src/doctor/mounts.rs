@@ -1,4 +1,4 @@
-//! Finds a path's file system in `/proc/self/mountinfo`, which states its type by name;
+//! Finds a path's file system in `/proc/self/mountinfo`, which contains the name of its type;
 //! `statfs(2)` reports only a number.
 
 use std::ffi::OsString;

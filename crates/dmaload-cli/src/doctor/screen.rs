@@ -122,9 +122,9 @@ fn memlock(limit: &Memlock, ring: &IoUring) -> String {
     let capability = if limit.cap_ipc_lock { "but CAP_IPC_LOCK lifts it" } else { "no CAP_IPC_LOCK" };
     let registrable = match (ring.setup, ring.register, ring.registrable_bytes) {
         (Err(_), ..) => String::new(),
-        (_, Ok(()), most) => format!("; {} at once could be registered", size(most)),
+        (_, Ok(()), most) => format!("; up to {} could be registered at once", size(most)),
         (_, Err(errno), 0) => format!("; nothing could be registered: {}", errno.describe()),
-        (_, Err(errno), most) => format!("; {} at once could be registered, more: {}", size(most), errno.describe()),
+        (_, Err(errno), most) => format!("; up to {} could be registered at once; for more: {}", size(most), errno.describe()),
     };
     format!("{} (hard limit {}), {capability}{registrable}", describe(limit.soft_bytes), describe(limit.hard_bytes))
 }
@@ -155,7 +155,7 @@ fn describe_path(facts: &PathFacts) -> String {
 
 fn first_read(file: &dmaload::probe::File) -> String {
     match (file.open_direct, file.first_read) {
-        (Ok(()), Ok(_)) => format!("O_DIRECT at {} works", size(file.alignment_bytes)),
+        (Ok(()), Ok(_)) => format!("O_DIRECT works, with {} alignment", size(file.alignment_bytes)),
         (Ok(()), Err(errno)) => format!("the first O_DIRECT read fails: {}", errno.describe()),
         (Err(refused), Ok(_)) => format!("O_DIRECT refused: {}; a cached read works", refused.describe()),
         (Err(refused), Err(errno)) => {
@@ -172,7 +172,12 @@ fn describe_trial(facts: &Facts) -> String {
     // The file at the path takes precedence over the trial file.
     let file = verdict::path_file(facts).or(facts.trial.file.as_ref());
     let first_read = file.map(|file| format!("; {}", first_read(file))).unwrap_or_default();
-    let elsewhere = facts.trial.elsewhere.as_ref().map(|reason| format!("; not next to the path: {reason}")).unwrap_or_default();
+    let elsewhere = facts
+        .trial
+        .elsewhere
+        .as_ref()
+        .map(|reason| format!("; the folder of the path could not be used: {reason}"))
+        .unwrap_or_default();
     format!("{folder}{first_read}{elsewhere}")
 }
 
@@ -183,8 +188,10 @@ fn heap_line(heap: &HeapTrial) -> String {
         Err(reason) => format!("no: {reason}"),
         Ok(loaded) => {
             let pages = loaded.page_bytes.map(|bytes_each| format!(", {} pages", size(bytes_each))).unwrap_or_default();
-            let steps =
-                loaded.steps.iter().map(|step| format!("; not {}: {}: {}", step.from, step.errno.describe(), step.attempt));
+            let steps = loaded
+                .steps
+                .iter()
+                .map(|step| format!("; {} was refused while {}: {}", step.from, step.attempt, step.errno.describe()));
             format!("{}{pages}{limits}{}", loaded.route, steps.collect::<String>())
         }
     }

@@ -1,5 +1,5 @@
-//! Reads system files, which explain refusals and state limits. Features are never inferred from
-//! them.
+//! Reads system files, to explain refusals and to find limits. Whether a feature works is never
+//! inferred from them.
 
 use std::fs::read_to_string;
 
@@ -69,10 +69,11 @@ impl Modules {
     }
 }
 
-/// The contents of `/proc/self/status`, and what replaces them without procfs.
+/// The contents of `/proc/self/status`, and the capabilities from `capget(2)`, for use without
+/// procfs.
 pub(crate) struct Status {
     text: String,
-    /// The effective capabilities according to `capget(2)`, used without procfs.
+    /// The effective capabilities that `capget(2)` returns. Used only without procfs.
     effective: Option<u64>,
 }
 
@@ -176,7 +177,7 @@ mod tests {
         let without_procfs = Status { text: String::new(), effective: Some(1 << CAP_IPC_LOCK) };
         assert!(
             without_procfs.has(CAP_IPC_LOCK) && !without_procfs.has(CAP_SYS_ADMIN),
-            "without procfs, the capabilities are not those of capget(2)"
+            "without procfs, the capabilities should be those of capget(2)"
         );
         let status = status("Name:\tx\nCapPrm:\t0000000000000000\nCapEff:\t0000000000004000\nSeccomp:\t2\nTHP_enabled:\t0\n");
         assert!(status.has(CAP_IPC_LOCK) && !status.has(CAP_SYS_ADMIN));

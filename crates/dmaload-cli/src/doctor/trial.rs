@@ -22,11 +22,11 @@ use crate::progress::finish;
 /// The length of the trial file, unless the file size limit is smaller. 4 MiB fill two huge pages,
 /// and fit under an ordinary user's locked memory limit of 8 MiB.
 const BYTES_MAX: u64 = 4 << 20;
-/// The name of the row that reports the absence of dma-heaps, and the start of the names of all
+/// The name of the row that reports the absence of dma-heaps, and the prefix of the names of all
 /// dma-heaps.
 pub(crate) const DMA_HEAP: &str = "dma-heap";
 
-/// The results of the loads.
+/// The results of the trial loads.
 #[derive(Debug, Clone)]
 pub(crate) struct Trial {
     /// The folder of the trial file, or why no folder could be used.
@@ -195,7 +195,7 @@ fn no_dma_heap() -> HeapTrial {
 fn load_and_compare(heap: Arc<dyn Heap>, path: &Path, content: &[u8]) -> Result<Loaded> {
     let exports = heap.exports();
     let loader = Loader::builder().heap(heap).build()?;
-    // The trial tests routes, so it must not take bytes from the page cache.
+    // The trial tests routes, so it must not use bytes from the page cache.
     let mut options = loader.load_options().format(Format::Raw).cache(Cache::Bypass);
     // A file that the user named can be longer than `content`, which is only its beginning.
     if fs::metadata(path).is_ok_and(|about| about.len() > content.len() as u64) {
@@ -209,7 +209,7 @@ fn load_and_compare(heap: Arc<dyn Heap>, path: &Path, content: &[u8]) -> Result<
         if let Some(wrong) = bytes.iter().zip(expected).position(|(loaded, written)| loaded != written) {
             anyhow::bail!("WRONG BYTES were loaded: the first at offset {}", compared + wrong);
         }
-        ensure!(segment.has_dma_buf() == exports, "a segment has no dma-buf");
+        ensure!(segment.has_dma_buf() == exports, "a segment has no dma-buf, or one that its heap should not export");
         compared += bytes.len();
     }
     ensure!(compared == content.len(), "{compared} of {} bytes were loaded", content.len());

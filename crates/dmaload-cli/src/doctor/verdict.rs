@@ -6,13 +6,14 @@ use dmaload_text::bytes;
 use super::facts::Facts;
 use super::trial::Loaded;
 
-/// The default window: the most memory of pieces that loads with the default options register at
-/// once. Registered staging comes on top, and is not counted here.
+/// The default window. It limits how much memory loads with the default options register for
+/// pieces at the same time. Staging buffers are registered in addition, and are not included here.
 const REGISTERED_BYTES_MAX: u64 = LoaderBuilder::WINDOW_BYTES;
 /// The default segment size; each segment is a memfd.
 const SEGMENT_BYTES: u64 = LoadOptions::SEGMENT_BYTES;
 
-/// How a reason begins if doctor could not determine whether a load would work.
+/// The beginning of each reason that says that doctor could not determine whether a load would
+/// work.
 pub(crate) const UNKNOWN: &str = "doctor can't tell";
 
 /// Returns whether a load would work, for JSON; `None` if doctor could not determine it.
@@ -105,8 +106,8 @@ fn expected(facts: &Facts, loaded: &Loaded) -> Expected {
     Expected { route, page_bytes: loaded.page_bytes.map(|bytes| pages_of(facts, bytes)), because, measured: Vec::new() }
 }
 
-/// The page size of the path's memory. It is that of the trial (`page_bytes`), except that memory
-/// smaller than a huge page is on small pages.
+/// Returns the page size that the path's memory would have. It is that of the trial
+/// (`page_bytes`), except that memory smaller than a huge page is on small pages.
 fn pages_of(facts: &Facts, page_bytes: u64) -> u64 {
     let small = dmabuf::page_bytes() as u64;
     let is_smaller = path_file(facts).is_some_and(|file| file.bytes.next_multiple_of(small) < page_bytes);

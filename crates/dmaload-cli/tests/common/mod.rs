@@ -1,4 +1,4 @@
-//! Helpers for the command's tests: real files on a disk, the real binary, and its output.
+//! Helpers for the command's tests, which run the real binary on files on a disk.
 #![allow(dead_code, unreachable_pub, reason = "each test uses only some of the helpers")]
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
@@ -17,14 +17,15 @@ use serde_json::Value;
 
 pub const MIB: usize = 1 << 20;
 pub const ROUTES: [&str; 6] = ["uring-fixed-direct", "uring-direct", "pread-direct", "bounce", "uring-buffered", "buffered"];
-/// Small segments, so that small files have several.
+/// Options for small segments, so that even small files have several.
 pub const SMALL_SEGMENTS: [&str; 4] = ["--segment-size", "2MiB", "--window", "4MiB"];
-/// A user without privileges.
+/// The ID of a user without privileges.
 pub const NOBODY: u32 = 65534;
 /// A program that runs longer is considered hung.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Returns the folder for files that must be on a disk, not in memory, so that `O_DIRECT` is real.
+/// Returns the folder for files that must be on a disk, not in memory, so that `O_DIRECT` reads
+/// from storage.
 pub fn base() -> &'static Path {
     let base = Path::new(env!("CARGO_TARGET_TMPDIR"));
     fs::create_dir_all(base).unwrap();
@@ -51,8 +52,8 @@ pub fn random_file(folder: &Path, name: &str, len: usize) -> PathBuf {
     file(folder, name, &random_bytes(len, len as u64))
 }
 
-/// Writes a large file quickly: a MiB of random bytes, repeated with a different number in every
-/// sector, so that no two sectors are equal.
+/// Writes a large file quickly. It repeats a MiB of random bytes, and writes a different number to
+/// every sector, so that no two sectors are equal.
 pub fn large_file(folder: &Path, name: &str, len: u64) -> PathBuf {
     const SECTOR: u64 = 512;
     let path = folder.join(name);
@@ -187,8 +188,9 @@ impl Done {
         self.exits(0)
     }
 
-    /// Asserts this exit status, all these words on standard error, and nothing on standard output
-    /// or, with `--json`, one object there with the same error.
+    /// Asserts that the program failed with this exit status, and with all these words on standard
+    /// error. Standard output must be empty or, with `--json`, contain one object with the same
+    /// error.
     #[track_caller]
     pub fn fails(self, code: i32, words: &[&str]) -> Self {
         for word in words {
@@ -240,7 +242,7 @@ pub fn load_json(path: &Path, arguments: &[&str]) -> Value {
     run(dmaload(["load", "--json", "--cache", "bypass"]).args(arguments).arg(path)).succeeds().json()
 }
 
-/// Returns the digest that coreutils computes, an implementation that shares no code with dmaload.
+/// Returns the file's sha256 according to coreutils, which share no code with dmaload.
 pub fn sha256sum(path: &Path) -> String {
     let done = run(Command::new("sha256sum").arg("--").arg(path)).succeeds();
     done.text().split_whitespace().next().unwrap().trim_start_matches('\\').to_owned()
@@ -270,8 +272,8 @@ pub fn unavailable(route: &str, folder: &Path) -> Option<String> {
     Some(format!("{errno}: {reason}"))
 }
 
-/// Reports why something is not tested here. Writes to standard error directly, because the test
-/// runner captures `println!`.
+/// Reports why a test is skipped on this machine. Writes to standard error directly, because the
+/// test runner captures `println!`.
 pub fn skip(reason: impl fmt::Display) {
     let name = thread::current().name().unwrap_or("?").to_owned();
     let _ = writeln!(io::stderr(), "skipped in {name}: {reason}");

@@ -1,4 +1,4 @@
-//! Errors of files that do not contain a valid model.
+//! Tests for errors about files that do not contain a valid model.
 
 use std::path::Path;
 
@@ -30,7 +30,8 @@ pub(crate) fn header(entry: &str) -> Vec<u8> {
     format!(r#"{{"w":{entry}}}"#).into_bytes()
 }
 
-/// Invalid headers for 16 bytes of data: a description, the header, and words of the error.
+/// Invalid headers for 16 bytes of data. Each has a description, the header, and words that the
+/// error contains.
 fn invalid_headers() -> Vec<(&'static str, Vec<u8>, &'static str)> {
     let good = r#"{"dtype":"U8","shape":[16],"data_offsets":[0,16]}"#;
     let two = |second: &str| format!(r#"{{"a":{{"dtype":"U8","shape":[8],"data_offsets":[0,8]}},"b":{second}}}"#).into_bytes();
@@ -96,7 +97,7 @@ fn file_with_an_invalid_header_length_loads_only_as_raw() {
     assert_loads_as_raw(&short);
 }
 
-/// Files that have the name of a model but do not contain a valid model: the name, the bytes,
+/// Files that are named like models but do not contain a valid model. Each has a name, the bytes,
 /// words of the diagnosis, and words of the advice.
 fn files_named_like_models() -> Vec<(&'static str, Vec<u8>, &'static str, &'static str)> {
     let safetensors = |length: [u8; 8]| [&length[..], br#"{"w":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}  ab"#].concat();
@@ -142,7 +143,7 @@ fn files_that_are_not_models_get_specific_advice() {
     let folder = folder();
     for (name, bytes, what, advice) in files_named_like_models() {
         let path = file(folder.path(), name, &bytes);
-        // `cat` writes an index as it is, so it does not fail.
+        // `cat` writes an index unchanged, so it does not fail.
         if name.ends_with(".index.json") {
             run(dmaload(["inspect", "--json"]).arg(&path)).fails(1, &[text(&path), what, advice]);
         } else {

@@ -1,4 +1,4 @@
-//! Errors caused by limits of a process or of the machine.
+//! Tests for errors caused by limits on a process or on the machine.
 
 use std::fs;
 use std::path::Path;
@@ -83,7 +83,7 @@ fn model_with_more_files_than_descriptors_can_be_loaded() {
 }
 
 /// For every selection, and with each layout that has several segments, the advice is to raise the
-/// limit. It names no option.
+/// limit, and it names no option of the command.
 #[test]
 fn advice_on_few_descriptors_is_the_same_for_every_load() {
     let folder = folder();
@@ -130,8 +130,8 @@ fn single_segment_needs_few_descriptors() {
     run(&mut limited(&command, "-n 16")).succeeds();
 }
 
-/// Tests limits from one that has room for the program only to one that has room for everything
-/// except the file.
+/// The limits range from one that has room only for the program to one that has room for
+/// everything except the file.
 #[test]
 fn address_space_limit_is_reported_without_a_panic() {
     const KIB: u64 = 1 << 10;
@@ -146,7 +146,7 @@ fn address_space_limit_is_reported_without_a_panic() {
     }
 }
 
-/// Tests limits that have no room for the stacks of some or all threads.
+/// These limits leave no room for the stacks of some or all threads.
 #[test]
 fn load_explains_its_failure_at_any_address_space_limit() {
     let folder = folder();
@@ -190,7 +190,7 @@ fn file_larger_than_memory_is_refused_before_it_is_read() {
     }
 }
 
-/// The file of 80 TiB fits into the address space and the larger files do not, but the error is
+/// The 80 TiB file fits into the address space and the larger files do not, but the error must be
 /// the same.
 #[test]
 fn file_larger_than_the_address_space_exceeds_memory() {
@@ -273,8 +273,8 @@ fn staging_beyond_the_memlock_limit_fails_a_strict_load() {
     run(&mut strict).fails(1, &[text(&path), "bounce", "staging", "ENOMEM", "ulimit -l"]);
 }
 
-/// The limit does not apply to root, whose load must take the best route. This shows that the
-/// loads above step down because of the limit.
+/// The limit does not apply to root, so the load must use the best route. This shows that the
+/// loads in the tests above step down because of the limit.
 #[test]
 fn memlock_limit_does_not_affect_the_route_of_root() {
     let folder = folder();
@@ -300,7 +300,7 @@ fn file_size_limit_is_named() {
     run(&mut limited(&anon, "-f 1000")).succeeds();
 }
 
-/// Only a bounded number of small files is open at a time.
+/// Small files share memory, and only a limited number of them is open at a time.
 #[test]
 fn thousands_of_files_need_few_descriptors() {
     let folder = folder();

@@ -1,6 +1,6 @@
-//! Errors name what can't be loaded, the errno, and what to do. The exit status is 1 for a failed
-//! load and 2 for wrong usage; nothing is written to standard output or, with `--json`, one
-//! object; the command never panics or hangs.
+//! Tests for error messages. They name what can't be loaded, the errno, and what to do. The exit
+//! status is 1 for a failed load and 2 for wrong usage. Standard output stays empty or, with
+//! `--json`, gets one object. The command never panics or hangs.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 #[path = "../common/mod.rs"]
@@ -120,7 +120,7 @@ fn folder_named_like_a_model_is_not_a_model() {
     }
 }
 
-/// Like [`every_command_fails`], but only for `load` and `inspect`.
+/// Like [`every_command_fails`], but runs only `load` and `inspect`.
 #[track_caller]
 fn every_command_fails_but_cat(path: &Path, words: &[&str]) {
     for arguments in [&["load", "--json"][..], &["load"], &["inspect"]] {

@@ -1,4 +1,4 @@
-//! Errors of the command line and of standard output.
+//! Tests for errors in the command line, and in writing to standard output.
 
 use std::fs;
 use std::process::Command;
@@ -80,7 +80,8 @@ fn with_json_each_error_is_one_object_on_standard_output() {
         assert_eq!(json.as_object().unwrap().len(), 3, "{json:#}");
         assert!(json["error"].as_str().is_some_and(|error| !error.is_empty()), "{json:#}");
     }
-    // The load has written its object, so the error of its command is not written as another one.
+    // The load has already written its object, so an error of the program that it runs is reported
+    // only on standard error.
     let done = run(load(&path).args(["--exec", missing])).exits(1);
     assert_eq!(done.json()["bytes"], 5000, "{done}");
     assert!(done.stderr.contains("ENOENT"), "{done}");
