@@ -25,11 +25,11 @@ use crate::route::Route;
 use crate::support::convert::to_usize;
 use crate::telemetry::report::Way;
 
-/// A batch's allocation, and the sink that populates it if its pages are not present.
+/// A batch's allocation, and the sink that will populate it if its pages are not present yet.
 type Prepared = (Arc<Backing>, Option<Arc<dyn Sink>>);
 
 /// How long to wait for the reaper to free dropped memory. Freeing takes up to half a second per
-/// GiB, so this suffices for 20 GiB.
+/// GiB, so this is enough for 20 GiB.
 const FREEING_TIME: Duration = Duration::from_secs(10);
 
 impl Engine {
@@ -62,7 +62,7 @@ impl Engine {
     ) -> Result<()> {
         let mut sources = Vec::with_capacity(allocation.parts.len());
         for part in &allocation.parts {
-            // The remaining files of a load that is over need not be opened.
+            // Once the load is over, its remaining files need not be opened.
             if load.is_over() {
                 return Ok(());
             }
@@ -120,9 +120,9 @@ impl Engine {
         Ok(())
     }
 
-    /// Gets the batch's memory and populates it. With `populates_late`, memory that is neither
-    /// from the pool nor allocated with its pages is returned with a sink that will populate it
-    /// instead.
+    /// Gets the batch's memory and populates it. If `populates_late` is set, memory that has no
+    /// pages yet is not populated here, but returned with a sink that will populate it. Memory
+    /// from the pool has its pages, and so does memory that the heap allocates at once.
     fn memory_for(
         self: &Arc<Self>,
         load: &Arc<LoadShared>,
@@ -153,7 +153,7 @@ impl Engine {
     fn populate(&self, load: &LoadShared, heap: &HeapCode, allocation: &Allocation) -> Result<(Arc<Backing>, Populated)> {
         let batch = &allocation.batch;
         let part = to_usize(batch.memory_offset)..to_usize(batch.memory_offset + batch.bytes);
-        // The grant is held until the pages are present.
+        // Hold the grant until the pages are present.
         let (backing, _grant) = self.get_backing(load, heap, allocation)?;
         let (mapping, memory) = backing.parts();
         let populated = if backing.is_reused() {
@@ -167,8 +167,8 @@ impl Engine {
     }
 
     /// Gets the batch's allocation (an existing one, one from the pool, or a new one) and the
-    /// grant for the memory that this batch is about to take. The grant is `None` if the batch
-    /// takes no new memory.
+    /// grant for the memory that this batch is about to use. The grant is `None` if the batch
+    /// needs no new memory.
     fn get_backing(
         &self,
         load: &LoadShared,
@@ -183,7 +183,7 @@ impl Engine {
         })?;
         let grant = match made {
             Some(grant) => grant,
-            // An earlier batch made the allocation.
+            // An earlier batch has already made the allocation.
             None if backing.is_reused() || self.facts.allocates_at_once => None,
             None => Some(self.grant(allocation.batch.bytes)?),
         };
@@ -208,20 +208,20 @@ impl Engine {
         if let Some(dma_buf) = memory.dma_buf() {
             if !self.facts.exports {
                 return Err(Error::Config(format!(
-                    "the heap {} allocated a dma-buf, although its `exports` returns false",
+                    "the heap {} allocated a dma-buf, even though its `exports` returns false",
                     load.heap()
                 )));
             }
             // The access ends in `Backing::export`. A dma-buf that is never exported, because its
-            // load fails or is dropped, is closed with the access open, which is allowed.
+            // load fails or is dropped, is closed before the access has ended, which is allowed.
             dma_buf.begin_cpu_access(Access::ReadWrite).map_err(refused)?;
         }
         let mapping = allocation.range.map(&memory, at, bytes).map_err(refused)?;
         Ok((Backing::new(mapping, memory, self.reaper.clone()), Some(grant)))
     }
 
-    /// Fails if `wanted_bytes` exceeds the available memory, even after the pool and dropped
-    /// segments are freed.
+    /// Fails if `wanted_bytes` exceeds the available memory, even after emptying the pool and
+    /// waiting until dropped segments are freed.
     pub(super) fn check_headroom(&self, wanted_bytes: u64) -> Result<()> {
         let short = || headroom().filter(|seen| seen.available_bytes < wanted_bytes);
         match short() {
@@ -246,8 +246,8 @@ impl Engine {
         self.reaper.wait_until_idle(FREEING_TIME) || trimmed > 0
     }
 
-    /// The error for memory that the kernel refused. ENOMEM has several causes; if a limit was
-    /// reached, the error says which and gives its numbers.
+    /// Returns the error for memory that the kernel refused. ENOMEM has several causes. If it was
+    /// caused by a limit, the error names the limit and contains the numbers.
     pub(super) fn refused(&self, load: &LoadShared, error: dmabuf::Error) -> Error {
         match at_limit(&error, headroom) {
             Some(seen) => self.out_of_memory(error.bytes as u64, seen),
@@ -261,8 +261,8 @@ impl Engine {
     }
 }
 
-/// The limit that caused a refusal, if it leaves less memory than was requested; `None` if the
-/// refusal has another cause.
+/// Returns the headroom if a limit caused this refusal, that is, if less memory is available than
+/// was requested. Returns `None` if the refusal has another cause.
 fn at_limit(error: &dmabuf::Error, measure: impl Fn() -> Option<Headroom>) -> Option<Headroom> {
     if error.errno != Errno::ENOMEM {
         return None;
@@ -273,15 +273,16 @@ fn at_limit(error: &dmabuf::Error, measure: impl Fn() -> Option<Headroom>) -> Op
 /// The open file of a piece, and how to read the piece.
 struct OpenPart {
     file: Arc<OpenFile>,
-    /// The route at which its reads start, unless the batch's way requires a lower one.
+    /// The initial route for reads of the piece, unless the way that is chosen for the batch
+    /// requires a lower one.
     route: Route,
-    /// The piece's chunks that are in the page cache.
+    /// Which chunks of the piece are in the page cache.
     cached: CachedChunks,
 }
 
 /// Chooses how a batch is read, and stops measuring if any of it is in the page cache. A batch
 /// that is wholly in the page cache is copied like a staged one, so its memory need not be
-/// populated ahead.
+/// populated in advance.
 fn batch_way(load: &LoadShared, allocation: &Allocation, sources: &[OpenPart]) -> Way {
     if sources.iter().any(|source| !source.cached.is_empty()) {
         load.cannot_measure();
@@ -310,8 +311,8 @@ fn open_part(load: &LoadShared, part: &BatchPart) -> Result<OpenPart> {
     })?;
     let start = load.route_of(part.file_index);
     let route = if file.direct_refused().is_some() && start.is_direct() { Route::Buffered } else { start };
-    // Bytes that are observed in staging must pass through it, and buffered reads copy from the
-    // page cache anyway.
+    // Chunks are not copied straight from the page cache if bytes are observed in staging, because
+    // they must pass through it. Buffered reads copy from the page cache anyway.
     let takes_cached = load.options.takes_cached() && !load.is_observed_in_staging() && route.is_direct();
     let piece = &part.piece;
     let range = piece.file_offset..piece.file_offset + piece.bytes;

@@ -14,7 +14,7 @@ use crate::route::Route;
 use crate::support::once_value::OnceValue;
 use crate::telemetry::report::Way;
 
-/// A file as it was when the load began, and how it will be read.
+/// A file as it was when the load was planned, and how it will be read.
 #[derive(Debug)]
 pub(crate) struct FilePlan {
     pub(crate) identity: Identity,
@@ -24,20 +24,22 @@ pub(crate) struct FilePlan {
     pub(crate) tensors: Option<Arc<FileTensors>>,
     /// How many bytes will be read.
     pub(crate) read_bytes: u64,
-    /// How many bytes were requested. More are read where reads must cover whole blocks.
+    /// How many bytes of the file were requested. `read_bytes` is larger if reads have to cover
+    /// whole blocks.
     pub(crate) wanted_bytes: u64,
-    /// The route at which its reads start; for a small file, which is not open yet, the first
-    /// route to try.
+    /// The initial route for reads of the file. A small file is not open yet, so for it, this is
+    /// the first route to try.
     pub(crate) route: Route,
-    /// Whether the file is small: it is then opened when its batch is allocated, and its header is
-    /// parsed from its memory.
+    /// Whether the file is small. A small file is opened only when its batch is allocated, and its
+    /// header is parsed from the memory into which it was read.
     pub(crate) small: bool,
-    /// The open file; `None` if the file is opened only when its first piece is allocated.
+    /// The open file; `None` if the file will be opened later, for its first piece.
     pub(crate) open: Option<Arc<OpenFile>>,
 }
 
-/// The data needed to allocate a batch. Batches of one allocation share its `memory` cell, and
-/// pieces of one file share its `file` cell; the first one that needs a cell's value sets it.
+/// The data needed to allocate a batch. All batches of an allocation share one `memory` cell, and
+/// all pieces of a file share one `file` cell. The first batch or piece that needs the value of a
+/// cell sets it.
 #[derive(Debug)]
 pub(crate) struct Allocation {
     pub(crate) batch: Batch,
@@ -49,7 +51,7 @@ pub(crate) struct Allocation {
     pub(crate) parts: Vec<BatchPart>,
 }
 
-/// A populated batch, or a populated extent of one.
+/// Describes a populated batch, or a populated extent of a batch.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Allocated {
     /// The file of the batch's first byte.
@@ -74,7 +76,7 @@ impl Allocation {
     }
 }
 
-/// A piece of a batch, and its file.
+/// A piece of a batch, and the file that it is read from.
 #[derive(Debug)]
 pub(crate) struct BatchPart {
     pub(crate) number: usize,

@@ -27,15 +27,17 @@ fn limit() -> u64 {
     Limit::OpenFiles.current().unwrap_or(u64::MAX)
 }
 
-/// How many files may be open with this limit of descriptors. Each file takes two: one for direct
-/// reads and one for buffered reads. If descriptors are scarce, a quarter of them is for files.
+/// Returns how many files may be open under this descriptor limit. Each file needs two
+/// descriptors: one for direct reads and one for buffered reads. If descriptors are scarce, files
+/// get a quarter of them.
 fn files_within(limit: u64) -> u64 {
     let most = 4 * BATCH_FILES as u64;
     if limit < 4 * most { (limit / 8).max(1) } else { most }
 }
 
-/// How many allocations may hold a descriptor: three quarters of what remains after the files and
-/// the descriptors that are open now. The last quarter is for what the process opens later.
+/// Returns how many allocations may hold a descriptor. They get three quarters of the descriptors
+/// that are neither set aside for files nor open now. The remaining quarter is left for
+/// descriptors that the process opens later.
 fn memories_within(limit: u64, open: u64) -> u64 {
     limit.saturating_sub(2 * files_within(limit)).saturating_sub(open) / 4 * 3
 }

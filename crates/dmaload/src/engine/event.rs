@@ -1,4 +1,4 @@
-//! Events for the consumer of a load.
+//! The events that a load sends to its consumer.
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -10,25 +10,24 @@ use crate::model::index::Index;
 use crate::plan::tensors::FileTensors;
 use crate::telemetry::report::Report;
 
-/// An event for the consumer of a load. Events arrive in this order: the files, if the load keeps
-/// its segments; segments; the end or an error.
+/// An event that a load sends to its consumer. Events arrive in this order: the list of files, if
+/// the load keeps its segments; the segments; and then the end of the load or an error.
 #[derive(Debug)]
 pub(crate) enum Event {
-    /// The files were opened or inspected.
+    /// The load was planned: its files were opened or inspected.
     Planned(Vec<LoadFile>),
     Segment(Segment),
     Done(Box<Finished>),
     Failed(Error),
 }
 
-/// The results of a finished load.
 #[derive(Debug)]
 pub(crate) struct Finished {
     pub(crate) report: Report,
     pub(crate) files: Vec<LoadFile>,
 }
 
-/// A file of a load.
+/// Describes one file of a load to the consumer.
 #[derive(Debug, Clone)]
 pub(crate) struct LoadFile {
     pub(crate) path: Arc<PathBuf>,
@@ -39,9 +38,9 @@ pub(crate) struct LoadFile {
     /// Whether `tensors` is final. The headers of small files are read with their other bytes, so
     /// their tensors become known only with their first segment.
     pub(crate) is_known: bool,
-    /// Whether any byte of the file is read.
+    /// Whether the load reads any byte of the file.
     pub(crate) has_segments: bool,
-    /// The index that named the file, with the folder of the index.
+    /// The index that lists the file, preceded by the folder that contains the index.
     pub(crate) index: Option<(PathBuf, Arc<Index>)>,
 }
 
@@ -49,10 +48,10 @@ pub(crate) struct LoadFile {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Progress {
-    /// Bytes to load; 0 until the load is planned.
+    /// The number of bytes to load; 0 until the load is planned.
     pub planned_bytes: u64,
-    /// Bytes whose memory is allocated and populated.
+    /// The number of bytes whose memory was allocated and populated so far.
     pub allocated_bytes: u64,
-    /// Bytes that were read.
+    /// The number of bytes that were read so far.
     pub read_bytes: u64,
 }

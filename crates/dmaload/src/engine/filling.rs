@@ -1,10 +1,10 @@
 //! Memory that is populated by the threads that fill it: copiers, and threads that read through
 //! the page cache.
 //!
-//! Staged reads do not need populated memory. Instead, a copier claims an extent, populates it,
-//! and copies the staged bytes to it while the zeroed pages and the staged bytes are in the
-//! processor's cache. Pages that are populated ahead have left the cache by the time their bytes
-//! arrive, which costs a third of the speed on virtual disks.
+//! Staged reads do not need their destination to be populated. A copier claims an extent,
+//! populates it, and copies the staged bytes to it while the zeroed pages and the staged bytes are
+//! still in the processor's cache. If pages are populated in advance, they have left the cache by
+//! the time their bytes arrive, which costs a third of the speed on virtual disks.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -23,28 +23,30 @@ use crate::memory::backing::Backing;
 use crate::memory::buffer::{Fault, Sink, Write};
 use crate::support::once_value::OnceValue;
 
-/// The size of an extent, which is populated at once: a huge page, or as many small pages as fit
-/// into a processor's cache together with the staged bytes ([`SMALL_EXTENT_BYTES`]).
+/// Returns the size of an extent, the unit in which memory is populated: a huge page, or as many
+/// small pages as fit into a processor's cache together with the staged bytes
+/// ([`SMALL_EXTENT_BYTES`]).
 pub(super) fn extent_bytes(pages: Pages) -> usize {
     if pages == Pages::Small { SMALL_EXTENT_BYTES } else { dmabuf::HUGE_PAGE_BYTES }
 }
 
-/// The fastest of 256 KiB, 512 KiB, 1 MiB and 2 MiB when measured: see docs/performance.md.
+/// In measurements, 512 KiB was faster than 256 KiB, 1 MiB and 2 MiB: see docs/performance.md.
 const SMALL_EXTENT_BYTES: usize = 512 << 10;
 
 /// A batch of an allocation, populated as its bytes arrive.
 #[derive(Debug)]
 pub(super) struct Filling {
     engine: Arc<Engine>,
-    /// Weak: the ring thread must not drop a load or a heap.
+    /// A weak reference, like `heap`, because the ring thread may drop this value but must not
+    /// drop a load or a heap.
     load: Weak<LoadShared>,
     heap: WeakHeap,
     backing: Arc<Backing>,
     /// The batch's range in the allocation.
     batch: Range<usize>,
     extent_bytes: usize,
-    /// Whether each extent is populated. Extents start at multiples of their size in the
-    /// allocation.
+    /// One cell for each extent, set once the extent is populated. In the allocation, extents
+    /// start at multiples of their size.
     extents: Vec<OnceValue<()>>,
     about: Allocated,
     /// How many of the batch's bytes are not yet counted as allocated.
@@ -76,8 +78,8 @@ impl Filling {
         }
     }
 
-    /// The index of the extent that contains `at`, and the bytes of the extent that belong to the
-    /// batch.
+    /// Returns the index of the extent that contains the offset `at`, and the part of the extent
+    /// that belongs to the batch.
     fn extent_at(&self, at: usize) -> (usize, Range<usize>) {
         let number = at / self.extent_bytes;
         let start = number * self.extent_bytes;
@@ -87,11 +89,11 @@ impl Filling {
 
     /// Populates an extent. On failure, records the error in the load.
     fn populate_extent(&self, extent: Range<usize>) -> std::result::Result<(), Errno> {
-        // The load may be gone after its end, and the heap after the engine's end.
+        // The load may be dropped once it has ended, and the heap once the engine has ended.
         let (Some(load), Some(heap)) = (self.load.upgrade(), self.heap.upgrade()) else { return Err(Errno::CANCELED) };
         let populated = self.populate(&load, &heap, extent);
         if let Err(error) = populated {
-            // Only the first error counts.
+            // Only the first error is kept.
             let _ = load.no_memory.set(error);
             self.engine.release_load(load);
             return Err(Errno::NOMEM);
@@ -102,7 +104,7 @@ impl Filling {
 
     fn populate(&self, load: &LoadShared, heap: &HeapCode, extent: Range<usize>) -> Result<()> {
         let memory_bytes = extent.len() as u64;
-        // The grant is held until the pages are present.
+        // Hold the grant until the pages are present.
         let _grant = self.engine.grant(memory_bytes)?;
         let start = Instant::now();
         load.begin_allocating();
@@ -113,7 +115,7 @@ impl Filling {
         let before = self
             .uncounted_bytes
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| Some(left.saturating_sub(memory_bytes)));
-        let bytes = before.expect("the update always returns a value").min(memory_bytes);
+        let bytes = before.expect("the closure never returns `None`").min(memory_bytes);
         let about = Allocated { bytes, memory_bytes, ..self.about };
         load.end_allocating(&about, start, populated.as_ref().ok().map(|populated| (populated, false)));
         populated.map(drop)
@@ -131,8 +133,9 @@ impl Sink for Filling {
             let slot = self.extents.get(number).expect("the extents cover the batch");
             slot.get_or_make(|| self.populate_extent(extent)).map_err(Fault::Memory)?;
             // SAFETY: this part lies within `offset..offset + bytes`, to which the caller
-            // guarantees exclusive access. The heap no longer writes to the extent either: it is
-            // populated once, and that has ended, because `get_or_make` has returned.
+            // guarantees exclusive access. The heap no longer writes to the extent either: it
+            // populates each extent once, and has finished this one, because `get_or_make` has
+            // returned.
             let part = unsafe { self.backing.unfilled(offset + done, here) };
             match write(part) {
                 Ok(written) => {

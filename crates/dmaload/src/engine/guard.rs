@@ -1,5 +1,5 @@
-//! The guard that keeps an engine running. Starts its threads, starts and abandons loads, and
-//! shuts down.
+//! The guard that keeps an engine running. It starts the engine's threads, starts and abandons
+//! loads, and shuts the engine down.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, AtomicUsize};
@@ -169,8 +169,8 @@ impl Guard {
         let shared = Arc::new(LoadShared::new(id, options, keep, inputs, &engine.facts, Arc::clone(&engine.counters), events));
         let submit = || engine.jobs.submit(id, Arc::clone(&shared));
         if let Err(error) = checked.and_then(|()| submit().then_some(()).ok_or_else(|| engine.end_reason())) {
-            // The scheduler does not know the load, so no other thread can deliver to its
-            // consumer. This thread therefore does.
+            // The scheduler does not know the load, so the teller never delivers to its consumer.
+            // This thread has to.
             let mut remains = vec![shared.fail(error)];
             assert_eq!(shared.deliver(&mut remains), HandOverStatus::Over, "a load that has failed is over");
         }
@@ -187,7 +187,7 @@ impl Guard {
     /// The consumer must not drop any during this call.
     pub(crate) fn held_up(&self, load: LoadId) -> Option<Error> {
         let engine = &self.engine;
-        // Checks twice. After the first check, only the consumer and the reaper can hold memory of
+        // Check twice. After the first check, only the consumer and the reaper can hold memory of
         // the load. If the reaper is then idle, the consumer holds all memory that the second
         // check counts.
         engine.jobs.held_up(load)?;
@@ -202,14 +202,14 @@ impl Guard {
     pub(crate) fn abandon(&self, load: Arc<LoadShared>) {
         load.record_drop();
         self.engine.abandon(&load);
-        // A worker closes its files and unmaps its addresses, because both may block and the
-        // caller may be an async task.
+        // Closing files and unmapping memory may block, and the caller may be an async task, so a
+        // worker does both.
         self.engine.defer_drop(load.id, load.take_remains_if_over());
         self.engine.jobs.defer_drop(DropKey::Files(load.id), load);
     }
 
-    /// Ends all loads and threads, and leaks the memory of reads that are still in flight at the
-    /// deadline. The shutdown begins with the call, not when the future is first polled.
+    /// Ends all loads and threads. At the deadline, the memory of reads that are still in flight
+    /// is leaked. The shutdown begins with the call, not when the future is first polled.
     pub(crate) fn shutdown(&self) -> impl Future<Output = Result<(), Leaked>> + Send + use<> {
         let engine = Arc::clone(&self.engine);
         engine.close();
@@ -221,7 +221,7 @@ impl Guard {
             foreign::discard(foreign::call(|| done.send(left)));
         };
         if thread::Builder::new().name("dmaload-close".to_owned()).spawn(body).is_err() {
-            // No thread can wait, so treat the deadline as passed.
+            // Without a thread that waits for it, treat the deadline as passed.
             engine.ring.give_up();
         }
         async move { answer.await.unwrap_or_else(|_| engine.left_now()) }

@@ -6,9 +6,9 @@ use crate::error::{Error, Result};
 use crate::memory::heap::Heap;
 use crate::support::foreign::{self, Foreign};
 
-/// The heap, which may be the caller's code. Held by the caller's handles, by the workers and the
-/// thread that starts them, and by copiers while they populate memory; never by the ring thread or
-/// the teller.
+/// A strong reference to the heap, which may be the caller's code. The caller's handles, the
+/// workers and the thread that starts them hold one, as do copiers while they populate memory. The
+/// ring thread and the teller never do.
 #[derive(Debug, Clone)]
 pub(crate) struct HeapCode(Arc<Foreign<Arc<dyn Heap>>>);
 
@@ -37,7 +37,8 @@ impl HeapCode {
         WeakHeap(Arc::downgrade(&self.0))
     }
 
-    /// Calls the heap. Must not be called under a lock, because the heap may be the caller's code.
+    /// Calls the heap. The calling thread must not hold a lock, because the heap may be the
+    /// caller's code.
     ///
     /// # Errors
     /// [`Error::Panicked`] if the heap panicked.

@@ -1,14 +1,14 @@
 //! The job queue: the scheduler and its loads under one lock, and the workers that wait for jobs.
 //!
-//! A change that may make a job available wakes one worker. A worker that got a job wakes the
-//! next, since more jobs may be available than the one it was woken for. `just loom` runs the
-//! tests in `tests` with every interleaving of their threads, up to three preemptions.
+//! A change that may make a job available wakes one worker. A worker that got a job wakes the next
+//! one, because more jobs may have become available. `just loom` runs the tests in `tests` with
+//! every interleaving of their threads, up to three preemptions.
 //!
-//! Workers also drop the files and memory of loads that are over. Closing a file may block, so at
-//! most one worker at a time closes a load's files.
+//! Workers also drop the files and memory of loads that have ended. Closing a file may block, so
+//! at most one worker at a time closes a load's files.
 //!
-//! A thread that sleeps in [`Jobs::watch`] finds workers that have waited too long for files (see
-//! [`super::workers`]) and, while loads wait for others to end, silent file systems.
+//! Another thread runs [`Jobs::watch`]. It finds workers that have waited too long for files (see
+//! [`super::workers`]). While loads wait for others to end, it also finds silent file systems.
 
 use std::any::Any;
 use std::collections::{HashMap, VecDeque};
@@ -22,9 +22,9 @@ use crate::support::foreign;
 use crate::support::id::LoadId;
 use crate::support::sync::{Condvar, Mutex, MutexGuard};
 
-/// How often to check for silent file systems while loads wait for others to end. A file system is
-/// found silent at the second check; between two checks, a batch of 16 MiB arrives even from a
-/// server that delivers only 4 MiB/s.
+/// How often to check for silent file systems while loads wait for others to end. A file system
+/// that holds permits and returns none between two checks is silent. In that time, even a server
+/// that delivers only 4 MiB/s completes a batch of 16 MiB.
 const SILENCE_CHECK_INTERVAL: Duration = Duration::from_secs(5);
 
 /// The job queue; see the module documentation. `T` is a load.
@@ -65,7 +65,7 @@ struct Schedule<T> {
     since: Instant,
     /// How many bytes each worker is allocating.
     allocating: HashMap<WorkerId, u64>,
-    /// Whether the pace has grown and the additional worker has not been hired yet.
+    /// Whether the pace allows one more worker, which has not been hired yet.
     growing: bool,
     /// Whether the watching thread sleeps until a worker has to wait for a file, or a load has to
     /// wait for other loads to end.
@@ -73,12 +73,13 @@ struct Schedule<T> {
     silence_checked_at: Instant,
 }
 
-/// A group of values that remain of a load. At most one worker at a time drops values of a group.
+/// Identifies a group of values that are left of a load. At most one worker at a time drops values
+/// of a group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum DropKey {
-    /// The load's files, whose closing may wait for a server.
+    /// The load's files. Closing them may wait for a server.
     Files(LoadId),
-    /// The load's memory, whose drop must not wait for the files.
+    /// The load's memory. Dropping it must not wait for the files.
     Memory(LoadId),
 }
 
@@ -153,14 +154,14 @@ impl<T: Clone> Jobs<T> {
         crate::support::sync::lock(&self.schedule)
     }
 
-    /// Returns an ID for a new load.
     pub(super) fn next_id(&self) -> LoadId {
         let mut schedule = self.schedule();
         schedule.next_id += 1;
         LoadId(schedule.next_id)
     }
 
-    /// Adds a new load, to be opened in its turn. Returns `false` if no more loads are accepted.
+    /// Adds a new load, which is opened when its turn comes. Returns `false` if no more loads are
+    /// accepted.
     pub(super) fn submit(&self, id: LoadId, load: T) -> bool {
         let mut schedule = self.schedule();
         if schedule.refusing {
@@ -202,7 +203,7 @@ impl<T: Clone> Jobs<T> {
         self.changed.notify_one();
     }
 
-    /// Returns a permit.
+    /// Gives a permit back.
     pub(super) fn give_back(&self, load: LoadId, need: Need) {
         let mut schedule = self.schedule();
         schedule.scheduler.give_back(&load, need);
@@ -219,14 +220,14 @@ impl<T: Clone> Jobs<T> {
         self.changed.notify_one();
     }
 
-    /// Returns the needs of a load that can continue only after its consumer drops segments.
-    /// `None` while a worker may hold memory of the load.
+    /// If a load can continue only after its consumer drops segments, returns what the load needs.
+    /// Returns `None` while a worker may hold memory of the load.
     pub(super) fn held_up(&self, id: LoadId) -> Option<HeldUp> {
         let schedule = self.schedule();
         if schedule.workers.is_any_working_for(id) { None } else { schedule.scheduler.held_up(&id) }
     }
 
-    /// How many bytes of memory loads hold or the pool keeps.
+    /// Returns how many bytes the loads hold and the pool keeps, in total.
     pub(super) fn memory_bytes(&self) -> u64 {
         self.schedule().scheduler.memory_bytes()
     }
@@ -250,8 +251,8 @@ impl<T: Clone> Jobs<T> {
         load
     }
 
-    /// Has a worker drop `what`, because the caller must not close a load's files or unmap its
-    /// addresses.
+    /// Queues `what` to be dropped by a worker, because the caller must not close files or unmap
+    /// memory itself.
     pub(super) fn defer_drop(&self, left: DropKey, what: impl Send + 'static) {
         self.schedule().drop_queue.push(left, Box::new(what));
         self.changed.notify_one();
@@ -261,7 +262,6 @@ impl<T: Clone> Jobs<T> {
         self.schedule().loads.get(&id).cloned()
     }
 
-    /// Whether a load is still scheduled.
     pub(super) fn is_scheduled(&self, id: LoadId) -> bool {
         self.schedule().loads.contains_key(&id)
     }
@@ -303,7 +303,7 @@ impl<T: Clone> Jobs<T> {
         first
     }
 
-    /// Whether workers may end.
+    /// Whether the workers may end.
     pub(super) fn is_finished(&self) -> bool {
         self.schedule().finished
     }
@@ -397,7 +397,8 @@ impl<T: Clone> Jobs<T> {
         WatchReport { stalled, substitutes, is_exhausted: schedule.workers.is_exhausted() }
     }
 
-    /// Bytes of the window in use: pieces being populated, and pieces that the ring thread holds.
+    /// Returns how many bytes of the window are in use, by pieces that are being populated and by
+    /// pieces that the ring thread holds.
     pub(super) fn window_taken_bytes(&self) -> u64 {
         self.schedule().scheduler.window_taken_bytes()
     }
@@ -442,7 +443,7 @@ impl<T: Clone> Jobs<T> {
                 schedule.workers.begin(worker, Task { load: left.load(), is_open: false }, Some(Instant::now()));
                 self.wake_watch(&mut schedule);
                 drop(schedule);
-                // Other groups may be waiting, too.
+                // Wake another worker, because more groups may be waiting.
                 self.changed.notify_one();
                 part.into_iter().for_each(foreign::discard);
                 schedule = self.schedule();
@@ -491,7 +492,8 @@ impl<T: Clone> Jobs<T> {
 }
 
 impl<T> Schedule<T> {
-    /// How long until the next check is due; `None` if no check is needed until something changes.
+    /// Returns how long until the next check is due; `None` if no check is needed until something
+    /// changes.
     fn next_check(&self, now: Instant) -> Option<Duration> {
         self.workers.next_check(now).into_iter().chain(self.next_silence_check(now)).min()
     }
@@ -517,7 +519,6 @@ impl<T> Schedule<T> {
         }
     }
 
-    /// Ends a worker's current task.
     fn end_task(&mut self, worker: WorkerId) {
         if let Some(bytes) = self.allocating.remove(&worker) {
             self.end_allocating(bytes);

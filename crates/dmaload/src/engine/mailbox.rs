@@ -27,10 +27,10 @@ pub(super) enum Message<E> {
     /// Workers are waiting for files of these loads, whose servers are not answering.
     /// `is_exhausted` says whether all workers are stalled and no more may be started.
     Stalled { loads: Vec<LoadId>, is_exhausted: bool },
-    /// No substitute could be started for a stalled worker.
+    /// No thread could be started to replace a stalled worker.
     NoSubstitute { error: io::Error },
-    /// The ring thread has ended: normally, or with the panic message `panic`. The teller drops
-    /// the ring thread's reference to the engine.
+    /// The ring thread has ended: normally, or by a panic with the message `panic`. `engine` is
+    /// the ring thread's reference to the engine, which the teller drops.
     RingEnded { engine: Arc<E>, panic: Option<String> },
     /// Makes the teller panic, as a broken invariant would.
     #[cfg(test)]
@@ -40,12 +40,13 @@ pub(super) enum Message<E> {
 #[derive(Debug)]
 struct MailboxState<E> {
     messages: VecDeque<Message<E>>,
-    /// Whether new messages are refused. The teller ends after those already queued.
+    /// Whether new messages are refused. The teller ends once it has handled the messages that are
+    /// already queued.
     closed: bool,
     ended: bool,
 }
 
-/// Messages that the teller has not handled yet. `E` is the engine.
+/// The messages that the teller has not handled yet. `E` is the type of the engine.
 #[derive(Debug)]
 pub(super) struct Mailbox<E> {
     queue: Mutex<MailboxState<E>>,
@@ -64,7 +65,7 @@ impl<E> Mailbox<E> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Queues messages. Drops them if the queue is closed: by then every load has ended.
+    /// Queues messages. If the queue is closed, drops them instead: by then, every load has ended.
     pub(super) fn push(&self, messages: impl IntoIterator<Item = Message<E>>) {
         let mut messages: VecDeque<_> = messages.into_iter().collect();
         let mut queue = self.queue();
@@ -77,7 +78,8 @@ impl<E> Mailbox<E> {
         drop(messages);
     }
 
-    /// Waits for messages, and takes all of them; `None` when the queue is closed and empty.
+    /// Waits for messages, and takes all of them. Returns `None` once the queue is closed and
+    /// empty.
     pub(super) fn next(&self) -> Option<VecDeque<Message<E>>> {
         let mut queue = self.queue();
         loop {
@@ -105,7 +107,7 @@ impl<E> Mailbox<E> {
         self.changed.notify_all();
     }
 
-    /// Waits until the teller has ended or the time is up; returns whether it has ended.
+    /// Waits until the teller has ended or `timeout` has passed. Returns whether it has ended.
     pub(super) fn wait_until_ended(&self, timeout: Duration) -> bool {
         let waited = self.changed.wait_timeout_while(self.queue(), timeout, |queue| !queue.ended);
         waited.unwrap_or_else(PoisonError::into_inner).0.ended

@@ -1,4 +1,4 @@
-//! The engine: the state that all loads of a loader share, and the threads that work for them.
+//! The engine: the state that all loads of a loader share, and the threads that do their work.
 //!
 //! ```text
 //!   workers (allocator threads)  open and plan ──► allocate and populate ──► check at the end
@@ -7,24 +7,25 @@
 //!   ring thread                  pieces in ──► reads ──► pieces full┘ ──► teller ──► segments
 //! ```
 //!
-//! Lock order: a load's lock may be held while the schedule's is taken (dropped memory returns its
-//! charge), but never the reverse.
+//! Lock order: a load's lock may be held while the job queue's lock is taken, because dropping
+//! memory returns its charge to the budget. The reverse is not allowed.
 //!
 //! The caller's code (heaps, verifiers, observers, wakers, subscribers of `tracing`, and their
-//! drops) runs while none of our locks is held, and never on the ring thread. Panics in it are
-//! caught at the call (see [`crate::support::foreign`]).
+//! drops) runs only while none of our locks is held, and never on the ring thread. Panics in it
+//! are caught at the call (see [`crate::support::foreign`]).
 //!
-//! The engine decides which job is next, and runs it on one of its threads. It does no I/O itself:
-//! [`crate::files`] opens files, [`crate::memory`] allocates, and [`crate::ring`] reads.
+//! The engine decides which job to run next, and runs it on one of its threads. It does no I/O
+//! itself: [`crate::files`] opens files, [`crate::memory`] allocates, and [`crate::ring`] reads.
 //!
-//! It requires threads and one eventfd. The kernel may refuse io_uring, `O_DIRECT` or huge pages:
-//! a load that does not require what was refused continues without it, and reports that.
+//! The engine needs threads and one eventfd. The kernel may refuse io_uring, `O_DIRECT` or huge
+//! pages. A load that does not require what was refused continues without it, and says so in its
+//! report.
 //!
-//! Shutdown: the engine closes when its [`Guard`] is dropped, on request, or after a panic of the
-//! ring thread or of the teller. Running loads fail.
-//! The ring thread drains its reads and ends, then the workers end. The teller ends last, after it
-//! has informed the consumers. At the deadline, memory of reads still in flight is leaked, and
-//! threads that hang are left behind ([`Leaked`]).
+//! Shutdown: the engine closes when its [`Guard`] is dropped, on request, or after the ring thread
+//! or the teller has panicked. Loads that are still running fail. The ring thread finishes its
+//! reads and ends, and then the workers end. The teller ends last, once it has informed the
+//! consumers. When the deadline passes, the memory of reads that are still in flight is leaked,
+//! and threads that hang are left behind ([`Leaked`]).
 
 mod allocate;
 mod allocation;
@@ -78,8 +79,8 @@ use crate::telemetry::metrics::LoadCounters;
 /// The state that all loads of a loader share; see the module documentation.
 #[derive(Debug)]
 pub(crate) struct Engine {
-    /// The settings without the default options' verifier and observer, which are the caller's
-    /// code: any thread may drop the engine.
+    /// The settings, without the verifier and the observer of the default load options. Those are
+    /// the caller's code, which not every thread may drop, but any thread may drop the engine.
     settings: Settings,
     facts: HeapFacts,
     /// The origin of the ring thread's clock.
@@ -87,17 +88,17 @@ pub(crate) struct Engine {
     reaper: Reaper,
     ring: RingThread<PieceBuffer<WindowPermit>>,
     mailbox: Arc<Mailbox<Engine>>,
-    /// Why no more loads are accepted, if the ring thread or the teller has panicked.
+    /// The error with which all loads fail after the ring thread or the teller has panicked.
     broken: OnceLock<Error>,
     jobs: Jobs<Arc<LoadShared>>,
     choices: Mutex<Choices>,
     threads: Arc<Threads>,
     leaked_bytes: AtomicU64,
-    /// How many of the ring's threads were left behind.
+    /// How many threads the ring thread left behind when it ended.
     left_threads: AtomicUsize,
     counters: Arc<LoadCounters>,
-    /// An eventfd that ends the thread that watches memory pressure; `None` without a pool, or if
-    /// no eventfd could be created.
+    /// An eventfd that tells the thread that watches memory pressure to end. `None` if there is no
+    /// pool, or if the eventfd could not be created.
     stop_watch: Option<OwnedFd>,
 }
 
@@ -115,7 +116,7 @@ impl WindowPermit {
     /// # Panics
     /// If `part` exceeds what this permit still holds.
     fn split(&mut self, part: Need) -> WindowPermit {
-        let left = |all: u64, part: u64| all.checked_sub(part).expect("a batch has a permit for each of its pieces");
+        let left = |all: u64, part: u64| all.checked_sub(part).expect("the permit of a batch covers all of its pieces");
         let (bytes, files) = (left(self.need.bytes, part.bytes), left(self.need.files, part.files));
         self.need = Need { bytes, files, held_bytes: 0, ..self.need };
         let need = Need { file_system: self.need.file_system, ..part };
@@ -132,8 +133,8 @@ impl Drop for WindowPermit {
     }
 }
 
-/// Bytes taken from the budget for a batch; returned on drop, unless they were charged to an
-/// allocation.
+/// Bytes that were taken from the memory budget for a batch. They are returned on drop, unless
+/// they were charged to an allocation before.
 #[derive(Debug)]
 struct BudgetPermit {
     engine: Arc<Engine>,
@@ -142,7 +143,7 @@ struct BudgetPermit {
 }
 
 impl BudgetPermit {
-    /// Moves the charge to the allocation, which returns it when freed.
+    /// Charges the bytes to the allocation, which returns them to the budget when it is freed.
     fn charge(mut self, backing: &Backing) {
         let bytes = std::mem::take(&mut self.bytes);
         let engine = Arc::downgrade(&self.engine);
@@ -183,8 +184,8 @@ impl Engine {
         started
     }
 
-    /// Starts a thread that empties the pool when memory is short, if the kernel reports memory
-    /// pressure.
+    /// If the kernel reports memory pressure, starts a thread that empties the pool whenever
+    /// memory is short.
     fn watch_pressure(self: &Arc<Self>) {
         let Some(pressure) = pressure::open() else { return };
         let own = Arc::clone(self);
@@ -211,12 +212,12 @@ impl Engine {
         self.threads.end(&self.mailbox);
     }
 
-    /// Why no more loads are accepted.
+    /// Returns the error for loads that fail because the engine is closed.
     fn end_reason(&self) -> Error {
         self.broken.get().cloned().unwrap_or(Error::ShutDown)
     }
 
-    /// Refuses new loads and fails the running ones; the threads end when the last read has
+    /// Refuses new loads and fails the running ones. The threads end when the last read has
     /// completed.
     fn close(&self) {
         let loads = self.jobs.refuse_loads();
@@ -235,7 +236,7 @@ impl Engine {
         if let Some(stop_watch) = &self.stop_watch {
             let _ = rustix::io::write(stop_watch, &1_u64.to_ne_bytes());
         }
-        // No later load could use the pool.
+        // Free the memory in the pool, because no later load can use it.
         self.reaper.set_pool_bytes(0);
     }
 
@@ -243,7 +244,7 @@ impl Engine {
         let mut threads = self.threads.wait(self.settings.shutdown_timeout);
         if threads > 0 {
             self.ring.give_up();
-            // The ring thread needs a moment to end. A worker that hangs in the kernel is left
+            // Give the ring thread a moment to end. A worker that hangs in the kernel is left
             // behind.
             threads = self.threads.wait(Duration::from_secs(1));
         }
@@ -254,13 +255,13 @@ impl Engine {
             threads = self.threads.wait(Duration::from_millis(100));
         }
         self.mailbox.close();
-        // The teller may be in a waker, which is the caller's code.
+        // The teller may be stuck in a waker, which is the caller's code.
         threads += usize::from(!self.mailbox.wait_until_ended(Duration::from_secs(1)));
         self.report_left(held_bytes, threads)
     }
 
-    /// Returns what a shutdown leaves behind, without waiting. Used if no thread could be started
-    /// to wait.
+    /// Returns what a shutdown leaves behind, but does not wait for threads to end. Used if the
+    /// thread that would wait could not be started.
     fn left_now(&self) -> Result<(), Leaked> {
         let threads = self.threads.wait(Duration::ZERO);
         // The ring thread may still hold pieces.
@@ -276,7 +277,7 @@ impl Engine {
         }
     }
 
-    /// Has a worker drop the remains of a load.
+    /// Queues the remains of a load, to be dropped by a worker.
     fn defer_drop(&self, load: LoadId, remains: impl IntoIterator<Item = DeferredDrop>) {
         for (memory, files) in remains.into_iter().map(DeferredDrop::parts) {
             self.jobs.defer_drop(DropKey::Memory(load), memory);
@@ -290,7 +291,8 @@ impl Engine {
         self.ring.wake();
     }
 
-    /// Stops scheduling this load. A worker drops it, with its files, addresses and observer.
+    /// Stops scheduling this load. A worker drops it, together with its files, addresses and
+    /// observer.
     fn forget(&self, id: LoadId) {
         if let Some(load) = self.jobs.forget(id) {
             self.jobs.defer_drop(DropKey::Files(id), load);
@@ -304,15 +306,17 @@ impl Engine {
         self.queue_delivery(load);
     }
 
-    /// Has the teller deliver segments that have become complete, or the failure.
+    /// Makes the teller deliver segments that have become complete, or the error if the load has
+    /// failed.
     fn queue_delivery(&self, load: &Arc<LoadShared>) {
         self.mailbox.push([Message::Deliver(Arc::clone(load))]);
     }
 }
 
-/// The error for a panic of one of our threads, in code that is not known to be the caller's.
+/// Returns the error for a panic on one of our threads that was not caught around a call of the
+/// caller's code.
 fn bug_error(thread: &str, message: String) -> Error {
-    Error::Panicked { code: format!("{thread} of dmaload (a bug in dmaload, or in a subscriber of tracing)"), message }
+    Error::Panicked { code: format!("{thread} of dmaload (a bug in dmaload, or in a tracing subscriber)"), message }
 }
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
 //! The first job of a load: opens large files and reads their headers, inspects small files, and
-//! plans.
+//! makes the plan.
 
 use std::fs;
 use std::sync::Arc;
@@ -32,8 +32,8 @@ use crate::support::errno;
 use crate::support::foreign;
 use crate::telemetry::report::Way;
 
-/// The maximum number of files of a load that stay open after planning. The others are reopened
-/// for their first batch, so a load of thousands of files stays within the open-file limit.
+/// The maximum number of files in a load that stay open after planning. The others are opened
+/// again for their first batch, so a load of thousands of files stays within the open-file limit.
 const KEPT_OPEN: usize = 8;
 
 impl Engine {
@@ -87,25 +87,27 @@ impl Engine {
         }
     }
 
-    /// Decides how the batches of a load are read: in one fixed way, or in several ways that the
-    /// load measures.
+    /// Decides how the batches of a load are read: all in the same way, or the first ones in
+    /// different ways, to measure which way is the fastest.
     fn begin_choosing(&self, load: &LoadShared, plan: &Plan, files: &[FilePlan]) -> Choosing {
         let LoadOptions { route, prefer, .. } = load.options;
         if route.is_some() || load.is_observed_in_staging() || prefer == Prefer::Cpu {
             let start = load.starting_route();
-            // A ring needs populated memory, even for reads through the page cache.
+            // A ring can only read into populated memory, even when it reads through the page
+            // cache.
             let direct = start < Route::Bounce || start == Route::UringBuffered && !load.is_observed_in_staging();
             return Choosing::fixed(if direct { Way::Direct } else { Way::Staged });
         }
         // This heap allocates memory together with its pages, so there is nothing for copiers to
-        // populate. Whether the memory can be pinned becomes known only with the first read into
-        // it.
+        // populate. The memory may turn out not to be pinnable, but only the first read into it
+        // shows that.
         if self.facts.allocates_at_once {
             return Choosing::fixed(Way::Direct);
         }
         let mut mounts = files.iter().map(|file| file.identity.mount());
         let Some(mount) = mounts.next() else { return Choosing::fixed(Way::Direct) };
-        // One open file suffices: all files of a file system have the same restrictions.
+        // Checking one open file is enough: the same restrictions apply to all files on a file
+        // system.
         let open = files.iter().find_map(|file| file.open.as_ref());
         if open.is_some_and(|file| file.in_memory) {
             return Choosing::fixed(Way::Direct);
@@ -124,15 +126,16 @@ impl Engine {
         choices.begin(load.id, mount, ways, &batches, |other| !self.jobs.is_scheduled(other))
     }
 
-    /// The most memory that a stream allocates ahead of its consumer: a full window plus a segment
-    /// that waits for its last reads, or half of the available memory if that is less.
+    /// Returns how much memory a stream may allocate ahead of its consumer: a full window plus a
+    /// segment that waits for its last reads, or half of the available memory if that is less.
     fn ahead_bytes(&self, largest_bytes: u64) -> u64 {
         let usual = self.settings.window_bytes.saturating_add(largest_bytes);
         headroom().map_or(usual, |seen| usual.min(seen.available_bytes / 2))
     }
 
-    /// Refuses loads that can't fit, based on the lengths alone: a file may claim any length, and
-    /// the cost of planning grows with the length. Returns the shape to plan with.
+    /// Refuses loads that can't fit into memory. This is decided by the lengths of the spans
+    /// alone, before a plan is made: a file may claim any length, and the cost of planning grows
+    /// with the length. Returns the shape to plan with.
     fn check_size(&self, load: &LoadShared, shape: Shape, spans: &[Span], alignments: &[u64]) -> Result<Shape> {
         let length = |span: &Span| span.range.end - span.range.start;
         let memory = |span: &Span| {
@@ -151,8 +154,8 @@ impl Engine {
             Layout::Segmented | Layout::Tensors | Layout::Single => memory(span),
         };
         let at_once = if load.keep { memory_bytes } else { spans.iter().map(largest).max().unwrap_or(0) };
-        // Assume that memory from the pool can be reused. If its sizes do not match, each
-        // allocation checks the headroom again.
+        // Assume that all memory in the pool can be reused. If some of it has the wrong size, new
+        // memory is allocated instead, and each allocation checks the headroom again.
         self.check_headroom(at_once.saturating_sub(self.reaper.pooled_bytes()))?;
         let mut shape = shape;
         // For very long files, use larger batches, up to the size of a segment.
@@ -184,7 +187,8 @@ fn plan_all(engine: &Engine, load: &LoadShared, limit: Option<SizeLimit>) -> Res
     // layout `single` is an exception: its allocation may be larger than the window, so it would
     // never get a permit.
     let at_once = allocates_at_once && options.layout != Layout::Single;
-    // Segments of up to an eighth of the window let several allocations proceed at the same time.
+    // Limit segments to an eighth of the window, so several allocations can proceed at the same
+    // time.
     let part_of_window = at_once.then_some(settings.window_bytes / 8);
     // Several segments of a stream must fit into the available memory.
     let part_of_room = if load.keep { None } else { headroom().map(|seen| seen.available_bytes / 8) };
@@ -227,25 +231,27 @@ fn plan_all(engine: &Engine, load: &LoadShared, limit: Option<SizeLimit>) -> Res
         selector.check_all_matched()?;
         selector.notes().into_iter().for_each(|note| load.note(Some(note)));
     }
-    // The headers of small files are read later. If only a byte range is loaded, none are read.
+    // Check now only if all headers have been read. Those of small files are read later, and if
+    // only a byte range is loaded, none are read.
     let is_read = selector.as_ref().is_none_or(|selector| selector.needs_tensors() || selector.cuts_bytes());
     if is_read && !load.is_over() && !files.iter().any(|file| file.small) {
         let own = files.iter().map(|file| file.tensors.as_deref().map(|tensors| &*tensors.map));
         let maps = own.zip(&cuts).map(|(own, cut)| own.or(cut.as_ref()));
         load.check_whole(maps)?.into_iter().for_each(|note| load.note(Some(note)));
     }
-    // Read spans in the requested order of their classes, whichever files they are in.
+    // Read spans in the order in which their classes were requested, regardless of which files
+    // they are in.
     spans.sort_by_key(|span| span.class);
     let reserve = |bytes| match usize::try_from(bytes).unwrap_or(usize::MAX) {
         0 => Ok(None),
         bytes => AddressRange::reserve(bytes).map(Some).map_err(|error| load.memory_error(error)),
     };
     let alignments: Vec<_> = files.iter().map(|file| file.alignment_bytes).collect();
-    // Check memory before reserving addresses: memory is the tighter limit, and its error states
-    // numbers.
+    // Check memory before reserving addresses: memory is the tighter limit, and its error contains
+    // the numbers.
     let shape = engine.check_size(load, shape, &spans, &alignments)?;
-    // Files that exceed the address space, as sparse ones can, fail before a plan is made for
-    // them.
+    // Reserve the addresses before making the plan, so that files that exceed the address space,
+    // as sparse ones can, fail without the cost of a plan.
     reserve(spans.iter().fold(0, |sum: u64, span| sum.saturating_add(span.range.end - span.range.start)))?;
     let plan = Plan::new(&alignments, &spans, shape);
     let range = reserve(plan.memory_bytes)?;
@@ -289,7 +295,7 @@ fn segments_for_descriptors(load: &LoadShared, segment_bytes: u64, most: Option<
     larger
 }
 
-/// Estimates how many allocations files of these lengths take.
+/// Estimates how many allocations are needed for files of these lengths.
 fn count_allocations(lengths: &[u64], segment_bytes: u64, packed: bool) -> u64 {
     let shape = Shape { layout: Layout::Segmented, segment_bytes, batch_bytes: segment_bytes, packed, batch_files: 1 };
     let (small, large): (Vec<u64>, Vec<u64>) = lengths.iter().partition(|&&bytes| shape.shares_memory(bytes));
@@ -299,7 +305,8 @@ fn count_allocations(lengths: &[u64], segment_bytes: u64, packed: bool) -> u64 {
     shared.div_ceil(segment_bytes / 4 * 3) + shape.count_pieces(large.into_iter())
 }
 
-/// The most memory that the allocations of a single tensor take.
+/// Returns the memory of the tensor that needs the most: the total size of the allocations that
+/// the tensor lies in.
 fn largest_tensor(plan: &Plan, files: &[FilePlan]) -> u64 {
     let mut largest = 0;
     for (number, file) in files.iter().enumerate() {
@@ -371,8 +378,8 @@ struct PlannedFile {
     plan: FilePlan,
     spans: Vec<Span>,
     fallback: Option<Fallback>,
-    /// The tensors of a file that is cut at byte offsets. The file's plan has none, but checking
-    /// that the model is whole needs them.
+    /// The tensors of a file that is cut at byte offsets. They are not part of the file's plan,
+    /// but are needed to check that the model is complete.
     cut: Option<TensorMap>,
 }
 
@@ -412,7 +419,7 @@ fn plan_file(
     let file = OpenFile::open(path)?;
     let (bytes, alignment_bytes) = (file.identity.bytes, file.alignment_bytes);
     let FileRoute { route, fallback } = route_for(&file, index, 0, load, route)?;
-    // A selection by byte range does not need to know the tensors in it.
+    // A selection by byte range works without knowing the tensors in the range.
     let wants_tensors = selector.as_ref().is_none_or(|selector| selector.needs_tensors());
     let part = source.part.clone().unwrap_or(0..bytes);
     if part.start > part.end || part.end > bytes {
@@ -431,8 +438,8 @@ fn plan_file(
         None
     };
     let identity = file.identity;
-    // If files are cut at byte offsets, the tensors serve only to note which of them are split,
-    // and to check that the model is whole.
+    // If files are cut at byte offsets, the tensors are only used to note which of them are split,
+    // and to check that the model is complete.
     let (map, cut) = if wants_tensors { (header.map(Arc::new), None) } else { (None, header) };
     let selected = match &mut selector {
         Some(selector) => selector.select_file(map.as_deref(), |name| source.owns(name), &part, bytes, alignment_bytes),
@@ -464,11 +471,11 @@ fn plan_file(
     Ok(PlannedFile { plan: planned, spans, fallback, cut })
 }
 
-/// Returns [`LoadShared::starting_route`]. Logs if that route is bounce only because bytes are
-/// observed in staging.
+/// Returns [`LoadShared::starting_route`]. Emits an event if the load would start at a better
+/// route, were its bytes not observed in staging.
 ///
 /// # Errors
-/// [`Error::Config`] if the load is strict and the route is bounce only for that reason.
+/// [`Error::Config`] if the load is strict and would start at a better route otherwise.
 fn starting_route(load: &LoadShared) -> Result<Route> {
     let options = &load.options;
     let route = load.starting_route();
@@ -476,40 +483,44 @@ fn starting_route(load: &LoadShared) -> Result<Route> {
         return Ok(route);
     }
     if options.strict {
-        let why = "is uncached, so observed bytes go through staging";
+        let why = "is uncached, so bytes must be read into staging buffers to be observed";
         return Err(Error::Config(format!("the heap {} {why}: a strict load must request the route bounce", load.heap())));
     }
     foreign::emit(|| {
-        tracing::info!(load = load.id.0, heap = load.heap(), "bytes are observed in staging, so every read is bounced");
+        tracing::info!(
+            load = load.id.0,
+            heap = load.heap(),
+            "this heap is uncached: bytes are observed in staging buffers, so all reads go through them"
+        );
     });
     Ok(route)
 }
 
-/// The best route for reads into staging: the requested one if it is above bounce, otherwise the
-/// best of all.
+/// Returns the best route for reads into staging: the requested route if it is above bounce,
+/// otherwise `uring-fixed-direct`.
 pub(super) fn staged_by(options: &LoadOptions) -> Route {
     options.route.filter(|&route| route < Route::Bounce).unwrap_or(Route::UringFixedDirect)
 }
 
-/// The best route for reads of this file: on threads if the file is in memory and the load
-/// requests no route, otherwise through a ring.
+/// Returns the best route for reads of this file. Threads read it if it is in memory and the load
+/// requests no route; otherwise, a ring does.
 pub(super) fn best_route(file: &OpenFile, options: &LoadOptions) -> Route {
     if file.in_memory && options.route.is_none() { Route::PreadDirect } else { Route::UringFixedDirect }
 }
 
-/// The route at which reads of a file start, and the fallback that led to it.
+/// The initial route for reads of a file, and the fallback that led to it.
 #[derive(Debug)]
 pub(super) struct FileRoute {
     pub(super) route: Route,
     pub(super) fallback: Option<Fallback>,
 }
 
-/// Returns the route at which reads of this file start: `from`, or a lower one if `O_DIRECT` was
+/// Returns the initial route for reads of this file: `from`, or a lower one if `O_DIRECT` was
 /// refused, if a ring must not read the file, or if [`best_route`] is lower.
 ///
 /// # Errors
-/// [`Error::Refused`] if the load is strict and `from` was refused; for [`Route::Bounce`], if its
-/// reads into staging were refused a ring.
+/// [`Error::Refused`] if the load is strict and `from` was refused. For [`Route::Bounce`], also if
+/// a ring must not do the reads into staging.
 pub(super) fn route_for(file: &OpenFile, index: usize, offset: u64, load: &LoadShared, from: Route) -> Result<FileRoute> {
     let strict = load.options.strict;
     let staged_by = staged_by(&load.options);
@@ -520,7 +531,7 @@ pub(super) fn route_for(file: &OpenFile, index: usize, offset: u64, load: &LoadS
         (_, Some((attempt, errno))) if from == Route::UringBuffered => step(from, Route::Buffered, attempt, errno),
         (Some(errno), _) if from.is_direct() => step(from, Route::Buffered, Attempt::OpenDirect, errno),
         (None, Some((attempt, errno))) if from < Route::PreadDirect => step(from, Route::PreadDirect, attempt, errno),
-        // Bounced reads stay bounced, but threads read into staging.
+        // The route stays bounce, but threads read into staging.
         (None, Some((attempt, errno))) if from == Route::Bounce && staged_by < Route::PreadDirect => {
             step(staged_by, Route::PreadDirect, attempt, errno)
         }

@@ -1,5 +1,5 @@
-//! The events of a load for its consumers, in order, and the wakers of the tasks that wait for
-//! them.
+//! Queues the events of a load for its consumers, in order, and keeps the wakers of the tasks that
+//! wait for them.
 //!
 //! Any number of waiters may wait, each with one [`Interest`]. An event wakes only the waiters
 //! that it can satisfy. Whichever waiter is polled takes the events for all, so a waiter that is
@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::support::foreign::{self, Foreign};
 use crate::support::sync::{Mutex, MutexGuard, lock};
 
-/// What a waiter needs to continue.
+/// What a waiter is waiting for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Interest {
     /// The next event of any kind.
@@ -34,9 +34,9 @@ pub(crate) enum Interest {
 /// The waiters that an event wakes.
 #[derive(Debug)]
 enum Audience {
-    /// Those that accept any event.
+    /// The waiters that accept any event.
     AnyEvent,
-    /// Those that accept any event or need a byte in this range.
+    /// The waiters that accept any event, and those that need a byte in this range.
     Bytes {
         file_index: usize,
         range: Range<u64>,
@@ -54,7 +54,7 @@ impl Audience {
     }
 }
 
-/// The events that were not taken yet, and the waiters for further events.
+/// The events that were not taken yet, and the waiters for further ones.
 #[derive(Debug, Default)]
 pub(crate) struct Outbox {
     state: Mutex<OutboxState>,
@@ -63,7 +63,7 @@ pub(crate) struct Outbox {
 #[derive(Debug, Default)]
 struct OutboxState {
     events: VecDeque<Event>,
-    /// Whether the [`Announcer`] was dropped, so no more events will come.
+    /// Whether the [`Announcer`] was dropped, so there will be no more events.
     closed: bool,
     /// Sorted by interest, so that the waiters for a range of bytes are adjacent, then by waiter
     /// number.
@@ -79,7 +79,7 @@ struct Registration {
 }
 
 impl OutboxState {
-    /// Removes the waiters that an event wakes.
+    /// Removes the waiters that an event wakes, and returns their registrations.
     fn take_waiting(&mut self, audience: &Audience) -> Vec<Registration> {
         let mut woken: Vec<_> = match audience {
             Audience::Everyone => return std::mem::take(&mut self.waiting).into_values().collect(),
@@ -104,7 +104,7 @@ impl Outbox {
         state.events.pop_front().or_else(|| closed.then_some(Event::Failed(Error::ShutDown)))
     }
 
-    /// Changes the state and wakes the audience of the change.
+    /// Changes the state, and wakes the waiters that the change concerns.
     fn change(&self, audience: &Audience, change: impl FnOnce(&mut OutboxState)) {
         let woken = {
             let mut state = self.state();
@@ -152,7 +152,7 @@ pub(crate) struct Waiter {
     number: u64,
     /// The interest of its last registration; `None` after [`Self::unregister`].
     interest: Option<Interest>,
-    /// The panic message of a waker of the current wait.
+    /// The panic message, if a waker of the current wait has panicked.
     panic: Arc<OnceLock<String>>,
 }
 
@@ -204,18 +204,19 @@ impl Waiter {
         }
     }
 
-    /// Replaces the registration.
+    /// Registers the waiter, in place of its previous registration.
     fn register(&mut self, interest: Interest, waker: &Waker) {
         self.unregister();
         let registration = Registration { waker: Foreign::new(waker.clone()), panic: Arc::clone(&self.panic) };
         self.interest = Some(interest);
         let before = self.outbox.state().waiting.insert((interest, self.number), registration);
-        debug_assert!(before.is_none(), "a waiter is registered once");
+        debug_assert!(before.is_none(), "a waiter has at most one registration");
     }
 
     fn unregister(&mut self) {
         let Some(interest) = self.interest.take() else { return };
-        // A separate statement: the lock must be released before the waker is dropped.
+        // This is a separate statement because the lock must be released before the waker is
+        // dropped.
         let registration = self.outbox.state().waiting.remove(&(interest, self.number));
         drop(registration);
     }
@@ -259,7 +260,7 @@ mod tests {
         Interest::Byte { file_index, offset }
     }
 
-    /// Queues an event that stands for a segment.
+    /// Queues an event in place of a segment, and wakes the waiters that the segment would.
     fn announce(announcer: &Announcer, file_index: usize, range: Range<u64>) {
         let audience = Audience::Bytes { file_index, range };
         announcer.0.change(&audience, |state| state.events.push_back(Event::Planned(Vec::new())));
@@ -290,7 +291,7 @@ mod tests {
         });
     }
 
-    /// The first event decides which second one is needed.
+    /// The first event determines which event the waiter needs next.
     #[test]
     fn waiter_that_changes_its_interest_sees_all_events() {
         model(|| {

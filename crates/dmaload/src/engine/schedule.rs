@@ -1,16 +1,23 @@
 //! The scheduler: decides which load is opened, allocated for or finished next, across all loads
 //! of a loader.
 //!
-//! Pure bookkeeping, under the lock of [`super::jobs`]. Loads take turns, one batch each, so a
-//! large load can't starve a small one. A batch may find no room in the window, or exceed a share
-//! of it (see [`crate::memory::window`]). A load that already holds bytes of the window is then
-//! passed over. If it holds none, but other loads of its file system do, only loads of other file
-//! systems may overtake it. If its file system holds none either, no load may overtake it. Thus
-//! small loads can't starve a large one either. The number of open loads is bounded; further loads
-//! wait in order of arrival. Loads of a higher priority go first.
+//! This is pure bookkeeping, under the lock of [`super::jobs`].
 //!
-//! If memory is limited, a load starts when its reservation is free (see
-//! [`crate::memory::budget`]), in order of arrival. A load that holds its share is passed over
+//! Loads take turns, one batch each, so a large load can't starve a small one. If a batch does not
+//! fit into the window, or exceeds a share of it (see [`crate::memory::window`]), its load has to
+//! wait. Small loads can't starve a large one either, because not every load may overtake one that
+//! waits:
+//!
+//! - If the load already holds bytes of the window, any load may.
+//! - If it holds none, but other loads from its file system do, only loads from other file systems
+//!   may.
+//! - If no load from its file system holds any, no load may.
+//!
+//! The number of open loads is bounded; further loads wait in order of arrival. Loads with a
+//! higher priority go first.
+//!
+//! If memory is limited, loads start in order of arrival, each once there is enough free memory
+//! for its reservation (see [`crate::memory::budget`]). A load that holds its share is passed over
 //! until its consumer drops memory. Even without a limit, the memory that a stream allocates ahead
 //! of its consumer is bounded: a stream that is far ahead is passed over until its consumer takes
 //! a segment.
@@ -20,9 +27,9 @@
 //! not count as open if the stalled job is the one that opens it.
 //!
 //! A file system is *silent* while it holds permits of the window and has not returned any for a
-//! long time ([`Scheduler::find_silent_file_systems`]). Loads of silent file systems, up to
-//! [`MOST_SILENT`] in total, don't count as open either: otherwise they would keep loads of other
-//! file systems from being opened.
+//! long time ([`Scheduler::find_silent_file_systems`]). Loads from silent file systems, up to
+//! [`MOST_SILENT`] in total, don't count as open either. Otherwise, they would keep loads from
+//! other file systems from being opened.
 
 use std::collections::VecDeque;
 
@@ -38,7 +45,7 @@ pub(crate) enum Job<L> {
     Open(L),
     /// Allocate the batch with this number, whose permit is already taken.
     Allocate(L, usize, Need),
-    /// Check that a file whose reads are all done is still the one that was opened.
+    /// Check that a file that was read completely has not changed since the load was planned.
     Check(L, usize),
     /// Finish a full allocation: move tensors within it, and export it as a dma-buf.
     Finish(L, usize),
@@ -46,23 +53,23 @@ pub(crate) enum Job<L> {
     MakeRoom(L, u64),
 }
 
-/// The resources that are taken for a batch: those of its permit, and its bytes of the budget.
+/// The resources that a batch takes: those of its permit, and bytes of the memory budget.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Need {
     /// Bytes of the window.
     pub(crate) bytes: u64,
     /// How many of the batch's pieces belong to small files.
     pub(crate) files: u64,
-    /// Bytes that the load takes from the budget for this batch: those of the whole allocation for
-    /// its first batch, because memory from the pool comes in whole allocations; 0 for the others.
+    /// Bytes that the load takes from the budget for this batch. The first batch of an allocation
+    /// takes the bytes of the whole allocation, because memory from the pool comes in whole
+    /// allocations. Later batches take 0.
     pub(crate) held_bytes: u64,
-    /// The file system that the batch is read from; that of the first file, if small files of
-    /// several file systems share the batch.
+    /// The file system that the batch is read from. If small files from several file systems share
+    /// the batch, this is the file system of the first one.
     pub(crate) file_system: u64,
 }
 
 impl<L> Job<L> {
-    /// The load that the job is for.
     pub(crate) fn load(&self) -> &L {
         match self {
             Job::Open(load) | Job::Allocate(load, ..) | Job::Check(load, _) | Job::Finish(load, _) | Job::MakeRoom(load, _) => {
@@ -79,9 +86,9 @@ pub(crate) struct LoadNeeds {
     pub(crate) batches: Vec<Need>,
     /// How much the load must be able to hold to make progress.
     pub(crate) reserved_bytes: u64,
-    /// The most memory that may be ahead of the consumer: allocated and not taken yet. A larger
-    /// allocation is made only while no other is ahead. `None` if the consumer keeps the whole
-    /// load anyway.
+    /// How much memory may be ahead of the consumer, that is, allocated and not taken yet. A
+    /// larger allocation is made only while no other is ahead. `None` if the consumer keeps the
+    /// whole load anyway.
     pub(crate) ahead_bytes: Option<u64>,
     pub(crate) priority: Priority,
 }
@@ -108,11 +115,11 @@ struct LoadTurn<L> {
     load: L,
     demand: LoadNeeds,
     next: usize,
-    /// Bytes that are allocated and that its consumer has not taken yet.
+    /// Bytes that are allocated and that the consumer has not taken yet.
     ahead: u64,
-    /// Whether its memory is reserved.
+    /// Whether the memory for this load is reserved.
     admitted: bool,
-    /// Loads that arrived before it and are still being opened.
+    /// Loads that arrived before this one and are still being opened.
     waits_for: Vec<L>,
 }
 
@@ -142,13 +149,13 @@ pub(crate) struct Scheduler<L> {
     waiting: VecDeque<L>,
     /// Loads that are being opened, in order of arrival.
     opening: Vec<L>,
-    /// Jobs that come before all others, because a consumer waits for them.
+    /// Jobs that are handed out before all others, because a consumer is waiting for them.
     urgent: VecDeque<Job<L>>,
     turns: VecDeque<LoadTurn<L>>,
     stalled: Vec<L>,
     /// The loads whose opening is stalled, including forgotten ones.
     stalled_opening: Vec<L>,
-    /// Checks of stalled loads.
+    /// Checks of stalled loads, set aside until the load resumes.
     parked: VecDeque<Job<L>>,
     /// File systems that have held permits since the last check and returned none.
     watched: Vec<u64>,
@@ -162,8 +169,8 @@ impl<L: Clone + PartialEq> Scheduler<L> {
             window: Window::new(window_bytes, BATCH_BYTES),
             budget: Budget::new(memory_bytes),
             making_room: false,
-            // Shared by load, not by file system: loads that hold few files each must not starve a
-            // load of the same file system that needs many.
+            // Shares are per load, not per file system: loads that hold few files each must not
+            // starve a load from the same file system that needs many.
             files: Window::per_load(files, BATCH_FILES as u64),
             max_open,
             open: 0,
@@ -283,8 +290,8 @@ impl<L: Clone + PartialEq> Scheduler<L> {
 
     /// Admits loads in order, while their reservations fit.
     fn admit(&mut self) {
-        // File systems of which a load waits for memory that other loads from the same file system
-        // have reserved. No further load from that file system overtakes the waiting one.
+        // File systems from which a load waits for memory that other loads from the same file
+        // system have reserved. No further load from that file system overtakes the waiting one.
         let mut waited_for = Vec::new();
         for priority in Priority::DOWN {
             for turn in self.turns.iter_mut().filter(|turn| !turn.admitted && turn.demand.priority == priority) {
@@ -311,7 +318,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
     /// Takes the next batch, from the load whose turn it is.
     fn next_batch(&mut self) -> Option<Job<L>> {
         let mut short = None;
-        // File systems of which a load waits for permits that other loads from the same file
+        // File systems from which a load waits for permits that other loads from the same file
         // system hold. No further load from that file system overtakes the waiting one.
         let mut waited_for = Vec::new();
         for priority in Priority::DOWN {
@@ -385,7 +392,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         self.urgent.extend::<VecDeque<_>>(resumed);
     }
 
-    /// Undoes a job that will not be run: returns the permits taken for it.
+    /// Undoes a job that will not be run, by giving back the permits that were taken for it.
     pub(crate) fn decline(&mut self, job: &Job<L>) {
         match job {
             Job::Open(_) => self.end(),
@@ -398,7 +405,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         }
     }
 
-    /// Takes a permit, all or nothing.
+    /// Takes a permit for bytes and files. If either is not available, takes nothing.
     fn take(&mut self, load: &L, need: Need) -> Permitted {
         let bytes = self.window.take(load, need.file_system, need.bytes);
         if bytes != Permitted::Yes {
@@ -421,9 +428,10 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         }
     }
 
-    /// Returns the load's needs if its next allocation exceeds the memory limit although its
-    /// consumer has taken all its segments: then the consumer must drop some first. Memory that
-    /// other loads can return does not count, because a load can rely only on its reservation.
+    /// Returns what the load needs if its next allocation exceeds the memory limit even though its
+    /// consumer has taken all of its segments. The consumer must then drop some of them first.
+    /// Memory that other loads can free is not taken into account, because a load can rely only on
+    /// its reservation.
     pub(crate) fn held_up(&self, load: &L) -> Option<HeldUp> {
         let turn = self.turns.iter().find(|turn| turn.load == *load)?;
         let need = turn.demand.batches.get(turn.next).filter(|_| turn.admitted && turn.ahead == 0)?;
@@ -431,7 +439,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         (self.budget.may_take(load, need.held_bytes) == Taken::No).then_some(held_up)
     }
 
-    /// Returns a permit.
+    /// Gives a permit back.
     pub(crate) fn give_back(&mut self, load: &L, need: Need) {
         self.window.give_back(load, need.file_system, need.bytes);
         self.files.give_back(load, need.file_system, need.files);
@@ -441,8 +449,8 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         }
     }
 
-    /// Removes a load that failed or was dropped. If the load counts as open, [`Self::end`]
-    /// returns its place separately.
+    /// Removes a load that failed or was dropped. If the load counts as open, [`Self::end`] frees
+    /// its place separately.
     pub(crate) fn forget(&mut self, load: &L) {
         self.waiting.retain(|other| other != load);
         self.urgent.retain(|job| job.load() != load);
@@ -453,7 +461,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         self.budget.close(load);
     }
 
-    /// Records that memory of a load and of the pool was freed.
+    /// Records that `held` bytes of a load's memory and `pooled` bytes of the pool were freed.
     pub(crate) fn freed(&mut self, load: &L, held: u64, pooled: u64) {
         self.budget.give_back(load, held);
         self.budget.unpool(pooled);
@@ -473,7 +481,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         self.making_room = false;
     }
 
-    /// How many bytes of memory loads hold or the pool keeps.
+    /// Returns how many bytes the loads hold and the pool keeps, in total.
     pub(crate) fn memory_bytes(&self) -> u64 {
         self.budget.present()
     }
@@ -483,7 +491,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         self.open = self.open.saturating_sub(1);
     }
 
-    /// Whether no job is left, now or later.
+    /// Whether no job is available, and none will be without further events.
     #[cfg(test)]
     pub(crate) fn is_idle(&self) -> bool {
         let done = |turn: &LoadTurn<L>| turn.next == turn.demand.batches.len();

@@ -1,4 +1,4 @@
-//! The settings of a loader, and the check that a load's options are valid with them.
+//! The settings of a loader, and the check that the settings and the options of a load are valid.
 
 use std::time::Duration;
 
@@ -11,20 +11,21 @@ use crate::ring::pace::{self, FIRST, Pace, most_allocators, most_copiers};
 use crate::ring::{RingLimits, StagingBudget};
 use crate::support::convert::to_usize;
 
-/// Default window: bytes that may be allocated and not yet filled, across all loads.
+/// Default size of the window: how many bytes may be allocated and not yet filled, across all
+/// loads.
 pub(crate) const WINDOW_BYTES: u64 = 128 << 20;
-/// Default maximum number of reads in flight, across all loads. A file system may have 33 of them,
-/// and a single load 32: 64 MiB in chunks of the default size.
+/// Default maximum number of reads in flight, across all loads. At this depth, all loads from one
+/// file system together can have 33 reads in flight, and a single load can have 32. With chunks of
+/// the default size, 32 reads are 64 MiB.
 pub(crate) const QUEUE_DEPTH: usize = 44;
-/// Default initial size of staging. Staging that exceeds the processor's cache is a third slower,
-/// and 32 MiB were slower even with 260 MiB of L3 cache.
+/// Default initial size of staging. Staging that does not fit into the processor's cache is a
+/// third slower. Even on a machine with 260 MiB of L3 cache, 32 MiB were slower than 16 MiB.
 pub(crate) const STAGING_BYTES: u64 = 16 << 20;
-/// The size of a staging slot: that of a huge page and of a default chunk. Several slots fit into
-/// a processor's cache.
+/// The size of a staging slot. It is the size of a huge page and of a default chunk, and several
+/// slots fit into a processor's cache.
 const STAGING_SLOT_BYTES: u64 = 2 << 20;
 const CHUNK_STEP_BYTES: u64 = 64 << 10;
 
-/// The settings of a loader.
 #[derive(Debug, Clone)]
 pub(crate) struct Settings {
     pub(crate) window_bytes: u64,
@@ -33,7 +34,7 @@ pub(crate) struct Settings {
     /// Whether the caller chose the staging size; if so, it does not grow.
     pub(crate) staging_is_chosen: bool,
     pub(crate) pool_bytes: u64,
-    /// The limit of memory that segments occupy; `u64::MAX` for no limit.
+    /// The maximum amount of memory that segments may occupy; `u64::MAX` if there is no limit.
     pub(crate) memory_limit_bytes: u64,
     /// The initial number of allocator threads.
     pub(crate) allocator_threads: usize,
@@ -53,7 +54,7 @@ impl Default for Settings {
 }
 
 impl Settings {
-    /// The defaults on a machine with this many processors.
+    /// Returns the default settings for a machine with this many processors.
     pub(crate) fn for_cores(cores: usize) -> Self {
         Settings {
             window_bytes: WINDOW_BYTES,
@@ -71,12 +72,12 @@ impl Settings {
         }
     }
 
-    /// The pace of threads that copy.
+    /// Returns the pace that decides how many threads copy.
     pub(crate) fn copiers(&self) -> Pace {
         Pace::new(FIRST, most_copiers(self.cores))
     }
 
-    /// The pace of threads that allocate.
+    /// Returns the pace that decides how many threads allocate.
     pub(crate) fn allocators(&self) -> Pace {
         let first = self.allocator_threads.max(1);
         Pace::new(first, if self.allocators_are_chosen { first } else { most_allocators(self.cores) })
@@ -87,9 +88,9 @@ impl Settings {
         !self.staging_is_chosen
     }
 
-    /// The size of a batch, which an allocator populates at once. Batches are smaller if more than
-    /// [`FIRST`] allocators may run at the same time: the batches being populated take up the
-    /// window, which must leave room for reads.
+    /// Returns the maximum size of a batch, the unit that an allocator populates in one call.
+    /// Batches are smaller if more than [`FIRST`] allocators may run at the same time, because the
+    /// batches that they are populating take up the window, which must leave room for reads.
     pub(crate) fn batch_bytes(&self) -> u64 {
         if self.allocators().max_threads() > FIRST { BATCH_BYTES * 3 / 8 } else { BATCH_BYTES }
     }
@@ -144,15 +145,15 @@ impl Settings {
         Ok(())
     }
 
-    /// The largest segment size at which each of the maximum number of open loads can have a
-    /// segment within the memory limit, but at least [`SEGMENT_STEP_BYTES`]. `None` without a
-    /// limit.
+    /// Returns the largest segment size at which the maximum number of open loads can each hold
+    /// one segment within the memory limit. It is never less than [`SEGMENT_STEP_BYTES`]. `None`
+    /// if memory is not limited.
     pub(crate) fn share_bytes(&self) -> Option<u64> {
         let share = self.memory_limit_bytes / self.max_open_loads as u64 / SEGMENT_STEP_BYTES * SEGMENT_STEP_BYTES;
         (self.memory_limit_bytes < u64::MAX).then_some(share.max(SEGMENT_STEP_BYTES))
     }
 
-    /// The limits of the ring thread's work.
+    /// Returns the limits that the ring thread has to keep.
     pub(crate) fn ring_limits(&self) -> RingLimits {
         RingLimits {
             depth: self.queue_depth,
@@ -162,7 +163,7 @@ impl Settings {
         }
     }
 
-    /// The staging budget in slots.
+    /// Returns the staging budget, counted in slots.
     pub(crate) fn staging(&self) -> StagingBudget {
         StagingBudget { slot_bytes: to_usize(STAGING_SLOT_BYTES), slots: to_usize(self.staging_bytes / STAGING_SLOT_BYTES) }
     }

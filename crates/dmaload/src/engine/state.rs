@@ -44,7 +44,7 @@ pub(crate) struct LoadShared {
     pub(crate) options: LoadOptions,
     /// Whether the load keeps all of its segments in memory at once.
     pub(crate) keep: bool,
-    /// The requested files and folders. Emptied when the load is over, because they may include
+    /// The requested files and folders. Emptied once the load is over, because they may include
     /// open files.
     inputs: Mutex<Arc<[Input]>>,
     /// The files, once they are known.
@@ -53,28 +53,28 @@ pub(crate) struct LoadShared {
     pub(crate) abandoned: Arc<AtomicBool>,
     heap: Arc<str>,
     notes: Arc<[String]>,
-    /// Whether its segments become dma-bufs.
+    /// Whether the load's segments are exported as dma-bufs.
     exports: bool,
     allocates_at_once: bool,
     heap_is_own: bool,
     pub(crate) observation: Option<Observation>,
-    /// The verifier's description of itself. Requested during planning, because it comes from the
-    /// caller's code, which must not run when the report is made under the lock.
+    /// The verifier's description of itself. It is requested during planning, because the report
+    /// is made under the lock, where the caller's code must not run.
     pub(crate) verified: OnceLock<String>,
     started: Instant,
     planned_bytes: AtomicU64,
     allocated_bytes: AtomicU64,
     read_bytes: AtomicU64,
-    /// Set if the largest tensor exceeds the loader's memory limit: segments can be streamed, but
-    /// not this tensor.
+    /// The error for a consumer that takes tensors. Set if the largest tensor exceeds the loader's
+    /// memory limit, even though the load's segments can still be streamed.
     pub(crate) tensor_over_limit: OnceLock<Error>,
-    /// Why a thread that fills memory could not populate it.
+    /// Why a copier, or another thread that fills memory, could not populate it.
     pub(crate) no_memory: OnceLock<Error>,
-    /// How its batches are read.
+    /// How the batches of the load are read.
     choosing: Mutex<Choosing>,
     counters: Arc<LoadCounters>,
-    /// The span `load`, from the start of the load until this value is dropped. Its fields are
-    /// `load` (the ID), `paths` (the number of inputs) and, at the end, `bytes` or `error`.
+    /// The tracing span `load`, which lasts until this value is dropped. Its fields are `load`
+    /// (the ID), `paths` (the number of inputs) and, at the end, `bytes` or `error`.
     span: Foreign<Span>,
     /// The caller's code never runs while this is locked: no waker, no subscriber, no drop of
     /// either.
@@ -91,13 +91,14 @@ struct LoadState {
     /// Whether the consumer has yet to receive the list of files.
     files_unsent: bool,
     plan: Plan,
-    /// The address range that its allocations are mapped in; `None` for a load without bytes.
+    /// The address range into which the load's allocations are mapped; `None` for a load without
+    /// bytes.
     range: Option<Arc<AddressRange>>,
     files: Vec<FileState>,
     memories: Vec<MemoryState>,
     handed: usize,
     files_left: usize,
-    /// Set when the driver has released the load.
+    /// Set once the driver has released the load.
     times: Option<Times>,
     allocating: BusyTime,
     first_segment: Option<Duration>,
@@ -116,9 +117,9 @@ struct FileState {
     planned: FilePlan,
     open: Arc<OnceValue<Arc<OpenFile>>>,
     pieces_left: usize,
-    /// The route that its reads start at.
+    /// The initial route for reads of this file.
     start: Route,
-    /// The lowest route that any of its bytes took.
+    /// The lowest route by which any byte of this file was read.
     route: Route,
 }
 
@@ -158,15 +159,17 @@ struct MemoryState {
     pieces_left: usize,
     /// How many files that end in this allocation are not checked yet.
     unchecked: usize,
-    /// Whether its tensors still have to be moved, or it still has to be exported as a dma-buf.
+    /// Whether the allocation still has to be finished: its tensors have to be moved, or it has to
+    /// be exported as a dma-buf.
     unfinished: bool,
-    /// When its most recent bytes were read.
+    /// When the most recent piece of this allocation was filled.
     full_at: Option<Instant>,
-    /// Covers the time from its allocation until its last segment is handed over.
+    /// The tracing span of the allocation's segments. It lasts from the allocation of the first
+    /// batch until the last segment is handed over.
     span: Foreign<Span>,
 }
 
-/// Stands for a span that has not begun or has already ended.
+/// Returns a disabled span, for the time before a tracing span begins and after it has ended.
 fn no_span() -> Foreign<Span> {
     Foreign::new(Span::none())
 }
@@ -262,8 +265,8 @@ impl LoadShared {
         }
     }
 
-    /// Checks that the files are whole models, once the tensors of all are known; returns notes
-    /// for the report.
+    /// Checks that the files form complete models, and returns notes for the report. Call this
+    /// once the tensors of all files are known.
     pub(crate) fn check_whole<'a>(&self, maps: impl Iterator<Item = Option<&'a TensorMap>>) -> Result<Vec<String>> {
         let files: Vec<_> = self.sources().iter().zip(maps).collect();
         if self.options.as_one_file { Ok(Vec::new()) } else { check_whole(&files, self.options.allow_missing) }
@@ -274,7 +277,7 @@ impl LoadShared {
         debug_assert!(set.is_ok(), "a load is planned once");
     }
 
-    /// The files; empty before they are known.
+    /// The files of the load; empty until they are known.
     pub(crate) fn sources(&self) -> &[SourceFile] {
         self.sources.get().map_or(&[], |sources| sources)
     }
@@ -287,13 +290,14 @@ impl LoadShared {
         &self.heap
     }
 
-    /// Whether its bytes are observed in staging, which every read must then go through.
+    /// Whether the bytes of the load are observed in staging. If so, every read must go through
+    /// staging.
     pub(crate) fn is_observed_in_staging(&self) -> bool {
         self.observation.as_ref().is_some_and(|observation| observation.staged)
     }
 
-    /// The route at which its reads start: the requested one (by default the best), but at best
-    /// bounce if its bytes are observed in staging.
+    /// Returns the initial route for reads of this load: the requested route, by default the best
+    /// one. If bytes are observed in staging, the initial route is bounce or a lower one.
     pub(crate) fn starting_route(&self) -> Route {
         let requested = self.options.route.unwrap_or(Route::UringFixedDirect);
         if self.is_observed_in_staging() { requested.max(Route::Bounce) } else { requested }
@@ -303,9 +307,9 @@ impl LoadShared {
         self.abandoned.load(Ordering::Acquire) || self.state().is_over()
     }
 
-    /// Sets the plan and its address range; returns the number of pieces and the needs of each
-    /// batch. A load without pieces is complete, and [`Self::deliver`] ends it. If the load is
-    /// already over, changes nothing and returns no pieces.
+    /// Sets the plan and its address range. Returns the number of pieces and the needs of each
+    /// batch. A load without pieces is already complete, and [`Self::deliver`] ends it. If the
+    /// load is already over, this changes nothing and returns 0 pieces.
     pub(crate) fn set_plan(
         &self,
         plan: Plan,
@@ -315,7 +319,8 @@ impl LoadShared {
     ) -> (usize, Vec<Need>) {
         let mut state = self.state();
         if state.is_over() {
-            // The load has ended in the meantime, and must not hold anything.
+            // The load has ended in the meantime, so it must not acquire files or addresses any
+            // more.
             return (0, Vec::new());
         }
         self.counters.fallbacks.fetch_add(fallbacks.len() as u64, Ordering::Relaxed);
@@ -372,8 +377,8 @@ impl LoadShared {
         *self.choosing() = choosing;
     }
 
-    /// Stops measuring: some bytes come from the page cache, so batch times say nothing about
-    /// storage.
+    /// Stops measuring. Called if some bytes come from the page cache, because the times of
+    /// batches then say nothing about storage.
     pub(crate) fn cannot_measure(&self) {
         self.choosing().stop_measuring();
     }
@@ -389,8 +394,8 @@ impl LoadShared {
         self.choosing().record_queued(batch, self.started.elapsed());
     }
 
-    /// Records that a piece is full. Returns the mount and the measurement if this piece completes
-    /// the measurement.
+    /// Records that a piece is full. If this piece completes the measurement, returns the measured
+    /// file system (its mount) and the result.
     pub(crate) fn measure(&self, piece: usize) -> Option<(u64, Measured)> {
         let (batch, bytes, mount) = {
             let state = self.state();
@@ -406,7 +411,7 @@ impl LoadShared {
         self.choosing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The data needed to allocate this batch; `None` when the load is over.
+    /// Returns the data needed to allocate this batch; `None` if the load is over.
     pub(crate) fn allocation(&self, number: usize) -> Option<Allocation> {
         if self.is_over() {
             return None;
@@ -437,7 +442,7 @@ impl LoadShared {
         Some(Allocation {
             memory: Arc::clone(&state.memories.get(batch.memory).expect("every allocation was planned").cell),
             memory_bytes: memory.bytes,
-            range: Arc::clone(state.range.as_ref().expect("a load with bytes has addresses")),
+            range: Arc::clone(state.range.as_ref().expect("a load with bytes has an address range")),
             range_offset: memory.range_offset,
             parts: batch.pieces.clone().map(part).collect(),
             way: self.way(number),
@@ -445,7 +450,8 @@ impl LoadShared {
         })
     }
 
-    /// Begins the span of an allocation's segments, when its first batch is allocated.
+    /// Opens the tracing span for the segments of a batch's allocation, unless an earlier batch
+    /// has opened it.
     fn begin_memory(&self, batch: usize) {
         let planned = {
             let state = self.state();
@@ -455,20 +461,21 @@ impl LoadShared {
                 (number, memory.segments.clone(), memory.bytes)
             })
         };
-        // Nothing to do if the span has already begun or the load is over.
+        // There is nothing to do if the span is already open or the load is over.
         let Some((number, segments, bytes)) = planned else { return };
         let (segment, segments) = (segments.start, segments.len());
         let parent = &*self.span;
         let span = foreign::call(|| tracing::debug_span!(parent: parent, "segment", load = self.id.0, segment, segments, bytes));
-        // A subscriber that panics does not affect loads.
+        // A panic in a subscriber must not affect the load.
         let mut span = span.map_or_else(|_| no_span(), Foreign::new);
-        // If two workers race, the second worker's span is dropped, without the lock.
+        // If two workers race, the span of the second one is dropped here, after the lock was
+        // released.
         if let Some(memory) = self.state().memories.get_mut(number).filter(|memory| memory.span.is_none()) {
             std::mem::swap(&mut memory.span, &mut span);
         }
     }
 
-    /// Records that a file was opened for its first batch, with this route.
+    /// Records that a file was opened for its first batch, and the initial route of its reads.
     pub(crate) fn record_opened_file(&self, file_index: usize, route: Route) {
         if let Some(file) = self.state().files.get_mut(file_index) {
             file.start = file.start.max(route);
@@ -476,8 +483,8 @@ impl LoadShared {
         }
     }
 
-    /// The route that reads of a file start at. Only the driver knows later steps down, and the
-    /// route of one piece says nothing about the other pieces.
+    /// Returns the initial route for reads of a file. Only the driver knows later steps down, and
+    /// the route of one piece says nothing about the other pieces.
     pub(crate) fn route_of(&self, file_index: usize) -> Route {
         self.state().files.get(file_index).map_or(self.starting_route(), |file| file.start)
     }
@@ -518,7 +525,7 @@ impl LoadShared {
     }
 
     /// Fails the load with an error, which [`Self::deliver`] passes to its consumer. Only the
-    /// first error counts.
+    /// first error is kept.
     pub(crate) fn fail(&self, error: Error) -> DeferredDrop {
         let mut state = self.state();
         self.abandoned.store(true, Ordering::Release);
@@ -526,12 +533,13 @@ impl LoadShared {
             increment(&self.counters.failed);
             state.failed = Some(error);
         }
-        // Full segments that were not handed over are dropped. Those that are being filled belong
-        // to the driver.
+        // The remains include segments that are full but were not handed over. The driver still
+        // holds those that are being filled.
         self.take_remains(&mut state)
     }
 
-    /// Takes the remains of a load that has delivered its end or was dropped; `None` before that.
+    /// Takes the remains of the load if it has delivered its end or was dropped. Returns `None`
+    /// before that.
     pub(crate) fn take_remains_if_over(&self) -> Option<DeferredDrop> {
         let mut state = self.state();
         state.events.is_none().then(|| self.take_remains(&mut state))
@@ -552,8 +560,9 @@ impl LoadShared {
         }
     }
 
-    /// The requested files and folders. While the caller holds them, files that were passed as
-    /// descriptors stay open: their paths refer to the descriptors.
+    /// The requested files and folders. As long as the caller holds the returned value, files that
+    /// were passed as descriptors stay open, which matters because their paths refer to the
+    /// descriptors.
     pub(crate) fn inputs(&self) -> Arc<[Input]> {
         Arc::clone(&self.inputs.lock().unwrap_or_else(PoisonError::into_inner))
     }

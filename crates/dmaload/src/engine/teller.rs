@@ -1,5 +1,5 @@
-//! The thread that delivers events to consumers, and to subscribers of `tracing`, on behalf of the
-//! other threads; see [`super::mailbox`].
+//! The teller: the thread that delivers events to consumers and to `tracing` subscribers, on
+//! behalf of the other threads; see [`super::mailbox`].
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -33,7 +33,7 @@ impl Engine {
                 if !std::mem::replace(&mut broke, true) {
                     let error = bug_error("the teller thread", message);
                     foreign::emit(|| tracing::error!(%error, "all loads fail"));
-                    // Keeps the first reason, if the ring thread has already panicked.
+                    // If the ring thread has already panicked, its error is kept.
                     let _ = self.broken.set(error);
                     let _ = foreign::call(|| self.close());
                 }
@@ -42,7 +42,7 @@ impl Engine {
                 }
             }
         }
-        // All workers have ended, except those that hang.
+        // All workers have ended by now, except those that hang.
         self.jobs.drop_deferred();
         self.mailbox.end();
     }
@@ -80,7 +80,7 @@ impl Engine {
                 if let Some(message) = panic {
                     let error = bug_error("the ring thread", message);
                     foreign::emit(|| tracing::error!(%error, "all loads fail"));
-                    // Keeps the first reason, if this thread has already panicked.
+                    // If this thread has already panicked, its error is kept.
                     let _ = self.broken.set(error);
                 }
                 // Loads remain only after a panic or a missed deadline. They must not wait
@@ -131,7 +131,7 @@ impl Engine {
                             staged_bytes_per_second,
                             buffered_bytes_per_second,
                             %chosen,
-                            "measured"
+                            "measured the ways to read"
                         );
                     });
                 }
@@ -155,7 +155,7 @@ impl Engine {
         }
     }
 
-    /// Delivers what a load has ready. Only the teller does this, which keeps the order.
+    /// Delivers everything that a load has ready. Only the teller does this, to keep the order.
     fn deliver(&self, load: &Arc<LoadShared>) {
         let mut remains = Vec::new();
         let delivered = foreign::call(|| load.deliver(&mut remains));
@@ -177,7 +177,7 @@ impl Engine {
         }
     }
 
-    /// Leaves dropping a load to a worker if this is the last reference.
+    /// Drops a reference to a load. If it is the last one, leaves this to a worker.
     pub(super) fn release_load(&self, load: Arc<LoadShared>) {
         if let Some(load) = Arc::into_inner(load) {
             self.jobs.defer_drop(DropKey::Files(load.id), load);

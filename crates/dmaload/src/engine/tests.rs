@@ -36,17 +36,18 @@ fn block_on<T>(future: impl Future<Output = T>) -> T {
     runtime.block_on(async { tokio::time::timeout(Duration::from_secs(10), future).await.expect("the future completes in time") })
 }
 
-/// Simulates a broken invariant of the driver: no load hangs, and each one reports the reason.
+/// Simulates a broken invariant of the driver: no load may hang, and each one must report the
+/// reason.
 #[test]
 fn ring_thread_panic_fails_all_loads_with_its_message() {
     assert_panic_fails_all_loads("the ring thread", |engine| engine.ring.panic());
 }
 
-/// The teller must go on after its panic, because it delivers the ends of loads.
+/// The teller must continue after its panic, because it delivers the ends of loads.
 #[test]
 fn teller_panic_fails_all_loads_with_its_message() {
     assert_panic_fails_all_loads("the teller thread", |engine| engine.mailbox.push([Message::Panic]));
-    // The same with several panics.
+    // Several panics have the same effect.
     assert_panic_fails_all_loads("the teller thread", |engine| {
         engine.mailbox.push([Message::Panic, Message::Panic, Message::Panic]);
     });
@@ -80,7 +81,7 @@ fn assert_panic_fails_all_loads(thread: &str, panic: impl FnOnce(&Engine)) {
     panic(&guard.engine);
     let expect = |segments: &mut Segments| {
         let error = loop {
-            match block_on(segments.next()).expect("an error comes before the end") {
+            match block_on(segments.next()).expect("the load fails before it ends") {
                 Ok(_) => {}
                 Err(error) => break error,
             }

@@ -1,12 +1,13 @@
-//! Counts the threads that have not ended, and reports what a shutdown leaves behind.
+//! Counts the engine's running threads, and reports what a shutdown leaves behind.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::mailbox::Mailbox;
 
-/// The number of these threads that have not ended: the ring thread, the workers, and the threads
-/// that watch the workers and memory pressure. The teller ends after all of them.
+/// Counts the threads that are still running: the ring thread, the workers, and the threads that
+/// watch the workers and memory pressure. The teller is not counted, because it ends after all of
+/// them.
 #[derive(Debug, Default)]
 pub(super) struct Threads {
     count: Mutex<usize>,
@@ -24,11 +25,11 @@ impl Threads {
     }
 
     /// Records that a thread has ended or could not be started. After the last one, the teller
-    /// delivers the remaining messages, and ends.
+    /// delivers the remaining messages and ends.
     pub(super) fn end<E>(&self, mailbox: &Mailbox<E>) {
         let left = {
             let mut count = self.count();
-            *count = count.checked_sub(1).expect("each thread ends once");
+            *count = count.checked_sub(1).expect("each thread ends only once");
             *count
         };
         self.changed.notify_all();
@@ -37,7 +38,8 @@ impl Threads {
         }
     }
 
-    /// Waits until all threads have ended or the time is up; returns how many are left.
+    /// Waits until all threads have ended or `timeout` has passed. Returns how many are still
+    /// running.
     pub(super) fn wait(&self, timeout: Duration) -> usize {
         let waited = self.changed.wait_timeout_while(self.count(), timeout, |count| *count > 0);
         *waited.unwrap_or_else(PoisonError::into_inner).0

@@ -1,13 +1,14 @@
 //! Chooses between direct, staged and buffered reads by measuring each on a part of a load.
 //!
-//! On a virtual disk, the host copies into the destination of a read, and staging that stays in
-//! the processor's cache is a third faster. A real drive writes to cold memory just as fast, and
-//! direct reads save the copy. Only measuring tells the two apart.
+//! On a virtual disk, the host copies the data into the destination of a read, and reading into
+//! staging that stays in the processor's cache is a third faster. A physical drive writes to
+//! memory outside the cache just as fast, so direct reads save a copy. Only a measurement can tell
+//! the two cases apart.
 //!
 //! On network file systems, direct reads may be far slower or far faster than reads through the
 //! page cache, so the latter are measured as a third way.
 //!
-//! Pure: no clock, no system calls.
+//! The code here is pure: it reads no clock and makes no system calls.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -17,23 +18,25 @@ use dmabuf::Pages;
 use crate::support::id::LoadId;
 use crate::telemetry::report::{Measured, Way};
 
-/// The size of the smallest load that is measured: the gain must be worth the cost.
+/// The minimum size of a load that is measured. In a smaller load, a faster way gains too little
+/// to be worth the cost of finding it.
 pub(crate) const MEASURED_BYTES_MIN: u64 = 512 << 20;
-/// How much of a load is read in each way to measure it.
+/// How many bytes of a load are read in each way to measure it.
 const PHASE_BYTES: u64 = 96 << 20;
-/// Replaces [`PHASE_BYTES`] on small pages: there, direct reads wait for memory and are rarely
-/// faster, so less of the load is spent on them.
+/// Used instead of [`PHASE_BYTES`] if memory consists of small pages. Direct reads then have to
+/// wait until memory is populated, and are rarely faster, so less of the load is spent on them.
 const SMALL_PAGES_PHASE_BYTES: u64 = 48 << 20;
-/// The ratio by which a way must be faster than the expected one to be chosen.
+/// How many times as fast as the expected way another way must be to be chosen.
 const MARGIN: f64 = 1.03;
-/// After a file system's first measurement, the loads that could be measured again are counted.
-/// Numbers 1, 2, 4, 8 and 16 are measured, and then each multiple of this.
+/// How often a file system is measured again. After its first measurement, the loads that could be
+/// measured are counted. Loads 1, 2, 4, 8 and 16 are measured, and then every load whose number is
+/// a multiple of this.
 const MEASURE_EVERY: u64 = 32;
 
 /// The ways in which a load may be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Ways {
-    /// The way used before anything was measured.
+    /// The way that is expected to be the fastest. It is used as long as nothing was measured.
     pub(crate) expected: Way,
     /// Whether [`Way::Buffered`] is allowed.
     pub(crate) buffered: bool,
@@ -45,7 +48,8 @@ impl Ways {
     }
 }
 
-/// The measurement of a load: its first batches are read in different ways, to find the fastest.
+/// A measurement in progress: the first batches of a load are read in different ways, to find the
+/// fastest.
 #[derive(Debug)]
 pub(crate) struct Trial {
     phase_bytes: u64,
@@ -59,17 +63,18 @@ pub(crate) struct Trial {
 struct Phase {
     /// The total size of these batches.
     bytes: u64,
-    /// How many of these bytes are full.
+    /// How many of these bytes were filled.
     full_bytes: u64,
     /// When its first batch was queued for reading.
     queued_at: Option<Duration>,
-    /// When all earlier phases had ended, and how many bytes of this phase were full by then.
+    /// When the last of the earlier phases ended, and how many bytes of this phase were filled by
+    /// then.
     alone: Option<(Duration, u64)>,
     ended: Option<Duration>,
 }
 
 impl Phase {
-    /// Records that `bytes` more bytes are full.
+    /// Records that `bytes` more bytes were filled.
     fn record_full(&mut self, bytes: u64, now: Duration) {
         self.full_bytes += bytes;
         if self.full_bytes == self.bytes {
@@ -77,10 +82,11 @@ impl Phase {
         }
     }
 
-    /// The rate in bytes per second, once all of the phase is full.
+    /// Returns the rate in bytes per second; `None` until all bytes of the phase are filled.
     fn rate(&self) -> Option<f64> {
-        // If most of the phase was full before it ran alone, also count the time that it shared
-        // with earlier phases: it was at least that fast.
+        // If most of the phase was filled before the earlier phases ended, count the whole time
+        // since its first batch was queued. The phase shared some of that time with earlier
+        // phases, so its real rate is at least as high.
         let alone = self.alone.filter(|&(_, before)| before <= self.bytes / 2);
         let (begun, before) = alone.or(self.queued_at.map(|queued_at| (queued_at, 0)))?;
         let took = self.ended?.saturating_sub(begun).as_secs_f64();
@@ -93,8 +99,8 @@ impl Phase {
 impl Trial {
     fn new(ways: Ways, pages: Pages) -> Self {
         let phase_bytes = if pages == Pages::Small { SMALL_PAGES_PHASE_BYTES } else { PHASE_BYTES };
-        // Direct comes first: memory prepared ahead would make direct reads seem faster, and at
-        // the start of a load none has been prepared.
+        // Measure direct reads first: memory that was prepared in advance would make them seem
+        // faster, and at the start of a load, none has been prepared.
         let tried = [Way::Direct, Way::Staged, Way::Buffered].into_iter().filter(|&way| ways.allows(way));
         Trial { phase_bytes, expected: ways.expected, phases: tried.map(|way| (way, Phase::default())).collect() }
     }
@@ -108,7 +114,8 @@ impl Trial {
         self.phase(start) < self.phases.len()
     }
 
-    /// The way of the batch that starts at byte `start` of the load, until a way is chosen.
+    /// Returns how the batch that starts at byte `start` of the load is read while no way is
+    /// chosen.
     fn way(&self, start: u64) -> Way {
         self.phases.get(self.phase(start)).or(self.phases.last()).map_or(self.expected, |&(way, _)| way)
     }
@@ -119,12 +126,12 @@ impl Trial {
         self.phases.get_mut(number).map(|(_, phase)| phase)
     }
 
-    /// Records that bytes of the batch that starts at `start` are full. Returns the measurement
-    /// once all phases have ended.
+    /// Records that `bytes` bytes of the batch that starts at byte `start` of the load were
+    /// filled. Returns the measurement once all phases have ended.
     ///
     /// The first phase is timed from its first read, and each later phase from the end of all
-    /// phases before it. The time between a phase's first full batch and its last says little,
-    /// because storage finishes the reads in flight at about the same time.
+    /// phases before it. The time from the first filled batch of a phase to the last one would say
+    /// little, because storage finishes the reads in flight at about the same time.
     fn record_full(&mut self, start: u64, bytes: u64, now: Duration) -> Option<Measured> {
         self.phase_of(start)?.record_full(bytes, now);
         let mut ended = true;
@@ -170,12 +177,12 @@ pub(crate) struct Choosing {
 }
 
 impl Choosing {
-    /// Reads the whole load in one way.
+    /// Returns the choice to read the whole load in this way.
     pub(crate) fn fixed(way: Way) -> Self {
         Choosing { starts: Vec::new(), trial: None, known: Some(way), expected: way }
     }
 
-    /// Reads the first batches in each way, to measure them.
+    /// Returns the choice to read the first batches in different ways, to measure them.
     fn measured(ways: Ways, pages: Pages, batches: &[u64]) -> Self {
         let mut trial = Trial::new(ways, pages);
         let expected = ways.expected;
@@ -191,7 +198,7 @@ impl Choosing {
         Choosing { starts: starts.collect(), trial: Some(trial), known: None, expected }
     }
 
-    /// The way of a batch that is about to be prepared.
+    /// Returns how to read a batch that is about to be prepared.
     pub(crate) fn way(&self, batch: usize) -> Way {
         match (self.known, &self.trial, self.starts.get(batch)) {
             // A batch of the trial keeps its way, because it is measured.
@@ -211,7 +218,7 @@ impl Choosing {
         }
     }
 
-    /// Stops measuring, because some bytes do not come from storage. The load continues in the
+    /// Stops measuring. Called if some bytes do not come from storage. The load continues in the
     /// expected way.
     pub(crate) fn stop_measuring(&mut self) {
         if self.known.is_none() {
@@ -219,7 +226,8 @@ impl Choosing {
         }
     }
 
-    /// Records that bytes of a batch are full. Returns the measurement if they complete it.
+    /// Records that `bytes` bytes of a batch were filled. If this completes the measurement,
+    /// returns it.
     pub(crate) fn record_full(&mut self, batch: usize, bytes: u64, now: Duration) -> Option<Measured> {
         if self.known.is_some() {
             return None;
@@ -236,14 +244,15 @@ impl Choosing {
 pub(crate) struct Choices {
     pages: Pages,
     mounts: HashMap<u64, KnownWay>,
-    /// The load that is being measured. Measuring a second one would disturb it.
+    /// The load that is being measured. Measuring a second one at the same time would distort the
+    /// result.
     trying: Option<LoadId>,
 }
 
 #[derive(Debug)]
 struct KnownWay {
     way: Way,
-    /// How many loads could have been measured again.
+    /// How many loads since the first measurement could have been measured, too.
     loads: u64,
 }
 
@@ -258,19 +267,21 @@ impl Choices {
         Choices { pages, mounts: HashMap::new(), trying: None }
     }
 
-    /// The ways for loads from a file system, with the one expected to be the fastest.
+    /// Returns the ways for loads from a file system, including the one expected to be the
+    /// fastest.
     ///
     /// On small pages, staged reads are expected to be the fastest, because they do not wait until
-    /// memory is populated, which is slow. On large pages, direct reads are, because they save the
-    /// copy. A server that may answer slowly needs more reads in flight than staging has room for,
-    /// so direct reads are expected to be the fastest there.
+    /// memory is populated, which is slow. On large pages, direct reads are expected to be the
+    /// fastest, because they save the copy. A server that may answer slowly needs more reads in
+    /// flight than staging has room for, so direct reads are expected to be the fastest from such
+    /// a server, too.
     pub(crate) fn ways(&self, may_be_slow: bool, buffered: bool) -> Ways {
         let expected = if self.pages == Pages::Small && !may_be_slow { Way::Staged } else { Way::Direct };
         Ways { expected, buffered }
     }
 
     /// Decides how to read a load whose batches have these sizes. `is_over` is called with the
-    /// load that is being measured, and says whether it is over.
+    /// load that is currently being measured, if any, and returns whether that load has ended.
     pub(crate) fn begin(
         &mut self,
         load: LoadId,
@@ -281,7 +292,8 @@ impl Choices {
     ) -> Choosing {
         let way = self.mounts.get(&mount).map_or(ways.expected, |known| known.way);
         if !ways.allows(way) {
-            // A measurement without the known fastest way must not replace it.
+            // This load must not use the known fastest way, and a measurement without that way
+            // must not replace it.
             return Choosing::fixed(ways.expected);
         }
         if batches.iter().sum::<u64>() < MEASURED_BYTES_MIN || self.trying.is_some_and(|other| !is_over(other)) {
@@ -358,7 +370,7 @@ mod tests {
             };
             now += Duration::from_secs(1) * 16 / u32::try_from(speed).unwrap();
             if let Some(seen) = choosing.record_full(full, BATCH, now) {
-                assert_eq!(measured, None, "reported once");
+                assert_eq!(measured, None, "a measurement is reported only once");
                 choices.record(LoadId(number), MOUNT, &seen);
                 measured = Some(seen);
             }
@@ -375,7 +387,7 @@ mod tests {
                 let ways = choices.ways(true, true);
                 assert_eq!(ways.expected, Way::Direct, "{pages:?}");
                 let (measured, batches) = load_by(&mut choices, 1, ways, speeds, 4);
-                let measured = measured.expect("1 GiB is enough");
+                let measured = measured.expect("1 GiB is enough for a measurement");
                 let way = [Way::Direct, Way::Staged, Way::Buffered][fastest];
                 assert_eq!(measured.chosen, way, "{measured:?}");
                 let rates = [Some(measured.direct_bytes_per_second), Some(measured.staged_bytes_per_second)];
@@ -408,7 +420,7 @@ mod tests {
         for pages in [Pages::Auto, Pages::Small] {
             for ahead in [1, 6, 20] {
                 let (measured, [direct, staged]) = load(&mut Choices::new(pages), 1, 1900, 2600, ahead);
-                let measured = measured.expect("1 GiB is enough");
+                let measured = measured.expect("1 GiB is enough for a measurement");
                 assert_eq!(measured.chosen, Way::Staged);
                 assert!((measured.staged_bytes_per_second / (2600.0 * 1048576.0) - 1.0).abs() < 0.01, "{measured:?}");
                 assert!((measured.direct_bytes_per_second / (1900.0 * 1048576.0) - 1.0).abs() < 0.01, "{measured:?}");
@@ -434,7 +446,7 @@ mod tests {
         assert_eq!(measured, [1, 2, 4, 8, 16, 32, 64, 96]);
         // All other loads use the known way from the start.
         assert_eq!(load(&mut choices, 101, 1900, 2600, 6), (None, [0, 64]));
-        // The machine has changed.
+        // From now on, direct reads are faster.
         let becomes = (102..140).find(|&number| load(&mut choices, number, 2600, 1900, 6).1 == [64, 0]);
         assert_eq!(becomes, Some(129), "the change is noticed by the next measurement");
     }
@@ -447,14 +459,15 @@ mod tests {
         let large = vec![BATCH; 64];
         assert!(begin(&mut choices, LoadId(2), MOUNT, &large, |_| true).trial.is_some());
         assert!(begin(&mut choices, LoadId(3), MOUNT, &large, |_| false).trial.is_none(), "load 2 is being measured");
-        assert!(begin(&mut choices, LoadId(4), MOUNT, &large, |_| true).trial.is_some(), "load 2 has failed");
+        assert!(begin(&mut choices, LoadId(4), MOUNT, &large, |_| true).trial.is_some(), "load 2 is over");
     }
 
-    /// A load continues long after it was measured; others must not wait for its end.
+    /// A load continues long after it was measured, and other measurements must not wait until it
+    /// ends.
     #[test]
     fn trial_ends_when_all_ways_are_measured() {
         let mut choices = Choices::new(Pages::Auto);
-        let measured = load(&mut choices, 1, 1900, 2600, 6).0.expect("1 GiB is enough");
+        let measured = load(&mut choices, 1, 1900, 2600, 6).0.expect("1 GiB is enough for a measurement");
         let large = vec![BATCH; 64];
         let other_mount = begin(&mut choices, LoadId(2), MOUNT + 1, &large, |_| false);
         assert!(other_mount.trial.is_some(), "load 1 continues, but its trial is over");
@@ -481,7 +494,7 @@ mod tests {
         assert_eq!(choosing.way(0), Way::Staged);
     }
 
-    /// Batches may become full in any order, and some may never become full.
+    /// Batches may be filled in any order, and some may never be.
     #[test]
     fn unfinished_phase_decides_nothing() {
         let mut choices = Choices::new(Pages::Auto);
@@ -492,7 +505,7 @@ mod tests {
             assert_eq!(choosing.record_full(batch, BATCH, Duration::from_millis(64 - batch as u64)), None);
         }
         assert_eq!(choosing.way(63), Way::Staged);
-        // The staged batches were full first, although storage was reading both kinds.
+        // The staged batches were filled first, even though storage was reading both kinds.
         let measured = choosing.record_full(0, BATCH, Duration::from_millis(100)).unwrap();
         assert_eq!(measured.chosen, Way::Staged);
         assert!(measured.staged_bytes_per_second > 1.5 * measured.direct_bytes_per_second, "{measured:?}");

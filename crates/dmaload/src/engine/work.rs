@@ -58,7 +58,7 @@ impl Engine {
             if let Some(another) = self.jobs.hire_more()
                 && let Err(error) = self.start_worker(another, &heap)
             {
-                // The watching thread retries.
+                // The thread that runs `watch` tries again.
                 foreign::emit(|| tracing::debug!(%error, "cannot start another worker"));
             }
             // Keeps files that the caller passed as descriptors open until the job is done, even
@@ -80,12 +80,12 @@ impl Engine {
                 Job::Finish(_, memory) => self.finish(&load, &heap, memory),
             });
             if let Err(message) = done {
-                // A bug of ours: panics of heaps and verifiers are caught where they are called.
-                // Unwinding has released the permits that the job held.
+                // This is a bug in this crate, because panics of heaps and verifiers are caught
+                // where they are called. Unwinding has released the permits that the job held.
                 self.fail(&load, bug_error("a worker thread", message));
                 if is_open {
-                    // The load was not announced to the ring yet, so no event of the ring frees
-                    // its place.
+                    // The load was not announced to the ring yet, so no event from the ring will
+                    // free its place among the open loads.
                     self.jobs.end();
                 }
             }
@@ -101,10 +101,10 @@ impl Engine {
     /// Checks a file that was read. If the file changed, the load fails before the file's last
     /// segment is handed over.
     fn check(&self, load: &Arc<LoadShared>, file: usize) {
-        // `None` when the load is over.
+        // `None` if the load is over.
         let Some((open, identity)) = load.take_file(file) else { return };
-        // Only for a small file, whose header is read from its memory: the header of a large file
-        // was read during planning.
+        // `whole_file` returns the bytes of small files only, whose headers are parsed from their
+        // memory. A large file's header was read during planning.
         let checked = load.whole_file(file).map_or(Ok(None), |bytes| {
             let tensors = find_header(&open, bytes.as_ref(), load.options.format)?;
             let source = load.sources().get(file).expect("only planned files are checked");
@@ -126,11 +126,11 @@ impl Engine {
         }
     }
 
-    /// Finishes a full allocation: moves bytes to their places, and exports it as a dma-buf if the
-    /// heap supports that.
+    /// Finishes a full allocation: moves its tensors to their final places, and exports it as a
+    /// dma-buf if the heap supports that.
     #[allow(unsafe_code)]
     fn finish(&self, load: &Arc<LoadShared>, heap: &HeapCode, number: usize) {
-        // `None` when the load is over.
+        // `None` if the load is over.
         let Some((backing, moves)) = load.full_memory(number) else { return };
         let start = Instant::now();
         for slot in &moves {

@@ -1,17 +1,18 @@
-//! The worker threads and what they wait for. Pure bookkeeping, under the lock of [`super::jobs`].
+//! Keeps track of the worker threads and of what they wait for. This is pure bookkeeping, under
+//! the lock of [`super::jobs`].
 //!
 //! A worker that opens, checks or closes a file waits for that file's server (FUSE, a network file
 //! system), which may never answer. A worker that has waited longer than [`STALLED_AFTER`]
-//! ([`NEXT_STALLED_AFTER`] while another is stalled) is *stalled*: it no longer counts, so another
-//! one takes its place, up to [`MOST_SUBSTITUTES`]. When a stalled worker resumes, a surplus one
-//! ends.
+//! ([`NEXT_STALLED_AFTER`] while another is stalled) is *stalled*: it no longer counts toward the
+//! target number of workers, so another one takes its place, up to [`MOST_SUBSTITUTES`]. When a
+//! stalled worker resumes, a surplus one ends.
 //!
 //! Until the server has answered, the load of a stalled worker gets no further jobs that may wait
-//! for files. Thus a load whose server hangs keeps the workers that already wait for it, and takes
-//! no others.
+//! for files. Thus a load whose server hangs ties up the workers that already wait for it, but no
+//! others.
 //!
-//! Each file of a batch counts as progress, so a worker is not stalled just because its batch has
-//! many files.
+//! Each file that a worker opens for a batch counts as progress, so a worker is not stalled just
+//! because its batch has many files.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -19,43 +20,43 @@ use std::time::{Duration, Instant};
 use crate::support::id::LoadId;
 
 /// How long a worker may wait for a file before it counts as stalled. A local file system answers
-/// within milliseconds, even if its disk is busy. Until its file is answered, a worker that is
-/// wrongly considered stalled costs an extra thread and delays its load's jobs that need files.
+/// within milliseconds, even if its disk is busy. If a worker is wrongly considered stalled, this
+/// costs an extra thread, and delays the load's other jobs that need files until the worker makes
+/// progress.
 pub(super) const STALLED_AFTER: Duration = Duration::from_secs(1);
 
-/// Replaces [`STALLED_AFTER`] while a worker is already stalled: others may wait for the same
-/// server, and are found one after the other.
+/// Used instead of [`STALLED_AFTER`] while some worker is stalled. Other workers may run into the
+/// same silent server, one after the other, and have to be found quickly.
 const NEXT_STALLED_AFTER: Duration = Duration::from_millis(100);
 
-/// How long to wait before starting a worker is retried.
+/// How long to wait before trying again to start a worker.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
 
-/// The maximum number of workers that replace stalled ones; each costs a stack. The default limit
-/// of open loads per loader is the same.
+/// The maximum number of workers that replace stalled ones. It is bounded because each thread
+/// needs a stack, and equals the default limit of open loads.
 pub(super) const MOST_SUBSTITUTES: usize = 64;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct WorkerId(u64);
 
 impl WorkerId {
-    /// The worker's number within its loader, from 0.
+    /// The number of the worker within its loader, counted from 0.
     pub(super) fn number(self) -> u64 {
         self.0
     }
 }
 
-/// The current task of a worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Task {
     pub(super) load: LoadId,
-    /// Whether it opens the load.
+    /// Whether the task opens the load.
     pub(super) is_open: bool,
 }
 
 #[derive(Debug, Default)]
 struct Worker {
     task: Option<Task>,
-    /// When it began to wait for a file.
+    /// When the worker began to wait for a file; `None` if it is not waiting for one.
     at_files_since: Option<Instant>,
     stalled: bool,
 }
@@ -92,7 +93,6 @@ impl Workers {
         self.workers.values().filter(|worker| worker.stalled).count()
     }
 
-    /// Adds a worker.
     pub(super) fn hire(&mut self) -> WorkerId {
         let id = WorkerId(self.hired);
         self.hired += 1;
@@ -100,7 +100,7 @@ impl Workers {
         id
     }
 
-    /// How many workers are missing and may be hired.
+    /// Returns how many workers are missing and may be hired.
     pub(super) fn missing(&self) -> usize {
         let most = (self.wanted + MOST_SUBSTITUTES).saturating_sub(self.workers.len());
         (self.wanted + self.stalled()).saturating_sub(self.workers.len()).min(most)
@@ -122,16 +122,17 @@ impl Workers {
         assert!(worker.task.is_none(), "a worker that leaves has no task");
     }
 
-    /// Begins a task. If it waits for a file, it has done so since `at_files_since`.
+    /// Begins a task. `at_files_since` says since when the task has been waiting for a file;
+    /// `None` if it does not begin with one.
     pub(super) fn begin(&mut self, id: WorkerId, task: Task, at_files_since: Option<Instant>) {
         let worker = self.worker(id);
         assert!(worker.task.is_none(), "a worker has one task at a time");
         *worker = Worker { task: Some(task), at_files_since, stalled: false };
     }
 
-    /// Records that a worker made progress. It may have been waiting for its next file since
-    /// `at_files_since`; `None` if it is done with files. Returns its load if that is no longer
-    /// stalled.
+    /// Records that a worker made progress. `at_files_since` says since when it may have been
+    /// waiting for its next file; `None` if it is done with files. Returns its load if this was
+    /// the last stalled worker of the load.
     #[must_use]
     pub(super) fn proceed(&mut self, id: WorkerId, at_files_since: Option<Instant>) -> Option<LoadId> {
         let worker = self.worker(id);
@@ -141,7 +142,7 @@ impl Workers {
         self.resumed(was_stalled.then_some(task))
     }
 
-    /// Ends a worker's task. Returns its load if that is no longer stalled.
+    /// Ends a worker's task. Returns its load if this was the last stalled worker of the load.
     #[must_use]
     pub(super) fn end(&mut self, id: WorkerId) -> Option<LoadId> {
         let ended = std::mem::take(self.worker(id));
@@ -154,13 +155,13 @@ impl Workers {
         task.map(|task| task.load).filter(|&load| !is_stalled(load))
     }
 
-    /// How long a worker may wait for a file before it counts as stalled.
+    /// Returns how long a worker may currently wait for a file before it counts as stalled.
     pub(super) fn patience(&self) -> Duration {
         if self.stalled() > 0 { NEXT_STALLED_AFTER } else { STALLED_AFTER }
     }
 
-    /// How long until the next check is due; `None` if no check is needed before a worker waits
-    /// for a file.
+    /// Returns how long until the next check is due; `None` if no check is needed before a worker
+    /// waits for a file.
     pub(super) fn next_check(&self, now: Instant) -> Option<Duration> {
         let patience = self.patience();
         let waiting = self.workers.values().filter(|worker| !worker.stalled).filter_map(|worker| worker.at_files_since);
@@ -168,7 +169,7 @@ impl Workers {
         next.into_iter().chain((self.missing() > 0).then_some(RETRY_AFTER)).min()
     }
 
-    /// Finds workers that have become stalled.
+    /// Marks the workers that have become stalled, and returns their tasks.
     pub(super) fn find_stalled(&mut self, now: Instant) -> Vec<Task> {
         let (patience, mut found) = (self.patience(), Vec::new());
         for worker in self.workers.values_mut().filter(|worker| !worker.stalled) {

@@ -23,8 +23,9 @@ fn open_load(jobs: &Jobs<Arc<()>>, batches: usize) -> LoadId {
     id
 }
 
-/// Acts as a worker and as the ring thread behind it: takes permits and returns them until no more
-/// jobs come. Returns how many batches, checks and finishes it has done.
+/// Acts as a worker, and as the ring thread that completes its reads: takes permits and gives them
+/// back until there are no more jobs. Returns how many allocate, check and finish jobs it has
+/// done.
 fn run_worker(jobs: &Jobs<Arc<()>>) -> usize {
     let mut done = 0;
     let worker = jobs.hire();
@@ -136,7 +137,7 @@ fn workers_drop_deferred_values_before_they_end() {
             spawn(move || assert!(next(&jobs).is_none()))
         });
         jobs.close();
-        // Gives the workers time to end, in case they wrongly do not wait.
+        // Give workers time to end early, which they must not do.
         #[cfg(not(dmaload_loom))]
         std::thread::sleep(std::time::Duration::from_millis(1));
         // In production, the ring thread defers the drop of the last load's files.

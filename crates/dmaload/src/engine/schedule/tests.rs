@@ -12,7 +12,8 @@ fn demand_from(file_system: u64, batches: &[u64]) -> LoadNeeds {
     LoadNeeds { batches: batches.iter().map(|&bytes| need_from(file_system, bytes)).collect(), ..LoadNeeds::default() }
 }
 
-/// A scheduler with these loads opened; each is a number, a file system and batches.
+/// Returns a scheduler in which these loads are open. Each load is given by its number, its file
+/// system and the sizes of its batches.
 fn opened_from(window: u64, loads: &[(u32, u64, &[u64])]) -> Scheduler<u32> {
     let mut scheduler = Scheduler::new(window, u64::MAX, 100, 64);
     for &(load, file_system, batches) in loads {
@@ -41,7 +42,7 @@ fn drain(scheduler: &mut Scheduler<u32>) -> Vec<Job<u32>> {
     std::iter::from_fn(|| scheduler.next()).collect()
 }
 
-/// The loads of all jobs that are available now.
+/// Takes all jobs that are available now, and returns their loads.
 fn loads(scheduler: &mut Scheduler<u32>) -> Vec<u32> {
     drain(scheduler).iter().map(|job| *job.load()).collect()
 }
@@ -123,7 +124,8 @@ fn silent_loads_do_not_count_as_open() {
     assert!(scheduler.find_silent_file_systems());
     assert_eq!(drain(&mut scheduler), [20, 21].map(Job::Open));
     assert!(!scheduler.find_silent_file_systems(), "file system 1 was already silent");
-    // Once a permit is returned, the silent loads count as open again: two more than may be open.
+    // Once a permit is returned, the silent loads count as open again, which makes two more than
+    // the limit.
     scheduler.submit(22);
     scheduler.give_back(&1, need_from(1, 10));
     assert!(scheduler.lacks_places());
@@ -221,7 +223,7 @@ fn stream_is_held_up_only_when_its_consumer_holds_everything() {
     assert_eq!(scheduler.held_up(&1), None, "the load is not planned yet");
     scheduler.opened(1, LoadNeeds { batches, reserved_bytes: 10, ahead_bytes: Some(100), ..LoadNeeds::default() });
     assert_eq!(scheduler.held_up(&1), None, "the load is not admitted yet");
-    assert_eq!(drain(&mut scheduler).len(), 2, "half of the limit");
+    assert_eq!(drain(&mut scheduler).len(), 2, "a load may hold half of the limit");
     assert_eq!(scheduler.held_up(&1), None, "the consumer has not taken anything");
     scheduler.consumed(&1, 10);
     assert_eq!(scheduler.held_up(&1), None, "one segment was not taken yet");
@@ -251,7 +253,7 @@ fn load_that_waits_for_files_does_not_block_others() {
     assert_eq!(drain(&mut scheduler), [Job::Allocate(2, 0, many)]);
 }
 
-/// Loads with few files each do not starve a load of the same file system that needs many.
+/// Loads with few files each must not starve a load from the same file system that needs many.
 #[test]
 fn load_of_many_files_is_not_starved_by_its_file_system() {
     let mut scheduler = Scheduler::new(u64::MAX, u64::MAX, 256, 64);
@@ -268,7 +270,7 @@ fn load_of_many_files_is_not_starved_by_its_file_system() {
     let mut rounds = 0;
     while !drain(&mut scheduler).iter().any(|job| *job.load() == 3) {
         rounds += 1;
-        assert!(rounds < 64, "load 3 waits forever");
+        assert!(rounds < 64, "load 3 should not wait forever");
         scheduler.give_back(&(1 + rounds % 2), need(8));
     }
 }
@@ -352,7 +354,7 @@ fn stalled_load_gets_no_job_that_may_wait_for_files() {
 
 #[test]
 fn stalled_opening_does_not_block_later_loads() {
-    // Memory is limited, so loads start in order of arrival. Only one may be open.
+    // Memory is limited, so loads start in order of arrival. Only one load may be open at a time.
     let mut scheduler = Scheduler::new(1000, 40, 100, 1);
     (1..4).for_each(|load| scheduler.submit(load));
     assert_eq!(drain(&mut scheduler), [Job::Open(1)]);

@@ -3,9 +3,10 @@
 //! The teller records full pieces, and workers record checked files. Only the teller hands
 //! segments over ([`LoadShared::deliver`]).
 //!
-//! Segments are handed over in order. Those that share an allocation wait until all of it is
-//! ready, because a holder of the allocation sees all of it. The last segment of a file waits
-//! until the file was checked: if the file changed while it was read, the load fails instead.
+//! Segments are handed over in order. Segments that share an allocation wait until all of it is
+//! ready, because a consumer that holds one of them can see the whole allocation. The last segment
+//! of a file waits until the file was checked. If the file changed while it was read, the load
+//! fails instead.
 #![allow(unsafe_code)]
 
 use std::ops::Range;
@@ -35,7 +36,7 @@ use crate::support::foreign::{self, Foreign};
 use crate::telemetry::metrics::increment;
 use crate::telemetry::trace::TraceKind;
 
-/// The bytes of a file that lies within one segment.
+/// The bytes of a small file, which all lie in one segment.
 #[derive(Debug)]
 pub(crate) struct WholeFile {
     backing: Arc<Backing>,
@@ -52,13 +53,13 @@ impl AsRef<[u8]> for WholeFile {
     }
 }
 
-/// The jobs that follow from a full piece.
+/// The jobs that become due when a piece is full.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct FollowUpJobs {
-    /// All reads of this file are done; it has to be checked.
+    /// The file whose last piece this was. It has to be checked now.
     pub(crate) check: Option<usize>,
-    /// All bytes of this allocation are read; its tensors have to be moved, or it has to be
-    /// exported as a dma-buf.
+    /// The allocation whose last piece this was, if it has to be finished: its tensors have to be
+    /// moved, or it has to be exported as a dma-buf.
     pub(crate) finish: Option<usize>,
 }
 
@@ -82,24 +83,24 @@ impl LoadShared {
     }
 
     fn count_piece(&self, state: &mut LoadState, number: usize, route: Option<Route>) -> FollowUpJobs {
-        let piece = *state.plan.pieces.get(number).expect("the driver fills planned pieces");
+        let piece = *state.plan.pieces.get(number).expect("the driver fills only planned pieces");
         let planned = state.plan.segments.get(piece.segment).expect("a piece belongs to a planned segment");
         let SegmentPlan { file: file_index, memory: memory_index, .. } = *planned;
         let file = state.files.get_mut(file_index).expect("a segment belongs to a planned file");
         self.read_bytes.fetch_add(piece.bytes, Ordering::Relaxed);
         self.counters.read_bytes.fetch_add(piece.bytes, Ordering::Relaxed);
         file.route = route.map_or(file.route, |route| file.route.max(route));
-        file.pieces_left = file.pieces_left.checked_sub(1).expect("a piece of a file is filled once");
+        file.pieces_left = file.pieces_left.checked_sub(1).expect("each piece of a file is filled only once");
         let read = file.pieces_left == 0;
         let memory = state.memories.get_mut(memory_index).expect("a segment belongs to a planned allocation");
-        memory.pieces_left = memory.pieces_left.checked_sub(1).expect("a piece of an allocation is filled once");
+        memory.pieces_left = memory.pieces_left.checked_sub(1).expect("each piece of an allocation is filled only once");
         memory.full_at = Some(Instant::now());
         let finish = memory.pieces_left == 0 && memory.unfinished;
         FollowUpJobs { check: read.then_some(file_index), finish: finish.then_some(memory_index) }
     }
 
-    /// A full allocation that has to be finished, and the moves within it; `None` when the load is
-    /// over.
+    /// Returns a full allocation that has to be finished, and the moves to make within it; `None`
+    /// if the load is over.
     pub(crate) fn full_memory(&self, number: usize) -> Option<(Arc<Backing>, Vec<Move>)> {
         let state = self.state();
         if state.is_over() {
@@ -116,7 +117,7 @@ impl LoadShared {
         });
         let moves = moves.collect();
         drop(state);
-        Some((cell.get().expect("an allocation whose pieces are full exists"), moves))
+        Some((cell.get().expect("full pieces belong to an existing allocation"), moves))
     }
 
     /// Records that an allocation was finished.
@@ -134,8 +135,8 @@ impl LoadShared {
         }
     }
 
-    /// Takes the file to check, and its identity when the load was planned; `None` when the load
-    /// is over. Dropping the file may close it.
+    /// Takes a file that has to be checked, and the identity that it had when the load was
+    /// planned; `None` if the load is over. Dropping the file may close it.
     pub(crate) fn take_file(&self, index: usize) -> Option<(Arc<OpenFile>, Identity)> {
         let (cell, identity) = {
             let state = self.state();
@@ -145,11 +146,11 @@ impl LoadShared {
             let file = state.files.get(index).expect("only planned files are checked");
             (Arc::clone(&file.open), file.planned.identity)
         };
-        Some((cell.take().expect("a file that was read is open, and checked once"), identity))
+        Some((cell.take().expect("a file that was read stays open until its only check"), identity))
     }
 
-    /// All bytes of a small file, from which its header is parsed; `None` for any other file,
-    /// while it is being read, and when the load is over.
+    /// Returns all bytes of a small file, to parse its header from. Returns `None` if the file is
+    /// not small or is still being read, or if the load is over.
     pub(crate) fn whole_file(&self, index: usize) -> Option<WholeFile> {
         let (cell, start, bytes) = {
             let state = self.state();
@@ -166,29 +167,31 @@ impl LoadShared {
             let memory = state.memories.get(segment.memory).expect("a segment belongs to a planned allocation");
             (Arc::clone(&memory.cell), segment.memory_offset, segment.file_range.end)
         };
-        let backing = cell.get().expect("memory of a file that was read is allocated, and not handed over");
+        let backing = cell.get().expect("the memory of a file that was read is allocated and was not handed over");
         Some(WholeFile { backing, range: to_usize(start)..to_usize(start + bytes) })
     }
 
-    /// Records that a file has not changed. `tensors` is the map read from the memory of a
-    /// small file; `None` for raw bytes and for other files.
+    /// Records that a file has not changed. `tensors` is the tensor map that was parsed from a
+    /// small file's memory. It is `None` if the small file contains raw bytes, and for all other
+    /// files.
     ///
     /// # Errors
-    /// For the last file of a load with small files, the errors of [`LoadShared::check_whole`],
-    /// which could not run earlier.
+    /// If this is the last file of a load with small files, the errors of
+    /// [`LoadShared::check_whole`], which could not run before all headers were known.
     pub(crate) fn record_checked_file(&self, index: usize, tensors: Option<Arc<TensorMap>>) -> Result<()> {
         let mut state = self.state();
         if state.is_over() {
             return Ok(());
         }
-        state.files_left = state.files_left.checked_sub(1).expect("a file is checked once");
+        state.files_left = state.files_left.checked_sub(1).expect("each file is checked only once");
         if let Some(map) = tensors {
             let source = self.sources().get(index).expect("only planned files are checked");
             let file = state.files.get_mut(index).expect("only planned files are checked");
             let chosen = ChosenTensors::owned(&map, |name| source.owns(name)).map(Arc::new);
             file.planned.tensors = Some(Arc::new(FileTensors { map, chosen }));
         }
-        // This check comes before the last segments are handed over: a finished load is whole.
+        // Check this before the last segments are handed over, so the load can still fail if the
+        // model is incomplete.
         if state.files_left == 0 && state.files.iter().any(|file| file.planned.small) {
             let maps = state.files.iter().map(|file| file.planned.tensors.as_deref().map(|tensors| &*tensors.map));
             let notes = self.check_whole(maps)?;
@@ -196,7 +199,7 @@ impl LoadShared {
         }
         let memory = state.last_memory_of(index).expect("a file that was read ends in an allocation");
         let memory = state.memories.get_mut(memory).expect("a file ends in a planned allocation");
-        memory.unchecked = memory.unchecked.checked_sub(1).expect("a file is checked once");
+        memory.unchecked = memory.unchecked.checked_sub(1).expect("each file is checked only once");
         Ok(())
     }
 
@@ -208,12 +211,12 @@ impl LoadShared {
     /// Hands over complete segments in order. After the last segment or a failure, delivers the
     /// end.
     ///
-    /// Only one thread at a time may call this, which keeps the order. The call wakes the
-    /// consumer, and holds no lock meanwhile. If the load fails here, its remains are added to
-    /// `remains`.
+    /// Only one thread at a time may call this, to keep the order. No lock is held while the
+    /// consumer is woken. If the load fails here, its remains are added to `remains`.
     pub(crate) fn deliver(&self, remains: &mut Vec<DeferredDrop>) -> HandOverStatus {
         loop {
-            // A separate statement: the lock must be released before anything is sent or dropped.
+            // This is a separate statement because the lock must be released before anything is
+            // sent or dropped.
             let step = self.next_step(&mut self.state());
             match step {
                 DeliveryStep::Nothing => return HandOverStatus::Going,
@@ -222,7 +225,7 @@ impl LoadShared {
                 DeliveryStep::Segment { segment, waited, events, span } => {
                     self.counters.after_kernel.add(waited);
                     let (index, file, bytes) = (segment.index(), segment.file_index(), segment.len());
-                    let waited_us = u64::try_from(waited.as_micros()).expect("the wait is shorter than half a million years");
+                    let waited_us = u64::try_from(waited.as_micros()).expect("a wait in microseconds fits into 64 bits");
                     foreign::emit(|| {
                         tracing::debug!(parent: &*self.span, load = self.id.0, segment = index, file, bytes, waited_us, "segment handed over");
                     });
@@ -302,7 +305,6 @@ impl LoadShared {
         DeliveryStep::Done { finished: Box::new(Finished { report, files }), cached_bytes, events }
     }
 
-    /// Describes a file to the consumer.
     fn describe_file(&self, state: &LoadState, index: usize, file: &FileState) -> LoadFile {
         let source = self.sources().get(index).expect("a planned file has a source");
         LoadFile {
@@ -316,11 +318,12 @@ impl LoadShared {
         }
     }
 
-    /// The next segment in order, if its allocation is ready, and whether it is the last one in
-    /// that allocation.
+    /// Returns the next segment in order and whether it is the last one in its allocation, or
+    /// `None` if there are no more segments or the allocation is not ready.
     ///
     /// # Errors
-    /// If the allocation's memfd could not be sealed against writes: its bytes must not be shown.
+    /// If the allocation's memfd could not be sealed against writes. Its bytes must then not be
+    /// shown.
     fn next_segment(&self, state: &LoadState) -> Result<Option<(Segment, bool)>, dmabuf::Error> {
         let index = state.handed;
         let Some(planned) = state.plan.segments.get(index) else { return Ok(None) };
@@ -336,8 +339,8 @@ impl LoadShared {
         let backing = backing.expect("an allocation that is ready exists until its last segment is handed over");
         if index == sharing.start {
             self.seal(&backing)?;
-            // Only with the first segment: its consumer may hand out the memory, which forbids
-            // reuse, before the second segment is created.
+            // Do this for the first segment only. Before the second segment is created, the first
+            // one's consumer may have handed out the memory, which forbids its reuse.
             backing.allow_reuse();
             backing.allow_fork();
         }

@@ -24,9 +24,11 @@ use crate::telemetry::metrics::increment;
 use crate::telemetry::report::{FileReport, Report};
 use crate::telemetry::trace::{TraceEvent, TraceKind};
 
-/// The smallest number of bytes read through the page cache that the log and the report mention.
+/// The log and the report mention reads through the page cache only if they add up to at least
+/// this many bytes.
 const PAGE_CACHE_NOTE_BYTES: u64 = 1 << 30;
-/// How many retries are noted individually. A dying disk causes thousands; the first few suffice.
+/// How many retries are noted individually. A dying disk causes thousands, but the first few are
+/// enough.
 const RETRIES_NOTED_MAX: usize = 8;
 
 impl LoadShared {
@@ -59,13 +61,13 @@ impl LoadShared {
 
     /// Notes that no thread could be started for the load's copies.
     pub(crate) fn note_missing_thread(&self) {
-        let note = "no thread could be started for copies: reads waited for the ring thread to copy";
+        let note = "no thread could be started to copy data: the ring thread copied it, and reads had to wait";
         foreign::emit(|| tracing::warn!(load = self.id.0, "{note}"));
         self.state().notes.push(note.to_owned());
     }
 
     /// Records a read that failed and is retried. If the retry succeeds, the load does not fail,
-    /// so the log, the metrics and the report are the only signs that a medium is going bad.
+    /// so the log, the metrics and the report are the only signs that a storage medium is failing.
     pub(crate) fn record_retry(&self, retried: &Retried) {
         let Retried { file, offset, bytes, errno } = *retried;
         let path = self.path(file).map(|path| printable::path(path.as_path()).to_string()).unwrap_or_default();
@@ -89,7 +91,7 @@ impl LoadShared {
         if state.is_over() {
             return;
         }
-        let (file_index, segment) = state.place_of(number).expect("the driver fills planned pieces");
+        let (file_index, segment) = state.place_of(number).expect("the driver fills only planned pieces");
         let (start, end) = (epoch + span.start, epoch + span.end);
         let event = self.event(span.kind, start, end, file_index, segment, span.bytes);
         state.trace.push(event);
@@ -108,7 +110,7 @@ impl LoadShared {
         TraceEvent { kind, start: since(start), end: since(end), file_index, segment, bytes }
     }
 
-    /// Fails the load with the driver's reason.
+    /// Fails the load for the reason that the driver reports.
     pub(crate) fn fail_for(&self, failure: Failure) -> DeferredDrop {
         let path = |file: usize| self.path(file).map(|path| path.as_ref().clone()).unwrap_or_default();
         let error = match failure {
@@ -153,7 +155,7 @@ impl LoadShared {
         self.fail(error)
     }
 
-    /// The error for memory that could not be obtained.
+    /// Returns the error for memory that could not be obtained.
     pub(crate) fn memory_error(&self, refusal: dmabuf::Error) -> Error {
         Error::Memory {
             heap: self.heap.to_string(),
@@ -178,7 +180,9 @@ impl LoadShared {
             notes.push(format!("further reads that failed once: {}", state.retried - RETRIES_NOTED_MAX));
         }
         if self.is_observed_in_staging() {
-            notes.push("this heap is uncached: bytes were observed in staging, so all reads were bounced".to_owned());
+            notes.push(
+                "this heap is uncached, so bytes were observed in staging buffers, and all reads went through them".to_owned(),
+            );
         }
         if let Some(shard) = self.options.select.shard {
             let Shard { rank, world_size, dim } = shard;
@@ -245,8 +249,8 @@ impl LoadShared {
     }
 }
 
-/// The bytes read of all files that were, at least in part, read through the page cache; `None` if
-/// they are fewer than [`PAGE_CACHE_NOTE_BYTES`].
+/// Returns how many bytes were read from files that were, at least in part, read through the page
+/// cache; `None` if they are fewer than [`PAGE_CACHE_NOTE_BYTES`].
 pub(super) fn filled_cache_bytes(state: &LoadState) -> Option<u64> {
     let cached = state.files.iter().filter(|file| !file.route.is_direct());
     let cached_bytes: u64 = cached.map(|file| file.planned.read_bytes).sum();
@@ -265,7 +269,7 @@ fn pages_by_smaps(range: Option<&AddressRange>) -> PageCount {
     pages
 }
 
-/// Merges equal steps of several files into one that names no file.
+/// Merges equal fallbacks of several files into one that names no file.
 fn merge_fallbacks(fallbacks: &[Fallback]) -> Vec<Fallback> {
     let mut merged: Vec<Fallback> = Vec::new();
     let mut seen = HashMap::new();
