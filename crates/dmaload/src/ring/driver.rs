@@ -1,32 +1,32 @@
-//! The state machine that owns everything in flight.
+//! The state machine that owns all operations in flight.
 //!
 //! ```text
-//!   piece ─► queue of its load ─► chunks, in turn over the loads, at most `depth` ─► kernel
+//!   piece ─► queue of its load ─► chunks, round-robin over loads, at most `depth` ─► kernel
 //!                                     ▲                  (bounce: staging ─► copy)   │
 //!                                     └─ the rest of a short read; the same read ────┤ completion
 //!                                        by a lower route after a refusal            ▼
 //!                          last chunk: zero the tail, unregister ─► (observer) ─► PieceFull
 //! ```
 //!
-//! The bytes of an observed load are observed in file order: each full piece or, on uncached
-//! memory, each chunk while it is in staging. Until then, a piece keeps its permit, and a chunk in
-//! staging its slot.
+//! Observers see the bytes of a load in file order. They see each piece once it is full or, if the
+//! load's memory is uncached, each chunk while it is in staging. A piece keeps its permit, and a
+//! chunk its staging slot, until it has been observed.
 //!
 //! Loads that are observed in staging can't deadlock. Their reads, including retries, are issued
-//! in file order, so whenever such a load takes a slot, its first unobserved chunk has one. That
-//! chunk waits for no other.
+//! in file order, so whenever such a load takes a slot, its first unobserved chunk either has a
+//! slot already or gets this one. That chunk doesn't wait for any other.
 //!
-//! Chunks in the page cache are copied from there, by the copiers. A cached chunk takes its turn
-//! like any other, in file order. If it was evicted in the meantime, it is read from storage.
+//! Copiers copy cached chunks from the page cache. A cached chunk takes its turn in the queue like
+//! any other. If it has been evicted by the time it is copied, it is read from storage instead.
 //!
-//! Memory: a piece's buffer is moved in with [`Driver::enqueue_piece`], and leaves with
-//! [`Output::PieceFull`] or is dropped here. Either happens only when no operation on it is in
-//! flight. After a load has failed or was abandoned, each of its buffers is dropped once the last
-//! operation on that buffer has completed. If the kernel itself fails, or a shutdown passes its
-//! deadline, buffers with operations in flight are leaked.
+//! [`Driver::enqueue_piece`] moves a piece's buffer into the driver. The buffer leaves it with
+//! [`Output::PieceFull`], or the driver drops it. Both happen only when no operation on the buffer
+//! is in flight. After a load has failed or was abandoned, each of its buffers is dropped once the
+//! last operation on that buffer has completed. If the kernel itself fails, or a shutdown passes
+//! its deadline, buffers with operations in flight are leaked.
 //!
-//! The driver makes no system calls and reads no clock: it reaches the outside only through
-//! [`Kernel`].
+//! The driver itself makes no system calls and reads no clock. It interacts with the outside world
+//! only through [`Kernel`].
 #![allow(unsafe_code)]
 
 mod cached;
@@ -64,8 +64,8 @@ use crate::telemetry::trace::TraceKind;
 // If an entry is missing, an invariant is broken, and the driver panics with one of these
 // messages. The engine then fails all loads with that message. Continuing would lose a read, and
 // the read's load would hang.
-const PIECE: &str = "a piece stays while it has chunks in flight or queued, or is being observed";
-const LOAD: &str = "a load stays while it has pieces";
+const PIECE: &str = "a piece exists while it has chunks queued or in flight, or is being observed";
+const LOAD: &str = "a load exists while it has pieces";
 
 /// See the module documentation.
 #[derive(Debug)]
@@ -77,21 +77,21 @@ pub(crate) struct Driver<K: Kernel, B: PieceMemory> {
     pieces: Slots<PieceEntry<K::File, B>>,
     /// Operations in flight: reads, copies and observations.
     reads: Slots<InFlight>,
-    /// Which loads have operations in flight, and for which file systems.
+    /// How many operations each load has in flight, for each file system.
     in_flight: Holders<LoadId>,
-    /// Free entries of the kernel's table of registered buffers.
+    /// Free entries in the kernel's table of registered buffers.
     buffer_slots: Vec<u16>,
-    /// Which loads have registered pieces, and from which file systems.
+    /// How many registered pieces each load has, for each file system.
     registered: Holders<LoadId>,
     staging: Staging<K::Staging>,
-    /// The pace of the copiers.
+    /// Decides how many copiers may run.
     pace: Pace,
     /// The initial number of staging slots, if staging grows with the number of copiers.
     growing_from: Option<usize>,
     known: Known,
     completions: Vec<Completion>,
     outputs: Vec<Output<B>>,
-    /// Files of pieces that were output or dropped.
+    /// Files of pieces that were output or dropped, until [`Driver::take_released`] takes them.
     released: Vec<(LoadId, K::File)>,
     counters: Arc<ReadCounters>,
 }
@@ -126,7 +126,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         self
     }
 
-    /// Lets `pace` decide the number of copiers; `growing` says whether staging grows with it.
+    /// Lets `pace` decide the number of copiers. If `growing` is set, the number of staging slots
+    /// grows with it.
     pub(crate) fn with_pace(mut self, pace: Pace, growing: bool) -> Self {
         self.kernel.set_copiers(pace.threads());
         self.growing_from = growing.then(|| self.staging.slots());
@@ -139,19 +140,17 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         &mut self.kernel
     }
 
-    /// How many operations are in flight.
     #[cfg(test)]
     pub(crate) fn in_flight(&self) -> usize {
         self.reads.len()
     }
 
-    /// How many staging slots are in use.
     #[cfg(test)]
     pub(crate) fn staging_taken(&self) -> usize {
         self.staging.taken()
     }
 
-    /// Takes the outputs since the last call.
+    /// Takes the outputs produced since the last call.
     pub(crate) fn take_outputs(&mut self) -> Vec<Output<B>> {
         std::mem::take(&mut self.outputs)
     }
@@ -163,7 +162,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         std::mem::take(&mut self.released)
     }
 
-    /// Begins a load, whose pieces are enqueued later.
+    /// Begins a load. Its pieces follow later, through [`Self::enqueue_piece`].
     pub(crate) fn begin(&mut self, spec: LoadSpec) {
         let entry = LoadEntry {
             pieces_left: spec.pieces,
@@ -193,10 +192,10 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         self.turns.push_back(id);
     }
 
-    /// Enqueues an allocated piece, to be filled. A piece of a load that has failed or was
-    /// abandoned is dropped immediately.
+    /// Enqueues an allocated piece to be filled. If its load has failed or was abandoned, the
+    /// piece is dropped immediately.
     pub(crate) fn enqueue_piece(&mut self, id: LoadId, number: usize, piece: Piece, mut file: FileSpec<K::File>, buffer: B) {
-        assert_eq!(buffer.bytes() as u64, piece.memory_bytes, "a piece comes with the memory that was planned for it");
+        assert_eq!(buffer.bytes() as u64, piece.memory_bytes, "a buffer has the size that was planned for its piece");
         let Some(load) = self.loads.get_mut(&id).filter(|load| !load.ended) else { return self.released.push((id, file.handle)) };
         let stepped = load.stepped.get(&file.index).copied().unwrap_or(load.floor);
         file.route = file.route.max(load.floor).max(stepped);
@@ -235,23 +234,25 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
             load.chunks.extend(split_into_chunks(token, entry, chunk_bytes));
         }
         if let Some(errno) = refused {
-            // The ring was refused, and with it all routes that use it: a single step leads to the
+            // Without a ring, all routes that use it are refused, so a single step leads to the
             // equivalent route on threads.
             self.step_down(token, route, route.without_ring(), Attempt::SetUpRing, errno, piece.file_offset);
-            // A strict load has failed, and may be gone.
+            // A strict load has just failed, and may have been removed already.
             if let Some(load) = self.loads.get_mut(&id) {
                 load.staging_reported = true;
             }
         }
-        // A strict load ignores known refusals, so it fails only if it is refused itself.
+        // A strict load ignores known refusals, so it fails only if one of its own reads or
+        // registrations is refused.
         let known = if strict { None } else { self.known.refusal(mount, route, self.kernel.now()) };
         if let Some((to, attempt, errno)) = known {
             self.step_down(token, route, to, attempt, errno, piece.file_offset);
         }
     }
 
-    /// Abandons a load: no further reads are submitted. Pieces without operations in flight are
-    /// released immediately, and each of the others when its last operation has completed.
+    /// Abandons a load, so no further reads are submitted for it. Pieces without operations in
+    /// flight are released immediately. Each of the other pieces is released when its last
+    /// operation has completed.
     pub(crate) fn abandon(&mut self, id: LoadId) {
         if let Some(load) = self.loads.get_mut(&id) {
             if !std::mem::replace(&mut load.ended, true) {
@@ -269,13 +270,13 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     }
 
     /// Issues queued chunks up to the queue depth. Loads take turns, and part of the depth is left
-    /// to file systems and loads that have nothing in flight.
+    /// for file systems and loads that have nothing in flight.
     pub(crate) fn issue(&mut self) {
         let mut passed = 0;
         while self.reads.len() < self.depth && passed < self.turns.len() {
-            let id = self.turns.pop_front().expect("more loads have turns than were passed over");
+            let id = self.turns.pop_front().expect("`turns` has more loads than were passed over");
             self.turns.push_back(id);
-            let load = self.loads.get_mut(&id).expect("a load that is gone has no turn");
+            let load = self.loads.get_mut(&id).expect("every load in `turns` exists");
             let may_read = load.next_piece().is_some_and(|piece| {
                 let file_system = self.pieces.get_mut(piece).expect(PIECE).file.mount;
                 self.in_flight.may_have_one(self.depth as u64, &id, file_system)
@@ -299,8 +300,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     /// submission until a completion is available or the thread is woken.
     ///
     /// # Errors
-    /// The kernel's error, if the kernel can no longer be used. [`Self::give_up`] must be called
-    /// next.
+    /// Returns the kernel's error if the kernel can no longer be used. The caller must then call
+    /// [`Self::give_up`].
     pub(crate) fn turn(&mut self, wait: bool) -> Result<(), Errno> {
         self.kernel.submit(wait)?;
         let mut completions = std::mem::take(&mut self.completions);
@@ -312,9 +313,9 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         Ok(())
     }
 
-    /// Gives up after the kernel has failed, or at the deadline of a shutdown: fails every load
-    /// with `failure`, and leaks memory with operations in flight. Returns how many bytes were
-    /// leaked.
+    /// Fails every load with `failure`, and leaks memory with operations in flight. Called when
+    /// the kernel has failed, at the deadline of a shutdown, and after a panic. Returns how many
+    /// bytes were leaked.
     pub(crate) fn give_up(&mut self, failure: Failure) -> u64 {
         self.counters.in_flight.store(0, Ordering::Relaxed);
         let mut leaked = 0;
@@ -325,8 +326,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         for token in self.pieces.tokens() {
             let mut entry = self.pieces.remove(token).expect(PIECE);
             if entry.in_flight == 0 {
-                // A kernel that failed is leaked: its ring is never closed, and would keep the
-                // buffer's pages pinned and the file open.
+                // If the kernel has failed, it will be leaked. Its ring is then never closed, and
+                // would keep the buffer's pages pinned and the file open.
                 self.unregister(&mut entry);
                 self.kernel.detach(&entry.file.handle);
                 self.released.push((entry.load, entry.file.handle));
@@ -338,7 +339,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
             }
         }
         leaked += self.staging.clear(&mut self.kernel, &mut self.buffer_slots);
-        // Leaked buffers stay registered with the ring that is given up.
+        // Buffers that were leaked stay registered, but their ring is no longer used.
         self.registered = Holders::new();
         self.pace.stop();
         let now = self.kernel.now();
@@ -357,11 +358,11 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         leaked
     }
 
-    /// Replaces a kernel that failed, after [`Self::give_up`]. The old one is leaked rather than
-    /// closed: closing a ring does not end its reads, so the memory that they write to could not
-    /// be freed anyway.
+    /// Replaces a kernel that has failed. Must be called after [`Self::give_up`]. The old kernel
+    /// is leaked rather than closed: closing a ring doesn't stop its reads, so the memory that
+    /// they write to could not be freed anyway.
     pub(crate) fn replace_kernel(&mut self, kernel: K) {
-        assert_eq!(self.reads.len() + self.pieces.len(), 0, "`give_up` was called before");
+        assert_eq!(self.reads.len() + self.pieces.len(), 0, "`give_up` was called and has removed all reads and pieces");
         self.buffer_slots = (0..kernel.buffer_slots()).rev().collect();
         std::mem::forget(std::mem::replace(&mut self.kernel, kernel));
         self.kernel.set_copiers(self.pace.threads());
@@ -457,7 +458,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     /// Then outputs the piece or, if it has to be observed, queues its observation.
     fn finish_piece(&mut self, token: Token) {
         let entry = self.pieces.get_mut(token).expect(PIECE);
-        assert_eq!(entry.in_flight, 0, "a piece with all its bytes has no operation in flight");
+        assert_eq!(entry.in_flight, 0, "a full piece has no operations in flight");
         let tail = to_usize(entry.piece.bytes)..entry.buffer.bytes();
         // SAFETY: `tail.start` is at most the length of the buffer. In a plan, a piece's `bytes`
         // are at most its `memory_bytes`, and `enqueue_piece` asserts that the buffer has that
@@ -485,7 +486,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         }
     }
 
-    /// Outputs a full piece, whose bytes have been observed if the load is observed.
+    /// Outputs a full piece. If the load is observed, the piece has been observed before.
     fn output_piece(&mut self, token: Token) {
         let entry = self.pieces.remove(token).expect(PIECE);
         self.kernel.detach(&entry.file.handle);
@@ -532,8 +533,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         }
     }
 
-    /// Applies the pace's number of copiers to the kernel and, if staging grows with it, to
-    /// staging.
+    /// Passes the number of copiers that the pace allows to the kernel. If staging grows with that
+    /// number, adjusts the number of slots, too.
     fn apply_pace(&mut self) {
         let copiers = self.pace.threads();
         self.kernel.set_copiers(copiers);
@@ -562,7 +563,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
 }
 
 impl<K: Kernel, B: PieceMemory> Drop for Driver<K, B> {
-    /// Leaks memory with operations in flight, which exist here only after a panic.
+    /// Leaks memory with operations in flight. Operations are in flight here only after a panic.
     fn drop(&mut self) {
         if !self.reads.is_empty() {
             self.give_up(Failure::Kernel { errno: Errno::CANCELED });

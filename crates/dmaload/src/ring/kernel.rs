@@ -1,5 +1,5 @@
 //! The kernel as the driver sees it: a small trait, implemented by the real kernel
-//! ([`super::linux`]) and by the simulated kernels of tests ([`super::sim`]).
+//! ([`super::linux`]) and by simulated kernels in tests ([`super::sim`]).
 
 use std::fmt::Debug;
 use std::ptr::NonNull;
@@ -20,13 +20,14 @@ pub(crate) struct Read {
     pub(crate) token: Token,
     pub(crate) load: LoadId,
     pub(crate) route: Route,
-    /// The registered buffer that `address` lies in; only for [`Route::UringFixedDirect`].
+    /// The entry of the registered buffer that contains `address`. Set only for
+    /// [`Route::UringFixedDirect`].
     pub(crate) buffer_slot: Option<u16>,
     pub(crate) address: NonNull<u8>,
     pub(crate) bytes: usize,
     pub(crate) offset: u64,
-    /// The place of `address`, if its memory has to be populated first; only for
-    /// [`Route::Buffered`] and, if the file is in memory, [`Route::PreadDirect`].
+    /// The place of `address`, if its memory has to be populated before it is written to. Set only
+    /// for [`Route::Buffered`] and, if the file is in memory, for [`Route::PreadDirect`].
     pub(crate) place: Option<Place>,
 }
 
@@ -48,7 +49,7 @@ pub(crate) struct CachedRead {
     pub(crate) offset: u64,
 }
 
-/// Bytes to observe.
+/// A request to pass bytes to a load's observers.
 #[derive(Debug, Clone)]
 pub(crate) struct ObserveRequest {
     pub(crate) token: Token,
@@ -68,32 +69,33 @@ pub(crate) struct Completion {
 
 /// See the module documentation.
 pub(crate) trait Kernel {
-    /// A file to read from; every clone keeps it open.
+    /// A file to read from. Each clone keeps the file open.
     type File: Clone;
-    /// A staging slot's memory, which is populated.
+    /// The memory of a staging slot. It is populated.
     type Staging: Buffer;
 
-    /// The time since a fixed moment.
+    /// Returns the time since a fixed moment.
     fn now(&self) -> Duration;
 
-    /// Whether io_uring is available. If not, returns the kernel's error, and reads must not use
-    /// routes that need the ring.
+    /// Returns whether io_uring is available. If it isn't, this is the kernel's error, and reads
+    /// must not use routes that need a ring.
     fn ring(&self) -> Result<(), Errno>;
 
-    /// How many buffers can be registered at once.
+    /// Returns how many buffers can be registered at once.
     fn buffer_slots(&self) -> u16;
 
-    /// Pins memory for [`Route::UringFixedDirect`].
+    /// Registers a buffer for [`Route::UringFixedDirect`], which pins its memory.
     fn register_buffer(&mut self, slot: u16, address: NonNull<u8>, bytes: usize) -> Result<(), Errno>;
 
-    /// Unpins memory. Must not be called while a read into it is in flight.
+    /// Unregisters a buffer, which unpins its memory. Must not be called while a read into it is
+    /// in flight.
     fn unregister_buffer(&mut self, slot: u16);
 
     /// Announces reads from this file. Called once for each piece of the file.
     fn attach(&mut self, file: &Self::File);
 
-    /// Undoes one call of [`Self::attach`]. After the last one, no read from this file is in
-    /// flight, and none follows until the file is attached again.
+    /// Undoes one call to [`Self::attach`]. Once all calls are undone, no read from this file is
+    /// in flight, and none follows until the file is attached again.
     fn detach(&mut self, file: &Self::File);
 
     /// Queues a read.
@@ -111,8 +113,8 @@ pub(crate) trait Kernel {
     /// Allocates `bytes` bytes of populated memory that can be pinned.
     fn staging(&mut self, bytes: usize) -> Result<Self::Staging, Errno>;
 
-    /// Has another thread copy, if one can be started (see [`Self::lacks_threads`]). Completes
-    /// like a read; the only possible error is [`Fault::Memory`].
+    /// Copies on another thread, if one can be started (see [`Self::lacks_threads`]). Completes
+    /// like a read. The only possible error is [`Fault::Memory`].
     ///
     /// # Safety
     /// Until the completion is reaped, or forever if it never is: source and target stay mapped
@@ -124,8 +126,8 @@ pub(crate) trait Kernel {
     /// Sets how many threads may copy at the same time.
     fn set_copiers(&mut self, threads: usize);
 
-    /// Has another thread copy from the page cache, without waiting for storage. Completes like a
-    /// read. Fewer bytes than requested, or [`Fault::Read`], mean that the rest has to be read
+    /// Copies from the page cache on another thread, without waiting for storage. Completes like a
+    /// read. If the result is [`Fault::Read`] or fewer bytes than requested, the rest must be read
     /// from storage, usually because it was evicted.
     ///
     /// # Safety
@@ -134,8 +136,8 @@ pub(crate) trait Kernel {
     #[allow(unsafe_code)]
     unsafe fn read_cached(&mut self, file: &Self::File, read: CachedRead);
 
-    /// Has another thread, never this one, run the load's observers. Completes like a read; after
-    /// an error, the watch holds the verdict.
+    /// Runs the load's observers on another thread, never on this one. Completes like a read.
+    /// After an error, [`Watch::verdict`] returns the reason.
     ///
     /// # Safety
     /// Until the completion is reaped, or forever if it never is, the bytes stay mapped and
@@ -144,10 +146,10 @@ pub(crate) trait Kernel {
     unsafe fn observe(&mut self, request: ObserveRequest);
 
     /// Whether any copy was done or refused on this thread because no other thread could be
-    /// started. Reads then wait for copies.
+    /// started. No reads are issued while this thread copies.
     fn lacks_threads(&self) -> bool;
 
-    /// How many threads of the implementation are busy.
+    /// Returns how many of the implementation's own threads are busy.
     fn busy_threads(&self) -> usize {
         0
     }

@@ -1,5 +1,5 @@
-//! Remembers which routes the heap's memory and file systems have refused, so later loads need not
-//! try them again.
+//! Remembers which routes were refused because of the heap's memory or because of a file system,
+//! so later loads need not try them again.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use rustix::io::Errno;
 use crate::route::{Attempt, Route};
 
 /// How long a refusal is remembered. After that, reads by the refused route are tried again: this
-/// costs little, and the file whose read was refused may have been unusual.
+/// costs little, and the file whose read was refused may have been an exception.
 const KNOWN_FOR: Duration = Duration::from_secs(60);
 
 /// Whether the heap's memory can be pinned.
@@ -31,7 +31,7 @@ enum Pinnable {
 enum Mount {
     /// Direct reads work; a file that refuses them is an exception.
     Direct,
-    /// Direct reads by routes better than `to` were refused. Known until `until`.
+    /// Direct reads by routes better than `to` were refused. This is remembered until `until`.
     Refused { to: Route, errno: Errno, until: Duration },
 }
 
@@ -43,8 +43,9 @@ pub(super) struct Known {
 }
 
 impl Known {
-    /// Records a step down to `bounce` as a refusal by the memory, and a direct read that failed
-    /// with EINVAL or EOPNOTSUPP as a refusal by the file system. Other steps are not remembered.
+    /// Records a step down. A step to `bounce` is remembered as a refusal by the memory. A step
+    /// after a direct read failed with EINVAL or EOPNOTSUPP is remembered as a refusal by the file
+    /// system. Other steps are not remembered.
     pub(super) fn stepped_down(&mut self, mount: u64, (from, to): (Route, Route), attempt: Attempt, errno: Errno, now: Duration) {
         let until = now + KNOWN_FOR;
         if to == Route::Bounce {
@@ -60,7 +61,8 @@ impl Known {
         }
     }
 
-    /// Records that a piece was filled from this file system, by this route or better ones.
+    /// Records that a piece was filled from this file system. `route` is the lowest route that was
+    /// used.
     pub(super) fn worked(&mut self, mount: u64, route: Route) {
         if route.is_direct() {
             self.mounts.insert(mount, Mount::Direct);
@@ -70,8 +72,8 @@ impl Known {
         }
     }
 
-    /// The known refusal of reads by this route, with the route to step down to. If several apply,
-    /// returns the one that leads to the lowest route.
+    /// Returns a remembered refusal of this route: the route to step down to, and the attempt and
+    /// error to report. If several refusals apply, returns the one that leads to the lowest route.
     pub(super) fn refusal(&self, mount: u64, route: Route, now: Duration) -> Option<(Route, Attempt, Errno)> {
         let memory = match self.memory {
             Pinnable::No { attempt, errno, until } if now < until => Some((Route::Bounce, attempt, errno)),

@@ -1,14 +1,19 @@
-//! The real kernel: io_uring where it is allowed, threads that `pread` where it is not.
+//! The real kernel: io_uring if it is allowed, otherwise threads that call `pread`.
 //!
-//! Reads by a ring require `IORING_OP_READ` (Linux 5.6 or later). These features are tried, and
-//! used if available: `SINGLE_ISSUER` with `DEFER_TASKRUN` (6.1 or later; completions are
-//! processed on request, instead of interrupting this thread), sparse tables of registered buffers
-//! and files (5.19 or later), a limit on kernel threads (5.15 or later) and `RWF_DONTCACHE` (6.14
-//! or later). Not used: `SQPOLL` (2.7 times the CPU time, no gain) and `IOPOLL` (most devices are
-//! not set up for it).
+//! Reads through a ring require `IORING_OP_READ` (Linux 5.6 or later). The following features are
+//! used if they are available:
 //!
-//! Closing a ring does not end its reads, so the driver leaks their memory if it gives up a ring
-//! before they have completed (see [`super::driver`]).
+//! - `SINGLE_ISSUER` with `DEFER_TASKRUN` (6.1 or later): completions are processed on request,
+//!   instead of interrupting this thread.
+//! - Sparse tables of registered buffers and files (5.19 or later).
+//! - A limit on kernel threads (5.15 or later).
+//! - `RWF_DONTCACHE` (6.14 or later).
+//!
+//! `SQPOLL` is not used because it took 2.7 times the CPU time without making loads faster.
+//! `IOPOLL` is not used because most devices are not set up for it.
+//!
+//! Closing a ring does not stop its reads. If the driver gives up a ring before all reads have
+//! completed, it therefore leaks their memory (see [`super::driver`]).
 #![allow(unsafe_code)]
 
 pub(crate) mod probe;
@@ -34,14 +39,15 @@ use crate::route::Route;
 use crate::support::errno;
 use crate::support::id::LoadId;
 
-/// Maximum number of registered buffers: staging slots, and pieces from their first read to their
-/// last. Reads are issued piece after piece, so usually no more pieces are registered than reads
-/// are in flight, which are far fewer than 512 by default. Pieces for which no entry is left wait.
+/// Maximum number of registered buffers: staging slots, and pieces that are being read. Reads are
+/// issued piece after piece, so there are usually no more registered pieces than reads in flight,
+/// and by default far fewer than 512 reads are in flight. If no entry is free, a piece waits for
+/// one.
 const BUFFER_SLOTS: u16 = 512;
-/// Maximum number of registered files. Further files are read by their descriptors.
+/// Maximum number of registered files. Any further files are read through their descriptors.
 const FILE_SLOTS: u32 = 64;
-/// The user data of the ring's poll of the eventfd. No operation has this token: its slot index
-/// would be 2^32 - 1, and far fewer operations are in flight at once.
+/// The user data of the request that polls the eventfd. No operation has this token, because its
+/// slot index would be 2^32 - 1, and far fewer operations are in flight at once.
 const WAKE_USER_DATA: u64 = u64::MAX;
 
 /// See the module documentation.
@@ -94,8 +100,8 @@ impl Kernel for LinuxKernel {
 
     fn unregister_buffer(&mut self, slot: u16) {
         if let Ok(ring) = &mut self.ring {
-            // The kernel does not refuse an empty entry. Even if it did, the pages would only stay
-            // pinned until the slot is reused or the ring is closed.
+            // The kernel does not refuse to empty an entry. Even if it did, the pages would only
+            // stay pinned until the slot is reused or the ring is closed.
             let _ = ring.update_buffer(slot, std::ptr::null_mut(), 0);
         }
     }
@@ -225,18 +231,19 @@ struct Ring {
     uncached: Uncached,
 }
 
-/// Which reads have the flag `RWF_DONTCACHE` (Linux 6.14 or later: a read through the page cache
-/// leaves nothing in it), and which file systems refuse it.
+/// Tracks which reads have the flag `RWF_DONTCACHE`, and which file systems refuse it. With this
+/// flag (Linux 6.14 or later), a read through the page cache leaves nothing in the cache.
 #[derive(Debug, Default)]
 struct Uncached {
-    /// Reads in flight with the flag: their user data, and the file system's number.
+    /// The user data of each read in flight with the flag, and the number of the read's file
+    /// system.
     in_flight: HashMap<u64, u64>,
     /// File systems that have refused the flag; before Linux 6.14, all of them do.
     refused_by: HashSet<u64>,
 }
 
 impl Uncached {
-    /// The flags for a read from this file system.
+    /// Returns the flags for a read from this file system.
     fn flags(&mut self, user_data: u64, mount: u64) -> i32 {
         if self.refused_by.contains(&mount) {
             return 0;
@@ -260,7 +267,7 @@ impl Uncached {
 
 impl Ring {
     fn new(depth: usize, wake: &Wake) -> Result<Self, Errno> {
-        let entries = u32::try_from(depth + 1).expect("settings allow 4096 reads at most").next_power_of_two().clamp(8, 4096);
+        let entries = u32::try_from(depth + 1).expect("settings allow at most 4096 reads").next_power_of_two().clamp(8, 4096);
         let ring = set_up(entries)?;
         let buffers = ring.submitter().register_buffers_sparse(u32::from(BUFFER_SLOTS)).map_err(|error| errno(&error));
         let files = FileTable::new(&ring);
@@ -268,7 +275,8 @@ impl Ring {
         // the page cache may wait for each other.
         let _ = set_kernel_threads(&ring, depth);
         let mut ring = Ring { ring, queue: Vec::new(), armed: false, buffers, files, uncached: Uncached::default() };
-        // Detects kernels that set up rings but refuse to enter them (a seccomp profile).
+        // Detects whether a ring can be set up but not entered, for example because of a seccomp
+        // profile.
         ring.submit(false, wake)?;
         Ok(ring)
     }
@@ -289,8 +297,8 @@ impl Ring {
     }
 
     fn update_buffer(&mut self, slot: u16, address: *mut u8, bytes: usize) -> Result<(), Errno> {
-        // One slot per call, since the kernel may accept only some of several slots without
-        // reporting that.
+        // Update one slot per call: if there were several, the kernel might accept only some of
+        // them without reporting that.
         let vector = libc_iovec(address, bytes);
         // SAFETY: the memory stays mapped while it is registered: the driver unregisters a buffer
         // before releasing it, or leaks the buffer. The probe never reads into its memory.
@@ -318,7 +326,7 @@ impl Ring {
             };
             let wait = wait && self.queue.is_empty();
             if wait && cfg!(dmaload_valgrind) {
-                // Valgrind 3.19 does not know that io_uring_enter(2) blocks, and would let no
+                // Valgrind 3.19 does not know that io_uring_enter(2) blocks, and would not let any
                 // other thread run.
                 std::thread::sleep(std::time::Duration::from_micros(200));
             }
@@ -417,14 +425,15 @@ impl FileTable {
 }
 
 fn length(read: &Read) -> u32 {
-    u32::try_from(read.bytes).expect("a read covers at most one chunk, of up to 1 GiB")
+    u32::try_from(read.bytes).expect("a read covers at most one chunk, and a chunk has at most 1 GiB")
 }
 
-/// Allows as many kernel threads for this thread's rings as reads can be in flight, so no read
-/// waits for another one's server. The kernel's default is at most four for each CPU.
+/// Lets the kernel use as many threads for this thread's rings as there can be reads in flight, so
+/// no read waits for another read's server. By default, the kernel uses at most four threads for
+/// each CPU.
 fn set_kernel_threads(ring: &IoUring, depth: usize) -> Result<(), Errno> {
-    let threads = u32::try_from(depth).expect("settings allow 4096 reads at most");
-    // 0 keeps the limit for files that are not regular.
+    let threads = u32::try_from(depth).expect("settings allow at most 4096 reads");
+    // 0 leaves the limit for files that are not regular unchanged.
     ring.submitter().register_iowq_max_workers(&mut [threads, 0]).map_err(|error| errno(&error))
 }
 
@@ -434,7 +443,7 @@ pub(crate) fn can_read_buffered() -> bool {
     set_up(8).and_then(|ring| set_kernel_threads(&ring, 1)).is_ok()
 }
 
-/// The flags to set up a ring with, best first.
+/// The combinations of flags to try when setting up a ring, best first.
 const WAYS: [fn(&mut io_uring::Builder); 3] = [
     |builder| {
         builder.setup_clamp().setup_single_issuer().setup_defer_taskrun();
@@ -447,8 +456,8 @@ const WAYS: [fn(&mut io_uring::Builder); 3] = [
     },
 ];
 
-/// Sets up a ring in the first of the [`WAYS`] that works. After EINVAL, which means that the
-/// kernel does not know a flag, the next one is tried.
+/// Sets up a ring in the first of the [`WAYS`] that works. The next one is tried only after
+/// EINVAL, which means that the kernel does not know one of the flags.
 fn set_up(entries: u32) -> Result<IoUring, Errno> {
     let mut refused = Errno::INVAL;
     // With the first flags, completions are processed only while the thread waits in the kernel,
@@ -489,7 +498,8 @@ mod tests {
         let (one, other) = (7, 8);
         assert_eq!([1, 2].map(|read| uncached.flags(read, one)), [libc::RWF_DONTCACHE; 2]);
         assert_eq!(uncached.flags(3, other), libc::RWF_DONTCACHE);
-        // Both reads are retried, although the first one already showed the refusal.
+        // Both reads are retried, even though the first one has already shown that the flag is
+        // refused.
         assert_eq!([1, 2].map(|read| uncached.interpret(read, Err(Errno::OPNOTSUPP))), [Err(Errno::AGAIN); 2]);
         assert_eq!(uncached.flags(1, one), 0);
         // For a read without the flag, the refusal is an error like any other.

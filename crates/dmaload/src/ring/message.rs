@@ -22,12 +22,12 @@ pub(crate) struct LoadSpec {
     pub(crate) observation: Option<Observation>,
 }
 
-/// What the driver needs to know about the file of a piece.
+/// What the driver needs to know about a piece's file.
 #[derive(Debug, Clone)]
 pub(crate) struct FileSpec<F> {
     pub(crate) handle: F,
     pub(crate) index: usize,
-    /// The best route by which the file may be read. Steps down lower it.
+    /// The best route that reads of the file may use. Each step down lowers it.
     pub(crate) route: Route,
     /// The best route for direct reads of the file into staging.
     pub(crate) staged_by: Route,
@@ -42,9 +42,9 @@ pub(crate) struct FileSpec<F> {
 }
 
 impl<F> FileSpec<F> {
-    /// Whether reads by the file's current route can fill memory that is not populated: through
-    /// staging, or by threads that populate it as they write to it. Neither a device nor a ring
-    /// can populate memory.
+    /// Whether reads by the file's current route can fill unpopulated memory. They can if threads
+    /// write the bytes, either as copies from staging or as reads, because a thread populates
+    /// memory as it writes to it. Devices and rings can't populate memory.
     pub(crate) fn fills_unpopulated(&self) -> bool {
         self.route >= Route::Bounce || self.route == Route::PreadDirect && self.in_memory
     }
@@ -63,22 +63,24 @@ pub(crate) enum Output<B> {
 /// An event of a load other than a full piece.
 #[derive(Debug)]
 pub(crate) enum LoadEvent {
-    /// A step down the ladder was taken.
+    /// The load or one of its files has stepped down the ladder.
     SteppedDown { fallback: Fallback },
-    /// Less staging could be allocated than the load may use, so fewer of its reads are in flight.
-    /// Reported once.
+    /// Less staging could be allocated than the load may use, so fewer of its reads can be in
+    /// flight. Reported once.
     LessStaging { bytes: u64, errno: Errno },
-    /// No thread could be started for copies, so reads wait for the load's copies. Reported once.
+    /// No thread could be started for copies. The ring thread copies instead, except into memory
+    /// whose sink runs the caller's code, and issues no reads in the meantime. Reported once.
     NoThread,
-    /// A read failed, and is retried once.
+    /// A read failed and will be retried once.
     Retried { retried: Retried },
-    /// An operation on a piece was timed; only if the load is traced.
+    /// When an operation on a piece started and ended. Reported only if the load is traced.
     Traced { piece: usize, span: TimedSpan },
-    /// The load can't be finished. Reported once. Each of its buffers is released when no
-    /// operation on it is in flight.
+    /// The load can't be completed. Reported once. Each of the load's buffers is released when no
+    /// operation on that buffer is in flight.
     Failed { failure: Failure },
-    /// The driver has released the load and all of its buffers, or leaked them. Contains the
-    /// load's observation, because dropping that may run the caller's code.
+    /// The driver has removed the load, and has released or leaked all of its buffers. Contains
+    /// the load's observation, because dropping it may run the caller's code, which the ring
+    /// thread must not do.
     Gone { times: Times, observation: Option<Observation> },
 }
 
@@ -91,7 +93,7 @@ impl<B> Output<B> {
         }
     }
 
-    /// The load that the output concerns.
+    /// Returns the load that the output is about.
     pub(crate) fn load(&self) -> LoadId {
         match *self {
             Output::PieceFull { load, .. } | Output::Event { load, .. } => load,

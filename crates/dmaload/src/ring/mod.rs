@@ -1,21 +1,22 @@
-//! The ring: one thread that owns everything in flight.
+//! The ring thread, which owns all operations in flight.
 //!
 //! ```text
-//!   thread   the loop: commands in, outputs out          ─┐
+//!   thread   passes commands in and outputs out          ─┐
 //!    └─ driver   the state machine (pure)                 │ one thread
 //!        └─ kernel   the trait: linux, or sim in tests    │
 //!            ├─ io_uring                                 ─┘
-//!            └─ pool    threads: pread without io_uring; copies from staging and from the page
-//!                       cache; observers
+//!            └─ pool    threads that pread if there is no io_uring, copy from staging and from
+//!                       the page cache, and run observers
 //! ```
 //!
-//! The ring reads open files into memory that the engine allocated. It opens no files, allocates
-//! only staging, and never runs the caller's code on its thread. Routes that use a ring require
-//! io_uring (Linux 5.6 or later). Where io_uring is refused, threads read with `pread`.
+//! The ring thread reads open files into memory that the engine has allocated. It doesn't open
+//! files, allocates no memory except staging, and never runs the caller's code. Routes that use a
+//! ring require io_uring (Linux 5.6 or later). If io_uring is refused, the threads of a pool read
+//! with `pread` instead.
 //!
-//! Shutdown: after [`RingThread::close`], the thread ends once the driver has no load left, that
-//! is, after the last completion. At the deadline of a shutdown ([`RingThread::give_up`]), it
-//! leaks memory with operations in flight and ends at once.
+//! After [`RingThread::close`], the thread ends once the driver has no loads left, which is after
+//! the last completion. If a shutdown reaches its deadline before that, [`RingThread::give_up`]
+//! makes the thread leak the memory that still has operations in flight, and end immediately.
 
 mod driver;
 mod kernel;

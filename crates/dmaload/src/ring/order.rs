@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 pub(super) struct InOrder<T> {
     /// Where the next item starts.
     next: u64,
-    /// Whether an item was taken and is not done yet.
+    /// Whether an item was taken and is not finished yet.
     busy: bool,
     waiting: BTreeMap<u64, (u64, T)>,
 }
@@ -17,13 +17,13 @@ impl<T> InOrder<T> {
         InOrder { next: 0, busy: false, waiting: BTreeMap::new() }
     }
 
-    /// Adds an item that is ready; it covers `bytes` bytes from `start`.
+    /// Adds a ready item, which covers the `bytes` bytes at `start`.
     pub(super) fn insert(&mut self, start: u64, bytes: u64, thing: T) {
         let before = self.waiting.insert(start, (start + bytes, thing));
         assert!(before.is_none() && start >= self.next, "position {start} is ready twice");
     }
 
-    /// Takes the next item, if it is ready and the one that was taken before is done.
+    /// Takes the next item if it is ready and the previous one is finished.
     pub(super) fn take(&mut self) -> Option<T> {
         if self.busy {
             return None;
@@ -34,9 +34,9 @@ impl<T> InOrder<T> {
         Some(thing)
     }
 
-    /// Records that the item that was taken is done.
+    /// Records that the taken item is finished.
     pub(super) fn finish(&mut self) {
-        assert!(self.busy, "an item is finished only after it was taken");
+        assert!(self.busy, "an item is finished only after it has been taken");
         self.busy = false;
     }
 
@@ -58,7 +58,7 @@ mod tests {
         order.insert(0, 3, "a");
         assert_eq!(order.take(), Some("a"));
         order.insert(3, 2, "b");
-        assert_eq!(order.take(), None, "a is not done");
+        assert_eq!(order.take(), None, "a is not finished");
         order.finish();
         assert_eq!(order.take(), Some("b"));
         order.finish();

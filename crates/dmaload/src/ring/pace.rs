@@ -3,25 +3,26 @@
 //!
 //! Copiers and, by default, allocators start with at most [`FIRST`] threads. At the end of each
 //! *epoch* (a number of jobs), the pace checks what limited the work. If the threads were busy for
-//! at least nine tenths of the time, the work waits for them: one more thread is tried for an
-//! epoch, and kept if the rate rose by at least a quarter of what the thread would add without any
-//! other limit. Otherwise the device, the processor or the memory bus is the limit: the thread is
-//! withdrawn, and not tried again for 1 to 16 epochs. Threads are withdrawn one by one as long as
-//! the remaining ones would have been busy for less than seven tenths of the time.
+//! at least nine tenths of the time, they are the bottleneck. One more thread is then tried for an
+//! epoch. It is kept if the rate rises by at least a quarter of what the thread would add if
+//! nothing else limited the rate. Otherwise, the bottleneck is the device, the processor or the
+//! memory bus. The thread is then withdrawn, and no other thread is tried for 1 to 16 epochs.
+//! Threads are withdrawn one by one as long as the remaining ones would have been busy for less
+//! than seven tenths of the time.
 //!
-//! Threads that read wait for storage or for a server rather than for the processor, and each file
-//! system has its own pace for them. Their number starts at [`FIRST_READERS`]. It doubles or
-//! halves where the number of copiers would change by one. From a server that takes 20 ms for each
-//! answer, even 32 threads get only about 3 GiB/s in chunks of 2 MiB, and adding them one by one
-//! would take 4 GiB of reads.
+//! Threads that read wait for storage or for a server rather than for the processor. Each file
+//! system has its own pace for them. The number of these threads starts at [`FIRST_READERS`], and
+//! doubles or halves in situations where the number of copiers would change by one. It has to grow
+//! fast: from a server that takes 20 ms for each answer, even 32 threads read only about 3 GiB/s
+//! in chunks of 2 MiB, and adding them one by one would take 4 GiB of reads.
 //!
 //! The module is pure: it starts no threads and reads no clock. The engine and the simulator both
 //! use it.
 
 use std::time::Duration;
 
-/// Initial number of copiers, and of allocators with two processors or more. Two copiers keep a
-/// device of 9 GiB/s busy, two allocators one of 18 GiB/s.
+/// Initial number of copiers, and of allocators if there are at least two processors. Two copiers
+/// keep a device of 9 GiB/s busy, two allocators one of 18 GiB/s.
 pub(crate) const FIRST: usize = 2;
 
 /// Maximum number of threads that copy from staging and from the page cache: at 4.5 GiB/s each
@@ -44,8 +45,8 @@ pub(crate) const MOST_READERS: usize = 32;
 const REST_EPOCHS_MAX: u32 = 16;
 
 /// Number of jobs after a pause that are not measured. While the window fills, jobs run as fast as
-/// memory can be allocated, whatever the device does. The number is one less than the six batches
-/// of 16 MiB that a load's share of the default window, 128 MiB, holds.
+/// memory can be allocated, however slow the device is. The number is one less than the six
+/// batches of 16 MiB that a load's share of the default window, 128 MiB, holds.
 const FILLING_JOBS: usize = 5;
 
 /// Maximum number of threads that copy on a machine with `cores` processors.
@@ -73,8 +74,8 @@ pub(crate) fn cores() -> usize {
 #[derive(Debug, Clone, Copy)]
 struct Epoch {
     began: Duration,
-    /// Jobs left to skip before it begins: those that began with the previous number of threads,
-    /// or that fill an empty window.
+    /// How many jobs to skip before the epoch begins. These are jobs that began with the previous
+    /// number of threads, or that fill an empty window.
     before: usize,
     jobs: usize,
     bytes: u64,
@@ -82,7 +83,7 @@ struct Epoch {
     busy: Duration,
 }
 
-/// How to grow when the threads are busy.
+/// How to increase the number of threads when all are busy.
 #[derive(Debug, Clone, Copy)]
 enum Growth {
     OneMore,
@@ -166,7 +167,7 @@ impl Pace {
     #[must_use]
     pub(crate) fn end(&mut self, now: Duration, bytes: u64) -> bool {
         self.count(now);
-        self.jobs = self.jobs.checked_sub(1).expect("a job ends once");
+        self.jobs = self.jobs.checked_sub(1).expect("a job that ends has begun");
         if self.least == self.most {
             return false;
         }
@@ -191,7 +192,7 @@ impl Pace {
     /// Records that a queued job will not run. The job is not measured.
     pub(crate) fn withdraw(&mut self, now: Duration) {
         self.count(now);
-        self.jobs = self.jobs.checked_sub(1).expect("a job is withdrawn once");
+        self.jobs = self.jobs.checked_sub(1).expect("a job that is withdrawn has begun");
     }
 
     /// Discards the current epoch when no work is left for now, because its rate would include the
@@ -200,7 +201,7 @@ impl Pace {
         self.epoch = None;
     }
 
-    /// Forgets all jobs, and ends the trial and the epoch.
+    /// Forgets all jobs, and discards the current trial and epoch.
     pub(crate) fn stop(&mut self) {
         self.jobs = 0;
         self.trial = None;
@@ -266,8 +267,8 @@ impl Epoch {
     }
 }
 
-/// The number of jobs in an epoch: several per thread, so jobs that cross its boundaries matter
-/// little.
+/// The number of jobs in an epoch. There are several for each thread, so jobs that cross the
+/// epoch's boundaries matter little.
 fn jobs_of_epoch(threads: usize) -> usize {
     3 * threads.max(4)
 }
@@ -284,9 +285,9 @@ mod tests {
 
     const MS: Duration = Duration::from_millis(1);
 
-    /// Simulates a machine on which up to `useful` threads help, and each job takes one of them a
-    /// millisecond. Work is available for about `load` percent of the time. Returns the largest
-    /// and the final number of threads.
+    /// Simulates a machine on which up to `useful` threads speed up the work, and each job takes
+    /// one of them a millisecond. Work is available for about `load` percent of the time. Returns
+    /// the largest and the final number of threads.
     fn simulate_pace(pace: &mut Pace, useful: usize, load: u32, epochs: usize) -> (usize, usize) {
         let mut now = pace.counted;
         let mut most = pace.threads();
@@ -307,7 +308,7 @@ mod tests {
     fn threads_are_added_while_they_help_else_withdrawn() {
         for useful in [2, 3, 5, 8] {
             let (most, _) = simulate_pace(&mut Pace::new(2, 16), useful, 100, 200);
-            assert_eq!(most, useful + 1, "one more thread is tried");
+            assert_eq!(most, useful + 1, "one more thread than is useful is tried");
         }
         assert_eq!(simulate_pace(&mut Pace::new(2, 4), 8, 100, 50), (4, 4), "threads are added up to the bound");
     }
@@ -343,7 +344,7 @@ mod tests {
         assert!(pace.is_idle());
         assert_eq!(pace.threads(), threads);
         pace.pause();
-        assert_eq!(simulate_pace(&mut pace, 100, 100, 50).1, 32, "withdrawn jobs do not count against more threads");
+        assert_eq!(simulate_pace(&mut pace, 100, 100, 50).1, 32, "withdrawn jobs do not prevent more threads from being added");
     }
 
     #[test]

@@ -1,9 +1,9 @@
-//! Threads for work that must not block the ring thread: reads without io_uring, by `pread(2)`,
-//! copies from staging and from the page cache, and observations.
+//! Threads for work that must not block the ring thread: reads by `pread(2)`, copies from staging
+//! and from the page cache, and observations.
 //!
-//! Threads start on demand and end after the pool is dropped. They are not joined, since one that
-//! waits for a dead disk would make the caller hang, too. The driver owns the memory that they
-//! use, and keeps it until the completion arrives.
+//! Threads start on demand and end after the pool is dropped. They are not joined, because a
+//! thread that waits for a dead disk would make the caller hang, too. The driver owns the memory
+//! that they use, and keeps it until the completion arrives.
 #![allow(unsafe_code)]
 
 use std::collections::{HashMap, VecDeque};
@@ -25,13 +25,13 @@ use crate::support::foreign;
 use crate::support::id::LoadId;
 
 /// Maximum number of threads that read for all loads. At most [`MOST_READERS`] of them read for
-/// one load, and three quarters for all loads of one file system.
+/// one load. A single file system gets at most three quarters of them.
 pub(crate) const READERS: usize = 2 * MOST_READERS;
-/// If this many file systems have a pace and another one is read, the paces of idle file systems
-/// are forgotten. This bounds the table of paces.
+/// When this many file systems have a pace and a read from another one is queued, the paces of
+/// idle file systems are forgotten. This limits the size of the table of paces.
 const MOUNTS: usize = 64;
-/// Maximum number of threads that run observers, and thus of loads that are observed at the same
-/// time: each load is observed by one thread at a time.
+/// Maximum number of threads that run observers. Since each load is observed by one thread at a
+/// time, this is also how many loads can be observed at the same time.
 pub(crate) const OBSERVERS: usize = 2;
 
 #[derive(Debug)]
@@ -50,11 +50,11 @@ unsafe impl Send for PoolJob {}
 #[derive(Debug)]
 struct Queues {
     jobs: VecDeque<PoolJob>,
-    /// Which loads threads are reading for, and from which file systems.
+    /// How many threads are reading for each load, for each file system.
     reading: Holders<LoadId>,
     /// How many threads may read for one load from each file system, by the file system's number.
     paces: HashMap<u64, Pace>,
-    /// The start of the clock of `paces`.
+    /// The moment from which the times in `paces` are measured.
     since: Instant,
     done: Vec<Completion>,
     /// How many threads are waiting for a job.
@@ -84,8 +84,8 @@ impl Queues {
         }
     }
 
-    /// Takes the first job that may start on one of `threads` threads. Reads are passed over if
-    /// their load or file system already has its share of the threads.
+    /// Takes the first job that may start now, in a pool of up to `threads` threads. Reads are
+    /// passed over if their load or file system already has its share of the threads.
     fn take(&mut self, threads: usize) -> Option<PoolJob> {
         if self.busy >= self.busy_max {
             return None;
@@ -102,7 +102,8 @@ impl Queues {
         job
     }
 
-    /// Whether one more of `threads` threads may read for this load, given the reads in `reading`.
+    /// Whether one more of the pool's `threads` threads may read for this load, if those in
+    /// `reading` already do.
     fn may_read(&self, reading: &Holders<LoadId>, file: &OpenFile, read: &Read, threads: usize) -> bool {
         let file_system = file.identity.mount();
         let held = reading.held_by(&read.load, file_system).by_load;
@@ -114,7 +115,7 @@ impl Queues {
         self.paces.get(&file.identity.mount()).map_or(FIRST_READERS, Pace::threads)
     }
 
-    /// Whether more reads may start, counting this one, than there are idle threads.
+    /// Whether the reads that may start now, including this one, outnumber the idle threads.
     fn lacks_a_thread(&self, file: &OpenFile, read: &Read) -> bool {
         let queued =
             self.jobs.iter().filter_map(|job| if let PoolJob::Read(file, read) = job { Some((&**file, read)) } else { None });
@@ -139,7 +140,7 @@ impl Queues {
         self.jobs.push_back(job);
     }
 
-    /// Completes the queued reads of this load with an error; returns whether any were queued.
+    /// Completes the queued reads of this load with an error. Returns whether any were queued.
     fn cancel(&mut self, load: LoadId) -> bool {
         let is_own = |job: &PoolJob| matches!(job, PoolJob::Read(_, read) if read.load == load);
         let (own, others): (VecDeque<_>, _) = std::mem::take(&mut self.jobs).into_iter().partition(is_own);
@@ -148,7 +149,7 @@ impl Queues {
             if let PoolJob::Read(file, read) = job {
                 let now = self.since.elapsed();
                 let pace = self.paces.get_mut(&file.identity.mount());
-                let pace = pace.expect("a file system has a pace while it is read");
+                let pace = pace.expect("a file system has a pace while reads from it are queued or running");
                 pace.withdraw(now);
                 if pace.is_idle() {
                     pace.pause();
@@ -156,8 +157,8 @@ impl Queues {
                 self.done.push(Completion { token: read.token, result: Err(Fault::Read(Errno::CANCELED)) });
             }
         }
-        // The driver keeps references to these files until it has seen the completions, so none is
-        // closed here.
+        // The driver keeps references to these files until it has seen the completions, so
+        // dropping the jobs closes none of them.
         !own.is_empty()
     }
 
@@ -172,7 +173,7 @@ impl Queues {
     /// may read from it has changed.
     fn end_read(&mut self, mount: u64, bytes: usize) -> bool {
         let now = self.since.elapsed();
-        let pace = self.paces.get_mut(&mount).expect("a file system has a pace while it is read");
+        let pace = self.paces.get_mut(&mount).expect("a file system has a pace while reads from it are queued or running");
         let changed = pace.end(now, bytes as u64);
         if pace.is_idle() {
             pace.pause();
@@ -181,8 +182,8 @@ impl Queues {
     }
 }
 
-/// The pace of threads that read from the file system of this file. Reads from memory keep the
-/// processor busy, so they need no more threads than copies do.
+/// The pace of threads that read from the file system of this file. Reads of files in memory keep
+/// the processor busy, so they need no more threads than copies do.
 fn pace_for(file: &OpenFile) -> Pace {
     if file.in_memory { Pace::new(FIRST, most_copiers(cores())) } else { Pace::for_readers() }
 }
@@ -212,8 +213,9 @@ pub(crate) struct ThreadPool {
 }
 
 impl ThreadPool {
-    /// Creates a pool. Reads, copies and observations have separate pools: reads that wait for a
-    /// dead disk must not hold up copies, and neither must observers, which are the caller's code.
+    /// Creates a pool. Reads, copies and observations have separate pools, because copies must not
+    /// be held up by reads that wait for a dead disk, or by observers, which are the caller's
+    /// code.
     pub(crate) fn new(wake: Arc<Wake>, name: &'static str, threads_max: usize) -> Self {
         ThreadPool {
             shared: Arc::new(PoolShared { queues: Mutex::new(Queues::new(threads_max)), changed: Condvar::new(), wake }),
@@ -238,8 +240,8 @@ impl ThreadPool {
         }
     }
 
-    /// Cancels the queued reads of this load: they might wait for threads whose reads never
-    /// complete.
+    /// Cancels the queued reads of this load, because they might be waiting for threads whose own
+    /// reads never complete.
     pub(crate) fn cancel(&self, load: LoadId) {
         if self.shared.queues().cancel(load) {
             self.shared.wake.wake();
@@ -296,8 +298,8 @@ impl ThreadPool {
         }
     }
 
-    /// Sets how many threads may have a job at the same time. Further threads are started when
-    /// there are jobs for them; surplus threads wait.
+    /// Sets how many threads may have a job at the same time. More threads are started when there
+    /// are jobs for them. Surplus threads wait.
     pub(crate) fn set_max_threads(&mut self, threads: usize) {
         self.threads_max = threads;
         self.shared.queues().busy_max = threads;
@@ -310,8 +312,8 @@ impl ThreadPool {
         self.shared.changed.notify_one();
     }
 
-    /// Starts a thread for one more job that any thread may take, unless enough threads are idle.
-    /// Returns whether the pool has any threads.
+    /// Starts a thread for one more job, unless enough threads are idle. Used for copies and
+    /// observations, which any idle thread may take. Returns whether the pool has any threads.
     fn start_thread_for_any(&mut self) -> bool {
         let lacks_a_thread = {
             let queues = self.shared.queues();
@@ -407,8 +409,9 @@ fn run(shared: &PoolShared, threads: usize) {
 
 fn do_job(job: PoolJob) -> Completion {
     match job {
-        // `file` is dropped before the driver sees the completion and releases its own reference:
-        // the last reference must not be dropped here, since closing a file may block.
+        // `file` is dropped before the driver sees the completion and releases its own reference.
+        // This is therefore never the last reference to the file, so the file is not closed here,
+        // which could block.
         PoolJob::Read(file, read) => pread(&file, &read),
         PoolJob::Copy(copy) => copy_staged(&copy),
         PoolJob::Cached(file, read) => read_cached(&file, &read),
@@ -418,7 +421,7 @@ fn do_job(job: PoolJob) -> Completion {
 
 fn pread(file: &OpenFile, read: &Read) -> Completion {
     if read.route == Route::Buffered {
-        // If this fails, the bytes are read anyway, and some changes to them may go unnoticed.
+        // If this fails, the bytes are read anyway, but some changes to them may go unnoticed.
         let _ = file.settle(&(read.offset..read.offset + read.bytes as u64));
     }
     let pread = |buffer: &mut [MaybeUninit<u8>], offset| {
@@ -452,8 +455,8 @@ fn copy_staged(copy: &StagedCopy) -> Completion {
     let mut left = unsafe { std::slice::from_raw_parts(copy.from.as_ptr(), copy.bytes) };
     let mut next = |part: &mut [MaybeUninit<u8>]| {
         let (now, later) = left.split_at(part.len());
-        // Ordinary stores: non-temporal ones were no faster, neither on small pages nor on huge
-        // ones.
+        // This uses ordinary stores. Non-temporal stores were no faster, neither on small pages
+        // nor on huge ones.
         part.write_copy_of_slice(now);
         left = later;
         Ok(part.len())

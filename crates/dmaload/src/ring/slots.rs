@@ -1,7 +1,8 @@
-//! Slots with generations. The token of an operation's slot is its `user_data` in the kernel.
+//! Slots with generations. The token of an operation's slot is passed to the kernel as
+//! `user_data`.
 //!
 //! A token packs an index and a generation. A reused slot has a new generation, so a late or
-//! duplicate completion matches no entry, rather than that of a later operation.
+//! duplicate completion matches no entry, instead of matching that of a later operation.
 
 use crate::support::convert::to_usize;
 
@@ -29,7 +30,7 @@ impl Token {
 
 /// Converts the index of an entry; [`Slots::insert`] ensures that it fits into 32 bits.
 fn narrow(index: usize) -> u32 {
-    u32::try_from(index).expect("the index of an entry has 32 bits")
+    u32::try_from(index).expect("the index of an entry fits into 32 bits")
 }
 
 /// A table of entries, each with a token that is valid until the entry is removed.
@@ -56,7 +57,7 @@ impl<T> Slots<T> {
         Token::new(index, 0)
     }
 
-    /// Removes and returns an entry; `None` for a stale token.
+    /// Removes and returns an entry. Returns `None` if the token is stale.
     pub(crate) fn remove(&mut self, token: Token) -> Option<T> {
         self.get_mut(token)?;
         let (generation, place) = self.entries.get_mut(token.index())?;

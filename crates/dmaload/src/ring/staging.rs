@@ -1,5 +1,5 @@
-//! Staging: the buffers that staged reads go into. They are slots of equal size, allocated on
-//! first use and then reused.
+//! Staging: the buffers that staged reads go into. These buffers are called slots. They all have
+//! the same size, and are allocated on first use and then reused.
 //!
 //! The slots are small, so copies find their bytes in the processor's cache. Several slots let
 //! reads and copies overlap.
@@ -20,17 +20,17 @@ pub(crate) struct StagingBudget {
 }
 
 impl StagingBudget {
-    /// How many slots may be read into at once: three quarters. One load may read into up to three
-    /// quarters of these, about half of all slots. A device finishes all of its reads at about the
-    /// same time, so if reads went into all slots, copies would wait for reads, and reads for
-    /// copies. With reads into half of the slots, a load reached 0.93 of a virtual disk's limit;
-    /// with reads into all slots, 0.57.
+    /// How many slots may be read into at once: three quarters of all slots. A single load may
+    /// read into three quarters of those, which is about half of all slots. A device finishes all
+    /// of its reads at about the same time, so if all slots were read into at once, copies would
+    /// wait for reads, and then reads for copies. With reads into half of the slots, a load
+    /// reached 93% of a virtual disk's maximum speed. With reads into all slots, it reached 57%.
     fn reads(self) -> u64 {
         (self.slots as u64 * 3 / 4).max(1)
     }
 }
 
-const SLOT: &str = "slots stay until all of them are cleared";
+const SLOT: &str = "slots exist until `clear` removes all of them";
 
 /// Identifies a slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,15 +39,16 @@ pub(crate) struct StagingSlot(usize);
 #[derive(Debug)]
 struct StagingBuffer<S> {
     buffer: S,
-    /// Its entry in the kernel's table of registered buffers; `None` if it is not registered.
+    /// The buffer's entry in the kernel's table of registered buffers; `None` if it is not
+    /// registered.
     buffer_slot: Option<u16>,
     /// The load that holds the slot, and the file system from which it is filled.
     taken_by: Option<(LoadId, u64)>,
-    /// Whether a read into it is in flight.
+    /// Whether a read into the slot is in flight.
     reading: bool,
 }
 
-/// Why reads into staging do not use the best route.
+/// A step down from the best route for reads into staging.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct StagingStep {
     pub(crate) to: Route,
@@ -61,7 +62,7 @@ pub(crate) struct Staging<S> {
     budget: StagingBudget,
     slots: Vec<StagingBuffer<S>>,
     free: Vec<StagingSlot>,
-    /// The error of the last allocation, if it was refused.
+    /// The error of the last allocation, if it failed.
     short: Option<Errno>,
 }
 
@@ -84,8 +85,8 @@ impl<S: Buffer> Staging<S> {
         self.budget.slot_bytes
     }
 
-    /// How many of the slots that match `counts` are taken, and how many of those are held by this
-    /// load and by this file system.
+    /// Returns how many of the slots for which `counts` returns true are taken, and how many of
+    /// these are held by this load and by all loads for this file system.
     fn held(&self, load: LoadId, file_system: u64, counts: impl Fn(&StagingBuffer<S>) -> bool) -> (u64, Held) {
         let (mut taken, mut held) = (0, Held::default());
         for slot in self.slots.iter().filter(|slot| counts(slot)) {
@@ -98,8 +99,9 @@ impl<S: Buffer> Staging<S> {
     }
 
     /// Takes a slot for a read from this file system. Returns `None` if no slot is free, or if the
-    /// load or the file system holds its share. `waits` says that all slots that the load holds
-    /// wait for this one; shares then limit the load only if it holds none.
+    /// load or the file system already holds its share. `waits` means that the load can't release
+    /// any of its slots before it gets this one. In that case, shares limit the load only if it
+    /// holds no slot.
     ///
     /// # Errors
     /// If not even one slot can be allocated.
@@ -141,9 +143,9 @@ impl<S: Buffer> Staging<S> {
         Ok(slot)
     }
 
-    /// Registers a slot that was taken, unless it is registered; returns the refusal, if any. A
-    /// refused registration may be retried, since the limit of locked memory depends on what else
-    /// is locked.
+    /// Registers a taken slot, unless it is registered already. If that is refused, returns the
+    /// step down. A refused registration may be retried later: whether it exceeds the
+    /// locked-memory limit depends on what else is locked.
     pub(crate) fn register<K: Kernel<Staging = S>>(
         &mut self,
         slot: StagingSlot,
@@ -155,8 +157,8 @@ impl<S: Buffer> Staging<S> {
         }
         let registered = self.slots.iter().filter(|slot| slot.buffer_slot.is_some()).count();
         let slot = Some(self.slots.get_mut(slot.0).expect(SLOT)).filter(|slot| slot.buffer_slot.is_none())?;
-        // One entry of the table is reserved for pieces. If no other is free, the slot is read
-        // into without registration for now, which is not a refusal.
+        // One entry of the table is reserved for pieces. If no other entry is free, reads into
+        // this slot do without registration for now. That isn't a refusal.
         let place = if registered + 1 < usize::from(kernel.buffer_slots()) { buffer_slots.pop() } else { None }?;
         match kernel.register_buffer(place, slot.buffer.address(), slot.buffer.bytes()) {
             Ok(()) => {
@@ -170,14 +172,14 @@ impl<S: Buffer> Staging<S> {
         }
     }
 
-    /// How much staging exists, and why no more could be allocated; `None` unless the last
-    /// allocation was refused.
+    /// Returns how many bytes of staging exist, and why no more could be allocated. Returns `None`
+    /// unless the last allocation failed.
     pub(crate) fn shortage(&self) -> Option<(u64, Errno)> {
         let bytes = self.slots.iter().map(|slot| slot.buffer.bytes() as u64).sum();
         self.short.map(|errno| (bytes, errno))
     }
 
-    /// The memory of a slot that was taken, and its entry in the table of registered buffers.
+    /// Returns the memory of a taken slot, and its entry in the table of registered buffers.
     pub(crate) fn get(&self, slot: StagingSlot) -> (&S, Option<u16>) {
         let slot = self.slots.get(slot.0).expect(SLOT);
         (&slot.buffer, slot.buffer_slot)
@@ -192,7 +194,7 @@ impl<S: Buffer> Staging<S> {
     pub(crate) fn give_back(&mut self, slot: StagingSlot) {
         self.finish_read(slot);
         let holder = self.slots.get_mut(slot.0).expect(SLOT).taken_by.take();
-        assert!(holder.is_some(), "a slot is given back once");
+        assert!(holder.is_some(), "a slot is given back exactly once");
         self.free.push(slot);
     }
 
@@ -201,7 +203,7 @@ impl<S: Buffer> Staging<S> {
         self.slots.len() - self.free.len()
     }
 
-    /// Frees all slots except taken ones, which are leaked; returns how many bytes were leaked.
+    /// Frees all slots except taken ones, which are leaked. Returns how many bytes were leaked.
     pub(crate) fn clear<K: Kernel<Staging = S>>(&mut self, kernel: &mut K, buffer_slots: &mut Vec<u16>) -> u64 {
         let mut leaked = 0;
         self.free.clear();

@@ -1,4 +1,5 @@
-//! The thread around the driver: commands in, outputs out.
+//! The thread that runs the driver. It passes commands to the driver, and the driver's outputs to
+//! the engine.
 
 use std::collections::HashMap;
 use std::io;
@@ -23,7 +24,7 @@ use crate::support::foreign;
 use crate::support::id::LoadId;
 use crate::telemetry::metrics::ReadCounters;
 
-/// The limits of the ring thread's work.
+/// Limits for the ring thread.
 #[derive(Debug)]
 pub(crate) struct RingLimits {
     /// Maximum number of reads, copies and observations in flight.
@@ -35,19 +36,20 @@ pub(crate) struct RingLimits {
     pub(crate) staging_grows: bool,
 }
 
-/// Callbacks of the ring thread to the engine. All calls come from that thread; they must not
-/// block, and must not run the caller's code.
+/// Callbacks from the ring thread to the engine. They are called on the ring thread, so they must
+/// not block, and must not run the caller's code.
 pub(crate) trait Events<B>: Send + Sync + 'static {
-    /// Takes outputs of the driver, in order.
+    /// Receives outputs of the driver, in order.
     fn on_outputs(&self, outputs: Vec<Output<B>>);
-    /// Takes files that loads have released. Another thread must close them.
+    /// Receives files that loads have released. Another thread must close them.
     fn on_released_files(&self, files: Vec<(LoadId, Arc<OpenFile>)>);
-    /// Reports that the ring was given up, and how many bytes were leaked: after a failure, when a
-    /// new ring replaces it, or at the deadline of a shutdown (ETIMEDOUT).
+    /// Reports that the ring was abandoned, and how many bytes of memory were leaked. Either the
+    /// ring failed and a new one replaces it, or a shutdown reached its deadline (ETIMEDOUT).
     fn on_ring_failure(&self, errno: Errno, leaked_bytes: u64);
-    /// Reports that the thread ends, normally or with this panic, and leaves `left` behind. `self`
-    /// is the thread's reference to the engine. It must not be dropped on this thread: it may be
-    /// the last one, and dropping the engine may run the caller's code.
+    /// Reports that the thread is ending, either normally or because of a panic with the message
+    /// `panic`. `left` is what the thread leaves behind. `self` is the thread's reference to the
+    /// engine. It must not be dropped on this thread: it may be the last reference, and dropping
+    /// the engine may run the caller's code.
     fn on_end(self: Arc<Self>, left: LeftBehind, panic: Option<String>);
 }
 
@@ -70,7 +72,7 @@ enum Command<B> {
         file: FileSpec<Arc<OpenFile>>,
         buffer: B,
     },
-    /// Makes the thread panic, as a broken invariant would.
+    /// Makes the thread panic, as if an invariant were broken.
     #[cfg(test)]
     Panic,
 }
@@ -127,8 +129,8 @@ impl<B: PieceMemory + Send + 'static> RingThread<B> {
                 Command::Panic => None,
             });
             events.on_released_files(files.collect());
-            // After a panic, which means a broken invariant, the driver's drop has leaked memory
-            // with operations in flight and has counted it.
+            // After a panic, dropping the driver has leaked memory with operations in flight, and
+            // has counted it.
             let bytes = shared.counters.leaked_bytes.load(Ordering::Relaxed);
             let threads = ran.as_ref().copied().unwrap_or(0);
             events.on_end(LeftBehind { bytes, threads }, ran.err());
@@ -166,7 +168,7 @@ impl<B: PieceMemory + Send + 'static> RingThread<B> {
         self.send(Command::Panic);
     }
 
-    /// Makes the thread leak memory with operations in flight, and end.
+    /// Makes the thread leak memory with operations in flight, and end immediately.
     pub(crate) fn give_up(&self) {
         self.shared.giving_up.store(true, Ordering::Release);
         self.wake();
@@ -182,15 +184,16 @@ impl<B: PieceMemory + Send + 'static> RingThread<B> {
             None => Some(command),
         };
         drop(commands);
-        // Drop a refused command without the lock: returning its permit takes other locks.
+        // Drop a refused command without holding the lock, because returning its permit takes
+        // other locks.
         drop(refused);
         self.wake();
     }
 }
 
 /// Runs until [`RingThread::give_up`] is called or, after [`RingThread::close`], until the last
-/// load has ended. Returns how many pool threads were still busy when their ring was given up: the
-/// last ring, and those that failed before it.
+/// load has ended. Returns how many pool threads were still busy when their ring was given up.
+/// This includes threads of rings that failed and were replaced.
 fn run<B: PieceMemory>(shared: &RingShared<B>, limits: &RingLimits, started: Instant, events: &impl Events<B>) -> usize {
     let depth = limits.depth;
     let new_kernel = || LinuxKernel::new(depth, started, Arc::clone(&shared.wake));
@@ -216,8 +219,8 @@ fn run<B: PieceMemory>(shared: &RingShared<B>, limits: &RingLimits, started: Ins
             driver.abandon(load);
         }
         driver.issue();
-        // Files come before the outputs: when a load's end is reported, the driver holds none of
-        // its files.
+        // Files are passed on before outputs, so when a load's end is reported, the engine has
+        // already received all files that the load released.
         let released = driver.take_released();
         if !released.is_empty() {
             events.on_released_files(released);

@@ -24,8 +24,8 @@ impl Wake {
         let _ = rustix::io::read(&self.0, &mut [0u8; 8]);
     }
 
-    /// Blocks until [`Self::wake`] is called or a signal interrupts the wait. For use without a
-    /// ring, which would poll the eventfd.
+    /// Blocks until [`Self::wake`] is called or a signal interrupts the wait. Used only if there
+    /// is no ring, because a ring polls the eventfd itself.
     pub(crate) fn wait(&self) {
         let _ = poll(&mut [PollFd::new(&self.0, PollFlags::IN)], None);
         self.clear();

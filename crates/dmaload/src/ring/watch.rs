@@ -1,4 +1,4 @@
-//! Runs the observers of a load on its bytes as they arrive, and keeps their verdict.
+//! Passes the bytes of a load to its observers, and keeps their verdict.
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -7,7 +7,7 @@ use rustix::io::Errno;
 use crate::options::observer::{OBSERVER, Observer, ObserverOption, Rejection, VERIFIER};
 use crate::support::foreign;
 
-/// Why bytes were not accepted.
+/// Why observers did not accept some bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Verdict {
     Rejected(Rejection),
@@ -21,7 +21,8 @@ pub(crate) enum Verdict {
     NoThread,
 }
 
-/// The observers of one load: its verifier, then its observer.
+/// The observers of one load. Bytes are passed to the verifier first, and then to the caller's
+/// observer.
 #[derive(Debug)]
 pub(crate) struct Watch {
     /// Set once the lengths of the files are known.
@@ -35,10 +36,10 @@ impl Watch {
         Watch { verifier: OnceLock::new(), observer, verdict: Mutex::new(None) }
     }
 
-    /// Sets the verifier, before any bytes are observed.
+    /// Sets the verifier. Must be called before any bytes are observed.
     pub(crate) fn verify_by(&self, verifier: Arc<dyn Observer>) {
         let set = self.verifier.set(ObserverOption::new(verifier));
-        assert!(set.is_ok(), "a load is planned once");
+        assert!(set.is_ok(), "a verifier is set only once");
     }
 
     /// Passes bytes to the observers.
@@ -70,7 +71,7 @@ impl Watch {
         Errno::BADMSG
     }
 
-    /// Returns why bytes were not accepted.
+    /// Returns why the observers did not accept some bytes.
     ///
     /// # Panics
     /// If no observation has failed.
@@ -84,7 +85,7 @@ impl Watch {
 #[derive(Debug, Clone)]
 pub(crate) struct Observation {
     pub(crate) watch: Arc<Watch>,
-    /// Whether bytes are observed in staging; every read then goes through it. Otherwise, they are
-    /// observed in the pieces' memory.
+    /// Whether bytes are observed in staging, so that every read must go through it. Otherwise,
+    /// they are observed in the pieces' memory.
     pub(crate) staged: bool,
 }

@@ -1,4 +1,4 @@
-//! Chunks that were in the page cache when their piece was prepared.
+//! Handles chunks that were in the page cache when their piece was prepared.
 
 use super::super::kernel::{CachedRead, Kernel};
 use super::super::message::Failure;
@@ -27,12 +27,13 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         self.pace.begin(since);
         let token = self.reads.insert(InFlight { chunk, route, step: Step::Cached, since });
         // SAFETY: the place is in the piece's buffer, by the assertion above. As in `start_read`,
-        // `in_flight` keeps the buffer until the completion, and no other chunk covers the place.
+        // the entry's `in_flight` count keeps the buffer until the completion, and no other chunk
+        // covers the place.
         unsafe { self.kernel.read_cached(&entry.file.handle, CachedRead { token, to, bytes, offset }) };
     }
 
     /// Completes a copy from the page cache. Bytes that were evicted in the meantime are read from
-    /// storage, starting at a block boundary, as direct reads must.
+    /// storage, starting at a block boundary, as direct reads require.
     pub(super) fn complete_cached(&mut self, id: LoadId, chunk: Chunk, route: Route, result: Result<usize, Fault>) {
         let wanted = chunk.range.end - chunk.range.start;
         let came = match result {

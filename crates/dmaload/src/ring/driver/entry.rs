@@ -1,4 +1,4 @@
-//! The driver's records of loads, of their pieces and of operations in flight.
+//! The driver's records of loads, pieces and operations in flight.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Range;
@@ -22,16 +22,16 @@ pub(super) struct PieceEntry<F, B> {
     pub(super) file: FileSpec<F>,
     pub(super) buffer: B,
     pub(super) buffer_slot: Option<u16>,
-    /// Number of chunks that are not complete.
+    /// Number of chunks that are not complete yet.
     pub(super) chunks_left: usize,
     pub(super) in_flight: usize,
     /// The lowest route by which any of the piece's bytes were read from storage; `None` if none
     /// were.
     pub(super) route: Option<Route>,
     /// If the load is observed, the piece's offset in the concatenation of all files, set once all
-    /// earlier pieces have arrived; otherwise 0.
+    /// earlier pieces have been enqueued; otherwise 0.
     pub(super) position: u64,
-    /// When the piece arrived.
+    /// When the piece was enqueued.
     pub(super) since: Duration,
 }
 
@@ -44,12 +44,12 @@ pub(super) struct Chunk {
     pub(super) range: Range<u64>,
     /// Whether the chunk was in the page cache when the piece was prepared.
     pub(super) cached: bool,
-    /// Number of reads, since the last progress, that returned less than a block.
+    /// Number of reads since the last progress that returned less than a block.
     pub(super) parts_of_a_block: u32,
-    /// Number of reads, since the last progress, that were interrupted.
+    /// Number of reads since the last progress that were interrupted.
     pub(super) interruptions: u32,
-    /// Whether a read of the chunk failed and is retried once, with nothing else of the load in
-    /// flight.
+    /// Whether a read of the chunk has failed. It is retried once, with nothing else from the load
+    /// in flight.
     pub(super) alone: bool,
 }
 
@@ -58,7 +58,7 @@ impl Chunk {
         Chunk { piece, position, range, cached: false, parts_of_a_block: 0, interruptions: 0, alone: false }
     }
 
-    /// The rest after `bytes` bytes, to be read from storage.
+    /// Returns the rest of the chunk after its first `bytes` bytes, to be read from storage.
     pub(super) fn rest(&self, bytes: u64) -> Self {
         Chunk::new(self.piece, self.position, self.range.start + bytes..self.range.end)
     }
@@ -93,7 +93,7 @@ pub(super) enum Step {
     Observed,
 }
 
-/// Bytes that wait for their turn to be observed.
+/// Bytes waiting for their turn to be observed.
 #[derive(Debug)]
 pub(super) enum Unobserved {
     Piece(Token),
@@ -105,8 +105,8 @@ pub(super) struct LoadEntry {
     pub(super) spec: LoadSpec,
     pub(super) pieces_left: usize,
     pub(super) chunks: VecDeque<Chunk>,
-    /// Chunks whose read failed, to be retried one at a time: before all others, or in file order
-    /// if the load is observed.
+    /// Chunks whose reads failed. They are retried one at a time, before all other chunks or, if
+    /// the load is observed, in file order.
     pub(super) alone: VecDeque<Chunk>,
     pub(super) alone_in_flight: bool,
     pub(super) in_flight: usize,
@@ -121,9 +121,11 @@ pub(super) struct LoadEntry {
     pub(super) less_staging_reported: bool,
     /// Whether `LoadEvent::NoThread` was output.
     pub(super) no_thread_reported: bool,
-    /// The best route still allowed for all files.
+    /// The best route that files in the load may still use after the steps down that apply to all
+    /// of them.
     pub(super) floor: Route,
-    /// The best route still allowed for each file that has stepped down by itself.
+    /// For each file that has stepped down on its own, by index: the best route that it may still
+    /// use.
     pub(super) stepped: HashMap<usize, Route>,
     pub(super) ended: bool,
     pub(super) unobserved: InOrder<Unobserved>,
@@ -131,7 +133,7 @@ pub(super) struct LoadEntry {
     pub(super) next_piece: usize,
     /// The offset of piece `next_piece` in the concatenation of all files.
     pub(super) next_position: u64,
-    /// Pieces after `next_piece` that have already arrived, by number, with their lengths in
+    /// Pieces after `next_piece` that have already been enqueued, by number, with their lengths in
     /// bytes.
     pub(super) early: BTreeMap<usize, (Token, u64)>,
 }
@@ -146,7 +148,7 @@ impl LoadEntry {
         }
     }
 
-    /// The piece of the next chunk, whether or not the chunk can be read now.
+    /// Returns the piece that the next chunk belongs to, whether or not the chunk can be read now.
     pub(super) fn next_piece(&self) -> Option<Token> {
         let queue = if self.next_is_alone() { &self.alone } else { &self.chunks };
         queue.front().map(|chunk| chunk.piece)
@@ -195,8 +197,8 @@ pub(super) fn split_into_chunks<F, B>(token: Token, entry: &mut PieceEntry<F, B>
     chunks
 }
 
-/// How many bytes of a chunk are done after `bytes` bytes were read. The rest of a direct read
-/// must start at a block boundary, so a partial block does not count and is read again.
+/// Returns how many bytes of a chunk are done after a read of `bytes` bytes. The rest of a direct
+/// read must start at a block boundary, so a partial block does not count and is read again.
 pub(super) fn progress(chunk: &Chunk, bytes: u64, route: Route, alignment_bytes: u64) -> u64 {
     let wanted = chunk.range.end - chunk.range.start;
     match bytes {
@@ -206,7 +208,7 @@ pub(super) fn progress(chunk: &Chunk, bytes: u64, route: Route, alignment_bytes:
     }
 }
 
-/// How many bytes a read for this chunk requests: whole blocks if the read is direct.
+/// Returns how many bytes to request in a read for this chunk: whole blocks if the read is direct.
 pub(super) fn read_bytes<F>(chunk: &Chunk, file: &FileSpec<F>) -> usize {
     let bytes = chunk.range.end - chunk.range.start;
     to_usize(if file.route.is_direct() { bytes.next_multiple_of(file.alignment_bytes) } else { bytes })

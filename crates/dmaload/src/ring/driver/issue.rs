@@ -38,7 +38,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         let staged = load.spec.observation.as_ref().is_some_and(|observed| observed.staged);
         match entry.file.route {
             Route::Bounce => self.issue_staged(id, chunk),
-            // If a load is observed in staging, its buffered reads go into staging, too.
+            // If a load is observed in staging, its buffered reads go into staging as well.
             Route::UringBuffered | Route::Buffered if staged => self.issue_staged(id, chunk),
             // A ring can't populate memory.
             Route::UringBuffered if !entry.buffer.is_populated() => self.issue_staged(id, chunk),
@@ -84,9 +84,9 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     /// that already holds a slot. Returns `false` if none can be issued.
     ///
     /// Such a piece may come later in the file than the waiting chunk, for example if that chunk
-    /// was evicted from the page cache. The chunk waits for the piece's slot, which the piece
-    /// keeps until its last chunk is read, while the piece's chunks are queued behind the waiting
-    /// one. In the order of the queue, neither would ever be read.
+    /// was evicted from the page cache. The piece keeps its slot until its last chunk is read, but
+    /// its chunks are queued behind the chunk that waits for the slot. If chunks were issued
+    /// strictly in queue order, neither would ever be read.
     ///
     /// A chunk that must be read alone is issued only if the load has nothing in flight.
     pub(super) fn issue_registered_instead(&mut self, id: LoadId, chunk: Chunk) -> bool {

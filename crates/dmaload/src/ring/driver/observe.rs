@@ -1,4 +1,5 @@
-//! Observed loads: bytes are observed in file order, in their pieces or in staging.
+//! Passes the bytes of observed loads to their observers, in file order, from pieces or from
+//! staging.
 
 use std::sync::Arc;
 
@@ -17,7 +18,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     /// is in flight.
     pub(super) fn observe_next(&mut self, id: LoadId) {
         let load = self.loads.get_mut(&id).expect(LOAD);
-        let observation = load.spec.observation.as_ref().expect("only observed loads have observations");
+        let observation = load.spec.observation.as_ref().expect("only observed loads queue bytes for observers");
         let watch = Arc::clone(&observation.watch);
         let Some(unobserved) = load.unobserved.take() else { return };
         let token = match &unobserved {
@@ -41,8 +42,9 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         let (file, offset) = (entry.file.index, entry.piece.file_offset + chunk.range.start);
         let token = self.reads.insert(InFlight { chunk, route, step, since: self.kernel.now() });
         // SAFETY: these bytes were written by reads and copies that have completed. As in
-        // `start_read`, `in_flight` keeps the piece's buffer until the completion, and the slot
-        // stays taken. Nothing writes to a full piece or to a slot whose read has completed.
+        // `start_read`, the entry's `in_flight` count keeps the piece's buffer until the
+        // completion, and the slot stays taken. Nothing writes to a full piece or to a slot whose
+        // read has completed.
         unsafe { self.kernel.observe(ObserveRequest { token, watch, file, offset, address, bytes }) };
         self.report_missing_thread(id);
     }

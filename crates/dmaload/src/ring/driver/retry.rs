@@ -17,16 +17,17 @@ use crate::support::id::LoadId;
 /// the load, which would otherwise retry forever if every read were interrupted.
 const INTERRUPTIONS: u32 = 64;
 
-/// Maximum number of reads of a chunk that return less than a block, without progress. After the
-/// next such read, the file is assumed to end within that block, or the file system to be unable
-/// to return more by direct reads: the load steps down to buffered reads or, if it is strict,
-/// fails.
+/// Maximum number of reads of a chunk that return less than a block, without progress. After one
+/// more such read, either the file ends within that block, or the file system can't return more
+/// through direct reads. The driver then steps down to buffered reads or, if the load is strict,
+/// fails the load.
 const PARTS_OF_A_BLOCK: u32 = 16;
 
 impl<K: Kernel, B: PieceMemory> Driver<K, B> {
-    /// Records that `bytes` bytes of a chunk were read. After the last chunk of a piece, finishes
-    /// the piece. After a short read, requeues the rest; fails the load if nothing was read; and
-    /// after too many reads of less than a block, steps down or fails a strict load.
+    /// Records that `bytes` bytes of a chunk were read. If that completes the last chunk of a
+    /// piece, finishes the piece. After a short read, requeues the rest. If nothing was read,
+    /// fails the load. After too many reads that returned less than a block, steps down or, if the
+    /// load is strict, fails the load.
     pub(super) fn advance(&mut self, mut chunk: Chunk, route: Route, bytes: u64) {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let wanted = chunk.range.end - chunk.range.start;
@@ -79,12 +80,13 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         }
     }
 
-    /// Handles a failed read. If the error refuses this route and there is a lower one, the read
-    /// is retried by the lower route. Otherwise it is retried once, alone, and a second failure
-    /// fails the load.
+    /// Handles a failed read. If the error means that the route was refused, and there is a lower
+    /// route, the read is retried by the lower route. Otherwise it is retried once, alone, and a
+    /// second failure fails the load.
     ///
     /// The kernel merges neighboring reads into one request, and all of them fail if one block of
-    /// the request can't be read. Alone, only the read that covers the bad block fails.
+    /// the request can't be read. If they are then retried one at a time, only the read that
+    /// covers the bad block fails again.
     pub(super) fn handle_read_error(&mut self, mut chunk: Chunk, route: Route, errno: Errno) {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let (id, piece) = (entry.load, chunk.piece);
@@ -116,7 +118,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
 
     /// Steps down because `from` was refused for a read of this piece: from now on, all reads of
     /// the piece's file use `to` or a lower route. If the ring or the memory is the cause, this
-    /// applies to all files of the load. A strict load fails instead.
+    /// applies to all files in the load. A strict load fails instead.
     pub(super) fn step_down(&mut self, piece: Token, from: Route, to: Route, attempt: Attempt, errno: Errno, offset: u64) {
         let entry = self.pieces.get_mut(piece).expect(PIECE);
         let (id, file) = (entry.load, entry.file.index);
@@ -144,8 +146,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
             None => &mut load.floor,
             Some(file) => load.stepped.entry(file).or_insert(load.floor),
         };
-        // Several reads may be refused before the first refusal is seen; each step is reported
-        // once.
+        // Several reads may be refused before the first refusal is handled, but each step is
+        // reported only once.
         let first = *left < to;
         *left = to.max(*left);
         for &token in &load.pieces {

@@ -17,8 +17,9 @@ use crate::support::id::LoadId;
 impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     /// Issues a read into staging. Returns `false` if no slot is available.
     pub(super) fn issue_staged(&mut self, id: LoadId, mut chunk: Chunk) -> bool {
-        // If an observed load has nothing in flight, this is its first unobserved chunk, and all
-        // slots that the load holds wait for it. They do not count towards the load's share then.
+        // If an observed load has nothing in flight, this is its first unobserved chunk, and every
+        // slot that the load holds is waiting for it. These slots then don't count towards the
+        // load's share.
         let load = self.loads.get(&id).expect(LOAD);
         let waits = load.is_observed() && load.in_flight == 0;
         let file_system = self.pieces.get_mut(chunk.piece).expect(PIECE).file.mount;
@@ -77,9 +78,10 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let (file, offset, wanted) = (entry.file.index, entry.piece.file_offset + chunk.range.start, entry.file.staged_by);
         let load = self.loads.get_mut(&id).expect(LOAD);
-        // After a refusal, registration is not tried again for this load. It is not tried at all
-        // for buffered reads, nor if `staged_by` is a route without registered buffers; without a
-        // ring, however, the refusal of the ring has to be reported.
+        // Once a refusal has been reported, registration is not tried again for this load. It is
+        // not tried at all for buffered reads, nor if `staged_by` is a route without registered
+        // buffers. But if there is no ring, `register` is called even for such a route, so that
+        // the refusal of the ring is reported.
         if load.staging_reported
             || !entry.file.route.is_direct()
             || wanted > Route::UringFixedDirect && self.kernel.ring().is_ok()
@@ -115,9 +117,9 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         let since = self.kernel.now();
         let token = self.reads.insert(InFlight { chunk, route, step: Step::Copied(slot), since });
         // SAFETY: both ranges of `bytes` bytes are within their buffers (asserted above), which
-        // belong to different mappings. As in `start_read`, `in_flight` keeps the piece's buffer
-        // until the completion, and the slot stays taken: nothing else reads into it. No other
-        // chunk covers the target.
+        // belong to different mappings. As in `start_read`, the entry's `in_flight` count keeps
+        // the piece's buffer until the completion, and the slot stays taken, so nothing else reads
+        // into it. No other chunk covers the target.
         unsafe { self.kernel.copy(StagedCopy { token, from, to, bytes }) };
         self.report_missing_thread(id);
         let load = self.loads.get_mut(&id).expect(LOAD);

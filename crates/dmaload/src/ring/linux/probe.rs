@@ -14,7 +14,7 @@ pub(crate) const REGISTER_BYTES_MAX: usize = 16 << 20;
 /// The smallest registration that is tried. Larger ones are multiples of it.
 pub(crate) const REGISTER_BYTES_MIN: usize = 64 << 10;
 
-/// Which io_uring features are allowed here.
+/// Which io_uring features this process is allowed to use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct IoUring {
     /// Setting up a ring and entering it. If this is refused, so are all other features.
@@ -27,8 +27,8 @@ pub struct IoUring {
     pub buffer_table: Result<(), Errno>,
     /// A sparse table of registered files, which saves a lookup for each read.
     pub file_table: Result<(), Errno>,
-    /// Registering 16 MiB: by default, the most that a load registers at a time. ENOMEM means that
-    /// the limit of locked memory is too low.
+    /// Registering 16 MiB, which is the most that a load registers at once by default. ENOMEM
+    /// means that the locked-memory limit (`RLIMIT_MEMLOCK`) is too low.
     pub register: Result<(), Errno>,
     /// The largest multiple of 64 KiB, up to 16 MiB, that could be registered; 0 if none.
     pub registrable_bytes: u64,
@@ -63,14 +63,14 @@ pub(crate) fn probe() -> rustix::io::Result<IoUring> {
     })
 }
 
-/// How much can be registered at once, rounded down to a multiple of [`REGISTER_BYTES_MIN`], and
-/// the result of registering [`REGISTER_BYTES_MAX`].
+/// Returns how many bytes can be registered at once, rounded down to a multiple of
+/// [`REGISTER_BYTES_MIN`], and the result of registering [`REGISTER_BYTES_MAX`].
 fn largest_registrable(ring: &mut Ring) -> (u64, Result<(), Errno>) {
     if let Err(errno) = ring.buffers {
         return (0, Err(errno::from_rustix(errno)));
     }
-    // Small pages, since a huge page that is registered in part counts in full towards the limit
-    // of locked memory.
+    // Use small pages, because a huge page counts in full towards the locked-memory limit even if
+    // only a part of it is registered.
     let memory = match StagingMemory::new(REGISTER_BYTES_MAX, Pages::Small) {
         Ok(memory) => memory,
         Err(error) => return (0, Err(error.errno)),

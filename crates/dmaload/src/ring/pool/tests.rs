@@ -116,7 +116,7 @@ struct HeapSink;
 
 impl Sink for HeapSink {
     unsafe fn fill_with(&self, _: usize, _: usize, _: &mut Write<'_>) -> Result<usize, Fault> {
-        panic!("a heap's code runs on the ring thread");
+        panic!("a heap's code must not run on the ring thread");
     }
 
     fn runs_foreign_code(&self) -> bool {

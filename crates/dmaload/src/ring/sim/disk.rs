@@ -16,20 +16,20 @@ pub(super) const BEYOND_END: u8 = 0xBB;
 #[derive(Debug, Clone)]
 pub(super) struct SimFile {
     pub(super) number: u64,
-    /// Length on disk, which may differ from the planned length.
+    /// The length on disk, which may differ from the planned length.
     pub(super) bytes: u64,
     pub(super) faults: Rc<FileFaults>,
 }
 
 #[derive(Debug, Default)]
 pub(super) struct FileFaults {
-    /// A range that can't be read: reads that touch it fail with this error.
+    /// A range that can't be read. Reads that overlap it fail with this error.
     pub(super) bad: Option<(Range<u64>, Errno)>,
-    /// The error of every direct read.
+    /// The error with which every direct read fails.
     pub(super) no_direct: Option<Errno>,
-    /// The error of every read by io_uring.
+    /// The error with which every read by io_uring fails.
     pub(super) no_ring: Option<Errno>,
-    /// Whether its reads never complete.
+    /// Whether reads from the file never complete.
     pub(super) hangs: bool,
 }
 

@@ -1,5 +1,5 @@
-//! Loads whose reads never complete hold at most their file system's share of each resource, so
-//! other loads proceed.
+//! Tests that loads whose reads never complete hold at most their file system's share of each
+//! resource, so that other loads proceed.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -24,10 +24,10 @@ use crate::route::Route;
 use crate::support::id::LoadId;
 
 const PIECES: usize = 24;
-/// More of a resource than all loads of a test need.
+/// More of a resource than all loads in a test need.
 const ENOUGH: u16 = 1000;
 
-/// How much there is of each resource that loads share.
+/// How much there is of each resource that the loads share.
 #[derive(Debug, Clone, Copy)]
 struct Shared {
     window_pieces: u16,
@@ -92,7 +92,7 @@ impl FairMachine {
         self.scheduler.submit(LoadId(number));
     }
 
-    /// Runs until nothing changes any more. Returns the loads that are complete.
+    /// Runs until nothing changes any more. Returns the loads that have completed.
     fn run(&mut self) -> Vec<LoadId> {
         let mut idle = 0;
         while idle < 100 {
@@ -171,7 +171,8 @@ impl FairMachine {
 
 const PLENTY: Shared = Shared { window_pieces: ENOUGH, depth: ENOUGH, staging_slots: ENOUGH, buffer_slots: ENOUGH };
 
-/// Resources of which one is scarce: each of the four in turn, with this many units.
+/// Returns four cases. In each of them, one of the resources is scarce, with only the given number
+/// of units.
 fn each_scarce(window_pieces: u16, depth: u16, staging_slots: u16, buffer_slots: u16) -> [Shared; 4] {
     [
         Shared { window_pieces, ..PLENTY },
@@ -181,7 +182,7 @@ fn each_scarce(window_pieces: u16, depth: u16, staging_slots: u16, buffer_slots:
     ]
 }
 
-/// Combines each scarce resource with each pair of routes: that of the silent loads, and that of
+/// Combines each scarce resource with each pair of routes: one for the silent loads, and one for
 /// the other loads.
 fn each_case(scarce: [Shared; 4]) -> impl Iterator<Item = (Shared, Route, Route)> {
     let routes = || Route::ALL.into_iter();
@@ -189,7 +190,7 @@ fn each_case(scarce: [Shared; 4]) -> impl Iterator<Item = (Shared, Route, Route)
     scarce.into_iter().flat_map(move |shared| pairs().map(move |(hung_by, others_by)| (shared, hung_by, others_by)))
 }
 
-/// Loads of a third file system proceed, whichever resource is scarce, and whether each silent
+/// Loads from a third file system proceed, whichever resource is scarce, and whether each silent
 /// file system has one load or ten.
 #[test]
 fn two_silent_file_systems_do_not_stop_a_third() {
@@ -199,13 +200,13 @@ fn two_silent_file_systems_do_not_stop_a_third() {
             for number in 0..2 * loads {
                 machine.submit(number, number / loads, hung_by, true);
             }
-            assert_eq!(machine.run(), [], "loads by {hung_by} hang");
+            assert_eq!(machine.run(), [], "loads by {hung_by} should hang");
             let others = [20, 21, 22].map(LoadId);
             for other in others {
                 machine.submit(other.0, 2, others_by, false);
             }
             let case = format!(
-                "by {others_by}, despite {loads} hanging loads by {hung_by} of each of two file systems, with {shared:?}"
+                "loads by {others_by} should finish despite {loads} hanging loads by {hung_by} from each of two file systems, with {shared:?}"
             );
             assert_eq!(machine.run(), others, "{case}");
             machine.give_up();
@@ -213,8 +214,7 @@ fn two_silent_file_systems_do_not_stop_a_third() {
     }
 }
 
-/// Loads also proceed if 20 silent loads of another file system start at the same time, ahead of
-/// them.
+/// Loads also proceed if 20 silent loads from another file system are submitted just before them.
 #[test]
 fn loads_that_start_alongside_many_silent_ones_proceed() {
     for (shared, hung_by, others_by) in each_case(each_scarce(8, 8, 8, 8)) {
@@ -226,24 +226,32 @@ fn loads_that_start_alongside_many_silent_ones_proceed() {
         for other in others {
             machine.submit(other.0, 1, others_by, false);
         }
-        assert_eq!(machine.run(), others, "by {others_by}, despite many hanging loads by {hung_by}, with {shared:?}");
+        assert_eq!(
+            machine.run(),
+            others,
+            "loads by {others_by} should finish despite many hanging loads by {hung_by}, with {shared:?}"
+        );
         machine.give_up();
     }
 }
 
-/// If there is room for 16 permits, a silent load leaves one to other loads of its file system.
+/// If there is room for 16 permits, a silent load leaves one for other loads from its file system.
 #[test]
 fn silent_load_leaves_a_share_to_its_file_system() {
     // Of 22 slots, 16 may be read into at once.
     for (shared, hung_by, others_by) in each_case(each_scarce(16, 16, 22, 16)) {
         let mut machine = FairMachine::new(3, shared, &Faults::none());
         machine.submit(0, 0, hung_by, true);
-        assert_eq!(machine.run(), [], "a load by {hung_by} hangs");
+        assert_eq!(machine.run(), [], "a load by {hung_by} should hang");
         let others = [1, 2, 3].map(LoadId);
         for other in others {
             machine.submit(other.0, 0, others_by, false);
         }
-        assert_eq!(machine.run(), others, "by {others_by}, despite a hanging load by {hung_by}, with {shared:?}");
+        assert_eq!(
+            machine.run(),
+            others,
+            "loads by {others_by} should finish despite a hanging load by {hung_by}, with {shared:?}"
+        );
         machine.give_up();
     }
 }
@@ -259,7 +267,8 @@ fn many_loads_of_one_file_system_all_finish() {
         let faults = Faults { short_per_mille: 200, interrupted_per_mille: 200, ..Faults::none() };
         let mut machine = FairMachine::new(seed, shared, &faults);
         let all: Vec<_> = (0..16).map(LoadId).collect();
-        // As in the engine: a load that is observed in staging starts at `bounce` or below.
+        // As in the engine, a load that is observed in staging starts at `bounce` or a lower
+        // route.
         machine.observed = all.iter().copied().filter(|load| (load.0 + seed).is_multiple_of(3)).collect();
         for load in &all {
             let route = if machine.observed.contains(load) {
@@ -273,8 +282,9 @@ fn many_loads_of_one_file_system_all_finish() {
     }
 }
 
-/// Chunks of an observed load hold their slots until earlier chunks were observed, and the earlier
-/// ones may have to be retried. Hanging loads must not hold all slots that such a retry could use.
+/// Chunks of an observed load hold their slots until all earlier chunks have been observed, and an
+/// earlier chunk may have to be read again. Hanging loads must not hold all the slots that this
+/// read could use.
 #[test]
 fn observed_load_proceeds_despite_hanging_ones() {
     let faults = Faults { short_per_mille: 300, interrupted_per_mille: 300, ..Faults::none() };

@@ -3,7 +3,8 @@
 
 use rustix::io::Errno;
 
-/// The faults of one world. Rates are per thousand of the operations that they name.
+/// The faults of one world. Each rate is per thousand operations of the kind that its comment
+/// describes.
 #[derive(Debug, Clone)]
 pub(super) struct Faults {
     /// The error of setting up io_uring.
@@ -18,7 +19,7 @@ pub(super) struct Faults {
     pub(super) interrupted_per_mille: u64,
     /// Reads that fail as if another read of the same file, also in flight, had hit a bad block.
     pub(super) collateral_per_mille: u64,
-    /// Submissions that fail after the kernel took none, some or all of the queue.
+    /// Submissions that fail after the kernel accepted none, some or all of the queue.
     pub(super) breaks_per_mille: u64,
     /// Reads that return no bytes although the file has not ended.
     pub(super) nothing_per_mille: u64,
@@ -32,9 +33,10 @@ pub(super) struct Faults {
     pub(super) no_threads: bool,
     /// How many staging buffers can be allocated.
     pub(super) staging: usize,
-    /// Batches that come unpopulated and can't be populated when they are filled.
+    /// Batches that can't be populated when they are filled. Has no effect on batches that are
+    /// already populated.
     pub(super) no_memory_per_mille: u64,
-    /// Copies from the page cache whose chunk was evicted in the meantime, wholly or in part.
+    /// Copies from the page cache whose chunk was evicted in the meantime, completely or in part.
     pub(super) evicted_per_mille: u64,
 }
 

@@ -40,7 +40,7 @@ pub(super) struct SimKernel {
     faults: Faults,
     memory: Rc<RefCell<Memory>>,
     clock: Rc<Cell<Duration>>,
-    /// Reads that the driver has queued and not yet submitted.
+    /// Reads that the driver has queued but not submitted yet.
     queued: Vec<SimInFlight>,
     in_flight: Vec<SimInFlight>,
     /// Operations in flight that are completed only by [`SimKernel::complete_late`].
@@ -50,12 +50,12 @@ pub(super) struct SimKernel {
     service: Duration,
     /// The time that a copy takes.
     pub(super) copying: Duration,
-    /// When each copier is free. If empty, each copy has its own copier.
+    /// The time at which each copier becomes free. If empty, each copy has its own copier.
     pub(super) copiers: Vec<Duration>,
     disk_free_at: Duration,
     attached: BTreeMap<u64, usize>,
-    /// How many reads file systems refused so far, plus how many registrations failed because the
-    /// memory can't be pinned.
+    /// How many reads were refused by file systems so far, plus how many registrations failed
+    /// because the memory can't be pinned.
     pub(super) refusals: usize,
 }
 
@@ -254,8 +254,7 @@ impl SimKernel {
         for at in 0..bytes {
             write(read, at, file.byte(wanted.start + at));
         }
-        // A device writes whole blocks, so beyond the end of the file it writes what the disk
-        // holds.
+        // A device writes whole blocks, including the bytes on the disk after the end of the file.
         if read.route.is_direct() && bytes == available {
             for at in bytes..(bytes.next_multiple_of(BLOCK)).min(read.bytes as u64) {
                 write(read, at, BEYOND_END);
@@ -297,7 +296,7 @@ impl Kernel for SimKernel {
     }
 
     fn register_buffer(&mut self, slot: u16, address: NonNull<u8>, bytes: usize) -> Result<(), Errno> {
-        assert!(self.faults.ring.is_none(), "a buffer is registered without a ring");
+        assert!(self.faults.ring.is_none(), "a buffer was registered although there is no ring");
         assert!(slot < self.faults.buffer_slots);
         if let Some(errno) = self.faults.register
             && self.random.chance(self.faults.register_per_mille)
@@ -305,20 +304,20 @@ impl Kernel for SimKernel {
             return Err(errno);
         }
         let start = address.addr().get();
-        assert!(!self.memory.borrow().is_unpopulated(start), "unpopulated memory is registered");
+        assert!(!self.memory.borrow().is_unpopulated(start), "unpopulated memory was registered");
         if self.faults.unpinnable && !self.memory.borrow().is_staging(start) {
             self.refusals += 1;
             return Err(Errno::FAULT);
         }
         let before = self.memory.borrow_mut().registered.insert(slot, start..start + bytes);
-        assert_eq!(before, None, "slot {slot} is registered twice");
+        assert_eq!(before, None, "slot {slot} was registered twice");
         Ok(())
     }
 
     fn unregister_buffer(&mut self, slot: u16) {
         let mut memory = self.memory.borrow_mut();
         let range = memory.registered.remove(&slot).expect("only registered buffers are unregistered");
-        assert!(!memory.is_written_to(&range), "a buffer is unregistered while a read into it is in flight");
+        assert!(!memory.is_written_to(&range), "a buffer was unregistered while an operation was using it");
     }
 
     fn attach(&mut self, file: &SimFile) {
@@ -334,12 +333,12 @@ impl Kernel for SimKernel {
     }
 
     unsafe fn read(&mut self, file: &SimFile, read: Read) {
-        assert!(self.attached.contains_key(&file.number), "a read from a file that is not attached");
+        assert!(self.attached.contains_key(&file.number), "a file was read without being attached");
         assert!(read.bytes > 0);
         let start = read.address.addr().get();
         let range = start..start + read.bytes;
         if read.route.uses_ring() {
-            assert!(self.faults.ring.is_none(), "a ring read without a ring");
+            assert!(self.faults.ring.is_none(), "a read used a ring although there is none");
         }
         if read.route.is_direct() {
             let aligned = read.offset.is_multiple_of(BLOCK)
@@ -351,16 +350,16 @@ impl Kernel for SimKernel {
         assert_eq!(
             memory.is_unpopulated(start),
             read.place.is_some(),
-            "unpopulated memory is filled only by threads that populate it"
+            "a read has a place if and only if its memory is unpopulated"
         );
         let by_thread = matches!(read.route, Route::PreadDirect | Route::Buffered);
         assert!(read.place.as_ref().is_none_or(|place| memory.address_of(place) == start && by_thread));
         assert_eq!(read.buffer_slot.is_some(), read.route == Route::UringFixedDirect);
         if let Some(slot) = read.buffer_slot {
-            let registered = memory.registered.get(&slot).expect("the buffer is registered");
-            assert!(registered.start <= range.start && range.end <= registered.end, "a read exceeds its registered buffer");
+            let registered = memory.registered.get(&slot).expect("the buffer of a read is registered");
+            assert!(registered.start <= range.start && range.end <= registered.end, "a read exceeded its registered buffer");
         }
-        assert!(!memory.is_written_to(&range), "two reads in flight write to the same memory");
+        assert!(!memory.is_written_to(&range), "a read was started on memory that another operation was using");
         memory.begin_use(read.token.user_data(), range);
         drop(memory);
         self.queued.push(SimInFlight { job: SimJob::Read(file.clone(), read), due: Duration::ZERO });
@@ -378,8 +377,8 @@ impl Kernel for SimKernel {
         let range = |start: usize| start..start + copy.bytes;
         let (from, to) = (range(copy.from.addr().get()), range(memory.address_of(&copy.to)));
         assert!(memory.is_staging(from.start) && !memory.is_staging(to.start));
-        assert!(!memory.is_written_to(&from), "staging is copied while a read writes to it");
-        assert!(!memory.is_written_to(&to), "a copy goes to memory that is being written to");
+        assert!(!memory.is_written_to(&from), "staging was copied while another operation was using it");
+        assert!(!memory.is_written_to(&to), "a copy was started to memory that another operation was using");
         memory.begin_use(copy.token.user_data(), to);
         memory.begin_use(source_token(&copy), from);
         drop(memory);
@@ -393,16 +392,16 @@ impl Kernel for SimKernel {
     }
 
     fn set_copiers(&mut self, _: usize) {
-        // Ignored: `copiers` determines how many copies run at once.
+        // Ignored, because the field `copiers` determines how many copies run at once.
     }
 
     unsafe fn read_cached(&mut self, file: &SimFile, read: CachedRead) {
-        assert!(self.attached.contains_key(&file.number), "a copy from a file that is not attached");
+        assert!(self.attached.contains_key(&file.number), "a file was copied from the page cache without being attached");
         let mut memory = self.memory.borrow_mut();
         let start = memory.address_of(&read.to);
         let range = start..start + read.bytes;
         assert!(read.bytes > 0 && !memory.is_staging(start));
-        assert!(!memory.is_written_to(&range), "a copy goes to memory that is being written to");
+        assert!(!memory.is_written_to(&range), "a copy was started to memory that another operation was using");
         memory.begin_use(read.token.user_data(), range);
         drop(memory);
         self.in_flight.push(SimInFlight { job: SimJob::Cached(file.clone(), read), due: self.clock.get() + self.copying });
@@ -412,7 +411,7 @@ impl Kernel for SimKernel {
         let start = request.address.addr().get();
         let range = start..start + request.bytes;
         let mut memory = self.memory.borrow_mut();
-        assert!(request.bytes > 0 && !memory.is_written_to(&range), "bytes are observed while they are being written to");
+        assert!(request.bytes > 0 && !memory.is_written_to(&range), "bytes were observed while another operation was using them");
         if memory.is_staging(start) {
             memory.observed_in_staging += 1;
         } else {
@@ -429,7 +428,7 @@ impl Kernel for SimKernel {
 
     fn submit(&mut self, _wait: bool) -> Result<(), Errno> {
         let breaks = self.random.chance(self.faults.breaks_per_mille);
-        // Even a submission that fails may have taken part of the queue.
+        // Even if a submission fails, the kernel may have accepted part of the queue.
         let queued = self.queued.len();
         let taken = if breaks { usize::try_from(self.random.below(queued as u64 + 1)).unwrap() } else { queued };
         for mut job in self.queued.drain(..taken) {

@@ -23,10 +23,10 @@ const STAGING: LoadId = LoadId(u64::MAX);
 /// All allocated memory, and the operations that use it. Shared by the kernel and the buffers.
 #[derive(Debug, Default)]
 pub(super) struct Memory {
-    /// Memory that operations in flight may write to or read from, by token.
+    /// Memory that operations in flight may write to or read from, by the operation's token.
     writing: BTreeMap<u64, Range<usize>>,
     pub(super) registered: BTreeMap<u16, Range<usize>>,
-    /// Bytes allocated and not yet full, by load.
+    /// Bytes that are allocated but not filled yet, by load.
     pub(super) unfilled: BTreeMap<LoadId, u64>,
     pub(super) leaked_bytes: u64,
     pub(super) live_buffers: usize,
@@ -72,7 +72,7 @@ impl Memory {
 
     /// Reserves `range` for the operation with this token until [`Memory::end_use`].
     pub(super) fn begin_use(&mut self, token: u64, range: Range<usize>) {
-        assert_eq!(self.writing.insert(token, range), None, "a token is used twice");
+        assert_eq!(self.writing.insert(token, range), None, "a token was used twice");
     }
 
     pub(super) fn end_use(&mut self, token: u64) {
@@ -139,7 +139,7 @@ impl Sink for SimSink {
 impl SimBuffer {
     pub(super) fn new(load: LoadId, bytes: u64, memory: &Rc<RefCell<Memory>>) -> Self {
         let layout = layout(usize::try_from(bytes).unwrap());
-        // SAFETY: the layout has a size above zero, because a piece or a staging slot has at least
+        // SAFETY: the layout's size is not zero, because a piece or a staging slot has at least
         // one block.
         let address = NonNull::new(unsafe { alloc(layout) }).expect("the test has enough memory");
         // SAFETY: the memory was just allocated with this size.
@@ -165,7 +165,7 @@ impl SimBuffer {
         buffer
     }
 
-    /// Creates a staging buffer, which the window does not count.
+    /// Creates a staging buffer, which does not count towards the window.
     pub(super) fn staging(bytes: usize, memory: &Rc<RefCell<Memory>>) -> SimStaging {
         let buffer = Self::new(STAGING, bytes as u64, memory);
         let mut shared = memory.borrow_mut();
@@ -183,7 +183,7 @@ impl SimBuffer {
     }
 
     pub(super) fn contents(&self) -> &[u8] {
-        assert!(!self.memory.borrow().is_written_to(&self.range()), "bytes are accessed while an operation uses them");
+        assert!(!self.memory.borrow().is_written_to(&self.range()), "bytes were accessed while an operation was using them");
         // SAFETY: the memory has `bytes` bytes, initialized with poison, and nothing writes to it.
         unsafe { std::slice::from_raw_parts(self.address.as_ptr(), self.bytes) }
     }
@@ -233,8 +233,8 @@ impl Drop for SimBuffer {
         let mut memory = self.memory.borrow_mut();
         memory.unpopulated.retain(|other| *other != range);
         if !std::thread::panicking() {
-            assert!(!memory.is_written_to(&range), "memory is freed while an operation uses it");
-            assert!(!memory.is_registered(&range), "memory is freed while it is registered");
+            assert!(!memory.is_written_to(&range), "memory was freed while an operation was using it");
+            assert!(!memory.is_registered(&range), "memory was freed while it was registered");
         }
         *memory.unfilled_by(self.load) -= self.bytes as u64;
         memory.live_buffers -= 1;
@@ -249,8 +249,8 @@ impl Drop for SimBuffer {
 pub(super) struct SimStaging(SimBuffer);
 
 impl SimStaging {
-    /// Adds the buffer to the unfilled bytes, because dropping or leaking it subtracts it from
-    /// them.
+    /// Adds the buffer's size to the unfilled bytes, because dropping or leaking the inner buffer
+    /// subtracts it again.
     fn count_as_unfilled(&self) {
         let range = self.0.range();
         let mut memory = self.0.memory.borrow_mut();

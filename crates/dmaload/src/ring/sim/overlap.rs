@@ -1,5 +1,5 @@
-//! Allocating, reading and copying overlap: a load takes about as long as the longest of them, not
-//! as long as all in sequence.
+//! Tests that allocating, reading and copying overlap. A load should take about as long as the
+//! longest of these phases, not as long as all of them in sequence.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -29,7 +29,7 @@ struct TimedMachine {
     pieces: u32,
     window_pieces: u64,
     staging: StagingBudget,
-    /// Whether memory is populated when it is copied to, rather than ahead of reads.
+    /// Whether memory is populated when bytes are copied to it, rather than before reads.
     filled_by_copiers: bool,
     allocating: Duration,
     reading: Duration,
@@ -45,7 +45,7 @@ fn simulate(window_pieces: u64, allocating: Duration, reading: Duration) -> (Dur
     simulate_route(Route::UringFixedDirect, window_pieces, allocating, reading, Duration::ZERO)
 }
 
-/// Like [`simulate`], by any route. A copy from staging takes `copying` per piece.
+/// Like [`simulate`], but by the given route. A copy from staging takes `copying` per piece.
 fn simulate_route(
     route: Route,
     window_pieces: u64,
@@ -147,7 +147,7 @@ fn longer_phase_hides_the_shorter_one() {
     for (allocating, reading) in [(10, 10), (10, 3), (3, 10), (10, 1), (1, 10)] {
         let (total, _) = simulate(2, allocating * MS, reading * MS);
         let (longer, shorter) = (allocating.max(reading), allocating.min(reading));
-        // The shorter phase adds the time of one piece: of the first allocation or of the last
+        // The shorter phase adds only the time for one piece: the first allocation or the last
         // read.
         assert_eq!(total, (PIECES * longer + shorter) * MS, "allocating {allocating} ms, reading {reading} ms");
     }
@@ -184,8 +184,8 @@ fn simulate_staged(slots: usize, reading: Duration, copying: Duration) -> (Durat
 #[test]
 fn reads_overlap_with_copies_that_populate() {
     for (reading, copying) in [(10, 5), (10, 10), (10, 18), (5, 20), (1, 20)] {
-        // If the disk is the limit, the last copy follows its last read. If the two copiers are
-        // the limit, the second one starts after two reads.
+        // If the disk is the bottleneck, the last copy follows the last read. If the two copiers
+        // are the bottleneck, the second one starts after two reads.
         let disk = PIECES * reading + copying;
         let copiers = PIECES / 2 * copying + 2 * reading;
         let (total, _) = simulate_staged(8, reading * MS, copying * MS);
@@ -212,7 +212,7 @@ fn window_of_one_piece_prevents_overlap() {
 #[test]
 fn allocator_stays_within_the_window() {
     // A window of four or more pieces reserves some for other file systems; one of 16 or more also
-    // reserves a piece for other loads of the same file system.
+    // reserves a piece for other loads from the same file system.
     for (window, most) in [(1, 1), (2, 2), (3, 3), (4, 3), (8, 6), (16, 11)] {
         // The disk is so slow that only the window limits the allocator.
         let (_, most_ahead) = simulate(window, MS, 1000 * MS);

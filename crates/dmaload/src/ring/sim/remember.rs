@@ -1,5 +1,5 @@
-//! Refusals by memory or by a file system are remembered for a minute: until then, later loads
-//! report the known refusal without trying again, unless they are strict.
+//! Tests that refusals by the memory or by a file system are remembered for a minute. During that
+//! minute, later loads report the known refusal without trying again, unless they are strict.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -132,7 +132,7 @@ fn unpinnable_memory_is_tried_once() {
     let second = machine.load(1, None, false);
     assert_eq!((second.steps(), second.refusals), (expected.to_vec(), 0), "the refusal is known, and still reported");
     let strict = machine.load(0, None, true);
-    assert_eq!(strict.refusals, 1, "a strict load tries despite a known refusal");
+    assert_eq!(strict.refusals, 1, "a strict load tries again despite a known refusal");
     assert!(matches!(strict.failure, Some(Failure::Refused { attempt: Attempt::RegisterBuffer, errno: Errno::FAULT, .. })));
 }
 
@@ -157,7 +157,7 @@ fn buffered_and_direct_refusals_are_independent() {
     assert!(machine.load(7, Some(Errno::INVAL), false).refusals > 0);
     machine.route = Route::UringBuffered;
     assert_eq!(machine.load(7, Some(Errno::INVAL), false).steps(), []);
-    // Reads by a ring through the page cache were refused on this mount.
+    // On this mount, reads through the page cache by a ring were refused.
     let file = FileFaults { no_ring: Some(Errno::OPNOTSUPP), ..FileFaults::default() };
     let step = (Route::UringBuffered, Route::Buffered, Attempt::Read, Errno::OPNOTSUPP);
     assert_eq!(machine.load_with(8, file, false).steps(), [step]);

@@ -1,14 +1,20 @@
-//! Fast devices and many processors, in virtual time: how close the engine comes to the machine's
-//! limit, and with how many threads.
+//! Simulates machines with fast devices and many processors, in virtual time. The tests check how
+//! close the engine comes to the machine's limit, and how many threads it uses.
 //!
-//! The machine is modeled by flows. Each processor zeroes or copies at [`PASS`]; if there are more
-//! threads than processors, the threads share the processors. A device works on all of its reads
-//! at once, each after [`LATENCY`], and finishes them at about the same time. The memory bus moves
-//! at most [`BUS`]; if more is demanded, all its users slow down equally. The driver, scheduler,
-//! window, staging and both paces are the engine's, with its defaults; the kernel, the copiers and
-//! the allocators are simulated.
+//! The machine is modeled as flows of bytes:
 //!
-//! The costs follow from what is moved:
+//! - Each processor zeroes or copies memory at [`PASS`]. If there are more threads than
+//!   processors, the threads share the processors.
+//! - The device works on all of its reads at once, each after [`LATENCY`], and finishes them at
+//!   about the same time.
+//! - The memory bus moves at most [`BUS`]. If more is demanded, everything that uses the bus slows
+//!   down equally.
+//!
+//! The driver, the scheduler, the window, staging and the paces of copiers and allocators are
+//! those of the engine, with its default settings. The kernel, the copiers and the allocators are
+//! simulated.
+//!
+//! Each path has these costs:
 //!
 //! | path | processor, passes per byte | bus, bytes per byte |
 //! |---|---|---|
@@ -55,7 +61,8 @@ const LATENCY: f64 = 100e-6;
 const CALL: f64 = 2e-6;
 /// The ring thread's time to register memory, in seconds.
 const REGISTER: f64 = 20e-6;
-/// An allocator's time, in seconds, for a batch of a staged load, which the copiers populate.
+/// The time, in seconds, that an allocator takes for a batch of a staged load. The copiers
+/// populate such a batch.
 const PREPARE: f64 = 20e-6;
 /// Speeds of devices, in GiB/s.
 const DEVICES: [f64; 4] = [3.0, 14.0, 28.0, 50.0];
@@ -77,7 +84,8 @@ impl Path {
         if self == Path::Direct { 1.0 } else { 2.0 }
     }
 
-    /// Bytes that processors move over the bus for each byte; the device moves one more.
+    /// Bytes that processors move over the bus for each byte of the file. The device moves one
+    /// more.
     fn traffic(self) -> f64 {
         if self == Path::StagedOutOfCache { 3.0 } else { 1.0 }
     }
@@ -212,8 +220,7 @@ struct Untouched {
 impl Untouched {
     fn new(bytes: usize, populated: bool) -> Self {
         let layout = Allocation::from_size_align(bytes, 4096).unwrap();
-        // SAFETY: the layout has a size above zero, because a piece or a staging slot is never
-        // empty.
+        // SAFETY: the layout's size is not zero, because a piece or a staging slot is never empty.
         let address = NonNull::new(unsafe { alloc(layout) }).expect("the test has enough memory");
         Untouched { address, bytes, populated }
     }
@@ -412,7 +419,7 @@ fn load(path: Path, device: f64, cores: usize, loads: usize) -> Outcome {
             let bytes = usize::try_from(piece.memory_bytes).unwrap();
             driver.enqueue_piece(id, number, piece, spec, Untouched::new(bytes, path == Path::Direct));
         }
-        // The ring thread turns to completions and new reads only when it is not busy.
+        // The ring thread handles completions and issues new reads only when it is not busy.
         if machine.borrow().ring_until <= now {
             driver.turn(false).unwrap();
             driver.issue();
@@ -478,14 +485,14 @@ fn threads_and_staging_grow_to_the_machines_limit() {
     assert_eq!(wrong, Vec::<String>::new(), "{table}");
 }
 
-/// Together, the loads may hold hardly more of any resource than a single load may. That must
-/// suffice for all of them.
+/// Loads from one file system may together hold hardly more of any resource than a single load
+/// may. That must be enough for all of them.
 #[test]
 fn many_loads_of_one_file_system_are_as_fast_as_one() {
     for path in [Path::Direct, Path::StagedInCache] {
         for (device, cores) in [(3.0, 2), (14.0, 2), (14.0, 8), (50.0, 32)] {
             let [one, many] = [1, 16].map(|loads| load(path, device, cores, loads).rate / path.limit(device, cores));
-            let row = format!("{path:?}, {device} GiB/s, {cores} cores: {one:.3} alone, {many:.3} by 16");
+            let row = format!("{path:?}, {device} GiB/s, {cores} cores: {one:.3} with one load, {many:.3} with 16");
             eprintln!("{row}");
             assert!(many >= one.min(SHARE) * 0.98, "{row}");
         }

@@ -1,4 +1,5 @@
-//! A world made from a seed: loads with faults, some of them abandoned, in any order.
+//! A world generated from a seed. It has several loads at the same time, some of which meet faults
+//! or are abandoned.
 
 mod checks;
 mod load;
@@ -31,14 +32,14 @@ use crate::route::Route;
 use crate::support::id::LoadId;
 use crate::telemetry::metrics::ReadCounters;
 
-/// The permit for memory of a load. There are two file systems, and a load may have files on both;
-/// all its memory counts towards one of them.
+/// The permit that a load needs for `bytes` bytes of memory. There are two file systems. A load
+/// may have files on both, but all of its memory counts towards one of them.
 fn need(load: LoadId, bytes: u64) -> Need {
     Need { bytes, file_system: load.0 % 2, ..Need::default() }
 }
 
-/// The number of consecutive steps in which everything in flight hangs, after which the world is
-/// shut down.
+/// If everything in flight hangs for more than this many consecutive steps, the world is shut
+/// down.
 const PATIENCE: u32 = 200;
 
 /// A batch whose memory is being allocated. It holds a permit of `bytes` bytes.
@@ -87,7 +88,7 @@ fn random_shape(random: &mut Random) -> Shape {
     }
 }
 
-/// A file and its planned length.
+/// Returns a random file and its planned length.
 fn random_file(random: &mut Random, number: u64, calm: bool) -> (SimFile, u64) {
     let pages = random.below(14);
     let planned = match random.below(4) {
@@ -206,7 +207,8 @@ impl World {
             let watch = Arc::new(Watch::new(Some(ObserverOption::new(observer.clone()))));
             (observer, Observation { watch, staged: random.chance(500) })
         });
-        // As in the engine: a load that is observed in staging starts at `bounce` or below.
+        // As in the engine, a load that is observed in staging starts at `bounce` or a lower
+        // route.
         let staged = observed.as_ref().is_some_and(|(_, observation)| observation.staged);
         let start = if staged { start.max(Route::Bounce) } else { start };
         let load = SimLoad {
@@ -215,7 +217,7 @@ impl World {
             strict: random.chance(150),
             in_memory: start == Route::PreadDirect && random.chance(500),
             unpopulated_per_mille: *random.pick(&[0, 0, 300, 1000]),
-            // As in the engine: a load that is observed in staging copies nothing from the page
+            // As in the engine, a load that is observed in staging copies nothing from the page
             // cache.
             cached_per_mille: if staged { 0 } else { *random.pick(&[0, 0, 300, 700, 1000]) },
             cacheable_bytes: 0,
@@ -238,13 +240,13 @@ impl World {
         self.scheduler.submit(id);
     }
 
-    /// Runs until every load is over, then checks the final state. Panics if an invariant is
+    /// Runs until every load has ended, then checks the final state. Panics if an invariant is
     /// broken.
     pub(super) fn run(&mut self) {
         let (mut steps, mut stuck) = (0, 0);
         while !self.loads.values().all(SimLoad::is_over) {
             steps += 1;
-            assert!(steps < 200_000, "the world stands still; operations in flight: {}", self.driver.in_flight());
+            assert!(steps < 200_000, "the world makes no progress; operations in flight: {}", self.driver.in_flight());
             match self.random.below(4) {
                 0 => self.schedule(),
                 1 => self.finish_allocation(),
@@ -269,7 +271,7 @@ impl World {
             );
             assert!(
                 self.driver.kernel().reads_in_flight() <= self.depth || self.broken,
-                "more reads are in flight than the queue depth allows"
+                "more reads were in flight than the queue depth allows"
             );
         }
         for allocating in std::mem::take(&mut self.allocating) {
@@ -300,7 +302,7 @@ impl World {
                 self.scheduler.opened(id, LoadNeeds { batches: needs, ..LoadNeeds::default() });
             }
             Some(Job::Allocate(load, batch, Need { bytes, .. })) => self.allocating.push(Allocating { load, batch, bytes }),
-            Some(Job::Check(..) | Job::Finish(..) | Job::MakeRoom(..)) => unreachable!("the simulator requests none of these"),
+            Some(Job::Check(..) | Job::Finish(..) | Job::MakeRoom(..)) => unreachable!("the simulator never requests these jobs"),
             None => {}
         }
     }
@@ -323,7 +325,7 @@ impl World {
             let (file, piece) = load.piece(number);
             let bytes = piece.bytes.min(load.files[file].0.bytes.saturating_sub(piece.file_offset));
             let chunk = |chunk: usize| chunk as u64 * load.chunk_bytes;
-            // A chunk that reaches past the end of a file cannot be wholly cached.
+            // A chunk that extends past the end of a file cannot be cached completely.
             let end = |number: usize| (chunk(number) + load.chunk_bytes).min(piece.bytes);
             let count = usize::try_from(piece.bytes.div_ceil(load.chunk_bytes)).unwrap();
             let chosen = CachedChunks::collect(count, |number| end(number) <= bytes && self.random.chance(load.cached_per_mille));
@@ -331,7 +333,7 @@ impl World {
             load.cacheable_bytes += cacheable.sum::<u64>();
             cached.insert(number, chosen);
         }
-        // As in the engine: either all pieces of a batch are populated, or none is.
+        // As in the engine, either all pieces of a batch are populated, or none are.
         let unpopulated = self.random.chance(load.unpopulated_per_mille);
         let refuses = self.random.chance(self.faults.no_memory_per_mille).then_some(Errno::NOMEM);
         let parts: Vec<_> = pieces
@@ -358,7 +360,8 @@ impl World {
         for (number, piece, spec, buffer) in parts {
             let before = self.memory.borrow().live_buffers;
             self.driver.enqueue_piece(id, number, piece, spec, buffer);
-            // If the load is over, the driver has dropped the buffer. Return its permit at once.
+            // If the load has ended, the driver has dropped the buffer. Return the buffer's permit
+            // immediately.
             if self.memory.borrow().live_buffers < before {
                 self.sync_window();
             }
@@ -391,17 +394,17 @@ impl World {
             let calmer = Faults { breaks_per_mille: 0, ..self.faults.clone() };
             self.broken = true;
             self.act_on_outputs();
-            // The old kernel is leaked, and its reads never complete; those of a real kernel may
-            // still write to leaked memory. Leaked memory stays registered with the old ring, and
-            // the table of the new ring is empty.
+            // The old kernel is leaked, and its reads never complete. With a real kernel, they
+            // might still write to the leaked memory. Leaked memory stays registered with the old
+            // ring, while the new ring has no registered buffers.
             let seed = self.random.next();
             self.driver.replace_kernel(SimKernel::new(seed, calmer, &self.memory, &self.clock, Duration::ZERO));
         }
         self.act_on_outputs();
     }
 
-    /// Does what the engine does at a shutdown's deadline: ends every load, and leaks memory that
-    /// reads may still write to.
+    /// Shuts down like the engine does at a shutdown's deadline: ends every load, and leaks memory
+    /// that operations may still use.
     fn shut_down(&mut self) {
         let unbegun: Vec<_> = self.loads.iter().filter(|(_, load)| !load.begun).map(|(&id, _)| id).collect();
         for id in unbegun {
@@ -439,11 +442,15 @@ impl World {
             match output {
                 Output::PieceFull { load: id, piece: number, route, buffer } => {
                     let load = self.loads.get_mut(&id).unwrap();
-                    assert!(!load.gone && load.failure.is_none() && !load.abandoned, "a load that is over gets a piece");
-                    assert!(!std::mem::replace(&mut load.full[number], true), "a piece is full twice");
+                    assert!(!load.gone && load.failure.is_none() && !load.abandoned, "a finished load received a piece");
+                    assert!(!std::mem::replace(&mut load.full[number], true), "a piece was reported as full twice");
                     let chosen = load.unpopulated_per_mille > 0 && route == Some(Route::Bounce);
                     let reported = route.is_none_or(|route| route <= load.lowest_reported);
-                    assert!(reported || chosen, "a piece was read by {route:?}, which is lower than {}", load.lowest_reported);
+                    assert!(
+                        reported || chosen,
+                        "a piece was read by {route:?}, which is lower than the reported {}",
+                        load.lowest_reported
+                    );
                     load.bounced |= route == Some(Route::Bounce);
                     if let Some((observer, _)) = &load.observed {
                         let (file, piece) = load.piece(number);
@@ -455,38 +462,38 @@ impl World {
                 Output::Event { event: LoadEvent::Traced { .. } | LoadEvent::Retried { .. }, .. } => {}
                 Output::Event { load: id, event: LoadEvent::NoThread } => {
                     let load = self.loads.get_mut(&id).unwrap();
-                    assert!(!std::mem::replace(&mut load.no_thread, true), "reported once");
+                    assert!(!std::mem::replace(&mut load.no_thread, true), "a missing thread is reported only once");
                 }
                 Output::Event { load: id, event: LoadEvent::LessStaging { bytes, .. } } => {
                     let load = self.loads.get_mut(&id).unwrap();
-                    assert!(!std::mem::replace(&mut load.less_staging, true), "reported once");
+                    assert!(!std::mem::replace(&mut load.less_staging, true), "less staging is reported only once");
                     let slots = usize::try_from(bytes).unwrap() / self.staging.slot_bytes;
                     assert!(
                         slots == self.faults.staging && slots < self.staging.slots + more_staging_slots(MOST_COPIERS),
-                        "no allocation was refused; slots: {slots}"
+                        "less staging was reported, but no allocation was refused; slots: {slots}"
                     );
                 }
                 Output::Event { load: id, event: LoadEvent::SteppedDown { fallback } } => {
                     let load = self.loads.get_mut(&id).unwrap();
-                    assert!(!load.strict, "a strict load steps down");
+                    assert!(!load.strict, "a strict load stepped down");
                     assert!(fallback.from < fallback.to);
                     load.lowest_reported = load.lowest_reported.max(fallback.to);
                     load.refused.push(fallback.attempt);
                     assert!(
                         fallback.errno != dmabuf::Errno::EFAULT || fallback.file_index.is_none(),
-                        "a refusal by memory names no file: {fallback:?}"
+                        "a refusal by the memory must not name a file: {fallback:?}"
                     );
                 }
                 Output::Event { load: id, event: LoadEvent::Failed { failure } } => {
                     let load = self.loads.get_mut(&id).unwrap();
-                    assert_eq!(load.failure.replace(failure), None, "a load fails once");
+                    assert_eq!(load.failure.replace(failure), None, "a load fails only once");
                     assert!(!load.gone && !load.abandoned);
                     self.scheduler.forget(&id);
                 }
                 Output::Event { load: id, event: LoadEvent::Gone { times, .. } } => {
                     let load = self.loads.get_mut(&id).unwrap();
                     load.cached_bytes = times.cached_bytes;
-                    assert!(!std::mem::replace(&mut load.gone, true), "a load is gone once");
+                    assert!(!std::mem::replace(&mut load.gone, true), "a load is reported as gone only once");
                     self.scheduler.end();
                 }
             }

@@ -81,7 +81,7 @@ fn run_world(seed: u64) -> Outcomes {
         Outcomes::count(&world)
     });
     result.unwrap_or_else(|panic| {
-        eprintln!("the world of seed {seed} is broken; replay it with: just simulate --seed {seed}");
+        eprintln!("the world with seed {seed} failed; replay it with: just simulate --seed {seed}");
         std::panic::resume_unwind(panic)
     })
 }
@@ -93,18 +93,18 @@ fn number_from(variable: &str) -> Option<u64> {
 #[test]
 fn every_world_loads_the_right_bytes_or_reports_failure() {
     if let Some(seed) = number_from("DMALOAD_SIM_SEED") {
-        println!("the world of seed {seed}: {:?}", run_world(seed));
+        println!("the world with seed {seed}: {:?}", run_world(seed));
         return;
     }
     let (from, count) = (number_from("DMALOAD_SIM_FROM").unwrap_or(0), number_from("DMALOAD_SIM_SEEDS").unwrap_or(2_000));
     let mut outcomes = Outcomes::default();
-    // In this world, the piece of a chunk to be read alone holds the only buffer slot, for which
-    // an earlier chunk waits. Both must proceed.
+    // In this world, a chunk waits for the only buffer slot. The slot is held by the piece of a
+    // later chunk that must be read alone. Both chunks must proceed.
     run_world(48_760);
     for seed in from..from + count {
         outcomes.add(run_world(seed));
     }
-    println!("{count} worlds from seed {from} on: {outcomes:?}");
+    println!("{count} worlds, starting with seed {from}: {outcomes:?}");
     // If an outcome never occurs, these worlds do not test it.
     assert!(count < 2_000 || outcomes.all_happened(), "an outcome never occurred: {outcomes:?}");
 }

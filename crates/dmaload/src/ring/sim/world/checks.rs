@@ -1,4 +1,4 @@
-//! Checks what must hold at the end of every world, whatever went wrong in it.
+//! Checks that must pass at the end of every world, whichever faults it had.
 
 use std::sync::atomic::Ordering;
 
@@ -21,27 +21,31 @@ impl World {
             match load.failure {
                 None if load.abandoned => {}
                 None => {
-                    assert!(complete, "{id:?} is gone without a failure, but not complete");
-                    assert!(!load.must_fail(), "{id:?} must fail, but did not");
-                    // Chunks that were cached and not evicted were copied from the cache.
+                    assert!(complete, "{id:?} ended without a failure, but is not complete");
+                    assert!(!load.must_fail(), "{id:?} should have failed");
+                    // Cached chunks that were not evicted must have been copied from the page
+                    // cache.
                     let taken = load.cached_bytes;
-                    assert!(taken <= load.cacheable_bytes, "{id:?}: {taken} bytes from the cache, which holds fewer");
+                    assert!(taken <= load.cacheable_bytes, "{id:?} copied {taken} bytes from the page cache, which has fewer");
                     let threads = !self.faults.no_threads && self.faults.evicted_per_mille == 0;
                     assert!(!threads || taken == load.cacheable_bytes, "{id:?}: cached chunks were read from storage");
                     self.check_staging_report(load);
                     let uses_threads = (load.bounced || load.observed.is_some()) && !load.plan.pieces.is_empty();
-                    assert!(!load.no_thread || self.faults.no_threads, "{id:?}: threads could be started");
+                    assert!(
+                        !load.no_thread || self.faults.no_threads,
+                        "{id:?}: a missing thread was reported, although threads could be started"
+                    );
                     assert!(
                         load.no_thread || !(uses_threads && self.faults.no_threads),
                         "{id:?}: the missing thread was not reported"
                     );
                     if let Some((observer, _)) = &load.observed {
                         assert!(observer.has_seen_all(), "{id:?} was not observed to its end");
-                        assert!(observer.rejects.is_none(), "{id:?} contains the rejected byte");
+                        assert!(observer.rejects.is_none(), "{id:?} completed, although it contains the rejected byte");
                     }
                 }
                 Some(failure) => {
-                    assert!(!complete, "{id:?} failed after it was complete");
+                    assert!(!complete, "{id:?} failed although it was complete");
                     self.check_failure(load, failure);
                 }
             }
@@ -53,7 +57,7 @@ impl World {
         assert_eq!(memory.unfilled_bytes(), 0, "all memory is freed except what was leaked on purpose");
         assert_eq!(memory.leaked_bytes, self.leaked_bytes, "every leaked byte was reported");
         let counted = self.counters.leaked_bytes.load(Ordering::Relaxed);
-        assert_eq!(counted, self.leaked_bytes, "the counter, which the ring thread reports at its end, has all leaked bytes");
+        assert_eq!(counted, self.leaked_bytes, "every leaked byte was counted");
         assert_eq!(self.scheduler.window_taken_bytes(), 0, "all permits were returned");
         drop(memory);
         assert!(self.broken || self.driver.kernel().is_clean(), "everything is unregistered and detached");
@@ -72,7 +76,8 @@ impl World {
         }
     }
 
-    /// Checks that a failure comes from a fault of this world, and names the place of the fault.
+    /// Checks that a failure was caused by one of this world's faults, and that it names the place
+    /// of that fault.
     fn check_failure(&self, load: &SimLoad, failure: Failure) {
         let file = |index: usize| &load.files[index];
         match failure {
@@ -99,7 +104,7 @@ impl World {
                 let (file, _) = file(index);
                 let refused = self.faults.ring.is_some() || self.faults.register.is_some() || self.faults.unpinnable;
                 let refused = refused || file.faults.no_direct.is_some() || file.faults.no_ring.is_some();
-                assert!(load.strict && refused, "{route} was not refused");
+                assert!(load.strict && refused, "{route} was not refused, or the load is not strict");
             }
             Failure::Rejected { file: index, offset, bytes } => {
                 let (observer, observation) = load.observed.as_ref().expect("a rejection comes from an observer");

@@ -1,4 +1,4 @@
-//! One load of a simulated world: its request and its outcome.
+//! One load in a simulated world: its request and its outcome.
 
 use std::sync::{Arc, Mutex};
 
@@ -15,8 +15,8 @@ pub(crate) struct SimLoad {
     pub(crate) strict: bool,
     /// Whether direct reads are copies from memory, which may go into unpopulated memory.
     pub(crate) in_memory: bool,
-    /// Batches per thousand that come unpopulated. Unless the files are in memory, such batches
-    /// start at `bounce` or a lower route.
+    /// Batches per thousand that are unpopulated when they are enqueued. Unless the files are in
+    /// memory, such batches start at `bounce` or a lower route.
     pub(crate) unpopulated_per_mille: u64,
     /// Chunks per thousand that are in the page cache.
     pub(crate) cached_per_mille: u64,
@@ -61,8 +61,9 @@ impl SimLoad {
         (self.plan.segments[piece.segment].file, piece)
     }
 
-    /// Whether a file of the load has a fault that no route avoids. Bad blocks do not count if any
-    /// bytes were copied from the page cache, since these may be the bytes of the bad blocks.
+    /// Whether a file in the load has a fault that no route avoids. Bad blocks are ignored if any
+    /// bytes were copied from the page cache, because those may include the bytes of the bad
+    /// blocks.
     pub(crate) fn must_fail(&self) -> bool {
         self.files.iter().any(|(file, planned)| {
             let bad = file.faults.bad.as_ref().is_some_and(|(range, _)| range.start < planned.next_multiple_of(BLOCK));
@@ -82,13 +83,13 @@ impl SimLoad {
     }
 }
 
-/// An observer that checks every byte, and that bytes arrive in file order.
+/// An observer that checks every byte, and checks that bytes arrive in file order.
 pub(crate) struct SimObserver {
-    /// Number and planned length of each file.
+    /// The number and planned length of each file.
     files: Vec<(u64, u64)>,
-    /// File and offset of the byte that it rejects.
+    /// The file and offset of the byte that the observer rejects.
     pub(crate) rejects: Option<(usize, u64)>,
-    /// File and offset of the next byte.
+    /// The file and offset of the byte that must be observed next.
     seen: Mutex<(usize, u64)>,
 }
 
@@ -116,9 +117,12 @@ impl Observer for SimObserver {
         let (number, planned) = self.files[file_index];
         let end = offset + bytes.len() as u64;
         // `Watch` turns a panic here into a verdict that `check_failure` does not accept.
-        assert!((file_index, offset) == *seen && end <= planned, "file {file_index}, {offset}..{end}, but {seen:?} is next");
+        assert!(
+            (file_index, offset) == *seen && end <= planned,
+            "bytes {offset}..{end} of file {file_index} were observed, but {seen:?} is next"
+        );
         for (at, &byte) in bytes.iter().enumerate() {
-            assert_eq!(byte, byte_of(number, offset + at as u64), "byte {at} from {offset} on");
+            assert_eq!(byte, byte_of(number, offset + at as u64), "byte {at} after offset {offset}");
         }
         if self.rejects.is_some_and(|(file, at)| file == file_index && (offset..end).contains(&at)) {
             return Err("this byte".into());
