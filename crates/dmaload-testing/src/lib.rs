@@ -30,14 +30,14 @@ pub fn file(folder: &Path, name: &str, bytes: &[u8]) -> PathBuf {
     path
 }
 
-/// The bytes of a safetensors file with this header and data.
+/// Returns the bytes of a safetensors file with the given header and data.
 pub fn safetensors(header: &[u8], data: &[u8]) -> Vec<u8> {
     let length = (header.len() as u64).to_le_bytes();
     [&length, header, data].concat()
 }
 
-/// The bytes of a safetensors file with the tensors `t0`, `t1`, …, each of `tensor_bytes` random
-/// bytes.
+/// Returns the bytes of a safetensors file with `tensors` tensors, named `t0`, `t1` and so on.
+/// Each tensor consists of `tensor_bytes` random bytes.
 pub fn safetensors_of(tensors: usize, tensor_bytes: usize, seed: u64) -> Vec<u8> {
     let entry = |number: usize| {
         let (start, end) = (number * tensor_bytes, (number + 1) * tensor_bytes);
@@ -47,8 +47,8 @@ pub fn safetensors_of(tensors: usize, tensor_bytes: usize, seed: u64) -> Vec<u8>
     safetensors(header.as_bytes(), &random_bytes(tensors * tensor_bytes, seed))
 }
 
-/// Asserts that two long byte strings are equal, and reports only the first difference:
-/// `assert_eq!` would print both.
+/// Asserts that two long byte strings are equal. Reports only the first difference, whereas
+/// `assert_eq!` would print both strings.
 #[track_caller]
 pub fn assert_same(seen: &[u8], expected: &[u8], what: &str) {
     assert_eq!(seen.len(), expected.len(), "{what}: length");
@@ -58,7 +58,7 @@ pub fn assert_same(seen: &[u8], expected: &[u8], what: &str) {
     }
 }
 
-/// Returns a value of `/proc/meminfo`, in bytes.
+/// Returns the value of `key` in `/proc/meminfo`, in bytes.
 pub fn meminfo_bytes(key: &str) -> u64 {
     let meminfo = fs::read_to_string("/proc/meminfo").unwrap();
     let value = meminfo.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':')).unwrap();

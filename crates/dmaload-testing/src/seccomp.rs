@@ -1,7 +1,8 @@
 //! Makes system calls fail or hang with seccomp filters. Containers and services use such filters
 //! to refuse calls.
 //!
-//! Filters cannot be removed. A filter for a whole process therefore needs its own test binary.
+//! Filters cannot be removed. A test that filters its whole process therefore needs its own
+//! binary.
 #![allow(unsafe_code, reason = "installs filters")]
 
 use std::io::Error;
@@ -11,7 +12,7 @@ use std::process::Command;
 
 use libc::{BPF_ABS, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W, sock_filter};
 
-/// What a filter applies to.
+/// The threads that a filter applies to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scope {
     /// The calling thread and threads that it starts.
@@ -20,12 +21,13 @@ pub enum Scope {
     Process,
 }
 
-/// Makes calls with these numbers fail with `errno`.
+/// Makes system calls with these numbers fail with `errno`.
 pub fn refuse(scope: Scope, calls: &[u32], errno: i32) {
     install(scope, refusal(calls, errno)).unwrap();
 }
 
-/// Makes calls with this number block on every thread until the returned listener is dropped.
+/// Makes system calls with this number block on every thread of the process until the returned
+/// listener is dropped.
 #[must_use]
 pub fn hang(call: u32) -> OwnedFd {
     let flags = libc::SECCOMP_FILTER_FLAG_TSYNC | libc::SECCOMP_FILTER_FLAG_TSYNC_ESRCH | libc::SECCOMP_FILTER_FLAG_NEW_LISTENER;
@@ -34,7 +36,7 @@ pub fn hang(call: u32) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(listener) }
 }
 
-/// Makes the command's calls with these numbers fail with `errno`.
+/// Makes the command's system calls with these numbers fail with `errno`.
 #[must_use]
 pub fn refusing(mut command: Command, calls: &[u32], errno: i32) -> Command {
     let mut filter = refusal(calls, errno);
@@ -44,10 +46,10 @@ pub fn refusing(mut command: Command, calls: &[u32], errno: i32) -> Command {
     command
 }
 
-/// Installs a filter.
+/// Installs a filter for the threads in `scope`.
 ///
 /// # Errors
-/// The kernel's error, or that a thread of the process has another filter.
+/// Returns the kernel's error, or an error if a thread of the process has another filter.
 pub fn install(scope: Scope, mut filter: Vec<sock_filter>) -> Result<(), Error> {
     let flags = if scope == Scope::Process { libc::SECCOMP_FILTER_FLAG_TSYNC } else { 0 };
     match seccomp(flags, &mut filter)? {

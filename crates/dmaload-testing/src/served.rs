@@ -1,4 +1,4 @@
-//! FUSE file systems whose server may never answer.
+//! FUSE file systems whose servers may never answer. The servers run in separate processes.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
-/// The environment variable with the folder that the server process mounts at.
+/// Tells the server process where to mount its file system.
 const SERVED_FOLDER: &str = "DMALOAD_TEST_SERVED_FOLDER";
 /// How long a server may take to mount its file system.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A FUSE mount whose server is another process: this test program again, running one ignored
-/// test.
+/// A FUSE mount whose server runs in another process. That process runs this test program again,
+/// with a single ignored test.
 ///
 /// A call that waits for a server in its own process could keep that process alive forever.
 /// Dropping this value kills the server, which fails every call that waits for it, and unmounts
@@ -27,8 +27,8 @@ pub struct ServedFolder {
 impl ServedFolder {
     /// Starts the server and waits until it has mounted `folder`.
     ///
-    /// `test` is the full name of the ignored test that mounts the file system. It gets the folder
-    /// from [`folder_to_serve`], and `variables` from its environment.
+    /// `test` is the full name of the ignored test that mounts the file system. That test gets the
+    /// folder from [`folder_to_serve`], and finds `variables` in its environment.
     pub fn start<'a>(folder: TempDir, test: &str, variables: impl IntoIterator<Item = (&'a str, &'a OsStr)>) -> Self {
         let server = Command::new(std::env::current_exe().unwrap())
             .args(["--ignored", "--exact", test])
@@ -46,7 +46,7 @@ impl ServedFolder {
         served
     }
 
-    /// Where the file system is mounted.
+    /// Returns the folder at which the file system is mounted.
     #[must_use]
     pub fn path(&self) -> &Path {
         self.folder.path()
@@ -61,7 +61,8 @@ impl Drop for ServedFolder {
     }
 }
 
-/// Returns the folder to mount at in a server's process, and `None` in other processes.
+/// Returns the folder at which this process should mount its file system, or `None` if it is not a
+/// server process.
 #[must_use]
 pub fn folder_to_serve() -> Option<PathBuf> {
     std::env::var_os(SERVED_FOLDER).map(PathBuf::from)

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-/// Formats a size in binary units: exactly below 1 KiB (`512 B`), otherwise with three digits, or
-/// with four from 1000 (`1.50 MiB`, `23.4 GiB`, `1023 GiB`).
+/// Formats a size in binary units. Sizes below 1 KiB are exact (`512 B`). Larger sizes have three
+/// digits (`1.50 MiB`, `23.4 GiB`), or four if the number is 1000 or more (`1023 GiB`).
 #[must_use]
 pub fn bytes(count: u64) -> String {
     scaled(count as f64, &["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"])
@@ -18,8 +18,8 @@ pub fn rate(count: u64, time: Duration) -> String {
     scaled(count as f64 / time.as_secs_f64(), &["B/s", "KiB/s", "MiB/s", "GiB/s", "TiB/s"])
 }
 
-/// Formats a time with three digits (`812 µs`, `45.6 ms`, `1.23 s`), or from 100 s in minutes and
-/// seconds (`2 min 05 s`).
+/// Formats a time with three digits (`812 µs`, `45.6 ms`, `1.23 s`). Times of 100 s or more are
+/// shown in minutes and seconds (`2 min 05 s`).
 #[must_use]
 pub fn duration(time: Duration) -> String {
     let seconds = time.as_secs_f64();
@@ -35,7 +35,7 @@ pub fn duration(time: Duration) -> String {
     }
 }
 
-/// Formats a count with spaces between the thousands: 1234567 as `1 234 567`.
+/// Formats a count with spaces between groups of three digits: `1 234 567`.
 #[must_use]
 pub fn grouped(count: u64) -> String {
     let digits = count.to_string();

@@ -1,7 +1,8 @@
-//! File errors that a person can act on: the action, the file, and the name of the errno.
+//! Errors from failed operations on files. They name the action, the file and the errno, so that a
+//! person can act on them.
 //!
-//! The name is what manuals, kernel sources and search engines use; the text next to it depends on
-//! the C library and its locale.
+//! Manuals, kernel sources and search engines use the name of an errno. The text next to the name
+//! depends on the C library and its locale.
 
 use std::fmt;
 use std::io;
@@ -15,7 +16,8 @@ use dmabuf::{Errno, printable};
 pub struct FileError {
     action: &'static str,
     path: PathBuf,
-    // Part of the message, so not the `source()` as well: a printed chain would repeat it.
+    // The message includes the cause. It is not the `source()` as well, because a program that
+    // prints the chain of sources would then print it twice.
     cause: io::Error,
 }
 
@@ -25,7 +27,7 @@ pub trait At<T> {
     /// `"open"`, `"write to"`.
     ///
     /// # Errors
-    /// The original failure, with the action and the file.
+    /// Returns the original error, with the action and the file added.
     fn at(self, action: &'static str, path: &Path) -> Result<T, FileError>;
 }
 

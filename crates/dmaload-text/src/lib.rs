@@ -1,5 +1,5 @@
-//! Formats the output of the command and its benchmark: sizes, rates and times, aligned pairs and
-//! tables, and file errors with the action, the path and the errno.
+//! Formats the output of the `dmaload` command and its benchmark: sizes, rates and times, aligned
+//! pairs and tables, and file errors with the action, the path and the errno.
 //!
 //! Nothing here writes output or makes a system call.
 

@@ -96,14 +96,14 @@ impl Table {
         self.rows.push(row);
     }
 
-    /// Sets the last line, below a rule.
+    /// Sets the last line, which is shown below a horizontal rule.
     pub fn total(&mut self, cells: impl IntoIterator<Item = impl Into<String>>) {
         self.total = Some(self.cells(cells));
     }
 
     fn cells(&self, cells: impl IntoIterator<Item = impl Into<String>>) -> Vec<String> {
         let mut cells: Vec<String> = cells.into_iter().map(|cell| printable(&cell.into())).collect();
-        debug_assert!(cells.len() <= self.header.len(), "more cells than columns");
+        debug_assert!(cells.len() <= self.header.len(), "a row has at most one cell for each column");
         cells.resize(self.header.len(), String::new());
         cells
     }
@@ -148,13 +148,13 @@ impl fmt::Display for Table {
     }
 }
 
-/// Escapes a cell: names come from files, which are untrusted.
+/// Escapes a cell's text, because names come from untrusted files.
 fn printable(text: &str) -> String {
     printable::text(text).to_string()
 }
 
-/// The width in characters. Correct for tensor names and our own text; wide scripts would be
-/// misaligned.
+/// Returns the width of a text in characters. This is correct for tensor names and our own text,
+/// but would misalign double-width characters.
 fn columns(text: &str) -> usize {
     text.chars().count()
 }
@@ -164,7 +164,7 @@ fn spaces(count: usize) -> String {
 }
 
 /// Shortens a text to `width` characters by replacing its middle with `…`. Both ends of a tensor's
-/// name matter: it begins with a part of the model and ends with the weight.
+/// name matter: it begins with the part of the model and ends with the weight.
 fn shorten(text: &str, width: usize) -> String {
     let length = columns(text);
     if length <= width {

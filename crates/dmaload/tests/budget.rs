@@ -1,5 +1,5 @@
-//! Loaders with a memory limit never exceed it, a consumer that stops delays only its own load,
-//! and no load starves.
+//! Tests for memory limits: a loader never exceeds its limit, a consumer that stops delays only
+//! its own load, and no load starves.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(clippy::print_stdout, reason = "measurements are printed")]
 
@@ -18,10 +18,11 @@ use dmaload::{Error, Layout, LoadOptions, Loader, Priority, Segment};
 use sha2::{Digest, Sha256};
 
 const MIB: u64 = 1 << 20;
-/// Held by each test: tests measure the memory of the whole process, so they run one at a time.
+/// Each test holds this lock. Tests measure the memory of the whole process, so they must run one
+/// at a time.
 static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
-/// Resident shared memory of this process, which includes segments on memfds.
+/// Returns the resident shared memory of this process, in bytes. It includes segments on memfds.
 fn resident_shared_bytes() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("RssShmem:")).unwrap();
@@ -51,14 +52,14 @@ impl Watch {
         Watch { stop, thread: Some(thread) }
     }
 
-    /// Stops sampling; returns the peaks in bytes: the kernel's and the loader's.
+    /// Stops sampling and returns the peaks in bytes: first the kernel's, then the loader's.
     fn peaks(mut self) -> (u64, u64) {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.take().unwrap().join().unwrap()
     }
 }
 
-/// Writes a file of `mib` different blocks of 1 MiB; returns its path and its SHA-256.
+/// Writes a file of `mib` distinct blocks of 1 MiB. Returns its path and its SHA-256 digest.
 fn write_large_file(folder: &Path, name: &str, mib: u64) -> (PathBuf, Vec<u8>) {
     let path = folder.join(name);
     let mut file = fs::File::create(&path).unwrap();
@@ -114,7 +115,7 @@ async fn slow_consumer_delays_only_its_own_stream() {
     let _alone = ALONE.lock().await;
     let folder = folder();
     let (path, expected) = write_large_file(folder.path(), "model.bin", 256);
-    // Small files, which share memory.
+    // Small files, several of which share an allocation.
     let small: Vec<_> = (0..300).map(|n| file(folder.path(), &format!("{n}"), &random_bytes(900_000 + n, n as u64))).collect();
     for heap in ["memfd", "anon"] {
         let builder = Loader::builder().window_bytes(WINDOW).load_options(LoadOptions::new().segment_bytes(SEGMENT));
@@ -132,7 +133,7 @@ async fn slow_consumer_delays_only_its_own_stream() {
                 (before, same) = if now == before { (now, same + 1) } else { (now, 0) };
             }
             let most = WINDOW + 2 * SEGMENT;
-            assert!(before <= most, "{heap}: {before} bytes were read for a consumer that took {}", first.len());
+            assert!(before <= most, "{heap}: {before} bytes were read for a consumer that took {} bytes", first.len());
             assert!(before >= WINDOW / 2, "{heap}: only {before} bytes were read ahead of the consumer");
             stopped.push((segments, first));
         }
@@ -148,8 +149,8 @@ async fn slow_consumer_delays_only_its_own_stream() {
         let image = tokio::time::timeout(Duration::from_secs(20), loader.load(&path).into_future()).await.unwrap().unwrap();
         assert_eq!(image.report().bytes, 256 * MIB);
         drop(image);
-        // Kept segments do not count against the window, so a consumer that keeps them is not held
-        // up.
+        // Kept segments do not count against the window, so a consumer can keep all of them
+        // without stalling its stream.
         for ((mut segments, first), bytes) in stopped.into_iter().zip([256 * MIB, 300 * 900_000 + 299 * 150]) {
             let mut kept = vec![first];
             while let Some(segment) = tokio::time::timeout(Duration::from_secs(20), segments.next()).await.unwrap() {
@@ -284,7 +285,7 @@ async fn streams_share_a_limit_with_ten_stopped_streams() {
             (seen - before) / MIB,
             limit / MIB
         );
-        assert!(slowest <= 3 * mean, "the slowest took {slowest} µs, the mean is {mean} µs");
+        assert!(slowest <= 3 * mean, "the slowest stream took {slowest} µs, the mean is {mean} µs");
         assert!(seen - before <= limit && counted <= limit, "{seen} bytes were resident, {counted} bytes counted");
         // The stopped streams resume after the segment that they took.
         for (mut segments, first) in stopped {
@@ -316,13 +317,14 @@ async fn high_priority_load_overtakes_low_priority_loads() {
     let high = loader.load(&path).options(loader.load_options().priority(Priority::High)).await.unwrap();
     assert_eq!(high.report().bytes, 96 * MIB);
     let read: u64 = low.iter().map(|load| load.progress().read_bytes).sum();
-    assert!(read < 2 * 96 * MIB, "{read} bytes of low priority were read before the high-priority load ended");
+    assert!(read < 2 * 96 * MIB, "the low-priority loads read {read} bytes before the high-priority load finished");
     for load in low {
         load.await.unwrap();
     }
 }
 
-/// Writes a model of `count` tensors of 2.5 MiB. Each spans at least two segments of 2 MiB.
+/// Writes a model with `count` tensors of 2.5 MiB, each of which spans at least two 2 MiB
+/// segments.
 fn write_tensors(folder: &Path, count: usize) -> PathBuf {
     file(folder, "tensors.safetensors", &dmaload_testing::safetensors_of(count, 5 << 19, 9))
 }
@@ -345,7 +347,7 @@ async fn tensor_streams_never_wait_for_their_own_memory() {
     let streams: Vec<_> = (0..40)
         .map(|number| {
             let options = loader.load_options();
-            // Half of the streams request another order than the file's.
+            // Half of the streams request the tensors in an order that is not the file's.
             let options = if number % 2 == 0 { options } else { options.tensors(["t11", "t3", "*"]) };
             tokio::spawn(loader.load(&path).options(options).tensors().collect_names())
         })
@@ -358,8 +360,8 @@ async fn tensor_streams_never_wait_for_their_own_memory() {
         assert_eq!(names, expected);
     }
     assert!(loader.memory_bytes() <= 32 * MIB);
-    // With a limit below the size of a tensor, streams of tensors fail, and streams of segments
-    // work.
+    // With a limit below the size of a tensor, a stream of tensors fails, but a stream of segments
+    // works.
     let small = Loader::builder()
         .memory_limit_bytes(2 * MIB)
         .load_options(LoadOptions::new().segment_bytes(2 << 20))
@@ -375,8 +377,8 @@ async fn tensor_streams_never_wait_for_their_own_memory() {
     }
 }
 
-/// A consumer that keeps its tensors and drops none while it waits gets an error. A consumer whose
-/// tensors are dropped by another thread waits for these drops.
+/// A consumer that holds so many tensors that the load cannot continue gets an error if it waits
+/// with `next_while_holding_blocking`. With `next`, it waits until another thread drops tensors.
 #[test]
 fn consumer_that_holds_the_limit_gets_an_error_or_waits() {
     let _alone = ALONE.blocking_lock();
@@ -394,7 +396,7 @@ fn consumer_that_holds_the_limit_gets_an_error_or_waits() {
     let (mut names, mut refused) = (Vec::new(), 0);
     let deadline = Instant::now() + Duration::from_secs(60);
     while let Some(next) = stream.next_while_holding_blocking() {
-        assert!(Instant::now() < deadline, "the stream takes too long");
+        assert!(Instant::now() < deadline, "the stream did not finish in time");
         match next {
             Ok(tensor) => {
                 names.push(tensor.name().to_owned());
@@ -437,7 +439,8 @@ fn consumer_that_holds_the_limit_gets_an_error_or_waits() {
     assert_eq!(count, 24);
     drop(sender);
     dropping.join().unwrap();
-    // A load whose segments are kept is refused as a whole, before any memory is allocated.
+    // A kept load needs memory for all of its segments at once, so it is refused before any memory
+    // is allocated.
     let load = loader.load(&path).start();
     assert!(matches!(load.tensor_blocking("t23"), Err(Error::OverLimit { why: "all of the load", .. })));
 }
@@ -481,8 +484,8 @@ impl CollectNames for dmaload::Tensors {
     }
 }
 
-/// A load is charged for all of an allocation that it reuses, so other loads cannot take the rest
-/// of the load's reservation.
+/// A load that reuses an allocation is charged for the whole allocation, so other loads cannot use
+/// up the rest of its reservation.
 #[tokio::test]
 async fn reservation_holds_while_the_pool_is_reused() {
     let _alone = ALONE.lock().await;

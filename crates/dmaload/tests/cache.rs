@@ -1,5 +1,5 @@
-//! Cached chunks are copied from the page cache where that is as reliable as reading storage, and
-//! only there.
+//! Tests for cached chunks: they are copied from the page cache if that is as reliable as reading
+//! from storage, and are read from storage otherwise.
 #![allow(unsafe_code, reason = "tests store through writable mappings")]
 #![allow(clippy::print_stderr, reason = "skipped tests are reported")]
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
@@ -24,7 +24,8 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 const MIB: u64 = 1 << 20;
 
-/// Caches these ranges of a file and nothing else, or returns the reason why it cannot.
+/// Reads exactly these ranges of a file into the page cache and evicts the rest of the file.
+/// Returns a reason if that fails.
 fn cache_only(path: &Path, ranges: &[Range<u64>]) -> Result<(), String> {
     let file = File::open(path).unwrap();
     let cached = || probe::cached_bytes(&file).map_err(|errno| format!("cachestat: {errno}"));
@@ -57,10 +58,11 @@ async fn load(loader: &Loader, path: &Path, options: LoadOptions) -> Image {
     loader.load(path).options(options).await.unwrap()
 }
 
-/// The maximum number of loads until one copies all cached bytes.
+/// How often a test repeats a load that did not copy all cached bytes from the page cache.
 const TRIES: usize = 5;
 
-/// Runs on mounted file systems of known types, because loads use the cache of only some types.
+/// Runs on mounted file systems of known types, because loads use the page cache only on some
+/// types.
 #[test]
 fn cached_chunks_are_copied_and_the_rest_is_read() {
     let runtime = tokio::runtime::Builder::new_multi_thread().build().unwrap();
@@ -91,7 +93,8 @@ async fn check_partly_cached_file(what: &str, at: &Path) {
         let expected_cached: u64 = chunks.filter(has).map(|chunk| chunk.end - chunk.start).sum();
         let check = async |loader: &Loader, options: LoadOptions, expected_bytes: u64, how: &str| {
             let how = format!("{what}: {ranges:?}, {how}");
-            // A page that is locked for a moment ends a non-blocking read early, so load again.
+            // A non-blocking read stops early at a page that is briefly locked, so repeat the
+            // load.
             let mut image = None;
             for attempt in 0..TRIES {
                 if let Err(reason) = cache_only(&path, &ranges) {
@@ -280,13 +283,14 @@ async fn cold_load_leaves_almost_nothing_in_the_page_cache() {
     }
     let image = Loader::new().unwrap().load(&path).await.unwrap();
     if image.report().route == Route::Buffered {
-        return eprintln!("skipped: this file system has no direct reads");
+        return eprintln!("skipped: this file system does not support direct reads");
     }
     let cached = probe::cached_bytes(File::open(&path).unwrap()).unwrap();
     assert!(cached <= LEN / 100, "{cached} bytes of {LEN} are cached");
 }
 
-/// Whether buffered reads of this file can drop their pages afterwards (`RWF_DONTCACHE`).
+/// Returns whether buffered reads of this file can drop the pages that they cached
+/// (`RWF_DONTCACHE`).
 fn supports_dontcache(file: &File) -> bool {
     let mut byte = [0];
     let flags = rustix::io::ReadWriteFlags::from_bits_retain(0x80);
@@ -322,7 +326,7 @@ fn ring_reads_through_the_cache_leave_no_pages_in_it() {
                 Ok(()) if supports_dontcache(&open) => {
                     let cached = probe::cached_bytes(&open).unwrap();
                     assert!(cached <= expected.len() as u64 / 100, "{what}: {cached} bytes are cached");
-                    eprintln!("{what}: the page cache stays empty");
+                    eprintln!("{what}: the page cache stayed nearly empty");
                 }
                 cold => eprintln!("{what}: page cache not checked ({cold:?})"),
             }

@@ -1,5 +1,5 @@
-//! Files that change and heaps that fail during a load: the load is correct or fails with a clear
-//! error, and never returns wrong bytes. Shutdowns during loads leave no file open.
+//! Tests for files that change and heaps that fail during a load. The load either succeeds with
+//! correct bytes or fails with a clear error. Shutdowns during loads leave no file open.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -63,8 +63,8 @@ impl GatedHeap {
     }
 }
 
-/// Loads a file and changes it after its first segment arrives, before its last segment can be
-/// read.
+/// Loads a file, and calls `change` with its path after the first segment has arrived and before
+/// the last segment can be read.
 async fn change_during_load(route: Route, bytes: &[u8], change: impl FnOnce(&Path)) -> Result<Image, Error> {
     change_during_range_load(route, bytes, None, change).await
 }
@@ -96,7 +96,8 @@ fn model() -> Vec<u8> {
     random_bytes((SEGMENTS - 1) * SEGMENT + 70_000, 21)
 }
 
-/// The file ends within a page, so the memory of its last segment ends with zeros.
+/// The file does not end at a page boundary, so the memory of its last segment extends past the
+/// end of the file.
 #[tokio::test]
 async fn memory_past_the_end_of_the_file_is_zero() {
     for route in ROUTES {
@@ -110,7 +111,7 @@ async fn memory_past_the_end_of_the_file_is_zero() {
     }
 }
 
-/// Appending cannot be distinguished from a rewrite that also lengthens the file.
+/// A loader cannot distinguish an append from a rewrite that also lengthens the file.
 #[tokio::test]
 async fn loading_a_growing_raw_file_fails() {
     use std::io::Write;
@@ -134,7 +135,7 @@ fn rewrite(path: &Path, bytes: &[u8]) {
     fs::OpenOptions::new().write(true).open(path).unwrap().write_all_at(bytes, 0).unwrap();
 }
 
-/// No header is read for a range, so no header states the model's length.
+/// A load of a range does not read the header, so it does not learn the model's length from it.
 #[tokio::test]
 async fn loading_a_range_of_a_growing_model_fails() {
     let whole = 0..safetensors().len() as u64;
@@ -228,8 +229,8 @@ async fn last_segment_of_a_changed_file_is_withheld() {
     assert!(segments.next().await.is_none(), "an error ends the stream");
 }
 
-/// Hooks that fail one call of `allocate` and one of `populate`, each after the given number of
-/// successes.
+/// Hooks that fail one call to `allocate` and one call to `populate`, each after the given number
+/// of successful calls.
 #[derive(Debug)]
 struct FailingHeap {
     allocations: AtomicUsize,
@@ -308,9 +309,9 @@ async fn shutdown_fails_running_loads_even_if_a_heap_hangs() {
     }
     let left = loader.shutdown().await.unwrap_err();
     assert_eq!((left.bytes, left.threads), (0, 1), "no read is in flight, so no memory is leaked; the worker hangs in the heap");
-    // Segments that were ready before the error come first.
+    // Segments that were ready before the shutdown are yielded before the error.
     let error = loop {
-        if let Err(error) = load.next().await.expect("the load must fail before it ends") {
+        if let Err(error) = load.next().await.expect("the load fails before yielding all segments") {
             break error;
         }
     };
@@ -320,7 +321,8 @@ async fn shutdown_fails_running_loads_even_if_a_heap_hangs() {
     heap.0.open();
 }
 
-/// If no thread can be started to wait for the others, the shutdown's deadline counts as passed.
+/// If a shutdown cannot start the thread that waits for the other threads, it behaves as if its
+/// deadline had passed.
 #[tokio::test]
 async fn shutdown_without_a_waiting_thread_reports_leaks() {
     let folder = folder();
@@ -346,7 +348,7 @@ async fn shutdown_without_a_waiting_thread_reports_leaks() {
     heap.0.open();
 }
 
-/// Counts this process's descriptors of this file.
+/// Counts how many descriptors of this process refer to the file.
 fn count_descriptors(path: &Path) -> usize {
     let path = fs::canonicalize(path).unwrap();
     // A descriptor that is closed during the scan has no target.
@@ -392,8 +394,8 @@ async fn rewritten_small_model_is_reported_as_changed_not_damaged() {
     let (zeros, cut) = (vec![0; good.len()], good[..good.len() / 2].to_vec());
     let mut longer = good.clone();
     longer.extend([7; 100]);
-    // The file is rewritten while the load waits for memory. The load is already planned with the
-    // file's length, but has not read the header.
+    // The file is rewritten while the load waits for memory. The load has already been planned
+    // with the file's length, but has not read the header.
     for torn in [&zeros, &cut, &longer, &Vec::new()] {
         let folder = folder();
         let path = file(folder.path(), "model.safetensors", &good);

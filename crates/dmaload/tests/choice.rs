@@ -1,4 +1,5 @@
-//! A loader that is free to choose measures direct and staged reads, and takes the faster way.
+//! Tests for the choice between direct and staged reads. Unless its options settle the choice, a
+//! loader measures both in large loads, and uses the faster one.
 #![allow(clippy::print_stdout, reason = "measurements are printed")]
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
@@ -17,7 +18,7 @@ use dmaload::{Cache, Image, LoadOptions, Loader, Prefer, Route, TraceKind, Way};
 use rustix::fs::{Advice, fadvise};
 
 const MIB: usize = 1 << 20;
-/// The smallest load that is measured.
+/// The size of the smallest load that measures, in bytes.
 const LARGE: usize = 512 * MIB;
 
 /// Writes a file of 1 MiB blocks that are equal except for the block number at their start.
@@ -43,14 +44,14 @@ fn assert_large(image: &Image, block: &[u8], what: &str) {
     }
 }
 
-/// The default options, except that the page cache is bypassed: loads from the page cache are not
-/// measured.
+/// Returns the loader's options with the page cache bypassed, because loads from the page cache do
+/// not measure.
 fn options(loader: &Loader) -> LoadOptions {
     loader.load_options().cache(Cache::Bypass)
 }
 
-/// Loads the file and checks its bytes and its report. Returns the way that the load chose, if it
-/// measured, and its route.
+/// Loads the file and checks its bytes and the report. Returns the route of the load and, if the
+/// load measured, the way that it chose.
 async fn load(loader: &Loader, path: &Path, options: LoadOptions, block: &[u8], what: &str) -> (Option<Way>, Route) {
     let image = loader.load(path).options(options).await.unwrap();
     assert_large(&image, block, what);
@@ -115,7 +116,8 @@ impl HeapHooks for SlowExtents {
     }
 }
 
-/// After some bytes of a file were staged for a trial, the remaining bytes take the way that won.
+/// A trial stages some bytes of a file. If direct reads win, the remaining bytes are read
+/// directly.
 #[tokio::test]
 async fn rest_of_a_load_takes_the_chosen_way_after_a_trial() {
     let folder = folder();
@@ -129,7 +131,8 @@ async fn rest_of_a_load_takes_the_chosen_way_after_a_trial() {
     let measured = report.measured.expect("a load of 512 MiB is measured");
     assert_eq!((measured.chosen, measured.buffered_bytes_per_second), (Way::Direct, None), "{measured:?}");
     let copied: u64 = report.trace.iter().filter(|event| event.kind == TraceKind::Copy).map(|event| event.bytes).sum();
-    // The trial of 96 MiB, and at most a window of 128 MiB that was prepared before its result.
+    // The trial copies 96 MiB. At most one window of 128 MiB more was prepared for staging before
+    // the result of the trial was known.
     assert!((96 << 20..=(96 + 128) << 20).contains(&copied), "{copied} bytes were copied");
 }
 
@@ -148,7 +151,7 @@ async fn fixed_or_small_loads_are_not_measured() {
             let (measured, route) = load(&loader, &path, options(&loader).route(fixed), &block, "fixed").await;
             assert_eq!((measured, route), (None, fixed), "{pages:?}");
         }
-        // Without a measurement, the load takes the way that is expected to be faster.
+        // Without a measurement, the load uses the way that is expected to be faster.
         let image = loader.load(&small).options(options(&loader)).await.unwrap();
         assert_eq!(image.report().measured, None);
         assert_eq!(image.report().route == Route::Bounce, pages == Pages::Small, "{pages:?}: {}", image.report().route);

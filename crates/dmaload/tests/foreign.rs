@@ -1,7 +1,8 @@
-//! The caller's code on the loader's threads: wakers that poll, and code that panics. It runs
-//! without a lock and never on the ring thread. A panic fails only the load that the code belongs
-//! to, with an error that names the code. A panic in a waker fails only the future that was polled
-//! with that waker, and a panic in a drop is ignored.
+//! Tests for the caller's code that runs on the loader's threads, such as wakers that poll, and
+//! code that panics. The loader never calls such code on the ring thread or while it holds a lock.
+//! A panic fails only the load that the code belongs to, with an error that names the code. A
+//! panic in a waker fails only the future that was polled with that waker, and a panic in a
+//! destructor is ignored.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -29,7 +30,7 @@ static THREADS: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 
 fn note_thread() {
     let name = std::thread::current().name().unwrap_or("unnamed").to_owned();
-    assert_ne!(name, "dmaload-ring", "the caller's code runs on the ring thread");
+    assert_ne!(name, "dmaload-ring", "the caller's code never runs on the ring thread");
     THREADS.lock().unwrap().insert(name);
 }
 
@@ -97,7 +98,7 @@ fn run_inline<T: Send + 'static>(what: &str, body: impl Future<Output = T> + Sen
     receiver.recv_timeout(PATIENCE).unwrap_or_else(|error| {
         // Exits instead of unwinding: after a deadlock, drops would wait for the lock forever. The
         // test harness does not capture this output, unlike that of `eprintln!`.
-        let _ = writeln!(std::io::stderr(), "panicked: {what}:\nthe task did not end: {error}");
+        let _ = writeln!(std::io::stderr(), "panicked: {what}:\nthe task did not finish: {error}");
         std::process::exit(101)
     })
 }
@@ -214,7 +215,7 @@ impl Wake for CountWakes {
 fn wait_until_woken(wakes: &AtomicUsize) {
     let deadline = std::time::Instant::now() + PATIENCE;
     while wakes.load(Ordering::SeqCst) == 0 {
-        assert!(std::time::Instant::now() < deadline, "the waker is never called");
+        assert!(std::time::Instant::now() < deadline, "the waker was not called in time");
         std::thread::sleep(Duration::from_millis(1));
     }
 }
@@ -268,7 +269,7 @@ fn waker_that_panics_fails_only_its_own_wait() {
                     std::thread::sleep(Duration::from_millis(1));
                 }
             }
-            // The other wakers are called although one panicked.
+            // The other wakers are called even though one panicked.
             [wakes_before, wakes_after].iter().for_each(|wakes| wait_until_woken(&wakes.0));
             let polled = panicking.as_mut().poll(&mut Context::from_waker(Waker::noop()));
             assert!(matches!(&polled, Poll::Ready(Err(error)) if *error == panicked()), "{route}: {polled:?}");
@@ -339,7 +340,7 @@ fn load_all(loader: &Loader, path: &Path, options: LoadOptions) -> dmaload::Resu
     let load = loader.load(path).options(options).start();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
     let image = runtime
-        .block_on(async { tokio::time::timeout(PATIENCE, load.into_future()).await.expect("the load did not end in time") })?;
+        .block_on(async { tokio::time::timeout(PATIENCE, load.into_future()).await.expect("the load did not finish in time") })?;
     Ok(image.report().bytes)
 }
 
@@ -358,8 +359,8 @@ enum In {
 /// file's length in bytes.
 struct Panics(In, u64);
 
-/// An observer that accepts all bytes, but panics in the call that [`In`] names. [`Panics`]
-/// returns such observers, too.
+/// An observer that accepts all bytes, but panics in the call that [`In`] names. It is either used
+/// on its own or returned by [`Panics`].
 struct PanicsToo(In, u64);
 
 impl Verify for Panics {

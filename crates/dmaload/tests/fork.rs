@@ -1,9 +1,9 @@
-//! A process can fork while it loads. After a fork, parent and child share private pages
-//! copy-on-write, and a device's write can then reach the child's copy only (see the notes on
+//! Tests for processes that fork during a load. After a fork, parent and child share private pages
+//! copy-on-write, and a device's write can then reach only the child's copy (see the notes on
 //! `O_DIRECT` in open(2)). Private memory is therefore excluded from forks until it is handed
 //! over.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
-#![allow(unsafe_code, reason = "fork is the test's subject")]
+#![allow(unsafe_code, reason = "the tests fork processes")]
 
 mod common;
 
@@ -17,14 +17,14 @@ use dmaload::{LoadOptions, Loader, Observer, Rejection};
 
 const SEGMENT: usize = 2 << 20;
 
-/// How a child process ended.
 #[derive(Debug, PartialEq, Eq)]
 enum Ended {
     Exited(i32),
     Signalled(i32),
 }
 
-/// Forks. The child runs only `act`, which must not take a lock or allocate.
+/// Forks a child, which runs only `act` and exits with the code that `act` returns. `act` must not
+/// take a lock or allocate. Returns the child's process ID.
 fn spawn_child(act: impl FnOnce() -> i32) -> i32 {
     // SAFETY: the child calls only `act` and `_exit`. The callers below only read memory or sleep
     // in `act`, which is async-signal-safe.
@@ -46,10 +46,10 @@ fn wait_for(pid: i32) -> Ended {
 }
 
 /// Forks a child that compares a byte. The child exits with 0 if the byte is `expected`, and is
-/// killed by a signal if the byte's page is not mapped in it.
+/// killed by a signal if the byte's page is not mapped in the child.
 fn child_sees(byte: &u8, expected: u8) -> Ended {
     // SAFETY: `byte` is a valid reference in this process. In the child its page may be unmapped;
-    // the read then ends the child by a signal, which the caller tests for.
+    // the read then kills the child with a signal, which the caller tests for.
     wait_for(spawn_child(|| i32::from(unsafe { std::ptr::read_volatile(byte) } != expected)))
 }
 
@@ -86,12 +86,16 @@ async fn child_sees_private_memory_only_once_it_is_handed_over() {
             let image = loader.load(&path).options(loader.load_options().observer(observer.clone())).await.unwrap();
             assert_eq!(image.report().reused_bytes > 0, reused);
             assert!(observer.calls.load(Ordering::Relaxed) >= 3);
-            assert_eq!(observer.seen.load(Ordering::Relaxed), !private, "seen by a child during the load");
+            assert_eq!(
+                observer.seen.load(Ordering::Relaxed),
+                !private,
+                "a child sees bytes during a load unless they are private"
+            );
             let view = image.files()[0].bytes().unwrap();
             assert_eq!(
                 child_sees(&view[SEGMENT + 1], bytes[SEGMENT + 1]),
                 Ended::Exited(0),
-                "seen by a child after the hand-over"
+                "a child sees the bytes after they were handed over"
             );
             drop(view);
             drop(image);
@@ -118,7 +122,7 @@ async fn loads_are_correct_while_the_process_forks() {
                 std::thread::spawn(move || {
                     let mut children = 0;
                     while !done.load(Ordering::Relaxed) || children < 3 {
-                        // The child shares the pages while it lives, for 3 ms.
+                        // The child lives for 3 ms and shares the pages during that time.
                         let nap = libc::timespec { tv_sec: 0, tv_nsec: 3_000_000 };
                         // SAFETY: `nap` is a valid timespec, and the second argument may be null.
                         let pid = spawn_child(|| unsafe { libc::nanosleep(&raw const nap, std::ptr::null_mut()) });

@@ -1,5 +1,5 @@
-//! The ring thread should never block on a file system. If the kernel blocks it nevertheless, a
-//! shutdown still ends, and reports how much memory that thread holds.
+//! The ring thread should never block on a file system. If the kernel blocks it anyway, a shutdown
+//! still finishes, and reports how much memory that thread holds.
 //!
 //! A seccomp filter blocks `io_uring_enter`. The filter cannot be removed, so this file has one
 //! test, which runs in its own process.
@@ -38,7 +38,7 @@ async fn shutdown_reports_the_memory_of_a_hanging_ring_thread() {
     let start = Instant::now();
     let leaked = loader.shutdown().await.unwrap_err();
     assert!(start.elapsed() < Duration::from_secs(10), "the shutdown took {:?}", start.elapsed());
-    // Only the ring thread hangs; the workers have ended.
+    // Only the ring thread hangs; the workers have exited.
     assert_eq!((leaked.bytes, leaked.threads), (BYTES.next_multiple_of(4096) as u64, 1), "{leaked}");
     assert!(matches!(load.finish().await, Err(Error::ShutDown)));
 }

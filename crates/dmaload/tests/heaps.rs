@@ -1,4 +1,5 @@
-//! Heaps of the caller: what they can do, and how a load fails if they break their contract.
+//! Tests for heaps that the caller implements: what they can do, and how a load fails if they
+//! break their contract.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(unsafe_code, reason = "implements heaps, some of which break their contract on purpose")]
 
@@ -23,7 +24,7 @@ fn model() -> Vec<u8> {
     random_bytes(3 * SEGMENT + 70_000, 21)
 }
 
-/// A heap that keeps a second descriptor of each memfd, and can seal the memfd before the loader
+/// A heap that keeps a second descriptor for each memfd, and can seal the memfd before the loader
 /// does.
 #[derive(Debug, Clone)]
 struct Keeping {
@@ -99,8 +100,8 @@ async fn memory_that_cannot_be_sealed_fails_its_load() {
             let error = segments
                 .next()
                 .await
-                .expect("the load must fail before it ends")
-                .expect_err("handed out memory that others can write to");
+                .expect("the load fails before yielding all segments")
+                .expect_err("memory that others can write to is not handed out");
             let text = error.to_string();
             assert!(text.contains("keeping: cannot seal a memfd against writes") && text.contains("EPERM"), "{round}: {text}");
             assert!(segments.next().await.is_none());
@@ -143,7 +144,7 @@ unsafe impl Heap for Presealed {
     }
 }
 
-/// Hooks that count the bytes of each kind of call.
+/// Hooks that add up the bytes that calls allocate and populate.
 #[derive(Debug, Default)]
 struct Counting {
     allocated: AtomicUsize,
@@ -227,7 +228,7 @@ async fn descriptor_that_is_not_a_dma_buf_fails_its_load() {
     }
 }
 
-/// Hooks that panic in the first two calls of the method with this name.
+/// Hooks that panic in the first two calls to the named method.
 #[derive(Debug, Clone)]
 struct PanicsIn(&'static str, Arc<AtomicUsize>);
 

@@ -1,6 +1,6 @@
-//! Damaged headers cause no panic, no endless loop and no out-of-bounds read, and parsing them
-//! takes memory in proportion to the input. The safetensors crate finds the same tensors in every
-//! safetensors file that dmaload accepts.
+//! Tests that damaged headers cause no panic, no endless loop and no out-of-bounds read, and that
+//! parsing them uses memory in proportion to the input. Also tests that the safetensors crate
+//! finds the same tensors in every safetensors file that dmaload accepts.
 //!
 //! The tests damage stored inputs (`tests/corpus`) at random, reproducibly for each seed.
 //! `DMALOAD_INPUTS=1000000` tries more inputs of each kind, and `DMALOAD_SEED=2` tries others. If
@@ -29,8 +29,8 @@ use dmaload::{LoadOptions, Loader};
 use dmaload_testing::Random;
 use safetensors::SafeTensors;
 
-/// The system allocator, with two counters for each thread: the bytes allocated now, and their
-/// peak.
+/// The system allocator, with two counters for each thread: the bytes that are currently
+/// allocated, and their peak.
 struct Counting;
 
 thread_local! {
@@ -39,8 +39,8 @@ thread_local! {
 }
 
 fn count(bytes: isize) {
-    // A thread that is ending may no longer have counters. Its allocations are not counted then,
-    // because this function must not panic.
+    // The counters of a thread that is exiting may already be destroyed. Its allocations are then
+    // not counted, because this function must not panic.
     let _ = NOW.try_with(|now| {
         now.set(now.get() + bytes);
         let _ = MOST.try_with(|most| most.set(most.get().max(now.get())));
@@ -73,7 +73,7 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// Calls a function; returns its result, its peak memory in bytes and its duration.
+/// Calls a function and returns its result, its peak memory in bytes and its duration.
 fn measure<T>(call: impl FnOnce() -> T) -> (T, usize, Duration) {
     let before = NOW.get();
     MOST.set(before);
@@ -122,7 +122,7 @@ const TOKENS: [&str; 36] = [
     "ÿ",
 ];
 
-/// Returns a random input of the corpus with one to four random changes.
+/// Returns a random input from the corpus with one to four random changes.
 fn damaged(random: &mut Random, corpus: &[Vec<u8>]) -> Vec<u8> {
     let mut input = corpus[random.index(corpus.len())].clone();
     for _ in 0..1 + random.index(4) {
@@ -173,7 +173,7 @@ fn read_variable(variable: &str, default: u64) -> u64 {
     std::env::var(variable).map_or(default, |text| text.parse().unwrap())
 }
 
-/// The stored inputs of a kind, sorted by file name.
+/// Returns the stored inputs of a kind, sorted by file name.
 fn corpus(kind: &str) -> Vec<Vec<u8>> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus").join(kind);
     let mut paths: Vec<_> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
@@ -182,7 +182,7 @@ fn corpus(kind: &str) -> Vec<Vec<u8>> {
     paths.iter().map(|path| fs::read(path).unwrap()).collect()
 }
 
-/// Calls `parse` with each stored input, then with damaged ones. `parse` returns whether it
+/// Calls `parse` with each stored input, then with damaged inputs. `parse` returns whether it
 /// accepted the input.
 fn for_each_input(kind: &str, mut parse: impl FnMut(&[u8]) -> bool) {
     let corpus = corpus(kind);
@@ -209,7 +209,7 @@ fn for_each_input(kind: &str, mut parse: impl FnMut(&[u8]) -> bool) {
     assert!(accepted > count / 200 && accepted < count, "{accepted} of {count} accepted");
 }
 
-/// Maximum memory, in bytes, that a parser may take for an input of this length. The constant term
+/// Maximum memory, in bytes, that a parser may use for an input of this length. The constant term
 /// covers errors and small inputs.
 fn memory_limit(input: usize) -> usize {
     64 * input + 16_384
@@ -221,7 +221,7 @@ fn assert_bounded(input: usize, memory: usize, time: Duration) {
     assert!(time < Duration::from_secs(1), "{time:?} for an input of {input} bytes");
 }
 
-/// Parses a file as a loader does; returns whether the parser accepts the file.
+/// Parses a file as a loader does, and returns whether the parser accepts it.
 fn parse_safetensors(file: &[u8]) -> bool {
     let length = file.len() as u64;
     let (map, memory, time) = measure(|| match sniff(&file[..file.len().min(9)], length, true) {
@@ -230,15 +230,15 @@ fn parse_safetensors(file: &[u8]) -> bool {
             assert!(!error.to_string().is_empty());
             None
         }
-        Sniff::Not { .. } => unreachable!("the file is named as a safetensors file"),
+        Sniff::Not { .. } => unreachable!("a file with a safetensors name is never read as raw bytes"),
     });
     assert_bounded(file.len(), memory, time);
     let Some(map) = map else { return false };
-    let theirs = SafeTensors::deserialize(file).expect("the safetensors crate must accept whatever we accept");
+    let theirs = SafeTensors::deserialize(file).expect("the safetensors crate accepts every file that we accept");
     assert_eq!(map.len(), theirs.len());
     for tensor in map.iter() {
         let range = &tensor.file_range;
-        assert!(range.start <= range.end && range.end <= length, "{tensor:?} leaves the file");
+        assert!(range.start <= range.end && range.end <= length, "{tensor:?} extends past the end of the file");
         let data = theirs.tensor(&tensor.name).unwrap().data();
         let start = data.as_ptr().addr() - file.as_ptr().addr();
         assert_eq!(*range, start as u64..(start + data.len()) as u64, "{tensor:?}");

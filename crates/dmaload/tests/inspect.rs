@@ -1,5 +1,5 @@
-//! The async inspection functions do not block their caller, need no runtime, and return the same
-//! results as the blocking functions.
+//! Tests that the async inspection functions do not block their caller, need no runtime, and
+//! return the same results as the blocking functions.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -13,8 +13,8 @@ use common::{block_on, file, folder};
 use dmaload::{ErrorKind, Format, LoadOptions, inspect, inspect_blocking, inspect_model, inspect_model_blocking};
 use dmaload_testing::{safetensors, safetensors_of};
 
-/// Held by tests that start or count inspecting threads, because the count covers all tests of the
-/// process.
+/// Tests that start or count inspecting threads hold this lock, because the count includes threads
+/// that other tests in this process have started.
 static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
 /// Writes a model whose header takes far more than 10 ms to parse, so a test can count 10 ticks of

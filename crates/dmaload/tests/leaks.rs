@@ -1,6 +1,6 @@
-//! However a load ends (finished, failed, dropped at any moment, shut down), it leaves no
-//! descriptor, mapping or thread behind. This is the only test in its process, because it counts
-//! what the process holds.
+//! Tests that a load leaves no descriptor, mapping or thread behind, whether it finishes, fails,
+//! is dropped at any moment, or is ended by a shutdown. The test counts what its process holds, so
+//! this file has only one test.
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
@@ -44,7 +44,8 @@ fn holdings() -> Holdings {
     Holdings { descriptors: fs::read_dir("/proc/self/fd").unwrap().count(), threads: names.collect(), mappings }
 }
 
-/// The start and length in bytes of the mapping that a line of `/proc/self/maps` describes.
+/// Returns the start address and the length in bytes of the mapping that a line of
+/// `/proc/self/maps` describes.
 fn parse_range(line: &str) -> (u64, u64) {
     let (start, end) = line.split(' ').next().unwrap().split_once('-').unwrap();
     let (start, end) = (u64::from_str_radix(start, 16).unwrap(), u64::from_str_radix(end, 16).unwrap());
@@ -104,12 +105,13 @@ async fn drop_loads_at_random_moments(files: &Files) {
                 }
             }
             drop(load);
-            // Dropping a load does not disturb others.
+            // Dropping a load does not disturb other loads.
             let (path, bytes) = &files.files[round];
             let image = loader.load(path).await.unwrap();
             assert_same(&image.files()[0].bytes().unwrap(), bytes, "a load among dropped ones");
         }
-        // On a busy machine, a slow file can cause an extra worker for a while.
+        // On a busy machine, a slow file can cause the loader to start an extra worker for a
+        // while.
         let wanted = std::thread::available_parallelism().unwrap().get().min(2);
         let workers = |threads: &[String]| threads.iter().filter(|name| name.starts_with("dmaload-alloc")).count();
         let deadline = Instant::now() + Duration::from_secs(10);
@@ -117,7 +119,7 @@ async fn drop_loads_at_random_moments(files: &Files) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         let threads = holdings().threads;
-        assert_eq!(workers(&threads), wanted, "dropped loads must not cost workers: {threads:?}");
+        assert_eq!(workers(&threads), wanted, "dropped loads do not change the number of workers: {threads:?}");
         loader.shutdown().await.unwrap();
     }
 }
@@ -141,7 +143,7 @@ async fn run_failing_loads(files: &Files, folder: &Path) {
     let mut load = loader.load(&files.large).start();
     drop(load.next().await);
     loader.shutdown().await.unwrap();
-    // The load may have ended before the shutdown.
+    // The load may have finished before the shutdown.
     match load.finish().await {
         Ok(_) | Err(Error::ShutDown) => {}
         Err(other) => panic!("{other}"),
@@ -170,13 +172,14 @@ async fn assert_holds(what: &str, expected: &(usize, usize)) {
     }
 }
 
-/// A load that has ended releases what it no longer needs, however long its consumer keeps it.
+/// A load that has finished or failed releases what it no longer needs, even if its consumer does
+/// not drop it.
 async fn keep_ended_loads(files: &Files, folder: &Path) {
     let lying = file(folder, "lying_too.safetensors", b"\xff\xff\xff\xff\0\0\0\0{\"a\":");
     let paths: Vec<_> = files.files.iter().map(|(path, _)| path.clone()).collect();
     for builder in [small_window(), small_window().heap(AnonHeap::default())] {
         let loader = builder.build().unwrap();
-        // The first load allocates what the loader's threads keep.
+        // The first load allocates resources that the loader's threads keep.
         drop(loader.load(&files.large).await.unwrap());
         tokio::time::sleep(Duration::from_millis(200)).await;
         let now = holdings();
@@ -204,7 +207,7 @@ async fn keep_ended_loads(files: &Files, folder: &Path) {
         let mut failed = loader.load(Path::new("/nonexistent")).segments();
         assert!(failed.next().await.unwrap().is_err());
         assert_holds_before_and_after_drop("a stream that failed", failed, &before).await;
-        // A load keeps its segments for the image, but no file.
+        // A finished load keeps its segments for the image, but keeps no file open.
         let mut load = loader.load(open(&files.large)).start();
         let mut descriptors = 0;
         while let Some(segment) = load.next().await {
@@ -221,7 +224,7 @@ async fn keep_ended_loads(files: &Files, folder: &Path) {
     }
 }
 
-/// Checks that everything is released while the stream still exists, and after its drop.
+/// Checks that everything is released while the stream still exists, and also after it is dropped.
 async fn assert_holds_before_and_after_drop(what: &str, stream: dmaload::Segments, expected: &(usize, usize)) {
     assert_holds(what, expected).await;
     drop(stream);

@@ -34,7 +34,7 @@ async fn file_of_any_size_loads_by_every_route_and_layout() {
                 let image = loader.load(&path).options(options).await.unwrap_or_else(|error| panic!("{what}: {error}"));
                 assert_same(&image.files()[0].bytes().unwrap(), &bytes, &what);
                 assert_eq!(image.report().route, route, "{what}");
-                // Without tensors, `Tensors` divides a file as `Segmented` does.
+                // If a file has no tensors, the layout `Tensors` divides it like `Segmented`.
                 let expected = if layout == Layout::Single { 1 } else { len.div_ceil(SEGMENT) };
                 assert_eq!(image.segments().len(), expected, "{what}");
                 let sum: usize = image.segments().iter().map(dmaload::Segment::len).sum();
@@ -219,7 +219,8 @@ async fn file_larger_than_memory_is_refused_before_allocating() {
     assert!(segments.next().await.unwrap().unwrap().bytes().unwrap().iter().all(|&byte| byte == 0));
 }
 
-/// With one place for an open load, later loads would hang if a failed load kept the place.
+/// The loader allows only one open load, so later loads would hang if a failed load still counted
+/// as open.
 #[tokio::test]
 async fn load_whose_planning_panics_frees_its_place() {
     #[derive(Debug)]
@@ -240,7 +241,7 @@ async fn load_whose_planning_panics_frees_its_place() {
     let loader = Loader::builder().max_open_loads(1).heap(heap).build().unwrap();
     let load = async || {
         let load = loader.load(&path).into_future();
-        tokio::time::timeout(std::time::Duration::from_secs(20), load).await.expect("the failed load keeps its place")
+        tokio::time::timeout(std::time::Duration::from_secs(20), load).await.expect("a failed load does not count as open")
     };
     for _ in 0..3 {
         let failed = load().await;

@@ -1,5 +1,5 @@
-//! Observers see every byte before any consumer does. If a heap's memory is uncached, they see the
-//! bytes in staging, never in the segments.
+//! Tests that observers see every byte before any consumer does. If a heap's memory is uncached,
+//! they see the bytes in staging, never in the segments.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -15,7 +15,8 @@ use dmaload::{Error, LoadOptions, Loader, Observer, Rejection, Route};
 
 const SEGMENT: usize = 2 << 20;
 
-/// Hooks that record the mappings that are populated, and can claim that their memory is uncached.
+/// Hooks that record which mappings are populated, and can claim that the heap's memory is
+/// uncached.
 #[derive(Debug, Default, Clone)]
 struct SpiedHeap {
     uncached: bool,
@@ -45,7 +46,7 @@ impl SpiedHeap {
     }
 }
 
-/// An observer that records its bytes, and whether they were in the heap's memory.
+/// An observer that records the bytes it is given, and whether they were in the heap's memory.
 struct Recorder {
     heap: SpiedHeap,
     files: Mutex<Vec<Vec<u8>>>,
@@ -104,7 +105,7 @@ async fn every_byte_is_observed_once_in_order_by_every_route() {
                 assert_same(&image.files()[index].bytes().unwrap(), expected, &what);
             }
             let seen = [&recorder.in_segments, &recorder.elsewhere].map(|seen| seen.load(Ordering::Relaxed));
-            assert_eq!(seen, [!uncached, uncached], "{what}: bytes were observed in the wrong place");
+            assert_eq!(seen, [!uncached, uncached], "{what}: whether bytes were observed in segments, and elsewhere");
             let report = image.report();
             assert_eq!(report.route, if uncached { route.max(Route::Bounce) } else { route }, "{what}");
             assert_eq!(report.notes.iter().any(|note| note.contains("uncached")), uncached, "{what}: {:?}", report.notes);
@@ -126,16 +127,21 @@ async fn segments_wait_for_a_slow_observer_in_bounded_memory() {
         let mut load = loader.load(&path).options(loader.load_options().observer(recorder.clone())).start();
         while let Some(segment) = load.next().await {
             let (segment, seen) = (segment.unwrap(), recorder.files.lock().unwrap()[0].len() as u64);
-            assert!(seen >= segment.file_range().end, "{:?} was handed out with {seen} bytes observed", segment.file_range());
+            assert!(
+                seen >= segment.file_range().end,
+                "{:?} was handed out when only {seen} bytes had been observed",
+                segment.file_range()
+            );
             let progress = load.progress();
             let ahead = progress.allocated_bytes.saturating_sub(seen);
-            assert!(ahead <= 8 << 20, "{ahead} bytes are allocated and not observed");
+            assert!(ahead <= 8 << 20, "{ahead} bytes are allocated but not yet observed");
         }
         assert_same(&load.finish().await.unwrap().files()[0].bytes().unwrap(), &expected, "observed slowly");
     }
 }
 
-/// An observer that rejects the bytes that include the byte at offset `at`, or panics instead.
+/// An observer that rejects the bytes of the call that includes offset `at`. If `panics` is set,
+/// it panics in that call instead.
 struct Judge {
     at: u64,
     panics: bool,

@@ -1,6 +1,6 @@
-//! Loads without the seal against future writes, as before Linux 5.1: a seccomp filter refuses the
-//! seal with EINVAL. The filter cannot be removed, so this file has one test, which runs in its
-//! own process.
+//! Tests loads on a kernel that cannot seal memfds against future writes, as before Linux 5.1. A
+//! seccomp filter simulates such a kernel: it makes the seal fail with EINVAL. The filter cannot
+//! be removed, so this file has one test, which runs in its own process.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(unsafe_code, reason = "implements a heap")]
 

@@ -1,5 +1,5 @@
-//! Small files of one load share memory. Each has the right bytes in the right place, and none is
-//! handed out before all files in the same memory have been checked.
+//! Tests for the small files of a load, which share memory. Each file has the right bytes in the
+//! right place, and none is handed out before all files in the same memory have been checked.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -13,15 +13,15 @@ use common::{ROUTES, assert_same, file, folder, random_bytes};
 use dmaload::heap::{AnonHeap, Pages};
 use dmaload::{Error, Image, Layout, LoadOptions, Loader, Observer, Rejection, Segment};
 
-/// Files of up to a quarter of a segment, here 2 MiB, count as small.
+/// Files of up to a quarter of this size, which is 2 MiB, are packed as small files.
 const SEGMENT: u64 = 8 << 20;
 
 fn loader() -> Loader {
     Loader::builder().load_options(LoadOptions::new().segment_bytes(SEGMENT)).build().unwrap()
 }
 
-/// File contents with lengths around a page and around the limit for small files. Larger and empty
-/// files are among them.
+/// Returns file contents whose lengths are around a page and around the limit for small files.
+/// Some are larger, and some are empty.
 fn contents() -> Vec<Vec<u8>> {
     let mut lengths = vec![1, 4095, 4096, 4097, 0, 2 << 20, (2 << 20) + 1, 700_001, 0, 1_999_999, 9 << 20, 3, 5];
     lengths.extend((0..40).map(|number| 65_536 + number * 9973));
@@ -91,7 +91,7 @@ async fn shared_memfd_holds_each_file_with_a_zero_tail() {
         let range = segment.file_range();
         let range = usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap();
         assert_same(&memory[..segment.len()], &contents[segment.file_index()][range], &format!("{segment:?}"));
-        assert!(memory[segment.len()..].iter().all(|&byte| byte == 0), "the tail of {segment:?}");
+        assert!(memory[segment.len()..].iter().all(|&byte| byte == 0), "the tail of {segment:?} is zero");
     }
 }
 
@@ -119,7 +119,7 @@ async fn shared_memory_lives_as_long_as_any_of_its_segments() {
     }
 }
 
-/// A descriptor exposes all files in its memory, so a change to one of them withholds them all.
+/// A descriptor exposes all files in its memory, so none is handed out if one of them changed.
 #[tokio::test]
 async fn changed_small_file_withholds_all_that_share_its_memory() {
     let folder = folder();

@@ -1,5 +1,5 @@
-//! A ring that fails during loads is replaced: the running loads fail with the ring's error,
-//! and later loads work.
+//! Tests that a ring that fails during loads is replaced: the running loads fail with the ring's
+//! error, and later loads work.
 //!
 //! A seccomp filter makes `io_uring_enter` fail. The filter cannot be removed, so this file has
 //! one test, which runs in its own process.
@@ -18,7 +18,7 @@ use dmaload_testing::seccomp::{self, Scope};
 const SEGMENT: usize = 2 << 20;
 const IO_URING_ENTER: u32 = 426;
 
-/// Hooks that allow three allocations, and block further ones until the test opens the gate.
+/// Hooks that allow three allocations, and block all others until the test opens the gate.
 #[derive(Debug, Clone, Default)]
 struct Gated(Arc<(Mutex<u32>, Condvar)>);
 
@@ -58,7 +58,7 @@ async fn broken_ring_fails_its_loads_and_later_loads_work() {
     heap.open();
     for mut load in loads {
         let error = loop {
-            match load.next().await.expect("the load must fail before it ends") {
+            match load.next().await.expect("the load fails before yielding all segments") {
                 Ok(segment) => assert_same(&segment.bytes().unwrap(), &bytes[..][to_usize(segment.file_range())], "a segment"),
                 Err(error) => break error,
             }

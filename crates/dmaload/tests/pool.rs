@@ -1,4 +1,5 @@
-//! The pool reuses memory of dropped segments, and never exposes the bytes of earlier loads.
+//! Tests that the pool reuses the memory of dropped segments, and never exposes the bytes of
+//! earlier loads.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -58,7 +59,7 @@ async fn pooled_memory_exposes_only_the_bytes_of_its_new_load() {
                 assert_pooled(&loader, memory, &what).await;
                 let image = load(&loader, &paths[1], options).await;
                 assert_eq!(image.report().reused_bytes, memory, "{what}");
-                assert_eq!(image.report().pages.huge_bytes, huge, "{what}: reused memory has pages of other sizes");
+                assert_eq!(image.report().pages.huge_bytes, huge, "{what}: memory keeps its huge pages when it is reused");
                 assert_eq!(loader.pooled_bytes(), 0, "{what}");
                 assert_same(&image.files()[0].bytes().unwrap(), &second, &what);
                 drop(image);

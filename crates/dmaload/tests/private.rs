@@ -1,5 +1,5 @@
-//! Private memory, for code that writes to it: writes do not reach memory that others use, and
-//! writable memory cannot be viewed as bytes.
+//! Tests for private memory, which the caller may write to. Writes do not reach memory that others
+//! use, and writable memory cannot be viewed as bytes.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(unsafe_code, reason = "tests write to private memory")]
 
@@ -14,7 +14,7 @@ use dmaload::{Error, Image, LoadOptions, Loader, PrivateMemory, Shard};
 
 const SEGMENT: u64 = 2 << 20;
 const TENSORS: usize = 5;
-/// At this size, some tensors cross segments, and none starts at a page boundary.
+/// At this size, some tensors cross a segment boundary, and none starts at a page boundary.
 const TENSOR_BYTES: usize = 1_500_000;
 
 fn model(folder: &Path) -> (PathBuf, Vec<u8>) {
@@ -51,12 +51,12 @@ async fn private_memory_of_an_anonymous_tensor_is_not_a_copy() {
         let memory = tensor.private_memory().unwrap();
         assert_same(&read(&memory), expected, tensor.name());
         let address = tensor.parts().first().map(|part| part.segment.cpu_access().unwrap().address().addr().get() + part.offset);
-        assert_eq!(Some(memory.address().addr().get()), address, "the memory was copied");
+        assert_eq!(Some(memory.address().addr().get()), address, "private memory is the segment's memory, not a copy");
         let refused = tensor.bytes().unwrap_err();
         assert!(matches!(refused, Error::HandedOut { .. }), "{refused}");
         overwrite(&memory, 0xAB);
         let second = tensor.private_memory().unwrap();
-        assert_eq!(second.address(), memory.address(), "a tensor has one private memory");
+        assert_eq!(second.address(), memory.address(), "both calls return the same memory");
         kept.push(memory);
     }
     assert_eq!(kept.len(), TENSORS);
@@ -145,7 +145,7 @@ async fn memory_that_cannot_be_private_is_refused() {
 }
 
 /// A seal does not revoke the pool's own writable mapping, so a load into reused memory would
-/// change the pages of a private mapping that were not copied yet.
+/// change those pages of a private mapping that have not been copied yet.
 #[tokio::test]
 async fn pool_does_not_reuse_memory_that_is_mapped_privately() {
     let folder = folder();

@@ -1,8 +1,8 @@
-//! Compares the parser with the `safetensors` crate, the format's own reader.
+//! Compares the parser with the `safetensors` crate, which the format's authors maintain.
 //!
-//! The parser reads every valid file as the crate does, whether the crate wrote it or not. Of
-//! damaged files, it accepts none that the crate refuses, and reads those it accepts as the crate
-//! does. [`stricter_on_purpose`] lists where the parser is stricter, with reasons.
+//! The parser reads every valid file like the crate does, whether or not the crate wrote the file.
+//! It accepts no damaged file that the crate refuses. If both accept a damaged file, they read the
+//! same tensors and metadata. [`stricter_on_purpose`] lists where the parser is stricter, and why.
 
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
@@ -26,7 +26,7 @@ use proptest::{
 };
 use safetensors::{Dtype, SafeTensors, serialize, tensor::TensorView};
 
-/// The number of damaged files that are compared.
+/// How many damaged files are read with both the parser and the crate.
 const MUTANTS: u32 = 20_000;
 
 // ---- reading with the parser and the crate ----
@@ -50,7 +50,7 @@ fn check_agreement(map: &TensorMap, file: &[u8]) -> Result<(), TestCaseError> {
         SafeTensors::deserialize(file).map_err(|error| TestCaseError::fail(format!("the crate refuses this file: {error}")))?;
     prop_assert_eq!(map.len(), oracle.len());
     for (name, view) in oracle.iter() {
-        let info = map.get(name).expect("the parser must find every tensor of the crate");
+        let info = map.get(name).expect("the parser finds every tensor that the crate finds");
         // The address of a tensor's slice shows where in the file the crate found the tensor.
         let begin = (view.data().as_ptr() as usize - file.as_ptr() as usize) as u64;
         prop_assert_eq!(&info.name, name);
@@ -67,7 +67,8 @@ fn check_agreement(map: &TensorMap, file: &[u8]) -> Result<(), TestCaseError> {
     Ok(())
 }
 
-/// Whether the parser may refuse a file with this error although the crate accepts it.
+/// Returns whether the parser may refuse a file with this error even though the crate accepts the
+/// file.
 #[expect(clippy::match_same_arms, reason = "each difference has its own reason")]
 fn stricter_on_purpose(error: &ModelError) -> bool {
     match error {
@@ -82,7 +83,7 @@ fn stricter_on_purpose(error: &ModelError) -> bool {
     }
 }
 
-/// Whether the parser and the crate accept a file.
+/// Which of the parser and the crate accept a file.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 enum Verdict {
     BothAccept,
@@ -108,7 +109,7 @@ fn compare(file: &[u8]) -> Result<Verdict, TestCaseError> {
 
 // ---- valid files ----
 
-/// One tensor of a valid file.
+/// A tensor in a valid file.
 #[derive(Debug, Clone)]
 struct Tensor {
     dtype: Dtype,
@@ -121,8 +122,8 @@ impl Tensor {
     }
 }
 
-/// All dtypes of the crate. Its error on an unknown dtype lists them; the enum itself offers no
-/// list.
+/// Returns all dtypes of the crate. The crate has no list of them, so this function reads their
+/// names from the error for an unknown dtype.
 fn oracle_dtypes() -> Vec<Dtype> {
     let error = serde_json::from_str::<Dtype>("\"none\"").unwrap_err().to_string();
     let (_, expected) = error.split_once("expected one of").expect("the error lists the variants");
@@ -150,9 +151,9 @@ fn any_metadata() -> impl Strategy<Value = Option<BTreeMap<String, String>>> {
     option::of(btree_map(text(), text(), 0..3))
 }
 
-/// A file as the crate writes it.
+/// Returns a file that the crate wrote.
 fn serialized(tensors: &BTreeMap<String, Tensor>, metadata: Option<BTreeMap<String, String>>) -> Vec<u8> {
-    // For no tensors and empty metadata, version 0.8 of the crate writes `{}"__metadata__":{}`,
+    // Given no tensors and empty metadata, version 0.8 of the crate writes `{}"__metadata__":{}`,
     // which it then refuses to read.
     let metadata = metadata.filter(|pairs| !pairs.is_empty() || !tensors.is_empty());
     let data = vec![7; tensors.values().map(Tensor::bytes).max().unwrap_or(0)];
@@ -166,9 +167,9 @@ fn serialized(tensors: &BTreeMap<String, Tensor>, metadata: Option<BTreeMap<Stri
 /// How a hand-built header differs from what the crate writes.
 #[derive(Debug, Clone)]
 struct Style {
-    /// Sort keys for the tensors' data.
+    /// Determines the order of the tensors' data.
     data_order: Vec<u32>,
-    /// Sort keys for the tensors' entries in the header.
+    /// Determines the order of the tensors' entries in the header.
     entry_order: Vec<u32>,
     key_rotation: usize,
     padding: usize,
@@ -192,7 +193,8 @@ fn quoted(text: &str) -> String {
     serde_json::to_string(text).unwrap()
 }
 
-/// A file built by hand, with entries and keys in any order, unusual whitespace, and padding.
+/// Builds a file without the crate, with entries and keys in any order, unusual whitespace, and
+/// padding.
 fn hand_built(tensors: &BTreeMap<String, Tensor>, metadata: Option<&BTreeMap<String, String>>, style: &Style) -> Vec<u8> {
     let mut placed: Vec<_> = tensors.iter().zip(&style.data_order).collect();
     placed.sort_by_key(|&(_, order)| order);
@@ -237,7 +239,7 @@ fn metadata_item(metadata: Option<&BTreeMap<String, String>>, style: &Style) -> 
     Some(format!("\"__metadata__\":{{{}}}", pairs.join(",")))
 }
 
-/// A file with this header and `data_bytes` bytes of data.
+/// Returns a file with this header and `data_bytes` bytes of data.
 fn framed(header: &str, data_bytes: usize) -> Vec<u8> {
     let mut file = (header.len() as u64).to_le_bytes().to_vec();
     file.extend_from_slice(header.as_bytes());
@@ -257,9 +259,9 @@ fn dtypes_match_those_of_the_crate() {
     let theirs = oracle_dtypes();
     assert_eq!(theirs.len(), DType::SAFETENSORS.len());
     for dtype in theirs {
-        // The name that the crate writes into headers and reads from them.
+        // This is the name that the crate writes into headers and reads from them.
         let name: String = serde_json::from_value(serde_json::to_value(dtype).unwrap()).unwrap();
-        let ours: DType = name.parse().expect("the parser must know every dtype of the crate");
+        let ours: DType = name.parse().expect("the parser knows every dtype of the crate");
         assert_eq!(DType::try_from(name.as_str()), Ok(ours));
         assert_eq!((ours.name(), ours.to_string()), (name.as_str(), dtype.to_string()));
         assert_eq!(serde_json::from_str::<Dtype>(&format!("\"{ours}\"")).unwrap(), dtype);
@@ -299,8 +301,8 @@ proptest! {
 
 // ---- damaged files ----
 
-/// Damage to a valid file. Edits of the header also correct its length prefix, so that they
-/// reach the JSON parser.
+/// Damage to a valid file. Edits to the header also correct its length prefix, so that the JSON
+/// parser sees them.
 #[derive(Debug, Clone)]
 enum Damage {
     FlipBit(Index, u8),
@@ -496,7 +498,7 @@ fn find_numbers(header: &str) -> Vec<std::ops::Range<usize>> {
     runs
 }
 
-/// Picks a character boundary.
+/// Picks the last character boundary at or before a position.
 fn pick_boundary(header: &str, at: Index) -> usize {
     (0..=at.index(header.len() + 1)).rev().find(|&i| header.is_char_boundary(i)).unwrap_or(0)
 }
@@ -549,7 +551,8 @@ fn each_known_difference_still_differs() {
     }
 }
 
-/// Deviations that the crate accepts although its README forbids them or does not mention them.
+/// The crate accepts these deviations from the format, although its README forbids some and does
+/// not mention the others.
 #[test]
 fn harmless_deviations_that_the_crate_accepts_are_read() {
     let nested = |depth: usize| format!("{}{}", "[".repeat(depth), "]".repeat(depth));
@@ -591,6 +594,7 @@ fn header_of_200_000_tensors_is_read_the_same() {
     assert_eq!(map.len(), COUNT);
     assert!(map.iter().zip(map.iter().skip(1)).all(|(a, b)| a.file_range.end == b.file_range.start));
     check_agreement(&map, &file).unwrap();
-    // Far more than a slow machine needs without optimizations, and far less than quadratic time.
+    // This is far more than a slow machine needs in an unoptimized build, and far less than a
+    // parser that takes quadratic time would need.
     assert!(parsed < Duration::from_mins(1), "{parsed:?}");
 }

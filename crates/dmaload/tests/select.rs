@@ -1,6 +1,6 @@
-//! Loads selected tensors, ranges and shards, models of several files, and models inside other
-//! files, also with the layout `tensors` and an importer's limits. The results are compared with
-//! an independent reader (the `safetensors` crate) or with the file itself.
+//! Tests loads of selected tensors, of ranges and shards, of multi-file models, and of models
+//! inside other files. Some of these loads use the layout `tensors` or an importer's limits. The
+//! results are compared with what the `safetensors` crate reads, or with the file itself.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(unsafe_code, reason = "reads the memory past the end of a tensor")]
 
@@ -26,7 +26,7 @@ fn loader() -> LoaderBuilder {
     Loader::builder().load_options(options())
 }
 
-/// Writes a model of these BF16 tensors, with random bytes.
+/// Writes a model with the given BF16 tensors, filled with random bytes.
 fn write_model(path: &Path, tensors: &[(&str, &[usize])]) -> PathBuf {
     let bytes: Vec<_> =
         tensors.iter().zip(1..).map(|((_, shape), seed)| random_bytes(2 * shape.iter().product::<usize>(), seed)).collect();
@@ -76,7 +76,7 @@ async fn only_selected_tensors_are_read() {
         let read: u64 = image.segments().iter().map(|segment| segment.len() as u64).sum();
         assert_eq!(read, report.bytes, "the report counts the bytes of the segments");
         let Err(Error::NotLoaded { range, .. }) = image.tensor("layers.0.q") else {
-            panic!("an unselected tensor must be reported")
+            panic!("a tensor that was not selected is not reported as `NotLoaded`")
         };
         assert_eq!(range.end - range.start, 2 * 512 * 600);
         assert!(matches!(image.tensor("missing"), Err(Error::NoSuchTensor(_))));
@@ -123,9 +123,9 @@ async fn tensors_arrive_complete_in_the_requested_order() {
             assert_eq!(names.iter().position(|name| name == "embed"), Some(3), "{names:?}");
             all.sort_by_key(|name| by_file.iter().position(|other| other == name));
         }
-        assert_eq!(all, by_file, "each tensor arrives once");
+        assert_eq!(all, by_file, "each tensor is yielded exactly once");
     }
-    // Taking a tensor by name does not remove segments from a load.
+    // Requesting a tensor by name does not remove segments from a load.
     let mut load = loader.load(&path).start();
     assert_eq!(load.tensor(&by_file[0]).await.unwrap().name(), by_file[0]);
     assert_eq!(load.next().await.unwrap().unwrap().index(), 0);
@@ -271,7 +271,8 @@ async fn importer_limits_are_met_or_the_load_fails() {
     assert!(matches!(error, Error::Importer { segments: 1, .. }), "{error}");
 }
 
-/// Writes a model of two files, the second behind a symbolic link, and its index.
+/// Writes a two-file model with an index, and returns the paths of the two files. The second path
+/// is a symbolic link.
 fn write_snapshot(folder: &Path) -> Vec<PathBuf> {
     let blobs = folder.join("blobs");
     let snapshot = folder.join("snapshot");
@@ -349,7 +350,7 @@ async fn index_that_contradicts_its_files_is_an_error() {
     assert!(matches!(error, Error::NoModel { .. }), "{error}");
 }
 
-/// Writes a GGUF file with a Q8_0 and an F32 tensor; returns the bytes of each.
+/// Writes a GGUF file with a Q8_0 tensor and an F32 tensor. Returns the bytes of each tensor.
 fn write_gguf(path: &Path, [first, second]: [&str; 2], blocks: usize) -> [Vec<u8>; 2] {
     let text = |text: &str| [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat();
     let data = [random_bytes(34 * blocks, 1), random_bytes(400, 2)];
@@ -372,7 +373,7 @@ fn write_gguf(path: &Path, [first, second]: [&str; 2], blocks: usize) -> [Vec<u8
 async fn gguf_tensors_load_whole_selected_or_sharded() {
     let folder = folder();
     let loader = loader().build().unwrap();
-    // Files that are large, and files small enough to share memory.
+    // First with large files, then with files that are small enough to share memory.
     for blocks in [200_000, 100] {
         let parts = [1, 2].map(|part| folder.path().join(format!("m{blocks}-0000{part}-of-00002.gguf")));
         let data = write_gguf(&parts[0], ["q", "n"], blocks);
@@ -462,9 +463,9 @@ async fn gguf_model_inside_an_open_file_is_loaded() {
     assert_same(&image.tensor("n").unwrap().bytes().unwrap(), &data[1], "n");
 }
 
-/// Tensors of a safetensors file can start at any offset. If an importer requires an
-/// alignment, unaligned tensors are copied and counted in the report, or the load fails if copying
-/// is not allowed.
+/// Tensors in a safetensors file can start at any offset. If an importer requires an alignment,
+/// unaligned tensors are copied and counted in the report, or the load fails if copying is not
+/// allowed.
 #[tokio::test]
 async fn tensors_are_aligned_for_an_importer() {
     let folder = folder();
@@ -486,7 +487,7 @@ async fn tensors_are_aligned_for_an_importer() {
                 assert_eq!(parts.len(), 1, "{what}");
                 let place = parts[0].memory_offset() as u64;
                 assert!(place.is_multiple_of(alignment_bytes), "{what}: {} is at {place}", tensor.name());
-                // If a tensor was moved, the bytes after it are zero.
+                // If a tensor was copied to an aligned place, the bytes after it are zero.
                 if alignment_bytes >= 4096 {
                     let access = parts[0].segment.cpu_access().unwrap();
                     // SAFETY: the mapping has `memory_bytes` bytes, and a loaded segment is not

@@ -1,6 +1,6 @@
-//! A sparse file can be terabytes long and contain nothing, so a length alone must not cost
-//! memory. Plans and allocations are bounded, and loads that do not fit into memory are refused
-//! before they are planned.
+//! Tests that a file's length alone does not cost memory, because a sparse file can be terabytes
+//! long and contain nothing. Plans and allocations are bounded, and loads that do not fit into
+//! memory are refused before they are planned.
 //!
 //! One test measures the memory of its whole process, so these tests have their own file.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
@@ -18,7 +18,7 @@ use dmaload::{Error, Layout, LoadOptions, Loader};
 const MIB: u64 = 1 << 20;
 const TIB: u64 = 1 << 40;
 
-/// Returns the peak of resident memory since the previous call, and resets it.
+/// Returns the peak of resident memory since the previous call, in bytes, and resets it.
 fn take_peak_bytes() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
@@ -26,7 +26,8 @@ fn take_peak_bytes() -> u64 {
     line.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() * 1024
 }
 
-/// Creates a sparse file: a safetensors file of one tensor, or raw bytes.
+/// Creates a sparse file: a safetensors file with one tensor if `header` is set, and otherwise a
+/// raw file.
 fn create_sparse(folder: &Path, bytes: u64, header: bool) -> PathBuf {
     let path = folder.join(if header { "sparse.safetensors" } else { "sparse.bin" });
     let file = fs::File::create(&path).unwrap();
@@ -41,8 +42,8 @@ fn create_sparse(folder: &Path, bytes: u64, header: bool) -> PathBuf {
     path
 }
 
-/// Loads the file if `kept`, otherwise takes the first eight segments of a stream. Returns the
-/// error, if any.
+/// Loads the file as an image if `kept` is set, and otherwise receives the first eight segments of
+/// a stream. Returns the error, if any.
 async fn try_load(loader: &Loader, path: &Path, options: LoadOptions, kept: bool) -> Option<Error> {
     if kept {
         return loader.load(path).options(options).await.err();
@@ -71,8 +72,8 @@ async fn sparse_files_of_terabytes_take_bounded_memory() {
                 for layout in [Layout::Segmented, Layout::Single, Layout::Tensors] {
                     for kept in [true, false] {
                         let what = format!("{bytes} bytes, header {header}, {what}, {layout}, kept {kept}");
-                        // Wait until the previous load's memory is freed, or it would be measured
-                        // too.
+                        // Wait until the previous load's memory is freed. Otherwise it would be
+                        // measured, too.
                         let deadline = Instant::now() + Duration::from_secs(20);
                         while loader.memory_bytes() > 0 {
                             assert!(
@@ -91,7 +92,7 @@ async fn sparse_files_of_terabytes_take_bounded_memory() {
                             Some(Error::OutOfMemory { .. } | Error::OverLimit { .. } | Error::TooManyPieces { .. }) => 64 * MIB,
                             Some(error) => panic!("{what}: {error}"),
                             None if kept => panic!("{what}: the file was loaded"),
-                            // The plan, the window, and segments that are being freed.
+                            // This covers the plan, the window, and segments that are being freed.
                             None => 400 * MIB,
                         };
                         assert!(grown <= most, "{what}: {} MiB", grown / MIB);

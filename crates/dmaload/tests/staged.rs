@@ -1,4 +1,5 @@
-//! Staged loads: copiers populate each extent of memory once, just before they write to it.
+//! Tests that copiers in staged loads populate each extent of memory once, just before they write
+//! to it.
 #![allow(clippy::print_stderr, reason = "skipped tests are reported")]
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
@@ -24,20 +25,21 @@ const SEGMENT: usize = 8 * MIB;
 const PAGE: usize = 4096;
 const ANY: &str = "dmaload-";
 
-/// Hooks that check and record every call of `populate`.
+/// Hooks that check and record every call to `populate`.
 #[derive(Debug)]
 struct Recorder {
     extent_bytes: usize,
-    /// The prefix of the names of the threads that may populate.
+    /// Only threads whose names start with this prefix may populate memory.
     thread_prefix: &'static str,
-    /// How long each call is delayed, so that calls of other threads overlap with it.
+    /// How long each call is delayed, so that calls on other threads overlap with it.
     delay: Duration,
     seen: Mutex<Seen>,
 }
 
 #[derive(Debug, Default)]
 struct Seen {
-    /// By mapping address, the length of the allocation in bytes and its populated ranges.
+    /// The length in bytes and the populated ranges of each allocation, by the address of its
+    /// mapping.
     allocations: BTreeMap<usize, (usize, Vec<Range<usize>>)>,
     running_calls: usize,
 }
@@ -71,13 +73,13 @@ impl Recorder {
         assert_eq!((memory_bytes, seen.running_calls), (bytes, 0), "{what}");
         let segment_bytes: usize = image.segments().iter().map(dmaload::Segment::memory_bytes).sum();
         assert!(segment_bytes <= memory_bytes, "{what}: segments of {segment_bytes} bytes, memory of {memory_bytes}");
-        // Page sizes are looked up for each populated range: for all of them or for none.
+        // Page sizes are looked up either for all populated ranges or for none.
         let counted = image.report().pages.seen_bytes;
         assert!(counted == 0 || counted == bytes as u64, "{what}: the page sizes of {counted} of {bytes} bytes were looked up");
     }
 }
 
-/// Counts the present pages in an address range.
+/// Counts the pages in an address range that are in memory, according to `/proc/self/pagemap`.
 fn count_present_pages(addresses: Range<usize>) -> usize {
     let mut entries = vec![0; (addresses.end - addresses.start) / PAGE * 8];
     File::open("/proc/self/pagemap").unwrap().read_exact_at(&mut entries, (addresses.start / PAGE * 8) as u64).unwrap();
@@ -121,8 +123,8 @@ impl HeapHooks for Recorder {
     }
 }
 
-/// File contents with lengths around a page, an extent and the limit for small files, and with
-/// several segments.
+/// Returns file contents whose lengths are around a page, an extent and the limit for small files.
+/// Some of them have several segments.
 fn contents() -> Vec<Vec<u8>> {
     let mut lengths = vec![3, 0, 2 * MIB + 1, 4096, 21 * MIB + 4097, 2 * MIB, 512 << 10, (512 << 10) + 5, 17 * MIB];
     lengths.extend([700_000; 50]);
@@ -176,7 +178,7 @@ async fn each_extent_is_populated_once_before_it_is_written() {
     }
 }
 
-/// Reads through the page cache, and copies from it, populate memory as staged copies do.
+/// Reads through the page cache, and copies from it, populate memory like staged copies do.
 #[tokio::test]
 async fn buffered_and_cached_reads_populate_each_extent_once() {
     let (folder, contents) = (folder(), contents());
@@ -189,7 +191,7 @@ async fn buffered_and_cached_reads_populate_each_extent_once() {
         assert_files(&image, &contents, "buffered");
         assert_eq!(image.report().route, Route::Buffered);
         reading.assert_all_was_populated(&image, "buffered");
-        // Fill the page cache. Pages that are evicted before the load are read instead.
+        // Fill the page cache. Pages that are evicted before the load are read from storage.
         for path in &paths {
             std::fs::read(path).unwrap();
         }
@@ -198,7 +200,7 @@ async fn buffered_and_cached_reads_populate_each_extent_once() {
         let image = loader.load(&paths).options(loader.load_options().cache(Cache::Auto)).await.unwrap();
         assert_files(&image, &contents, "cached");
         if image.report().cached_bytes == 0 {
-            eprintln!("skipped: nothing was taken from the page cache");
+            eprintln!("skipped: nothing was copied from the page cache");
         }
         any.assert_all_was_populated(&image, "cached");
     }
@@ -302,7 +304,7 @@ async fn populated_memory_stays_within_the_window() {
     assert!(most <= WINDOW, "{most} bytes were populated and not yet read");
 }
 
-/// Hooks that refuse the n-th call of `populate`, or panic in it.
+/// Hooks that refuse the n-th call to `populate`, or panic in it.
 #[derive(Debug, Default)]
 struct Failing {
     left: AtomicUsize,
@@ -372,7 +374,7 @@ async fn heap_that_fails_amid_copies_fails_one_load() {
     }
 }
 
-/// Hooks that block all calls of `populate` until the test opens the gate.
+/// Hooks that block all calls to `populate` until the test opens the gate.
 #[derive(Debug, Default)]
 struct Gate {
     state: Mutex<(bool, usize)>,
@@ -417,8 +419,8 @@ async fn load_dropped_while_populating_leaks_nothing() {
         assert_same(&image.files()[0].bytes().unwrap(), &bytes, "the next load");
         drop(image);
         let memory = loader.clone();
-        loader.shutdown().await.expect("memory was leaked");
-        // Another thread frees the memory: wait for up to 5 s.
+        loader.shutdown().await.expect("no memory is leaked");
+        // Another thread frees the memory, so wait for up to 5 s.
         for _ in 0..500 {
             if memory.memory_bytes() > 0 {
                 tokio::time::sleep(Duration::from_millis(10)).await;

@@ -1,6 +1,6 @@
-//! File system servers that hang while a worker waits for them: in a lookup, an open, a request
-//! for attributes, or a close. Loads of other file systems continue, even with one worker. Once
-//! the server answers again, loads of its files continue, too.
+//! Tests for file system servers that hang while a worker waits for them, in a lookup, an open, a
+//! request for attributes, or a close. Loads from other file systems continue, even if the loader
+//! has only one worker. Once the server answers again, loads of its files continue, too.
 //!
 //! Mounting needs root and `/dev/fuse`; without them, these tests report that they are skipped.
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
@@ -35,7 +35,7 @@ const LARGE: usize = 2 * SEGMENT + 777;
 /// Files this small share memory, and are opened just before that memory is allocated.
 const SMALL: usize = 9_000;
 /// A deadline for work that must not wait for a server. Such work takes about 1 s, or a few
-/// seconds on a busy machine; work that waits for the server never ends.
+/// seconds on a busy machine; work that waits for the server never finishes.
 const SOON: Duration = Duration::from_secs(20);
 
 /// The requests that the server does not answer.
@@ -127,7 +127,8 @@ fn random_file_bytes() -> Vec<u8> {
     random_bytes(LARGE, 5)
 }
 
-/// A server in its own process. When the process ends, requests that wait for it fail.
+/// A server that runs in its own process. When the process exits, requests that wait for the
+/// server fail.
 struct Hanging {
     served: ServedFolder,
     /// The server answers once this file exists.
@@ -157,7 +158,7 @@ impl Hanging {
 }
 
 #[test]
-#[ignore = "not a test: the server process of other tests"]
+#[ignore = "not a test: other tests run it as their server process"]
 fn the_hanging_server() {
     let Some(folder) = folder_to_serve() else { return };
     let hangs = std::env::var(HANGS).unwrap();
@@ -177,10 +178,9 @@ fn the_hanging_server() {
     fuser::mount(server, folder, &config).unwrap();
 }
 
-/// The number of events that reported a replaced worker.
 static REPLACED: AtomicUsize = AtomicUsize::new(0);
 
-/// A subscriber that counts the events that report a replaced worker.
+/// A subscriber that counts the events that report a replaced worker, in [`REPLACED`].
 struct Counts;
 
 impl Subscriber for Counts {
@@ -213,8 +213,8 @@ impl Visit for Counts {
     }
 }
 
-/// Waits until no other test runs, because tests count threads. Returns `None` if this process
-/// cannot mount.
+/// Waits until no other test runs, because each test counts the threads of the process. Returns
+/// `None` if this process cannot mount.
 async fn run_alone() -> Option<tokio::sync::MutexGuard<'static, ()>> {
     static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
     if !rustix::process::geteuid().is_root() || !Path::new("/dev/fuse").exists() {
@@ -225,12 +225,12 @@ async fn run_alone() -> Option<tokio::sync::MutexGuard<'static, ()>> {
     // Only the first test installs the subscriber.
     let _ = tracing::subscriber::set_global_default(Counts);
     REPLACED.store(0, Ordering::SeqCst);
-    // Hanging threads of an earlier test end with its server.
+    // Threads that hung in an earlier test exit once that test's server has exited.
     wait_for_threads(0, "before a test");
     Some(alone)
 }
 
-/// The names of the running threads that end with their loader.
+/// Returns the names of the running threads that exit when their loader shuts down.
 fn loader_threads() -> Vec<String> {
     let tasks = std::fs::read_dir("/proc/self/task").unwrap();
     let names = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok());
@@ -280,7 +280,7 @@ impl Plain {
         Plain { _folder: folder, files: files.to_vec(), bytes }
     }
 
-    /// Loads the files several times; none of these loads may wait for a server.
+    /// Loads the files several times. None of these loads may wait for a server.
     async fn load(&self, loader: &Loader, what: &str) {
         for round in 0..3 {
             let load = loader.load(&self.files).start();
@@ -317,7 +317,7 @@ fn start_load(loader: &Loader, hanging: &Hanging, names: &[&str]) -> Load {
     loader.load(hanging.files(names)).start()
 }
 
-/// Takes segments until none arrives within 50 ms; fails if the load ends.
+/// Receives segments until none arrives within 50 ms. Panics if the load finishes or fails.
 async fn assert_waits(load: &mut Load, what: &str) {
     while let Ok(segment) = tokio::time::timeout(Duration::from_millis(50), load.next()).await {
         assert!(segment.is_some_and(|segment| segment.is_ok()), "{what}: the load does not wait for the server");
@@ -345,7 +345,7 @@ async fn hanging_load_does_not_stop_others_and_finishes_later() {
         wait_until(|| replaced() + workers_wanted >= count_workers(), &format!("{what}: events: {}", replaced()));
         wait_until(
             || count_workers() <= 2 * workers_wanted,
-            &format!("{what}: a hanging load must not hold more workers than it started with"),
+            &format!("{what}: a hanging load must not occupy more workers than the loader started with"),
         );
         hanging.resume();
         let image =
@@ -365,7 +365,7 @@ async fn many_hanging_loads_do_not_stop_others() {
     let (plain, bytes) = (Plain::new(), random_file_bytes());
     let servers = ALL.map(Hanging::start);
     for (workers_wanted, limited) in [(1, false), (2, false), (2, true)] {
-        // With a limit, loads start in the order of their arrival, and few can be open.
+        // With a limit, loads start in the order in which they arrive, and only a few can be open.
         let builder = loader(workers_wanted);
         let builder = if limited { builder.memory_limit_bytes(256 << 20).max_open_loads(6) } else { builder };
         let loader = builder.build().unwrap();
@@ -410,7 +410,7 @@ async fn sixty_hanging_loads_do_not_stop_others() {
     let start = Instant::now();
     plain.load(&loader, "sixty loads").await;
     eprintln!("sixty loads: others took {:?}, workers: {}", start.elapsed(), count_workers());
-    // One of the two workers can hang without an event.
+    // One of the two workers can hang without being replaced.
     wait_until(|| REPLACED.load(Ordering::SeqCst) >= 59, "too few events report a replaced worker");
     hanging.resume();
     for load in held_up {
@@ -432,20 +432,20 @@ async fn shutdown_counts_each_hanging_worker() {
         let loader = loader(workers_wanted).build().unwrap();
         let mut held_up = start_load(&loader, &hanging, names);
         assert_waits(&mut held_up, &what).await;
-        // On a busy machine, segments can be late for other reasons, so wait until a worker is
-        // stalled.
+        // On a busy machine, segments can be late for other reasons, so wait until a worker has
+        // stalled and has been replaced.
         wait_until(|| REPLACED.swap(0, Ordering::SeqCst) > 0, &what);
         plain.load(&loader, &what).await;
         let leaked = loader.shutdown().await.unwrap_err();
-        // The loader stops counting a thread just before the thread ends, so for a moment more
-        // threads can run than it reported.
+        // The loader stops counting a thread just before the thread exits, so for a moment more
+        // threads can run than the loader reported.
         wait_for_threads(leaked.threads, &what);
         assert_eq!((leaked.bytes, leaked.threads), (0, count_workers()), "{what}: {:?}", loader_threads());
-        // The load keeps at most the workers that it held when it began to hang, and one that
-        // closes its files.
+        // The load occupies at most the workers that it used when it began to hang, and one more
+        // that closes its files.
         assert!((1..=workers_wanted + 1).contains(&leaked.threads), "{what}: {:?}", loader_threads());
         assert!(matches!(held_up.finish().await, Err(Error::ShutDown)), "{what}");
-        // The workers end once the server answers.
+        // The workers exit once the server answers.
         hanging.resume();
         wait_for_threads(0, &what);
     }

@@ -1,6 +1,6 @@
-//! A `tracing` subscriber that calls back into the loader, drops loads, or panics. It is called
-//! without a lock and never on the ring thread. Subscribers are global to a process, so this file
-//! has one test, which runs in its own process.
+//! Tests a `tracing` subscriber that calls back into the loader, drops loads, or panics. The
+//! loader never calls it on the ring thread or while it holds a lock. Subscribers are global to a
+//! process, so this file has one test, which runs in its own process.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -17,13 +17,13 @@ use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Metadata, Subscriber};
 
 static LOADER: OnceLock<Loader> = OnceLock::new();
-/// Loads whose progress the subscriber queries, and which it drops.
+/// Loads whose progress the subscriber queries, and which it drops one by one.
 static SPARE: Mutex<Vec<Load>> = Mutex::new(Vec::new());
 static PANICS: AtomicBool = AtomicBool::new(false);
-/// The number of calls of the subscriber by each thread.
+/// How often each thread has called the subscriber.
 static THREADS: Mutex<BTreeMap<String, usize>> = Mutex::new(BTreeMap::new());
 static CALLS: AtomicU64 = AtomicU64::new(0);
-/// Whether the loader's metrics contradicted each other. The test asserts this at its end, because
+/// Whether the loader's metrics contradicted each other. The test checks this at its end, because
 /// the loader catches panics of the subscriber.
 static CONTRADICTION: AtomicBool = AtomicBool::new(false);
 
@@ -133,7 +133,7 @@ fn subscriber_may_call_back_drop_loads_and_panic() {
     });
     finished.recv_timeout(Duration::from_secs(120)).expect("a load deadlocked or failed");
     let threads = THREADS.lock().unwrap();
-    assert!(!threads.contains_key("dmaload-ring"), "a subscriber was called on the ring thread: {threads:?}");
+    assert!(!threads.contains_key("dmaload-ring"), "the subscriber was called on the ring thread: {threads:?}");
     assert!(!CONTRADICTION.load(Ordering::Relaxed), "more loads have finished than were started");
     assert!(threads.keys().any(|name| name == "dmaload-tell"), "{threads:?}");
     assert!(threads.keys().any(|name| name.starts_with("dmaload-alloc")), "{threads:?}");

@@ -1,4 +1,4 @@
-//! A verified load hands out no byte that contradicts its manifest or checksum.
+//! Tests that a verified load never hands out bytes that do not match its manifest or checksum.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -31,7 +31,7 @@ fn flip_bit(path: &Path, at: u64) {
     file.write_all_at(&[byte[0] ^ 0x10], at).unwrap();
 }
 
-/// A model with one tensor for each letter, all of the same length.
+/// Returns a model with one tensor for each letter. Each tensor has `bytes` bytes.
 fn model(letters: &str, bytes: usize) -> Vec<u8> {
     let tensor = |(index, name): (usize, char)| {
         format!(r#""{name}":{{"dtype":"U8","shape":[{bytes}],"data_offsets":[{},{}]}}"#, index * bytes, (index + 1) * bytes)
@@ -73,11 +73,11 @@ async fn manifest_has_the_checksums_of_its_chunks() {
     }
 }
 
-/// Streams a file until the load fails; returns how many bytes were handed out, and the error.
+/// Streams a file until the load fails. Returns how many bytes were handed out, and the error.
 async fn load_until_error(loader: &Loader, path: &Path, options: LoadOptions) -> (u64, Error) {
     let (mut handed_out, mut segments) = (0, loader.load(path).options(options).segments());
     loop {
-        match segments.next().await.expect("the load must fail before it ends") {
+        match segments.next().await.expect("the load fails before yielding all segments") {
             Ok(segment) => handed_out = segment.file_range().end,
             Err(error) => return (handed_out, error),
         }
@@ -149,7 +149,8 @@ async fn wrong_length_or_unlisted_file_fails_before_any_read() {
     let [a, b] = ["a", "b"].map(|name| file(folder.path(), name, &random_bytes(SEGMENT + 1, 5)));
     let loader = loader();
     let manifest = manifest_of(&loader, std::slice::from_ref(&a), Algorithm::Xxh3).await;
-    // If one file is loaded and the manifest has one entry, their names may differ.
+    // If the load has one file and the manifest has one entry, the file may have a different name
+    // from the entry's.
     loader.load(&b).options(loader.load_options().verify(manifest.clone())).await.unwrap();
     let read_bytes = loader.metrics().read_bytes;
     assert_eq!(read_bytes, 2 * (SEGMENT as u64 + 1));
@@ -158,7 +159,7 @@ async fn wrong_length_or_unlisted_file_fails_before_any_read() {
     std::fs::OpenOptions::new().write(true).open(&a).unwrap().set_len(SEGMENT as u64).unwrap();
     let error = loader.load(&a).options(loader.load_options().verify(manifest)).await.unwrap_err();
     assert_eq!(error, Error::WrongLength { path: a, bytes: SEGMENT as u64, expected_bytes: SEGMENT as u64 + 1 });
-    assert_eq!(loader.metrics().read_bytes, read_bytes, "a load that was refused has read something");
+    assert_eq!(loader.metrics().read_bytes, read_bytes, "refused loads read nothing");
 }
 
 #[tokio::test]

@@ -1,5 +1,5 @@
-//! A tensor is available by name as soon as its bytes are loaded, even if the rest of the load is
-//! held back.
+//! Tests for requests of tensors by name. A tensor is available as soon as its bytes are loaded,
+//! even if the rest of the load is held back.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 #[path = "../common/mod.rs"]
@@ -65,7 +65,6 @@ impl Observer for Gate {
 /// A verifier that blocks the planning of a load until `gate` opens.
 struct Planned {
     gate: Arc<Gate>,
-    /// Observes the load's bytes.
     observer: Arc<dyn Observer>,
 }
 
@@ -76,7 +75,7 @@ impl Verify for Planned {
     }
 
     fn describe(&self) -> String {
-        "a plan that is held back".to_owned()
+        "a verifier that holds back planning".to_owned()
     }
 }
 
@@ -121,7 +120,7 @@ async fn load_is_finished_once_its_last_segment_arrives() {
     let load = Loader::new().unwrap().load(&path).options(options().observer(gate.clone())).start();
     in_time("the first tensor", load.tensor("t0")).await.unwrap();
     tokio::time::sleep(QUIET_TIME).await;
-    assert!(!load.is_finished(), "the last segment is held back");
+    assert!(!load.is_finished(), "a load is not finished while its last segment is held back");
     gate.open();
     let finished = async {
         while !load.is_finished() {
@@ -156,7 +155,7 @@ async fn load_without_files_is_an_error() {
     }
 }
 
-/// Hooks that block allocations once `left` of them have succeeded, until `gate` opens.
+/// Hooks that let the first `left` allocations succeed, and block all others until `gate` opens.
 #[derive(Debug)]
 struct HeldAllocations {
     left: AtomicUsize,
@@ -193,8 +192,8 @@ async fn tensor_shard_waits_for_its_middle_rows() {
     let options = LoadOptions::new().packed(false).tensors(["a*", "b"]);
     let options = options.shard(Shard { rank: 0, world_size: 2, dim: Some(1) });
     let load = loader.load(&path).options(options).start();
-    let a1 = in_time("a tensor of one dimension", load.tensor("a1")).await.unwrap();
-    in_time("the other tensor of one dimension", load.tensor("a2")).await.unwrap();
+    let a1 = in_time("a one-dimensional tensor", load.tensor("a1")).await.unwrap();
+    in_time("the other one-dimensional tensor", load.tensor("a2")).await.unwrap();
     assert!(a1.file().tensor("b").is_none() && a1.file().tensors().all(|tensor| tensor.name() == "a1"));
     assert!(is_pending(load.tensor("b")).await, "memory for the middle rows is not allocated yet");
     gate.open();
@@ -213,7 +212,7 @@ async fn tensor_arrives_before_the_load_ends() {
         let loader = Loader::new().unwrap();
         let gate = Gate::before(0, last_segment_start(&bytes));
         let load = loader.load(&path).options(options().route(route).observer(gate.clone())).start();
-        // Tensors within one segment, and across two.
+        // Some of these tensors lie within one segment, others span two.
         for number in [0, 1, 2, 7] {
             check(&in_time("a tensor", load.tensor(&format!("t{number}"))).await.unwrap(), number, &bytes);
         }
@@ -348,7 +347,7 @@ async fn every_waiter_gets_the_error_of_a_failed_load() {
     let error = one.unwrap_err();
     assert!(matches!(&error, Error::Rejected { reason, .. } if reason == "requested by a test"), "{error}");
     assert_eq!(other.unwrap_err(), error);
-    // Requests for tensors that had arrived and for unknown names get the same error.
+    // Requests for tensors that have already arrived, and for unknown names, get the same error.
     for name in ["t0", "t11", "none"] {
         assert_eq!(in_time("an error", load.tensor(name)).await.unwrap_err(), error, "{name}");
     }

@@ -12,8 +12,8 @@ use dmaload::{Load, Loader, Observer, Rejection, Tensor};
 use crate::common::{assert_same, file, folder};
 use crate::{Gate, PATIENCE, Planned, SEGMENT, TENSORS, check, in_time, last_segment_start, model, options, poll};
 
-/// An observer that blocks at the first bytes past a place (file and offset), which the test
-/// advances.
+/// An observer that blocks at the first bytes past a position, which consists of a file index and
+/// an offset. The test advances the position.
 #[derive(Debug, Default)]
 struct Steps {
     place: Mutex<(usize, u64)>,
@@ -81,7 +81,7 @@ async fn unpolled_waiter_does_not_delay_others() {
 struct Task<'a> {
     future: Pin<Box<dyn Future<Output = dmaload::Result<Tensor>> + 'a>>,
     wakes: Arc<CountWakes>,
-    /// The number of wakes at its last poll.
+    /// The number of wakes when the task was last polled.
     seen: usize,
     tensor: Option<Tensor>,
 }
@@ -108,7 +108,7 @@ impl<'a> Task<'a> {
     }
 }
 
-/// Polls woken tasks until all of them have their tensors.
+/// Polls tasks when they are woken, until all of them have their tensors.
 #[track_caller]
 fn run(tasks: &mut [Task<'_>]) {
     let deadline = Instant::now() + PATIENCE;
@@ -118,7 +118,8 @@ fn run(tasks: &mut [Task<'_>]) {
     }
 }
 
-/// Thousands of tasks can wait for a model of many segments, so a segment must not wake them all.
+/// Thousands of tasks can wait for a model with many segments, so a segment must not wake them
+/// all.
 #[test]
 fn segment_wakes_only_tasks_whose_tensor_it_completes() {
     const COUNT: usize = 400;
@@ -149,7 +150,7 @@ fn segment_wakes_only_tasks_whose_tensor_it_completes() {
             break;
         }
     }
-    assert!(bytes.len() as u64 > 9 * SEGMENT, "the test needs many segments");
+    assert!(bytes.len() as u64 > 9 * SEGMENT, "the model has many segments");
     for (number, task) in tasks.iter().enumerate() {
         let tensor = task.tensor.as_ref().unwrap();
         assert_same(&tensor.bytes().unwrap(), &bytes[data_start + number * BYTES..][..BYTES], tensor.name());
@@ -203,7 +204,7 @@ async fn dropped_waiter_loses_no_segment_and_is_never_woken() {
         let waker = Waker::from(Arc::clone(&wakes));
         let mut dropped = pin!(load.tensor("t11"));
         assert!(poll(dropped.as_mut(), &waker).is_pending());
-        // By now, every segment but the last has been received by one of the two futures.
+        // Once `t8` has arrived, the two futures have received every segment but the last.
         check(&in_time("a tensor", load.tensor("t8")).await.unwrap(), 8, &bytes);
         assert!(poll(dropped.as_mut(), &waker).is_pending());
     }

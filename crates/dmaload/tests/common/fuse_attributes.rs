@@ -1,10 +1,11 @@
-//! File attributes that the FUSE servers of the tests report.
+//! File attributes that the FUSE servers in the tests report.
 
 use std::time::UNIX_EPOCH;
 
 use fuser::{FileAttr, FileType, INodeNo};
 
-/// Attributes of a file of `file_bytes` bytes, or of a folder if `None`. All times are the epoch.
+/// Returns the attributes of a file with `file_bytes` bytes, or of a folder if `file_bytes` is
+/// `None`. All times are the Unix epoch.
 pub(crate) fn attributes(inode: INodeNo, file_bytes: Option<u64>) -> FileAttr {
     FileAttr {
         ino: inode,

@@ -12,7 +12,8 @@ use std::thread::{self, Thread};
 
 use dmaload::Route;
 
-/// Creates a folder on disk, not on tmpfs, so `O_DIRECT` reads reach a device.
+/// Creates a temporary folder in the build's target folder. That is usually on a disk, so
+/// `O_DIRECT` reads reach a device.
 pub fn folder() -> tempfile::TempDir {
     let target = Path::new(env!("CARGO_TARGET_TMPDIR"));
     fs::create_dir_all(target).unwrap();

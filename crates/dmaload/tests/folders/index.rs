@@ -1,4 +1,4 @@
-//! Models with an index, which maps each tensor to a file.
+//! Tests for models with an index, which maps each tensor to a file.
 
 use dmaload::share::{AttachOptions, Server, ServerOptions, attach};
 use dmaload::{Error, Format, Layout, Result};
@@ -6,8 +6,8 @@ use dmaload::{Error, Format, Layout, Result};
 use crate::common::{self, folder};
 use crate::{A, B, INDEX, index, loaders, names, st, value_of, write_files};
 
-/// Cases: the files of a folder, several of which have a tensor `w`; the value of the `w` that
-/// counts; and all tensor names.
+/// Returns test cases. Each has the files in a folder, several of which contain a tensor `w`, the
+/// value of the `w` that the index selects, and the names of all tensors.
 fn overlays() -> Vec<(Vec<(&'static str, Vec<u8>)>, u8, &'static [&'static str])> {
     let (over, sub) = ("model-overlay-00001.safetensors", "sub/a.safetensors");
     vec![
@@ -79,7 +79,7 @@ async fn index_decides_between_two_tensors_of_one_name() {
                     seen.push(tensor.name().to_owned());
                 }
                 seen.sort();
-                assert_eq!(seen, expected, "each tensor arrives once");
+                assert_eq!(seen, expected, "each tensor is yielded exactly once");
             }
         }
     }
@@ -128,8 +128,8 @@ async fn index_is_recognized_by_any_of_its_names() {
             }
         }
     }
-    // An index under another name, or of pickled files, is an error. Otherwise its text would be
-    // loaded as raw bytes.
+    // An index with an unrelated name and an index that lists pickled files are errors. Otherwise
+    // their text would be loaded as raw bytes.
     let folder = folder();
     let other = index(&[("a", "pytorch_model-00001-of-00001.bin")]);
     let files = [("blob", index(&[("a", A)])), ("pytorch_model.bin.index.json", other), ("free.index.json", b"{}".to_vec())];
@@ -181,8 +181,8 @@ async fn selection_needs_only_the_files_its_index_names() {
             assert_eq!((value_of(&by_name, "c.w"), by_name.files().len()), (3, 1));
             assert!(loader.load(folder.path()).options(loader.load_options().tensors(["*.w"])).await.is_err());
             assert!(loader.load(folder.path()).await.is_err());
-            // A tensor that the index does not list may be in any file. The case of a file that is
-            // not a model is left out.
+            // A tensor that the index does not list may be in any file, so all files are read. The
+            // second file must therefore not be the one that is not a model.
             if number < 2 {
                 let extra = loader.load(folder.path()).options(loader.load_options().tensors(["extra"])).await.unwrap();
                 assert_eq!(value_of(&extra, "extra"), 4);

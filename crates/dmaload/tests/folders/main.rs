@@ -1,9 +1,9 @@
-//! Models of several files: which files are loaded, which of several tensors with the same name
-//! counts, and that an incomplete model is never loaded as a complete one. Most tests run
-//! twice: with packed files, whose headers are read late, and with unpacked files, whose headers
-//! are read during planning.
+//! Tests for multi-file models: which files are loaded, which of several tensors with the same
+//! name is used, and that an incomplete model is never loaded as if it were complete. Most tests
+//! run twice: with packed files, whose headers are read together with their data, and with
+//! unpacked files, whose headers are read during planning.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
-#![allow(clippy::type_complexity, reason = "the types are those of tables of test cases")]
+#![allow(clippy::type_complexity, reason = "tables of test cases have complex types")]
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -17,7 +17,7 @@ use dmaload::{Error, Format, Image, Layout, LoadOptions, Loader, Result};
 
 use common::folder;
 
-/// A safetensors file. Each of its tensors consists of 64 bytes of one value.
+/// Returns a safetensors file. Each of its tensors consists of 64 bytes with the given value.
 fn st(tensors: &[(&str, u8)]) -> Vec<u8> {
     let entry = |(at, (name, _)): (usize, &(&str, u8))| {
         format!(r#""{name}":{{"dtype":"U8","shape":[64],"data_offsets":[{},{}]}}"#, 64 * at, 64 * at + 64)
@@ -34,8 +34,8 @@ fn index(map: &[(&str, &str)]) -> Vec<u8> {
     format!(r#"{{"metadata":{{"total_size":1}},"weight_map":{{{}}}}}"#, pairs.join(",")).into_bytes()
 }
 
-/// A GGUF file with these U16 metadata keys. Each of its tensors consists of 64 bytes of one
-/// value.
+/// Returns a GGUF file with these metadata keys, whose values are U16. Each of its tensors
+/// consists of 64 bytes with the given value.
 fn gguf(keys: &[(&str, u16)], tensors: &[(&str, u8)]) -> Vec<u8> {
     let text = |text: &str| [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat();
     let mut bytes = [&b"GGUF"[..], &3u32.to_le_bytes()].concat();
@@ -52,7 +52,8 @@ fn gguf(keys: &[(&str, u16)], tensors: &[(&str, u8)]) -> Vec<u8> {
     bytes
 }
 
-/// Part `number`, counted from 0, of a split model of `count` parts and `all` tensors.
+/// Returns one part of a split GGUF model. Its `number` is counted from 0. Its metadata claims
+/// that the model has `count` parts and `all` tensors.
 fn part(number: u16, count: u16, all: u16, tensors: &[(&str, u8)]) -> Vec<u8> {
     gguf(&[("split.no", number), ("split.count", count), ("split.tensors.count", all)], tensors)
 }
@@ -67,7 +68,7 @@ fn write_files(folder: &Path, files: Files<'_>) {
     }
 }
 
-/// A loader that packs small files and reads their headers late, and one that does neither.
+/// Returns a loader that packs small files, and one that does not.
 fn loaders() -> [Loader; 2] {
     let loader = |packed| Loader::builder().load_options(LoadOptions::default().packed(packed)).build().unwrap();
     [loader(true), loader(false)]
@@ -130,7 +131,7 @@ async fn unindexed_tensor_in_two_files_is_an_error() {
         }
         let inspected = dmaload::inspect_model(folder.path(), Format::Auto).await.unwrap_err();
         assert!(matches!(inspected, Error::DuplicateTensor { .. }), "{inspected}");
-        // Each file loads as a model by itself.
+        // Each file on its own loads as a model.
         if tensor == "a" {
             for (name, _) in &files {
                 assert_eq!(loaders()[0].load(folder.path().join(name)).await.unwrap().tensors().count(), 1);
@@ -161,7 +162,7 @@ async fn files_listed_by_path_may_share_tensor_names() {
                 let (by_name, both) = (load.tensor("b").await.unwrap(), load.tensor("w").await);
                 assert_eq!(by_name.bytes().unwrap(), vec![3; 64]);
                 let image = load.await.unwrap();
-                assert_eq!(value_of(&image, "b"), 3, "only one file has this name");
+                assert_eq!(value_of(&image, "b"), 3, "only one file contains a tensor with this name");
                 let error = image.tensor("w").unwrap_err();
                 assert_eq!(both.unwrap_err(), error);
                 assert!(matches!(&error, Error::AmbiguousTensor { paths: found, .. } if found.len() == asked.len()), "{error}");
@@ -176,7 +177,7 @@ async fn files_listed_by_path_may_share_tensor_names() {
     }
 }
 
-/// Loads a model without and with `allow_missing`; returns both results in this order.
+/// Loads a model without `allow_missing` and with it. Returns the results in this order.
 async fn load_refusing_and_allowing_missing(loader: &Loader, path: &Path) -> (Result<Image>, Result<Image>) {
     let allowed = loader.load(path).options(loader.load_options().allow_missing(true)).await;
     (loader.load(path).await, allowed)
@@ -275,6 +276,6 @@ async fn gguf_files_ignored_alongside_safetensors_are_noted() {
         write_files(folder.path(), &[("m.gguf", gguf(&[], &[("a", 1)]))]);
         let notes = load(Format::Auto).await;
         assert!(notes.contains("not loaded, next to safetensors files: \"m.gguf\""), "{notes}");
-        assert_eq!(load(Format::Safetensors).await, "", "the caller chose the format");
+        assert_eq!(load(Format::Safetensors).await, "", "no note is needed if the caller chose the format");
     }
 }

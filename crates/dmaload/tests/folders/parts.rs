@@ -1,4 +1,4 @@
-//! Split models: which files belong together, and which are missing.
+//! Tests for split models: which files belong together, and which are missing.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -15,7 +15,8 @@ async fn missing_parts_are_an_error_unless_allowed() {
     let (g1, g2, g3) = (g(1), g(2), g(3));
     let (a3, c3) = ("model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors");
     let two = index(&[("a", A), ("b", B)]);
-    // Files, dangling links, expected words of the error, and the number of tensors in the files.
+    // Each case has files, dangling links, texts that the error contains, and the number of
+    // tensors in the files.
     let cases: [(Vec<(&str, Vec<u8>)>, &[(&str, &str)], &[&str], usize); 14] = [
         (vec![(a3, st(&[("a", 1)])), (c3, st(&[("c", 1)]))], &[], &["1 is missing", "model-00002-of-00003.safetensors"], 2),
         (vec![(A, st(&[("a", 1)]))], &[], &["1 is missing", B], 1),
@@ -100,12 +101,12 @@ async fn parts_of_a_split_gguf_model_are_checked() {
         keys.push(("other", value));
         keys
     };
-    // Parts in order, and the expected text: words of the error, `note: ` and words of a note, or
-    // nothing if the model is complete.
+    // Each case has the parts in order and an expected text: a part of the error, or `note: ` and
+    // a part of a note. The text is empty if the model loads without either.
     let cases: Vec<(Vec<Vec<u8>>, &str)> = vec![
         (vec![part(0, 2, 2, &[("a", 1)]), part(1, 2, 2, &[("b", 1)])], ""),
-        // Models whose first part has no tensors, with equal, differing and missing counts, and a
-        // model without any tensors.
+        // Models whose first part has no tensors, with equal, differing and missing tensor counts,
+        // and a model without any tensors.
         (vec![part(0, 2, 1, &[]), part(1, 2, 1, &[("b", 1)])], ""),
         (
             vec![part(0, 2, 1, &[]), part(1, 2, 2, &[("b", 1)])],
@@ -156,7 +157,7 @@ async fn parts_of_a_split_gguf_model_are_checked() {
                             assert!(notes.contains(noted.unwrap_or_default()), "{says:?}: {notes}");
                             assert_eq!(notes.contains("split.tensors.count"), noted.is_some(), "{says:?}: {notes}");
                         }
-                        // The model has no tensors, so the pattern matches none.
+                        // The model has no tensors, so the pattern matches nothing.
                         Err(Error::NoSuchTensor(_)) if options != loader.load_options() => {}
                         Err(error) => assert!(!says.is_empty() && error.to_string().contains(says), "{says:?}: {error}"),
                     }
@@ -168,7 +169,7 @@ async fn parts_of_a_split_gguf_model_are_checked() {
     }
 }
 
-/// The name of the containing file says nothing about the model in it.
+/// A model that is embedded in another file is not judged by the name of that file.
 #[tokio::test]
 async fn model_embedded_in_a_file_must_be_whole() {
     let folder = folder();
@@ -232,7 +233,8 @@ async fn unusually_numbered_part_is_never_loaded_as_a_whole_model() {
             let (error, _) = load_refusing_and_allowing_missing(&loader, folder.path()).await;
             assert!(matches!(error.unwrap_err(), Error::Incomplete { .. }));
         }
-        // A file whose metadata mentions no other parts is loaded, with a note about its name.
+        // A file whose metadata mentions no other parts is loaded, and the report has a note about
+        // its name.
         write_files(folder.path(), &[(first.as_str(), gguf(&[], &[("a", 1)]))]);
         for loader in loaders() {
             for path in [folder.path().to_owned(), at(&first)] {
@@ -328,7 +330,7 @@ async fn names_of_a_series_are_recognized_in_any_form() {
             assert!(matches!(error, Error::Incomplete { loadable: 1, .. }), "{name}: {error}");
         }
     }
-    // Names that only resemble those of a series.
+    // These names only resemble those of a series.
     for name in ["v2-of-3.safetensors", "one-of-2.safetensors", "model-3-of-2.safetensors", "lora1-of-many.safetensors"] {
         let folder = folder();
         write_files(folder.path(), &[(name, st(&[("a", 1)]))]);

@@ -39,7 +39,7 @@ async fn caller_threads_never_close_files() {
 
 #[tokio::test]
 async fn files_are_closed_after_a_shutdown_amid_reads() {
-    // The server is slow, so the ring thread still holds the files when the workers are out of
+    // The server is slow, so the ring thread still has the files open when the workers run out of
     // jobs.
     let Some(mounted) = Mounted::new(Manners::AnswersLate) else { return };
     for route in ROUTES {

@@ -1,4 +1,4 @@
-//! The FUSE file system of these tests, and overlays over it.
+//! The FUSE file system that these tests mount, and overlays on top of it.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -23,7 +23,7 @@ const MODEL: INodeNo = INodeNo(2);
 /// length after a short answer.
 const UNCACHED: Duration = Duration::ZERO;
 /// With this lifetime, the kernel caches attributes for a minute. sshfs and network file systems
-/// allow it to cache attributes, too.
+/// also allow it to cache attributes.
 const CACHED: Duration = Duration::from_mins(1);
 
 /// How the server misbehaves.
@@ -33,7 +33,7 @@ pub(crate) enum Manners {
     RefusesDirect,
     /// Returns at most this many bytes per read.
     AnswersShort(usize),
-    /// Returns no bytes from this offset on, although the stated length is larger.
+    /// Returns no bytes from this offset on, although the length it reports is larger.
     EndsAt(usize),
     /// Fails reads that extend past this offset with EIO.
     FailsAt(usize),
@@ -43,24 +43,24 @@ pub(crate) enum Manners {
     NeverAnswersAfterSilence,
     /// Fails `statfs`, which would identify the file system.
     RefusesStatfs,
-    /// Returns at most this many bytes per read, always past the page cache, so the kernel does
-    /// not shorten the file.
+    /// Returns at most this many bytes per read, and always bypasses the page cache, so the kernel
+    /// does not shorten the file.
     AnswersShortPastTheCache(usize),
     /// Lets the kernel cache attributes, and rewrites the file when a read extends past this
     /// offset.
     IsRewrittenAt(usize),
     /// Does not answer requests for attributes once the file has been read from.
     NeverSendsAttributes,
-    /// Takes 20 ms per read, one read at a time.
+    /// Takes 20 ms for each read, and handles one read at a time.
     AnswersLate,
-    /// Takes this long per read and answers others meanwhile, as a distant server does.
+    /// Takes this long for each read, but handles reads concurrently, as a distant server does.
     AnswersFromAfar(Duration),
-    /// Lets the kernel keep the file's cached pages when it is opened again. A rewrite does not
-    /// change the modification time.
+    /// Lets the kernel keep the file's cached pages when the file is opened again. A rewrite does
+    /// not change the modification time.
     KeepsCache,
-    /// States a length of 0, as for files that are generated while they are read.
+    /// Reports a length of 0, as procfs does for files that it generates while they are read.
     HasNoLength,
-    /// States this length, although the file has more bytes.
+    /// Reports this length, although the file has more bytes.
     StatesLength(usize),
 }
 
@@ -117,7 +117,7 @@ impl Model {
         }
     }
 
-    /// How long the kernel may cache attributes.
+    /// Returns how long the kernel may cache attributes.
     pub(crate) fn time_to_live(&self) -> &Duration {
         if matches!(self.manners, Manners::IsRewrittenAt(_) | Manners::NeverSendsAttributes) { &CACHED } else { &UNCACHED }
     }
@@ -277,7 +277,7 @@ impl Mounted {
     }
 }
 
-/// A real overlayfs over another file system.
+/// An overlayfs on top of another file system.
 pub(crate) struct Overlay {
     pub(crate) path: PathBuf,
     pub(crate) folder: tempfile::TempDir,

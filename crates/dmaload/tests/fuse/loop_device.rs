@@ -1,4 +1,4 @@
-//! A local file system on a loop device whose backing file is on FUSE.
+//! Tests a local file system on a loop device whose backing file is on FUSE.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -57,7 +57,8 @@ impl LoopMounted {
 
 impl Drop for LoopMounted {
     fn drop(&mut self) {
-        // Detach first: the device disappears with its last user, the mount or a hanging read.
+        // Detach first. The device then disappears as soon as its last user, which is the mount or
+        // a hanging read, is gone.
         let detached = Command::new("losetup").args(["-d", &self.device]).status();
         self.server = None;
         let unmounted = Command::new("umount").arg("-l").arg(self.folder.path()).status();
@@ -66,7 +67,7 @@ impl Drop for LoopMounted {
     }
 }
 
-/// Attaches a loop device to a file; returns the device's path.
+/// Attaches a loop device to a file and returns the device's path.
 fn attach(file: &Path) -> Result<String, String> {
     let output = Command::new("losetup").args(["--find", "--show", "--read-only"]).arg(file).output();
     let output = output.map_err(|error| format!("losetup: {error}"))?;

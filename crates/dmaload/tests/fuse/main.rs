@@ -1,6 +1,7 @@
-//! Loads from FUSE file systems that misbehave in known ways. The real kernel mounts them, some
-//! below an overlayfs. Their servers refuse direct reads, return short or empty reads, fail, are
-//! slow, do not answer, state a wrong length, or rewrite the file while its attributes are cached.
+//! Tests loads from FUSE file systems that misbehave in known ways. The file systems are really
+//! mounted, some of them below an overlayfs. Their servers refuse direct reads, return short or
+//! empty reads, fail, are slow, do not answer, report a wrong length, or rewrite the file while
+//! its attributes are cached.
 //!
 //! Mounting needs root and `/dev/fuse`; without them, these tests report that they are skipped.
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
@@ -28,7 +29,7 @@ use file_system::{Manners, Model, Mounted, Overlay};
 
 const SEGMENT: usize = 2 << 20;
 const BYTES: usize = 4 * SEGMENT + 777;
-/// Routes that bypass the page cache. The page cache would take a short answer for the end of the
+/// Routes that bypass the page cache. The page cache would treat a short answer as the end of the
 /// file, and pad the page with zeros.
 const DIRECT_ROUTES: [Route; 4] = [Route::UringFixedDirect, Route::UringDirect, Route::PreadDirect, Route::Bounce];
 
@@ -40,8 +41,8 @@ fn loader() -> LoaderBuilder {
     Loader::builder().load_options(options())
 }
 
-/// A loader whose window and staging are so small that two hanging loads would use them up if the
-/// loads of one file system were not limited to a share.
+/// Builds a loader with a small window and little staging. Two hanging loads would use them up if
+/// the loads from one file system were not limited to a share of them.
 fn small_loader(route: Route) -> Loader {
     loader()
         .load_options(options().route(route).chunk_bytes(256 << 10))
@@ -116,7 +117,7 @@ async fn assert_read_by_threads(path: &Path, bytes: &[u8], attempt: Attempt, err
     }
 }
 
-/// Four threads are enough for a disk, but they would mostly wait for a distant server.
+/// Four threads are enough to read from a disk, but with a distant server they would mostly wait.
 #[tokio::test]
 async fn more_threads_read_from_a_distant_server() {
     const CHUNK: u64 = 128 << 10;
@@ -135,21 +136,21 @@ async fn more_threads_read_from_a_distant_server() {
         let most = most();
         assert!((16..=32).contains(&most), "{most} reads at once");
     }
-    // Two loads of one file system get at most 48 of the 64 threads that read.
+    // Two loads from one file system together get at most 48 of the 64 reading threads.
     let (one, other) = tokio::join!(loader.load(&mounted.path), loader.load(&mounted.path));
     for image in [one, other] {
-        assert_same(&image.unwrap().files()[0].bytes().unwrap(), &mounted.bytes, "a load with another one running");
+        assert_same(&image.unwrap().files()[0].bytes().unwrap(), &mounted.bytes, "one of two concurrent loads");
     }
     let most = most();
     assert!(most <= 48, "{most} reads at once");
     loader.shutdown().await.unwrap();
 }
 
-/// The bytes missing from a short answer are requested again, from the block in which the answer
-/// ended.
+/// The bytes that are missing from a short answer are requested again, starting with the block in
+/// which the answer ended.
 #[tokio::test]
 async fn short_answers_load_the_same_bytes() {
-    // Multiples of the block size, and other lengths.
+    // The first two are multiples of the block size; the others are not.
     for most in [4096, 12_288, 100_001, 65_535] {
         let Some(mounted) = Mounted::new(Manners::AnswersShort(most)) else { return };
         for route in DIRECT_ROUTES {
@@ -195,7 +196,7 @@ async fn read_error_names_the_file_and_the_offset() {
 }
 
 /// Lazily pulled container images are mounted this way. Threads read them, because after a short
-/// answer of the FUSE server a ring could return the same bytes twice.
+/// answer from the FUSE server a ring could return the same bytes twice.
 #[tokio::test]
 async fn overlay_over_fuse_loads_the_same_bytes_by_every_route() {
     for most in [100_001, 65_535, 12_288] {

@@ -1,4 +1,4 @@
-//! Servers that do not answer, each in its own process.
+//! Tests for servers that do not answer. Each server runs in its own process.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -17,9 +17,9 @@ pub(crate) struct SilentServer {
     pub(crate) served: ServedFolder,
 }
 
-/// The environment variable with the server's [`Manners`].
+/// Tells the server process its [`Manners`].
 const MANNERS: &str = "DMALOAD_TEST_MANNERS";
-/// The environment variable with the path of the file whose bytes are served.
+/// Tells the server process which file's bytes to serve.
 const CONTENT: &str = "DMALOAD_TEST_CONTENT";
 
 impl SilentServer {
@@ -27,7 +27,7 @@ impl SilentServer {
         SilentServer::start_with(&[(MANNERS, format!("{manners:?}").as_ref())])
     }
 
-    /// Serves the bytes of the file `content`.
+    /// Starts a server that serves the bytes of the file `content`.
     pub(crate) fn serving(content: &Path, manners: Manners) -> Self {
         SilentServer::start_with(&[(MANNERS, format!("{manners:?}").as_ref()), (CONTENT, content.as_os_str())])
     }
@@ -39,7 +39,7 @@ impl SilentServer {
 }
 
 #[test]
-#[ignore = "not a test: the server process of other tests"]
+#[ignore = "not a test: other tests run it as their server process"]
 fn the_silent_server() {
     let Some(folder) = folder_to_serve() else { return };
     let wanted = std::env::var(MANNERS).unwrap();
@@ -53,7 +53,8 @@ fn the_silent_server() {
 }
 
 /// A read that was sent to a server cannot be cancelled, and keeps the reading process from
-/// exiting. The server runs in another process because it would otherwise keep itself alive.
+/// exiting. The server runs in another process, because a server in the reading process would keep
+/// itself alive.
 #[tokio::test]
 async fn shutdown_with_a_silent_server_ends_and_reports_leaks() {
     if !may_mount() {
@@ -82,16 +83,17 @@ async fn shutdown_with_a_silent_server_ends_and_reports_leaks() {
         assert_eq!(leaked.threads, 4, "{route}: {leaked}");
         let staged = if route == Route::Bounce { 4 * (2 << 20) } else { 0 };
         // Pieces are read in the order in which they were allocated, so the last piece of the
-        // file, of one block, can be among the four.
+        // file, which has only one block, can be among the four.
         let expected = [4 * SEGMENT, 3 * SEGMENT + 4096].map(|bytes| (bytes + staged) as u64);
         assert!(expected.contains(&leaked.bytes), "{route}: {leaked}");
-        let ended = tokio::time::timeout(Duration::from_secs(5), load.finish()).await.expect("the load must end with its loader");
+        let ended =
+            tokio::time::timeout(Duration::from_secs(5), load.finish()).await.expect("a load ends when its loader shuts down");
         assert!(matches!(ended, Err(Error::ShutDown)), "{route}: {ended:?}");
     }
 }
 
-/// Loads of a silent file system together hold only that file system's share of the window, the
-/// queue, staging and threads.
+/// All loads from a silent file system together use no more than that file system's share of the
+/// window, the queue, staging and threads.
 #[tokio::test]
 async fn silent_file_system_does_not_stop_other_file_systems() {
     let Some(answering) = Mounted::new(Manners::AnswersShort(BYTES)) else { return };
@@ -116,7 +118,7 @@ async fn silent_file_system_does_not_stop_other_file_systems() {
     }
 }
 
-/// Each file system has one share, however many of its loads wait for a silent server.
+/// A file system has a single share, no matter how many loads from it wait for a silent server.
 #[tokio::test]
 async fn many_silent_loads_do_not_stop_other_file_systems() {
     if !may_mount() {
@@ -163,8 +165,8 @@ async fn many_silent_loads_do_not_stop_other_file_systems() {
     }
 }
 
-/// Silent loads occupy every place among the open loads. After 5 to 10 s without data, they no
-/// longer count.
+/// Silent loads use up `max_open_loads`. After 5 to 10 s without data, they no longer count as
+/// open while another load waits.
 #[tokio::test]
 async fn silent_loads_do_not_keep_all_open_load_places() {
     if !may_mount() {
@@ -177,9 +179,9 @@ async fn silent_loads_do_not_keep_all_open_load_places() {
     let loader = loader().max_open_loads(20).shutdown_timeout(Duration::from_millis(300)).build().unwrap();
     let silent: Vec<_> = (0..20).map(|_| loader.load(&server.path).start()).collect();
     let ended = tokio::time::timeout(Duration::from_secs(40), loader.load(&plain)).await;
-    let image = ended.expect("the load waits for a place").unwrap();
-    assert_same(&image.files()[0].bytes().unwrap(), &bytes, "a load with silent loads");
-    // Dropped loads with reads in flight do not keep places either.
+    let image = ended.expect("silent loads do not count as open").unwrap();
+    assert_same(&image.files()[0].bytes().unwrap(), &bytes, "a load next to silent loads");
+    // Dropped loads with reads in flight do not count as open, either.
     drop(silent);
     let ended = tokio::time::timeout(Duration::from_secs(40), loader.load(&plain)).await;
     assert_same(&ended.unwrap().unwrap().files()[0].bytes().unwrap(), &bytes, "a load after silent loads were dropped");
@@ -204,18 +206,18 @@ async fn dropped_silent_load_cancels_reads_that_have_not_started() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    // Wait until as many of the file's 33 reads are in flight as one load may have: about 32,
-    // because it leaves one to other loads of its file system.
+    // Wait until the load has as many of the file's 33 reads in flight as it may have. That is
+    // about 32, because it leaves one to other loads from its file system.
     wait_for(30..=33).await;
     drop(load);
     // Only the reads of the four reading threads remain.
     wait_for(1..=4).await;
     let leaked = loader.shutdown().await.unwrap_err();
     assert_eq!(leaked.threads, 4, "{leaked}");
-    assert!(leaked.bytes <= SEGMENT as u64, "more is leaked than the piece of the four reads: {leaked}");
+    assert!(leaked.bytes <= SEGMENT as u64, "only the piece that the four reads belong to is leaked: {leaked}");
 }
 
-/// The last check of a file requests its attributes from the server, which can block a worker
+/// The final check of a file requests its attributes from the server. This can block a worker
 /// indefinitely.
 #[tokio::test]
 async fn server_silent_about_attributes_holds_one_worker() {

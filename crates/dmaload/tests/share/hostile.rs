@@ -1,4 +1,4 @@
-//! Hostile clients, which try to make the server and other clients wait.
+//! Tests for hostile clients, which try to make the server and other clients wait.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -78,21 +78,21 @@ impl Hostility {
     }
 }
 
-/// The kernel allows a user other than root as many descriptors in flight as the sending process
-/// may open. The server does not run as root and may open 128 descriptors, so 128 can be in flight
-/// to all its clients together.
+/// A user other than root can have as many descriptors in flight as the sending process may open.
+/// The server does not run as root and may open 128 descriptors, so at most 128 can be in flight
+/// to all of its clients together.
 #[test]
 fn hostile_clients_do_not_stall_other_users() {
     if !is_root() {
         return;
     }
     let (folder, alice) = (open_folder(), fresh_user());
-    // The image has eleven descriptors with its description, so twelve clients that hoard them
-    // would exceed the kernel's limit.
+    // A client receives eleven descriptors: ten for the image's memory and one for its
+    // description. Twelve clients that hoard them would exceed the kernel's limit.
     let bytes = random_bytes(10 << 21, 3);
     let model = file(folder.path(), "model.bin", &bytes);
     let mut wrong = Vec::new();
-    // The last hostile user is the server's own.
+    // The last hostile user is the one that runs the server.
     for hostile in [MALLORY, STRANGER, alice] {
         for hostility in HOSTILITIES.into_iter().chain([Hostility::AllOfThem]) {
             let socket = folder.path().join(format!("socket{hostile}{hostility:?}"));
@@ -119,33 +119,33 @@ fn hostile_clients_do_not_stall_other_users() {
                     slowest = slowest.max(started.elapsed());
                     match attached {
                         Ok(attached) => assert_eq!(attached.image.files()[0].len(), bytes.len() as u64),
-                        Err(error) => wrong.push(format!("{hostility:?} of {hostile}: {error}")),
+                        Err(error) => wrong.push(format!("{hostility:?} by user {hostile}: {error}")),
                     }
                 }
             }
-            println!("{hostility:?} of {hostile}: {} kept, the slowest honest client took {slowest:?}", kept.len());
+            println!("{hostility:?} by user {hostile}: {} kept, the slowest honest client took {slowest:?}", kept.len());
             if slowest > Duration::from_secs(1) {
-                wrong.push(format!("{hostility:?} of {hostile}: the slowest took {slowest:?}"));
+                wrong.push(format!("{hostility:?} by user {hostile}: the slowest took {slowest:?}"));
             }
             let during = serving.descriptors();
-            // A process that may open 128 descriptors accepts at most 64 connections (half of
-            // them), and 16 more (an eighth) of users who may not attach. Four further descriptors
-            // are tolerated.
+            // A server that may open 128 descriptors accepts at most 64 connections (a half) from
+            // users who may attach, and 16 more (an eighth) from users who may not. The test
+            // tolerates four more descriptors.
             if during > before + 64 + 16 + 4 {
-                wrong.push(format!("{hostility:?} of {hostile}: {during} descriptors, {before} before"));
+                wrong.push(format!("{hostility:?} by user {hostile}: {during} descriptors, {before} before"));
             }
-            // Once the hostile clients close, all descriptors are released, and their user is
-            // served if it may attach.
+            // Once the hostile clients have closed their connections, the server closes all of its
+            // descriptors for them, and serves their user if that user may attach.
             for client in kept {
-                // The threads of slow readers hold clones of their connections, so shut those
-                // down.
+                // The threads of slow readers hold clones of their connections, so dropping
+                // `client` would not close these.
                 let _ = shutdown(&client, Shutdown::Both);
             }
             let deadline = Instant::now() + Duration::from_secs(10);
             while serving.descriptors() > before {
                 assert!(
                     Instant::now() < deadline,
-                    "{hostility:?} of {hostile}: {} descriptors, {before} before",
+                    "{hostility:?} by user {hostile}: {} descriptors, {before} before",
                     serving.descriptors()
                 );
                 std::thread::sleep(Duration::from_millis(5));
@@ -156,25 +156,25 @@ fn hostile_clients_do_not_stall_other_users() {
             let ended = serving.end();
             let served: usize = ended.split(' ').nth(1).unwrap().parse().unwrap();
             if served < rounds {
-                wrong.push(format!("{hostility:?} of {hostile}: {ended}"));
+                wrong.push(format!("{hostility:?} by user {hostile}: {ended}"));
             }
         }
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
-/// The server bounds the descriptors in flight to each user, and the number of the user's clients
-/// that they are sent to (the receivers).
+/// The server limits how many descriptors are in flight to each user. It also limits the user's
+/// receivers, which are the clients that these descriptors were sent to.
 #[test]
 fn descriptors_in_flight_to_one_user_are_bounded() {
     if !is_root() {
         return;
     }
     let (folder, alice) = (open_folder(), fresh_user());
-    // Cases: the number of segments, the number of allowed users, and MALLORY's maximum numbers of
-    // receivers and of descriptors in flight. The allowed users and the server's own share 64
-    // descriptors in flight (half of 128) and 16 receivers (an eighth). No user has more than four
-    // receivers.
+    // Each case has the number of segments, the number of users who may attach, and MALLORY's
+    // limits on receivers and on descriptors in flight. The allowed users and the server's own
+    // user share 64 descriptors in flight (half of 128) and 16 receivers (an eighth). No user has
+    // more than four receivers.
     for (segments, users, receivers, descriptors) in [(1, 2, 4, 8), (10, 2, 2, 21), (10, 7, 1, 8), (10, 63, 1, 1)] {
         let model = file(folder.path(), "model.bin", &random_bytes(segments << 21, 3));
         let socket = folder.path().join(format!("socket{segments}{users}"));
@@ -229,8 +229,8 @@ fn many_hostile_users_do_not_stall_others() {
     }
 }
 
-/// The server disconnects clients that stop responding after about five seconds. A client that has
-/// to wait gets an error in the same time.
+/// If a client stops responding, the server disconnects it after about five seconds. A client that
+/// the server cannot serve for that long gets an error.
 #[test]
 fn clients_that_stop_responding_are_disconnected_in_time() {
     if !is_root() {
@@ -240,8 +240,8 @@ fn clients_that_stop_responding_are_disconnected_in_time() {
     let model = file(folder.path(), "model.bin", &random_bytes(10 << 21, 3));
     let socket = folder.path().join("socket");
     let variables = vec![("DMALOAD_TEST_MODEL", model.to_string_lossy().into_owned()), ("DMALOAD_TEST_NOFILE", "128".to_owned())];
-    // Seven users and the server's own share 64 descriptors in flight, so each can have eight of
-    // the image's eleven.
+    // Seven users and the server's own user share 64 descriptors in flight, so each can have eight
+    // of the image's eleven.
     let named = [BOB, MALLORY, STRANGER, 5000, 5001, 5002, 5003];
     let (_serving, first) =
         Serving::start(&Role { name: "the_server", user: alice, map: None, named: &named, variables }, &socket);
@@ -255,8 +255,8 @@ fn clients_that_stop_responding_are_disconnected_in_time() {
             assert!(in_time(started), "{:?}", started.elapsed());
         });
         scope.spawn(|| {
-            // This client has all descriptors that its user may have in flight, so other clients
-            // of the user wait.
+            // This client holds all the descriptors that its user may have in flight, so other
+            // clients of that user wait.
             let hoard = as_user(MALLORY, || Hostility::NeverReceives.connect(&socket, 0)).unwrap();
             std::thread::sleep(Duration::from_millis(100));
             let started = Instant::now();
@@ -267,8 +267,8 @@ fn clients_that_stop_responding_are_disconnected_in_time() {
             as_user(MALLORY, || attach_blocking(&socket, &default_options().trust_user(alice))).unwrap();
         });
         scope.spawn(|| {
-            // The client receives the first message after six seconds, and never gets a second
-            // one.
+            // This client receives its first message only after six seconds, and never gets a
+            // second one.
             let slow = as_user(STRANGER, || Hostility::NeverReceives.connect(&socket, 0)).unwrap();
             std::thread::sleep(Duration::from_secs(6));
             assert_eq!(recv(&slow, &mut [0; 64][..], RecvFlags::empty()).unwrap().0, 24);

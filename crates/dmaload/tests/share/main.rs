@@ -1,5 +1,6 @@
-//! One process loads, and others map the same memory. Most clients run in this process. Clients
-//! that are killed, run as other users, or need their own address space are other processes.
+//! Tests for shared images: one process loads a model, and others map the same memory. Most
+//! clients run in the test's process. Clients that are killed, run as other users, or need their
+//! own address space run in other processes.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(clippy::print_stdout, reason = "measurements are printed")]
 
@@ -45,7 +46,8 @@ async fn load(paths: &[&Path]) -> Image {
     loader.load(Source::paths(paths.iter().copied())).await.unwrap()
 }
 
-/// Loads a model and starts a server that shares it; returns the image, the socket and the server.
+/// Loads a model and starts a server that shares it. Returns the image, the server's socket, and
+/// the server.
 async fn serve_model(folder: &Path) -> (Image, PathBuf, Server) {
     let image = load(&[&write_model(folder)]).await;
     let socket = folder.join("socket");
@@ -161,7 +163,7 @@ async fn stale_socket_is_replaced_and_other_files_stay() {
     let socket = folder.path().join("socket");
     // The socket of another program is kept while the program listens, and replaced afterwards.
     let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
-    assert!(Server::bind(&socket, ServerOptions::default()).is_err(), "another program listens on the socket");
+    assert!(Server::bind(&socket, ServerOptions::default()).is_err(), "the socket of a running program is not replaced");
     drop(listener);
     drop(Server::bind(&socket, ServerOptions::default()).unwrap());
     let raw = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
@@ -181,7 +183,6 @@ fn connect_to(socket: &Path) -> OwnedFd {
     own
 }
 
-/// Counts this process's descriptors.
 fn count_descriptors() -> usize {
     fs::read_dir("/proc/self/fd").unwrap().count()
 }
@@ -198,7 +199,7 @@ fn spawn_client(socket: &Path) -> Child {
 }
 
 #[test]
-#[ignore = "not a test: the client process of other tests"]
+#[ignore = "not a test: other tests run it as their client process"]
 fn the_client() {
     let Some(socket) = std::env::var_os("DMALOAD_TEST_SOCKET") else { return };
     let options = parse_users("DMALOAD_TEST_TRUST").fold(AttachOptions::default(), AttachOptions::trust_user);
@@ -222,7 +223,7 @@ fn parse_users(variable: &str) -> impl Iterator<Item = u32> {
 }
 
 #[test]
-#[ignore = "not a test: the server process of other tests"]
+#[ignore = "not a test: other tests run it as their server process"]
 fn the_server() {
     let Some(socket) = std::env::var_os("DMALOAD_TEST_SOCKET") else { return };
     if let Ok(limit) = std::env::var("DMALOAD_TEST_NOFILE") {
@@ -245,7 +246,8 @@ fn the_server() {
     server.publish("model", image).unwrap();
     println!("ready {:o}", umask(Mode::empty()).as_raw_mode());
     let _ = std::io::stdin().read_to_end(&mut Vec::new());
-    // A client has its image before the server counts it, so the last one may not be counted yet.
+    // A client can have its image before the server has counted the client, so wait until the last
+    // client is counted.
     let expected: u64 = std::env::var("DMALOAD_TEST_SERVED").map_or(0, |count| count.parse().unwrap());
     let deadline = std::time::Instant::now() + Duration::from_secs(10);
     while server.served().0 < expected && std::time::Instant::now() < deadline {
@@ -295,7 +297,8 @@ async fn processes_share_memory_even_if_others_are_killed() {
         // The client mapped the same memory, not a copy.
         assert!(text.contains(&memfds), "{text} {memfds}");
     }
-    // Printed, not asserted: the number covers the whole machine, other tests included.
+    // This number is only printed, because it includes memory that other processes on this machine
+    // use.
     let taken = most.saturating_sub(before) >> 20;
     println!("ten processes attached to {mib} MiB: {taken} MiB of shared memory in all");
     let deadline = Instant::now() + Duration::from_secs(10);
@@ -305,9 +308,9 @@ async fn processes_share_memory_even_if_others_are_killed() {
     }
 }
 
-/// Descriptors in flight count against a limit of the server's user. The server therefore sends
-/// descriptors to few clients of one user at a time; if these clients do not receive them, others
-/// of that user wait.
+/// Descriptors in flight count against a limit on the server's user. The server therefore sends
+/// descriptors to only a few clients of one user at a time. If these clients do not receive the
+/// descriptors, other clients of that user wait.
 #[tokio::test]
 async fn hoarding_clients_delay_others_only_until_they_leave() {
     let folder = folder();
@@ -320,7 +323,8 @@ async fn hoarding_clients_delay_others_only_until_they_leave() {
             client
         })
         .collect();
-    // Other clients of that user wait until these close; clients of other users would not.
+    // Other clients of this user wait until these clients close their connections. Clients of
+    // other users would not have to wait.
     let waiting = tokio::time::timeout(Duration::from_millis(300), attach(&socket, default_options())).await;
     assert!(waiting.is_err(), "the user already has as many receivers as allowed");
     drop(hoards);
@@ -361,7 +365,7 @@ async fn client_waits_for_the_first_image() {
         assert_same_image(&image, &client.join().unwrap().unwrap().image);
     }
     assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
-    // A client gives up if no image is published.
+    // A client fails if no image is published within 5 s.
     drop(server);
     let _server = Server::bind(&socket, ServerOptions::default()).unwrap();
     let started = Instant::now();

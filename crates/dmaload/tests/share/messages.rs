@@ -1,4 +1,4 @@
-//! Malformed messages from clients, and malformed or false messages from servers.
+//! Tests for malformed messages from clients, and for malformed or false messages from servers.
 
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
@@ -51,7 +51,8 @@ async fn malformed_messages_and_silent_clients_do_no_harm() {
     }
 }
 
-/// A lying server sends descriptors of the wrong kind, and descriptions that do not match them.
+/// A lying server sends descriptors of the wrong kind, or descriptions that do not match the
+/// descriptors.
 #[tokio::test]
 async fn lying_server_cannot_cause_out_of_bounds_access() {
     let folder = folder();
@@ -102,8 +103,8 @@ async fn lying_server_cannot_cause_out_of_bounds_access() {
             Some("an allocation is not a dma-buf"),
         ),
         (vec![huge()], Some("the image's description is 314572800 bytes long")),
-        // A segment larger than its memory, and a segment that leaves the end of its memory
-        // unused, which would be a gap in the span.
+        // A segment that is larger than its memory, and a segment that does not use the end of its
+        // memory, which would leave a gap in the loaded range.
         (vec![description(&describe("[[0,0,0,0,12288,0,12288]]", 1)), two_pages(true)], Some("don't fit their memory")),
         (
             vec![
@@ -192,7 +193,8 @@ fn messages_of_a_lying_server_are_refused() {
     }
 }
 
-/// A server that closes with the request unread resets the connection; its answer still counts.
+/// If a server closes the connection without having read the request, the kernel resets the
+/// connection. The client still receives an answer that the server sent before.
 #[test]
 fn answer_of_a_server_that_does_not_read_is_received() {
     let folder = folder();

@@ -20,7 +20,7 @@ pub(crate) fn is_root() -> bool {
     root
 }
 
-/// Runs `task` as another user, on a new thread: on Linux each thread has its own user id.
+/// Runs `task` as another user, on a new thread, because on Linux each thread has its own user ID.
 pub(crate) fn as_user<T: Send>(user: u32, task: impl FnOnce() -> T + Send) -> T {
     std::thread::scope(|scope| {
         let body = || {
@@ -32,7 +32,7 @@ pub(crate) fn as_user<T: Send>(user: u32, task: impl FnOnce() -> T + Send) -> T 
     })
 }
 
-/// A folder that every user can use.
+/// Creates a folder that every user can use.
 pub(crate) fn open_folder() -> tempfile::TempDir {
     let folder = folder();
     fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o777)).unwrap();
@@ -43,8 +43,8 @@ pub(crate) fn open_folder() -> tempfile::TempDir {
 pub(crate) struct Role<'a> {
     pub(crate) name: &'a str,
     pub(crate) user: u32,
-    /// The uid map of a new user namespace; `None` to stay in the current one. An empty map maps
-    /// no user.
+    /// The uid map of a new user namespace, or `None` if the process stays in the current
+    /// namespace. An empty map maps no user.
     pub(crate) map: Option<&'a str>,
     /// Users that the server allows, or that the client trusts.
     pub(crate) named: &'a [u32],
@@ -83,7 +83,7 @@ impl Role<'_> {
         child
     }
 
-    /// Runs the process; returns the last digest or error that it prints.
+    /// Runs the process and returns the last line with a digest or an error that it prints.
     pub(crate) fn outcome(&self, socket: &Path) -> String {
         let output = self.start(socket).wait_with_output().unwrap();
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -92,7 +92,7 @@ impl Role<'_> {
     }
 }
 
-/// A server process, which ends on drop.
+/// A server process, which is stopped on drop.
 pub(crate) struct Serving {
     pub(crate) child: Child,
     pub(crate) lines: std::io::Lines<BufReader<std::process::ChildStdout>>,
@@ -110,7 +110,7 @@ impl Serving {
         fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
     }
 
-    /// Ends the server; returns its last line, which has the numbers of served and refused
+    /// Stops the server and returns its last line, which has the numbers of served and refused
     /// clients.
     pub(crate) fn end(mut self) -> String {
         drop(self.child.stdin.take());
@@ -127,8 +127,8 @@ impl Drop for Serving {
     }
 }
 
-/// Returns a user that no other test uses, because all servers of one user share its limit of
-/// descriptors in flight.
+/// Returns a user that no other test uses, because all servers that a user runs share that user's
+/// limit on descriptors in flight.
 pub(crate) fn fresh_user() -> u32 {
     static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
     100_000 + 16 * std::process::id() + COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed)

@@ -25,7 +25,7 @@ async fn other_users_are_refused_unless_they_are_allowed() {
     let folder = folder();
     let path = write_model(folder.path());
     let image = load(&[&path]).await;
-    // Sockets are in a folder that other users can enter.
+    // The sockets are in a folder that other users can enter.
     let place = tempfile::tempdir().unwrap();
     fs::set_permissions(place.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let run_as = |user: u32, socket: &Path| {
@@ -76,8 +76,8 @@ fn clients_trust_their_own_user_and_those_they_name() {
     let expected = format!("digest {}", hex(&Sha256::digest(fs::read(&model).unwrap())));
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     let image = runtime.block_on(load(&[&model]));
-    // The server's user, the client's user, the client's uid map, the users that the client
-    // trusts, and whether it attaches or which user its error names.
+    // Each case has the server's user, the client's user, the client's uid map, the users that the
+    // client trusts, and the result: either the client attaches, or its error names this user.
     type Case<'a> = (u32, u32, Option<&'a str>, &'a [u32], Result<(), u32>);
     let cases: &[Case<'_>] = &[
         (ALICE, ALICE, None, &[], Ok(())),
@@ -136,9 +136,10 @@ fn servers_serve_their_own_user_and_those_they_allow() {
     }
     let folder = open_folder();
     let model = file(folder.path(), "model.bin", &random_bytes(5_000_000, 3));
-    // The server's user, its uid map, the users it allows, the client's user, and whether the
-    // client attaches or as which user it is refused. With any allowed user (here 9), all users
-    // can connect to the socket, so the server itself refuses those it does not allow.
+    // Each case has the server's user, the server's uid map, the users that the server allows, the
+    // client's user, and the result: either the client attaches, or it is refused as this user. A
+    // server that allows any user (here user 9) has a socket that all users can connect to, so the
+    // server itself refuses the users that it does not allow.
     type Case<'a> = (u32, Option<&'a str>, &'a [u32], u32, Result<(), u32>);
     let cases: &[Case<'_>] = &[
         (ALICE, None, &[9], ALICE, Ok(())),
@@ -231,8 +232,8 @@ fn servers_and_clients_work_without_procfs() {
     }
 }
 
-/// The folder's owner replaces each file that appears in it with a link to a file of root, as fast
-/// as possible.
+/// The owner of a folder replaces each file that appears in it with a link to a file that belongs
+/// to root, as fast as possible.
 #[test]
 fn folder_owner_cannot_redirect_a_server_run_by_root() {
     if !is_root() {
