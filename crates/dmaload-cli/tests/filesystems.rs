@@ -33,7 +33,7 @@ fn create_files(folder: &Path) -> Vec<PathBuf> {
 }
 
 /// Words in the reason given for the fallback of a file that io_uring does not read.
-const BY_THREADS: &str = "by io_uring from a file system";
+const BY_THREADS: &str = "with io_uring from a file system";
 
 /// Loads each cached file with the default options. A load copies the file from the page cache
 /// only if every change to cached bytes also changes the file's modification time, which

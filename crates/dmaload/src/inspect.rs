@@ -1,8 +1,8 @@
-//! Inspects files without loading them: reads little more than their headers, through the page
+//! Inspects files without loading them. Little more than their headers is read, through the page
 //! cache.
 //!
-//! A file's server may never answer, so each call of an async function reads on its own thread,
-//! which exits when it is done. No runtime is needed.
+//! A file's server may never answer, so each call of an async function here starts a thread for
+//! its reads. The thread exits when the reads are done. No async runtime is needed.
 
 use std::path::{Path, PathBuf};
 use std::{io, thread};
@@ -21,7 +21,7 @@ use crate::options::load::LoadOptions;
 use crate::plan::select::Selector;
 use crate::support::foreign;
 
-/// The header and length of a file. Returned by [`inspect`], [`inspect_model`] and
+/// A file's header and length. Returned by [`inspect`], [`inspect_model`] and
 /// [`inspect_load_blocking`].
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
@@ -35,7 +35,7 @@ pub struct Inspected {
     pub tensors: Option<TensorMap>,
 }
 
-/// Reads only a file's header and, on file systems that may state a wrong length, the bytes that
+/// Reads only a file's header and, on file systems that may report a wrong length, the bytes that
 /// show where the file ends.
 ///
 /// ```no_run
@@ -53,12 +53,12 @@ pub struct Inspected {
 ///
 /// # Cancel safety
 /// Reading begins when the future is first polled. Dropping the future only discards the result;
-/// the thread exits when its read completes. While a server does not answer, each call occupies
-/// one thread.
+/// the thread exits when its read completes. Each call occupies one thread for as long as the
+/// file's server does not answer.
 ///
 /// # Errors
-/// If the file can't be opened or read, its header is invalid, its file system states a wrong
-/// length, or no thread can be started.
+/// Fails if the file can't be opened or read, its header is invalid, its file system reports a
+/// wrong length, or no thread can be started.
 pub async fn inspect(path: impl AsRef<Path>, format: Format) -> Result<Inspected> {
     on_thread(path.as_ref(), move |path| inspect_blocking(path, format)).await
 }
@@ -67,7 +67,7 @@ pub async fn inspect(path: impl AsRef<Path>, format: Format) -> Result<Inspected
 /// forever if the file's server never answers.
 ///
 /// # Errors
-/// Those of [`inspect`].
+/// The same as for [`inspect`].
 pub fn inspect_blocking(path: impl AsRef<Path>, format: Format) -> Result<Inspected> {
     let path = path.as_ref();
     let file = OpenFile::open(path)?;
@@ -76,17 +76,17 @@ pub fn inspect_blocking(path: impl AsRef<Path>, format: Format) -> Result<Inspec
     Ok(Inspected { path: path.to_owned(), file_bytes: file.identity.bytes, tensors })
 }
 
-/// Inspects all files of a model as [`inspect`] does: those of a folder or an index, or all parts
-/// of a split GGUF model. Any other path is a model of one file. A tensor that exists in two files
-/// is listed only for the file that the index maps it to.
+/// Inspects all files of a model as [`inspect`] does: the files in a folder, the files that an
+/// index lists, or all parts of a split GGUF model. Any other file is a model by itself. A tensor
+/// that exists in two files is listed only for the file that the index maps it to.
 ///
 /// Like [`inspect`], does not block the caller and is cancel-safe. One thread reads all files.
 /// Synchronous callers use [`inspect_model_blocking`].
 ///
 /// # Errors
-/// Those of [`inspect`] for each file. Also if the path leads to no model, files are missing, two
-/// files contain a tensor of the same name and no index decides between them, or the files
-/// contradict the index or each other.
+/// The same as for [`inspect`], for each file. Also fails if there is no model at the path, if
+/// files are missing, if two files contain a tensor with the same name and no index decides
+/// between them, or if the files contradict the index or each other.
 pub async fn inspect_model(path: impl AsRef<Path>, format: Format) -> Result<Vec<Inspected>> {
     on_thread(path.as_ref(), move |path| inspect_model_blocking(path, format)).await
 }
@@ -95,7 +95,7 @@ pub async fn inspect_model(path: impl AsRef<Path>, format: Format) -> Result<Vec
 /// take: forever if a file's server never answers.
 ///
 /// # Errors
-/// Those of [`inspect_model`].
+/// The same as for [`inspect_model`].
 pub fn inspect_model_blocking(path: impl AsRef<Path>, format: Format) -> Result<Vec<Inspected>> {
     let choice = Choice { format, allow_missing: false, as_one_file: false, selector: None };
     inspect_all(&[Input::Path(path.as_ref().to_owned())], choice)
@@ -104,11 +104,12 @@ pub fn inspect_model_blocking(path: impl AsRef<Path>, format: Format) -> Result<
 /// Inspects the files that a load of these paths with these options would read. Adapters use this
 /// function to learn a model's tensors before its load delivers them.
 ///
-/// Paths have the same meaning as for [`Loader::load`](crate::Loader::load). These options matter:
-/// [`LoadOptions::format`], [`LoadOptions::allow_missing`], [`LoadOptions::as_one_file`], and
-/// [`LoadOptions::tensors`] or [`LoadOptions::tensor_names`], which limit the list to the selected
-/// tensors. [`LoadOptions::range`] and [`LoadOptions::shard`] are only checked: whole tensors are
-/// listed. Files of different paths may have tensors of the same name.
+/// Paths have the same meaning as for [`Loader::load`](crate::Loader::load). The following options
+/// matter: [`LoadOptions::format`], [`LoadOptions::allow_missing`], [`LoadOptions::as_one_file`],
+/// and [`LoadOptions::tensors`] or [`LoadOptions::tensor_names`], which limit the list to the
+/// selected tensors. [`LoadOptions::range`] and [`LoadOptions::shard`] are checked for validity,
+/// but whole tensors are listed. Files from different paths may contain tensors with the same
+/// name.
 ///
 /// Blocks the caller's thread until the reads complete, which is forever if a file's server never
 /// answers.
@@ -123,8 +124,8 @@ pub fn inspect_model_blocking(path: impl AsRef<Path>, format: Format) -> Result<
 /// ```
 ///
 /// # Errors
-/// Those of [`inspect_model`], and [`Error::Config`] for an invalid selection. A pattern that
-/// matches no tensor is not an error here, unlike in a load.
+/// The same as for [`inspect_model`], and [`Error::Config`] if the selection is invalid. A pattern
+/// that matches no tensor is not an error here, unlike in a load.
 pub fn inspect_load_blocking<P: Into<PathBuf>>(
     paths: impl IntoIterator<Item = P>,
     options: &LoadOptions,
@@ -153,7 +154,8 @@ fn inspect_all(inputs: &[Input], choice: Choice<'_>) -> Result<Vec<Inspected>> {
     Ok(files)
 }
 
-/// The name of the reading threads: 15 bytes, the most that the kernel keeps.
+/// The name of the threads that read. It has 15 bytes, the maximum length of a thread's name in
+/// Linux.
 const THREAD: &str = "dmaload-inspect";
 
 /// Runs `read` on a new thread and waits for the result without blocking.
@@ -163,7 +165,8 @@ async fn on_thread<T: Send + 'static>(path: &Path, read: impl FnOnce(&Path) -> R
     let panicked = |message: String| Error::Panicked { code: format!("the thread {THREAD}"), message };
     let body = move || {
         let result = foreign::call(|| read(&own)).unwrap_or_else(|message| Err(panicked(message)));
-        // Sending wakes the caller's task. If the caller is gone, the result is discarded.
+        // Sending wakes the caller's task. If the caller has dropped its future, the result is
+        // discarded.
         foreign::emit(|| drop(sender.send(result)));
     };
     let no_thread = |error: io::Error| Error::File {
@@ -172,7 +175,7 @@ async fn on_thread<T: Send + 'static>(path: &Path, read: impl FnOnce(&Path) -> R
         errno: Errno::from_io_error(&error).unwrap_or(Errno::EAGAIN),
     };
     thread::Builder::new().name(THREAD.to_owned()).spawn(body).map_err(no_thread)?;
-    receiver.await.unwrap_or_else(|_| Err(panicked("it ended without a result".to_owned())))
+    receiver.await.unwrap_or_else(|_| Err(panicked("it exited without a result".to_owned())))
 }
 
 #[cfg(test)]

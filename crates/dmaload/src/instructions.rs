@@ -1,11 +1,12 @@
-//! Measures how much work the pure parts do: parsing a header of 200,000 tensors, planning a load,
-//! taking permits of the window, and using slots. A benchmark rather than a test:
+//! Measures how much work the code without system calls does: parsing a header with 200,000
+//! tensors, planning a load, taking permits from the window, and using slots. This is a benchmark
+//! rather than a test:
 //!
 //! ```text
 //! cargo test --release -p dmaload --lib instructions::bench -- --ignored --exact --nocapture
 //! ```
 //!
-//! Prints times, and instruction counts where valgrind is installed: callgrind's counts don't
+//! Prints times and, if valgrind is installed, instruction counts from callgrind, which don't
 //! depend on how busy the machine is.
 #![allow(clippy::print_stdout, reason = "prints its measurements")]
 #![allow(clippy::unwrap_used, reason = "a failure here should fail the benchmark")]
@@ -26,9 +27,9 @@ use crate::ring::Slots;
 const ROUNDS: usize = 9;
 const TENSORS: usize = 200_000;
 const MANY: usize = 1_000_000;
-/// The environment variable with the case that a child process of this benchmark runs.
+/// Tells a child process of this benchmark which case to run.
 const CASE: &str = "DMALOAD_INSTRUCTIONS_CASE";
-/// The environment variable with the number of times that the child process runs it.
+/// Tells the child process how many times to run the case.
 const TIMES: &str = "DMALOAD_INSTRUCTIONS_TIMES";
 
 struct Case {
@@ -39,8 +40,8 @@ struct Case {
     work: Box<dyn Fn()>,
 }
 
-/// A header as typical model writers lay it out: layer after layer, offsets without gaps. Returns
-/// it with the length of its file.
+/// Builds a header like those of typical models, with one layer after another and no gaps between
+/// tensors. Returns the header and the length of its file.
 fn header(tensors: usize) -> (String, u64) {
     const TENSOR_BYTES: usize = 8192;
     let mut header = String::from("{\"__metadata__\":{\"format\":\"pt\"}");
@@ -58,7 +59,8 @@ fn header(tensors: usize) -> (String, u64) {
     (header, file_bytes as u64)
 }
 
-/// Plans files of these lengths with the default sizes. Returns the number of pieces.
+/// Plans a load of files with these lengths, with the default sizes of segments and batches.
+/// Returns the number of pieces.
 fn plan(lengths: &[u64]) -> usize {
     let (segment_bytes, batch_bytes) = (64 << 20, 16 << 20);
     let shape = Shape { layout: Layout::Segmented, segment_bytes, batch_bytes, packed: true, batch_files: 64 };
@@ -66,7 +68,8 @@ fn plan(lengths: &[u64]) -> usize {
     Plan::new(&vec![4096; lengths.len()], &spans, shape).pieces.len()
 }
 
-/// Takes and returns permits, with eight outstanding at a time. Returns how many were granted.
+/// Takes permits from a window and gives them back, with eight outstanding at a time. Returns how
+/// many were granted.
 fn window(permits: usize) -> usize {
     const PERMIT_BYTES: u64 = 16 << 20;
     let mut window = Window::new(12 * PERMIT_BYTES, PERMIT_BYTES);
@@ -114,8 +117,8 @@ fn cases() -> Vec<Case> {
     ]
 }
 
-/// Counts the instructions of a process that runs this case `times` times; `None` without
-/// valgrind.
+/// Counts the instructions of a process that runs this case `times` times. Returns `None` if
+/// valgrind is not installed.
 fn instructions(case: &Case, times: u32) -> Option<u64> {
     let mut valgrind = Command::new("valgrind");
     valgrind.args(["--tool=callgrind", "--callgrind-out-file=/dev/null"]).arg(env::current_exe().unwrap());

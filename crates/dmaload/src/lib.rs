@@ -10,9 +10,9 @@
 //!                                                     Image ◄── Load (a Stream) ◄───┘
 //! ```
 //!
-//! The plan is made before anything but headers is read. One thread owns everything in flight.
-//! Other threads allocate memory ahead of it, and a window between them bounds the bytes that are
-//! allocated but not yet filled. Segments can be used while the rest is being read.
+//! A load is planned before anything but headers is read. One thread owns everything in flight.
+//! Other threads allocate memory ahead of that thread, and a window between them bounds the bytes
+//! that are allocated but not yet filled. Segments can be used while the rest is being read.
 //!
 //! ```no_run
 //! # async fn example() -> dmaload::Result<()> {
@@ -37,7 +37,7 @@
 //! | stream a model, even one larger than memory | [`Segments`] or [`Tensors`] |
 //! | read only the headers | [`inspect()`], [`inspect_model`] |
 //! | get dma-bufs | [`LoaderBuilder::dma_buf`], [`Segment::hand_out_dma_buf`] |
-//! | use memory of your own | [`heap`] |
+//! | allocate from your own heap | [`heap`] |
 //! | share loaded memory with other processes | [`share`] |
 //! | verify checksums while bytes are read | the module `verify` (feature `verify`) |
 //! | decide what to do about an error | [`Error::kind`] |
@@ -51,8 +51,8 @@
 //!
 //! # Requirements
 //!
-//! Linux only. io_uring, `O_DIRECT` and huge pages are used where available. Where the kernel
-//! refuses one, the load continues without it and the report says so, unless the caller required
+//! Linux only. io_uring, `O_DIRECT` and huge pages are used where available. If the kernel refuses
+//! one of them, the load continues without it and the report says so, unless the caller required
 //! it ([`LoadOptions::strict`], [`heap::Pages::Huge`]).
 
 #[cfg(not(target_os = "linux"))]

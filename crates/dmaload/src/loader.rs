@@ -1,4 +1,4 @@
-//! The loader, which a service creates once and shares.
+//! The loader, which a service creates once and shares among its tasks.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,8 +13,8 @@ use crate::memory::heap::{Heap, HeapChoice};
 use crate::options::load::LoadOptions;
 use crate::telemetry::metrics::Metrics;
 
-/// Loads files. Cheap to clone and shared by every task of a service: all loads use one memory
-/// window, one ring and a few threads.
+/// Loads files. A loader is cheap to clone, and all tasks of a service should share one: its loads
+/// share one memory window, one ring and a few threads.
 ///
 /// After the last clone and the last load are dropped, the threads drain the reads in flight and
 /// exit. (The thread that frees segments stays until the last segment is dropped.) Dropping does
@@ -42,7 +42,7 @@ impl Loader {
     /// Creates a loader with the default settings.
     ///
     /// # Errors
-    /// Those of [`LoaderBuilder::build`].
+    /// The same as for [`LoaderBuilder::build`].
     pub fn new() -> Result<Self> {
         Loader::builder().build()
     }
@@ -57,17 +57,18 @@ impl Loader {
     /// it. The load uses the loader's options unless [`LoadRequest::options`] sets others.
     ///
     /// Nothing happens until the request is consumed. Consuming it does not block: files are
-    /// opened and read on the loader's threads, and all errors come from the load.
+    /// opened and read on the loader's threads, and the load returns all errors.
     pub fn load(&self, source: impl Into<Source>) -> LoadRequest {
         LoadRequest::new(&self.guard, source.into())
     }
 
-    /// The options of loads that don't set their own, as a starting point for one load's options.
+    /// Returns the options of loads that don't set their own. Use them as a starting point for the
+    /// options of one load.
     pub fn load_options(&self) -> LoadOptions {
         self.guard.settings().load.clone()
     }
 
-    /// The heap that allocates segments.
+    /// Returns the heap that allocates segments.
     pub fn heap(&self) -> &dyn Heap {
         self.guard.heap()
     }
@@ -78,24 +79,25 @@ impl Loader {
         self.guard.trim_pool(keep_bytes)
     }
 
-    /// What the loader has done so far and what it holds now.
+    /// Returns what the loader has done so far and what it holds now.
     pub fn metrics(&self) -> Metrics {
         self.guard.metrics()
     }
 
-    /// Bytes of memory that segments occupy now: being filled, held by consumers, waiting to be
-    /// freed, or kept in the pool. This is what [`LoaderBuilder::memory_limit_bytes`] limits.
+    /// Returns how many bytes of memory segments occupy now, whether they are being filled, held
+    /// by consumers, waiting to be freed, or kept in the pool. This is what
+    /// [`LoaderBuilder::memory_limit_bytes`] limits.
     pub fn memory_bytes(&self) -> u64 {
         self.guard.memory_bytes()
     }
 
-    /// Bytes of memory that the pool keeps now.
+    /// Returns how many bytes of memory the pool keeps now.
     pub fn pooled_bytes(&self) -> u64 {
         self.guard.pooled_bytes()
     }
 
-    /// Shuts down: unfinished loads fail with [`crate::Error::ShutDown`], reads in flight are
-    /// drained, and the threads exit.
+    /// Shuts down the loader: unfinished loads fail with [`crate::Error::ShutDown`], reads in
+    /// flight are drained, and the threads exit.
     ///
     /// Other clones stay valid, but every load on them fails. Shutdown begins with the call;
     /// dropping the future does not stop it.
@@ -103,8 +105,8 @@ impl Loader {
     /// # Errors
     /// [`Leaked`] if reads are still in flight at the deadline
     /// ([`LoaderBuilder::shutdown_timeout`]), in which case the memory they may write to is never
-    /// freed. Also if a thread has not exited shortly after the deadline. If no thread can be
-    /// started to wait, the deadline passes at once.
+    /// freed. Also [`Leaked`] if a thread has not exited shortly after the deadline. A new thread
+    /// waits for the deadline; if it can't be started, the deadline passes at once.
     pub fn shutdown(self) -> impl Future<Output = Result<(), Leaked>> + Send + 'static {
         self.guard.shutdown()
     }
@@ -112,13 +114,14 @@ impl Loader {
 
 /// Configures a [`Loader`]. Created by [`Loader::builder`].
 ///
-/// Worst-case memory that is allocated but not filled is window + staging, over all loads: with
-/// the defaults, 128 MiB ([`Self::window_bytes`]) plus 16 to 72 MiB ([`Self::staging_bytes`]). On
-/// a dma-heap, [`Layout::Single`](crate::Layout::Single) adds the files that are being loaded,
-/// because each of them is allocated at once.
+/// In the worst case, the memory that is allocated but not filled is window + staging, over all
+/// loads. With the defaults, that is 128 MiB ([`Self::window_bytes`]) plus 16 to 72 MiB
+/// ([`Self::staging_bytes`]). On a dma-heap, [`Layout::Single`](crate::Layout::Single) adds the
+/// size of the files that are being loaded, because the memory for each file is allocated at once.
 ///
-/// Filled memory belongs to the consumers of the loads. [`Self::memory_limit_bytes`] limits it (by
-/// default, nothing does), and [`Self::pool_bytes`] keeps it for later loads (none by default).
+/// Filled memory belongs to the consumers of the loads. [`Self::memory_limit_bytes`] limits it; by
+/// default, there is no limit. [`Self::pool_bytes`] keeps dropped memory for later loads; by
+/// default, none is kept.
 ///
 /// - A larger window lets more loads run at full speed side by side. The size of a segment must
 ///   not exceed the window.
@@ -140,12 +143,12 @@ pub struct LoaderBuilder {
 impl LoaderBuilder {
     /// The default of [`Self::window_bytes`].
     pub const WINDOW_BYTES: u64 = settings::WINDOW_BYTES;
-    /// The default of [`Self::queue_depth`]. A load that runs alone may use 32 of these reads:
+    /// The default of [`Self::queue_depth`]. A load that runs alone may have 32 reads in flight:
     /// 64 MiB with the default chunk size.
     pub const QUEUE_DEPTH: usize = settings::QUEUE_DEPTH;
-    /// The initial amount of staging. A load that runs alone may use 12 MiB of it; the rest is
-    /// left to loads from other file systems. Staging grows by 4 MiB for each copier thread after
-    /// the first two: see [`Self::staging_bytes`].
+    /// The default amount of staging that a loader starts with. A load that runs alone may use 12
+    /// MiB of it; the rest is left to loads from other file systems. Staging grows by 4 MiB for
+    /// each copier thread after the first two: see [`Self::staging_bytes`].
     pub const STAGING_BYTES: u64 = settings::STAGING_BYTES;
 
     /// Sets the heap that allocates segments. Default: [`HeapChoice::Auto`].
@@ -161,44 +164,46 @@ impl LoaderBuilder {
         self
     }
 
-    /// Maximum bytes that may be allocated but not yet filled, over all loads; at least one
-    /// segment. A single load takes at most three quarters of the window if at least four pieces
-    /// fit into it. A piece has up to 16 MiB, or on a dma-heap all of a segment. Default:
-    /// [`Self::WINDOW_BYTES`], 128 MiB.
+    /// Sets the maximum number of bytes that may be allocated but not yet filled, over all loads;
+    /// at least one segment. If at least four pieces fit into the window, a single load uses at
+    /// most three quarters of it. A piece has up to 16 MiB, or on a dma-heap the size of a
+    /// segment. Default: [`Self::WINDOW_BYTES`], 128 MiB.
     pub fn window_bytes(mut self, bytes: u64) -> Self {
         self.settings.window_bytes = bytes;
         self
     }
 
-    /// Maximum reads in flight over all loads, from 1 to 4096. A single load uses at most three
-    /// quarters of them if there are at least four. Default: [`Self::QUEUE_DEPTH`], 44.
+    /// Sets the maximum number of reads in flight over all loads, from 1 to 4096. If the maximum
+    /// is at least four, a single load uses at most three quarters of it. Default:
+    /// [`Self::QUEUE_DEPTH`], 44.
     pub fn queue_depth(mut self, reads: usize) -> Self {
         self.settings.queue_depth = reads;
         self
     }
 
-    /// Maximum memory for the staging buffers of [`Route::Bounce`](crate::Route::Bounce), from
-    /// 2 MiB to 1 GiB. It is allocated as loads need it, and kept. A single load uses at most
-    /// three quarters of staging if it has 8 MiB or more, otherwise all of it. Default:
-    /// [`Self::STAGING_BYTES`], 16 MiB, plus 4 MiB for each copier thread after the first two: up
-    /// to 72 MiB on a machine with 16 or more CPUs, and 16 MiB on one with at most two. An
-    /// explicit size stays fixed.
+    /// Sets the maximum amount of memory for the staging buffers of
+    /// [`Route::Bounce`](crate::Route::Bounce), from 2 MiB to 1 GiB. It is allocated as loads need
+    /// it, and kept. If staging has 8 MiB or more, a single load uses at most three quarters of
+    /// it. Default: [`Self::STAGING_BYTES`], 16 MiB, plus 4 MiB for each copier thread after the
+    /// first two: up to 72 MiB on a machine with 16 or more CPUs, and 16 MiB on one with at most
+    /// two. An explicit size stays fixed.
     ///
-    /// The number of copier threads follows measurements: when all are busy almost all the time,
-    /// another is tried, and kept if copying gets faster with it, up to one for each CPU and at
-    /// most 16.
+    /// The loader starts with two copier threads and adjusts their number. When all of them are
+    /// busy almost all the time, it tries another one and keeps it if copying gets faster, up to
+    /// one for each CPU and at most 16.
     pub fn staging_bytes(mut self, bytes: u64) -> Self {
         self.settings.staging_is_chosen = true;
         self.settings.staging_bytes = bytes;
         self
     }
 
-    /// Maximum memory of dropped segments to keep for later loads. Reusing it skips allocating,
-    /// zeroing and populating, which is most of the work on small pages.
+    /// Sets the maximum number of bytes from dropped segments to keep for later loads. Reusing
+    /// memory skips allocating, zeroing and populating it, which is most of the work on small
+    /// pages.
     ///
-    /// Memory is reused for allocations of exactly the same size: for most segments of any model
-    /// if the segment size is the same, and for the last segment of a file only if the lengths
-    /// match. Only complete segments that were never handed out are kept, and none on dma-heaps.
+    /// Memory is reused for allocations of exactly the same size. With the same segment size,
+    /// these are most segments of any model, but the last segment of a file only if the lengths
+    /// match. Only complete segments that were never handed out are kept. On dma-heaps, none are.
     ///
     /// When memory runs short, an allocation frees pooled memory before it fails. Where the kernel
     /// reports memory pressure (PSI), the whole pool is freed as soon as processes have to wait
@@ -208,20 +213,21 @@ impl LoaderBuilder {
         self
     }
 
-    /// Maximum memory that segments may occupy, over all loads: those being filled, those that
-    /// consumers still hold, and what the pool keeps. A consumer that drops segments after use can
-    /// stream a model larger than the limit.
+    /// Sets the maximum number of bytes that segments may occupy, over all loads: segments that
+    /// are being filled, segments that consumers still hold, and what the pool keeps. A consumer
+    /// that drops segments after use can stream a model larger than the limit.
     ///
-    /// A load begins when its memory is free. A stream needs room for its largest segment, and for
-    /// all segments of its largest tensor if these fit into the limit. An image (also by
-    /// [`LoadRequest::start`]) needs room for all of its segments. Until then, loads wait in
-    /// arrival order within their priority. A load that could never begin fails with
-    /// [`crate::Error::OverLimit`].
+    /// A load begins when there is room for its memory. A stream needs room for its largest
+    /// segment, and for all segments of its largest tensor if these fit into the limit. An image
+    /// needs room for all of its segments, and so does a load begun by [`LoadRequest::start`].
+    /// Until then, loads wait in arrival order within their priority. A load that could never
+    /// begin fails with [`crate::Error::OverLimit`].
     ///
-    /// The images from one file system together reserve at most three quarters of the limit (or
-    /// one image that needs more, alone), so a server that does not answer leaves room for loads
-    /// from others. A consumer that keeps its segments holds up its own load and loads that have
-    /// not begun, but no other.
+    /// The images from one file system together reserve at most three quarters of the limit, so
+    /// that a server that does not answer leaves room for loads from other file systems. An image
+    /// that needs more than that begins only while no other image from its file system occupies or
+    /// reserves memory. A consumer that keeps its segments holds up its own load and loads that
+    /// have not begun, but no other loads.
     ///
     /// Segments without an explicit size are small enough for as many loads as may be open at once
     /// ([`Self::max_open_loads`]): with the default, a 64th of the limit, but at least 2 MiB.
@@ -237,10 +243,10 @@ impl LoaderBuilder {
         self
     }
 
-    /// Number of threads that open files and allocate memory; at least one. Default: two, or one
-    /// on a machine with one CPU. When all are busy almost all the time, another is tried, and
-    /// kept if memory is allocated faster with it, up to one for each CPU and at most eight. An
-    /// explicit number stays fixed.
+    /// Sets the number of threads that open files and allocate memory; at least one. Default:
+    /// initially two, or one on a machine with one CPU. When all of them are busy almost all the
+    /// time, the loader tries another one and keeps it if memory is allocated faster, up to one
+    /// for each CPU and at most eight. An explicit number stays fixed.
     ///
     /// If a thread waits more than a second for a file whose server does not answer, another
     /// thread takes its place. At most 64 threads are replaced in this way at the same time.
@@ -250,23 +256,23 @@ impl LoaderBuilder {
         self
     }
 
-    /// Maximum loads that have files open at once; others wait in arrival order. At least one. A
-    /// load does not count while the opening of its files waits for a server that does not answer.
-    /// Nor do up to 64 loads from file systems that have delivered nothing for 5 to 10 s while
-    /// others wait. Default: 64.
+    /// Sets the maximum number of loads that have files open at once; at least one. Further loads
+    /// wait in arrival order. The limit does not apply to a load while opening its files waits for
+    /// a server that does not answer. Nor does it apply to up to 64 loads from file systems that
+    /// have delivered nothing for 5 to 10 s while other loads wait. Default: 64.
     pub fn max_open_loads(mut self, loads: usize) -> Self {
         self.settings.max_open_loads = loads.max(1);
         self
     }
 
-    /// How long [`Loader::shutdown`] waits for reads in flight before leaking their memory.
+    /// Sets how long [`Loader::shutdown`] waits for reads in flight before leaking their memory.
     /// Default: 10 s.
     pub fn shutdown_timeout(mut self, timeout: Duration) -> Self {
         self.settings.shutdown_timeout = timeout;
         self
     }
 
-    /// Sets the options of loads without their own ([`LoadRequest::options`]). Default:
+    /// Sets the options of loads that don't set their own with [`LoadRequest::options`]. Default:
     /// [`LoadOptions::new`].
     pub fn load_options(mut self, options: LoadOptions) -> Self {
         self.settings.load = options;
@@ -278,8 +284,8 @@ impl LoaderBuilder {
     /// # Errors
     /// [`crate::Error::Config`] for invalid settings; [`crate::Error::Start`] if a thread or
     /// descriptor can't be created; [`crate::Error::NoDmaBuf`] if dma-bufs are required but not
-    /// available; [`crate::Error::Panicked`] if the heap panics. A refusal of io_uring is not an
-    /// error: loads step down to the next route and report it.
+    /// available; [`crate::Error::Panicked`] if the heap panics. If the kernel refuses io_uring,
+    /// that is not an error: loads step down to the next route and report it.
     pub fn build(self) -> Result<Loader> {
         let (heap, reason) = match self.heap {
             Some(heap) if self.dma_buf && !heap.exports() => {
@@ -305,8 +311,8 @@ mod tests {
     use crate::ring::can_read_buffered;
     use crate::route::{Attempt, Route};
 
-    /// A file long enough to be measured, where each MiB begins with its number, counted from 1.
-    /// It pretends to be on NFS.
+    /// Creates a file that is long enough for its load to be measured and that pretends to be on
+    /// NFS. Each MiB begins with its number, counted from 1.
     fn file_on_nfs() -> tempfile::NamedTempFile {
         use std::os::unix::fs::{FileExt, MetadataExt};
         let file = tempfile::NamedTempFile::new().unwrap();
@@ -331,7 +337,7 @@ mod tests {
             return;
         }
         let file = file_on_nfs();
-        // File systems without direct reads (tmpfs before Linux 6.6) leave nothing to choose from.
+        // Without direct reads (as on tmpfs before Linux 6.6), there is nothing to choose from.
         let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::DIRECT;
         if rustix::fs::open(file.path(), flags, rustix::fs::Mode::empty()).is_err() {
             return;
@@ -340,10 +346,9 @@ mod tests {
         let image = loader.load(file.path()).await.unwrap();
         assert!(has_its_bytes(&image));
         let report = image.report();
-        let measured = report.measured.expect("512 MiB are enough");
+        let measured = report.measured.expect("a load of 512 MiB is measured");
         assert!(measured.buffered_bytes_per_second.is_some(), "{measured:?}");
-        // Reading some of the file through the page cache was a choice, and is not reported as a
-        // step down.
+        // The load chose to read through the page cache, so that is not reported as a step down.
         assert_eq!((report.route, report.cached_bytes), (Route::UringBuffered, 0));
         let steps: Vec<_> = report.fallbacks.iter().map(|step| (step.to, step.attempt)).collect();
         assert_eq!(steps, [(Route::PreadDirect, Attempt::RingOnOther)]);
@@ -351,7 +356,7 @@ mod tests {
         let strict = loader.load_options().strict(true);
         let refused = loader.load(file.path()).options(strict.clone()).await.unwrap_err();
         assert!(matches!(refused, Error::Refused { attempt: Attempt::RingOnOther, .. }), "{refused}");
-        // This load requests direct reads by threads, so it must not measure other ways.
+        // This load requests direct reads on threads, so it must not measure other ways.
         let image = loader.load(file.path()).options(strict.clone().route(Route::PreadDirect)).await.unwrap();
         assert_eq!((image.report().route, image.report().measured), (Route::PreadDirect, None));
         let image = loader.load(file.path()).options(strict.route(Route::UringBuffered)).await.unwrap();

@@ -1,9 +1,9 @@
-//! Finds out what this machine offers a load, for tools that diagnose problems, such as
-//! `dmaload doctor`.
+//! Finds out which features that loads use are available on this machine. This is for tools that
+//! diagnose problems, such as `dmaload doctor`.
 //!
-//! Each function tries or measures what a load would, in the same way, and leaves nothing behind.
-//! None compares versions or looks for causes: that is left to the caller, who knows about sysctls
-//! and containers.
+//! Each function tries or measures something in the same way as a load would, and leaves nothing
+//! behind. The functions don't compare versions or look for causes: that is left to the caller,
+//! who knows about sysctls and containers.
 
 use std::path::Path;
 
@@ -25,7 +25,7 @@ use crate::route::{Attempt, Route, is_refusal};
 use crate::support::convert::to_usize;
 use crate::support::errno;
 
-/// Tries the features of io_uring that a load uses.
+/// Tries the io_uring features that a load uses.
 pub fn io_uring() -> IoUring {
     crate::ring::probe::probe().unwrap_or_else(|errno| IoUring::refused(errno::from_rustix(errno)))
 }
@@ -37,40 +37,42 @@ pub struct File {
     pub bytes: u64,
     /// The alignment that direct reads need.
     pub alignment_bytes: u64,
-    /// The result of opening it with `O_DIRECT`.
+    /// The result of opening the file with `O_DIRECT`.
     pub open_direct: Result<(), Errno>,
-    /// The result of reading its first block: with `O_DIRECT` if opening it that way succeeded,
-    /// otherwise through the page cache. The value is the number of bytes read.
+    /// The result of reading the first block: the number of bytes read, or the error. The read
+    /// uses `O_DIRECT` if opening the file that way succeeded, and otherwise the page cache.
     pub first_read: Result<u64, Errno>,
-    /// Why a load does not read the file directly by io_uring, but with threads:
-    /// [`Attempt::RingOnFuse`] or the like, with the errno that a load reports
-    /// ([`Attempt::hint`]). `None` if io_uring may read it.
+    /// Why a load reads the file with threads rather than directly with io_uring: an attempt such
+    /// as [`Attempt::RingOnFuse`], and the errno that a load reports (see [`Attempt::hint`]).
+    /// `None` if io_uring may read the file.
     pub ring_refused: Option<(Attempt, Errno)>,
-    /// Whether io_uring may nevertheless read it through the page cache. A load that measures its
-    /// ways of reading then tries this one, too ([`crate::Way::Buffered`]), unless it is strict.
+    /// Whether io_uring may read the file through the page cache even though it may not read it
+    /// directly. If so, a load that measures which way of reading is fastest also measures this
+    /// one ([`crate::Way::Buffered`]), unless the load is strict.
     pub buffered_by_ring: bool,
-    /// Whether direct reads are copies from memory (tmpfs, DAX): a load then reads with threads
-    /// ([`Route::PreadDirect`]), which are faster than io_uring there.
+    /// Whether direct reads are copies from memory (tmpfs, DAX). If so, a load reads with threads
+    /// ([`Route::PreadDirect`]), which are faster than io_uring for such files.
     pub in_memory: bool,
 }
 
 /// The size in bytes of the smallest load that measures which way of reading is fastest. Loads
-/// with a [`crate::LoadOptions::route`] or [`crate::Prefer::Cpu`] never measure.
+/// that set [`crate::LoadOptions::route`] or [`crate::Prefer::Cpu`] never measure.
 pub const MEASURED_BYTES_MIN: u64 = ways::MEASURED_BYTES_MIN;
 
-/// The size in bytes of the largest usual piece, the unit in which a load registers and fills
+/// The usual maximum size in bytes of a piece, the unit in which a load registers and fills
 /// memory. Pieces are larger if the heap allocates whole segments at once, and in loads of several
 /// TiB.
 pub const PIECE_BYTES_MAX: u64 = BATCH_BYTES;
 
 impl File {
-    /// Why a load would read the file through the page cache ([`Route::Buffered`]); `None` if
-    /// direct reads work.
+    /// Returns why a load would read the file through the page cache ([`Route::Buffered`]), or
+    /// `None` if direct reads work.
     pub fn direct_refused(&self) -> Option<Errno> {
         self.open_direct.err().or(self.first_read.err().filter(|&errno| is_refusal(errno)))
     }
 
-    /// Why a load of the file would fail on every route; `None` if the file can be read.
+    /// Returns why a load of the file would fail on every route, or `None` if the file can be
+    /// read.
     pub fn unreadable(&self) -> Option<Errno> {
         self.first_read.err().filter(|&errno| self.open_direct.is_err() || !is_refusal(errno))
     }
@@ -80,13 +82,13 @@ impl File {
 ///
 /// # Errors
 /// [`crate::Error::File`] if it can't be opened; [`crate::Error::NotAFile`] if it is not a regular
-/// file; [`crate::Error::NoLength`] if it has contents although its stated length is 0, and
+/// file; [`crate::Error::NoLength`] if it has contents even though its reported length is 0;
 /// [`crate::Error::Read`] if that can't be determined.
 pub fn file(path: impl AsRef<Path>) -> Result<File> {
     let file = OpenFile::open(path.as_ref())?;
     let block = to_usize(file.alignment_bytes);
     let open_direct = file.direct_refused().map_or(Ok(()), |errno| Err(errno::from_rustix(errno)));
-    // An area of two blocks always contains an aligned one.
+    // A buffer of two blocks always contains an aligned block.
     let mut memory = vec![0; 2 * block];
     let start = memory.as_ptr().align_offset(block);
     let block = &mut memory[start..start + block];
@@ -110,12 +112,12 @@ pub fn file(path: impl AsRef<Path>) -> Result<File> {
     })
 }
 
-/// How many bytes of an open file are in the page cache, in whole pages, according to
+/// Returns how many bytes of an open file are in the page cache, in whole pages, according to
 /// `cachestat(2)`.
 ///
 /// # Errors
-/// ENOSYS before Linux 6.5; EPERM, on newer kernels, for a file that the caller neither owns nor
-/// may write to; EOPNOTSUPP for files without such a page cache.
+/// ENOSYS before Linux 6.5. On newer kernels, EPERM if the caller neither owns the file nor may
+/// write to it. EOPNOTSUPP for files that have no such page cache.
 pub fn cached_bytes(file: impl AsFd) -> Result<u64, Errno> {
     crate::files::residency::cached_bytes(file).map_err(errno::from_rustix)
 }
@@ -125,11 +127,12 @@ pub fn cached_bytes(file: impl AsFd) -> Result<u64, Errno> {
 pub struct MemoryAvailable {
     /// The number of bytes.
     pub bytes: u64,
-    /// What sets the limit: the machine, or one of this process's memory cgroups.
+    /// What sets the limit: the machine's memory, or one of this process's memory cgroups.
     pub limit: String,
 }
 
-/// How much a load may allocate now; `None` if that is unknown (no procfs).
+/// Returns how much a load may allocate now, or `None` if that is unknown because there is no
+/// procfs.
 pub fn memory_available() -> Option<MemoryAvailable> {
     headroom().map(|headroom| MemoryAvailable { bytes: headroom.available_bytes, limit: headroom.limit })
 }
@@ -148,7 +151,7 @@ mod tests {
             assert_eq!(found.register.is_ok(), found.registrable_bytes == REGISTER_BYTES_MAX as u64, "{found:?}");
             assert!(found.registrable_bytes.is_multiple_of(REGISTER_BYTES_MIN as u64), "{found:?}");
         }
-        // Nothing stays registered: a second probe finds the same.
+        // Nothing stays registered, so a second probe has the same result.
         assert_eq!(io_uring(), found);
     }
 

@@ -1,4 +1,4 @@
-//! The routes by which bytes get from storage into a segment, and their order.
+//! The routes through which bytes get from storage into a segment, and their order.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,8 +7,8 @@ use dmabuf::Errno;
 
 use crate::support::names;
 
-/// A way for bytes to get into a segment. The variants are in order, best first. A load starts at
-/// the requested route (see [`crate::LoadOptions::route`] for the default) and steps down when the
+/// How bytes get into a segment. The variants are in order, best first. A load starts at the
+/// requested route (see [`crate::LoadOptions::route`] for the default) and steps down when the
 /// kernel refuses it. Each step is a [`Fallback`] in the report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
@@ -22,13 +22,13 @@ pub enum Route {
     /// `pread(2)` with `O_DIRECT` on threads, for kernels and containers that refuse io_uring, and
     /// for files that io_uring must not read (such as those on FUSE).
     PreadDirect,
-    /// Direct reads into a few staging buffers, by the best of the routes above, followed by a
-    /// copy. For memory that can't be pinned, such as the mappings of most dma-heaps, and for
+    /// Direct reads into a few staging buffers, through the best of the routes above, followed by
+    /// a copy. For memory that can't be pinned, such as the mappings of most dma-heaps, and for
     /// devices where staged reads are faster.
     Bounce,
     /// io_uring through the page cache, with many reads at once. For network file systems on which
-    /// direct reads are slow, and for callers who request it; no refusal leads to it. Leaves
-    /// nothing in the page cache where the kernel and the file system support that
+    /// direct reads are slow, and for callers who request it; a load never steps down to it.
+    /// Leaves nothing in the page cache if the kernel and the file system support that
     /// (`RWF_DONTCACHE`).
     UringBuffered,
     /// `pread(2)` through the page cache on threads, for file systems that refuse `O_DIRECT`.
@@ -40,33 +40,34 @@ impl Route {
     pub const ALL: [Route; 6] =
         [Route::UringFixedDirect, Route::UringDirect, Route::PreadDirect, Route::Bounce, Route::UringBuffered, Route::Buffered];
 
-    /// The lower route to take after this one was refused with `errno`; `None` after the last one.
+    /// Returns the route to step down to after this one was refused with `errno`, or `None` if
+    /// there is no lower route.
     ///
     /// EFAULT means that the memory can't be pinned, so no direct read can target it and the next
-    /// route is [`Route::Bounce`]. Other refusals have nothing to do with the memory, and bouncing
-    /// would not help.
+    /// route is [`Route::Bounce`]. Other refusals have nothing to do with the memory, so reading
+    /// into staging would not help.
     pub fn lower(self, errno: Errno) -> Option<Route> {
         if errno == Errno::EFAULT && self < Route::Bounce {
             return Some(Route::Bounce);
         }
-        // After a refusal, threads read through the page cache rather than a ring, because they
-        // populate memory as they write to it.
+        // After a refusal, reads through the page cache are done by threads rather than a ring,
+        // because the threads populate memory as they write to it.
         Route::ALL.into_iter().find(|&other| other > self && !matches!(other, Route::Bounce | Route::UringBuffered))
     }
 
-    /// Whether reads bypass the page cache and therefore need aligned offsets, lengths and
+    /// Returns whether reads bypass the page cache and therefore need aligned offsets, lengths and
     /// addresses.
     pub fn is_direct(self) -> bool {
         self < Route::UringBuffered
     }
 
-    /// Whether io_uring reads into the segment itself. False for [`Route::Bounce`], although its
-    /// reads into staging may go through io_uring.
+    /// Returns whether io_uring reads into the segment itself. False for [`Route::Bounce`],
+    /// although its reads into staging may go through io_uring.
     pub fn uses_ring(self) -> bool {
         matches!(self, Route::UringFixedDirect | Route::UringDirect | Route::UringBuffered)
     }
 
-    /// The equivalent route on threads.
+    /// Returns the equivalent route on threads.
     pub(crate) fn without_ring(self) -> Route {
         match self {
             Route::UringFixedDirect | Route::UringDirect => Route::PreadDirect,
@@ -75,7 +76,7 @@ impl Route {
         }
     }
 
-    /// The name used on the command line and in reports.
+    /// Returns the name used on the command line and in reports.
     pub fn name(self) -> &'static str {
         match self {
             Route::UringFixedDirect => "uring-fixed-direct",
@@ -106,7 +107,7 @@ impl FromStr for Route {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Fallback {
-    /// The file whose reads took the step; `None` if several or all files of the load did.
+    /// The file whose reads stepped down; `None` if those of several or all files in the load did.
     pub file_index: Option<usize>,
     /// The route that was refused.
     pub from: Route,
@@ -119,7 +120,7 @@ pub struct Fallback {
 }
 
 impl Fallback {
-    /// Says what was refused and, if known, why or how to avoid that.
+    /// Describes what was refused and, if known, why it was refused or how to avoid that.
     pub fn reason(&self) -> String {
         match self.attempt.hint(self.errno) {
             Some(hint) => format!("{} was refused; {hint}", self.attempt),
@@ -128,7 +129,7 @@ impl Fallback {
     }
 }
 
-/// What a route needs from the kernel, which may refuse it.
+/// Something that a route needs from the kernel, and that the kernel may refuse.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Attempt {
@@ -140,31 +141,32 @@ pub enum Attempt {
     RegisterBuffer,
     /// Registering a staging buffer of [`Route::Bounce`] with the ring.
     RegisterStaging,
-    /// Reading a file on FUSE by io_uring: never tried, because such reads can return wrong bytes.
+    /// Reading a file on FUSE with io_uring. This is never tried, because such reads can return
+    /// wrong bytes.
     RingOnFuse,
-    /// Reading a file on overlayfs or eCryptfs by io_uring: never tried, because the lower file
-    /// system may be FUSE and can't be identified.
+    /// Reading a file on overlayfs or eCryptfs with io_uring. This is never tried, because the
+    /// lower file system may be FUSE and can't be identified.
     RingOnStacked,
-    /// Reading by io_uring from a file system not known to be local: never tried, because a server
-    /// that does not answer could delay every other read. The exception is
+    /// Reading with io_uring from a file system that is not known to be local. This is never
+    /// tried, because a server that does not answer could delay every other read. The exception is
     /// [`Route::UringBuffered`], which reads from NFS and SMB.
     RingOnOther,
-    /// Reading by io_uring from a block device that may stop answering, because a network or a
+    /// Reading with io_uring from a block device that may stop answering, because a network or a
     /// process is behind it (nbd, rbd, drbd, ublk, a loop device whose file isn't on a local file
-    /// system), or whose backing can't be determined: never tried, because such a read may block
-    /// the ring thread and with it every other read.
+    /// system), or from one whose backing can't be determined. This is never tried, because such a
+    /// read may block the ring thread and with it every other read.
     RingOnDevice,
-    /// Reading by io_uring from a file system that can't be identified (`fstatfs(2)` fails): never
-    /// tried.
+    /// Reading with io_uring from a file system that can't be identified, because `fstatfs(2)`
+    /// fails. This is never tried.
     RingOnUnknown,
-    /// A read.
+    /// A read through the route.
     Read,
     /// Continuing after direct reads repeatedly returned less than a block.
     ReadOn,
 }
 
 impl Attempt {
-    /// What causes a refusal with this errno, and what the user can do about it.
+    /// Returns what causes a refusal with this errno, and what the user can do about it.
     pub fn hint(self, errno: Errno) -> Option<&'static str> {
         match (self, errno) {
             (Attempt::SetUpRing, Errno::EPERM) => Some(
@@ -174,7 +176,7 @@ impl Attempt {
                 Some("a security module (SELinux, AppArmor) forbids io_uring: allow it in its policy")
             }
             (Attempt::SetUpRing, Errno::ENOSYS) => Some(
-                "this kernel has no io_uring, or a seccomp profile hides it: it needs Linux 5.6 or later, and a profile that allows it",
+                "this kernel has no io_uring, or a seccomp profile hides it: use Linux 5.6 or later, and a profile that allows io_uring",
             ),
             (Attempt::SetUpRing, Errno::ENOMEM) => Some("the locked memory limit is too small for a ring: raise it (ulimit -l)"),
             (Attempt::OpenDirect | Attempt::Read, Errno::EINVAL | Errno::EOPNOTSUPP) => {
@@ -184,14 +186,14 @@ impl Attempt {
                 Some("the locked memory limit is too small: raise it (ulimit -l, LimitMEMLOCK=), or grant CAP_IPC_LOCK")
             }
             (Attempt::RegisterBuffer | Attempt::Read, Errno::EFAULT) => Some(
-                "the kernel can't pin this heap's mappings, so reads go through staging buffers: memfd and udmabuf need none",
+                "the kernel can't pin this heap's mappings, so reads go through staging buffers: use memfd or udmabuf to avoid that",
             ),
             (Attempt::RingOnFuse, _) => Some(
                 "the kernel returns wrong bytes when a FUSE server answers such a read with fewer bytes: keep models on a local file system (ext4, xfs, btrfs)",
             ),
             (Attempt::RingOnStacked, _) => Some(
                 "its layers can't be identified and may be on FUSE, where the kernel returns wrong bytes: \
-                 keep models on a volume of their own, outside of the overlay",
+                 keep models on their own volume, outside of the overlay",
             ),
             (Attempt::RingOnOther, _) => Some(
                 "a server that does not answer could delay every other read: \
@@ -225,22 +227,24 @@ impl fmt::Display for Attempt {
             Attempt::OpenDirect => "opening with O_DIRECT",
             Attempt::RegisterBuffer => "registering memory with io_uring",
             Attempt::RegisterStaging => "registering a staging buffer with io_uring",
-            Attempt::RingOnFuse => "reading from FUSE by io_uring",
-            Attempt::RingOnStacked => "reading by io_uring from a file system that stacks on others (overlayfs)",
-            Attempt::RingOnOther => "reading by io_uring from a file system that is not known to be local",
-            Attempt::RingOnDevice => "reading by io_uring from a block device that may stop answering",
-            Attempt::RingOnUnknown => "reading by io_uring from a file system that can't be identified",
-            Attempt::Read => "reading by this route",
+            Attempt::RingOnFuse => "reading from FUSE with io_uring",
+            Attempt::RingOnStacked => "reading with io_uring from a file system that stacks on others (overlayfs)",
+            Attempt::RingOnOther => "reading with io_uring from a file system that is not known to be local",
+            Attempt::RingOnDevice => "reading with io_uring from a block device that may stop answering",
+            Attempt::RingOnUnknown => "reading with io_uring from a file system that can't be identified",
+            Attempt::Read => "reading through this route",
             Attempt::ReadOn => "continuing a read within a block",
         })
     }
 }
 
-/// Whether a read error means "not by this route" rather than "these bytes can't be read".
+/// Returns whether a read error means that the route was refused, rather than that the bytes can't
+/// be read.
 ///
 /// EINVAL and EOPNOTSUPP come from file systems that lack `O_DIRECT` or need a stricter alignment
-/// than they state; EFAULT from memory that can't be pinned; the others from security modules and
-/// limits. Errors about the medium (EIO, ENODATA, ESTALE, ...) fail on every route.
+/// than they report. EFAULT comes from memory that can't be pinned, and the other refusals come
+/// from security modules and limits. Errors of the medium (EIO, ENODATA, ESTALE, ...) occur on
+/// every route.
 pub(crate) fn is_refusal(errno: Errno) -> bool {
     matches!(
         errno,

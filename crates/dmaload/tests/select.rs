@@ -325,7 +325,7 @@ async fn index_that_contradicts_its_files_is_an_error() {
         assert!(error.to_string().contains("lists tensor \"zzz\" for this file"), "{error}");
         index(r#"{"a":"../../etc/passwd"}"#);
         let error = loader.load(&snapshot).await.unwrap_err();
-        assert!(error.to_string().contains("not within its folder"), "{error}");
+        assert!(error.to_string().contains("not within the index's folder"), "{error}");
         // An interrupted download can leave an empty file.
         fs::write(snapshot.join("empty.safetensors"), "").unwrap();
         index(r#"{"a":"model-00001-of-00002.safetensors","z":"empty.safetensors"}"#);

@@ -43,8 +43,8 @@ macro_rules! dtypes {
             /// Every quantized type that a GGUF file can contain.
             pub const QUANTIZED: &[Self] = &[$(Self::$quantized),+];
 
-            /// The size of one element in bits, which is not always a multiple of 8. `None` for a
-            /// quantized type, whose elements share scales.
+            /// Returns the size of one element in bits, which is not always a multiple of 8.
+            /// Returns `None` for a quantized type, whose elements share scales.
             #[must_use]
             pub const fn element_bits(self) -> Option<usize> {
                 match self {
@@ -53,8 +53,8 @@ macro_rules! dtypes {
                 }
             }
 
-            /// The number of elements in a block, the smallest unit that can be stored: 1 for
-            /// [`BF16`](Self::BF16), 2 for [`F4`](Self::F4), 32 for [`Q4_0`](Self::Q4_0).
+            /// Returns the number of elements in a block, the smallest unit that can be stored: 1
+            /// for [`BF16`](Self::BF16), 2 for [`F4`](Self::F4), 32 for [`Q4_0`](Self::Q4_0).
             #[must_use]
             pub const fn block_elements(self) -> usize {
                 match self {
@@ -67,7 +67,7 @@ macro_rules! dtypes {
                 }
             }
 
-            /// The size of a block in bytes: 2 for [`BF16`](Self::BF16), 1 for
+            /// Returns the size of a block in bytes: 2 for [`BF16`](Self::BF16), 1 for
             /// [`F4`](Self::F4), 18 for [`Q4_0`](Self::Q4_0).
             #[must_use]
             pub const fn block_bytes(self) -> usize {
@@ -77,7 +77,7 @@ macro_rules! dtypes {
                 }
             }
 
-            /// The name as used in safetensors headers, or by ggml.
+            /// Returns the name that safetensors headers or ggml use for the type.
             #[must_use]
             pub const fn name(self) -> &'static str {
                 match self {
@@ -86,7 +86,8 @@ macro_rules! dtypes {
                 }
             }
 
-            /// The type with this name in a safetensors header. The format has no quantized types.
+            /// Returns the type that has this name in safetensors headers. The format has no
+            /// quantized types.
             pub(super) fn from_safetensors_name(name: &str) -> Option<Self> {
                 match name {
                     $($name => Some(Self::$variant),)+
@@ -98,8 +99,8 @@ macro_rules! dtypes {
 }
 
 impl DType {
-    /// The size of one element in bytes. `None` if an element is not a whole number of bytes
-    /// ([`F4`](Self::F4)) or is quantized.
+    /// Returns the size of one element in bytes, or `None` if an element is not a whole number of
+    /// bytes ([`F4`](Self::F4)) or is quantized.
     #[must_use]
     pub const fn element_bytes(self) -> Option<usize> {
         match self.element_bits() {
@@ -108,8 +109,8 @@ impl DType {
         }
     }
 
-    /// The size of this many elements in bytes. `None` if they end within a block or the size
-    /// overflows 64 bits.
+    /// Returns the size of this many elements in bytes, or `None` if they do not fill whole blocks
+    /// or if the size overflows 64 bits.
     pub(crate) fn bytes_of(self, elements: u64) -> Option<u64> {
         let (block_elements, block_bytes) = (self.block_elements() as u64, self.block_bytes() as u64);
         if elements.is_multiple_of(block_elements) { (elements / block_elements).checked_mul(block_bytes) } else { None }
@@ -118,7 +119,7 @@ impl DType {
 
 /// The error for a string that is not the name of a [`DType`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("unknown dtype {name:?} (names are exact: \"BF16\", \"F8_E4M3\")")]
+#[error("unknown dtype {name:?} (names must be spelled exactly, like \"BF16\" or \"F8_E4M3\")")]
 #[non_exhaustive]
 pub struct ParseDTypeError {
     /// The unknown name.
@@ -192,29 +193,29 @@ dtypes! {
     U64 = "U64", 64 bits;
 
     quantized:
-    /// 4-bit, one scale.
+    /// 4 bits per element and one scale per block.
     Q4_0 = "Q4_0", 32 in 18 bytes;
-    /// 4-bit, a scale and a minimum.
+    /// 4 bits per element, and a scale and a minimum per block.
     Q4_1 = "Q4_1", 32 in 20 bytes;
-    /// 5-bit, one scale.
+    /// 5 bits per element and one scale per block.
     Q5_0 = "Q5_0", 32 in 22 bytes;
-    /// 5-bit, a scale and a minimum.
+    /// 5 bits per element, and a scale and a minimum per block.
     Q5_1 = "Q5_1", 32 in 24 bytes;
-    /// 8-bit, one scale.
+    /// 8 bits per element and one scale per block.
     Q8_0 = "Q8_0", 32 in 34 bytes;
-    /// 8-bit, a scale and a sum.
+    /// 8 bits per element, and a scale and a sum per block.
     Q8_1 = "Q8_1", 32 in 36 bytes;
-    /// 2-bit, in super-blocks.
+    /// 2 bits per element, in super-blocks of 256 elements.
     Q2_K = "Q2_K", 256 in 84 bytes;
-    /// 3-bit, in super-blocks.
+    /// 3 bits per element, in super-blocks of 256 elements.
     Q3_K = "Q3_K", 256 in 110 bytes;
-    /// 4-bit, in super-blocks.
+    /// 4 bits per element, in super-blocks of 256 elements.
     Q4_K = "Q4_K", 256 in 144 bytes;
-    /// 5-bit, in super-blocks.
+    /// 5 bits per element, in super-blocks of 256 elements.
     Q5_K = "Q5_K", 256 in 176 bytes;
-    /// 6-bit, in super-blocks.
+    /// 6 bits per element, in super-blocks of 256 elements.
     Q6_K = "Q6_K", 256 in 210 bytes;
-    /// 8-bit, in super-blocks.
+    /// 8 bits per element, in super-blocks of 256 elements.
     Q8_K = "Q8_K", 256 in 292 bytes;
     /// 2.06 bits per element, with a codebook.
     IQ2_XXS = "IQ2_XXS", 256 in 66 bytes;
@@ -224,27 +225,27 @@ dtypes! {
     IQ3_XXS = "IQ3_XXS", 256 in 98 bytes;
     /// 1.56 bits per element, with a codebook.
     IQ1_S = "IQ1_S", 256 in 50 bytes;
-    /// 4-bit, non-linear.
+    /// 4 bits per element, quantized non-linearly, and one scale per block.
     IQ4_NL = "IQ4_NL", 32 in 18 bytes;
     /// 3.44 bits per element, with a codebook.
     IQ3_S = "IQ3_S", 256 in 110 bytes;
     /// 2.56 bits per element, with a codebook.
     IQ2_S = "IQ2_S", 256 in 82 bytes;
-    /// 4-bit, non-linear, in super-blocks.
+    /// 4 bits per element, quantized non-linearly, in super-blocks of 256 elements.
     IQ4_XS = "IQ4_XS", 256 in 136 bytes;
     /// 1.75 bits per element, with a codebook.
     IQ1_M = "IQ1_M", 256 in 56 bytes;
-    /// Ternary, 1.69 bits per element.
+    /// Ternary values in 1.69 bits per element.
     TQ1_0 = "TQ1_0", 256 in 54 bytes;
-    /// Ternary, 2.06 bits per element.
+    /// Ternary values in 2.06 bits per element.
     TQ2_0 = "TQ2_0", 256 in 66 bytes;
-    /// 4-bit float with a common scale (OCP microscaling).
+    /// 4-bit float with one scale per block (OCP microscaling).
     MXFP4 = "MXFP4", 32 in 17 bytes;
     /// 4-bit float with a scale for every 16 elements (NVIDIA).
     NVFP4 = "NVFP4", 64 in 36 bytes;
-    /// 1-bit, one scale.
+    /// 1 bit per element and one scale per block.
     Q1_0 = "Q1_0", 128 in 18 bytes;
-    /// 2-bit, one scale.
+    /// 2 bits per element and one scale per block.
     Q2_0 = "Q2_0", 64 in 18 bytes;
 }
 

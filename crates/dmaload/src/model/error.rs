@@ -21,7 +21,7 @@ use super::limits::{HEADER_LIMIT_BYTES, RANK_LIMIT};
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ModelError {
-    /// The file is not a model but a file of another kind, which was recognized.
+    /// The file is not a model, but was recognized as a file of another kind.
     #[error("the file is {kind} ({file_bytes} bytes), not a model")]
     Foreign {
         /// What the file is.
@@ -32,7 +32,7 @@ pub enum ModelError {
 
     /// The file is shorter than the smallest safetensors file.
     #[error(
-        "the file has {file_bytes} of the 10 bytes that even the smallest safetensors file has (an 8-byte length and \"{{}}\")"
+        "the file's length in bytes is {file_bytes}, but even the smallest safetensors file (an 8-byte length and \"{{}}\") has 10"
     )]
     FileTooShort {
         /// The length of the file.
@@ -42,12 +42,12 @@ pub enum ModelError {
     /// The caller provided too little of the file to determine its format.
     #[error("{given} bytes of the file's beginning are too few to determine its format; 9 are needed")]
     StartTooShort {
-        /// Number of bytes that the caller provided.
+        /// The number of bytes that the caller provided.
         given: usize,
     },
 
     /// The header is too short to contain a JSON object.
-    #[error("the header's declared length in bytes is {header_bytes}; that of the shortest header, \"{{}}\", is 2")]
+    #[error("the header's declared length in bytes is {header_bytes}, but even the shortest header (\"{{}}\") has 2")]
     HeaderTooSmall {
         /// The declared length of the JSON header.
         header_bytes: u64,
@@ -65,7 +65,7 @@ pub enum ModelError {
 
     /// The declared header ends past the end of the file.
     #[error(
-        "the header's declared length is {header_bytes} bytes (and 8 for the length itself), but the file \
+        "the header's declared length is {header_bytes} bytes (plus 8 for the length itself), but the file \
          has only {file_bytes}; the file is cut short, and at least {} bytes are missing",
         .header_bytes.saturating_add(8).saturating_sub(*.file_bytes)
     )]
@@ -79,7 +79,8 @@ pub enum ModelError {
     /// The header does not begin with `{`, apart from whitespace.
     #[error("the header begins with byte {found:#04x}, expected '{{' (0x7b)")]
     NotAnObject {
-        /// The byte in place of the `{`; the first byte of a header that is only whitespace.
+        /// The byte found in place of the `{`. If the header is only whitespace, this is its first
+        /// byte.
         found: u8,
     },
 
@@ -181,7 +182,7 @@ pub enum ModelError {
     },
 
     /// A tensor's element type in a safetensors header is not one of [`DType::SAFETENSORS`].
-    #[error("tensor {} has the unknown dtype {} (names are exact: \"BF16\", \"F8_E4M3\")", quote(.tensor), quote(.found))]
+    #[error("tensor {} has the unknown dtype {} (names must be spelled exactly, like \"BF16\" or \"F8_E4M3\")", quote(.tensor), quote(.found))]
     UnknownDType {
         /// The tensor's name.
         tensor: String,
@@ -253,7 +254,7 @@ pub enum ModelError {
     OffsetsReversed {
         /// The tensor's name.
         tensor: String,
-        /// Where it begins, relative to the data.
+        /// Where the tensor begins, relative to the data.
         begin: u64,
         /// Where it ends, relative to the data.
         end: u64,
@@ -272,7 +273,8 @@ pub enum ModelError {
         end: u64,
         /// The number of bytes in the file after the header.
         data_bytes: u64,
-        /// The number of bytes that the file lacks to contain all tensors.
+        /// The number of bytes that are missing at the end of the file, up to the end of the last
+        /// tensor.
         missing_bytes: u64,
     },
 
@@ -313,11 +315,11 @@ pub enum ModelError {
     /// Bytes before a tensor belong to no tensor.
     #[error("bytes {begin}..{end} of the file, before tensor {}, belong to no tensor", quote(.before))]
     Hole {
-        /// The first of these bytes in the file.
+        /// Where these bytes begin in the file.
         begin: u64,
-        /// Their end, which is where the next tensor begins.
+        /// Where these bytes end in the file, which is where the next tensor begins.
         end: u64,
-        /// The tensor that follows them.
+        /// The tensor that follows these bytes.
         before: String,
     },
 
@@ -347,7 +349,7 @@ pub enum ModelError {
         offset: u64,
         /// The name of that item.
         part: &'static str,
-        /// How many bytes of that item are missing. What follows that item is missing, too.
+        /// How many bytes of that item are missing. Everything after that item is missing, too.
         missing: u64,
         /// The length of the file.
         file_bytes: u64,
@@ -373,10 +375,10 @@ pub enum ModelError {
     },
 
     /// A GGUF file has an unsupported version; 2 and 3 are supported.
-    #[error("GGUF version {} is not supported, only 2 and 3 are{}", display_version(*.found),
-        if is_big_endian(*.found) { ": the file is big-endian" } else { "" })]
+    #[error("GGUF version {}{} is not supported; only versions 2 and 3 in little-endian byte order are", display_version(*.found),
+        if is_big_endian(*.found) { " in big-endian byte order" } else { "" })]
     GgufVersion {
-        /// The version that the file states.
+        /// The version number in the file.
         found: u32,
     },
 
@@ -396,21 +398,21 @@ pub enum ModelError {
     /// The parts of a split GGUF model contradict each other, or one contradicts its name.
     #[error("{}", printable::text(.reason))]
     Split {
-        /// What contradicts what.
+        /// A description of the contradiction.
         reason: String,
     },
 
-    /// The index of a model of several files is invalid.
+    /// The index of a multi-file model is invalid.
     #[error("invalid index near byte {offset}: {}", printable::text(.reason))]
     Index {
-        /// How far the index had been read; 0 for a tensor that is listed twice.
+        /// How far the index had been read; 0 if a tensor is listed twice.
         offset: usize,
         /// What was found and what was expected.
         reason: String,
     },
 
     /// The index lists a file outside its folder, or a name that no file can have.
-    #[error("the index lists the file {}, which is not within its folder or not the name of a file", quote(.name))]
+    #[error("the index lists the file {}, which is not within the index's folder or not the name of a file", quote(.name))]
     IndexLeavesFolder {
         /// The file's name.
         name: String,
@@ -430,7 +432,7 @@ const DAMAGED: &str = "the file is damaged, or its writer violates the format: d
                        or load it as raw bytes (the format raw)";
 
 impl ModelError {
-    /// What the user can do about it.
+    /// Returns what the user can do about the error.
     #[must_use]
     pub fn hint(&self) -> &'static str {
         match self {
@@ -448,7 +450,7 @@ impl ModelError {
             }
             ModelError::UnknownDType { .. } | ModelError::GgufType { .. } => NEWER,
             ModelError::GgufVersion { found } if is_big_endian(*found) => {
-                "convert it to little-endian with gguf-convert-endian of the Python package gguf"
+                "convert it to little-endian with gguf-convert-endian from the Python package gguf"
             }
             ModelError::GgufVersion { found: 0 | 1 } => {
                 "the file is too old: convert it with the tools of llama.cpp, or load it as raw bytes (the format raw)"
@@ -472,8 +474,8 @@ impl ModelError {
         }
     }
 
-    /// Whether the file may be something else entirely, so that its beginning should be compared
-    /// with other formats.
+    /// Returns whether the file may be something other than a model, in which case its beginning
+    /// should be compared with known formats.
     pub(crate) fn may_be_foreign(&self) -> bool {
         match self {
             ModelError::FileTooShort { .. }
@@ -489,8 +491,8 @@ impl ModelError {
     }
 }
 
-/// Whether a GGUF version was written in big-endian byte order: read as little-endian, it is then
-/// too large for a version.
+/// Returns whether a GGUF version was written in big-endian byte order. It is then too large for a
+/// version number, but small after its bytes are swapped.
 fn is_big_endian(version: u32) -> bool {
     version > 0xffff && version.swap_bytes() <= 0xffff
 }
@@ -499,7 +501,7 @@ fn display_version(version: u32) -> u32 {
     if is_big_endian(version) { version.swap_bytes() } else { version }
 }
 
-/// Whether ggml has removed the type with this number.
+/// Returns whether ggml has removed the type with this number.
 fn is_removed_gguf_type(number: u32) -> bool {
     matches!(number, 4 | 5 | 31..=33 | 36..=38)
 }
@@ -515,17 +517,18 @@ pub(super) fn quote(text: &str) -> impl fmt::Display {
     })
 }
 
-/// The largest number that a list under this key can contain.
+/// Returns the largest number that is valid in the list under this key.
 fn max_number(key: &str) -> u64 {
     if key == "shape" { usize::MAX as u64 } else { u64::MAX }
 }
 
-/// Formats the key that a message is about, if any.
+/// Formats the key that an error message refers to, if any.
 fn format_key(key: Option<&'static str>) -> impl fmt::Display {
     fmt::from_fn(move |f| key.map_or(Ok(()), |key| write!(f, ", \"{key}\"")))
 }
 
-/// Shortens a reason to twice [`SHOWN_CHARS`]: it may quote a long part of the file.
+/// Shortens a reason to twice [`SHOWN_CHARS`] characters, because it may quote a long part of the
+/// file.
 pub(super) fn shorten(mut reason: String) -> String {
     if let Some((cut, _)) = reason.char_indices().nth(2 * SHOWN_CHARS) {
         reason.truncate(cut);

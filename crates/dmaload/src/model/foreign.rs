@@ -2,7 +2,7 @@
 //! formats.
 //!
 //! A file is examined here only after it was refused as a model or as an index, so that the error
-//! can say what to do.
+//! can tell the user what to do.
 
 use std::fmt;
 
@@ -11,7 +11,7 @@ use dmabuf::printable;
 use super::gguf::is_gguf;
 use super::limits::HEADER_LIMIT_BYTES;
 
-/// How many bytes at the beginning of a file [`recognize`] examines, if the file has that many.
+/// How many bytes from the beginning of a file to pass to [`recognize`], or all of a shorter file.
 pub(crate) const LOOKED_AT_BYTES: usize = 4096;
 
 /// Maximum number of characters to quote in a message.
@@ -23,19 +23,19 @@ const SHOWN_CHARS: usize = 60;
 pub enum ForeignFile {
     /// A Git LFS pointer, which stands in for a file until the file is downloaded.
     LfsPointer {
-        /// The length of that file, if the pointer states it.
+        /// The length of that file, if the pointer contains it.
         bytes: Option<u64>,
     },
     /// An HTML page.
     Html,
-    /// XML, the format of object stores' error messages.
+    /// XML text, such as an error message from an object store.
     Xml,
     /// JSON text.
     Json {
         /// The beginning of the text.
         start: String,
     },
-    /// Text.
+    /// Other text.
     Text {
         /// The beginning of the text.
         start: String,
@@ -44,7 +44,8 @@ pub enum ForeignFile {
     Zip,
     /// A Python pickle, such as an older PyTorch checkpoint.
     Pickle,
-    /// Zeros only, as far as checked: space preallocated for a download.
+    /// A file whose examined bytes are all zero. Its space was probably preallocated for a
+    /// download.
     Zeros,
     /// A GGUF file where another format was requested.
     Gguf,
@@ -56,22 +57,22 @@ pub enum ForeignFile {
     LegacyGgml,
     /// A compressed file or an archive.
     Archive {
-        /// The name of the format, with its article.
+        /// The name of the format with its article, such as `a gzip file`.
         format: &'static str,
     },
     /// A file of arrays in another format.
     OtherFormat {
-        /// The name of the format, with its article.
+        /// The name of the format with its article, such as `a gzip file`.
         format: &'static str,
     },
 }
 
 impl ForeignFile {
-    /// What the user can do about it.
+    /// Returns what the user can do about the file.
     #[must_use]
     pub fn hint(&self) -> &'static str {
         match self {
-            ForeignFile::LfsPointer { .. } => "download the file that it stands for: run `git lfs pull` in its repository",
+            ForeignFile::LfsPointer { .. } => "download the file that it points to: run `git lfs pull` in its repository",
             ForeignFile::Html | ForeignFile::Xml => {
                 "an error page was saved in place of the model: download it again (the page says what went wrong)"
             }
@@ -122,8 +123,9 @@ impl fmt::Display for ForeignFile {
     }
 }
 
-/// Recognizes a file that is not the model it should be; `None` if its kind is unknown. `start` is
-/// the beginning of the file, at most [`LOOKED_AT_BYTES`] of it, and `file_bytes` its length.
+/// Recognizes what kind of file was found in place of a model. Returns `None` if its kind is
+/// unknown. `start` is the beginning of the file, up to [`LOOKED_AT_BYTES`] bytes, and
+/// `file_bytes` is the length of the whole file.
 #[must_use]
 pub(crate) fn recognize(start: &[u8], file_bytes: u64) -> Option<ForeignFile> {
     if start.is_empty() {
@@ -131,8 +133,8 @@ pub(crate) fn recognize(start: &[u8], file_bytes: u64) -> Option<ForeignFile> {
     }
     let prefix = start.split_first_chunk::<8>().filter(|_| start.get(8) == Some(&b'{')).map(|(prefix, _)| *prefix);
     if let Some(prefix) = prefix {
-        // Checked first, because a header length can equal the magic of another format (35615 is
-        // gzip's).
+        // This is checked before the magic bytes, because a header length can look like the magic
+        // of another format (35615 looks like gzip's).
         let header = u64::from_le_bytes(prefix);
         if (2..=HEADER_LIMIT_BYTES).contains(&header) {
             return (header <= file_bytes.saturating_sub(8)).then_some(ForeignFile::Safetensors);
@@ -175,8 +177,9 @@ fn recognize_magic(start: &[u8]) -> Option<ForeignFile> {
     }
 }
 
-/// Recognizes pages and messages that are in Latin-1 or UTF-16, or contain control characters, by
-/// their first words. These are ASCII, which UTF-16 encodes as every second byte.
+/// Recognizes pages and messages by their first words, even if they are in Latin-1 or UTF-16 or
+/// contain control characters. The first words are ASCII, so in UTF-16 every second byte is one of
+/// their characters.
 fn recognize_markup(start: &[u8]) -> Option<ForeignFile> {
     let text: Vec<u8> = match start {
         [0xff, 0xfe, rest @ ..] | [0xfe, 0xff, 0, rest @ ..] | [0, rest @ ..] => rest.iter().step_by(2).copied().collect(),

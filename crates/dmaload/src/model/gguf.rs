@@ -2,10 +2,10 @@
 //! bytes, each at a multiple of the file's alignment.
 //!
 //! Based on `docs/gguf.md` of <https://github.com/ggml-org/ggml>. Where that document is silent,
-//! `gguf_init_from_file` of the same project decides. Like that function, this module refuses
-//! duplicate keys and names, tensors that are not consecutive, and rows that are not a whole
-//! number of blocks. Unlike it, this module accepts nested arrays, long names, and tensors of up
-//! to eight dimensions.
+//! this module follows `gguf_init_from_file` in the same project. Like that function, this module
+//! refuses duplicate keys and names, tensors that are not consecutive, and rows that are not a
+//! whole number of blocks. Unlike it, this module accepts nested arrays, long names, and tensors
+//! of up to eight dimensions.
 //!
 //! The length of the header is not known in advance, so [`parse`] takes the beginning of the file
 //! and can request more of it. Memory and time are bounded by the header's length, which is at
@@ -24,7 +24,7 @@ use super::error::{ModelError, quote};
 use super::map::{self, TensorInfo, TensorMap};
 
 /// The maximum length of a header in bytes, the same as for safetensors. The largest vocabularies
-/// take about 10 MB.
+/// take up about 10 MB.
 pub const HEADER_LIMIT_BYTES: u64 = super::limits::HEADER_LIMIT_BYTES;
 
 /// Maximum number of dimensions. ggml supports four (`GGML_MAX_DIMS`); the format allows more.
@@ -39,7 +39,7 @@ pub enum Parsed {
     Complete(TensorMap),
     /// The header continues: more bytes of the file are needed.
     More {
-        /// The minimum length of `start` for the next call, which may request even more.
+        /// The minimum length of `start` for the next call. That call may request even more.
         bytes: u64,
     },
 }
@@ -91,7 +91,7 @@ fn read_alignment(cursor: &Cursor<'_>, metadata: &GgufMetadata) -> Result<u64, S
     }
 }
 
-/// Reads one entry of the list of tensors. Its range is relative to the data until
+/// Reads one entry of the tensor list. The tensor's range is relative to the start of the data;
 /// [`place_tensors`] makes it absolute.
 fn read_tensor(cursor: &mut Cursor<'_>, alignment: u64) -> Result<TensorInfo, Stop> {
     let at = cursor.position();
@@ -105,7 +105,7 @@ fn read_tensor(cursor: &mut Cursor<'_>, alignment: u64) -> Result<TensorInfo, St
     let mut shape = Vec::new();
     for _ in 0..rank {
         let dim = cursor.u64("a tensor's dimension")?;
-        // Truncating the dimension on a 32-bit machine would give another shape.
+        // On a 32-bit machine, truncating the dimension would change the shape.
         let dim = usize::try_from(dim).map_err(|_| {
             cursor.fault(at, format!("tensor {} has a dimension of {dim}, more than the limit of {}", quote(&name), usize::MAX))
         })?;
@@ -119,7 +119,8 @@ fn read_tensor(cursor: &mut Cursor<'_>, alignment: u64) -> Result<TensorInfo, St
     let block_elements = dtype.block_elements();
     let row = shape.first().copied().unwrap_or(1);
     if !row.is_multiple_of(block_elements) {
-        let why = format!("tensor {} has rows of {row} elements; {dtype} comes in blocks of {block_elements}", quote(&name));
+        let why =
+            format!("tensor {} has rows of {row} elements, but {dtype} is stored in blocks of {block_elements}", quote(&name));
         return Err(cursor.fault(at, why));
     }
     // Zeros are left out of the product: otherwise they would hide an overflow of the other
@@ -174,8 +175,8 @@ fn place_tensors(
     Ok(())
 }
 
-/// The type with this number in `enum ggml_type`. ggml has removed the types whose numbers are
-/// skipped here.
+/// Returns the type with this number in `enum ggml_type`. The numbers that are skipped here belong
+/// to types that ggml has removed.
 fn dtype_from_number(number: u32) -> Option<DType> {
     Some(match number {
         0 => DType::F32,

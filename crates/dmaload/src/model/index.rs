@@ -1,5 +1,5 @@
-//! The index of a model that is split into several safetensors files, as model hubs provide it:
-//! `model.safetensors.index.json`.
+//! Parses the index that model hubs provide with a model that is split into several safetensors
+//! files: `model.safetensors.index.json`.
 //!
 //! ```json
 //! { "metadata": { "total_size": 123 },
@@ -15,7 +15,7 @@ use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 use super::error::{ModelError, shorten};
 use super::map::TensorMap;
 
-/// The suffix of an index's name, unless the index is a variant.
+/// The end of an index's file name. Variants have other names: see [`Named::Safetensors`].
 pub const SUFFIX: &str = ".safetensors.index.json";
 
 /// The format of the indexed files, according to the name of the index.
@@ -27,12 +27,12 @@ pub enum Named {
     Safetensors,
     /// An index of files in another format, such as `pytorch_model.bin.index.json`.
     Other,
-    /// An index with a generic name, such as `model.index.fp16.json`. Only its content shows the
-    /// format.
+    /// An index with a generic name, such as `model.index.fp16.json`. The name does not tell the
+    /// format of the indexed files.
     Unsaid,
 }
 
-/// Classifies a file by its name; `None` unless it is the name of an index.
+/// Classifies an index by its file name. Returns `None` if this is not the name of an index.
 #[must_use]
 pub fn named(name: &str) -> Option<Named> {
     let parts: Vec<String> = name.split('.').map(str::to_ascii_lowercase).collect();
@@ -49,16 +49,16 @@ pub fn named(name: &str) -> Option<Named> {
     }
 }
 
-/// The maximum length of an index in bytes, as for headers.
+/// The maximum length of an index in bytes, which is also that of headers.
 pub const LIMIT_BYTES: u64 = super::limits::HEADER_LIMIT_BYTES;
 
-/// Maps tensors to files.
+/// A parsed index, which maps tensors to files.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Index {
     /// The files with their tensors, sorted by file name.
     shards: Vec<IndexShard>,
-    /// Every tensor, sorted by name: its file's position in `shards`, and its own position in the
-    /// list of that file's tensors.
+    /// One entry for each tensor, sorted by the tensor's name: the position of its file in
+    /// `shards`, and its own position in that file's `tensors`.
     by_tensor: Vec<(u32, u32)>,
 }
 
@@ -72,9 +72,10 @@ impl Index {
     /// Parses an index. File names are normalized: `./a`, `b/../a` and `a` are the same file.
     ///
     /// # Errors
-    /// [`ModelError::Index`], including for duplicate tensors; [`ModelError::IndexLeavesFolder`]
-    /// for a file name that leaves the index's folder or is not the name of a file. Only names are
-    /// checked: symbolic links may lead anywhere, and model caches rely on that.
+    /// [`ModelError::Index`] if the JSON is invalid or lists a tensor twice.
+    /// [`ModelError::IndexLeavesFolder`] if a file name leads out of the index's folder or can't
+    /// be the name of a file. Symbolic links are not checked and may lead anywhere: model caches
+    /// rely on that.
     pub fn parse(json: &[u8]) -> Result<Self, ModelError> {
         let WeightMap(pairs) = serde_json::from_slice::<Document>(json)
             .map_err(|error| ModelError::Index { offset: offset_of(json, &error), reason: shorten(error.to_string()) })?
@@ -113,19 +114,19 @@ impl Index {
         Ok(Index { shards, by_tensor })
     }
 
-    /// Whether a text that cannot be parsed was probably meant to be an index: an object with a
-    /// `weight_map`, or invalid JSON, such as a truncated index.
+    /// Returns whether input that failed to parse as an index was probably meant to be one: it is
+    /// an object with a `weight_map`, or it is not valid JSON, such as a truncated index.
     #[must_use]
     pub fn is_meant(json: &[u8]) -> bool {
         match serde_json::from_slice::<HashMap<String, IgnoredAny>>(json) {
             Ok(keys) => keys.contains_key("weight_map"),
-            // A data error means that the JSON is not an object.
+            // A data error means that the JSON is valid but not an object.
             Err(error) => !error.is_data(),
         }
     }
 
-    /// The name of the file that contains this tensor; `None` if the index does not list the
-    /// tensor.
+    /// Returns the name of the file that contains this tensor, or `None` if the index does not
+    /// list the tensor.
     #[must_use]
     pub fn file_of(&self, tensor: &str) -> Option<&str> {
         let name = |&(shard, tensor): &(u32, u32)| self.shards[shard as usize].tensors[tensor as usize].as_str();
@@ -133,21 +134,21 @@ impl Index {
         Some(&self.shards[self.by_tensor[found].0 as usize].name)
     }
 
-    /// Every tensor with the name of its file.
+    /// Iterates over all tensors, each with the name of its file.
     pub fn tensors(&self) -> impl Iterator<Item = (&str, &str)> {
         self.shards.iter().flat_map(|shard| shard.tensors.iter().map(|tensor| (tensor.as_str(), shard.name.as_str())))
     }
 
-    /// The names of the files, sorted, relative to the index's folder.
+    /// Iterates over the names of the files, sorted and relative to the index's folder.
     pub fn files(&self) -> impl Iterator<Item = &str> {
         self.shards.iter().map(|shard| shard.name.as_str())
     }
 
-    /// Checks that a file contains the tensors that the index lists for it. `found` is `None` for
-    /// a file of raw bytes.
+    /// Checks that a file contains the tensors that the index lists for it. `found` holds the
+    /// tensors of the file, or is `None` for a file of raw bytes.
     ///
     /// # Errors
-    /// [`ModelError::IndexDisagrees`].
+    /// [`ModelError::IndexDisagrees`] if the file lacks one of these tensors.
     pub fn check(&self, file: &str, found: Option<&TensorMap>) -> Result<(), ModelError> {
         let shard = self.shards.iter().find(|shard| shard.name == file);
         let missing = shard
@@ -156,13 +157,13 @@ impl Index {
     }
 }
 
-/// Normalizes a file name: removes `.`, `..` and repeated slashes. `None` if the name leaves the
-/// index's folder, contains a NUL, or has no components left.
+/// Normalizes a file name: removes `.`, `..` and repeated slashes. Returns `None` if the name
+/// leads out of the index's folder, contains a NUL, or has no components left.
 fn normalize_name(name: &str) -> Option<String> {
     let mut parts = Vec::new();
     for part in Path::new(name).components() {
         match part {
-            Component::Normal(part) => parts.push(part.to_str().expect("a part of a string is UTF-8")),
+            Component::Normal(part) => parts.push(part.to_str().expect("a component of a UTF-8 path is UTF-8")),
             Component::CurDir => {}
             Component::ParentDir => _ = parts.pop()?,
             Component::RootDir | Component::Prefix(_) => return None,

@@ -34,10 +34,10 @@ pub struct TensorMap {
 }
 
 impl TensorMap {
-    /// Sorts tensors into file order. If two have the same name, the error is that name.
+    /// Sorts tensors into file order. If two tensors have the same name, the error is that name.
     pub(super) fn new(mut tensors: Vec<TensorInfo>, metadata: SafetensorsMetadata, header_bytes: u64) -> Result<Self, String> {
-        // An unstable sort needs no second copy of a hostile list. The name makes the order total,
-        // so the result is deterministic.
+        // An unstable sort makes no second copy of the list, which a hostile file can make very
+        // long. The name makes the order total, so the result is deterministic.
         tensors.sort_unstable_by(|a, b| file_order(a).cmp(&file_order(b)));
         tensors.shrink_to_fit();
         let by_name = NameIndex::new(tensors.len(), |i| &tensors[i].name).map_err(|duplicate| tensors[duplicate].name.clone())?;
@@ -50,7 +50,8 @@ impl TensorMap {
         Self::new(tensors, SafetensorsMetadata::default(), 0)
     }
 
-    /// Shifts all ranges by `by`, the model's offset in its file. `None` if one overflows 64 bits.
+    /// Shifts all ranges by `by`, the model's offset in its file. Returns `None` if a range
+    /// overflows 64 bits.
     pub(crate) fn shifted(mut self, by: u64) -> Option<Self> {
         for TensorInfo { file_range, .. } in &mut self.tensors {
             *file_range = file_range.start.checked_add(by)?..file_range.end.checked_add(by)?;
@@ -63,7 +64,7 @@ impl TensorMap {
         if !self.tensors.iter().all(|tensor| keeps(&tensor.name)) {
             self.tensors.retain(|tensor| keeps(&tensor.name));
             let by_name = NameIndex::new(self.tensors.len(), |i| &self.tensors[i].name);
-            self.by_name = by_name.expect("names that were unique still are");
+            self.by_name = by_name.expect("a subset of unique names is unique");
         }
         self
     }
@@ -74,67 +75,67 @@ impl TensorMap {
         self
     }
 
-    /// The tensor with this name.
+    /// Returns the tensor with this name.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<&TensorInfo> {
         self.get_index(self.get_index_of(name)?)
     }
 
-    /// The tensors in file order.
+    /// Iterates over the tensors in file order.
     pub fn iter(&self) -> slice::Iter<'_, TensorInfo> {
         self.tensors.iter()
     }
 
-    /// The number of tensors.
+    /// Returns the number of tensors.
     #[must_use]
     pub fn len(&self) -> usize {
         self.tensors.len()
     }
 
-    /// Whether there are no tensors, which is valid.
+    /// Returns whether there are no tensors. A file without tensors is valid.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.tensors.is_empty()
     }
 
-    /// The tensor at this index in file order.
+    /// Returns the tensor at this index in file order.
     #[must_use]
     pub fn get_index(&self, index: usize) -> Option<&TensorInfo> {
         self.tensors.get(index)
     }
 
-    /// The index in file order of the tensor with this name.
+    /// Returns the index in file order of the tensor with this name.
     #[must_use]
     pub fn get_index_of(&self, name: &str) -> Option<usize> {
         self.by_name.find(name, |i| &self.tensors[i].name)
     }
 
-    /// The metadata of a GGUF file. `None` for a safetensors file, and in an image that another
-    /// process shares ([`crate::share`]).
+    /// Returns the metadata of a GGUF file. Returns `None` for a safetensors file, and for an
+    /// image that another process shares ([`crate::share`]).
     #[must_use]
     pub fn gguf(&self) -> Option<&GgufMetadata> {
         self.gguf.as_deref()
     }
 
-    /// The name of the file's format: `gguf` if [`Self::gguf`] has metadata, otherwise
+    /// Returns the name of the file's format: `gguf` if [`Self::gguf`] has metadata, otherwise
     /// `safetensors`.
     #[must_use]
     pub fn format(&self) -> &'static str {
         if self.gguf.is_some() { "gguf" } else { "safetensors" }
     }
 
-    /// The free-form metadata of a safetensors file. Empty if the file has none, and in an image
-    /// that another process shares ([`crate::share`]).
+    /// Returns the free-form metadata of a safetensors file. It is empty if the file has none, and
+    /// for an image that another process shares ([`crate::share`]).
     #[must_use]
     pub fn metadata(&self) -> &SafetensorsMetadata {
         &self.metadata
     }
 
-    /// The length of the header in bytes.
+    /// Returns the length of the header in bytes.
     ///
     /// For safetensors, this is the length of the JSON with its padding, without the 8-byte length
     /// before it: data begins at `8 + header_bytes`. For GGUF, it is the length of everything
-    /// before the data. It is 0 in an image that another process shares ([`crate::share`]).
+    /// before the data. It is 0 for an image that another process shares ([`crate::share`]).
     #[must_use]
     pub fn header_bytes(&self) -> u64 {
         self.header_bytes
@@ -170,26 +171,26 @@ impl SafetensorsMetadata {
         Ok(Self { pairs, by_key })
     }
 
-    /// The value of a key.
+    /// Returns the value for a key, or `None` if the metadata does not contain the key.
     #[must_use]
     pub fn get(&self, key: &str) -> Option<&str> {
         let position = self.by_key.find(key, |i| self.pairs.key(i))?;
         Some(self.pairs.value(position))
     }
 
-    /// Keys and values, in header order.
+    /// Iterates over keys and values, in header order.
     #[must_use = "iterators do nothing until they are consumed"]
     pub fn iter(&self) -> impl ExactSizeIterator<Item = (&str, &str)> {
         (0..self.len()).map(|i| (self.pairs.key(i), self.pairs.value(i)))
     }
 
-    /// The number of pairs.
+    /// Returns the number of pairs.
     #[must_use]
     pub fn len(&self) -> usize {
         self.pairs.len()
     }
 
-    /// Whether there are no pairs.
+    /// Returns whether there are no pairs.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
@@ -203,7 +204,7 @@ impl fmt::Debug for SafetensorsMetadata {
 }
 
 /// Pairs of strings in one buffer. A hostile header can contain ten million pairs, and two
-/// allocations for each pair would take many times the header's length.
+/// allocations for each pair would use many times the header's length.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub(super) struct StringPairs {
     text: String,
@@ -212,14 +213,14 @@ pub(super) struct StringPairs {
 }
 
 impl StringPairs {
-    /// Appends the next string. Calls alternate: a key, its value, the next key.
+    /// Appends the next string. Call it alternately with a key and its value.
     pub(super) fn push(&mut self, string: &str) {
         self.text.push_str(string);
-        let end = u32::try_from(self.text.len()).expect("unescaped text is no longer than its header");
+        let end = u32::try_from(self.text.len()).expect("decoded strings are no longer than their header");
         self.ends.push(end);
     }
 
-    /// The last string pushed; empty if there is none.
+    /// Returns the last string that was pushed, or an empty string if there is none.
     pub(super) fn last(&self) -> &str {
         self.ends.len().checked_sub(1).map_or("", |last| self.string(last))
     }

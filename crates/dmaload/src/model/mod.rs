@@ -1,4 +1,4 @@
-//! Headers of model files: which tensors a file contains, and where.
+//! Parses the headers of model files: which tensors a file contains, and where they are.
 //!
 //! Pure logic: nothing here makes a system call. The caller passes in the bytes of a header and
 //! the length of the file, and gets a [`TensorMap`], or a [`ModelError`] that says what is wrong
@@ -8,9 +8,10 @@
 //! shape require. In a safetensors file, they cover all of the data. A GGUF file may also contain
 //! padding between tensors, and any bytes after the last one.
 //!
-//! Memory and time are bounded by the length of the header, whatever the header claims.
+//! Memory and time are bounded by the actual length of the header, whatever counts and sizes it
+//! declares.
 //!
-//! A safetensors file is parsed in two steps, because its first bytes state the header's length:
+//! A safetensors file is parsed in two steps, because its first bytes contain the header's length:
 //!
 //! ```text
 //! first 9 bytes ──► sniff ──► length of the header ──► parse ──► TensorMap

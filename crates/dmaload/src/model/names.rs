@@ -1,14 +1,14 @@
 //! Looks up tensors and keys by name.
 
-/// Positions in a list, sorted by the names at these positions.
+/// An index of a list: the positions of its items, sorted by the items' names.
 ///
-/// Compared to a hash map, it needs no second copy of the names, gives a hostile header no hash
+/// Compared to a hash map, this needs no second copy of the names, gives a hostile header no hash
 /// collisions to exploit, and finds duplicates as neighbors.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct NameIndex(Vec<u32>);
 
 impl NameIndex {
-    /// Indexes `count` names. If two are equal, the error is the position of one.
+    /// Indexes `count` names. If two names are equal, the error is the position of one of them.
     pub(super) fn new<'a>(count: usize, name: impl Fn(usize) -> &'a str) -> Result<Self, usize> {
         let mut order: Vec<u32> = (0..).take(count).collect();
         order.sort_unstable_by_key(|&i| name(i as usize));

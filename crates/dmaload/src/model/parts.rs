@@ -1,5 +1,5 @@
-//! Numbered names of a model's files: `model-00001-of-00003.safetensors`. In this module, each
-//! such file is a part, whatever its format.
+//! Parses the numbered file names of multi-file models: `model-00001-of-00003.safetensors`. This
+//! module calls each such file a part, whatever its format.
 
 /// The parsed name of one part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,7 +18,7 @@ pub(crate) struct PartName<'a> {
 }
 
 impl<'a> PartName<'a> {
-    /// Parses a name; `None` if it is not that of a part.
+    /// Parses a file name. Returns `None` if it is not the name of a part.
     pub(crate) fn parse(name: &'a str) -> Option<Self> {
         // Searches from the end, because the stem may contain the separator too.
         let of = |of| name.rmatch_indices(of).find_map(|(at, of)| Self::parse_at(name, at, of));
@@ -31,25 +31,25 @@ impl<'a> PartName<'a> {
         let (count_digits, end) = after.split_at(after.find(|c| !is_digit(c)).unwrap_or(after.len()));
         let (stem, digits) = before.split_at(before.trim_end_matches(is_digit).len());
         let (number, count) = (digits.parse().ok()?, count_digits.parse().ok()?);
-        // Two numbers of five digits identify a part, whatever precedes them.
+        // Two five-digit numbers identify a part even if no separator precedes the first one.
         let is_series = digits.len() == 5 && count_digits.len() == 5;
         let joined = stem.ends_with(['-', '_', '.']) || is_series || stem.is_empty();
         (joined && count > 0 && number <= count).then_some(PartName { stem, digits, of, count_digits, end, number, count })
     }
 
-    /// Whether two names belong to parts of the same model.
+    /// Returns whether two names belong to parts of the same model.
     pub(crate) fn is_same_model(&self, other: &PartName<'_>) -> bool {
         (self.stem, self.of, self.end, self.count) == (other.stem, other.of, other.end, other.count)
     }
 
-    /// The name of another part.
+    /// Returns the name of the part with this number in the same model.
     pub(crate) fn with_number(&self, number: u32) -> String {
         let width = self.digits.len();
         let PartName { stem, of, count_digits, end, .. } = self;
         format!("{stem}{number:0width$}{of}{count_digits}{end}")
     }
 
-    /// Whether the name follows llama.cpp's scheme for parts of a split GGUF file.
+    /// Returns whether the name follows llama.cpp's scheme for parts of a split GGUF file.
     pub(crate) fn is_gguf_split(&self) -> bool {
         let five = self.digits.len() == 5 && self.count_digits.len() == 5;
         five && self.stem.ends_with('-') && self.of == "-of-" && self.end == ".gguf" && self.number > 0

@@ -2,7 +2,7 @@
 //! tensors' bytes, which fill the rest of the file.
 //!
 //! Based on the *Format* section of the README of <https://github.com/huggingface/safetensors>.
-//! Where the README is silent, the behavior of the crate `safetensors` 0.8 decides. If this module
+//! Where the README is silent, this module follows the crate `safetensors` 0.8. If this module
 //! accepts a file, the crate accepts it too, and reads the same tensors.
 //!
 //! This module is stricter where leniency would let two readers see different tensors, or hide
@@ -17,11 +17,11 @@
 //! a tensor's entry. It also allows any JSON whitespace around the header's object, although the
 //! README requires the header to begin with `{` and to be padded only with spaces.
 //!
-//! Memory and time are bounded by the header's length: parsing takes at most a small multiple of
-//! that length in memory, and `n log n` comparisons of `n` names. A value of the wrong type is
+//! Memory and time are bounded by the header's length: parsing needs memory of at most a small
+//! multiple of that length, and `n log n` comparisons for `n` names. A value of the wrong type is
 //! refused where it begins, before the rest of it is read. The value of an unknown key is skipped,
-//! but a header that nests more than 127 levels deep there is refused: `serde_json` limits
-//! nesting.
+//! but a header that nests more than 127 levels deep in such a value is refused, because
+//! `serde_json` limits nesting.
 
 mod header;
 mod values;
@@ -38,7 +38,7 @@ const PREFIX_BYTES: u64 = 8;
 /// The shortest possible header: `{}`.
 const HEADER_MIN_BYTES: u64 = 2;
 
-/// What the beginning of a file says about its format.
+/// The result of [`sniff`]: what the beginning of a file says about its format.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Sniff {
     /// Treat the file as safetensors. If [`parse`] then refuses the header, report that error
@@ -49,7 +49,7 @@ pub enum Sniff {
     },
     /// Not a safetensors file, and neither its name nor its content claims that it is one.
     Not {
-        /// The rule of the format that the file violates.
+        /// How the file differs from safetensors.
         why: ModelError,
     },
     /// A file that claims to be safetensors, by name or content, but is not valid.
@@ -75,13 +75,14 @@ pub enum Sniff {
 /// | no  | –   | yes | [`Sniff::Broken`] |
 /// | no  | –   | no  | [`Sniff::Not`] |
 ///
-/// If `first` has fewer than 9 bytes although the file has 10 or more, the verdict is
+/// If `first` has fewer than 9 bytes even though the file has 10 or more, the verdict is
 /// [`Sniff::Broken`], because so few bytes do not determine the format.
 ///
 /// A damaged model is therefore an error rather than a raw file. As a consequence, a raw file that
 /// begins like safetensors is also an error until it is explicitly loaded as raw. Such files are
-/// rare: five of their first nine bytes must have one particular value, and a sixth one of six.
-/// Their error is visible, whereas loading a damaged model as raw bytes would go unnoticed.
+/// rare: five of their first nine bytes must have one particular value, and a sixth must have one
+/// of six values. Their error is visible, whereas loading a damaged model as raw bytes would go
+/// unnoticed.
 #[must_use]
 pub fn sniff(first: &[u8], file_bytes: u64, named_safetensors: bool) -> Sniff {
     match check_start(first, file_bytes, named_safetensors) {
@@ -91,10 +92,12 @@ pub fn sniff(first: &[u8], file_bytes: u64, named_safetensors: bool) -> Sniff {
     }
 }
 
-/// Whether a fault found by [`check_start`] rules out a raw load, whatever the file's name.
+/// Returns whether a fault found by [`check_start`] rules out loading the file as raw bytes,
+/// whatever its name.
 fn indicates_safetensors(error: &ModelError) -> bool {
-    // A header past the end most likely belongs to a truncated model. If the caller passed too few
-    // bytes to determine the format, treating the file as raw would be a guess.
+    // A header that extends past the end of the file most likely belongs to a truncated model. If
+    // the caller passed too few bytes to determine the format, treating the file as raw would be a
+    // guess.
     matches!(error, ModelError::HeaderPastEnd { .. } | ModelError::StartTooShort { .. })
 }
 
@@ -115,10 +118,10 @@ fn check_start(first: &[u8], file_bytes: u64, named: bool) -> Result<u64, ModelE
     parse_prefix(*prefix, file_bytes)
 }
 
-/// Returns the length of the JSON header in bytes, which the first 8 bytes of a file state.
+/// Reads the length of the JSON header in bytes from the first 8 bytes of a file.
 ///
-/// `file_bytes` is the length of the file. The result is safe to allocate: the header is within
-/// the file, and no longer than [`HEADER_LIMIT_BYTES`].
+/// `file_bytes` is the length of the file. It is safe to allocate as many bytes as the result
+/// says: the header is within the file, and no longer than [`HEADER_LIMIT_BYTES`].
 ///
 /// # Errors
 ///
@@ -148,8 +151,8 @@ fn data_bytes(header_bytes: u64, file_bytes: u64) -> Result<u64, ModelError> {
 ///
 /// # Errors
 ///
-/// A [`ModelError`] that says what is wrong with the header, and where. A file with several faults
-/// is refused for one of them.
+/// A [`ModelError`] that says what is wrong with the header, and where. If there are several
+/// faults, the error describes one of them.
 pub fn parse(header: &[u8], file_bytes: u64) -> Result<TensorMap, ModelError> {
     let header_bytes = header.len() as u64;
     let data_bytes = data_bytes(header_bytes, file_bytes)?;
@@ -165,7 +168,7 @@ pub fn parse(header: &[u8], file_bytes: u64) -> Result<TensorMap, ModelError> {
 /// Checks that a header begins like a JSON object, and decodes it as UTF-8.
 fn decode_header(header: &[u8]) -> Result<&str, ModelError> {
     let is_blank = |byte: &u8| header::WHITESPACE.contains(&char::from(*byte));
-    // A header of only whitespace begins with whitespace instead of a brace.
+    // If the header is only whitespace, its first byte is reported as found in place of a brace.
     let found = header.iter().find(|byte| !is_blank(byte)).or(header.first()).expect("a header has at least 2 bytes");
     if *found != b'{' {
         return Err(ModelError::NotAnObject { found: *found });

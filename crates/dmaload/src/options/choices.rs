@@ -1,4 +1,4 @@
-//! The choices that a load's options offer, one type for each.
+//! The types of the values that a load's options accept.
 
 use crate::support::names;
 
@@ -6,22 +6,24 @@ use crate::support::names;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Layout {
-    /// Segments of the configured size. The first can be used while the rest is being read.
+    /// Segments of the configured size. The first segments can be used while the rest of the file
+    /// is being read.
     #[default]
     Segmented,
-    /// One segment for the whole file, or for each contiguous range of it that is read. A segment
-    /// is filled piece by piece while the rest of it is being populated, except on heaps that
-    /// populate memory when they allocate it, such as dma-heaps.
+    /// One segment for the whole file, or for each contiguous range of it that is read. Reading
+    /// into a segment begins while the rest of its memory is still being populated, except on
+    /// heaps that populate memory when they allocate it, such as dma-heaps.
     Single,
-    /// Like `Segmented`, but cut between tensors. Each tensor is in one segment, larger than the
-    /// others if necessary. A tensor is split only if it exceeds what the importer, the heap or
-    /// the memory limit allows. If one tensor ends and the next begins within a block, the
-    /// segments of both contain that block. A file of raw bytes is divided as in `Segmented`.
+    /// Like `Segmented`, but files are cut between tensors. Each tensor is in a single segment,
+    /// which is larger than the configured size if necessary. A tensor is split only if it exceeds
+    /// what the importer, the heap or the memory limit allows. If one tensor ends and the next
+    /// begins within a block, the segments of both contain that block. A file of raw bytes is
+    /// divided as in `Segmented`.
     Tensors,
 }
 
 impl Layout {
-    /// The name used on the command line and in reports.
+    /// Returns the name used on the command line and in reports.
     pub fn name(self) -> &'static str {
         match self {
             Layout::Segmented => "segmented",
@@ -49,8 +51,8 @@ impl std::str::FromStr for Layout {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Format {
-    /// safetensors or GGUF if the file looks like one, otherwise raw bytes. A folder, an index and
-    /// a part of a split GGUF model stand for a model of several files.
+    /// safetensors or GGUF if the file looks like one of them, otherwise raw bytes. The path of a
+    /// folder, of an index, or of one part of a split GGUF model loads all files of the model.
     #[default]
     Auto,
     /// safetensors; anything else is an error.
@@ -62,7 +64,7 @@ pub enum Format {
 }
 
 impl Format {
-    /// The name used on the command line.
+    /// Returns the name used on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Format::Auto => "auto",
@@ -81,17 +83,17 @@ impl std::str::FromStr for Format {
     }
 }
 
-/// How to treat bytes of a file that are in the page cache.
+/// What to do with bytes of a file that are already in the page cache.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Cache {
-    /// Do not check what the page cache holds: read everything by the load's route. (The routes
-    /// `uring-buffered` and `buffered` go through the page cache.)
+    /// Do not check what the page cache holds, and read everything through the load's route. The
+    /// routes `uring-buffered` and `buffered` themselves go through the page cache.
     Bypass,
-    /// Copy chunks that are fully cached from the page cache, and read the rest by the load's
+    /// Copy chunks that are fully cached from the page cache, and read the rest through the load's
     /// route. Checking what is cached adds at most 1 % of a large file to the cache.
     ///
-    /// Has an effect only on file systems where every change to cached bytes shows in the file's
+    /// Has an effect only on file systems where every change to cached bytes updates the file's
     /// modification time: ext4, xfs, btrfs, and read-only ones (squashfs, erofs, iso9660). FUSE,
     /// overlayfs and network file systems are excluded because their cache may be stale, and tmpfs
     /// because it does not record every change.
@@ -100,7 +102,7 @@ pub enum Cache {
 }
 
 impl Cache {
-    /// The name used on the command line.
+    /// Returns the name used on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Cache::Bypass => "bypass",
@@ -127,11 +129,11 @@ impl std::str::FromStr for Cache {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Prefer {
-    /// The duration of the load.
+    /// Minimize the duration of the load.
     #[default]
     Speed,
-    /// CPU time: reads are direct if possible, which copies nothing unless the file is in memory
-    /// (tmpfs, DAX). Nothing is measured.
+    /// Minimize CPU time. Reads are direct if possible, which copies nothing unless the file is in
+    /// memory (tmpfs, DAX). The load does not measure which way of reading is fastest.
     Cpu,
 }
 
@@ -156,12 +158,12 @@ impl std::str::FromStr for Prefer {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Priority {
-    /// Gets memory only when no load of a higher priority can use it.
+    /// Gets memory only when no load with a higher priority can use it.
     Low,
-    /// Takes turns with other loads of this priority.
+    /// Takes turns with other loads that have this priority.
     #[default]
     Normal,
-    /// Gets memory before all loads of a lower priority.
+    /// Gets memory before all loads with a lower priority.
     High,
 }
 
@@ -177,12 +179,12 @@ pub struct Shard {
     pub rank: u32,
     /// The number of ranks.
     pub world_size: u32,
-    /// The dimension along which each tensor is cut, counted from 0, the outermost; `None` cuts
-    /// the bytes of each file.
+    /// The dimension along which each tensor is cut. The outermost dimension is 0. If `None`, each
+    /// file's bytes are divided among the ranks instead, wherever tensors begin and end.
     pub dim: Option<usize>,
 }
 
-/// What an importer of segments (the driver of a GPU, an NPU or a codec) can map; see
+/// What an importer of segments (the kernel driver of a GPU, an NPU or a codec) can map; see
 /// [`crate::LoadOptions::importer`]. The default sets no limits. A load that would exceed the
 /// limits fails with [`crate::Error::Importer`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -193,13 +195,14 @@ pub struct ImporterLimits {
     /// The maximum number of dma-bufs for a load. Small files, and small spans of tensors, share
     /// dma-bufs.
     pub max_segments: usize,
-    /// The alignment in bytes of a tensor in its dma-buf: a power of two, at most 1 GiB. More than
-    /// 1 requires [`Layout::Tensors`].
+    /// The alignment in bytes of each tensor in its dma-buf: a power of two, at most 1 GiB. An
+    /// alignment of more than 1 requires [`Layout::Tensors`].
     ///
-    /// A direct read preserves a byte's position within a block of at least a page (usually 4
-    /// KiB). A tensor that is less aligned in its file is therefore copied into place after it was
-    /// read, which [`crate::Report::copied_bytes`] counts. With an alignment larger than such a
-    /// block, no two tensors share a dma-buf.
+    /// A direct read preserves a byte's position within its block, where a block is at least a
+    /// page (usually 4 KiB). If a tensor's position in the file is not aligned well enough, the
+    /// tensor is therefore copied into place after it has been read.
+    /// [`crate::Report::copied_bytes`] counts the copied bytes. If the alignment is larger than
+    /// such a block, no two tensors share a dma-buf.
     pub alignment_bytes: u64,
     /// Whether tensors may be copied to align them. If not, a load that would need such a copy
     /// fails with [`crate::Error::Unaligned`].

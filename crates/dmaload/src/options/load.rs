@@ -8,12 +8,12 @@ use super::observer::{Observer, ObserverOption, Verify, VerifyOption};
 use crate::route::Route;
 use crate::support::foreign::Foreign;
 
-/// How to do one load: which bytes to read, how to divide them into segments, by which route to
-/// read them, and how to verify them.
+/// The options of a load: which bytes to read, how to divide them into segments, which route to
+/// read them through, and how to verify them.
 ///
-/// Set for one load by [`LoadRequest::options`](crate::LoadRequest::options), and for all loads
-/// without their own options by
-/// [`LoaderBuilder::load_options`](crate::LoaderBuilder::load_options).
+/// [`LoadRequest::options`](crate::LoadRequest::options) sets them for one load, and
+/// [`LoaderBuilder::load_options`](crate::LoaderBuilder::load_options) for all loads that don't
+/// set their own.
 ///
 /// ```
 /// use dmaload::{Layout, LoadOptions};
@@ -23,17 +23,17 @@ use crate::support::foreign::Foreign;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LoadOptions {
     pub(crate) layout: Layout,
-    /// `None`: the loader chooses.
+    /// `None` lets the loader choose.
     pub(crate) segment_bytes: Option<u64>,
     pub(crate) packed: bool,
     pub(crate) chunk_bytes: u64,
-    /// `None`: the loader chooses.
+    /// `None` lets the loader choose.
     pub(crate) route: Option<Route>,
     pub(crate) prefer: Prefer,
     pub(crate) strict: bool,
     pub(crate) format: Format,
     pub(crate) trace: bool,
-    /// `None`: [`Cache::Auto`], or [`Cache::Bypass`] for a strict load.
+    /// `None` means [`Cache::Auto`], or [`Cache::Bypass`] for a strict load.
     pub(crate) cache: Option<Cache>,
     pub(crate) verify: Option<VerifyOption>,
     pub(crate) observer: Option<ObserverOption>,
@@ -74,8 +74,8 @@ impl LoadOptions {
     /// The default of [`Self::chunk_bytes`]: 2 MiB.
     pub const CHUNK_BYTES: u64 = 2 << 20;
 
-    /// Returns the defaults: everything is read, into segments of [`Self::SEGMENT_BYTES`], by the
-    /// fastest route. If the kernel refuses a route, the load steps down to a lower one and
+    /// Returns the defaults: everything is read, into segments of [`Self::SEGMENT_BYTES`], through
+    /// the fastest route. If the kernel refuses a route, the load steps down to a lower one and
     /// reports that.
     pub fn new() -> Self {
         LoadOptions::default()
@@ -83,14 +83,14 @@ impl LoadOptions {
 
     /// Reads only these tensors, given by name or pattern (`model.layers.{0..3}.*`: `*` matches
     /// any text, `?` any character, `{a,b}` either alternative, `{0..3}` a number from 0 to 3).
-    /// The tensors arrive in the order of the patterns, and in file order where one pattern
-    /// matches several. A pattern that matches no tensor in any file is an error. Default:
-    /// everything.
+    /// The tensors arrive in the order of the patterns. If one pattern matches several tensors,
+    /// these arrive in file order. A pattern that matches no tensor in any file is an error.
+    /// Default: everything.
     ///
     /// Small gaps between tensors are read too, and so is the rest of the blocks in which tensors
-    /// begin and end. The report says how much was wanted ([`crate::Report::wanted_bytes`]) and
-    /// how much was read. A load of selected tensors can't be verified or observed, because both
-    /// need all bytes of each file.
+    /// begin and end. The report says how many bytes were wanted ([`crate::Report::wanted_bytes`])
+    /// and how many were read. A load of selected tensors can't be verified or observed, because
+    /// verifiers and observers need all bytes of each file.
     #[must_use]
     pub fn tensors<T: Into<String>>(mut self, patterns: impl IntoIterator<Item = T>) -> Self {
         self.select.tensors = Some(patterns.into_iter().map(Into::into).collect());
@@ -107,17 +107,17 @@ impl LoadOptions {
         self
     }
 
-    /// Loads what exists of models with missing or empty files, rather than failing with
-    /// [`crate::Error::Incomplete`]. The report notes what is missing. Default: false.
+    /// Sets whether to load a model even if some of its files are missing or empty, rather than
+    /// fail with [`crate::Error::Incomplete`]. The report notes what is missing. Default: false.
     #[must_use]
     pub fn allow_missing(mut self, allow: bool) -> Self {
         self.allow_missing = allow;
         self
     }
 
-    /// Treats a path to a file as just that file, even if it belongs to a larger model: a part of
-    /// a split GGUF model loads without the others, and an index loads as raw bytes. Default:
-    /// false.
+    /// Sets whether the path of a file loads just that file, even if it belongs to a larger model.
+    /// If so, a part of a split GGUF model loads without the others, and an index loads as raw
+    /// bytes. Default: false.
     #[must_use]
     pub fn as_one_file(mut self, alone: bool) -> Self {
         self.as_one_file = alone;
@@ -132,75 +132,76 @@ impl LoadOptions {
         self
     }
 
-    /// Reads only one rank's share: of each tensor (of those selected by [`Self::tensors`], if
-    /// set), or of each file's bytes. If the length of a dimension does not divide evenly, the
-    /// shares differ by at most one element of that dimension. A tensor without the dimension
-    /// belongs to every rank. Files are cut at block boundaries. Default: everything.
+    /// Reads only one rank's share of each tensor (or of the tensors selected by
+    /// [`Self::tensors`]), or of each file's bytes. If the length of a dimension does not divide
+    /// evenly, the shares differ by at most one element of that dimension. A tensor without the
+    /// dimension belongs to every rank. Files are cut at block boundaries. Default: everything.
     ///
-    /// Along dimension 0, a share is contiguous and behaves like a whole tensor. Along other
-    /// dimensions, its rows are scattered in the file: see [`crate::Tensor::to_vec`].
+    /// A share along dimension 0 is contiguous and behaves like a whole tensor. The rows of a
+    /// share along another dimension are scattered in the file: see [`crate::Tensor::to_vec`].
     #[must_use]
     pub fn shard(mut self, shard: Shard) -> Self {
         self.select.shard = Some(shard);
         self
     }
 
-    /// Which loads of a loader go first: memory is allocated for loads of higher priority before
-    /// it is allocated for others. Default: [`Priority::Normal`].
+    /// Sets the load's priority. Memory is allocated for loads with a higher priority before it is
+    /// allocated for others. Default: [`Priority::Normal`].
     #[must_use]
     pub fn priority(mut self, priority: Priority) -> Self {
         self.priority = priority;
         self
     }
 
-    /// What the importer of the segments can map. Default: no limits.
+    /// Sets limits on what the importer of the segments can map. Default: no limits.
     #[must_use]
     pub fn importer(mut self, limits: ImporterLimits) -> Self {
         self.importer = limits;
         self
     }
 
-    /// How files are divided into segments. Default: [`Layout::Segmented`].
+    /// Sets how files are divided into segments. Default: [`Layout::Segmented`].
     #[must_use]
     pub fn layout(mut self, layout: Layout) -> Self {
         self.layout = layout;
         self
     }
 
-    /// The size of a segment: a multiple of 2 MiB, at most 1 GiB, and at most the loader's window.
-    /// Smaller segments are usable earlier. Larger ones need fewer descriptors, since each
+    /// Sets the size of a segment: a multiple of 2 MiB, at most 1 GiB, and at most the loader's
+    /// window. Smaller segments are usable earlier. Larger ones need fewer descriptors, since each
     /// allocation has its own.
     ///
-    /// Default: [`Self::SEGMENT_BYTES`], 64 MiB. The default is less if the heap or the importer
-    /// accepts only smaller segments, if memory is limited, and on dma-heaps, which allocate all
-    /// of a segment at once: there it is at most an eighth of the window. For a load that keeps
-    /// all its segments (one that is awaited as an image), it is more if too few descriptors are
-    /// available. A size that was set is never changed. With [`Layout::Single`], this size does
-    /// not determine the size of segments, but must still be valid.
+    /// Default: [`Self::SEGMENT_BYTES`], 64 MiB. The default is smaller if the heap or the
+    /// importer accepts only smaller segments, or if memory is limited. On dma-heaps, which
+    /// allocate a whole segment at once, it is at most an eighth of the window. It is larger if
+    /// too few descriptors are available for a load that keeps all its segments, such as one that
+    /// is awaited as an image. A size that you set is never changed. With [`Layout::Single`], this
+    /// size does not determine the size of segments, but must still be valid.
     #[must_use]
     pub fn segment_bytes(mut self, bytes: u64) -> Self {
         self.segment_bytes = Some(bytes);
         self
     }
 
-    /// Whether consecutive small files share memory: files of up to a quarter of a segment, each
-    /// at a multiple of at least the page size. A thousand of them then need only a few
-    /// allocations and descriptors, and can have huge pages. The dma-buf or memfd of such a file
-    /// contains all files that share it. Has no effect with [`Layout::Single`], or if the
-    /// [importer](Self::importer) requires an alignment of more than a page. Default: true.
+    /// Sets whether consecutive small files share memory. Small files are those of up to a quarter
+    /// of a segment. Each begins at a multiple of at least the page size. A thousand small files
+    /// then need only a few allocations and descriptors, and can have huge pages. The dma-buf or
+    /// memfd of such a file contains all files that share it. Has no effect with
+    /// [`Layout::Single`], or if the [importer](Self::importer) requires an alignment of more than
+    /// a page. Default: true.
     #[must_use]
     pub fn packed(mut self, packed: bool) -> Self {
         self.packed = packed;
         self
     }
 
-    /// The segment size if the heap and the loader's settings allow segments of up to
-    /// `limit_bytes`; `None` stands for no limit.
+    /// Returns the segment size for a heap and loader settings that allow segments of up to
+    /// `limit_bytes`; `None` means no limit.
     pub(crate) fn segment_bytes_within(&self, limit_bytes: Option<u64>) -> u64 {
         let own = Some(self.importer.max_segment_bytes).filter(|&most| most < u64::MAX);
         let limit_bytes = limit_bytes.into_iter().chain(own).min();
-        // Below the size of a huge page, any whole number of pages would do. Whole MiB suffice:
-        // the limit of udmabuf is stated in MiB.
+        // Below the size of a huge page, any whole number of pages would do. Sizes in MiB are fine
+        // enough, because udmabuf's limit is in MiB, too.
         let step = |limit: u64| if limit < SEGMENT_STEP_BYTES { MIB } else { SEGMENT_STEP_BYTES };
         let fits = |limit: u64| (limit / step(limit) * step(limit)).max(MIB);
         self.segment_bytes.unwrap_or_else(|| {
@@ -208,9 +209,9 @@ impl LoadOptions {
         })
     }
 
-    /// The size of one read: a multiple of 64 KiB, at most 1 GiB. At most
+    /// Sets the size of one read: a multiple of 64 KiB, at most 1 GiB. At most
     /// [`queue_depth`](crate::LoaderBuilder::queue_depth) reads are in flight. Smaller reads cost
-    /// more system calls. With larger reads, more is read again after a failed read. Default:
+    /// more system calls. After a larger read fails, more bytes have to be read again. Default:
     /// [`Self::CHUNK_BYTES`], 2 MiB.
     #[must_use]
     pub fn chunk_bytes(mut self, bytes: u64) -> Self {
@@ -218,16 +219,16 @@ impl LoadOptions {
         self
     }
 
-    /// The route to start at. Default: the fastest of direct reads by the best route, staged reads
-    /// ([`Route::Bounce`]), and, on some network file systems, reads by [`Route::UringBuffered`].
-    /// For files in memory (tmpfs, DAX), whose direct reads are copies, the default is
-    /// [`Route::PreadDirect`].
+    /// Sets the route to start with. By default, the load chooses the fastest of up to three ways:
+    /// direct reads through the best route, staged reads ([`Route::Bounce`]), and, on some network
+    /// file systems, buffered reads ([`Route::UringBuffered`]). For files in memory (tmpfs, DAX),
+    /// whose direct reads are copies, the default is [`Route::PreadDirect`].
     ///
     /// Which way is fastest depends on the machine, so a load of 512 MiB or more measures each way
-    /// on some of its bytes and continues with the fastest one. Later loads of the loader from the
+    /// on some of its bytes and continues with the fastest one. The loader's later loads from the
     /// same file system use that result and measure again from time to time
     /// ([`crate::Report::measured`]). Until something has been measured, smaller loads use staged
-    /// reads if the file system is local and the memory is on small pages, and otherwise direct
+    /// reads if the file system is local and the memory has small pages, and otherwise direct
     /// reads. A load from several file systems, or on a heap that populates memory when it
     /// allocates it (such as a dma-heap), measures nothing.
     #[must_use]
@@ -236,29 +237,29 @@ impl LoadOptions {
         self
     }
 
-    /// What to optimize for if no route is set. Default: [`Prefer::Speed`].
+    /// Sets what to optimize for if no route is set. Default: [`Prefer::Speed`].
     #[must_use]
     pub fn prefer(mut self, prefer: Prefer) -> Self {
         self.prefer = prefer;
         self
     }
 
-    /// Fails rather than step down from the starting route. Default: false.
+    /// Sets whether to fail rather than step down from the starting route. Default: false.
     #[must_use]
     pub fn strict(mut self, strict: bool) -> Self {
         self.strict = strict;
         self
     }
 
-    /// Records a timeline for [`crate::Report::trace`]: a [`crate::TraceEvent`] for each
-    /// allocation, read, copy and other step. Default: false.
+    /// Sets whether to record a timeline for [`crate::Report::trace`]: a [`crate::TraceEvent`] for
+    /// each allocation, read, copy and other step. Default: false.
     #[must_use]
     pub fn trace(mut self, trace: bool) -> Self {
         self.trace = trace;
         self
     }
 
-    /// Whether bytes that are already in the page cache are copied from there. Default:
+    /// Sets whether bytes that are already in the page cache are copied from there. Default:
     /// [`Cache::Auto`], or [`Cache::Bypass`] for a [strict](Self::strict) load.
     #[must_use]
     pub fn cache(mut self, cache: Cache) -> Self {
@@ -266,7 +267,7 @@ impl LoadOptions {
         self
     }
 
-    /// Whether chunks are copied from the page cache.
+    /// Returns whether cached chunks are copied from the page cache.
     pub(crate) fn takes_cached(&self) -> bool {
         match self.cache {
             Some(cache) => cache == Cache::Auto,
@@ -282,8 +283,9 @@ impl LoadOptions {
     /// result is known. Default: no verification.
     ///
     /// The verifier sees the same bytes as the load's [observer](Self::observer), and sees them
-    /// first. Because checksums cover whole files, neither can be combined with [`Self::tensors`],
-    /// [`Self::range`], [`Self::shard`], [`Layout::Tensors`] or a model inside another file.
+    /// first. Because checksums cover whole files, neither a verifier nor an observer can be
+    /// combined with [`Self::tensors`], [`Self::range`], [`Self::shard`], [`Layout::Tensors`] or a
+    /// model inside another file.
     #[must_use]
     pub fn verify(mut self, expected: impl Verify) -> Self {
         self.verify = Some(VerifyOption(Foreign::new(Arc::new(expected))));
@@ -291,19 +293,19 @@ impl LoadOptions {
     }
 
     /// Sets an observer, which sees every byte before its segment is handed over, for example to
-    /// compute a checksum. Requires that whole files are read, as [`Self::verify`] does. Default:
-    /// none.
+    /// compute a checksum. Like [`Self::verify`], this requires that whole files are read.
+    /// Default: none.
     ///
-    /// On a heap that the CPU reads uncached, every read then goes into staging, where the CPU
-    /// reads the bytes quickly. The load takes the route [`Route::Bounce`] or a lower one, which a
-    /// strict load must request.
+    /// On a heap that the CPU reads uncached, every read of an observed load goes into staging,
+    /// where the CPU can read the bytes quickly. Such a load therefore starts at [`Route::Bounce`]
+    /// or a lower route. A strict load fails unless it requests one of these routes.
     #[must_use]
     pub fn observer(mut self, observer: impl Observer) -> Self {
         self.observer = Some(ObserverOption::new(Arc::new(observer)));
         self
     }
 
-    /// How to interpret the files' bytes. Default: [`Format::Auto`].
+    /// Sets how to interpret the files' bytes. Default: [`Format::Auto`].
     #[must_use]
     pub fn format(mut self, format: Format) -> Self {
         self.format = format;
@@ -311,17 +313,17 @@ impl LoadOptions {
     }
 }
 
-/// The unit of segment sizes: a huge page, so two segments never share one. Segments are smaller
-/// only if the heap or the importer accepts less.
+/// The unit of segment sizes. It is the size of a huge page, so that two segments never share one.
+/// Segments are smaller than this only if the heap or the importer requires it.
 pub(crate) const SEGMENT_STEP_BYTES: u64 = 2 << 20;
 
-/// The maximum of [`LoadOptions::segment_bytes`]: the size limit of one registered buffer before
-/// Linux 7.
+/// The maximum of [`LoadOptions::segment_bytes`]. Before Linux 7, a registered buffer can't be
+/// larger.
 pub(crate) const LARGEST_SEGMENT_BYTES: u64 = 1 << 30;
 
 pub(crate) const MIB: u64 = 1 << 20;
 
-/// What a load reads of its files.
+/// Which parts of its files a load reads.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Select {
     pub(crate) tensors: Option<Vec<String>>,
@@ -332,7 +334,7 @@ pub(crate) struct Select {
 }
 
 impl Select {
-    /// Whether anything less than whole files is read.
+    /// Returns whether any selection is set, so that less than whole files may be read.
     pub(crate) fn is_partial(&self) -> bool {
         *self != Select::default()
     }

@@ -11,17 +11,18 @@ use crate::support::foreign::Foreign;
 /// Sees every byte of a load before its segment is handed over; see
 /// [`crate::LoadOptions::observer`].
 ///
-/// The files of a load come one after another, each from beginning to end: every byte once,
-/// without gaps, one call at a time, on the loader's threads. How the bytes are divided among the
-/// calls has no meaning. If a load fails or is dropped, the observer does not see the rest.
+/// An observer sees the files of a load one after another, and each file from beginning to end:
+/// every byte once, without gaps. It is called on the loader's threads, with one call at a time
+/// for each load. How the bytes are divided among the calls has no meaning. If a load fails or is
+/// dropped, the observer does not see the rest of the bytes.
 ///
 /// The bytes are in the memory of their segment or, on a heap that the CPU reads uncached
 /// ([`crate::heap::Heap::is_uncached`]), in the staging buffer that they were read into. Reading
-/// continues while the observer runs. If the observer is slower, reading waits: until bytes are
-/// observed, they keep their share of the window, or their place in staging.
+/// continues while the observer runs. If the observer is slower than the reads, reading waits:
+/// until bytes have been observed, they keep occupying the window or a staging buffer.
 ///
-/// An observer must not wait for a load of its loader, nor for a shutdown to complete: either may
-/// need the thread that the observer runs on.
+/// An observer must not wait for a load of the same loader, nor for the loader's shutdown: either
+/// may need the thread that the observer runs on.
 ///
 /// A panic fails the observer's load with [`crate::Error::Panicked`]; other loads are not
 /// affected.
@@ -44,7 +45,7 @@ impl<O: Observer + ?Sized> Observer for Arc<O> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Rejection {
-    /// A reason in the observer's own words.
+    /// The reason in the observer's own words.
     Reason(String),
     /// A checksum differs: see [`crate::Error::Corrupt`].
     Corrupt {
@@ -81,9 +82,9 @@ pub trait Verify: Send + Sync + 'static {
     /// before it reads anything but headers.
     fn begin(&self, files: &[(&Path, u64)], format: Format) -> Result<Arc<dyn Observer>>;
 
-    /// Like [`Self::begin`], for a split model of which the caller named only one part: all parts
-    /// are loaded. `named` is the index of the named part in `files`. A checksum of a single file
-    /// refers to the named part. Default: calls [`Self::begin`].
+    /// Like [`Self::begin`], but called if the caller named only one part of a split model, all of
+    /// whose parts are loaded. `named` is the index of the named part in `files`. A checksum of a
+    /// single file is that of the named part. The default implementation calls [`Self::begin`].
     ///
     /// # Errors
     /// Those of [`Self::begin`].
@@ -92,13 +93,15 @@ pub trait Verify: Send + Sync + 'static {
         self.begin(files, format)
     }
 
-    /// Whether only the file that the caller named is verified, even if others are loaded with it.
-    /// If so, the report says that the others were not verified. Default: false.
+    /// Returns whether only the file that the caller named is verified, even if other files are
+    /// loaded with it. If so, the report says that the others were not verified. The default
+    /// implementation returns false.
     fn is_of_one_file(&self) -> bool {
         false
     }
 
-    /// Describes what is compared, for the report: for example `crc32c of each 1048576 bytes`.
+    /// Describes what is compared, such as `crc32c of each 1048576 bytes`. The report contains
+    /// this text.
     fn describe(&self) -> String;
 }
 
@@ -116,9 +119,9 @@ impl ObserverOption {
 #[derive(Clone)]
 pub(crate) struct VerifyOption(pub(crate) Foreign<Arc<dyn Verify>>);
 
-/// How errors name a verifier and the observer that it returns.
+/// The name that errors use for a verifier and for the observer that it returns.
 pub(crate) const VERIFIER: &str = "the verifier";
-/// How errors name an observer.
+/// The name that errors use for an observer.
 pub(crate) const OBSERVER: &str = "the observer";
 
 impl fmt::Debug for VerifyOption {

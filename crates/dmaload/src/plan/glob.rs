@@ -16,10 +16,10 @@ const ALTERNATIVES_LIMIT: usize = 4096;
 const LENGTH_LIMIT_BYTES: usize = 4096;
 
 impl Pattern {
-    /// Parses a pattern.
+    /// Parses a pattern and expands its braces.
     ///
     /// # Errors
-    /// Why the pattern is invalid.
+    /// The reason why the pattern is invalid.
     pub(crate) fn new(source: &str) -> Result<Self, String> {
         if source.len() > LENGTH_LIMIT_BYTES {
             return Err(format!("invalid pattern: {} bytes, more than the limit of {LENGTH_LIMIT_BYTES}", source.len()));
@@ -29,12 +29,12 @@ impl Pattern {
         Ok(Pattern { source: source.to_owned(), alternatives })
     }
 
-    /// A pattern that matches only this name, whatever characters it contains.
+    /// Creates a pattern that matches only this name, whatever characters it contains.
     pub(crate) fn literal(name: &str) -> Self {
         Pattern { source: name.to_owned(), alternatives: Vec::new() }
     }
 
-    /// Whether the pattern can match names that it does not spell out.
+    /// Returns whether the pattern can match names that it does not spell out.
     pub(crate) fn is_wild(&self) -> bool {
         self.alternatives.iter().any(|pattern| pattern.contains(['*', '?']))
     }
@@ -95,7 +95,7 @@ fn choices(text: &str) -> Result<(Vec<String>, &str), String> {
     Err("unclosed {".to_owned())
 }
 
-/// Expands `0..3` into its numbers; `None` for anything else.
+/// Expands a range such as `0..3` into its numbers. Returns `None` for anything else.
 fn numbers(text: &str) -> Option<Result<Vec<String>, String>> {
     let (first, last) = text.split_once("..")?;
     let (from, to) = (first.parse::<u64>().ok()?, last.parse::<u64>().ok()?);
@@ -109,11 +109,12 @@ fn numbers(text: &str) -> Option<Result<Vec<String>, String>> {
     Some(Ok((from..=to).map(|number| format!("{number:0width$}")).collect()))
 }
 
-/// Whether a name matches a pattern without braces. After a mismatch, only the text of the last
-/// star is extended, so the time is at most proportional to the product of the lengths.
+/// Returns whether a name matches a pattern without braces. After a mismatch, only the text that
+/// the last star matches is extended, so the time is at most proportional to the product of the
+/// lengths.
 fn is_match(pattern: &str, name: &str) -> bool {
     let (mut pattern, mut name) = (pattern.chars(), name.chars());
-    // The pattern after the last star, and the part of the name that the star has not consumed.
+    // The pattern after the last star, and the part of the name that the star does not match.
     let mut star = None;
     loop {
         let rest = name.clone();

@@ -1,6 +1,6 @@
-//! The plan of a load: how its files are divided into segments, the memories that hold the
-//! segments, the batches in which memory is allocated, and the pieces in which it is filled. The
-//! driver splits pieces into chunks.
+//! The plan of a load. It says how files are divided into segments, which memories hold the
+//! segments, in which batches memory is allocated, and in which pieces it is filled. The driver
+//! splits pieces into chunks.
 //!
 //! ```text
 //!   a large file |---------------- bytes ------------------|  small: a |---| b |--| c |---------|
@@ -19,8 +19,8 @@
 //! spans are treated like small files.
 //!
 //! Planning is pure: it uses no clock and makes no system calls, so the same input always gives
-//! the same plan. The input is lengths, headers and options, but not open files, memory or a ring.
-//! A plan is made before any data is read, and never changes.
+//! the same plan. The input consists of lengths, headers and options, without open files, memory
+//! or a ring. A plan is made before any data is read, and never changes.
 
 pub(crate) mod glob;
 pub(crate) mod select;
@@ -33,17 +33,17 @@ use crate::options::choices::Layout;
 
 const HUGE_PAGE_BYTES: u64 = dmabuf::HUGE_PAGE_BYTES as u64;
 
-/// The options that shape a plan. The sizes are multiples of every file's alignment.
+/// The parameters of a plan. The sizes are multiples of every file's alignment.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Shape {
     pub(crate) layout: Layout,
     pub(crate) segment_bytes: u64,
-    /// Maximum size of a batch. If it is no smaller than `segment_bytes`, each memory that small
-    /// files share is one batch.
+    /// Maximum size of a batch. If this is no smaller than `segment_bytes`, each memory that small
+    /// files share is a single batch.
     pub(crate) batch_bytes: u64,
     /// Whether small files share memories.
     pub(crate) packed: bool,
-    /// Maximum number of files whose bytes share a batch, from 1 to [`BATCH_FILES`].
+    /// Maximum number of files that may share a batch, from 1 to [`BATCH_FILES`].
     pub(crate) batch_files: usize,
 }
 
@@ -54,18 +54,18 @@ pub(crate) struct Span {
     /// The number of the file.
     pub(crate) file: usize,
     pub(crate) range: Range<u64>,
-    /// The span's place in the caller's order of requests, from 0. Several spans may have the same
-    /// place.
+    /// The position of the span's request in the caller's order, counted from 0. Several spans may
+    /// have the same class.
     pub(crate) class: usize,
-    /// The range of the file to move to the beginning of the memory once the span is read. Such a
-    /// span is a single segment.
+    /// The range of the file to move to the beginning of the memory after the span has been read,
+    /// or `None`. A span with such a range is a single segment.
     pub(crate) moved: Option<Range<u64>>,
-    /// Whether the span is one segment, however large.
+    /// Whether the span is a single segment, however large it is.
     pub(crate) single: bool,
 }
 
 impl Span {
-    /// A whole file.
+    /// Creates the span of a whole file.
     pub(crate) fn whole(file: usize, bytes: u64) -> Self {
         Span { file, range: 0..bytes, class: 0, moved: None, single: false }
     }
@@ -84,14 +84,14 @@ pub(crate) struct Plan {
     pub(crate) pieces: Vec<Piece>,
 }
 
-/// Where the plan has a file's segments and pieces.
+/// Where a file's segments are in the plan, and how many pieces the file has.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct FileParts {
-    /// The first of the file's segments in the plan; `None` if nothing of the file is read.
+    /// The file's first segment in the plan; `None` if nothing is read from the file.
     pub(crate) first_segment: Option<usize>,
-    /// The memory that contains the last of the file's segments; `None` if nothing is read.
+    /// The memory that contains the file's last segment; `None` if nothing is read from the file.
     pub(crate) last_memory: Option<usize>,
-    /// Number of the file's pieces.
+    /// The number of the file's pieces.
     pub(crate) pieces: usize,
 }
 
@@ -110,13 +110,13 @@ pub(crate) struct MemoryPlan {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct SegmentPlan {
     pub(crate) file: usize,
-    /// The number of its span. The segments of a span are consecutive.
+    /// The number of the span that the segment belongs to. The segments of a span are consecutive.
     pub(crate) span: usize,
     pub(crate) memory: usize,
     pub(crate) memory_offset: u64,
     pub(crate) file_range: Range<u64>,
-    /// Bytes of memory that the segment occupies: the length of `file_range`, rounded up to a
-    /// multiple of the file's alignment.
+    /// The number of bytes of memory that the segment occupies: the length of `file_range`,
+    /// rounded up to a multiple of the file's alignment.
     pub(crate) memory_bytes: u64,
     /// The range of the file that is moved to the segment's beginning; `None` if the bytes stay
     /// where they were read.
@@ -141,55 +141,56 @@ pub(crate) struct Piece {
     pub(crate) memory_offset: u64,
     /// Offset in the file.
     pub(crate) file_offset: u64,
-    /// Number of the file's bytes.
+    /// The number of bytes to read from the file.
     pub(crate) bytes: u64,
-    /// Length of the piece's memory, at least `bytes`. The memory after `bytes` corresponds to
-    /// offsets beyond the end of the file. Direct reads may write to it, because they transfer
-    /// whole blocks, so it is zeroed afterwards.
+    /// Length of the piece's memory, at least `bytes`. The memory after the first `bytes` bytes
+    /// corresponds to offsets beyond the end of the file. Direct reads may write to that memory,
+    /// because they transfer whole blocks, so it is zeroed afterwards.
     pub(crate) memory_bytes: u64,
 }
 
-/// The default maximum size of a batch: 16 MiB. With more than two allocators, it is three eighths
-/// of this: see `Settings::batch_bytes`.
+/// The default maximum size of a batch: 16 MiB. With more than two allocators, the default is
+/// three eighths of this: see `Settings::batch_bytes`.
 ///
-/// 16 MiB are small enough for the first reads to start early and for the window to be divided
-/// finely, and large enough that the cost per call of registering and populating does not matter.
+/// 16 MiB is small enough for the first reads to start early and for the window to be divided
+/// finely. It is large enough for the fixed cost of each call that registers or populates memory
+/// not to matter.
 pub(crate) const BATCH_BYTES: u64 = 16 << 20;
 
-/// Maximum number of files whose bytes share a batch. All of them are open while the batch is
-/// read, and at most four times as many small files may be open at once (see
+/// Maximum number of files that may share a batch. All files of a batch are open while it is read,
+/// and at most four times this number of small files may be open at once (see
 /// `engine::descriptors`).
 pub(crate) const BATCH_FILES: usize = 64;
 
 /// Maximum number of pieces in a plan, as estimated by [`Shape::count_pieces`]. For long files,
-/// pieces grow up to the size of a segment, so this is enough for 32 TiB in segments of 64 MiB, or
-/// 1 TiB in segments of 2 MiB.
+/// pieces grow up to the size of a segment, so this limit is enough for 32 TiB in segments of 64
+/// MiB, or 1 TiB in segments of 2 MiB.
 ///
-/// The number is bounded because a plan takes up to 400 bytes per piece, and a sparse file of any
-/// length costs nothing to create.
+/// There is a limit because a plan uses up to 400 bytes of memory per piece, and a sparse file of
+/// any length costs nothing to create.
 pub(crate) const MOST_PIECES: u64 = 1 << 19;
 
-/// Spans of up to this fraction of a segment, a quarter, share memories. The segments of a memory
-/// are handed over together, and for larger spans, fewer allocations are not worth the wait for
-/// the memory's other spans.
+/// Spans of up to a quarter of a segment share memories. The segments of a shared memory are
+/// handed over together. For larger spans, saving allocations is not worth waiting for the other
+/// spans in the memory.
 const PACKED_PART: u64 = 4;
 
 impl Shape {
-    /// Estimates the number of pieces of spans with these lengths, without making a plan.
+    /// Estimates how many pieces spans with these lengths have, without making a plan.
     pub(crate) fn count_pieces(&self, lengths: impl Iterator<Item = u64>) -> u64 {
         let batch_bytes = self.batch_bytes.min(self.segment_bytes).max(1);
         lengths.map(|bytes| bytes.div_ceil(batch_bytes)).fold(0, u64::saturating_add)
     }
 
-    /// Whether a span of this size shares its memory with others.
+    /// Returns whether a span of this size may share its memory with other spans.
     pub(crate) fn shares_memory(&self, bytes: u64) -> bool {
         self.packed && self.layout != Layout::Single && bytes > 0 && bytes <= self.segment_bytes / PACKED_PART
     }
 }
 
 impl Plan {
-    /// Plans spans. `alignments` has the alignment of each file, a power of two and at least a
-    /// page. A span of 0 bytes gets no segments.
+    /// Makes the plan for these spans. `alignments` holds the alignment of each file, which is a
+    /// power of two and at least a page. A span of 0 bytes gets no segments.
     pub(crate) fn new(alignments: &[u64], spans: &[Span], shape: Shape) -> Plan {
         let segment_bytes = match shape.layout {
             Layout::Segmented | Layout::Tensors => shape.segment_bytes,
@@ -233,8 +234,8 @@ impl Plan {
         self.memories.last().map_or(0, |memory| memory.range_offset + memory.bytes)
     }
 
-    /// Adds a memory. If it continues a span, it begins where the last memory ends; otherwise, it
-    /// begins at the next boundary of a huge page.
+    /// Adds a memory. If the memory continues a span, it begins where the last memory ends.
+    /// Otherwise, it begins at the next huge page boundary.
     fn begin_memory(&mut self, continues_span: bool) {
         let end = self.end_of_range();
         let range_offset = if continues_span { end } else { end.next_multiple_of(HUGE_PAGE_BYTES) };
@@ -266,9 +267,9 @@ impl Plan {
         while start < memory.bytes {
             let mut end = start.saturating_add(batch_bytes).min(memory.bytes);
             if let Some(next) = own.get(segment + batch_files).filter(|next| next.memory_offset < end) {
-                // The batch would have bytes of too many files. Ending it inside a huge page would
-                // split that page into small ones, so it ends at the boundary before, unless the
-                // batch would then be empty.
+                // The batch would hold bytes from too many files, so it must end earlier. Ending
+                // it inside a huge page would split that page into small pages, so it ends at the
+                // preceding huge page boundary, unless it would then be empty.
                 let whole = next.memory_offset / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
                 end = if whole > start { whole } else { next.memory_offset };
             }
@@ -359,7 +360,7 @@ mod tests {
     fn small_files_share_memories_and_batches_end_at_huge_pages() {
         let shape = large_shape(16 * MIB);
         let plan = planned(&vec![700_000; 2000], shape);
-        // Each file takes 171 pages, so 95 of them fit into 64 MiB.
+        // Each file occupies 171 pages, so 95 files fit into 64 MiB.
         assert_eq!((plan.memories.len(), plan.segments.len()), (22, 2000));
         let whole = |batch: &Batch| batch.memory_offset.is_multiple_of(HUGE_PAGE_BYTES);
         assert!(plan.batches.iter().all(whole) && plan.batches.len() == 21 * 4 + 1, "{} batches", plan.batches.len());
@@ -374,8 +375,7 @@ mod tests {
                 let plan = planned(&vec![5; 1000], Shape { batch_files, ..large_shape(batch_bytes) });
                 assert!(plan.batches.iter().all(|batch| batch.pieces.len() <= batch_files));
                 let fewest = 1000_usize.div_ceil(batch_files);
-                // A batch may end early, at the end of its memory or at the boundary of a huge
-                // page.
+                // A batch may end early, at the end of its memory or at a huge page boundary.
                 assert!((fewest..fewest + 2 * plan.memories.len()).contains(&plan.batches.len()), "{}", plan.batches.len());
             }
         }

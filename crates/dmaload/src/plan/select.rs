@@ -1,5 +1,5 @@
-//! Selects which bytes of its files a load reads: all, a range, those of some tensors, or a rank's
-//! share.
+//! Selects which bytes of its files a load reads: all bytes, a range, the bytes of some tensors,
+//! or a rank's share.
 //!
 //! ```text
 //!   tensors  |--a--|-------b-------|--c--|------------------- d -------------------|--e--|
@@ -8,8 +8,8 @@
 //! ```
 //!
 //! A span is contiguous: it joins wanted ranges with the small gaps between them, and is extended
-//! to whole blocks, as direct reads require. Ranges that were requested earlier are in earlier
-//! spans.
+//! to whole blocks, as direct reads require. Spans are in the order in which their ranges were
+//! requested.
 //!
 //! Selecting is pure: it uses no clock and makes no system calls.
 
@@ -24,7 +24,7 @@ use crate::plan::Span;
 use crate::plan::glob::Pattern;
 use crate::support::convert::to_usize;
 
-/// A checked [`Select`], and what has been found while applying it.
+/// A validated [`Select`], and what has been found out while applying it to files.
 #[derive(Debug, Default)]
 pub(crate) struct Selector {
     patterns: Option<Vec<Pattern>>,
@@ -32,14 +32,14 @@ pub(crate) struct Selector {
     shard: Option<Shard>,
     /// Which patterns have matched a tensor.
     matched: Vec<bool>,
-    /// Tensors that a cut between ranks affects in a way that may surprise the caller.
+    /// Tensors for which cutting between ranks has an effect that may surprise the caller.
     affected: AffectedTensors,
-    /// Number of files from which this rank gets no bytes of tensors or, if they have no tensors,
-    /// no bytes at all.
+    /// The number of files from which this rank gets no tensor bytes or, for files without
+    /// tensors, no bytes at all.
     files_without: usize,
 }
 
-/// Tensors of which a rank gets only some bytes, or none.
+/// Tensors of which this rank gets only some bytes, or none.
 #[derive(Debug, Default)]
 struct AffectedTensors {
     count: usize,
@@ -56,11 +56,13 @@ impl AffectedTensors {
 /// The ranges of a file to read.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Selected {
-    /// Sorted by request class, then by place in the file.
+    /// Sorted by request class, then by position in the file.
     pub(crate) spans: Vec<Span>,
-    /// `None` if tensors are neither selected by name nor cut along a dimension.
+    /// The tensors to read. `None` if tensors are neither selected by name nor cut along a
+    /// dimension.
     pub(crate) tensors: Option<Arc<ChosenTensors>>,
-    /// Number of bytes that were requested, without the gaps and blocks that are read with them.
+    /// The number of bytes that were requested, without the gaps and the rest of the blocks that
+    /// are read with them.
     pub(crate) wanted_bytes: u64,
 }
 
@@ -69,7 +71,8 @@ pub(crate) struct Selected {
 pub(crate) struct ChosenTensor {
     /// Position in the tensor map.
     pub(crate) position: usize,
-    /// Request class: the index of the first pattern that matches the tensor; 0 without patterns.
+    /// Request class: the index of the first pattern that matches the tensor, or 0 if there are no
+    /// patterns.
     pub(crate) class: usize,
     pub(crate) part: TensorSlice,
 }
@@ -93,8 +96,8 @@ impl ChosenTensors {
         &self.list
     }
 
-    /// The tensors that the file owns, each as a whole; `None` if the file owns all tensors of the
-    /// map.
+    /// Chooses the tensors that the file owns, each as a whole. Returns `None` if the file owns
+    /// all tensors in the map.
     pub(crate) fn owned(map: &TensorMap, owns: impl Fn(&str) -> bool) -> Option<Self> {
         let whole = |(position, info): (usize, &TensorInfo)| {
             let part = TensorSlice { shape: info.shape.clone(), rows: Rows::single(info.file_range.clone()) };
@@ -107,7 +110,7 @@ impl ChosenTensors {
         }
     }
 
-    /// The tensor at this position of the tensor map, if it is read.
+    /// Returns the tensor at this position in the tensor map, if it is read.
     pub(crate) fn get(&self, position: usize) -> Option<&ChosenTensor> {
         let position_of = |number: &u32| self.list.get(*number as usize).map(|chosen| chosen.position);
         let found = self.by_position.binary_search_by(|number| position_of(number).cmp(&Some(position))).ok()?;
@@ -118,12 +121,13 @@ impl ChosenTensors {
 /// The part of a tensor that is wanted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct TensorSlice {
-    /// The shape of the part; the tensor's shape if all of it is wanted.
+    /// The shape of the part, which is the tensor's shape if the whole tensor is wanted.
     pub(crate) shape: Vec<usize>,
     pub(crate) rows: Rows,
 }
 
-/// Ranges of equal length at equal distances in a file.
+/// Ranges of equal length at equal distances in a file. Together, they hold a tensor's wanted
+/// part.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Rows {
     pub(crate) first: Range<u64>,
@@ -145,14 +149,14 @@ impl Rows {
         self.count * (self.first.end - self.first.start)
     }
 
-    /// The range from the start of the first row to the end of the last.
+    /// Returns the range from the start of the first row to the end of the last row.
     pub(crate) fn hull(&self) -> Range<u64> {
         self.first.start..self.first.end + self.count.saturating_sub(1) * self.stride_bytes
     }
 }
 
-/// Maximum size of a gap between two wanted ranges that is read rather than skipped: reading it
-/// takes no longer than another read would.
+/// Maximum size of a gap between two wanted ranges that is read along with them rather than
+/// skipped, because a separate read would take at least as long.
 const GAP_BYTES: u64 = 128 << 10;
 
 impl Selected {
@@ -171,7 +175,7 @@ impl Selected {
 }
 
 impl Selector {
-    /// Checks the selection and compiles its patterns.
+    /// Validates the selection and compiles its patterns.
     ///
     /// # Errors
     /// [`Error::Config`] for an invalid selection.
@@ -210,19 +214,20 @@ impl Selector {
         })
     }
 
-    /// Whether the selection depends on the tensors of a file.
+    /// Returns whether the selection depends on the tensors in a file.
     pub(crate) fn needs_tensors(&self) -> bool {
         self.patterns.is_some() || self.shard.is_some_and(|shard| shard.dim.is_some())
     }
 
-    /// Whether the bytes of each file are cut, regardless of where tensors begin and end.
+    /// Returns whether each file's bytes are divided among ranks, regardless of where tensors
+    /// begin and end.
     pub(crate) fn cuts_bytes(&self) -> bool {
         self.shard.is_some_and(|shard| shard.dim.is_none())
     }
 
-    /// Records the effects of cutting a file by bytes: the tensors that are split between this
-    /// rank and others, and whether this rank gets nothing of any tensor or, without tensors, no
-    /// bytes.
+    /// Records the effects of dividing a file's bytes among ranks: which tensors are split between
+    /// this rank and others, and whether this rank gets no tensor bytes or, from a file without
+    /// tensors, no bytes at all.
     pub(crate) fn note_cut(&mut self, map: Option<&TensorMap>, selected: &Selected, part: &Range<u64>) {
         let own: Vec<&Range<u64>> = selected.spans.iter().map(|span| &span.range).collect();
         let (mut has_any, mut is_touched) = (false, false);
@@ -238,7 +243,7 @@ impl Selector {
         self.files_without += usize::from(has_nothing);
     }
 
-    /// Describes effects of a cut between ranks that may surprise the caller.
+    /// Describes the effects of cutting between ranks that may surprise the caller.
     pub(crate) fn notes(&self) -> Vec<String> {
         let Some(shard) = self.shard else { return Vec::new() };
         let Shard { rank, world_size, dim } = shard;
@@ -253,7 +258,7 @@ impl Selector {
                     if count == 1 { "it" } else { "each" }
                 ),
                 Some(dim) => {
-                    format!("rank {rank} of {world_size} gets nothing of {tensors}: dimension {dim} is too short")
+                    format!("rank {rank} of {world_size} gets no part of {tensors}: dimension {dim} is too short")
                 }
             }
         });
@@ -267,23 +272,23 @@ impl Selector {
         affected.into_iter().chain(without).collect()
     }
 
-    /// Whether tensors are selected by name.
+    /// Returns whether tensors are selected by name.
     pub(crate) fn has_patterns(&self) -> bool {
         self.patterns.is_some()
     }
 
-    /// Whether a pattern can match names that the caller did not spell out.
+    /// Returns whether a pattern can match names that the caller did not spell out.
     pub(crate) fn is_wild(&self) -> bool {
         self.patterns.iter().flatten().any(Pattern::is_wild)
     }
 
-    /// Whether the tensor with this name is selected.
+    /// Returns whether the tensor with this name is selected.
     pub(crate) fn selects(&self, name: &str) -> bool {
         self.patterns.as_ref().is_none_or(|patterns| patterns.iter().any(|pattern| pattern.matches(name)))
     }
 
-    /// Calls `matched` with the value of each name that a pattern matches; `names` are pairs of a
-    /// name and a value. Returns whether every pattern has matched a name.
+    /// `names` yields pairs of a name and a value. Calls `matched` with the value for each name
+    /// that a pattern matches. Returns whether every pattern has matched a name.
     pub(crate) fn select_names<'a>(
         &self,
         names: impl Iterator<Item = (&'a str, &'a str)>,
@@ -305,11 +310,12 @@ impl Selector {
         seen.into_iter().all(|seen| seen)
     }
 
-    /// Selects what to read of a file. The range `part` of the file is the model, and only tensors
-    /// that the file owns are considered. Direct reads need `alignment`, a power of two.
+    /// Selects what to read from a file. `part` is the range of the file that contains the model.
+    /// Only tensors that the file owns are considered. `alignment` is the alignment that direct
+    /// reads need, a power of two.
     ///
     /// # Errors
-    /// The reason, to be appended to the path.
+    /// The reason why the selection can't be read, to be appended to the path.
     pub(crate) fn select_file(
         &mut self,
         map: Option<&TensorMap>,
@@ -321,12 +327,12 @@ impl Selector {
         let bytes = part.end - part.start;
         if let Some(range) = &self.range {
             if range.end > bytes {
-                return Err(format!("bytes {range:?} were requested, but it has {bytes}"));
+                return Err(format!("bytes {range:?} were requested, but it has {bytes} bytes"));
             }
             return Ok(Selected::of_range(part.start + range.start..part.start + range.end, file_bytes, alignment));
         }
         if let Some(Shard { rank, world_size, dim: None }) = self.shard {
-            // The file is cut at block boundaries, so no rank reads another rank's bytes.
+            // The file is cut at block boundaries, so that no rank reads another rank's bytes.
             let cut = |rank: u32| match share_start(bytes, rank, world_size) {
                 0 => part.start,
                 at => (part.start + at).next_multiple_of(alignment).min(part.end),
@@ -356,8 +362,8 @@ impl Selector {
         Ok(Selected { spans, tensors: Some(Arc::new(ChosenTensors::new(chosen))), wanted_bytes })
     }
 
-    /// The index of the first pattern that matches this tensor, or 0 without patterns. Marks all
-    /// matching patterns as matched.
+    /// Returns the index of the first pattern that matches this tensor, or 0 if there are no
+    /// patterns. Records all patterns that match.
     fn match_tensor(&mut self, name: &str) -> Option<usize> {
         let Some(patterns) = &self.patterns else { return Some(0) };
         let mut first = None;
@@ -373,7 +379,7 @@ impl Selector {
     /// Checks that every pattern has matched a tensor.
     ///
     /// # Errors
-    /// [`Error::NoSuchTensor`] for a pattern that did not.
+    /// [`Error::NoSuchTensor`] for the first pattern that has not.
     pub(crate) fn check_all_matched(&self) -> Result<()> {
         let patterns = self.patterns.iter().flatten().zip(&self.matched);
         let unmatched = patterns.filter(|(_, matched)| !**matched).map(|(pattern, _)| pattern.to_string()).next();
@@ -381,17 +387,17 @@ impl Selector {
     }
 }
 
-/// Start of `rank`'s share of `all` items.
+/// Returns where `rank`'s share of `all` items starts.
 fn share_start(all: u64, rank: u32, world_size: u32) -> u64 {
     let start = u128::from(all) * u128::from(rank) / u128::from(world_size.max(1));
     u64::try_from(start).expect("a part is no larger than the whole")
 }
 
-/// A rank's share of a tensor. If the tensor lacks the dimension to cut along, every rank gets all
-/// of it.
+/// Returns a rank's share of a tensor. If the tensor lacks the dimension to cut along, every rank
+/// gets the whole tensor.
 ///
 /// # Errors
-/// If the cut splits a block of a quantized type.
+/// The reason, if the cut would split a block of a quantized type.
 fn rank_slice(tensor: &TensorInfo, shard: Option<Shard>) -> Result<TensorSlice, String> {
     let TensorInfo { name, dtype, shape, file_range } = tensor;
     let whole = || TensorSlice { shape: shape.clone(), rows: Rows::single(file_range.clone()) };
@@ -408,10 +414,12 @@ fn rank_slice(tensor: &TensorInfo, shard: Option<Shard>) -> Result<TensorSlice, 
     let product = |dims: &[usize]| dims.iter().map(|&dim| dim as u64).product::<u64>();
     let (outer, inner) = (product(&shape[..dim]), product(&shape[dim + 1..]));
     // The parsers refuse tensors whose number of elements or size overflows 64 bits, so neither
-    // the products nor the sizes of parts do.
+    // these products nor the sizes of parts overflow.
     let place = (dtype.bytes_of(start * inner), dtype.bytes_of(end * inner), dtype.bytes_of(len * inner));
     let (Some(from), Some(to), Some(stride_bytes)) = place else {
-        return Err(format!("the part {start}..{end} of dimension {dim} of tensor {name:?} splits a block of {dtype}"));
+        return Err(format!(
+            "tensor {name:?} can't be cut along dimension {dim}: the part {start}..{end} would split a block of {dtype}"
+        ));
     };
     let first = file_range.start + from..file_range.start + to;
     let rows = if outer == 1 || from == to {
@@ -441,14 +449,14 @@ fn coalesce(ranges: impl Iterator<Item = Range<u64>>, file_bytes: u64, alignment
 
 /// Makes the spans for [`crate::Layout::Tensors`].
 ///
-/// Each span holds whole tensors and is no longer than `most_bytes`, unless it holds a single
-/// tensor. A longer span is one segment if it is no longer than `single_bytes`.
+/// Each span holds whole tensors and is no longer than `most_bytes`, unless it holds only one
+/// tensor. Such a longer span is a single segment if it is no longer than `single_bytes`.
 ///
 /// Each tensor begins at a multiple of the importer's alignment, counted from the beginning of its
 /// memory. Spans begin at multiples of `alignment` in the file, which has two consequences. If the
 /// importer's alignment is larger than `alignment`, each tensor gets its own span. If a tensor's
-/// place in the file is not a multiple of the smaller of the two, the tensor gets its own span and
-/// is moved to the beginning of the span's memory.
+/// offset in the file is not a multiple of the smaller of the two alignments, the tensor gets its
+/// own span and is moved to the beginning of the span's memory.
 ///
 /// # Errors
 /// [`Error::Unaligned`] if a tensor has to be moved, but the importer does not allow copies or the
@@ -463,8 +471,8 @@ pub(crate) fn tensor_spans(
     importer: ImporterLimits,
 ) -> Result<Vec<Span>> {
     let wanted = importer.alignment_bytes;
-    // Spans begin at multiples of `alignment`, so tensors keep their alignment in the file up to
-    // `alignment` bytes.
+    // Spans begin at multiples of `alignment`, so a tensor's alignment in memory is at least the
+    // smaller of `alignment` and its alignment in the file.
     let kept = wanted.min(alignment);
     let mut spans: Vec<Span> = Vec::new();
     let mut add = |info: &TensorInfo, range: Range<u64>, class: usize| {

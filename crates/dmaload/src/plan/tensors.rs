@@ -5,11 +5,11 @@ use std::sync::Arc;
 use super::select::{ChosenTensors, Rows, TensorSlice};
 use crate::model::TensorMap;
 
-/// See the module documentation.
+/// The tensors of a file, and those that the load reads.
 #[derive(Debug)]
 pub(crate) struct FileTensors {
     pub(crate) map: Arc<TensorMap>,
-    /// `None` if all are read, in file order.
+    /// The tensors to read, in read order. `None` if all tensors are read, in file order.
     pub(crate) chosen: Option<Arc<ChosenTensors>>,
 }
 
@@ -18,7 +18,7 @@ impl FileTensors {
         self.chosen.as_ref().map_or(self.map.len(), |chosen| chosen.list().len())
     }
 
-    /// The position in the map of the tensor that is number `number` in read order.
+    /// Returns the position in the map of the tensor with this number in read order.
     pub(crate) fn position_of(&self, number: usize) -> Option<usize> {
         match &self.chosen {
             Some(chosen) => chosen.list().get(number).map(|chosen| chosen.position),
@@ -26,7 +26,7 @@ impl FileTensors {
         }
     }
 
-    /// The request class of the tensor that is number `number` in read order.
+    /// Returns the request class of the tensor with this number in read order.
     pub(crate) fn class_of(&self, number: usize) -> Option<usize> {
         match &self.chosen {
             Some(chosen) => chosen.list().get(number).map(|chosen| chosen.class),
@@ -34,8 +34,8 @@ impl FileTensors {
         }
     }
 
-    /// The slice to read of the tensor at this position of the map; `None` if the tensor is not
-    /// read.
+    /// Returns which slice of the tensor at this position in the map is read, or `None` if the
+    /// tensor is not read.
     pub(crate) fn part_at(&self, position: usize) -> Option<TensorSlice> {
         match &self.chosen {
             Some(chosen) => chosen.get(position).map(|chosen| chosen.part.clone()),

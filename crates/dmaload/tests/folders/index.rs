@@ -154,7 +154,7 @@ async fn index_that_points_outside_its_folder_is_refused() {
         write_files(folder.path(), &[("m/model.safetensors.index.json", index(&[("a", value)]))]);
         for loader in loaders() {
             let error = loader.load(folder.path().join("m")).await.unwrap_err();
-            assert!(error.to_string().contains("not within its folder"), "{value}: {error}");
+            assert!(error.to_string().contains("not within the index's folder"), "{value}: {error}");
         }
     }
 }

@@ -10,7 +10,7 @@ use crate::support::convert::to_usize;
 /// Why reading stopped.
 #[derive(Debug)]
 pub(super) enum Stop {
-    /// The number of bytes needed, counted from the start of the file.
+    /// More of the file is needed: this many bytes, counted from its start.
     More(u64),
     Fault(ModelError),
 }
@@ -22,7 +22,7 @@ pub(super) struct Cursor<'a> {
     file_bytes: u64,
 }
 
-/// Maximum length of a key or a tensor's name: that of keys in the GGUF specification.
+/// Maximum length of a key or a tensor's name. The GGUF specification sets this limit for keys.
 const TEXT_LIMIT_BYTES: u64 = (1 << 16) - 1;
 
 impl<'a> Cursor<'a> {
@@ -30,7 +30,7 @@ impl<'a> Cursor<'a> {
         Cursor { start, position: 0, file_bytes }
     }
 
-    /// The offset of the next byte to read.
+    /// Returns the offset of the next byte to read.
     pub(super) fn position(&self) -> u64 {
         self.position as u64
     }
@@ -43,11 +43,11 @@ impl<'a> Cursor<'a> {
         Stop::Fault(ModelError::Gguf { offset, reason: reason.into() })
     }
 
-    /// Reads the next bytes; errors call them `what`.
+    /// Reads the next `bytes` bytes. Error messages refer to them as `what`.
     pub(super) fn bytes(&mut self, bytes: u64, what: &'static str) -> Result<&'a [u8], Stop> {
         let at = self.position();
         let Some(end) = at.checked_add(bytes) else {
-            return Err(self.fault(at, format!("{what} has a stated length of {bytes} bytes, which is larger than any file")));
+            return Err(self.fault(at, format!("{what} has a declared length of {bytes} bytes, which is larger than any file")));
         };
         if let Some(missing) = end.checked_sub(self.file_bytes).filter(|&missing| missing > 0) {
             let file_bytes = self.file_bytes;

@@ -3,7 +3,7 @@
 /// The first bytes of a GGUF file.
 pub const MAGIC: [u8; 4] = *b"GGUF";
 
-/// Whether these are the first bytes of a GGUF file.
+/// Returns whether `first`, the beginning of a file, starts with [`MAGIC`].
 #[must_use]
 pub fn is_gguf(first: &[u8]) -> bool {
     first.starts_with(&MAGIC)

@@ -1,5 +1,5 @@
 //! Keys and values of a GGUF file. They stay encoded as in the file and are decoded on access, so
-//! a hostile array takes no more memory than it takes in the file.
+//! a hostile array occupies no more memory than its encoded form.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -13,7 +13,7 @@ use crate::model::names::NameIndex;
 #[derive(Clone, PartialEq, Eq)]
 pub struct GgufMetadata {
     version: u32,
-    /// The bytes of the header that the ranges refer to.
+    /// The part of the header that the ranges in `entries` refer to.
     bytes: Box<[u8]>,
     entries: Vec<KeyValue>,
     by_key: NameIndex,
@@ -65,7 +65,7 @@ impl Kind {
         Kind::ALL.get(usize::try_from(number).ok()?).copied()
     }
 
-    /// The size of a value in bytes; `None` if it varies from value to value.
+    /// Returns the size of a value in bytes, or `None` if it varies from value to value.
     fn bytes(self) -> Option<u64> {
         match self {
             Kind::U8 | Kind::I8 | Kind::Bool => Some(1),
@@ -77,7 +77,7 @@ impl Kind {
     }
 }
 
-/// A metadata value.
+/// A decoded metadata value.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 #[allow(missing_docs, reason = "the names are self-explanatory")]
@@ -107,19 +107,19 @@ pub struct Array<'a> {
 }
 
 impl<'a> Array<'a> {
-    /// The number of values.
+    /// Returns the number of values.
     #[must_use]
     pub fn len(&self) -> u64 {
         self.len
     }
 
-    /// Whether the array is empty.
+    /// Returns whether the array is empty.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// The values.
+    /// Iterates over the values, decoding each one.
     #[must_use = "iterators do nothing until they are consumed"]
     pub fn iter(&self) -> impl Iterator<Item = Value<'a>> + use<'a> {
         let (kind, mut rest) = (self.kind, self.bytes);
@@ -164,8 +164,8 @@ impl fmt::Display for Value<'_> {
 }
 
 impl Value<'_> {
-    /// The value as an unsigned number, if it is a non-negative integer. Accepts every integer
-    /// type, because writers disagree on the types of counts.
+    /// Returns the value as an unsigned number if it is a non-negative integer. Accepts every
+    /// integer type, because writers disagree on the types of counts.
     #[must_use]
     pub fn as_u64(&self) -> Option<u64> {
         match *self {
@@ -183,32 +183,32 @@ impl Value<'_> {
 }
 
 impl GgufMetadata {
-    /// The version of the format: 2 or 3.
+    /// Returns the version of the format: 2 or 3.
     #[must_use]
     pub fn version(&self) -> u32 {
         self.version
     }
 
-    /// The value of a key.
+    /// Returns the value for a key, or `None` if the file does not contain the key.
     #[must_use]
     pub fn get(&self, key: &str) -> Option<Value<'_>> {
         let position = self.by_key.find(key, |i| self.key(i))?;
         self.value(self.entries.get(position)?)
     }
 
-    /// Keys and values, in file order.
+    /// Iterates over keys and values, in file order.
     #[must_use = "iterators do nothing until they are consumed"]
     pub fn iter(&self) -> impl Iterator<Item = (&str, Value<'_>)> {
         self.entries.iter().enumerate().filter_map(|(index, entry)| Some((self.key(index), self.value(entry)?)))
     }
 
-    /// The number of keys.
+    /// Returns the number of keys.
     #[must_use]
     pub fn len(&self) -> usize {
         self.entries.len()
     }
 
-    /// Whether there are no keys.
+    /// Returns whether the file has no keys.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
@@ -234,7 +234,7 @@ impl fmt::Debug for GgufMetadata {
     }
 }
 
-/// Decodes the value at the front of `bytes` and removes it; `None` at the end.
+/// Decodes the value at the front of `bytes` and removes it. Returns `None` if no value is left.
 fn next_value<'a>(kind: Kind, bytes: &mut &'a [u8]) -> Option<Value<'a>> {
     fn front<const N: usize>(bytes: &mut &[u8]) -> Option<[u8; N]> {
         let (front, rest) = bytes.split_first_chunk()?;
@@ -272,11 +272,11 @@ fn next_value<'a>(kind: Kind, bytes: &mut &'a [u8]) -> Option<Value<'a>> {
     })
 }
 
-/// Maximum number of arrays around another array. An array inside that many may contain anything
+/// Maximum number of arrays that may enclose an array. An array at that depth may contain anything
 /// but arrays. ggml does not support nested arrays at all.
 const DEPTH_LIMIT: u32 = 4;
 
-/// Reads all pairs.
+/// Reads `pairs` key-value pairs.
 pub(super) fn read(cursor: &mut Cursor<'_>, version: u32, pairs: u64) -> Result<GgufMetadata, Stop> {
     let begin = cursor.position();
     let mut entries = Vec::new();
@@ -291,7 +291,7 @@ pub(super) fn read(cursor: &mut Cursor<'_>, version: u32, pairs: u64) -> Result<
         };
         let value = cursor.position() - begin;
         skip(cursor, kind, 0)?;
-        let narrow = |at: u64| u32::try_from(at).expect("a header is shorter than 4 GiB: see `HEADER_LIMIT_BYTES`");
+        let narrow = |at: u64| u32::try_from(at).expect("a header is shorter than 4 GiB");
         entries.push(KeyValue {
             key: narrow(key_end - key.len() as u64)..narrow(key_end),
             kind,
@@ -312,15 +312,15 @@ fn skip(cursor: &mut Cursor<'_>, kind: Kind, depth: u32) -> Result<(), Stop> {
     match (kind, kind.bytes()) {
         (_, Some(bytes)) => cursor.bytes(bytes, "a value").map(|_| ()),
         (Kind::String, _) => {
-            let bytes = cursor.u64("the length of a text")?;
-            cursor.bytes(bytes, "a text").map(|_| ())
+            let bytes = cursor.u64("the length of a string")?;
+            cursor.bytes(bytes, "a string").map(|_| ())
         }
         _ => {
             let at = cursor.position();
             let number = cursor.u32("the type of an array")?;
             let len = cursor.u64("the length of an array")?;
-            let element =
-                Kind::from_number(number).ok_or_else(|| cursor.fault(at, format!("an array has the unknown type {number}")))?;
+            let element = Kind::from_number(number)
+                .ok_or_else(|| cursor.fault(at, format!("an array has elements of unknown type {number}")))?;
             skip_array(cursor, element, len, depth)
         }
     }
@@ -337,7 +337,7 @@ fn skip_array(cursor: &mut Cursor<'_>, kind: Kind, len: u64, depth: u32) -> Resu
     if kind == Kind::Array && depth >= DEPTH_LIMIT {
         return Err(cursor.fault(at, format!("arrays are nested more than {DEPTH_LIMIT} deep")));
     }
-    // Each string or array takes at least the 8 bytes of its length, so an excessive count fails
+    // Each string or array takes up at least 8 bytes for its length, so an excessive count fails
     // at the end of the file.
     (0..len).try_for_each(|_| skip(cursor, kind, depth + 1))
 }

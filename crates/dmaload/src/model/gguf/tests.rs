@@ -142,7 +142,7 @@ fn excessive_counts_and_nesting_are_refused() {
     let mut deep = vec![];
     (0..9).for_each(|_| deep.extend([&9u32.to_le_bytes()[..], &1u64.to_le_bytes()].concat()));
     assert!(fault(&self::file(2, &[pair("a", 9, &deep)], &[], 64)).contains("arrays are nested"));
-    // The innermost array may hold any values but arrays.
+    // The innermost array may contain anything but arrays.
     for (kind, value) in [(0_u32, &[7_u8][..]), (8, &[1, 0, 0, 0, 0, 0, 0, 0, b'x'])] {
         let inner = [&kind.to_le_bytes()[..], &1u64.to_le_bytes(), value].concat();
         let four = [&9u32.to_le_bytes()[..], &1u64.to_le_bytes()].concat().repeat(4);

@@ -2,8 +2,8 @@
 //!
 //! `serde_json` does the tokenizing. The visitors here see each key as it is read, so a duplicate
 //! cannot silently replace an earlier key. They check each tensor as soon as its entry ends. A
-//! visitor that stops parsing calls [`Reader::refuse`] to store the fault, because an error of
-//! `serde` carries only text.
+//! visitor that stops parsing calls [`Reader::refuse`] to store the fault, because a `serde` error
+//! carries only text.
 
 use std::fmt;
 
@@ -24,7 +24,7 @@ const METADATA_KEY: &str = "__metadata__";
 /// The whitespace characters of JSON.
 pub(super) const WHITESPACE: [char; 4] = [' ', '\t', '\n', '\r'];
 
-/// The contents of a header. Each tensor has been checked by itself, but not against the others.
+/// The contents of a header. Each tensor has been checked on its own, but not against the others.
 #[derive(Debug)]
 pub(super) struct Contents {
     /// In header order.
@@ -63,18 +63,19 @@ struct Reader {
     tensors: Vec<TensorInfo>,
     /// `Some` once `__metadata__` has been read, even if its value was null.
     metadata: Option<StringPairs>,
-    /// The numbers of the current list. Reused for all lists, so each shape is allocated only
-    /// once, at its final size.
+    /// The numbers in the list that is being read. This buffer is reused for all lists, so each
+    /// shape is allocated only once, at its final size.
     numbers: Vec<u64>,
-    /// The part of the header that an error would be about.
+    /// The part of the header that an error would refer to.
     place: ValuePlace,
     fault: Option<ModelError>,
-    /// The first tensor that ends past the end of the file, its end, and the largest end of all
-    /// such tensors. Parsing continues after it, so the error can say how much is missing.
+    /// The name and the end of the first tensor that extends past the end of the file, and the
+    /// largest end of all such tensors. Parsing continues after such a tensor, so that the error
+    /// can say how many bytes are missing.
     past_end: Option<(String, u64, u64)>,
 }
 
-/// The part of the header that an error of `serde_json` is about.
+/// The part of the header that a `serde_json` error refers to.
 enum ValuePlace {
     Header,
     Tensor { tensor: String, key: Option<&'static str> },
@@ -106,7 +107,7 @@ impl Reader {
         E::custom("refused")
     }
 
-    /// Explains why parsing stopped with `error`.
+    /// Returns the [`ModelError`] that explains why parsing stopped with `error`.
     fn explain(self, error: &serde_json::Error, json: &str) -> ModelError {
         if let Some(fault) = self.fault {
             return fault;
@@ -172,15 +173,15 @@ impl<'de> Visitor<'de> for &mut Reader {
     }
 }
 
-/// How many bytes of `json` had been read when `error` occurred.
+/// Returns how many bytes of `json` had been read when `error` occurred.
 fn offset(error: &serde_json::Error, json: &str) -> usize {
     let lines_before = json.split_inclusive('\n').take(error.line().saturating_sub(1));
     let read = lines_before.map(str::len).sum::<usize>() + error.column();
     read.min(json.len())
 }
 
-/// The text of `error` without its line and column, which don't help in a header that is one long
-/// line.
+/// Returns the text of `error` without its line and column, which don't help in a header that is
+/// one long line.
 fn reason(error: &serde_json::Error) -> String {
     let mut text = error.to_string();
     if let Some(at) = text.rfind(" at line ") {
@@ -189,7 +190,7 @@ fn reason(error: &serde_json::Error) -> String {
     shorten(text)
 }
 
-/// `__metadata__`: an object of strings, or null for none.
+/// Reads `__metadata__`: an object whose values are strings, or null if there is no metadata.
 struct MetadataSeed<'a> {
     place: &'a mut ValuePlace,
 }
@@ -229,7 +230,7 @@ impl<'de> Visitor<'de> for MetadataSeed<'_> {
     }
 }
 
-/// Reads a string directly into its final place, without a temporary.
+/// Appends a string to the pairs as it is read, without a temporary `String`.
 struct PushString<'a>(&'a mut StringPairs);
 
 impl<'de> DeserializeSeed<'de> for PushString<'_> {
@@ -253,7 +254,7 @@ impl Visitor<'_> for PushString<'_> {
     }
 }
 
-/// A tensor's entry in the header.
+/// The complete entry of a tensor in the header.
 struct TensorEntry {
     dtype: DType,
     shape: Vec<usize>,
@@ -262,8 +263,8 @@ struct TensorEntry {
 }
 
 impl TensorEntry {
-    /// Places the tensor in its file, if its bytes are within the data and match its type and
-    /// shape.
+    /// Computes the tensor's range in the file, after checking that the range is within the data
+    /// and has the length that type and shape require.
     fn place(self, name: String, data_begin: u64, data_bytes: u64) -> Result<TensorInfo, ModelError> {
         let Self { begin, end, .. } = self;
         if begin > end {
@@ -288,11 +289,12 @@ impl TensorEntry {
     }
 }
 
-/// The size of a tensor in bits; `None` if it overflows. As in the `safetensors` crate, a product
-/// that overflows before a dimension of zero is an overflow.
+/// Returns the size of a tensor in bits, or `None` if it overflows 64 bits. As in the
+/// `safetensors` crate, a product of dimensions that overflows before it is multiplied by a
+/// dimension of zero is an overflow, too.
 fn bits(dtype: DType, shape: &[usize]) -> Option<u64> {
     let elements = shape.iter().try_fold(1_u64, |product, &dim| product.checked_mul(dim as u64))?;
-    let element_bits = dtype.element_bits().expect("a safetensors header names no quantized type");
+    let element_bits = dtype.element_bits().expect("a safetensors header cannot name a quantized type");
     elements.checked_mul(element_bits as u64)
 }
 
@@ -343,8 +345,8 @@ impl EntrySeed<'_> {
         entry.next_value_seed(NumbersSeed { reader: self.reader, tensor: self.tensor, key })
     }
 
-    /// Converts the numbers to dimensions. A number beyond `usize` (on 32-bit machines) is
-    /// refused, because truncating it would give another shape.
+    /// Converts the numbers to dimensions. A number that does not fit into `usize` (on 32-bit
+    /// machines) is refused, because truncating it would change the shape.
     fn shape<E: Error>(&mut self) -> Result<Vec<usize>, E> {
         let mut shape = Vec::with_capacity(self.reader.numbers.len());
         for &dim in &self.reader.numbers {
@@ -418,7 +420,7 @@ impl<'de> Visitor<'de> for EntrySeed<'_> {
     }
 }
 
-/// The keys of an entry.
+/// The keys that a tensor's entry must have.
 #[derive(Clone, Copy)]
 enum EntryKey {
     DType,

@@ -1,18 +1,18 @@
-//! Tests of valid headers, of format detection, and of each fault.
+//! Tests for valid headers, format detection, and each kind of fault.
 
 use super::*;
 use crate::model::DType;
 
-/// Parses a header followed by `data_bytes` of data.
+/// Parses a header that is followed by `data_bytes` bytes of data.
 fn parse_with(json: impl AsRef<[u8]>, data_bytes: u64) -> Result<TensorMap, ModelError> {
     let json = json.as_ref();
     parse(json, 8 + json.len() as u64 + data_bytes)
 }
 
-/// Returns the error of a header followed by 16 bytes of data.
+/// Parses a faulty header that is followed by 16 bytes of data, and returns the error.
 #[track_caller]
 fn refused(json: impl AsRef<[u8]>) -> ModelError {
-    parse_with(json, 16).expect_err("a faulty header was accepted")
+    parse_with(json, 16).expect_err("a faulty header should be refused")
 }
 
 /// A header with the single tensor "t" and this entry.
@@ -25,7 +25,7 @@ fn tensor(dtype: &str, shape: &str, offsets: &str) -> String {
     one(&format!(r#""dtype":"{dtype}","shape":{shape},"data_offsets":{offsets}"#))
 }
 
-/// A header of byte tensors with these names and offsets.
+/// A header with U8 tensors that have these names and offsets.
 fn bytes(tensors: &[(&str, u64, u64)]) -> String {
     let entries: Vec<_> = tensors
         .iter()
@@ -247,7 +247,7 @@ mod text_faults {
             }
         }
         let objects = "{\"a\":".repeat(1_000_000);
-        // The value of an unknown key is skipped, but only down to serde_json's limit on nesting.
+        // The value of an unknown key is skipped, unless it nests deeper than serde_json allows.
         assert!(matches!(refused(format!("{{\"t\":{objects}")), ModelError::NotJson { .. }));
         let metadata = format!("{{\"__metadata__\":{{\"a\":{deep}");
         assert!(matches!(refused(metadata), ModelError::MetadataNotString { .. }));
@@ -447,7 +447,7 @@ mod layout_faults {
             ([("a", 0, 10), ("b", 6, 16)], 10, 6),
             ([("b", 1, 16), ("a", 0, 16)], 16, 1),
             ([("a", 0, 16), ("b", 0, 16)], 16, 0),
-            // An empty tensor takes no bytes, but must not be inside another.
+            // An empty tensor occupies no bytes, but must not be inside another.
             ([("a", 0, 16), ("b", 8, 8)], 16, 8),
         ] {
             let json = bytes(&tensors);

@@ -4,12 +4,13 @@ use proptest::prelude::*;
 
 const BLOCK: u64 = 4096;
 
-/// Owns every tensor.
+/// The `owns` of a file that owns every tensor.
 fn all(_: &str) -> bool {
     true
 }
 
-/// A map of consecutive BF16 tensors `a`, `b`, …, and the length of their file.
+/// Returns a map of consecutive BF16 tensors named `a`, `b`, and so on, and the length of their
+/// file.
 fn model(shapes: &[&[usize]]) -> (TensorMap, u64) {
     let (mut json, mut at) = (String::from("{"), 0);
     for (index, shape) in shapes.iter().enumerate() {
@@ -72,21 +73,21 @@ fn ranks_together_cover_a_tensor() {
             let a = &selected.tensors.as_ref().unwrap().list()[0];
             assert_eq!(a.part.rows.bytes(), 2 * a.part.shape.iter().product::<usize>() as u64);
             seen.extend(a.part.rows.iter().flatten());
-            // All ranks get all of a tensor without the dimension.
+            // All ranks get the whole of a tensor that lacks the dimension.
             let b = &selected.tensors.as_ref().unwrap().list()[1];
             assert!(dim == 0 || b.part.shape == [5]);
         }
         seen.sort_unstable();
         let all = map.get("a").unwrap().file_range.clone();
         if dim < 2 {
-            assert!(seen.iter().copied().eq(all), "each byte once: {dim}");
+            assert!(seen.iter().copied().eq(all), "along dimension {dim}, the ranks together get each byte exactly once");
         } else {
             assert_eq!(seen.len(), 4 * 84);
         }
     }
     let whole = Select { shard: Some(Shard { rank: 0, world_size: 1, dim: Some(1) }), ..Select::default() };
     let selected = Selector::new(&whole).unwrap().select_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
-    assert_eq!(selected.tensors.unwrap().list()[0].part.rows.count, 1, "a part that is the whole tensor is one range");
+    assert_eq!(selected.tensors.unwrap().list()[0].part.rows.count, 1, "a part that is the whole tensor is a single range");
 }
 
 #[test]
@@ -96,8 +97,8 @@ fn part_never_splits_a_quantized_block() {
     assert_eq!(part(&[2, 64], 0).unwrap().rows, Rows::single(36..72));
     assert_eq!(part(&[2, 64], 1).unwrap().rows, Rows { first: 18..36, stride_bytes: 36, count: 2 });
     assert!(part(&[4, 32], 1).unwrap_err().contains("a block of Q4_0"));
-    // The dimensions of a tensor without bytes are not multiplied: those next to the zero may have
-    // any size.
+    // The dimensions of an empty tensor are not multiplied, because the product of those that are
+    // not zero may overflow.
     let empty = TensorInfo { name: "e".into(), dtype: DType::U8, shape: vec![0, usize::MAX, usize::MAX], file_range: 7..7 };
     for dim in 0..3 {
         assert_eq!(rank_slice(&empty, Some(Shard { rank: 1, world_size: 2, dim: Some(dim) })).unwrap().rows, Rows::single(7..7));
@@ -170,8 +171,8 @@ proptest! {
             let Ok(spans) = tensor_spans(&selected, &map, bytes, BLOCK, most, most, importer) else { continue };
             for chosen in selected.tensors.iter().flat_map(|tensors| tensors.list()) {
                 let hull = chosen.part.rows.hull();
-                // The tensor's offset in its memory, which begins where its span does, or with the
-                // moved range.
+                // The tensor's offset in its memory. The memory begins with the span or, if a
+                // range of the file is moved to the beginning, with that range.
                 let place = |span: &Span| hull.start - span.moved.as_ref().map_or(span.range.start, |moved| moved.start);
                 let holds = |span: &&Span| span.class == chosen.class && span.moved.as_ref().map_or(span.range.start <= hull.start && hull.end <= span.range.end, |moved| *moved == hull);
                 prop_assert!(hull.is_empty() || spans.iter().filter(holds).any(|span| place(span).is_multiple_of(alignment)));
@@ -183,7 +184,7 @@ proptest! {
         let out = |hull: &Range<u64>| hull.start / BLOCK * BLOCK..hull.end.next_multiple_of(BLOCK).min(bytes);
         for span in &apart {
             let long = span.range.end - span.range.start > most;
-            prop_assert!(!long || hulls().any(|hull| out(&hull) == span.range), "longer than allowed only for one tensor");
+            prop_assert!(!long || hulls().any(|hull| out(&hull) == span.range), "a span longer than the limit holds only one tensor");
         }
         for hull in hulls() {
             prop_assert!(apart.iter().any(|span| span.range.start <= hull.start && hull.end <= span.range.end));
