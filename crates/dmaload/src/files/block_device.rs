@@ -19,25 +19,25 @@ use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 
-/// Prefixes of the names, in sysfs, of devices that are backed by a network or a process: a
-/// user-space process serves `ublkb` devices, and `etherd!` is ATA over Ethernet.
+/// Prefixes of the sysfs names of devices that are backed by a network or a process. For example,
+/// a user-space process serves `ublkb` devices, and `etherd!` is ATA over Ethernet.
 const REMOTE: [&str; 6] = ["nbd", "rbd", "rnbd", "drbd", "ublkb", "etherd!"];
 
 /// Maximum depth of stacked devices. Real setups have fewer levels.
 const MOST_LEVELS: usize = 8;
 
-/// Maximum number of devices to visit for one file, over all levels. A device that is reached by
-/// several ways counts each time, so the number of visits could grow exponentially with the depth.
+/// Maximum number of devices to visit for one file, over all levels. A device that is reached
+/// through several paths counts each time, so the number of visits could grow exponentially with
+/// the depth.
 const MOST_DEVICES: usize = 256;
 
-/// The number of a block device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct DeviceNumber {
     pub(super) major: u32,
     pub(super) minor: u32,
 }
 
-/// Resolves the devices that a device is built on.
+/// Finds the devices that a device is built on.
 pub(super) struct BlockDevices<'a> {
     /// The mount point of sysfs.
     pub(super) sysfs: &'a Path,
@@ -70,8 +70,8 @@ impl BlockDevices<'_> {
                 None => Ok(()),
             };
         }
-        // Device-mapper and md devices list their components; a disk's list (`slaves`) is empty or
-        // missing.
+        // Device-mapper and md devices list their components in `slaves`. For a disk, this folder
+        // is empty or missing.
         let slaves = match std::fs::read_dir(folder.join("slaves")) {
             Err(error) if error.kind() == io::ErrorKind::NotFound && !is_made_of_others(name) => return Ok(()),
             slaves => slaves.map_err(|error| errno(&error))?,

@@ -1,4 +1,5 @@
-//! Expands the requested paths into files: model folders, indices, and split GGUF models.
+//! Expands the requested paths into lists of files. A path may name a model folder, an index, or a
+//! part of a split GGUF model.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -31,7 +32,8 @@ pub(crate) struct Choice<'a> {
     pub(crate) format: Format,
     /// Whether to skip missing files.
     pub(crate) allow_missing: bool,
-    /// Whether each path stands for only the file that it names.
+    /// Whether to load only the file that each path names, even if it is an index or a part of a
+    /// split model.
     pub(crate) as_one_file: bool,
     /// The selected tensors; `None` for all.
     pub(crate) selector: Option<&'a Selector>,
@@ -44,7 +46,7 @@ impl<'a> Choice<'a> {
     }
 }
 
-/// Finds the files of all inputs.
+/// Finds the files for all inputs.
 ///
 /// # Errors
 /// [`Error::File`] for a folder that can't be listed; for an index, those of [`OpenFile::open`]
@@ -57,7 +59,7 @@ pub(crate) fn find_files(inputs: &[Input], choice: Choice<'_>) -> Result<Found> 
     splits.iter().flatten().for_each(|split| *named.entry(split).or_default() += 1);
     for ((model, input), split) in inputs.iter().enumerate().zip(&splits) {
         let before = found.sources.len();
-        // If the caller names several parts of a model, each stands only for itself.
+        // If the caller names several parts of a model, only those parts are loaded.
         let is_only_part = split.as_ref().is_some_and(|split| named.get(split) == Some(&1));
         match input {
             Input::Open { file, part } => found.sources.push(SourceFile::open(file, part.clone())),
@@ -72,7 +74,7 @@ pub(crate) fn find_files(inputs: &[Input], choice: Choice<'_>) -> Result<Found> 
 /// The folder of a split GGUF model and the name of its first part.
 type SplitKey = (PathBuf, String);
 
-/// Returns the split GGUF model that a path belongs to, judging by the path's name. Different
+/// Returns the split GGUF model that a path belongs to, judging by its file name. Different
 /// spellings of the same folder give the same key.
 fn split_key(input: &Input, choice: Choice<'_>) -> Option<SplitKey> {
     let Input::Path(path) = input else { return None };
@@ -112,7 +114,7 @@ fn expand_path(path: &Path, alone: bool, is_only_part: bool, choice: Choice<'_>,
     Ok(())
 }
 
-/// Expands a file that is named like an index.
+/// Expands a file that has the name of an index.
 fn expand_named_index(path: &Path, named: Named, choice: Choice<'_>, found: &mut Found) -> Result<()> {
     match named {
         Named::Safetensors => expand_index(path, &read_index(path)?, choice, found),
@@ -122,8 +124,7 @@ fn expand_named_index(path: &Path, named: Named, choice: Choice<'_>, found: &mut
         }
         Named::Unsaid => match read_generic_index(path)? {
             Some(index) => expand_index(path, &index, choice, found),
-            // The file is not an index of safetensors files, so the path stands for the file
-            // itself.
+            // The file is not an index of safetensors files, so load the file itself.
             None => {
                 found.sources.push(SourceFile::file(path.to_owned()));
                 Ok(())
@@ -136,10 +137,10 @@ fn expand_named_index(path: &Path, named: Named, choice: Choice<'_>, found: &mut
     }
 }
 
-/// Refuses an index under another name, such as a blob in a model cache, which would otherwise
-/// load as raw JSON text.
+/// Refuses an index that is not named like one, such as a blob in a model cache. Otherwise, it
+/// would be loaded as raw JSON text.
 fn refuse_hidden_index(path: &Path) -> Result<()> {
-    // A file with another extension than `json` is not taken for an index.
+    // A file with an extension other than `json` is not taken for an index.
     if path.extension().is_some_and(|extension| extension != "json") {
         return Ok(());
     }
@@ -148,14 +149,15 @@ fn refuse_hidden_index(path: &Path) -> Result<()> {
     let is_json =
         (1..=index::LIMIT_BYTES).contains(&file.identity.bytes) && file.read_exact(&mut first, 0).is_ok() && first == *b"{";
     if is_json && read_index(path).is_ok_and(|index| is_of_safetensors(&index)) {
-        let reason = "the index of a model, but not named like one: load the folder of its files, or \
+        let reason = "the index of a model, but not named like one: load the folder with its files, or \
                       give it a name that ends in .safetensors.index.json";
         return Err(Error::NoModel { path: path.to_owned(), reason: reason.to_owned() });
     }
     Ok(())
 }
 
-/// Finds the model in a folder: by its index, by the usual name, or as all files of one format.
+/// Finds the model in a folder by its index or by its usual name. Otherwise, treats all files of
+/// one format as the model.
 fn expand_folder(path: &Path, choice: Choice<'_>, found: &mut Found) -> Result<()> {
     let folder = Folder::read(path)?;
     if choice.format != Format::Gguf {
@@ -193,7 +195,7 @@ fn expand_folder(path: &Path, choice: Choice<'_>, found: &mut Found) -> Result<(
                 let reason = if is_series {
                     format!(
                         "contains {all} GGUF files that are not numbered like parts of one model \
-                         (NAME-00001-of-{all:05}.gguf): rename them, or load those that belong together of {listed}"
+                         (NAME-00001-of-{all:05}.gguf): rename them, or choose those that belong together from {listed}"
                     )
                 } else {
                     format!("contains {all} GGUF files that are not parts of one model: choose one of {listed}")
@@ -259,11 +261,11 @@ fn expand_index(path: &Path, index: &Index, choice: Choice<'_>, found: &mut Foun
     Ok(())
 }
 
-/// The files of an index that a selection needs.
+/// Which files of an index a selection needs.
 #[derive(Debug)]
 enum Needed<'a> {
     All,
-    /// These files; no other file contains a selected tensor.
+    /// Only these files are needed, because no other file contains a selected tensor.
     Some(HashSet<&'a str>),
     /// These files must exist. Others may contain tensors that the index does not list, so those
     /// that exist are read, too.
@@ -277,7 +279,7 @@ fn needed_files<'a>(index: &'a Index, selector: Option<&Selector>) -> Needed<'a>
     if all_met { Needed::Some(files) } else { Needed::First(files) }
 }
 
-/// Finds all parts of a split GGUF model: `NAME-00001-of-00003.gguf`.
+/// Finds all parts of a split GGUF model, which are named like `NAME-00001-of-00003.gguf`.
 fn expand_split(path: &Path, part: PartName<'_>, choice: Choice<'_>, found: &mut Found) -> Result<()> {
     let folder = path.parent().unwrap_or(Path::new(""));
     let (mut kept, mut missing) = (Vec::new(), Vec::new());
@@ -302,7 +304,8 @@ fn expand_split(path: &Path, part: PartName<'_>, choice: Choice<'_>, found: &mut
     Ok(())
 }
 
-/// Fails if files are missing, or adds a note if the caller allows that.
+/// Fails if files are missing. If the caller allows missing files and at least one file is left,
+/// adds a note instead.
 fn check_missing(
     missing: &[Missing],
     kept: usize,
@@ -317,12 +320,12 @@ fn check_missing(
     if !choice.allow_missing || kept == 0 {
         return Err(error(why));
     }
-    found.notes.push(format!("the model is incomplete, as allowed: {why}"));
+    found.notes.push(format!("loading an incomplete model, because this was allowed: {why}"));
     Ok(())
 }
 
-/// The position in `sources` of the only path that the caller named, if other files were found
-/// with it.
+/// If the caller named a single path, and other files were found with it, returns the position of
+/// that path in `sources`.
 pub(crate) fn named_among(inputs: &[Input], sources: &[SourceFile]) -> Option<usize> {
     let [Input::Path(path)] = inputs else { return None };
     let named: &PathBuf = path;
@@ -365,7 +368,7 @@ mod tests {
             files(&["m-00002-of-00002.gguf", "m-00001-of-00002.gguf"]),
             ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"]
         );
-        assert_eq!(files(&["m-00000-of-00002.safetensors", "m-00001-of-00002.safetensors"]).len(), 2, "counted from 0");
+        assert_eq!(files(&["m-00000-of-00002.safetensors", "m-00001-of-00002.safetensors"]).len(), 2, "numbered from 0");
         let gguf = Choice { format: Format::Gguf, ..CHOICE };
         assert_eq!(found(&["model.safetensors", "x.gguf"], gguf).unwrap(), ["x.gguf"]);
     }

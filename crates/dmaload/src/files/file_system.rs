@@ -1,12 +1,13 @@
-//! Decides, by file system, which files a ring may read and which may be copied from the page
-//! cache.
+//! Decides, based on their file systems, which files a ring may read and which may be copied from
+//! the page cache.
 //!
-//! Reading a file by io_uring can go wrong in two ways. After a FUSE server returns fewer bytes
-//! than requested, the kernel may read the same bytes twice (see docs/kernels.md). And a read that
-//! waits for a server blocks `io_uring_enter`, or one of the few kernel threads that serve such
-//! reads, and so delays every other read of the loader.
+//! Reading a file through io_uring can go wrong in two ways. After a FUSE server returns fewer
+//! bytes than requested, the kernel may read the same bytes twice (see docs/kernels.md). And a
+//! read that waits for a server blocks `io_uring_enter`, or one of the few kernel threads that
+//! serve such reads, and so delays every other read of the loader.
 //!
-//! Therefore only listed file systems are allowed. Others are read by threads, which costs little.
+//! A ring may therefore read only from the file systems that are listed here. Threads read from
+//! all others, which costs little.
 //!
 //! Buffered reads ([`crate::Route::UringBuffered`]) from network file systems are also allowed,
 //! because neither problem occurs there. A short answer is reported as a short read. Each read
@@ -87,8 +88,8 @@ pub(crate) struct Trust {
     pub(crate) in_memory: bool,
 }
 
-/// Determines how far the file's file system can be trusted. May wait for a server: that of the
-/// file itself, or of the file behind its loop device.
+/// Determines how far the file's file system can be trusted. This may wait for a server: the one
+/// that holds the file itself, or the one that holds the file behind its loop device.
 pub(crate) fn trust(file: &OwnedFd, device: Device) -> Trust {
     // On FUSE, `fstatfs` asks the server, which may answer with an error.
     let f_type = match fstatfs(file) {
@@ -121,7 +122,8 @@ fn magic(about: &StatFs) -> u32 {
     u32::from_le_bytes([first, second, third, fourth])
 }
 
-/// Why a ring must not wait for the block device of a local file system.
+/// The error to report if a ring must not wait for the block device of a local file system; `None`
+/// if it may.
 ///
 /// Btrfs has anonymous device numbers, so its devices can't be looked up. They are trusted.
 fn device_refused(f_type: u32, device: Device) -> Option<Errno> {
@@ -166,11 +168,13 @@ fn device_of_file(path: &Path) -> Result<Option<DeviceNumber>, Errno> {
 /// Whether every change to bytes that were copied from the page cache shows in the file's
 /// modification time.
 ///
-/// Two kinds of writers are easy to miss. One stores through a mapping: the file system must be
-/// notified of the first store after each writeback. The other is inside a long `write(2)`, which
-/// sets the time once, before its first byte: reads, or some other call that readers may make,
-/// must wait for its end. Only file systems on which both were tested are listed, plus those that
-/// can't be written to. On tmpfs, only the first store through a mapping is noticed. FUSE and
+/// Two kinds of writers are easy to miss. One stores through a mapping. For this kind, the kernel
+/// must notify the file system of the first store after each writeback. The other is inside a long
+/// `write(2)`, which sets the time only once, before it writes its first byte. For this kind,
+/// reads, or another call that readers can make, must wait until the `write(2)` returns.
+///
+/// Only file systems on which both were tested are listed, plus those that can't be written to.
+/// Tmpfs is not listed, because it notices only the first store through a mapping. FUSE and
 /// stacked file systems never get here ([`ring_refusal`]).
 fn is_cache_witness(f_type: u32, device: Device) -> bool {
     match f_type {

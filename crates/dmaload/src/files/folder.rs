@@ -1,4 +1,4 @@
-//! The contents of a model's folder.
+//! Finds the model files in a folder.
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsString;
@@ -20,8 +20,8 @@ use crate::options::choices::Format;
 /// The usual name of a single-file model in folders from model hubs.
 const MODEL: &str = "model.safetensors";
 
-/// Whether an entry is a folder or a link to one. An inaccessible entry counts as a file, and
-/// fails when it is opened.
+/// Whether an entry is a folder or a link to one. An entry that can't be inspected is treated as a
+/// file, so opening it reports the error.
 fn is_folder(entry: &fs::DirEntry) -> bool {
     match entry.file_type() {
         Ok(kind) if kind.is_symlink() => fs::metadata(entry.path()).is_ok_and(|about| about.is_dir()),
@@ -36,7 +36,7 @@ pub(super) struct Folder {
     path: PathBuf,
     /// Names that are not UTF-8 are converted lossily.
     names: Vec<String>,
-    /// The original names of those that were converted, by their converted names.
+    /// Maps each converted name to the original name.
     replaced: HashMap<String, OsString>,
 }
 
@@ -48,7 +48,8 @@ impl Folder {
             let entry = entry.map_err(failed)?;
             let own = entry.file_name();
             let name = own.to_string_lossy().into_owned();
-            // Names with a leading dot are hidden on purpose, or left behind by other systems.
+            // Files with a leading dot in their name are hidden on purpose, or were left behind by
+            // other operating systems.
             if name.starts_with('.') {
                 continue;
             }
@@ -84,24 +85,25 @@ impl Folder {
     pub(super) fn note_gguf(&self, format: Format) -> Option<String> {
         let names = self.gguf();
         let is_noted = format == Format::Auto && !names.is_empty();
-        is_noted.then(|| format!("not loaded, next to safetensors files: {}", quoted(names.into_iter())))
+        is_noted.then(|| format!("not loaded, because the folder has safetensors files: {}", quoted(names.into_iter())))
     }
 
-    /// The model's safetensors files: the one with the usual name, or all.
+    /// The model's safetensors files: only `model.safetensors` if it exists, otherwise all.
     pub(super) fn safetensors(&self) -> Vec<&str> {
         let all = self.names_matching(is_safetensors_name);
         if all.contains(&MODEL) { vec![MODEL] } else { all }
     }
 
-    /// Returns the name of the index; `None` if the folder has none. If all other indices are
-    /// variants of one, returns that one and adds a note about the others.
+    /// Returns the name of the folder's index; `None` if the folder has none. If the folder has
+    /// several, and all others are variants of one, returns that one and adds a note about the
+    /// others.
     ///
     /// # Errors
-    /// [`Error::NoModel`] if the folder has several indices and the others are not variants of
-    /// one; those of [`read_generic_index`].
+    /// [`Error::NoModel`] if the folder has several indices that are not all variants of one. Also
+    /// the errors of [`read_generic_index`].
     pub(super) fn index(&self, notes: &mut Vec<String>) -> Result<Option<&str>> {
         let mut all = self.names_matching(|name| index::named(name) == Some(Named::Safetensors));
-        // An index with a generic name counts only if the folder has no single-file model.
+        // An index with a generic name is considered only if the folder has no single-file model.
         if all.is_empty() && !self.names.iter().any(|name| name == MODEL) {
             for name in self.names_matching(|name| index::named(name) == Some(Named::Unsaid)) {
                 let path = self.path_of(name);
@@ -129,7 +131,7 @@ impl Folder {
 
     /// Splits these files into those that can be loaded and those that can't. The latter include
     /// files that are missing from a numbered sequence, `NAME-00001-of-00003`. Adds a note about
-    /// safetensors files of the folder that are not in `names`.
+    /// safetensors files in the folder that are not in `names`.
     pub(super) fn check<'a>(&'a self, names: &[&'a str], notes: &mut Vec<String>) -> (Vec<&'a str>, Vec<Missing>) {
         let (mut kept, mut missing) = (Vec::new(), Vec::new());
         for name in names {
@@ -145,7 +147,7 @@ impl Folder {
             }
             let present: HashSet<u32> =
                 parts.iter().filter(|other| other.is_same_model(part)).map(|other| other.number).collect();
-            // Some writers count from 0.
+            // Some writers number the files from 0.
             let numbers = if present.contains(&0) { 0..=part.count - 1 } else { 1..=part.count };
             let absent = numbers.filter(|number| !present.contains(number));
             // The list is bounded, because the count in a name may be wrong.
@@ -154,12 +156,12 @@ impl Folder {
         }
         let others: Vec<_> = self.names_matching(is_safetensors_name).into_iter().filter(|name| !names.contains(name)).collect();
         if !others.is_empty() {
-            notes.push(format!("not loaded, next to {MODEL:?}: {}", quoted(others.into_iter())));
+            notes.push(format!("not loaded, because the folder has {MODEL:?}: {}", quoted(others.into_iter())));
         }
         (kept, missing)
     }
 
-    /// The error for a folder without a model, which suggests where one may be.
+    /// Returns the error for a folder without a model. Its message suggests where a model may be.
     pub(super) fn no_model(&self, format: Format) -> Error {
         let looked_for = match format {
             Format::Safetensors => "no *.safetensors or *.safetensors.index.json",
@@ -200,7 +202,8 @@ impl Folder {
         (!others.is_empty()).then(|| format!("not supported: {}", quoted(others.into_iter())))
     }
 
-    /// The snapshot that `refs/main` names in a model hub's cache, or else the first by name.
+    /// If the folder is a model hub's cache, returns the snapshot that `refs/main` names, or else
+    /// the first snapshot by name.
     fn main_snapshot(&self) -> Option<String> {
         let revision = fs::read_to_string(self.path.join("refs/main")).ok().map(|text| text.trim().to_owned());
         let revisions = fs::read_dir(self.path.join("snapshots")).ok()?;
@@ -232,8 +235,8 @@ const DEPTH: usize = 5;
 /// Maximum number of subfolders that are searched for models.
 const FOLDERS: usize = 256;
 
-/// Whether an index has no variant in its name and all others are variants of it:
-/// `a.safetensors.index.json` next to `a.safetensors.index.fp16.json`,
+/// Whether an index has no variant in its name, and all other indices are variants of it. For
+/// example, `a.safetensors.index.json` is the plain index of `a.safetensors.index.fp16.json`,
 /// `a.fp16.safetensors.index.json` and `a.safetensors.fp16.index.json`.
 fn is_plain_index_of(name: &str, all: &[&str]) -> bool {
     let Some(stem) = name.strip_suffix(index::SUFFIX) else { return false };

@@ -16,7 +16,7 @@ use crate::model::{ForeignFile, LOOKED_AT_BYTES, ModelError, TensorMap, recogniz
 use crate::options::choices::Format;
 use crate::support::convert::to_usize;
 
-/// Refuses an empty file that should be a model, according to its name or the caller.
+/// Refuses an empty file if its name or the requested format says that it is a model.
 fn refuse_empty_model(path: &Path, format: Format) -> Result<()> {
     let is_model = match format {
         Format::Raw => false,
@@ -42,10 +42,10 @@ fn parse_header(file: &OpenFile, part: Range<u64>, format: Format) -> Result<Opt
     if format == Format::Raw {
         return Ok(None);
     }
-    // The name of a file says nothing about a byte range of it.
+    // A file's name says nothing about a byte range of the file.
     let is_whole = part == (0..file.identity.bytes);
     let name = if is_whole { file.path.as_path() } else { Path::new("") };
-    // An empty range counts as raw bytes; requests for its tensors fail later.
+    // An empty range is treated as raw bytes; requests for its tensors fail later.
     if bytes == 0 && !is_whole && format == Format::Auto {
         return Ok(None);
     }
@@ -109,7 +109,7 @@ pub(super) fn identify_foreign(fault: ModelError, start: &[u8], file_bytes: u64)
         return fault;
     }
     match (recognize(start, file_bytes), &fault) {
-        // The fault of JSON that is not an index is more specific.
+        // If the file is JSON but not a valid index, the original fault is more specific.
         (Some(ForeignFile::Json { .. }), ModelError::Index { .. }) | (None, _) => fault,
         (Some(kind), _) => ModelError::Foreign { kind, file_bytes },
     }
@@ -151,8 +151,8 @@ fn cut_short(bytes: u64, file_bytes: u64) -> ModelError {
     ModelError::GgufCutShort { offset: file_bytes, part: "the header", missing, file_bytes }
 }
 
-/// The length of the safetensors header of a file of `file_bytes` bytes; `None` for a file of raw
-/// bytes.
+/// Returns the length of the safetensors header in a file of `file_bytes` bytes; `None` for a file
+/// of raw bytes.
 fn header_bytes(name: &Path, start: &[u8], file_bytes: u64, format: Format) -> std::result::Result<Option<u64>, ModelError> {
     let named = is_named(name, "safetensors");
     match sniff(start, file_bytes, named || format == Format::Safetensors) {

@@ -1,4 +1,4 @@
-//! Reads the index of a model of several files.
+//! Reads the index of a multi-file model.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -15,13 +15,13 @@ pub(super) fn read_index(path: &Path) -> Result<Index> {
     parse_index(&file, &json)
 }
 
-/// Reads a possible index with a generic name; `None` if it lists no files, lists a file that is
-/// not a safetensors file, or is some other JSON.
+/// Reads a file with a generic name that may be an index. Returns `None` if it lists no files,
+/// lists a file that is not a safetensors file, or contains some other JSON.
 ///
 /// # Errors
-/// Those of [`OpenFile::open`] and [`OpenFile::read_exact`]; [`Error::Model`] for a file that is
-/// too long, invalid JSON, or an invalid index, because skipping such a file could load a model
-/// without its index; [`Error::Changed`] if such a file has changed since it was opened.
+/// Those of [`OpenFile::open`] and [`OpenFile::read_exact`]. [`Error::Model`] if the file is too
+/// long, invalid JSON, or an invalid index; skipping such a file could load a model without its
+/// index. [`Error::Changed`] if such a file has changed since it was opened.
 pub(super) fn read_generic_index(path: &Path) -> Result<Option<Index>> {
     let (file, json) = read_json(path)?;
     match parse_index(&file, &json) {
@@ -32,7 +32,7 @@ pub(super) fn read_generic_index(path: &Path) -> Result<Option<Index>> {
 }
 
 fn read_json(path: &Path) -> Result<(Arc<OpenFile>, Vec<u8>)> {
-    // `open` refuses what is not a regular file, such as a FIFO or an endless device.
+    // `open` refuses everything that is not a regular file, such as a FIFO or an endless device.
     let file = OpenFile::open(path)?;
     let bytes = file.identity.bytes;
     if bytes > index::LIMIT_BYTES {

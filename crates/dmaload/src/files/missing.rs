@@ -18,14 +18,13 @@ pub(super) struct Missing {
 /// Suffixes of unfinished downloads.
 const UNFINISHED: [&str; 8] = [".incomplete", ".part", ".partial", "-partial", ".tmp", ".download", ".crdownload", ".aria2"];
 
-/// Whether this is the name of an unfinished download.
 pub(super) fn is_unfinished(name: &str) -> bool {
     UNFINISHED.iter().any(|end| name.len() > end.len() && name.ends_with(end))
 }
 
 impl Missing {
-    /// Checks a file; `None` if it exists and is not empty. Other faults are reported when it is
-    /// opened.
+    /// Checks whether a file exists and is not empty; returns `None` if so. Other problems are
+    /// reported when the file is opened.
     pub(super) fn check(path: &Path, name: &str) -> Option<Missing> {
         let why = match fs::metadata(path) {
             Ok(about) if about.is_file() && about.len() == 0 => Some("it has 0 bytes".to_owned()),
@@ -39,7 +38,7 @@ impl Missing {
     }
 }
 
-/// For a dangling symbolic link, a description of its target.
+/// Describes the target of a dangling symbolic link; `None` if `path` is not a link.
 fn describe_dangling_link(path: &Path) -> Option<String> {
     let target = fs::read_link(path).ok()?;
     let at = path.parent().unwrap_or(Path::new("")).join(&target);
@@ -63,7 +62,7 @@ fn find_in_download_cache(path: &Path, name: &str) -> Option<String> {
     names.find(|other| other.starts_with(name) && other.ends_with(".incomplete"))
 }
 
-/// Lists missing files: `1 is missing: "a" (it has 0 bytes)`.
+/// Lists missing files in the form `1 is missing: "a" (it has 0 bytes)`.
 pub(super) fn describe(missing: &[Missing]) -> String {
     let one = |Missing { name, why }: &Missing| match why {
         Some(why) => format!("{name:?} ({why})"),
@@ -87,25 +86,28 @@ fn unlisted_files(folder: &Path, index: &Index) -> Vec<String> {
     names
 }
 
-/// Explains why files of an index may be missing: the index may be left over from another version
-/// of the model, or a download may be running.
+/// Explains why files that an index lists may be missing: the index may be left over from another
+/// version of the model, or a download may be running.
 pub(super) fn explain_missing(folder: &Path, index: &Index, all: bool) -> String {
     let others = unlisted_files(folder, index);
     if !others.is_empty() {
         let names = quoted(others.iter().map(String::as_str));
-        return format!("; the index may be left over from another version: it lacks {names}, which can be loaded by path");
+        return format!(
+            "; the index may be left over from another version: it does not list {names}, which can be loaded by path"
+        );
     }
     let blobs: PathBuf = folder.join("../../blobs");
     let names = fs::read_dir(blobs).into_iter().flatten().filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     match names.filter(|name| is_unfinished(name)).count() {
         0 if all => "; the index may be left over from another version".to_owned(),
         0 => String::new(),
-        count => format!("; {count} unfinished download{} in the cache's blobs", if count == 1 { " is" } else { "s are" }),
+        count => format!("; {count} unfinished download{} in the cache's blobs folder", if count == 1 { " is" } else { "s are" }),
     }
 }
 
 /// A note about a folder's safetensors files that are not in its index; `None` if there are none.
 pub(super) fn note_unlisted(folder: &Path, index: &Index) -> Option<String> {
     let others = unlisted_files(folder, index);
-    (!others.is_empty()).then(|| format!("not in the index, so not loaded: {}", quoted(others.iter().map(String::as_str))))
+    (!others.is_empty())
+        .then(|| format!("not loaded, because the index does not list them: {}", quoted(others.iter().map(String::as_str))))
 }

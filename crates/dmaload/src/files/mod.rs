@@ -1,11 +1,12 @@
 //! Files on disk. [`source`] opens and identifies them. [`file_system`] and [`block_device`]
-//! decide which of them may be read by a ring or from the page cache, and [`residency`] finds out
-//! what is cached. [`expand`] turns folders, indices and split models into files, [`header`] reads
-//! the files' headers, and [`whole`] checks that they form complete models.
+//! decide which of them may be read by a ring or copied from the page cache, and [`residency`]
+//! finds out what is cached. [`expand`] turns folders, indices and split models into lists of
+//! files, [`header`] reads the files' headers, and [`whole`] checks that the files form complete
+//! models.
 //!
 //! Only this module and its submodules open model files by path. Each call may wait for a server
-//! that does not answer, so the ring thread never opens files: workers do, and the threads that
-//! inspect, probe or observe. A file is closed when the last reference to its
+//! that does not answer, so the ring thread never opens files. Only workers and the threads that
+//! inspect, probe or observe files open them. A file is closed when the last reference to its
 //! [`OpenFile`](source::OpenFile) is dropped.
 //!
 //! If `O_DIRECT` is refused, the load takes another route. If `statx(2)` is refused, attributes

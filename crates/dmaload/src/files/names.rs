@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-/// Whether a file name has the extension of a safetensors file.
 pub(super) fn is_safetensors_name(name: &str) -> bool {
     has_extension(name, "safetensors")
 }
@@ -21,7 +20,7 @@ pub(super) fn is_pickle_name(name: &str) -> bool {
 /// Maximum number of names in a message.
 pub(super) const NAMED: usize = 8;
 
-/// Quotes names for a message.
+/// Quotes names for a message. Lists at most [`NAMED`] of them, and counts the others.
 pub(super) fn quoted<'a>(names: impl Iterator<Item = &'a str>) -> String {
     let mut names = names.map(|name| format!("{name:?}"));
     let shown = names.by_ref().take(NAMED).collect::<Vec<_>>().join(", ");

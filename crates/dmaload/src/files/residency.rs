@@ -1,5 +1,5 @@
-//! A file's page cache: counts the bytes that it holds, reads from it without waiting for storage,
-//! and writes it back.
+//! Accesses a file's page cache: counts the cached bytes, reads them without waiting for storage,
+//! and writes dirty pages back.
 #![allow(unsafe_code)]
 
 use std::mem::MaybeUninit;
@@ -8,8 +8,8 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use rustix::io::Errno;
 
-/// The number of `cachestat(2)`: the same on every architecture but alpha. The libc crate defines
-/// it for only a few architectures.
+/// The system call number of `cachestat(2)`, which is the same on every architecture but alpha.
+/// The libc crate defines it for only a few architectures.
 const SYS_CACHESTAT: libc::c_long = 451;
 
 /// `struct cachestat_range` of `linux/mman.h`; a length of 0 means the whole file.
@@ -30,7 +30,8 @@ struct Answer {
     recently_evicted: u64,
 }
 
-/// How many bytes of a file are in the page cache, in whole pages, according to `cachestat(2)`.
+/// Returns how many bytes of a file are in the page cache, according to `cachestat(2)`. Counts
+/// whole pages.
 ///
 /// # Errors
 /// ENOSYS before Linux 6.5; EPERM, on newer kernels, for a file that the caller neither owns nor
@@ -39,13 +40,12 @@ pub(crate) fn cached_bytes(file: impl AsFd) -> Result<u64, Errno> {
     cachestat(file, &CachestatRange { offset: 0, length: 0 })
 }
 
-/// How many bytes of the pages that a range touches are in the page cache. The range must not be
-/// empty.
+/// Like [`cached_bytes`], but counts only pages that overlap `range`, which must not be empty.
 ///
 /// # Errors
 /// Those of [`cached_bytes`].
 pub(crate) fn cached_bytes_in(file: impl AsFd, range: &Range<u64>) -> Result<u64, Errno> {
-    debug_assert!(!range.is_empty(), "a length of 0 would mean all of the file");
+    debug_assert!(!range.is_empty(), "a length of 0 would mean the whole file");
     cachestat(file, &CachestatRange { offset: range.start, length: range.end - range.start })
 }
 

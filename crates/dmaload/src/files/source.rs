@@ -28,15 +28,15 @@ use crate::route::{Attempt, Route};
 use crate::support::errno;
 use crate::support::foreign;
 
-/// A file of a load, and its entry in an index.
+/// A file in a load, and its entry in an index if it has one.
 #[derive(Debug, Clone)]
 pub(crate) struct SourceFile {
     pub(crate) path: Arc<PathBuf>,
-    /// The number of the input that stands for the file, counted from 0. The files of one input
-    /// form one model, in which only one file contains a tensor of a given name.
+    /// The number of the input through which the file was found, counted from 0. The files of one
+    /// input form one model, so at most one of them provides the tensor with a given name.
     pub(crate) model: usize,
-    /// The index of a model of several files, and this file's name in the index; `None` without an
-    /// index.
+    /// The index of a multi-file model, and this file's name in that index; `None` if the model
+    /// has no index.
     pub(crate) index: Option<(Arc<Index>, String)>,
     /// The byte range of the file that contains the model; `None` for the whole file.
     pub(crate) part: Option<Range<u64>>,
@@ -71,9 +71,9 @@ impl SourceFile {
         SourceFile { part: Some(part), ..SourceFile::file(path) }
     }
 
-    /// An open file. It is opened again by its descriptor, because direct reads need their own
-    /// open file description. Its path, below `/proc/self/fd`, is valid only while the given
-    /// descriptor is open.
+    /// A file that the caller passed as an open descriptor. It is opened again through this
+    /// descriptor, because direct reads need their own open file description. Its path, below
+    /// `/proc/self/fd`, is valid only while the descriptor is open.
     pub(crate) fn open(file: &OwnedFd, part: Option<Range<u64>>) -> Self {
         use std::os::fd::AsRawFd;
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
@@ -87,8 +87,8 @@ impl SourceFile {
         Some((folder.to_owned(), Arc::clone(index)))
     }
 
-    /// Whether the model's tensor with this name is the one in this file: the index, if any, does
-    /// not map the name to another file.
+    /// Whether a tensor with this name in this file belongs to the model. That is not the case if
+    /// the index maps the name to another file.
     pub(crate) fn owns(&self, tensor: &str) -> bool {
         self.index.as_ref().is_none_or(|(index, name)| index.file_of(tensor).is_none_or(|file| file == name))
     }
@@ -156,8 +156,9 @@ impl Identity {
         (self.device, self.inode) == (other.device, other.inode)
     }
 
-    /// How the file changed, if its bytes may now be a mix of versions; `None` if it did not
-    /// change. A file that grew was either appended to or rewritten: the two can't be told apart.
+    /// Describes how the file changed, if its bytes may now be a mix of versions; `None` if it did
+    /// not change. A file that grew was either appended to or rewritten. The two can't be told
+    /// apart, so both count as a change.
     fn describe_change(&self, now: &Identity) -> Option<&'static str> {
         if now.bytes < self.bytes {
             Some("it shrank")
@@ -241,7 +242,7 @@ impl Attributes {
     }
 }
 
-/// An open file.
+/// A regular file that is open for buffered reads and, if possible, for direct reads.
 #[derive(Debug)]
 pub(crate) struct OpenFile {
     /// A number that is never reused, unlike a file descriptor.
@@ -261,8 +262,8 @@ pub(crate) struct OpenFile {
     is_quiet: AtomicBool,
     buffered: OwnedFd,
     direct: std::result::Result<OwnedFd, Errno>,
-    /// Holds the file's place among open files. Declared last, so it is dropped after the
-    /// descriptors are closed.
+    /// The permit to keep the file open, if it needs one. Declared last, so it is dropped after
+    /// the descriptors are closed.
     place: OnceLock<Box<dyn Any + Send + Sync>>,
 }
 
@@ -271,20 +272,23 @@ pub(crate) struct OpenFile {
 const DEFAULT_ALIGNMENT_BYTES: u64 = 4096;
 
 impl OpenFile {
-    /// Holds `place`, the file's place among open files, until the file is closed. A file needs
-    /// only one place: if it already holds one, `place` is dropped.
+    /// Keeps `place`, the permit to have the file open, until the file is closed. A file needs
+    /// only one such permit, so `place` is dropped if the file already has one.
     pub(crate) fn hold(&self, place: impl Any + Send + Sync) {
         drop(self.place.set(Box::new(place)));
     }
 
-    /// Opens a regular file for reading, twice: through the page cache, and with `O_DIRECT` unless
-    /// the file system refuses that.
+    /// Opens a regular file for reading, twice: once for reads through the page cache and, unless
+    /// the file system refuses it, once with `O_DIRECT`.
     ///
     /// # Errors
-    /// The error of `open(2)` or `statx(2)`, or of reading a byte of a file whose stated length is
-    /// 0; [`Error::NotAFile`] for anything but a regular file, which is not opened (opening a FIFO
-    /// would wait for a writer, and opening a device can have any effect); [`Error::NoLength`] for
-    /// a file that has bytes, but states a length of 0.
+    /// The error of `open(2)` or `statx(2)`. If the file's reported length is 0, also the error of
+    /// reading a byte.
+    ///
+    /// [`Error::NotAFile`] for anything but a regular file. Such a file is not opened for reading,
+    /// because opening a FIFO would wait for a writer, and opening a device can have any effect.
+    ///
+    /// [`Error::NoLength`] for a file that has bytes although its reported length is 0.
     pub(crate) fn open(path: &Path) -> Result<Arc<Self>> {
         static NEXT_ID: AtomicU64 = AtomicU64::new(0);
         let failed = |operation| move |errno| Error::File { path: path.to_owned(), operation, errno: errno::from_rustix(errno) };
@@ -332,8 +336,8 @@ impl OpenFile {
         Ok(Arc::new(file))
     }
 
-    /// Whether the file has any bytes, whatever its stated length. A read that would block (as on
-    /// `/proc/kmsg`) counts as a byte.
+    /// Whether the file has any bytes, regardless of its reported length. If a read would block,
+    /// as on `/proc/kmsg`, the file is assumed to have bytes.
     fn has_a_byte(&self) -> Result<bool> {
         let read = set_nonblocking(&self.buffered, true).and_then(|()| {
             loop {
@@ -363,7 +367,7 @@ impl OpenFile {
     pub(crate) fn descriptor(&self, route: Route) -> BorrowedFd<'_> {
         match &self.direct {
             Ok(direct) if route.is_direct() => direct.as_fd(),
-            // Reads come in any order, each for its own range, so readahead would not help.
+            // The ring reads ranges in any order, so readahead would not help.
             _ if route == Route::UringBuffered => self.buffered.as_fd(),
             _ => {
                 self.read_ahead();
@@ -412,8 +416,8 @@ impl OpenFile {
     /// Fails unless the open file is still the planned version and its path does not lead to
     /// another file.
     ///
-    /// A path that no longer exists, or can't be inspected, is no error: the file's bytes stay
-    /// until it is closed.
+    /// It is not an error if the path no longer exists or can't be inspected, because the file's
+    /// bytes stay available until the file is closed.
     pub(crate) fn check_unchanged(&self, planned: &Identity) -> Result<()> {
         let changed = |change| Err(Error::Changed { path: self.path.clone(), change });
         let now = Attributes::at_file(&self.buffered);
@@ -430,8 +434,9 @@ impl OpenFile {
         }
     }
 
-    /// Fails if the file continues beyond its planned end, on file systems that may state a wrong
-    /// length, such as network file systems. On local ones, reads end at the stated length.
+    /// Fails if the file continues beyond its planned end. This is checked only on file systems
+    /// that may report a wrong length, such as network file systems. On local ones, reads end at
+    /// the reported length.
     pub(crate) fn check_end(&self, planned: &Identity) -> Result<()> {
         // An empty file was checked when it was opened.
         if self.ring_refused.is_none() || planned.bytes == 0 {
@@ -451,9 +456,9 @@ impl OpenFile {
         }
     }
 
-    /// Fails unless the file ends at its stated length, on file systems that may state a wrong
-    /// length. For callers that read only the header; a load notices a wrong length because it
-    /// reads everything.
+    /// Fails unless the file ends at its reported length. This is checked only on file systems
+    /// that may report a wrong length. It is meant for callers that read only the header: a load
+    /// notices a wrong length because it reads everything.
     pub(crate) fn check_length(&self) -> Result<()> {
         let planned_bytes = self.identity.bytes;
         if self.ring_refused.is_none() || planned_bytes == 0 {
@@ -480,8 +485,8 @@ impl OpenFile {
         Err(Error::Ended { path: self.path.clone(), offset: end, planned_bytes, route: Route::Buffered })
     }
 
-    /// Replaces an error about the file's contents if the file has changed since `planned` was
-    /// recorded: a file that is being rewritten looks damaged.
+    /// Returns [`Error::Changed`] instead of `error` if the file has changed since `planned` was
+    /// recorded, because a file that is being rewritten may look damaged.
     pub(crate) fn blame_change(&self, planned: &Identity, error: Error) -> Error {
         match self.check_unchanged(planned) {
             Err(changed @ Error::Changed { .. }) => changed,
@@ -498,14 +503,14 @@ fn kind_of(file_type: FileType) -> Option<&'static str> {
         FileType::Socket => Some("a socket"),
         FileType::CharacterDevice => Some("a character device"),
         FileType::BlockDevice => Some("a block device"),
-        _ => Some("something else"),
+        _ => Some("a file of unknown type"),
     }
 }
 
-/// Opens a regular file again by its descriptor, so it is the same file even if its path now names
-/// another. Without procfs, opens the file at the path and checks that it is the same one.
+/// Opens a regular file again through its descriptor, so it is the same file even if its path now
+/// names another. Without procfs, opens the file at the path and checks that it is the same one.
 ///
-/// The open file description must not have `O_NONBLOCK`. Otherwise io_uring calls file systems
+/// The new open file description must not have `O_NONBLOCK`. Otherwise io_uring calls file systems
 /// without `FMODE_NOWAIT` on the ring thread, which then blocks. After a short read, io_uring may
 /// then also return wrong bytes (see docs/kernels.md).
 fn reopen(found: &OwnedFd, path: &Path, flags: OFlags) -> std::result::Result<OwnedFd, Errno> {
@@ -520,7 +525,7 @@ fn reopen(found: &OwnedFd, path: &Path, flags: OFlags) -> std::result::Result<Ow
 }
 
 fn reopen_by_path(found: &OwnedFd, path: &Path, flags: OFlags) -> std::result::Result<OwnedFd, Errno> {
-    // The path may now name a FIFO without a writer.
+    // The path may now name a FIFO without a writer, so the call must not block.
     let file = open(path, flags | OFlags::NONBLOCK, Mode::empty())?;
     if !Identity::from_stat(&fstat(found)?).is_same_file(&Identity::from_stat(&fstat(&file)?)) {
         return Err(Errno::STALE);

@@ -1,8 +1,9 @@
-//! Checks that the files of a load are complete models: no two files of a model have a tensor of
-//! the same name, and no part of a split model is missing.
+//! Checks that the files in a load form complete models: no two files of a model contain tensors
+//! with the same name, and no part of a split model is missing.
 //!
-//! Needs the headers of all files. Those of large files are known when a load is planned; those of
-//! small files, which share memory, only once they have been read.
+//! The check needs the headers of all files. The headers of large files are known when a load is
+//! planned. Those of small files, which share memory, are known only once the files have been
+//! read.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -15,7 +16,7 @@ use crate::model::gguf::Value;
 use crate::model::parts::PartName;
 use crate::model::{ModelError, TensorMap};
 
-/// A file of a load and its tensors; `None` for raw bytes.
+/// A file in a load and its tensors; `None` for raw bytes.
 pub(crate) type KnownFile<'a> = (&'a SourceFile, Option<&'a TensorMap>);
 
 /// Checks that the files of each model form one complete model. Returns notes for the report about
@@ -27,15 +28,15 @@ pub(crate) type KnownFile<'a> = (&'a SourceFile, Option<&'a TensorMap>);
 pub(crate) fn check_whole(files: &[KnownFile<'_>], allow_missing: bool) -> Result<Vec<String>> {
     let mut sizes: HashMap<usize, usize> = HashMap::new();
     files.iter().for_each(|(source, _)| *sizes.entry(source.model).or_default() += 1);
-    // In a model of one file, no names need to be compared: a name that occurs twice in a file is
-    // an error of its header, found when the header is parsed.
+    // In a single-file model, no names need to be compared: a name that occurs twice in a file is
+    // reported when the file's header is parsed.
     let has_several = |source: &SourceFile| sizes.get(&source.model).is_some_and(|&files| files > 1);
     let notes = check_splits(files, has_several, allow_missing)?;
     check_names(files, has_several)?;
     Ok(notes)
 }
 
-/// Checks that no two files of a model contain a tensor of the same name. A tensor that the index
+/// Checks that no two files of a model contain tensors with the same name. A tensor that the index
 /// maps to another file is ignored.
 fn check_names(files: &[KnownFile<'_>], has_several: impl Fn(&SourceFile) -> bool) -> Result<()> {
     let mut names: Vec<(usize, &str, &SourceFile)> = Vec::new();
@@ -61,7 +62,7 @@ fn check_names(files: &[KnownFile<'_>], has_several: impl Fn(&SourceFile) -> boo
 struct Split {
     number: u64,
     count: u64,
-    /// Total number of tensors in all parts; `None` if not stated.
+    /// Total number of tensors in all parts; `None` if the metadata has no such number.
     all_tensors: Option<u64>,
     tensors: u64,
 }
@@ -100,17 +101,17 @@ fn whole_number(value: &Value<'_>) -> Option<u64> {
 /// Identifies the parts that belong together.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Set {
-    /// Parts that were found together.
+    /// Parts that were found through the same input.
     Model(usize),
     /// Parts that the caller named one by one, identified by their folder and the first part's
     /// name.
     Named(Option<PathBuf>, String),
-    /// Parts that the caller named one by one and whose file names are not those of parts,
-    /// identified by their count.
+    /// Parts that the caller named one by one and whose file names don't follow the pattern for
+    /// parts. They are identified by the number of parts in the model.
     Unnamed(u64),
 }
 
-/// The folder of a file, the same for `./m/part` and `m/part`.
+/// Returns a file's folder, which is the same for `./m/part` and `m/part`.
 fn folder_of(path: &Path) -> Option<PathBuf> {
     let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
     path.parent().map(Path::to_owned)
@@ -120,7 +121,7 @@ fn folder_of(path: &Path) -> Option<PathBuf> {
 #[derive(Debug, Clone, Copy)]
 struct ModelPart<'a> {
     path: &'a Path,
-    /// The number and count that the file's name states.
+    /// The part number and the number of parts in the file's name.
     name: Option<PartName<'a>>,
     split: Option<Split>,
 }
@@ -133,7 +134,7 @@ fn check_splits(files: &[KnownFile<'_>], has_several: impl Fn(&SourceFile) -> bo
         let path = source.path.as_path();
         let split = Split::from_map(map).map_err(|reason| contradiction(path, reason))?;
         let name = path.file_name().and_then(|name| name.to_str()).and_then(PartName::parse);
-        // The name of a file says nothing about a byte range of it.
+        // A file's name says nothing about a byte range of the file.
         let name = name.filter(|_| source.part.is_none());
         if let Some(name) = name.filter(|name| split.is_none() && name.count > 1 && !name.is_gguf_split()) {
             let (number, count) = (name.number, name.count);
@@ -152,7 +153,8 @@ fn check_splits(files: &[KnownFile<'_>], has_several: impl Fn(&SourceFile) -> bo
     for parts in sets.values() {
         match check_split(parts) {
             Err(Error::Incomplete { path, reason, .. }) if allow_missing => {
-                notes.push(format!("the model is incomplete, as allowed: {}: {reason}", printable::path(&path)));
+                notes
+                    .push(format!("loading an incomplete model, because this was allowed: {}: {reason}", printable::path(&path)));
             }
             checked => notes.extend(checked?),
         }
@@ -189,8 +191,8 @@ fn check_split(parts: &[ModelPart<'_>]) -> Result<Option<String>> {
 
 /// Compares the number of tensors in all parts with `split.tensors.count`. llama.cpp uses the
 /// first part's count, loads nothing if that count is missing or wrong, and ignores the counts in
-/// other parts. Some writers put no tensors into the first part and state a different count in the
-/// others; that is only noted.
+/// other parts. Some writers put no tensors into the first part and write a different count into
+/// the others. That is not an error, but the report has a note about it.
 fn check_tensor_counts(parts: &BTreeMap<u64, &ModelPart<'_>>) -> Result<Option<String>> {
     let splits: Vec<(&ModelPart<'_>, Split)> = parts.values().filter_map(|part| Some((*part, part.split?))).collect();
     let Some(&(first, split)) = splits.first() else { return Ok(None) };

@@ -1,4 +1,4 @@
-//! A segment's memory, while it is being filled and afterwards.
+//! One mapped allocation, while it is being filled and afterwards.
 #![allow(unsafe_code)]
 
 use std::mem::MaybeUninit;
@@ -15,8 +15,9 @@ use crate::memory::lent::ViewCount;
 use crate::memory::reaper::{Holding, Reaper};
 use crate::support::id::LoadId;
 
-/// A move of a tensor's bytes to an aligned address, the start of `slot`. The slot is the memory
-/// of the tensor's segment. `slot` and `from` are offsets in the allocation.
+/// Describes how a tensor's bytes are moved to an aligned address: from the offset `from` to the
+/// start of `slot`, which is the memory of the tensor's segment. All offsets are relative to the
+/// allocation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Move {
     pub(crate) slot: Range<usize>,
@@ -31,13 +32,14 @@ pub(crate) struct Backing {
     holding: Option<Box<Holding>>,
     address: NonNull<u8>,
     bytes: usize,
-    /// Whether the allocation came from the pool, already populated.
+    /// Whether the allocation was taken from the pool, so its pages were already populated.
     reused: bool,
     lent: ViewCount,
     reaper: Reaper,
 }
 
-// SAFETY: `address` points into the mapping that `holding` owns, which is not bound to a thread.
+// SAFETY: `address` points into the mapping that `holding` owns. A mapping is not bound to a
+// thread.
 unsafe impl Send for Backing {}
 // SAFETY: as above; only unsafe methods access the bytes, and their callers rule out data races.
 // The other fields synchronize their own changes.
@@ -49,8 +51,8 @@ impl Backing {
         Backing { holding: Some(Holding::new(mapping, memory)), address, bytes, reused: false, lent: ViewCount::new(), reaper }
     }
 
-    /// Moves a pooled allocation to offset `at` of `range`. If the kernel refuses, releases the
-    /// allocation and returns `None`.
+    /// Reuses a pooled allocation by moving its mapping to offset `at` in `range`. If the kernel
+    /// refuses the move, releases the allocation and returns `None`.
     pub(crate) fn from_pool(holding: Holding, range: &Arc<AddressRange>, at: usize, reaper: &Reaper) -> Option<Self> {
         holding.reusable.store(false, Ordering::Release);
         match holding.move_to(range, at) {
@@ -75,9 +77,9 @@ impl Backing {
         self.reused
     }
 
-    /// Lets the memory be reused once it is dropped, because it is complete. Has no effect on
-    /// memory that is itself a dma-buf: `Mapping::move_to` can't move the mapping of a dma-heap's
-    /// dma-buf, so the memory would only take up space in the pool.
+    /// Allows the memory to be reused once it is dropped. Call this when the memory is complete.
+    /// It has no effect on memory that is itself a dma-buf: `Mapping::move_to` can't move the
+    /// mapping of a dma-heap's dma-buf, so the memory would only take up space in the pool.
     pub(crate) fn allow_reuse(&self) {
         let holding = self.holding();
         if holding.memory.dma_buf().is_none() {
@@ -85,8 +87,8 @@ impl Backing {
         }
     }
 
-    /// Lets forked processes inherit private memory, because devices no longer write to it. If the
-    /// kernel refuses for lack of memory, forked processes still don't inherit it.
+    /// Allows forked processes to inherit private memory, because devices no longer write to it.
+    /// If the kernel refuses for lack of memory, forked processes still don't inherit it.
     pub(crate) fn allow_fork(&self) {
         let holding = self.holding();
         if holding.memory.is_private() {
@@ -117,12 +119,11 @@ impl Backing {
         unsafe { rest.write_bytes(0, slot.end - slot.start - bytes) };
     }
 
-    /// Charges `bytes` of this allocation to a load.
     pub(crate) fn charge(&self, ledger: &Weak<dyn Ledger>, load: LoadId, bytes: u64) {
         self.holding().charge.add(ledger, load, bytes);
     }
 
-    /// Excludes the memory from reuse, because it was handed out.
+    /// Prevents the memory from being reused, because it was handed out.
     pub(crate) fn forbid_reuse(&self) {
         self.holding().reusable.store(false, Ordering::Release);
     }
@@ -135,19 +136,20 @@ impl Backing {
         self.bytes
     }
 
-    /// The dma-buf: the memory itself, or a dma-buf that was exported from it.
+    /// The memory's dma-buf. It is either the memory itself or a dma-buf that was exported from
+    /// it.
     pub(crate) fn dma_buf(&self) -> Option<&DmaBuf> {
         let holding = self.holding();
         holding.memory.dma_buf().or_else(|| holding.exported.get())
     }
 
-    /// Makes filled memory available to devices as a dma-buf, and its bytes visible to them. If
-    /// the memory has no dma-buf yet, creates one by calling `export`, and then seals the memfd,
-    /// if any.
+    /// Makes filled memory available to devices as a dma-buf, and makes its bytes visible to them.
+    /// If the memory has no dma-buf yet, calls `export` to create one, and then seals the memfd if
+    /// the memory has one.
     pub(crate) fn export<E: From<dmabuf::Error>>(&self, export: impl FnOnce(&Memory) -> Result<DmaBuf, E>) -> Result<(), E> {
         let holding = self.holding();
         if let Some(dma_buf) = holding.memory.dma_buf() {
-            // The worker that allocated the memory began the access.
+            // The worker that allocated the memory began this CPU access.
             return Ok(dma_buf.end_cpu_access(Access::ReadWrite)?);
         }
         if let Some(dma_buf) = holding.exported.get() {
@@ -223,7 +225,7 @@ impl Drop for Backing {
 }
 
 impl Backing {
-    /// Borrows bytes mutably.
+    /// Borrows `bytes` bytes at offset `start` mutably. They may be uninitialized.
     ///
     /// # Safety
     /// Nothing else may read or write them while the slice lives.
@@ -253,8 +255,8 @@ impl Sink for Backing {
     }
 }
 
-/// A piece: a range of an allocation, which the kernel may write to while the piece is filled.
-/// Dropping the piece returns its permit, `P`.
+/// The memory of a piece: a range of an allocation that the kernel may write to while the piece is
+/// being filled. Dropping this value returns the piece's permit, `P`.
 #[derive(Debug)]
 pub(crate) struct PieceBuffer<P> {
     backing: Arc<Backing>,

@@ -5,13 +5,14 @@
 //! keeps all segments (an image, for example), reserves all of its memory. A *stream*, whose
 //! consumer may drop each segment before it takes the next, reserves its largest segment, or the
 //! segments of its largest tensor if these are larger. Every load can therefore proceed once its
-//! own consumer drops something, and a consumer that stops holds up only its own load.
+//! own consumer drops something, and a consumer that stops taking segments delays only its own
+//! load.
 //!
-//! A load may exceed its reservation until it holds an equal share of half the limit, as long as
-//! the other half stays free for the reservations of later loads.
+//! A load may exceed its reservation as long as it holds at most an equal share of half the limit,
+//! and the other half stays free for the reservations of later loads.
 //!
-//! A kept load holds its memory forever if its file system stops responding. The kept loads of one
-//! file system together therefore get at most three quarters of the limit, unless a single one
+//! A kept load holds its memory forever if its file system stops responding. The kept loads from
+//! one file system together therefore get at most three quarters of the limit, unless a single one
 //! needs more. (Streams are exempt: a consumer may read several streams in any order, so one must
 //! not wait for another.)
 //!
@@ -23,7 +24,7 @@
 //! Memory in the pool is not held by any load, but it is still allocated. If all allocated memory
 //! and a new allocation together would exceed the limit, pooled memory is freed first.
 //!
-//! Does only the bookkeeping; the scheduler decides which loads wait.
+//! This module only does the bookkeeping; the scheduler decides which loads wait.
 
 /// The memory budget of a loader. `L` identifies a load.
 #[derive(Debug)]
@@ -55,12 +56,12 @@ impl<L> Account<L> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Admitted {
     Yes,
-    /// Other loads from the load's file system hold or reserve memory, and this reservation
-    /// exceeds their share or does not fit. Loads from that file system must not overtake this
-    /// one; loads from others may.
+    /// The load is kept, and other kept loads from its file system hold or reserve memory. Its
+    /// reservation would exceed the share of the file system, or does not fit. Loads from that
+    /// file system must not overtake this one; loads from other file systems may.
     FileSystemAtShare,
-    /// The reservation does not fit, and no other load from its file system holds or reserves
-    /// memory. No load may overtake this one.
+    /// The reservation does not fit. Either the load is a stream, or no other kept load from its
+    /// file system holds or reserves memory. No load may overtake this one.
     No,
 }
 
@@ -139,7 +140,7 @@ impl<L: PartialEq> Budget<L> {
         taken
     }
 
-    /// Returns the result that [`Self::take`] would return.
+    /// Returns the result that [`Self::take`] would return, without taking memory.
     pub(crate) fn may_take(&self, load: &L, bytes: u64) -> Taken {
         if bytes == 0 {
             return Taken::Yes;
@@ -164,7 +165,7 @@ impl<L: PartialEq> Budget<L> {
     /// Returns memory that was freed or was not needed.
     ///
     /// # Panics
-    /// If more is returned than was taken: the bookkeeping is broken, and continuing could
+    /// If more is returned than was taken. The bookkeeping is then broken, and continuing could
     /// allocate without bound.
     pub(crate) fn give_back(&mut self, load: &L, bytes: u64) {
         let held = match self.accounts.iter_mut().find(|account| account.load == *load) {
@@ -189,8 +190,8 @@ impl<L: PartialEq> Budget<L> {
         self.pooled += bytes;
     }
 
-    /// Removes memory from the pool: it was freed, or it is reused by a load that has already
-    /// taken as much from the budget.
+    /// Removes memory from the pool, because it was freed or because a load reuses it. Such a load
+    /// has already taken the same amount from the budget.
     ///
     /// # Panics
     /// If more is removed than the pool has.
@@ -209,7 +210,7 @@ mod tests {
     fn reservation_is_available_whatever_others_do() {
         let mut budget = Budget::new(100);
         assert_eq!(budget.admit(1, 10, None), Admitted::Yes);
-        // A load that is alone may take half of the limit.
+        // A load that runs alone may take half of the limit.
         assert_eq!(budget.take(&1, 50), Taken::Yes);
         assert_eq!(budget.take(&1, 1), Taken::No);
         for load in 2..7 {
@@ -220,7 +221,7 @@ mod tests {
         assert_eq!(budget.admit(7, 1, None), Admitted::No);
         assert_eq!(budget.held(), 100);
         budget.give_back(&3, 10);
-        assert_eq!(budget.take(&2, 1), Taken::No, "load 3 has reserved it");
+        assert_eq!(budget.take(&2, 1), Taken::No, "load 3 has reserved the memory");
         assert_eq!(budget.take(&3, 10), Taken::Yes);
     }
 
@@ -242,7 +243,7 @@ mod tests {
         assert_eq!(budget.take(&1, 8), Taken::Yes);
         budget.close(&1);
         budget.pool(&1, 8);
-        assert_eq!(budget.admit(2, 9, None), Admitted::Yes, "no load holds it");
+        assert_eq!(budget.admit(2, 9, None), Admitted::Yes, "no load holds pooled memory");
         assert_eq!(budget.take(&2, 2), Taken::Yes);
         assert_eq!(budget.take(&2, 3), Taken::Pooled(3));
         budget.unpool(4);

@@ -1,5 +1,5 @@
-//! The contract between memory and its writers: a [`Buffer`] that the kernel may write to, and a
-//! [`Sink`] that takes bytes from threads and populates its memory as they arrive.
+//! The contract between memory and its writers. The kernel may write to a [`Buffer`]. Threads
+//! write to a [`Sink`], which populates its memory as the bytes arrive.
 
 use std::fmt::Debug;
 use std::mem::MaybeUninit;
@@ -25,16 +25,16 @@ pub(crate) unsafe trait Buffer {
 
 /// The memory of a piece. Unlike staging, it keeps the file's bytes.
 pub(crate) trait PieceMemory: Buffer {
-    /// Whether all its pages are present, so a device can write to it. If not, threads write bytes
-    /// through [`Self::place`].
+    /// Whether all pages are present, so a device can write to the memory. If not, threads write
+    /// the bytes through [`Self::place`].
     fn is_populated(&self) -> bool;
 
-    /// The place that threads write to, starting at `offset`.
+    /// Returns the place for threads to write to, starting at `offset`.
     fn place(&self, offset: usize) -> Place;
 }
 
-/// Takes bytes from threads: bytes copied from staging or from the page cache, and bytes read
-/// without a ring.
+/// Receives bytes from threads. The bytes are copied from staging or from the page cache, or are
+/// read without a ring.
 ///
 /// If the piece is not populated yet, its sink populates each extent just before bytes are written
 /// there, so the new pages are still in the CPU cache.
@@ -45,7 +45,7 @@ pub(crate) trait Sink: Debug + Send + Sync {
     ///
     /// # Errors
     /// [`Fault::Memory`] if memory can't be allocated; the sink keeps the details. [`Fault::Read`]
-    /// with the error of `write`, if nothing was written before it.
+    /// with the error of `write`, if nothing was written before the error.
     ///
     /// # Safety
     /// The place must come from [`PieceMemory::place`] and have room for `bytes` bytes. Nothing
@@ -53,14 +53,14 @@ pub(crate) trait Sink: Debug + Send + Sync {
     #[allow(unsafe_code)]
     unsafe fn fill_with(&self, offset: usize, bytes: usize, write: &mut Write<'_>) -> Result<usize, Fault>;
 
-    /// Whether writing runs the caller's code, such as a heap.
+    /// Whether writing runs code of the library's caller, such as a heap.
     fn runs_foreign_code(&self) -> bool;
 }
 
 /// Writes bytes to a part of a place, and returns how many it wrote.
 pub(crate) type Write<'a> = dyn FnMut(&mut [MaybeUninit<u8>]) -> Result<usize, Errno> + 'a;
 
-/// Where in a sink to write.
+/// A position in a sink to write to.
 #[derive(Debug, Clone)]
 pub(crate) struct Place {
     pub(crate) sink: Arc<dyn Sink>,

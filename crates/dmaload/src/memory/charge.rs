@@ -1,5 +1,6 @@
-//! Budget accounting for one allocation: its share of the loader's budget is booked to the pool
-//! while the pool keeps the memory, and returned when the memory is freed.
+//! Budget accounting for one allocation. A load is charged for the memory that it uses. While the
+//! pool keeps the memory, the charge is booked to the pool. When the memory is freed, the charge
+//! is returned to the loader's budget.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,13 +10,14 @@ use crate::support::id::LoadId;
 
 /// Keeps the accounts that charges are booked to.
 pub(crate) trait Ledger: fmt::Debug + Send + Sync {
-    /// Books freed memory, of which `held` bytes were charged to the load and `pooled` bytes to
-    /// the pool.
+    /// Records that memory was freed, of which `held` bytes were charged to the load and `pooled`
+    /// bytes to the pool.
     fn freed(&self, load: LoadId, held: u64, pooled: u64);
     /// Moves a charge of `bytes` bytes from the load that held the memory to the pool.
     fn pooled(&self, load: LoadId, bytes: u64);
-    /// Ends the pool's charge for `bytes` bytes, because a load reuses them and has already taken
-    /// as much from the budget. With 0 bytes, only makes waiting loads search the pool again.
+    /// Reduces the pool's charge by `bytes` bytes, because a load reuses them and has already
+    /// taken the same amount from the budget. If `bytes` is 0, this only makes waiting loads
+    /// search the pool again.
     fn unpooled(&self, bytes: u64);
 }
 
@@ -35,7 +37,8 @@ impl Charge {
         let ledger = self.ledger.get_or_init(|| Weak::clone(ledger));
         self.load.store(load.0, Ordering::Relaxed);
         self.held.fetch_add(bytes, Ordering::AcqRel);
-        // Reused memory moves from the pool to the load step by step, as the load charges it.
+        // The charge for reused memory moves from the pool to the load step by step, with each
+        // call.
         let mut part = 0;
         let _ = self.pooled.fetch_update(Ordering::AcqRel, Ordering::Acquire, |pooled| {
             part = pooled.min(bytes);
@@ -46,8 +49,8 @@ impl Charge {
         }
     }
 
-    /// Books the memory to the pool: no load holds it, and nothing adds to the charge until it is
-    /// reused.
+    /// Books the memory to the pool. By now, no load holds the memory, and nothing is added to the
+    /// charge until the memory is reused.
     pub(crate) fn pool(&self) {
         let held = self.held.swap(0, Ordering::AcqRel);
         self.pooled.fetch_add(held, Ordering::AcqRel);
@@ -56,8 +59,8 @@ impl Charge {
         }
     }
 
-    /// The ledger, so the caller can notify it once the memory is in the pool. By then, another
-    /// load may already have taken the memory, and this charge with it.
+    /// Returns the ledger, so the caller can notify it once the memory is in the pool. By then,
+    /// another load may already have taken the memory together with this charge.
     pub(crate) fn ledger(&self) -> Option<Weak<dyn Ledger>> {
         self.ledger.get().cloned()
     }

@@ -1,4 +1,4 @@
-//! How much memory can be allocated before the OOM killer kills a process.
+//! Determines how much memory can be allocated before the OOM killer kills a process.
 //!
 //! On Linux, populating more memory than the machine has does not fail: instead, the OOM killer
 //! kills a process, possibly this one. [`permits`] therefore checks the machine's `MemAvailable`
@@ -13,17 +13,18 @@ use dmabuf::printable;
 
 use crate::error::MARGIN_BYTES;
 
-/// The tightest limit, and how much memory it leaves.
+/// The tightest memory limit, and how much memory it leaves.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Headroom {
     pub(crate) available_bytes: u64,
     pub(crate) limit: String,
-    /// The cgroup's folder, or `/proc/meminfo`: the same for all processes that share the limit.
+    /// The folder of the cgroup that sets the limit, or `/proc/meminfo`. It is the same for all
+    /// processes that share the limit.
     pub(crate) place: PathBuf,
 }
 
-/// The memory that is available now, minus [`MARGIN_BYTES`]. `None` if no limit can be read, for
-/// example without procfs; then no allocation is refused.
+/// Returns the memory that is available now, minus [`MARGIN_BYTES`]. Returns `None` if no limit
+/// can be read, for example without procfs. In that case, no allocation is refused.
 pub(crate) fn headroom() -> Option<Headroom> {
     const MACHINE: &str = "/proc/meminfo";
     let machine = read_to_string(MACHINE).ok().as_deref().and_then(available_in_meminfo);
@@ -47,8 +48,9 @@ fn available_in_meminfo(meminfo: &str) -> Option<u64> {
     Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.saturating_mul(1024))
 }
 
-/// The folders of the memory cgroups that `cgroups`, the text of `/proc/self/cgroup`, lists, and
-/// of all their ancestors, because each may set a limit.
+/// Returns the folders of the memory cgroups that are listed in `cgroups`, the text of
+/// `/proc/self/cgroup`. The folders of all their ancestors are included, because each may set a
+/// limit.
 fn cgroup_folders(cgroups: &str, root: &Path) -> Vec<PathBuf> {
     let mut folders = Vec::new();
     for line in cgroups.lines() {
@@ -64,7 +66,8 @@ fn cgroup_folders(cgroups: &str, root: &Path) -> Vec<PathBuf> {
         for mount in mounts {
             let mount = root.join(mount);
             // In a container, the path may be relative to the host's root, while the mount shows
-            // only the container's subtree. Folders that then do not exist set no limits.
+            // only the container's subtree. Folders that do not exist are skipped later, because
+            // no limit can be read from them.
             let own = mount.join(group.trim_start_matches('/'));
             folders.extend(own.ancestors().take_while(|folder| folder.starts_with(&mount)).map(Path::to_owned));
         }
@@ -74,9 +77,9 @@ fn cgroup_folders(cgroups: &str, root: &Path) -> Vec<PathBuf> {
     folders
 }
 
-/// The limit files of a cgroup, v2 and v1. Above `memory.high` the kernel does not kill, but
-/// throttles allocations almost to a standstill, because loaded bytes can't be reclaimed like page
-/// cache.
+/// The files that hold a cgroup's limits, in v2 and v1. Above `memory.high`, the kernel does not
+/// kill processes. Instead, it throttles allocations almost to a standstill, because loaded bytes
+/// can't be reclaimed like page cache.
 const LIMITS: [&str; 3] = ["memory.max", "memory.high", "memory.limit_in_bytes"];
 
 /// Returns a cgroup's lowest limit, and how much memory that limit leaves; `None` if the cgroup
@@ -93,7 +96,7 @@ fn headroom_of_cgroup(folder: &Path) -> Option<Headroom> {
     };
     let cache = ["inactive_file", "active_file"].map(|key| stat(&format!("total_{key}")).or_else(|| stat(key)).unwrap_or(0));
     let kept = cache.into_iter().fold(used, u64::saturating_sub);
-    // v1 writes "no limit" as a number close to 2^63.
+    // In a v1 cgroup without a limit, the file contains a number close to 2^63.
     (limit < 1 << 62).then(|| Headroom {
         available_bytes: limit.saturating_sub(kept),
         limit: format!("{} is {limit}", printable::path(&folder.join(limit_file))),

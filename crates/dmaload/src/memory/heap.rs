@@ -41,19 +41,19 @@ pub use udmabuf::UdmabufHeap;
 
 /// A source of memory for segments.
 ///
-/// To count, delay or fail the calls of a heap, wrap it in [`Hooked`], which is safe. To use a
-/// vendor's allocator that returns dma-buf descriptors, see [`FromDescriptors`]. Implement the
-/// trait itself only for memory that neither of them can describe.
+/// To count, delay or fail the calls to a heap, wrap it in [`Hooked`], which needs no `unsafe`. To
+/// use a vendor's allocator that returns dma-buf descriptors, see [`FromDescriptors`]. Implement
+/// the trait itself only for memory that neither of them can describe.
 ///
-/// During a load, several of the loader's threads may call the heap at the same time: its workers,
-/// and for [`Heap::populate`] also the threads that copy or read. The calls may block. A call that
-/// panics fails its load with [`crate::Error::Panicked`].
+/// During a load, several of the loader's threads may call the heap at the same time. These are
+/// its workers and, for [`Heap::populate`], also the threads that copy or read. The calls may
+/// block. If a call panics, its load fails with [`crate::Error::Panicked`].
 ///
 /// # Safety
 /// Finished segments are viewed as `&[u8]`, and devices write to unfinished ones. Both rely on the
 /// guarantees below. For each [`Memory`] that [`Heap::allocate`] returns, the implementer must
-/// guarantee, until the memory's pages are freed (which may be after the heap and the loader are
-/// dropped):
+/// guarantee the following until the memory's pages are freed, which may be after the heap and the
+/// loader are dropped:
 ///
 /// - **The memory is exclusive.** It shares no page with any other memory, file, mapping or
 ///   buffer. Only the returned value reads or writes it; no other thread, process or device does.
@@ -104,17 +104,17 @@ pub unsafe trait Heap: fmt::Debug + Send + Sync + 'static {
     fn name(&self) -> Cow<'_, str>;
 
     /// Allocates memory of at least `bytes` bytes, where `bytes` is a multiple of the page size.
-    /// The caller maps and populates it.
+    /// The caller maps and populates the memory.
     ///
     /// # Errors
-    /// The kernel's refusal, unchanged.
+    /// The error that the kernel returned, unchanged.
     fn allocate(&self, bytes: usize) -> Result<Memory, HeapError>;
 
-    /// Populates a part of the mapped memory: the byte offsets `part` of `mapping`. Default: with
-    /// pages of the size that [`Heap::pages`] returns.
+    /// Populates a part of the mapped memory: the range `part` of byte offsets in `mapping`. By
+    /// default, this uses pages of the size that [`Heap::pages`] returns.
     ///
     /// # Errors
-    /// The kernel's refusal, unchanged.
+    /// The error that the kernel returned, unchanged.
     fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, HeapError> {
         mapping.populate(memory, part, self.pages())
     }
@@ -124,30 +124,30 @@ pub unsafe trait Heap: fmt::Debug + Send + Sync + 'static {
         false
     }
 
-    /// Exports filled memory as a dma-buf. Called only on heaps that export, and only for memory
-    /// that is not itself a dma-buf.
+    /// Exports filled memory as a dma-buf. This is called only if [`Heap::exports`] returns
+    /// `true`, and only for memory that is not itself a dma-buf.
     ///
     /// # Errors
-    /// The kernel's refusal, unchanged.
+    /// The error that the kernel returned, unchanged.
     fn export(&self, memory: &Memory) -> Result<DmaBuf, HeapError> {
         Err(HeapError::new("export memory as a dma-buf", memory.memfd().map_or(0, Memfd::bytes), Errno::EOPNOTSUPP))
     }
 
-    /// Whether [`Heap::allocate`] allocates all pages at once. If so, the window counts the whole
-    /// allocation from that call on.
+    /// Whether [`Heap::allocate`] allocates all pages at once. If so, the whole allocation counts
+    /// against the window from that call on.
     fn allocates_at_once(&self) -> bool {
         false
     }
 
-    /// Whether the CPU reads this memory uncached, which is several times slower. If so, bytes are
-    /// observed in staging ([`crate::Observer`]) rather than in the segments.
+    /// Whether the CPU reads this memory uncached, which is several times slower. If so, a
+    /// [`crate::Observer`] sees the bytes in staging buffers rather than in the segments.
     fn is_uncached(&self) -> bool {
         false
     }
 
-    /// The page size that [`Heap::populate`] uses. It also determines the size of the extents that
-    /// are populated just before they are written, and whether loads read directly or into staging
-    /// until both have been measured.
+    /// The page size that [`Heap::populate`] uses. The size of the extents that are populated just
+    /// before they are written depends on it. It also determines whether a load reads directly or
+    /// into staging buffers until the speeds of both have been measured.
     fn pages(&self) -> Pages {
         Pages::Auto
     }

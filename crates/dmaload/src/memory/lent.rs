@@ -1,5 +1,5 @@
-//! Ensures that views and handing out exclude each other: any number of views can exist until the
-//! memory is handed out, which is possible only while no view is alive.
+//! Ensures that memory is never viewed and handed out at the same time. Any number of views can
+//! exist until the memory is handed out, which is possible only while no view is alive.
 
 use crate::support::sync::atomic::{AtomicUsize, Ordering};
 
@@ -7,7 +7,6 @@ use crate::support::sync::atomic::{AtomicUsize, Ordering};
 #[derive(Debug)]
 pub(crate) struct ViewCount(AtomicUsize);
 
-/// Marks memory that was handed out.
 const HANDED_OUT: usize = usize::MAX;
 
 impl ViewCount {

@@ -1,4 +1,4 @@
-//! The memory of segments, from allocation to release.
+//! Memory for segments, from allocation to release.
 //!
 //! ```text
 //!   heap ─► allocation ─► Backing (mapped) ─► pieces, filled by the ring ─► Segment ─► dropped
@@ -7,24 +7,25 @@
 //!            unmapped and freed     ◄── by the reaper's thread ◄──────────────────────────┘
 //! ```
 //!
-//! - [`heap`]: sources of memory; [`backing`]: one mapped allocation, while it is being filled and
-//!   afterwards. [`buffer`] is the contract between memory and its writers.
-//! - [`segment`]: filled memory, as a caller holds it. [`lent`] ensures that views of the bytes
-//!   and handing out the memory for writing exclude each other.
-//! - [`private`]: filled memory for code that may write to it.
-//! - [`reaper`]: releases or pools dropped memory.
-//! - Limits: [`window`] (allocated and not yet filled), [`budget`] (held by all loads of a loader;
-//!   with [`charge`], which accounts for one allocation), and [`headroom`] (what the machine and
-//!   its cgroups have left; [`pressure`] reports when processes wait for memory). A permit
-//!   reserves part of a limit before memory is allocated; dropping it returns that part.
+//! - [`heap`] allocates memory. [`backing`] is one mapped allocation, both while it is being
+//!   filled and afterwards. [`buffer`] defines the contract between memory and its writers.
+//! - [`segment`] is filled memory as a caller sees it. [`lent`] ensures that memory is handed out
+//!   for writing only while no view of its bytes exists, and that it can't be viewed afterwards.
+//! - [`private`] provides filled memory to code that may write to it.
+//! - [`reaper`] frees dropped memory or keeps it in a pool.
+//! - Three modules limit memory. [`window`] limits what is allocated but not yet filled.
+//!   [`budget`] limits what all loads of a loader hold, and [`charge`] accounts for one
+//!   allocation. [`headroom`] checks what the machine and its cgroups have left; [`pressure`]
+//!   reports when processes wait for memory. A permit reserves part of a limit before memory is
+//!   allocated, and returns that part when it is dropped.
 //!
-//! This module allocates and maps memory through `dmabuf`, and reads the available memory from
-//! procfs and cgroups; if neither can be read, only the loader's own limits apply. It opens no
-//! model files and does not depend on the ring.
+//! This module allocates and maps memory through the `dmabuf` crate. It reads the amount of
+//! available memory from procfs and cgroups; if neither can be read, only the loader's own limits
+//! apply. It opens no model files and does not depend on the ring.
 //!
 //! Memory that the kernel may still write to is never freed: its owner either waits for the reads
-//! or leaks it. Dropped memory goes to the reaper, whose thread runs until the loader and its last
-//! allocation are dropped.
+//! in flight or leaks the memory. Dropped memory goes to the reaper, whose thread runs until the
+//! loader and its last allocation are dropped.
 
 pub(crate) mod backing;
 pub(crate) mod budget;

@@ -1,4 +1,4 @@
-//! Memory pressure as the kernel reports it: pressure stall information (PSI,
+//! Watches for memory pressure through the kernel's pressure stall information (PSI, see
 //! Documentation/accounting/psi.rst). When processes wait for memory, the pool is emptied.
 
 use std::fs::{File, OpenOptions};
@@ -11,13 +11,13 @@ use rustix::io::Errno;
 
 use crate::memory::headroom::own_cgroups;
 
-/// Makes the kernel report when, within 2 s, there was a total of 150 ms in which at least one
-/// task (`some`) waited for memory. Unprivileged processes can use only windows that are multiples
-/// of 2 s.
+/// Asks the kernel to report when at least one task (`some`) waited for memory for a total of 150
+/// ms within 2 s. Unprivileged processes can use only windows that are multiples of 2 s.
 const TRIGGER: &[u8] = b"some 150000 2000000\0";
 
-/// Opens the first pressure file that accepts the trigger: that of this process's cgroup, of one
-/// of its ancestors, or of the machine. `None` if no file accepts it.
+/// Opens the first pressure file that accepts the trigger. Tries the files of this process's
+/// cgroup, of the cgroup's ancestors, and of the machine, in this order. Returns `None` if no file
+/// accepts it.
 pub(crate) fn open() -> Option<File> {
     let own = own_cgroups().into_iter().rev().map(|folder| folder.join("memory.pressure"));
     own.chain([Path::new("/proc/pressure/memory").to_owned()]).find_map(|path| {
@@ -56,7 +56,7 @@ mod tests {
     use std::net::{TcpListener, TcpStream};
     use std::sync::atomic::{AtomicU32, Ordering};
 
-    /// Urgent data on a socket raises `POLLPRI`, as PSI does.
+    /// Uses urgent data on a socket, which raises `POLLPRI` as PSI does.
     #[test]
     fn watch_reports_each_pressure_event_until_stopped() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();

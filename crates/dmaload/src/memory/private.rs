@@ -6,10 +6,10 @@
 //!   dma-buf ──────────── refused: others can write to it
 //! ```
 //!
-//! This module loads nothing: it only maps memory of finished segments, or copies it where the
+//! This module loads nothing. It only maps the memory of finished segments, or copies it if the
 //! kernel can't map it copy-on-write. It exposes addresses and never references, because any
-//! holder of an address may write. The memory is freed when the last [`PrivateMemory`] and the
-//! last segment are dropped.
+//! holder of an address may write to the memory. The memory is freed when the last
+//! [`PrivateMemory`] and the last segment are dropped.
 #![allow(unsafe_code)]
 
 use std::fmt;
@@ -23,27 +23,30 @@ use crate::error::{Error, Result};
 use crate::memory::segment::{Segment, segments_of_range};
 use crate::support::convert::to_usize;
 
-/// A file's bytes in memory that only this process can access, readable and writable: for callers
-/// that hand memory to code that may write to it, such as an interpreter's arrays.
+/// Readable and writable memory that holds a file's bytes and that only this process can access.
+/// Use it to pass bytes to code that may write to them, such as an interpreter that exposes them
+/// as an array.
 ///
 /// Created by [`Tensor::private_memory`](crate::Tensor::private_memory) and
-/// [`ImageFile::private_memory`](crate::ImageFile::private_memory). Keeps the memory alive.
+/// [`ImageFile::private_memory`](crate::ImageFile::private_memory). The memory stays alive as long
+/// as this value does.
 ///
-/// - **Anonymous memory** ([`AnonHeap`](crate::heap::AnonHeap)) is handed out itself, without a
-///   copy. Like handing out a dma-buf, this permanently revokes [`Segment::bytes`] of its segments
-///   and of those that share memory with them. Several private memories of the same bytes share
-///   that memory.
+/// - **Anonymous memory** ([`AnonHeap`](crate::heap::AnonHeap)) is handed out directly, without a
+///   copy. Like handing out a dma-buf, this permanently revokes [`Segment::bytes`] for its
+///   segments and for all segments that share memory with them. If several values of this type
+///   cover the same bytes, they share the memory.
 /// - **Memfds**, whether sealed, shared or another process's ([`crate::share`]), are mapped again,
 ///   copy-on-write. Views, other mappings and other processes keep seeing the file's bytes. Each
-///   private memory sees only its own writes, and takes a new page for each page that is written
-///   to; these pages do not count against any limit of a loader. On Linux 5.1 to 5.4 the memory
+///   private memory sees only its own writes, and uses a new page for each page that is written
+///   to. These pages do not count against any limit of a loader. On Linux 5.1 to 5.4, the memory
 ///   is copied in full instead, because a forked child and its parent would see each other's
 ///   writes.
 /// - **Segments with a dma-buf** are refused with [`Error::NoDescriptor`], because any holder of
-///   the dma-buf can write.
+///   the dma-buf can write to them.
 ///
-/// Provides an address rather than a slice. Rust code that dereferences it must ensure that
-/// nothing writes to the bytes at the same time, as with any memory that foreign code can access.
+/// This type provides an address rather than a slice. Rust code that dereferences the address must
+/// ensure that nothing writes to the bytes at the same time, as with any memory that foreign code
+/// can access.
 ///
 /// ```no_run
 /// # async fn example(loader: dmaload::Loader) -> dmaload::Result<()> {
@@ -68,7 +71,7 @@ enum Keeps {
     /// There are no bytes.
     Nothing,
     Segments(Vec<Segment>),
-    /// Keeps the segments, too: otherwise their memory would return to the pool and no longer
+    /// The segments are kept, too. Otherwise their memory would return to the pool and no longer
     /// count against the loader's limit, and a later load would write to the pages that are mapped
     /// here.
     Mapping(PrivateMapping, Vec<Segment>),
@@ -81,14 +84,14 @@ unsafe impl Send for PrivateMemory {}
 unsafe impl Sync for PrivateMemory {}
 
 impl PrivateMemory {
-    /// Creates private memory from the bytes `range` of the file. `segments` are those of the
-    /// file, in order.
+    /// Creates private memory from the byte range `range` of the file. `segments` must contain the
+    /// file's segments in order.
     ///
     /// # Errors
     /// Those of [`crate::ImageFile::private_memory`].
     ///
     /// # Panics
-    /// If the segments of a span are not laid out in memory as in the file.
+    /// If the segments of a span are not adjacent in memory.
     pub(crate) fn from_segments(path: &Path, segments: &[Segment], range: Range<u64>) -> Result<Self> {
         if range.is_empty() {
             return Ok(PrivateMemory { address: NonNull::dangling(), bytes: 0, keeps: Keeps::Nothing });
@@ -98,11 +101,11 @@ impl PrivateMemory {
         let (first, last) = touched.first().zip(touched.last()).ok_or_else(not_loaded)?;
         assert!(
             first.file_range().start <= range.start && range.end <= last.file_range().end,
-            "{range:?} is within the segments that hold it"
+            "{range:?} is not within the segments that were found for it"
         );
         for (segment, next) in touched.iter().zip(touched.iter().skip(1)) {
             let end = (segment.file_range().end, segment.address() + segment.len());
-            assert_eq!((next.file_range().start, next.address()), end, "segments are adjacent");
+            assert_eq!((next.file_range().start, next.address()), end, "a span's segments are adjacent");
         }
         if let Some(shared) = touched.iter().find(|segment| segment.has_dma_buf()) {
             return Err(not_private(shared));
@@ -151,12 +154,12 @@ impl PrivateMemory {
     }
 
     /// The address of the first byte. [`Self::len`] bytes are mapped there, readable and writable,
-    /// while this value lives. Dangling if there are no bytes.
+    /// while this value lives. If there are no bytes, the address is dangling.
     pub fn address(&self) -> NonNull<u8> {
         self.address
     }
 
-    /// The number of bytes.
+    /// The length of the memory in bytes.
     pub fn len(&self) -> usize {
         self.bytes
     }

@@ -1,14 +1,15 @@
 //! Moves the memory of dropped segments to the pool, or to the thread that unmaps it.
 //!
-//! Unmapping and freeing a segment takes milliseconds, and its last owner may be an async task.
-//! Dropping a segment therefore only moves its memory to the pool or to the thread's list. The
-//! list is intrusive, so adding to it does not allocate. The thread runs as long as anything can
-//! be added, which may be longer than the loader lives.
+//! Unmapping and freeing a segment takes milliseconds, and the segment's last owner may be an
+//! async task, which must not be delayed for that long. Dropping a segment therefore only moves
+//! its memory to the pool or to the thread's list. The list is intrusive, so adding to it does not
+//! allocate. The thread runs as long as memory can still be added to the list, which may be longer
+//! than the loader lives.
 //!
 //! The **pool** keeps whole allocations, mapped and populated, so later loads need not allocate,
 //! zero or populate them. It keeps only memory that no other code can access: memory that was
 //! handed out is freed. Every release of memory takes the pool's lock. The pool is therefore
-//! indexed by age and by size, so no operation searches it while holding the lock.
+//! indexed by age and by size, so no operation has to search all of it while holding the lock.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -30,10 +31,11 @@ const TRIM_BATCH: usize = 64;
 pub(crate) struct Holding {
     pub(crate) mapping: Mapping,
     pub(crate) memory: Memory,
-    /// The dma-buf that was exported from the memory. It holds references to the pages, so closing
-    /// it can free them, which takes as long as unmapping: the reaper closes it, too.
+    /// The dma-buf that was exported from the memory, if any. It holds references to the pages, so
+    /// closing it may free them, which takes as long as unmapping. The reaper therefore closes it,
+    /// too.
     pub(crate) exported: OnceLock<DmaBuf>,
-    /// Whether the memory may be reused: it is complete and was not handed out.
+    /// Whether the memory may be reused, because it is complete and was not handed out.
     pub(crate) reusable: AtomicBool,
     next: Option<Box<Holding>>,
     /// Declared last, so the charge is returned only after everything else is freed.
@@ -56,7 +58,7 @@ impl Holding {
         self.mapping.bytes() as u64
     }
 
-    /// Moves the mapping to offset `at` of `range`. If the kernel refuses, returns the unchanged
+    /// Moves the mapping to offset `at` in `range`. If the kernel refuses, returns the unchanged
     /// holding as the error.
     pub(crate) fn move_to(self, range: &Arc<AddressRange>, at: usize) -> Result<Box<Self>, Box<Self>> {
         let Holding { mapping, memory, exported, reusable, next, charge } = self;
@@ -90,7 +92,7 @@ impl Stack {
 }
 
 impl Drop for Stack {
-    /// Pops one by one: dropping a long chain would recurse once per holding.
+    /// Pops the holdings one by one, because dropping a long chain would recurse once per holding.
     fn drop(&mut self) {
         while self.pop().is_some() {}
     }
@@ -99,7 +101,7 @@ impl Drop for Stack {
 /// Holdings that are kept for reuse, by age and by size.
 #[derive(Debug, Default)]
 struct Pool {
-    /// Holdings by insertion number: the oldest first.
+    /// Holdings by insertion number, so the oldest comes first.
     by_age: BTreeMap<u64, Box<Holding>>,
     /// Pairs of the size in bytes and the insertion number.
     by_size: BTreeSet<(u64, u64)>,
@@ -139,7 +141,7 @@ impl Pool {
 #[derive(Debug, Default)]
 struct List {
     dead: Stack,
-    /// Kept for later loads, up to `pool_bytes`.
+    /// Memory that is kept for later loads, at most `pool_bytes` bytes.
     pool: Pool,
     pool_bytes: u64,
     /// Whether the thread is freeing a holding that it has taken off the list.
@@ -160,8 +162,8 @@ impl ReaperShared {
     }
 }
 
-/// A handle to the reaper thread. The thread ends once the last clone is dropped and its list is
-/// empty.
+/// A handle to the reaper thread. The thread ends once the last clone of the handle is dropped and
+/// the thread's list is empty.
 #[derive(Debug, Clone)]
 pub(crate) struct Reaper {
     shared: Arc<Closing>,
@@ -194,15 +196,15 @@ impl Reaper {
         Reaper { shared: Arc::new(Closing(Arc::default())) }
     }
 
-    /// Does the thread's work on the calling thread.
+    /// Frees everything on the list on the calling thread.
     #[cfg(test)]
     pub(crate) fn run_once(&self) {
         let dead = std::mem::take(&mut self.shared.0.list().dead);
         drop(dead);
     }
 
-    /// Waits until the thread has freed everything on its list, or until the timeout. Returns
-    /// whether there was anything to wait for.
+    /// Waits until the thread has freed everything on its list, or until `timeout` has elapsed.
+    /// Returns whether there was anything to wait for.
     pub(crate) fn wait_until_idle(&self, timeout: Duration) -> bool {
         let list = self.shared.0.list();
         if !list.is_busy() {
@@ -217,13 +219,13 @@ impl Reaper {
         !self.shared.0.list().is_busy()
     }
 
-    /// Takes memory that is no longer used. It goes to the pool if it may be reused and fits,
-    /// possibly in place of older memory; otherwise the thread unmaps and frees it.
+    /// Accepts memory that is no longer used. The memory goes to the pool if it may be reused and
+    /// fits, possibly displacing older memory. Otherwise, the thread unmaps and frees it.
     pub(crate) fn release(&self, holding: Box<Holding>) {
         let bytes = holding.bytes();
         let mut ledger = None;
-        // Book the memory to the pool before another load can take it. If it does not fit after
-        // all, it counts as pooled until it is freed.
+        // Book the memory to the pool before another load can take it from there. If it turns out
+        // not to fit, it counts as pooled until it is freed.
         if holding.reusable.load(Ordering::Acquire) && bytes <= self.shared.0.list().pool_bytes {
             ledger = holding.charge.ledger();
             holding.charge.pool();
@@ -244,8 +246,8 @@ impl Reaper {
         drop(list);
         self.shared.0.changed.notify_one();
         if let Some(ledger) = ledger.and_then(|ledger| ledger.upgrade()) {
-            // A thread may have searched the pool just before this memory was added: let it search
-            // again.
+            // A waiting load may have searched the pool just before this memory was added. This
+            // call makes it search again.
             ledger.unpooled(0);
         }
     }
@@ -256,9 +258,9 @@ impl Reaper {
         self.trim_pool(bytes);
     }
 
-    /// Removes memory beyond `keep_bytes` from the pool, oldest first, for the thread to free, and
-    /// returns the number of bytes removed. Releases the lock after every [`TRIM_BATCH`] holdings,
-    /// so threads that drop segments don't wait long.
+    /// Reduces the pool to `keep_bytes` bytes, removing the oldest memory first, and returns the
+    /// number of bytes removed. The thread frees the removed memory. The lock is released after
+    /// every [`TRIM_BATCH`] holdings, so threads that drop segments don't wait long.
     pub(crate) fn trim_pool(&self, keep_bytes: u64) -> u64 {
         let mut freed = 0;
         // Memory that enters the pool during this call is not counted; otherwise the call might
@@ -275,7 +277,6 @@ impl Reaper {
         freed
     }
 
-    /// The number of bytes in the pool.
     pub(crate) fn pooled_bytes(&self) -> u64 {
         self.shared.0.list().pool.bytes
     }
@@ -291,8 +292,8 @@ impl List {
         self.busy || self.dead.head.is_some()
     }
 
-    /// Moves the oldest holdings, at most `most` of them, to the thread's list until the pool has
-    /// at most `keep_bytes`. Returns the number of bytes moved.
+    /// Moves the oldest holdings to the thread's list until the pool has at most `keep_bytes`
+    /// bytes, or until `most` holdings have been moved. Returns the number of bytes moved.
     fn shrink_pool(&mut self, keep_bytes: u64, most: usize) -> u64 {
         let before = self.pool.bytes;
         for _ in 0..most {
@@ -378,7 +379,7 @@ mod tests {
         assert_eq!(Arc::strong_count(&range), 1, "all memory is freed");
     }
 
-    /// The minimum CPU time that `work` takes on a pool of `count` pages, out of five runs.
+    /// Returns the minimum CPU time that `work` takes on a pool of `count` pages, over five runs.
     fn best_time(count: usize, work: impl Fn(&Reaper, &Arc<AddressRange>)) -> Duration {
         let range = AddressRange::reserve((count + 1) * 4096).unwrap();
         let times = [(); 5].map(|()| {
@@ -398,8 +399,8 @@ mod tests {
         Duration::new(time.tv_sec.try_into().unwrap(), time.tv_nsec.try_into().unwrap())
     }
 
-    /// Asserts that eight times as many allocations take less than 32 times as long: linear work
-    /// takes eight times as long, quadratic work 64 times.
+    /// Asserts that `work` takes less than 32 times as long on 20,000 allocations as on 2,500.
+    /// Linear work takes 8 times as long, and quadratic work 64 times.
     fn assert_linear(what: &str, work: impl Fn(&Reaper, &Arc<AddressRange>, usize)) {
         let [few, many] = [2_500, 20_000].map(|count| best_time(count, |reaper, range| work(reaper, range, count)));
         let ratio = many.as_secs_f64() / few.as_secs_f64().max(20e-6);

@@ -1,9 +1,9 @@
 //! Finished segments: memory that holds a known range of a file.
 //!
-//! While views of the bytes exist, nothing may write to the bytes; once the dma-buf is handed out,
-//! its holders may. The dma-buf can therefore be handed out only while no view exists, and after
-//! that no view can be created. Handing out is permanent. Anonymous memory that becomes
-//! [`private`](super::private) is handed out under the same rules.
+//! While a view of the bytes exists, nothing may write to them. Once the dma-buf is handed out,
+//! its holders may write to them at any time. The dma-buf can therefore be handed out only while
+//! no view exists, and no view can be created afterwards. Handing out can't be undone. The same
+//! rules apply to anonymous memory that becomes [`private`](super::private).
 #![allow(unsafe_code)]
 
 use std::fmt;
@@ -23,13 +23,14 @@ use crate::support::convert::to_usize;
 
 /// A contiguous range of a file, completely loaded into memory from a heap.
 ///
-/// Small files that follow one another in a load share an allocation (a dma-buf, a memfd or
-/// anonymous memory), in which each segment has its own [`Segment::memory_offset`] (see
+/// Consecutive small files in a load share one allocation (a dma-buf, a memfd or anonymous
+/// memory). Each segment in it then has its own [`Segment::memory_offset`] (see
 /// [`crate::LoadOptions::packed`]).
 ///
-/// Cheap to clone. The memory is released when the last clone and the last view of all segments in
-/// it are dropped: it is kept for later loads ([`crate::LoaderBuilder::pool_bytes`]), or a
-/// background thread frees it, even if the loader is gone.
+/// Segments are cheap to clone. An allocation is released once all clones and all views of every
+/// segment in it are dropped. It is then kept for later loads
+/// ([`crate::LoaderBuilder::pool_bytes`]), or a background thread frees it, even if the loader is
+/// gone.
 #[derive(Clone)]
 pub struct Segment(Arc<Inner>);
 
@@ -44,7 +45,8 @@ struct Inner {
 pub(crate) struct Placement {
     pub(crate) index: usize,
     pub(crate) file_index: usize,
-    /// Segments of one span are adjacent in memory.
+    /// The number of the segment's span, which is a contiguous range of a file to read. Segments
+    /// of one span are adjacent in memory.
     pub(crate) span: usize,
     pub(crate) tensors: Option<Arc<FileTensors>>,
     pub(crate) path: Arc<PathBuf>,
@@ -61,7 +63,7 @@ impl Segment {
     ///
     /// # Safety
     /// All bytes of the place's `file_range` must have been read into the memory, starting at its
-    /// `memory_offset`; nothing in the kernel may still write to the memory, and nothing in this
+    /// `memory_offset`. Nothing in the kernel may still write to the memory, and nothing in this
     /// process may do so before the memory is handed out.
     pub(crate) unsafe fn new(place: Placement, heap: Arc<str>, backing: Arc<Backing>) -> Self {
         let end = place.memory_offset.checked_add(place.memory_bytes);
@@ -73,28 +75,29 @@ impl Segment {
         Segment(Arc::new(Inner { place, heap, backing }))
     }
 
-    /// The span of the segment. Segments of the same span are adjacent in memory.
+    /// The number of the segment's span.
     pub(crate) fn span(&self) -> usize {
         self.0.place.span
     }
 
-    /// The number of the segment in the load, counted from 0 over all files.
+    /// The index of the segment in the load, counted from 0 across all files.
     pub fn index(&self) -> usize {
         self.0.place.index
     }
 
-    /// The number of the segment's file in the load, counted from 0.
+    /// The index of the segment's file in the load, counted from 0.
     pub fn file_index(&self) -> usize {
         self.0.place.file_index
     }
 
-    /// The path of the file: as given, as found through a given folder, index or part of a split
-    /// model, or `/proc/self/fd/N` for an open file.
+    /// The path of the file that the segment was loaded from. It is the path that the caller gave,
+    /// or a path that was found through the given folder, index or part of a split model. For a
+    /// file that the caller passed as an open descriptor, it is `/proc/self/fd/N`.
     pub fn path(&self) -> &Path {
         &self.0.place.path
     }
 
-    /// The bytes of the file that the segment holds.
+    /// The byte range of the file that the segment holds.
     pub fn file_range(&self) -> Range<u64> {
         self.0.place.file_range.clone()
     }
@@ -109,32 +112,33 @@ impl Segment {
         self.len() == 0
     }
 
-    /// The segment's offset in its allocation (a dma-buf, a memfd or anonymous memory): a multiple
-    /// of the page size. The offset is 0 if no other segment shares the allocation.
+    /// The segment's offset in its allocation (a dma-buf, a memfd or anonymous memory). It is a
+    /// multiple of the page size, and 0 if no other segment shares the allocation.
     pub fn memory_offset(&self) -> usize {
         self.0.place.memory_offset
     }
 
-    /// The length of the segment's memory: at least [`Self::len`], and a multiple of the alignment
-    /// of direct reads of its file (at least 4 KiB and at least a page). The bytes past
-    /// [`Self::len`] are zero.
+    /// The length of the segment's memory. It is at least [`Self::len`], and a multiple of the
+    /// alignment that direct reads of the file need, which is at least 4 KiB and at least a page.
+    /// The bytes past [`Self::len`] are zero.
     pub fn memory_bytes(&self) -> usize {
         self.0.place.memory_bytes
     }
 
     /// Whether the two segments are in the same allocation. Handing out the allocation's
-    /// descriptor for one segment exposes all its segments.
+    /// descriptor for one segment exposes all segments in that allocation.
     pub fn shares_memory_with(&self, other: &Segment) -> bool {
         Arc::ptr_eq(&self.0.backing, &other.0.backing)
     }
 
-    /// Returns a view of the bytes, without a copy. Until the view is dropped, it keeps the memory
-    /// alive and prevents handing out the dma-buf.
+    /// Returns a view of the bytes without copying them. The view keeps the memory alive, and the
+    /// dma-buf can't be handed out until the view is dropped.
     ///
     /// # Errors
-    /// [`Error::HandedOut`] if the memory may be written to: the dma-buf of this segment, or of
-    /// one that shares its memory, was handed out ([`Segment::hand_out_dma_buf`]), or its
-    /// anonymous memory became [`PrivateMemory`](crate::PrivateMemory).
+    /// [`Error::HandedOut`] if other code may write to the memory. That is the case once the
+    /// dma-buf of this segment, or of one that shares its memory, was handed out
+    /// ([`Segment::hand_out_dma_buf`]), or once its anonymous memory became
+    /// [`PrivateMemory`](crate::PrivateMemory).
     pub fn bytes(&self) -> Result<Bytes> {
         Ok(Bytes::from_owner(View::new(self)?))
     }
@@ -145,21 +149,21 @@ impl Segment {
     }
 
     /// Hands out the dma-buf to importers and other processes. **This permanently revokes
-    /// [`Segment::bytes`]** of this segment and of those that share its memory.
+    /// [`Segment::bytes`]** for this segment and for all segments that share its memory.
     ///
-    /// A dma-buf can't be made read-only: every holder of a descriptor can write to it. So from
-    /// now on, even after the descriptor is closed, the bytes can't be viewed; use
-    /// [`Segment::cpu_access`] instead. Other loads don't reuse the memory
-    /// ([`crate::LoaderBuilder::pool_bytes`]). Further calls return the same dma-buf and change
-    /// nothing more.
+    /// A dma-buf can't be made read-only: every holder of a descriptor can write to it. From now
+    /// on, the bytes can't be viewed, even after the descriptor is closed; use
+    /// [`Segment::cpu_access`] instead. Later loads don't reuse the memory
+    /// ([`crate::LoaderBuilder::pool_bytes`]). If this method is called again, it returns the same
+    /// dma-buf.
     ///
     /// The segment's bytes start at [`Segment::memory_offset`] in the dma-buf and take up
     /// [`Segment::memory_bytes`] there. The dma-buf stays valid as long as it has a descriptor, an
     /// import or a mapping, even after this segment, its loader and this process are gone.
     ///
     /// # Errors
-    /// [`Error::NoDescriptor`] (a heap without dma-bufs) and [`Error::Viewed`] (views of the bytes
-    /// are alive). Nothing is handed out or revoked in these cases.
+    /// [`Error::NoDescriptor`] if the heap has no dma-bufs, and [`Error::Viewed`] if views of the
+    /// bytes are alive. In both cases, nothing is handed out or revoked.
     pub fn hand_out_dma_buf(&self) -> Result<BorrowedFd<'_>> {
         let heap = || self.0.heap.to_string();
         let dma_buf = self.0.backing.dma_buf().ok_or_else(|| Error::NoDescriptor { heap: heap(), wanted: "dma-buf" })?;
@@ -173,9 +177,9 @@ impl Segment {
     /// permanently revokes [`Segment::bytes`]**, as [`Segment::hand_out_dma_buf`] does.
     ///
     /// # Errors
-    /// Those of [`Segment::hand_out_dma_buf`]; [`Error::File`] if the descriptor can't be
-    /// duplicated, for example at the limit of open files. [`Segment::bytes`] is revoked even
-    /// then.
+    /// Those of [`Segment::hand_out_dma_buf`]. Also [`Error::File`] if the descriptor can't be
+    /// duplicated, for example because the process has reached its limit on open files.
+    /// [`Segment::bytes`] is revoked even in that case.
     pub fn hand_out_owned_dma_buf(&self) -> Result<OwnedFd> {
         self.hand_out_dma_buf()?.try_clone_to_owned().map_err(|error| Error::File {
             path: self.path().to_owned(),
@@ -185,8 +189,8 @@ impl Segment {
     }
 
     /// Begins a CPU access to the bytes, even if the dma-buf was handed out. The access ends when
-    /// the guard is dropped. On a dma-buf, `DMA_BUF_IOCTL_SYNC` begins and ends the access, so a
-    /// device's writes are visible during it.
+    /// the guard is dropped. If the segment has a dma-buf, `DMA_BUF_IOCTL_SYNC` begins and ends
+    /// the access, so the CPU sees what devices have written.
     ///
     /// # Errors
     /// [`Error::Memory`] if the kernel refuses the access.
@@ -202,9 +206,9 @@ impl Segment {
         Ok(SegmentAccess { segment: self })
     }
 
-    /// Hands out the memfd to other processes, which can map it read-only. The memfd is sealed: no
+    /// Hands out the memfd, so other processes can map it read-only. The memfd is sealed: no
     /// process can write to it through a new mapping or a descriptor, resize it or punch holes
-    /// into it. Existing views stay valid, and new ones can be made. Other loads don't reuse the
+    /// into it. Existing views stay valid, and new ones can be made. Later loads don't reuse the
     /// memory ([`crate::LoaderBuilder::pool_bytes`]).
     ///
     /// The segment's bytes start at [`Segment::memory_offset`] in the memfd. On the heap
@@ -224,20 +228,20 @@ impl Segment {
         Ok(memfd.as_fd())
     }
 
-    /// Returns which bytes of the segment belong to the tensor of this name in the segment's file,
-    /// as offsets from the start of the segment. A tensor that crosses segments has a range in
-    /// each of them. `None` if the segment has no byte of the tensor, or if the tensor's bytes are
-    /// not contiguous in the file ([`crate::Tensor::is_contiguous`]).
+    /// Returns the part of the segment that belongs to the tensor with this name, as offsets from
+    /// the start of the segment. The tensor must be in the segment's own file. A tensor that
+    /// crosses segment boundaries has a range in each of the segments. Returns `None` if the
+    /// segment has no byte of the tensor, or if the tensor's bytes are not contiguous in the file
+    /// ([`crate::Tensor::is_contiguous`]).
     pub fn tensor_range(&self, tensor: &str) -> Option<Range<usize>> {
         let tensors = self.file_tensors()?;
         let part = tensors.part_at(tensors.map.get_index_of(tensor)?)?;
         let (wanted, held) = (part.rows.hull(), self.file_range());
         let (start, end) = (wanted.start.max(held.start), wanted.end.min(held.end));
-        let at = |offset: u64| usize::try_from(offset - held.start).expect("a segment's length fits into memory");
+        let at = |offset: u64| usize::try_from(offset - held.start).expect("an offset in a segment fits into usize");
         (part.rows.count == 1 && start < end).then(|| at(start)..at(end))
     }
 
-    /// The name of the heap that allocated the segment's memory.
     pub(crate) fn heap(&self) -> &str {
         &self.0.heap
     }
@@ -253,10 +257,10 @@ impl Segment {
         memory.is_private()
     }
 
-    /// Permanently refuses views, so code that has the memory's address may write to it.
+    /// Permanently disallows views, so code that has the memory's address may write to it.
     ///
     /// # Errors
-    /// [`Error::Viewed`] if views are alive; nothing is revoked then.
+    /// [`Error::Viewed`] if views are alive. Nothing changes in that case.
     pub(crate) fn hand_out_memory(&self) -> Result<()> {
         self.0.backing.hand_out().map_err(|views| Error::Viewed { segment: self.index(), views })
     }
@@ -266,7 +270,6 @@ impl Segment {
         Arc::clone(&self.0.place.path)
     }
 
-    /// The length of the file.
     pub(crate) fn file_bytes(&self) -> u64 {
         self.0.place.file_bytes
     }
@@ -281,21 +284,22 @@ impl Segment {
         self.0.place.tensors.as_ref()
     }
 
-    /// Permanently prevents handing out the dma-buf, if the segment has one, so no holder of it
-    /// can write to the segment's memory.
+    /// Ensures that the dma-buf, if the segment has one, is never handed out, so no code outside
+    /// the library can write to the segment's memory through it.
     ///
     /// # Errors
     /// [`Error::HandedOut`] if it was already handed out.
     pub(crate) fn prevent_hand_out(&self) -> Result<()> {
         if self.has_dma_buf() {
-            // Leaks a view, which is then never taken back.
+            // While a view exists, the dma-buf can't be handed out. This view is leaked, so it
+            // exists forever.
             std::mem::forget(View::new(self)?);
         }
         Ok(())
     }
 
-    /// The first address of the memory. Segments of a span are laid out in memory as in the file,
-    /// without gaps.
+    /// The address of the first byte. The segments of a span follow one another in memory without
+    /// gaps, as they do in the file.
     pub(crate) fn address(&self) -> usize {
         self.start().addr().get()
     }
@@ -354,9 +358,9 @@ pub struct SegmentAccess<'a> {
 }
 
 impl SegmentAccess<'_> {
-    /// Copies bytes from `offset` in the segment to `buffer`, and returns how many: fewer than the
-    /// buffer's length if the segment ends earlier. If others write to the memory at the same
-    /// time, the copy may be a mix of old and new bytes.
+    /// Copies bytes from the segment, starting at `offset`, to `buffer`. Returns the number of
+    /// bytes copied, which is less than the buffer's length if the segment ends first. If other
+    /// code writes to the memory at the same time, the copy may be a mix of old and new bytes.
     pub fn read_at(&self, buffer: &mut [u8], offset: usize) -> usize {
         let bytes = buffer.len().min(self.segment.len().saturating_sub(offset));
         if bytes > 0 {
@@ -371,13 +375,13 @@ impl SegmentAccess<'_> {
     }
 
     /// The address of the bytes in this process. [`Segment::memory_bytes`] bytes are mapped there
-    /// while the segment lives. They are readable and writable; sealed memory of another process
-    /// ([`crate::share`]) is only readable.
+    /// while the segment lives. They are readable and writable, except that sealed memory from
+    /// another process ([`crate::share`]) is read-only.
     pub fn address(&self) -> NonNull<u8> {
         self.segment.start()
     }
 
-    /// Returns the bytes.
+    /// Returns the bytes as a slice.
     ///
     /// # Safety
     /// Nothing may write to the bytes while the slice lives: neither a holder of the dma-buf, nor
@@ -409,8 +413,8 @@ impl fmt::Debug for Segment {
     }
 }
 
-/// The segments of one span that together hold `range`, in order; `None` if no span holds all of
-/// it.
+/// Returns the consecutive segments that together hold `range`. All of them are in the same span.
+/// Returns `None` if no single span holds the whole range.
 pub(crate) fn segments_of_range<'a>(segments: &'a [Segment], range: &Range<u64>) -> Option<&'a [Segment]> {
     segments.chunk_by(|a, b| a.0.place.span == b.0.place.span).find_map(|span| {
         let held = span.first()?.file_range().start..span.last()?.file_range().end;
@@ -423,7 +427,7 @@ pub(crate) fn segments_of_range<'a>(segments: &'a [Segment], range: &Range<u64>)
     })
 }
 
-/// Several segments of a file, viewed as one.
+/// A view of a byte range that may extend over several segments of a file.
 #[derive(Debug)]
 pub(crate) struct Contiguous {
     /// The segments that overlap the range.
@@ -432,15 +436,15 @@ pub(crate) struct Contiguous {
 }
 
 impl Contiguous {
-    /// Returns a view of the bytes `range` of the file. `segments` are those of the file, in
-    /// order.
+    /// Returns a view of the byte range `range` of the file. `segments` must contain the file's
+    /// segments in order.
     ///
     /// # Errors
     /// [`Error::NotLoaded`] if no span of segments holds the whole range; [`Error::HandedOut`] for
     /// the first segment in the range that can't be viewed ([`Segment::bytes`]).
     ///
     /// # Panics
-    /// If the segments of a span are not laid out in memory as in the file.
+    /// If the segments of a span are not adjacent in memory.
     pub(crate) fn bytes(path: &Path, segments: &[Segment], range: Range<u64>) -> Result<Bytes> {
         if range.is_empty() {
             return Ok(Bytes::new());
@@ -450,7 +454,7 @@ impl Contiguous {
         let views = touched.iter().map(View::new).collect::<Result<Vec<_>>>()?;
         let mut expected = views.first().map(|View(first)| (first.file_range().start, first.address()));
         for View(segment) in &views {
-            assert_eq!(Some((segment.file_range().start, segment.address())), expected, "segments are adjacent");
+            assert_eq!(Some((segment.file_range().start, segment.address())), expected, "a span's segments are adjacent");
             expected = Some((segment.file_range().end, segment.address() + segment.len()));
         }
         let View(first) = views.first().ok_or_else(not_loaded)?;
@@ -462,7 +466,7 @@ impl Contiguous {
 
 impl AsRef<[u8]> for Contiguous {
     fn as_ref(&self) -> &[u8] {
-        let View(first) = self.views.first().expect("a range with bytes touches a segment: see `bytes`");
+        let View(first) = self.views.first().expect("a non-empty range overlaps at least one segment");
         let offset = to_usize(self.range.start - first.file_range().start);
         let bytes = to_usize(self.range.end - self.range.start);
         // SAFETY: `bytes` checked that the range lies within the segments' bytes, and that each

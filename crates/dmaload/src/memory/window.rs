@@ -1,5 +1,5 @@
-//! The window: limits how many bytes may be allocated but not yet filled, and how much of a shared
-//! resource each load may hold.
+//! The window limits how many bytes may be allocated but not yet filled. It also limits how much
+//! of a shared resource each load may hold.
 //!
 //! The window keeps allocating and reading in step: a permit is taken before memory is allocated,
 //! and returned when that memory is filled or abandoned. The engine's permits are
@@ -8,34 +8,35 @@
 //! Loads whose reads never complete must not end up holding the whole window. The share of each
 //! load is therefore limited on two levels:
 //!
-//! - A *file system* may hold at most three times as much as remains free (dynamic queue length
-//!   thresholds: Choudhury and Hahne, 1998), and a permit of the usual size must still fit into
-//!   the rest. A single file system gets three quarters, two get three sevenths each. A file
-//!   system that holds nothing may take anything that fits. Windows with room for fewer than
-//!   [`FEW`] permits are exempt.
+//! - A *file system* may hold at most three times as much as remains free, and a permit of the
+//!   usual size must still fit into the rest. (On dynamic queue length thresholds, see Choudhury
+//!   and Hahne, 1998.) A single file system therefore gets three quarters of the window, and two
+//!   get three sevenths each. A file system that holds nothing may take anything that fits.
+//!   Windows with room for fewer than [`FEW`] permits are exempt.
 //!
 //!   All loads from one file system count as one, because they wait for the same server or device.
-//!   If that server or device is silent, the loads hold up to three quarters of the window. The
-//!   loads of a second silent file system hold up to three quarters of the rest, and so on.
-//! - A *load* that holds something leaves one permit of its file system's share for a new load.
-//!   Windows with room for fewer than [`MANY`] permits are exempt, because leaving one would cost
-//!   too much speed.
+//!   If that server or device stops responding, its loads hold up to three quarters of the window.
+//!   If a second file system stops responding, its loads hold up to three quarters of the rest,
+//!   and so on.
+//! - A *load* that already holds something must leave one permit of its file system's share free,
+//!   so a new load can start. Windows with room for fewer than [`MANY`] permits are exempt,
+//!   because the unused permit would cost too much speed.
 //!
-//! Loads that hold nothing all get their turn: the scheduler and the driver serve loads
-//! round-robin, and the thread pool serves reads in order of arrival.
+//! Loads that hold nothing take turns: the scheduler and the driver serve loads round-robin, and
+//! the thread pool serves reads in order of arrival.
 //!
 //! The same rules govern reads in flight, staging, registered buffers and threads. They also
 //! govern open small files, but with shares per load rather than per file system
 //! ([`Window::per_load`]).
 
-/// A number of bytes that loads share by permits. Does only the bookkeeping; the scheduler decides
-/// which loads wait. `L` identifies a load.
+/// A number of bytes that loads share through permits. This type only does the bookkeeping; the
+/// scheduler decides which loads wait. `L` identifies a load.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Window<L> {
     bytes: u64,
     held: Holders<L>,
-    /// The number of bytes that must be left for others: the usual size of a permit, but at most
-    /// the window divided by [`FEW`].
+    /// The number of bytes that must stay free for others. This is the usual size of a permit, but
+    /// at most the window divided by [`FEW`].
     usual: u64,
     /// Whether shares are per file system; if not, they are per load.
     by_file_system: bool,
@@ -45,19 +46,20 @@ pub(crate) struct Window<L> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Permitted {
     Yes,
-    /// The load holds something, and the permit exceeds a share or does not fit. Other loads need
-    /// not wait for it.
+    /// The load already holds something, and the permit would exceed a share or does not fit.
+    /// Other loads may overtake this one.
     LoadAtShare,
-    /// The load holds nothing, but other loads from its file system do, and the permit exceeds
-    /// their share or does not fit. Loads from that file system must not overtake this one, or it
-    /// could wait forever; loads from others may.
+    /// The load holds nothing, but other loads from its file system do, and the permit would
+    /// exceed the share of that file system or does not fit. Loads from that file system must not
+    /// overtake this one, or it could wait forever. Loads from other file systems may.
     FileSystemAtShare,
     /// The load's file system holds nothing, but the permit does not fit. No other load may
     /// overtake it, or it could wait forever.
     Full,
 }
 
-/// Maximum ratio of held to free space for one file system: a single one gets three quarters.
+/// Maximum ratio of held to free space for one file system. With this ratio, a single file system
+/// gets three quarters of the window.
 const HELD_TO_FREE_MAX: u64 = 3;
 
 /// If fewer permits than this fit, nothing is reserved for other file systems: reserving one of
@@ -65,8 +67,8 @@ const HELD_TO_FREE_MAX: u64 = 3;
 const FEW: u64 = 4;
 
 /// If fewer permits than this fit, a load leaves none for other loads from its file system. Of
-/// eight permits, a file system gets six, so leaving one would cost a sixth of the speed; of
-/// sixteen, it costs a twelfth.
+/// eight permits, a file system gets six, so leaving one free would cost a sixth of the speed. Of
+/// sixteen permits, it gets twelve, so leaving one free costs only a twelfth.
 const MANY: u64 = 16;
 
 /// How much a load and its file system already hold.
@@ -83,8 +85,9 @@ pub(crate) fn may_have_one(all: u64, taken: u64, held: Held) -> bool {
     may_have(all, taken, held, 1, 1)
 }
 
-/// Whether a load that holds `held` of `all`, of which `taken` is taken, may take `more`. `usual`
-/// is the amount to leave for others, where something must be left.
+/// Returns whether a load that holds `held` may take `more` of a resource. `all` is the total
+/// amount of the resource, and `taken` is the amount that all loads hold together. `usual` is the
+/// amount that must stay free for others, unless the window is exempt.
 fn may_have(all: u64, taken: u64, held: Held, more: u64, usual: u64) -> bool {
     let file_system_may_have = |taken, held| within_share(all, taken, held, more, usual);
     let leaves_one = || file_system_may_have(taken.saturating_add(more), held.by_file_system.saturating_add(more));
@@ -92,7 +95,8 @@ fn may_have(all: u64, taken: u64, held: Held, more: u64, usual: u64) -> bool {
     file_system_may_have(taken, held.by_file_system) && (keeps_none || leaves_one())
 }
 
-/// The first level: whether a file system whose loads hold `held` may take `more`.
+/// First-level admission check: returns whether a file system whose loads together hold `held` may
+/// take `more`. `all`, `taken` and `usual` have the same meaning as in [`may_have`].
 fn within_share(all: u64, taken: u64, held: u64, more: u64, usual: u64) -> bool {
     let Some(rest) = taken.checked_add(more).and_then(|sum| all.checked_sub(sum)) else { return false };
     held == 0 || all / FEW < more || usual <= rest && held.saturating_add(more) <= rest.saturating_mul(HELD_TO_FREE_MAX)
@@ -128,7 +132,7 @@ impl<L: Clone + PartialEq> Holders<L> {
         held
     }
 
-    /// Whether this load may take one more of `all` for a file of this file system.
+    /// Whether this load may take one more of `all` units for a file on this file system.
     pub(crate) fn may_have_one(&self, all: u64, load: &L, file_system: u64) -> bool {
         may_have_one(all, self.taken, self.held_by(load, file_system))
     }
@@ -145,7 +149,7 @@ impl<L: Clone + PartialEq> Holders<L> {
     /// Returns part of what this load holds for files on this file system.
     ///
     /// # Panics
-    /// If more is returned than was taken: the bookkeeping is broken.
+    /// If more is returned than was taken, because the bookkeeping is then broken.
     pub(crate) fn give_back(&mut self, load: &L, file_system: u64, amount: u64) {
         let own = |(other, from, _): &(L, u64, u64)| other == load && *from == file_system;
         let held = self.held.iter().find(|entry| own(entry)).map_or(0, |&(.., held)| held);
@@ -169,13 +173,13 @@ impl<L: Clone + PartialEq> Window<L> {
         Window { by_file_system: false, ..Window::new(bytes, usual) }
     }
 
-    /// How much this load holds.
     #[cfg(test)]
     pub(crate) fn held_by(&self, load: &L) -> u64 {
         self.held.held_by(load, 0).by_load
     }
 
-    /// Takes a permit for `bytes` bytes of a file on this file system, all or nothing.
+    /// Takes a permit for `bytes` bytes of a file on this file system. Either all of the bytes are
+    /// granted, or none.
     #[must_use]
     pub(crate) fn take(&mut self, load: &L, file_system: u64, bytes: u64) -> Permitted {
         if bytes == 0 {
@@ -199,7 +203,7 @@ impl<L: Clone + PartialEq> Window<L> {
     /// Returns a permit.
     ///
     /// # Panics
-    /// If more is returned than was taken: the bookkeeping is broken, and continuing could
+    /// If more is returned than was taken. The bookkeeping is then broken, and continuing could
     /// allocate without bound.
     pub(crate) fn give_back(&mut self, load: &L, file_system: u64, bytes: u64) {
         self.held.give_back(load, file_system, bytes);
@@ -209,7 +213,7 @@ impl<L: Clone + PartialEq> Window<L> {
         self.held.taken()
     }
 
-    /// The loads that hold permits, with the file systems of their files; one entry for each pair.
+    /// The loads that hold permits, each paired with a file system for whose files it holds them.
     pub(crate) fn holders(&self) -> impl Iterator<Item = (&L, u64)> {
         self.held.held.iter().map(|(load, file_system, _)| (load, *file_system))
     }
@@ -250,14 +254,14 @@ mod tests {
     fn window_leaves_something_for_later_loads() {
         for (size, alone, [first, second]) in [(8, 6, [3, 3]), (32, 23, [13, 13]), (128, 95, [54, 54])] {
             let mut window = Window::new(size, 1);
-            assert_eq!(take_in_turn(&mut window, [1], [1]), [alone], "of {size}");
+            assert_eq!(take_in_turn(&mut window, [1], [1]), [alone], "window of {size}");
             assert_eq!(window.take(&1, 1, 1), Permitted::LoadAtShare);
             // The first load never returns its permits. Others can still take some, one after
             // another, and return them.
             assert_eq!(window.take(&2, 2, 1), Permitted::Yes);
             window.give_back(&2, 2, 1);
             let mut window = Window::new(size, 1);
-            assert_eq!(take_in_turn(&mut window, [1, 2], [1, 2]), [first, second], "of {size}");
+            assert_eq!(take_in_turn(&mut window, [1, 2], [1, 2]), [first, second], "window of {size}");
         }
     }
 
@@ -265,14 +269,14 @@ mod tests {
     fn loads_from_one_file_system_count_as_one() {
         for (size, [first, second, third], other) in [(8, [3, 3, 0], 1), (32, [12, 11, 1], 5), (128, [48, 47, 1], 23)] {
             let mut window = Window::new(size, 1);
-            assert_eq!(take_in_turn(&mut window, [1, 2], [7, 7]), [first, second], "of {size}");
+            assert_eq!(take_in_turn(&mut window, [1, 2], [7, 7]), [first, second], "window of {size}");
             // If many permits fit, one is left for one new load, but not for a second.
-            assert_eq!(take_in_turn(&mut window, [3], [7]), [third], "of {size}");
+            assert_eq!(take_in_turn(&mut window, [3], [7]), [third], "window of {size}");
             assert_eq!(window.take(&4, 7, 1), Permitted::FileSystemAtShare);
             assert_eq!(window.taken_bytes(), size * 3 / 4);
             // A load from another file system gets three quarters of the rest and, if many permits
             // fit, leaves one of them.
-            assert_eq!(take_in_turn(&mut window, [5], [8]), [other], "of {size}");
+            assert_eq!(take_in_turn(&mut window, [5], [8]), [other], "window of {size}");
             window.give_back(&1, 7, 1);
             assert_ne!(window.take(&5, 8, 1), Permitted::Full);
         }
@@ -353,7 +357,7 @@ mod tests {
                     prop_assert!(by_file_system > 0 || yes == (bytes <= room), "a file system that holds nothing gets what fits");
                     if yes && by_file_system > 0 && bytes <= size / FEW {
                         prop_assert!(by_file_system + bytes <= HELD_TO_FREE_MAX * (room - bytes), "no file system exceeds its share");
-                        prop_assert!(room > bytes, "something is left");
+                        prop_assert!(room > bytes, "something is left for other file systems");
                     }
                     if yes {
                         out.push((load, bytes));
@@ -365,7 +369,7 @@ mod tests {
             }
         }
 
-        /// Holds for any number of loads that wait for two silent file systems, in any order.
+        /// Any number of loads take permits, in any order, and never return them.
         #[test]
         fn two_silent_file_systems_leave_something_for_a_third(
             size in 5u64..200,

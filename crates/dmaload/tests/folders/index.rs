@@ -224,7 +224,7 @@ async fn stale_index_and_ignored_files_are_reported() {
         let image = loader.load(folder.path()).await.unwrap();
         let notes = image.report().notes.join("\n");
         assert_eq!(names(&image), ["a", "b"]);
-        assert!(notes.contains("not in the index, so not loaded: \"model.safetensors\""), "{notes}");
+        assert!(notes.contains("not loaded, because the index does not list them: \"model.safetensors\""), "{notes}");
         assert!(notes.contains("model.safetensors.index.fp16.json"), "{notes}");
     }
     write_files(folder.path(), &[("x.safetensors.index.json", index(&[("a", A)]))]);

@@ -275,7 +275,7 @@ async fn gguf_files_ignored_alongside_safetensors_are_noted() {
         assert_eq!(load(Format::Auto).await, "");
         write_files(folder.path(), &[("m.gguf", gguf(&[], &[("a", 1)]))]);
         let notes = load(Format::Auto).await;
-        assert!(notes.contains("not loaded, next to safetensors files: \"m.gguf\""), "{notes}");
+        assert!(notes.contains("not loaded, because the folder has safetensors files: \"m.gguf\""), "{notes}");
         assert_eq!(load(Format::Safetensors).await, "", "no note is needed if the caller chose the format");
     }
 }

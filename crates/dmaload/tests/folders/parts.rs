@@ -59,7 +59,10 @@ async fn missing_parts_are_an_error_unless_allowed() {
             let allowed = allowed.unwrap();
             assert_eq!(allowed.tensors().count(), loadable, "{says:?}");
             let notes = allowed.report().notes.join("\n");
-            assert!(notes.contains("incomplete, as allowed") && notes.contains("missing"), "{notes}");
+            assert!(
+                notes.contains("loading an incomplete model, because this was allowed") && notes.contains("missing"),
+                "{notes}"
+            );
         }
         let inspected = dmaload::inspect_model(folder.path(), Format::Auto).await.unwrap_err();
         assert!(matches!(inspected, Error::Incomplete { .. }), "{inspected}");

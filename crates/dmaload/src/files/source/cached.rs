@@ -1,12 +1,13 @@
-//! Reads only those bytes of a file that the page cache holds.
+//! Reads bytes of a file from the page cache, but only those that are already there.
 //!
-//! Bytes from the cache are as good as those from storage if every later change to them shows in
-//! the file's modification time, which is compared when the load ends. [`OpenFile::settle`]
-//! ensures that for each range before it is read; [`crate::files::file_system`] lists the file
-//! systems on which that works.
+//! Bytes from the page cache are as trustworthy as bytes from storage if every later change to
+//! them updates the file's modification time. At the end of a load, that time is compared with the
+//! time that the file had at the beginning of the load. [`OpenFile::settle`] ensures that changes
+//! to a range update the time, and is called before the range is read.
+//! [`crate::files::file_system`] lists the file systems on which that works.
 //!
-//! (Direct reads need no such care: the kernel writes a range back, and write-protects it, before
-//! reading it from storage.)
+//! Direct reads need no such care, because the kernel writes a range back, and write-protects it,
+//! before reading it from storage.
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -19,12 +20,12 @@ use super::OpenFile;
 use crate::files::residency::{cached_bytes_in, read_nowait, write_back};
 use crate::support::convert::to_usize;
 
-/// Which chunks of a range are fully cached; none by default.
+/// The set of chunks of a range that are fully cached; empty by default.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct CachedChunks(Box<[u64]>);
 
 impl CachedChunks {
-    /// Collects the chunks, out of `count`, for which `is_cached` returns true.
+    /// Collects those of the first `count` chunks for which `is_cached` returns true.
     pub(crate) fn collect(count: usize, mut is_cached: impl FnMut(usize) -> bool) -> Self {
         let mut words = vec![0; count.div_ceil(WORD_BITS)];
         let mut any = false;
@@ -41,7 +42,7 @@ impl CachedChunks {
         self.0.is_empty()
     }
 
-    /// Whether these are all chunks of a range of `bytes` bytes.
+    /// Whether the set contains all chunks of a range of `bytes` bytes.
     pub(crate) fn is_all_of(&self, bytes: u64, chunk_bytes: u64) -> bool {
         (0..to_usize(bytes.div_ceil(chunk_bytes))).all(|chunk| self.contains(chunk))
     }
@@ -67,10 +68,11 @@ const LEAST_PROBED_BYTES: u64 = 2 << 20;
 const STEP_BYTES: usize = 256 << 10;
 
 impl OpenFile {
-    /// Which chunks of a range are fully cached and may be copied from the cache: none if
-    /// readahead is on, or if the cache can't be trusted or can't be read without waiting. The
-    /// call neither waits for reads nor starts readahead, but it waits for running writers and for
-    /// the writeback of dirty pages ([`Self::settle`]).
+    /// Returns which chunks of a range are fully cached and may be copied from the cache. Returns
+    /// none if readahead is on, or if the cache can't be trusted or can't be read without waiting.
+    ///
+    /// This call neither waits for reads nor starts readahead. It does wait for running writers
+    /// and for the writeback of dirty pages ([`Self::settle`]).
     pub(crate) fn cached(&self, range: &Range<u64>, chunk_bytes: u64) -> CachedChunks {
         // With readahead, probing would fill the cache, and earlier reads may have done so.
         let may_ask = self.cache_is_witness && self.is_quiet.load(Ordering::Relaxed);
@@ -104,7 +106,7 @@ impl OpenFile {
     }
 
     /// Whether the page at that offset is cached. If not, the kernel reads that page, and no
-    /// other, into the cache: readahead is off.
+    /// other, into the cache, because readahead is off.
     fn has_cached(&self, offset: u64) -> bool {
         read_nowait(&self.buffered, &mut [MaybeUninit::uninit()], offset).is_ok_and(|bytes| bytes > 0)
     }
@@ -137,13 +139,15 @@ impl OpenFile {
         Ok(done)
     }
 
-    /// Ensures that every later change to these bytes updates the file's modification time, if the
-    /// page cache is trusted (otherwise does nothing).
+    /// Ensures that every later change to these bytes updates the file's modification time. Does
+    /// nothing if the page cache is not trusted.
     ///
-    /// A writer inside `write(2)` has already set the time, perhaps before the file was first
-    /// inspected, so this call waits for the writer. (On xfs, reads from the cache wait for it.)
-    /// Stores into dirty mapped pages do not set the time, so those pages are written back and
-    /// thereby write-protected. Takes 3 µs without such writers.
+    /// Two kinds of writers could otherwise change bytes without updating the time. The first kind
+    /// is inside `write(2)` and has already updated it, perhaps before the file was first
+    /// inspected. This call waits for such a writer. (On xfs, reads from the cache wait for it.)
+    /// The second kind stores into mapped pages that are already dirty. This call writes those
+    /// pages back and thereby write-protects them, so the next store updates the time. Without
+    /// such writers, the call takes about 3 µs.
     ///
     /// # Errors
     /// The error of `lseek(2)` or of the writeback.

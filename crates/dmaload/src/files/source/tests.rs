@@ -12,7 +12,7 @@ fn file_that_is_not_regular_is_reported_by_its_kind() {
     }
 }
 
-/// See [`reopen`] for what goes wrong with such a descriptor.
+/// See [`reopen`] for what goes wrong with a nonblocking descriptor.
 #[test]
 fn no_descriptor_is_nonblocking() {
     let file = tempfile::NamedTempFile::new().unwrap();

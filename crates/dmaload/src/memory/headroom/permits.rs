@@ -1,8 +1,9 @@
 //! Grants memory before each allocation, because allocating too much invokes the OOM killer.
 //!
-//! The kernel's figures do not include memory that was granted but is still being allocated, so
-//! such memory is counted here, for all loaders of the process together. A forked child starts a
-//! new count, because the threads that hold the permits and the lock exist only in its parent.
+//! The kernel's figures do not include memory that was granted but is still being allocated. This
+//! module therefore counts that memory itself, for all loaders of the process together. A forked
+//! child starts a new count, because the threads that hold the permits and the lock exist only in
+//! its parent.
 //!
 //! Other processes allocate memory, too. Each process that uses this library takes only a small
 //! fraction of the free memory between two checks. For a single allocation that exceeds that
@@ -26,36 +27,36 @@ use super::{Headroom, headroom};
 use crate::support::errno;
 use crate::support::foreign;
 
-/// Maximum total, in bytes, of the grants that share one check of the limits. They share it
-/// because a check reads about a dozen small files.
+/// Maximum number of bytes that are granted based on one check of the limits. Several grants share
+/// a check because each check reads about a dozen small files.
 const BUDGET_BYTES: u64 = 64 << 20;
 /// How long a check of the limits is valid.
 const BUDGET_TIME: Duration = Duration::from_millis(200);
 /// Between two checks, a process may take one sixteenth of the free memory without waiting for its
 /// turn.
 const PART_WITHOUT_TURN: u64 = 16;
-/// How long to wait for a turn while no memory is being allocated. Others hold the lock for as
-/// long as an allocation takes: milliseconds. The wait is limited because any process that can
+/// How long to wait for a turn while no memory is being allocated. Other processes hold the lock
+/// while they allocate, which takes milliseconds. The wait is limited because any process that can
 /// open the folder could keep it locked forever.
 const TURN_PATIENCE: Duration = Duration::from_secs(1);
-/// How long to wait for a turn while memory is being allocated. On an overloaded machine, the
-/// turns of a few processes take seconds.
+/// How long to wait for a turn while memory is being allocated. On an overloaded machine, a few
+/// processes can take seconds to finish their turns.
 const TURN_PATIENCE_MAX: Duration = Duration::from_secs(10);
 /// How often to check, while waiting for a turn, whether memory is being allocated.
 const TURN_CHECK_INTERVAL: Duration = Duration::from_millis(100);
-/// The change in free memory, in bytes, that shows that memory is being allocated. It is measured
-/// from the last change of at least this size, so small steps add up.
+/// The change in free memory, in bytes, that indicates that memory is being allocated. It is
+/// measured from the last change of at least this size, so small steps add up.
 const TURN_CHECK_BYTES: u64 = 1 << 20;
 /// How long to go without turns after failing to obtain one, so a lock that is never released does
 /// not delay every allocation.
 const WITHOUT_TURNS: Duration = Duration::from_secs(10);
-/// When processes that share a limit run out of memory at the same time, the first one to give up
-/// makes room for the others. To spread them out, each waits for 0 to [`GIVE_UP_STEPS`] - 1 of
-/// these steps, depending on its process ID.
+/// When processes that share a limit run out of memory at the same time, the first one whose
+/// allocation fails frees its memory for the others. To keep them from all failing at once, each
+/// process first waits for 0 to [`GIVE_UP_STEPS`] - 1 of these steps, depending on its process ID.
 const GIVE_UP_STEP: Duration = Duration::from_millis(150);
-/// The number of different waits before giving up.
+/// The number of different waiting times before an allocation fails.
 const GIVE_UP_STEPS: u32 = 8;
-/// The interval between checks while waiting to give up.
+/// How often to check for free memory while waiting before an allocation fails.
 const CHECK_INTERVAL: Duration = Duration::from_millis(20);
 /// How long to wait for this process's other allocations to finish if there is not enough memory
 /// for all. Allocations take milliseconds, but a caller's heap may hang.
@@ -98,8 +99,8 @@ pub(crate) struct HeadroomPermit {
 struct ProcessTurn(#[expect(dead_code, reason = "closing the descriptor ends the turn")] OwnedFd);
 
 impl ProcessTurn {
-    /// Waits for a turn, for longer while `look` shows that available memory keeps changing.
-    /// Returns `None` after a timeout, or if the turn can't be requested.
+    /// Waits for a turn. The timeout is extended while `look` shows that the available memory
+    /// keeps changing. Returns `None` after the timeout, or if `place` can't be opened or locked.
     fn wait(place: &Path, look: impl Fn() -> Option<Headroom>) -> Option<Self> {
         let descriptor = open(place, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?;
         let start = Instant::now();
@@ -125,7 +126,7 @@ impl ProcessTurn {
                     let errno = errno::describe(errno);
                     foreign::emit(|| {
                         let errno = errno.as_str();
-                        tracing::debug!(place = %printable::path(place), errno, "cannot obtain a turn among the processes that share a limit");
+                        tracing::debug!(place = %printable::path(place), errno, "cannot take turns with other processes that share a memory limit");
                     });
                     return None;
                 }
@@ -141,13 +142,13 @@ impl Drop for HeadroomPermit {
     }
 }
 
-/// Grants `bytes` bytes. If they are not available, waits for other allocations of this process,
-/// and then calls `make_room` once, which frees what it can. After that, waits for other processes
-/// that share the limit to free memory, for a time that depends on the process ID
-/// ([`GIVE_UP_STEP`]).
+/// Grants `bytes` bytes. If they are not available, first waits for other allocations of this
+/// process to finish. If that is not enough, calls `make_room` once, which should free as much as
+/// it can. After that, waits for other processes that share the limit to free memory, for a time
+/// that depends on the process ID ([`GIVE_UP_STEP`]).
 ///
 /// # Errors
-/// The headroom, if the bytes are still not available.
+/// The available memory and the limit that determines it, if the bytes are still not available.
 pub(crate) fn grant(bytes: u64, make_room: impl FnOnce()) -> Result<HeadroomPermit, Headroom> {
     let process = std::process::id();
     let patience = GIVE_UP_STEP * (process % GIVE_UP_STEPS);
@@ -164,8 +165,8 @@ impl Permits {
         }
     }
 
-    /// Returns the permits of this process, which may have been forked from one that holds
-    /// permits.
+    /// Returns the permits of the process with the ID `process`. It may have been forked from a
+    /// process that holds permits.
     fn for_process(&'static self, process: u32) -> &'static Permits {
         let mut permits = self;
         loop {
@@ -265,7 +266,7 @@ mod tests {
         std::thread::scope(|scope| {
             let other = scope.spawn(|| permits.grant(600 * GIB, || (), with_available(machine), NOW).is_ok());
             std::thread::sleep(Duration::from_millis(100));
-            assert!(!other.is_finished(), "both do not fit at the same time");
+            assert!(!other.is_finished(), "the two grants do not fit at the same time");
             drop(first);
             assert!(other.join().unwrap(), "the second permit is granted once the first is dropped");
         });
@@ -286,7 +287,7 @@ mod tests {
         let free = AtomicU64::new(0);
         let look = || Some(seen(free.load(Ordering::Relaxed), Path::new("/nonexistent")));
         let _granted = permits.grant(500 * GIB, || free.store(machine, Ordering::Relaxed), look, NOW).unwrap();
-        // If nothing can be read, nothing is refused.
+        // If no limit can be read, nothing is refused.
         let _granted = permits.grant(u64::MAX / 4, || (), || None, NOW).unwrap();
     }
 
@@ -305,7 +306,7 @@ mod tests {
         assert_eq!(first.for_process(1).state().granted_bytes, 0);
     }
 
-    /// Each set of permits stands for one process. The processes share the free memory, and each
+    /// Each `Permits` value simulates one process. The processes share the free memory, and each
     /// allocation takes a while to show in it.
     #[test]
     fn processes_sharing_a_limit_never_exceed_it() {
@@ -336,8 +337,8 @@ mod tests {
         }
     }
 
-    /// Each of three processes holds its turn for 1.2 s, so the others wait longer than the 1 s
-    /// after which they would give up if nothing were allocated.
+    /// Each of three processes holds its turn for 1.2 s, so the others wait for longer than
+    /// [`TURN_PATIENCE`]. They keep waiting because memory is being allocated.
     #[test]
     fn long_turn_is_awaited_while_memory_is_being_allocated() {
         const MIB: u64 = 1 << 20;

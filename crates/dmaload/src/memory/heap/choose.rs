@@ -43,7 +43,7 @@ pub enum HeapChoice {
     Anon,
     /// Memfds, exported by `/dev/udmabuf`.
     Udmabuf,
-    /// The dma-heap of that name.
+    /// The dma-heap with this name.
     DmaHeap(String),
 }
 
@@ -55,12 +55,11 @@ impl HeapChoice {
     /// `pages` is the page size to populate with.
     ///
     /// # Errors
-    /// - [`Error::NoDmaBuf`] for [`HeapChoice::DmaBuf`] if udmabuf can't be opened, and the
-    ///   dma-heap `system` can't be opened either, or `pages` other than [`Pages::Auto`] rule it
-    ///   out.
+    /// - [`Error::NoDmaBuf`] for [`HeapChoice::DmaBuf`] if neither udmabuf nor the dma-heap
+    ///   `system` can be opened. The dma-heap is not tried if `pages` is not [`Pages::Auto`].
     /// - [`Error::Config`] for [`HeapChoice::DmaHeap`] with `pages` other than [`Pages::Auto`],
     ///   because a dma-heap's driver chooses the page sizes.
-    /// - Those of [`UdmabufHeap::open`] and [`DmaHeap::open`].
+    /// - The errors of [`UdmabufHeap::open`] and [`DmaHeap::open`].
     pub fn open(&self, pages: Pages) -> Result<(Arc<dyn Heap>, Option<String>)> {
         let heap: Arc<dyn Heap> = match self {
             HeapChoice::Auto | HeapChoice::Memfd => Arc::new(MemfdHeap { pages }),

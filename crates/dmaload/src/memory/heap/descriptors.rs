@@ -13,9 +13,9 @@ type AllocateFn = Box<dyn Fn(usize) -> Result<OwnedFd, Errno> + Send + Sync>;
 
 /// A heap around an allocator, such as a vendor's, that returns dma-buf descriptors.
 ///
-/// Checks that each descriptor is a dma-buf and large enough. It can't check that nothing else
-/// writes to the memory, so creating this heap is `unsafe`. Assumes that all pages are allocated
-/// at once, and maps the memory with `mmap(2)` of the descriptor.
+/// This heap checks that each descriptor is a dma-buf and large enough. It can't check that
+/// nothing else writes to the memory, so creating it is `unsafe`. It assumes that the allocator
+/// allocates all pages at once. The memory is mapped by calling `mmap(2)` on the descriptor.
 pub struct FromDescriptors {
     name: String,
     allocate: AllocateFn,
@@ -37,12 +37,13 @@ impl FromDescriptors {
     /// an I/O error to an errno.
     ///
     /// # Safety
-    /// For each descriptor that `allocate` returns, until its memory is freed:
+    /// The caller must guarantee the following for each descriptor that `allocate` returns, until
+    /// its memory is freed:
     ///
     /// - It is a dma-buf of new memory, which shares no page with any other memory.
     /// - No duplicate, mapping or importer of it writes to that memory, except those that received
     ///   it from dmaload ([`crate::Segment::hand_out_dma_buf`]).
-    /// - Its pages stay: none is removed, replaced, or moved under a mapping.
+    /// - Its pages stay in place: none is removed, replaced, or moved while it is mapped.
     #[allow(unsafe_code, reason = "the contract above")]
     pub unsafe fn new(
         name: impl Into<String>,
@@ -59,8 +60,8 @@ impl FromDescriptors {
     }
 }
 
-// SAFETY: the creator guarantees for `allocate` what the trait requires of memory that is a
-// dma-buf. This heap does not override `populate` or `export`, and `exports` returns true.
+// SAFETY: the caller of `new` guarantees that `allocate` meets the trait's requirements for
+// dma-bufs. This heap does not override `populate` or `export`, and `exports` returns true.
 #[allow(unsafe_code)]
 unsafe impl Heap for FromDescriptors {
     fn name(&self) -> Cow<'_, str> {

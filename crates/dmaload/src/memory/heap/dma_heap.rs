@@ -10,9 +10,9 @@ use crate::error::Result;
 
 /// A dma-heap of this machine: `system`, a CMA region, or one that the vendor provides.
 ///
-/// Mappings of the kernel's own system heap can't be pinned, so reads are bounced
-/// ([`crate::Route::Bounce`]). If another heap's mappings can be pinned, reads go straight into
-/// them. The first load finds out by trying.
+/// The kernel can't pin mappings of its own system heap, so reads from storage go through staging
+/// buffers ([`crate::Route::Bounce`]). If the mappings of another heap can be pinned, reads go
+/// straight into them. The first load finds out by trying.
 #[derive(Debug)]
 pub struct DmaHeap {
     device: dmabuf::DmaHeap,
@@ -24,12 +24,12 @@ impl DmaHeap {
     /// Opens the heap called `name`.
     ///
     /// # Errors
-    /// [`crate::Error::Device`].
+    /// [`crate::Error::Device`] if the heap can't be opened.
     pub fn open(name: &str) -> Result<Self> {
         Ok(Self::with(dmabuf::DmaHeap::open(name)?))
     }
 
-    /// Wraps an open heap, for processes that may not open it themselves.
+    /// Wraps an open heap device, for processes that may not open it themselves.
     ///
     /// # Errors
     /// Those of [`DmaHeap::open`].
@@ -51,9 +51,9 @@ impl DmaHeap {
     }
 }
 
-// SAFETY: the kernel's heaps return new memory for each call, which keeps its pages, and the
-// returned value has its only descriptor. This heap does not override `populate` or `export`, and
-// `exports` returns true. (A vendor's driver is trusted like the kernel.)
+// SAFETY: the kernel's heaps return new memory for each call, and that memory keeps its pages. The
+// returned value holds its only descriptor. This heap does not override `populate` or `export`,
+// and `exports` returns true. (A vendor's driver is trusted like the kernel.)
 #[allow(unsafe_code)]
 unsafe impl Heap for DmaHeap {
     fn name(&self) -> Cow<'_, str> {
@@ -73,8 +73,8 @@ unsafe impl Heap for DmaHeap {
         true
     }
 
-    /// Judges by the name, because user space can't see anything else: vendors give heaps of such
-    /// memory names like `system-uncached` and `mtk_mm-uncached`.
+    /// Decides by the heap's name, because user space has no other way to know. Vendors give heaps
+    /// of uncached memory names like `system-uncached` and `mtk_mm-uncached`.
     fn is_uncached(&self) -> bool {
         self.name.contains("uncached")
     }

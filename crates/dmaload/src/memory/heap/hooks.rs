@@ -1,4 +1,4 @@
-//! A heap with callbacks around its calls, without `unsafe`.
+//! Adds callbacks around the calls to a heap, without `unsafe`.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -8,11 +8,11 @@ use std::sync::Arc;
 use super::{DmaBuf, Heap, HeapError, Mapping, Memory, Pages, Populated, private};
 use crate::error::{Result, SizeLimit};
 
-/// Callbacks around the calls to a heap; see [`Hooked`]. By default, each does nothing and leaves
-/// the heap's results unchanged.
+/// Callbacks around the calls to a heap; see [`Hooked`]. By default, the callbacks do nothing and
+/// leave the heap's results unchanged.
 ///
-/// The calls come from the same threads as those to a [`Heap`], several at a time, and may block.
-/// A call that panics fails its load with [`crate::Error::Panicked`].
+/// The callbacks run on the threads that call the [`Heap`], possibly on several at the same time,
+/// and may block. If a callback panics, its load fails with [`crate::Error::Panicked`].
 pub trait HeapHooks: fmt::Debug + Send + Sync + 'static {
     /// Replaces the heap's name in reports and errors.
     fn name(&self) -> Option<Cow<'_, str>> {
@@ -22,7 +22,7 @@ pub trait HeapHooks: fmt::Debug + Send + Sync + 'static {
     /// Called before [`Heap::allocate`].
     ///
     /// # Errors
-    /// The error with which the allocation fails; the heap is then not called.
+    /// If this returns an error, the allocation fails with that error, and the heap is not called.
     fn before_allocate(&self, bytes: usize) -> Result<(), HeapError> {
         let _ = bytes;
         Ok(())
@@ -37,7 +37,7 @@ pub trait HeapHooks: fmt::Debug + Send + Sync + 'static {
     /// `part` is the range of byte offsets in it to populate.
     ///
     /// # Errors
-    /// The error with which populating fails; the heap is then not called.
+    /// If this returns an error, populating fails with that error, and the heap is not called.
     fn before_populate(&self, mapped: Range<usize>, part: Range<usize>) -> Result<(), HeapError> {
         let _ = (mapped, part);
         Ok(())
@@ -48,10 +48,10 @@ pub trait HeapHooks: fmt::Debug + Send + Sync + 'static {
         let _ = (part, result);
     }
 
-    /// Called before [`Heap::export`] of memory of this length.
+    /// Called before [`Heap::export`]. `bytes` is the length of the memory.
     ///
     /// # Errors
-    /// The error with which the export fails; the heap is then not called.
+    /// If this returns an error, the export fails with that error, and the heap is not called.
     fn before_export(&self, bytes: usize) -> Result<(), HeapError> {
         let _ = bytes;
         Ok(())
@@ -73,7 +73,7 @@ pub trait HeapHooks: fmt::Debug + Send + Sync + 'static {
     }
 }
 
-/// A heap with callbacks around its calls, to count, delay or fail them.
+/// Wraps a heap with callbacks that can count, delay or fail the calls to it.
 ///
 /// The hooks see addresses, sizes and offsets, but get no access to the memory, so implementing
 /// them needs no `unsafe`.
@@ -110,7 +110,7 @@ impl<H: Heap, K: HeapHooks> Hooked<H, K> {
         Hooked { heap, hooks }
     }
 
-    /// The hooks.
+    /// Returns the hooks.
     pub fn hooks(&self) -> &K {
         &self.hooks
     }

@@ -5,9 +5,9 @@ use std::borrow::Cow;
 use super::{Heap, HeapError, Memfd, Memory, Pages, private};
 use crate::error::Result;
 
-/// Memfds: memory with file descriptors, which other processes can map. Each segment has its own
-/// descriptor, unless small segments share one. Needs no device and no privileges, so it is the
-/// default.
+/// A heap of memfds, which other processes can map through their file descriptors. Each segment
+/// has its own descriptor, except that small segments may share one. This heap needs no device and
+/// no privileges, so it is the default.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct MemfdHeap {
     /// The page size to populate with.
@@ -40,7 +40,7 @@ unsafe impl Heap for MemfdHeap {
     }
 }
 
-/// Private anonymous memory, for callers that need no file descriptor.
+/// A heap of private anonymous memory, for callers that need no file descriptor.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct AnonHeap {
     /// The page size to populate with.

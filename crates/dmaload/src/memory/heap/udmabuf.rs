@@ -10,8 +10,8 @@ use super::{DmaBuf, Heap, HeapError, Mapping, Memfd, Memory, Pages, Populated, p
 use crate::error::{Error, Result, SizeLimit};
 use crate::support::errno;
 
-/// Memfds that are exported as dma-bufs once they are full: storage devices write straight into
-/// the dma-buf's pages. Requires `/dev/udmabuf`.
+/// A heap of memfds that are exported as dma-bufs once they are full. Storage devices write
+/// straight into the pages of the later dma-buf. Requires `/dev/udmabuf`.
 ///
 /// Reads go through the mapping of the memfd, because newer kernels can't pin mappings of the
 /// dma-buf. On Linux 6.11 to 6.15 the heap uses only small pages, unless opened with
@@ -32,13 +32,13 @@ impl UdmabufHeap {
     /// Opens the device, and creates one small dma-buf to check that it works.
     ///
     /// # Errors
-    /// [`Error::Device`]; [`Error::Memory`] if no dma-buf can be created; [`Error::Config`] for
-    /// [`Pages::Huge`] on kernels with the bug.
+    /// [`Error::Device`] if the device can't be opened, [`Error::Memory`] if no dma-buf can be
+    /// created, and [`Error::Config`] for [`Pages::Huge`] on kernels with the bug.
     pub fn open(pages: Pages) -> Result<Self> {
         Self::with_device(Udmabuf::open()?, pages)
     }
 
-    /// Wraps the open device, for processes that may not open it themselves.
+    /// Wraps the open udmabuf device, for processes that may not open it themselves.
     ///
     /// # Errors
     /// Those of [`UdmabufHeap::open`].
@@ -63,14 +63,16 @@ impl UdmabufHeap {
     }
 
     /// Like [`UdmabufHeap::open`], but permits 2 MiB pages even on kernels with the bug, where
-    /// importers that map the dma-buf into the kernel see wrong bytes. For callers whose importers
-    /// do not map it that way: an importer that only uses its DMA addresses is not affected.
+    /// importers that map the dma-buf into the kernel see wrong bytes. Use this only if no
+    /// importer maps the dma-buf that way. An importer that only uses its DMA addresses is not
+    /// affected.
     ///
     /// # Errors
-    /// [`Error::Device`]; [`Error::Memory`] if no dma-buf can be created.
+    /// [`Error::Device`] if the device can't be opened, and [`Error::Memory`] if no dma-buf can be
+    /// created.
     pub fn open_despite_bug(pages: Pages) -> Result<Self> {
         let wrong = Udmabuf::huge_pages_show_wrong_bytes() && pages != Pages::Small;
-        let note = "2 MiB pages despite the bug of this kernel: drivers that map the udmabuf see wrong bytes";
+        let note = "2 MiB pages are used despite this kernel's bug: drivers that map the udmabuf see wrong bytes";
         Self::with(Udmabuf::open()?, pages, wrong.then(|| note.to_owned()))
     }
 
@@ -82,7 +84,7 @@ impl UdmabufHeap {
         Ok(heap)
     }
 
-    /// Whether to keep huge pages out, because drivers would see wrong bytes in them.
+    /// Whether to avoid huge pages, because drivers would see wrong bytes in them.
     fn avoids_bug(&self) -> bool {
         self.pages == Pages::Small && Udmabuf::huge_pages_show_wrong_bytes()
     }
@@ -94,15 +96,15 @@ impl UdmabufHeap {
     }
 }
 
-/// The number of a memfd's bytes that have no page.
+/// Returns the number of bytes in the memfd that have no page.
 fn missing_bytes(memfd: &Memfd) -> rustix::io::Result<u64> {
     let present_bytes = rustix::fs::fstat(memfd)?.st_blocks.cast_unsigned().saturating_mul(512);
     Ok((memfd.bytes() as u64).saturating_sub(present_bytes))
 }
 
-// SAFETY: memfds as in `MemfdHeap`, and `Mapping::populate` changes no bytes. `exports` returns
-// true, and `export` a dma-buf of all of the memfd's pages; the returned value has its only
-// descriptor.
+// SAFETY: memfds are created as in `MemfdHeap`, and `Mapping::populate` changes no bytes.
+// `exports` returns true, and `export` returns a dma-buf of all of the memfd's pages. The returned
+// value holds the dma-buf's only descriptor.
 #[allow(unsafe_code)]
 unsafe impl Heap for UdmabufHeap {
     fn name(&self) -> Cow<'_, str> {

@@ -19,7 +19,7 @@ use crate::files::residency::cached_bytes;
 
 const MIB: u64 = 1 << 20;
 
-/// Creates a folder on the source tree's disk, not on tmpfs.
+/// Creates a folder on the source tree's disk, because `/tmp` may be a tmpfs.
 fn folder() -> tempfile::TempDir {
     let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/tmp");
     fs::create_dir_all(&target).unwrap();
@@ -37,7 +37,7 @@ fn file(folder: &Path, bytes: u64) -> (PathBuf, Vec<u8>) {
     (path, content)
 }
 
-/// Brings exactly these ranges of a file into the page cache.
+/// Evicts a file from the page cache, then reads exactly these ranges into it.
 fn cache_only(path: &Path, ranges: &[Range<u64>]) {
     let file = fs::File::open(path).unwrap();
     // Pages that are still being read are not dropped, so try again.
@@ -65,9 +65,9 @@ fn chunks(cached: &CachedChunks, count: usize) -> Vec<usize> {
     (0..count).filter(|&chunk| cached.contains(chunk)).collect()
 }
 
-/// Whether a page that a probe has requested may be cached before the next probe. In a guest, with
-/// an emulated CPU and a real disk, that happens often: the chunk then counts as cached, is read
-/// short, and the rest comes from storage.
+/// Whether a page that a probe has requested may be cached before the next probe. That happens
+/// often in a guest, with an emulated CPU and a real disk. The chunk is then reported as cached,
+/// but only its beginning can be read from the cache. The rest is read from storage.
 fn may_outrun_probes() -> bool {
     std::env::var_os("DMALOAD_GUEST").is_some()
 }
@@ -141,7 +141,8 @@ fn only_fully_cached_chunks_are_used() {
                 assert!(all == expected || all && may_outrun_probes(), "{what}: {ranges:?}, {chunk}: {} bytes", read.len());
                 assert!(content[to_usize(range.start)..].starts_with(&read), "{what}: {ranges:?}, chunk {chunk}");
             }
-            // Readahead that the reads above started may end after the eviction: evict again.
+            // The reads above may have started readahead that finishes only after the eviction, so
+            // evict and try again.
             let probe = || {
                 cache_only(&path, &ranges);
                 chunks(&opened.probe(&(0..end), MIB), 9)
@@ -173,7 +174,7 @@ fn checking_the_cache_starts_no_readahead() {
             }
             // Each probe reads at most one page. There are three probes for each of four ranges,
             // plus two for each of the eight chunks of a range that seems to be partly cached. The
-            // first range does, because of the header.
+            // first range seems partly cached because its header was read.
             let seem_cached = if may_outrun_probes() { 4 } else { 1 };
             let most = 100_008_u64.next_multiple_of(page) + if probes { (4 * 3 + seem_cached * 8 * 2) * page } else { 0 };
             match cached_bytes(&opened.buffered) {
@@ -184,8 +185,8 @@ fn checking_the_cache_starts_no_readahead() {
     });
 }
 
-/// Asking for the descriptor of `buffered` turns readahead on. From then on, cached pages may come
-/// from the load's own readahead, so none counts as cached.
+/// Requesting the descriptor for the route `buffered` turns readahead on. From then on, cached
+/// pages may come from the load's own readahead, so no chunk is reported as cached.
 #[test]
 fn file_with_readahead_is_not_copied_from_the_cache() {
     let folder = folder();
@@ -250,8 +251,8 @@ fn stores_into_dirty_pages_are_detected() {
     });
 }
 
-/// `write(2)` sets the modification time before its first byte, and a file may be opened before
-/// its last one.
+/// `write(2)` sets the modification time before it writes its first byte, so a file may be opened
+/// after the time was set and before the last byte is written.
 #[test]
 fn running_write_is_waited_for_or_detected() {
     let folder = folder();
@@ -279,6 +280,6 @@ fn running_write_is_waited_for_or_detected() {
             writer.join().unwrap();
             assert!(has_changed(&opened) || seen.iter().all(|&byte| byte == round), "{what}: bytes from before the write");
         }
-        println!("{what}: {under_way} of 5 writes were under way");
+        println!("{what}: {under_way} of 5 writes were still running when the file was opened");
     });
 }
