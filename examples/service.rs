@@ -9,9 +9,9 @@
 //! curl localhost:8080/metrics # for Prometheus
 //! ```
 //!
-//! One loader serves all requests: its memory limit covers the whole service, and its pool makes
-//! reloads cheap. A client that disconnects cancels its load. On SIGINT the service finishes
-//! running requests and shuts down the loader.
+//! One loader serves all requests, so its memory limit covers the whole service, and its pool
+//! makes reloads cheap. If a client disconnects, its load is cancelled. On SIGINT, the service
+//! finishes the running requests and shuts down the loader.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -55,8 +55,8 @@ fn describe(name: &str, image: &Image) -> Value {
     })
 }
 
-/// Loads a model. An older model of the same name stays available until the new one is loaded, and
-/// requests that use the older one keep it alive.
+/// Loads a model. An older model with the same name stays available until the new one is loaded,
+/// and stays in memory as long as a request uses it.
 async fn load(State(service): State<Service>, Path(name): Path<String>, Json(body): Json<Value>) -> Answer<Json<Value>> {
     let path = body["path"].as_str().ok_or((StatusCode::BAD_REQUEST, "the request body must contain \"path\"\n".to_owned()))?;
     let image = service.loader.load(path).await.map_err(to_response)?;

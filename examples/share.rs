@@ -1,5 +1,5 @@
-//! Shares loaded memory between two processes. The parent loads a model and serves it; the child
-//! maps the same pages. Both print a checksum of the bytes.
+//! Shares loaded memory between two processes. The parent loads a model and serves it, and its
+//! child attaches and maps the same pages. Both print a checksum of the bytes.
 //!
 //! `cargo run -p dmaload-examples --example share -- MODEL`
 
@@ -23,7 +23,7 @@ async fn main() -> anyhow::Result<()> {
     let first = arguments.next().unwrap_or("model.safetensors".to_owned());
     if first == "attach" {
         let attached = attach(arguments.next().unwrap_or_default(), AttachOptions::default()).await?;
-        println!("process {} of {}: {:016x}", std::process::id(), attached.process, checksum(&attached.image)?);
+        println!("process {}, attached to process {}: {:016x}", std::process::id(), attached.process, checksum(&attached.image)?);
         return Ok(());
     }
     let image = Loader::new()?.load(&first).await?;

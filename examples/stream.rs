@@ -1,5 +1,5 @@
-//! Processes each segment while the rest of the file is still being read, and keeps none of them,
-//! like a consumer that uploads to a device.
+//! Processes each segment while the rest of the file is still being read, and then drops it, as a
+//! program would do that uploads a model to a device.
 
 use dmaload::{LoadOptions, Loader};
 

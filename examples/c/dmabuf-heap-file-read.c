@@ -1,6 +1,6 @@
 /*
- * Reads a file into a dma-buf in one of the ways that a kernel patch series of 2024
- * (DMA_HEAP_IOCTL_ALLOC_AND_READ) compared. Prints the time that allocating and reading take:
+ * Reads a file into a dma-buf in one of the ways that were compared by a kernel patch series of
+ * 2024 (DMA_HEAP_IOCTL_ALLOC_AND_READ). Prints the time that allocating and reading take:
  *
  *     dmabuf-heap-file-read HEAP MODE FILE
  *
@@ -9,7 +9,7 @@
  *        normal_io        allocate, read the file through the page cache
  *        direct_io        dmaload
  *        direct_io_check  dmaload, then compare every byte with the file
- *        bench            dmaload, started through standard input by `dmaload bench --peer`
+ *        bench            dmaload, as a program that `dmaload bench --peer` measures
  *
  * All modes but bench first evict the file from the page cache.
  *
@@ -82,7 +82,7 @@ static size_t round_up_to_pages(size_t bytes)
     return (bytes + page - 1) / page * page;
 }
 
-/* Allocates from a heap without dmaload. */
+/* Allocates a dma-buf or a memfd directly from the kernel, without dmaload. */
 static int allocate(const char *heap, size_t bytes)
 {
     if (!is_memfd(heap) && !is_udmabuf(heap)) {
@@ -118,7 +118,7 @@ static void *map(int fd, size_t bytes, int protection)
     return address;
 }
 
-/* Begins or ends CPU access to a dma-buf. Does nothing for a memfd, which refuses the ioctl. */
+/* Begins or ends CPU access to a dma-buf. For a memfd, which refuses the ioctl, does nothing. */
 static void sync_cpu(int fd, uint64_t flags)
 {
     struct dma_buf_sync sync = { .flags = flags };
@@ -162,7 +162,7 @@ static int normal_io(const char *heap, int file, size_t bytes)
     return fd;
 }
 
-/* Loads with dmaload. Stores in `huge_bytes` how many bytes are in 2 MiB pages; 0 if unknown. */
+/* Loads with dmaload. Stores in `huge_bytes` how many bytes are on 2 MiB pages (0 if unknown). */
 static int direct_io(const char *heap, int file, uint64_t *huge_bytes)
 {
     int fd = -1;
@@ -217,7 +217,7 @@ static void check(int fd, int file, size_t bytes)
     munmap((void *)seen, all);
 }
 
-/* The protocol of --peer, described in docs/cli.md. */
+/* Implements the protocol of `dmaload bench --peer`, which docs/cli.md describes. */
 static void bench(const char *heap, int file)
 {
     char line[64];
@@ -254,7 +254,7 @@ int main(int argc, char **argv)
         bench(heap, file);
         return 0;
     }
-    /* Dirty pages cannot be evicted, so write them back first. */
+    /* Dirty pages cannot be evicted from the page cache, so write them back first. */
     fsync(file);
     posix_fadvise(file, 0, 0, POSIX_FADV_DONTNEED);
 

@@ -34,18 +34,18 @@
 struct source {
     struct dmaload_load *load;
     struct gguf_context *metadata;
-    /* The tensor whose data is that of EMBEDDINGS, or -1. */
+    /* The id of the tensor that shares the data of EMBEDDINGS, or -1 if there is none. */
     int64_t shared_id;
-    /* Address space for the whole file: each segment is mapped at its offset in the file. */
+    /* Address space for the whole file. Each segment is mapped at its offset in the file. */
     char *bytes;
     size_t file_bytes;
-    /* All bytes before this offset are mapped. */
+    /* The segments up to this offset in the file have been mapped. */
     size_t mapped_bytes;
-    /* The first error, or empty. llama.cpp's callback cannot return one. */
+    /* The first error, or an empty string. The callback cannot return an error to llama.cpp. */
     char error[1024];
 };
 
-/* Keeps the first error. */
+/* Stores an error, unless an earlier one is stored already. */
 __attribute__((format(printf, 2, 3))) static void fail(struct source *source, const char *format, ...)
 {
     if (source->error[0])
@@ -97,9 +97,10 @@ static int is_llama(const struct gguf_context *metadata)
 }
 
 /*
- * llama.cpp also creates those optional tensors of the architecture that the file lacks, as F32.
- * Sets factors to 1, and biases to 0, so that neither has an effect. Fails for any other tensor,
- * and for biases of an architecture other than "llama", where all biases are optional.
+ * Sets a tensor that the file lacks. llama.cpp also creates the optional tensors of the
+ * architecture that the file lacks, with type F32. Factors are set to 1 and biases to 0, so that
+ * they have no effect. Biases are set only for the architecture "llama", where all of them are
+ * optional. For any other tensor, this fails.
  */
 static void set_missing_tensor(struct source *source, struct ggml_tensor *tensor)
 {
@@ -138,13 +139,13 @@ static void set_tensor(struct ggml_tensor *tensor, void *user)
     if (id == source->shared_id)
         id = gguf_find_tensor(metadata, EMBEDDINGS);
     /*
-     * llama.cpp takes the type from the metadata, but the shape from the model's parameters. The
-     * shape can therefore differ from the file's.
+     * llama.cpp gives the tensor the type in the metadata, but computes the shape from the model's
+     * parameters, so it can differ from the shape in the file.
      */
     size_t begin = gguf_get_data_offset(metadata) + gguf_get_tensor_offset(metadata, id);
     size_t bytes = gguf_get_tensor_size(metadata, id);
     if (memcmp(tensor->ne, gguf_get_tensor_ne(metadata, id), sizeof tensor->ne) != 0 || ggml_nbytes(tensor) != bytes) {
-        fail(source, "tensor \"%s\" has another shape in the file", name);
+        fail(source, "tensor \"%s\" has a different shape in the file", name);
         return;
     }
     while (source->mapped_bytes < begin || source->mapped_bytes - begin < bytes)
@@ -155,7 +156,7 @@ static void set_tensor(struct ggml_tensor *tensor, void *user)
     ggml_backend_tensor_set(tensor, source->bytes + begin, 0, bytes);
 }
 
-/* Reads the metadata, which has the offset and the type of each tensor, but not the data. */
+/* Reads the metadata: the offset and the type of each tensor, but none of the data. */
 static int read_metadata(struct source *source, FILE *file)
 {
     struct ggml_context *tensors = NULL;
@@ -166,8 +167,9 @@ static int read_metadata(struct source *source, FILE *file)
         return 0;
     }
     /*
-     * In a model without output.weight, the token embeddings are also the output weights. Unless
-     * the metadata has a tensor of that name, llama.cpp creates one of type F32.
+     * In a model without output.weight, the token embeddings are also the output weights.
+     * llama.cpp would create output.weight with type F32, so it is added to the metadata with the
+     * type of the embeddings.
      */
     const struct ggml_tensor *embeddings = ggml_get_tensor(tensors, EMBEDDINGS);
     source->shared_id = -1;
@@ -181,7 +183,7 @@ static int read_metadata(struct source *source, FILE *file)
     return 1;
 }
 
-/* Creates the model during the load. Returns NULL after an error, which `source->error` states. */
+/* Creates the model during the load. Returns NULL and sets `source->error` after an error. */
 static struct llama_model *create_model(struct source *source, FILE *file)
 {
     /* Small segments, so that llama.cpp gets the first tensors early. */
@@ -208,7 +210,7 @@ static struct llama_model *create_model(struct source *source, FILE *file)
         llama_model_init_from_user(source->metadata, set_tensor, source, llama_model_default_params());
     if (!model)
         fail(source, "llama.cpp cannot create the model");
-    /* Only a load that ends without an error shows that the file did not change meanwhile. */
+    /* Whether the file has changed is certain only when the load has ended, so wait for that. */
     while (!source->error[0] && map_next_segment(source))
         ;
     if (source->error[0] && model) {
@@ -218,7 +220,7 @@ static struct llama_model *create_model(struct source *source, FILE *file)
     return model;
 }
 
-/* Prints the error and returns NULL if the model cannot be loaded. */
+/* Loads the model. If that fails, prints the error and returns NULL. */
 static struct llama_model *load_with_dmaload(const char *path)
 {
     struct source source = { 0 };
@@ -244,8 +246,9 @@ static struct llama_model *load_with_dmaload(const char *path)
 }
 
 /*
- * Evaluates the first tokens of the vocabulary. Returns the logits after the last one, `count` of
- * them, which the caller frees, or NULL after an error. Frees the model.
+ * Evaluates the first tokens of the vocabulary, and frees the model. Returns the logits after the
+ * last token, which the caller has to free, and stores their number in `count`. Returns NULL after
+ * an error.
  */
 static float *evaluate(struct llama_model *model, size_t *count)
 {
@@ -282,7 +285,7 @@ static void print_checksum(const char *loader, const float *logits, size_t count
            (unsigned long long)checksum);
 }
 
-/* Prints errors only. */
+/* Receives llama.cpp's log messages, and prints only the errors. */
 static void log_message(enum ggml_log_level level, const char *text, void *user)
 {
     (void)user;
@@ -315,8 +318,9 @@ int main(int argc, char **argv)
     if (logits && compare) {
         struct llama_model_params params = llama_model_default_params();
         /*
-         * Extra buffer types rearrange weights and round differently. llama_model_init_from_user
-         * uses none of them, so they are turned off for the comparison.
+         * With extra buffer types, llama.cpp rearranges weights, and results are rounded
+         * differently. llama_model_init_from_user uses none of these types, so they are turned off
+         * for the comparison.
          */
         params.use_extra_bufts = false;
         model = llama_model_load_from_file(path, params);

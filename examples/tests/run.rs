@@ -1,5 +1,5 @@
 //! Runs the examples on small models, and checks that the README shows the code of `hello.rs`.
-#![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
+#![allow(clippy::disallowed_methods, reason = "prints only paths that this code created")]
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 
 use serde_json::{Value, json};
 
-/// Makes a command for an example, which cargo built along with this test.
+/// Returns a command that runs an example. Cargo built the example along with this test.
 fn example(name: &str) -> Command {
     let tests = std::env::current_exe().unwrap();
     let path = tests.parent().and_then(Path::parent).unwrap().join("examples").join(name);
@@ -16,7 +16,7 @@ fn example(name: &str) -> Command {
     Command::new(path)
 }
 
-/// Writes a model with one tensor of `bytes` bytes, each of which is `value`.
+/// Writes a model with one tensor `w`, whose `bytes` bytes all have the value `value`.
 fn write_model(folder: &Path, name: &str, bytes: usize, value: u8) -> PathBuf {
     let header = format!(r#"{{"w":{{"dtype":"U8","shape":[{bytes}],"data_offsets":[0,{bytes}]}}}}"#);
     let mut file = (header.len() as u64).to_le_bytes().to_vec();
@@ -38,7 +38,7 @@ fn readme_shows_the_hello_example_verbatim() {
     let readme = include_str!("../../README.md");
     let (_, hello) = include_str!("../hello.rs").split_once("use ").expect("hello.rs has code after its comment");
     let (_, block) = readme.split_once("```rust\nuse ").expect("the README has a Rust block");
-    let (block, _) = block.split_once("```").expect("the Rust block ends");
+    let (block, _) = block.split_once("```").expect("the Rust block is closed");
     assert_eq!(block, hello);
 }
 
@@ -113,8 +113,9 @@ fn evict(path: &Path) {
     assert!(dd.unwrap().success());
 }
 
-/// Swaps two models a hundred times, with requests in between. The bytes are right, and neither
-/// descriptors nor memory accumulate. At first, one model is cached and the other is not.
+/// Swaps two models a hundred times, with requests in between. Checks that the bytes are right,
+/// and that neither descriptors nor memory accumulate. At first, one model is in the page cache
+/// and the other is not.
 #[test]
 fn service_loads_swaps_and_serves_models() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();

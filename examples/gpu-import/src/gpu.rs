@@ -9,9 +9,9 @@ use ash::{Device, Entry, Instance, ext, khr, vk};
 const DMA_BUF: vk::ExternalMemoryHandleTypeFlags = vk::ExternalMemoryHandleTypeFlags::DMA_BUF_EXT;
 const EXTENSIONS: [&CStr; 2] = [khr::external_memory_fd::NAME, ext::external_memory_dma_buf::NAME];
 
-/// The number of lanes of `sum.wgsl`, each of which computes one sum.
+/// The number of lanes that run `sum.wgsl`. Each lane computes one sum.
 const LANES: u32 = 1024;
-/// The number of lanes of one workgroup.
+/// The number of lanes in a workgroup, as declared in `sum.wgsl`.
 const WORKGROUP_LANES: u32 = 64;
 
 /// A device that imports dma-bufs.
@@ -55,7 +55,7 @@ impl Gpu {
             let name = properties.device_name_as_c_str()?.to_string_lossy().into_owned();
             let has = |wanted: &CStr| extensions.iter().any(|own| own.extension_name_as_c_str() == Ok(wanted));
             if !EXTENSIONS.into_iter().all(has) {
-                seen.push(format!("{name} imports no dma-bufs"));
+                seen.push(format!("{name} cannot import dma-bufs"));
                 continue;
             }
             // SAFETY: the physical device belongs to this instance.
@@ -82,7 +82,7 @@ impl Gpu {
             .find(|&index| allowed & 1 << index != 0 && memory.memory_types[index as usize].property_flags.contains(wanted))
     }
 
-    /// Makes a buffer from a dma-buf's memory.
+    /// Imports a dma-buf as a buffer, without copying its memory.
     pub(crate) fn import(&self, dma_buf: OwnedFd, bytes: u64) -> Result<Buffer> {
         let mut fits = vk::MemoryFdPropertiesKHR::default();
         // SAFETY: the descriptor is open, the structures outlive the calls below, and a successful
@@ -109,7 +109,7 @@ impl Gpu {
         }
     }
 
-    /// Makes a buffer that the CPU can map.
+    /// Creates a buffer whose memory the CPU can map.
     fn make_visible(&self, bytes: u64, usage: vk::BufferUsageFlags) -> Result<Buffer> {
         // SAFETY: the structures outlive the calls.
         unsafe {
@@ -125,7 +125,7 @@ impl Gpu {
         }
     }
 
-    /// Reads a buffer from [`Gpu::make_visible`].
+    /// Returns the bytes of a buffer that [`Gpu::make_visible`] created.
     fn read_bytes(&self, buffer: &Buffer) -> Result<Vec<u8>> {
         // SAFETY: the memory comes from `make_visible`, so it can be mapped and has `buffer.bytes`
         // bytes. The GPU does not write to it, because `run` has waited until the queue is idle.
@@ -137,7 +137,7 @@ impl Gpu {
         }
     }
 
-    /// Releases a buffer that the GPU has finished with.
+    /// Frees a buffer and its memory. The GPU must no longer use the buffer.
     pub(crate) fn release(&self, buffer: Buffer) {
         // SAFETY: each function that uses a buffer waits until the queue is idle.
         unsafe {
@@ -146,7 +146,7 @@ impl Gpu {
         }
     }
 
-    /// Copies a buffer on the GPU, and returns the copy.
+    /// Copies a buffer on the GPU, and returns the bytes of the copy.
     pub(crate) fn copy(&self, from: &Buffer) -> Result<Vec<u8>> {
         let to = self.make_visible(from.bytes, vk::BufferUsageFlags::TRANSFER_DST)?;
         // SAFETY: both buffers have memory of `from.bytes` bytes, which is alive until `run`
@@ -159,7 +159,7 @@ impl Gpu {
         bytes
     }
 
-    /// Sums the words of a buffer on the GPU, with `sum.wgsl`.
+    /// Computes the sum of `sum.wgsl` over a buffer, on the GPU.
     pub(crate) fn sum(&self, words: &Buffer) -> Result<u32> {
         let sums = self.make_visible(u64::from(LANES) * 4, vk::BufferUsageFlags::STORAGE_BUFFER)?;
         let code = compile_shader()?;
@@ -184,7 +184,7 @@ impl Gpu {
                 vk::PipelineShaderStageCreateInfo::default().stage(vk::ShaderStageFlags::COMPUTE).module(module).name(c"main");
             let info = vk::ComputePipelineCreateInfo::default().stage(stage).layout(layout);
             let made = self.device.create_compute_pipelines(vk::PipelineCache::null(), &[info], None);
-            let pipeline = made.map_err(|(_, error)| error).context("cannot make a pipeline of the shader")?[0];
+            let pipeline = made.map_err(|(_, error)| error).context("cannot create a pipeline for the shader")?[0];
 
             let sizes = [vk::DescriptorPoolSize::default().ty(kind).descriptor_count(2)];
             let pool = self
@@ -229,7 +229,7 @@ impl Gpu {
         Ok(lanes.fold(0, u32::wrapping_add))
     }
 
-    /// Records commands, and waits until the GPU has run them.
+    /// Records commands, submits them, and waits until the GPU has run them.
     fn run(&self, record: impl FnOnce(vk::CommandBuffer)) -> Result<()> {
         // SAFETY: everything made here is destroyed only after the queue is idle.
         unsafe {
@@ -251,8 +251,8 @@ impl Gpu {
 
 impl Drop for Gpu {
     fn drop(&mut self) {
-        // SAFETY: nothing of the device is in use, because each function that uses the device
-        // waits until its queue is idle.
+        // SAFETY: the GPU runs no commands of this device, because each function that submits some
+        // waits until the queue is idle.
         unsafe {
             self.device.destroy_device(None);
             self.instance.destroy_instance(None);
@@ -260,7 +260,7 @@ impl Drop for Gpu {
     }
 }
 
-/// Computes the same sum as `sum.wgsl` on the CPU. Bytes after the last whole word are padded with
+/// Computes the same sum as `sum.wgsl`, but on the CPU. An incomplete last word is padded with
 /// zeros.
 pub(crate) fn sum(bytes: &[u8]) -> u32 {
     let word = |part: &[u8]| {
@@ -295,6 +295,6 @@ mod tests {
 
     #[test]
     fn shader_compiles_to_spir_v() {
-        assert_eq!(compile_shader().unwrap()[0], 0x0723_0203, "the magic number of SPIR-V");
+        assert_eq!(compile_shader().unwrap()[0], 0x0723_0203, "SPIR-V starts with its magic number");
     }
 }

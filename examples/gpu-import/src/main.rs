@@ -2,9 +2,9 @@
 //! (`VK_EXT_external_memory_dma_buf`). The GPU copies each buffer, and sums its words with a
 //! compute shader; the copy and the sum are compared with the file.
 //!
-//! `just gpu-import MODEL [HEAP]`, where the heap is `udmabuf` or `dma-heap:NAME`. If no heap is
-//! given and none makes dma-bufs, or if there is no Vulkan or no driver that imports dma-bufs,
-//! prints the reason and exits with 0.
+//! `just gpu-import MODEL [HEAP]`, where the heap is `udmabuf` or `dma-heap:NAME`. The program
+//! prints the reason and exits with 0 if it cannot run on this machine: if no heap is given and
+//! none can make dma-bufs, if Vulkan is not installed, or if no Vulkan driver imports dma-bufs.
 #![allow(unsafe_code, reason = "Vulkan")]
 
 mod gpu;
@@ -17,7 +17,7 @@ use gpu::Gpu;
 
 #[tokio::main]
 async fn main() -> Result<()> {
-    let path = std::env::args().nth(1).context("cannot load a model without its path: run `just gpu-import MODEL`")?;
+    let path = std::env::args().nth(1).context("no model was given: run `just gpu-import MODEL`")?;
     let heap = std::env::args().nth(2).unwrap_or("dma-buf".to_owned());
     let heap: HeapChoice = heap.parse().map_err(anyhow::Error::msg)?;
     let loader = match heap.open(Pages::Auto).and_then(|(heap, _)| Loader::builder().heap(heap).dma_buf(true).build()) {

@@ -1,5 +1,5 @@
-// Sums the words of a buffer, each multiplied by an odd number that depends on its index, so that
-// the order of words matters. Each of the 1024 lanes sums every 1024th word.
+// Sums the words of a buffer. Each word is multiplied by an odd number that depends on its index,
+// so that the sum depends on the order of the words. Each of the 1024 lanes sums every 1024th word.
 
 @group(0) @binding(0) var<storage, read> words: array<u32>;
 @group(0) @binding(1) var<storage, read_write> sums: array<u32>;
