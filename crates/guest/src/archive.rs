@@ -1,7 +1,7 @@
-//! Debian's package archive, one suite at a time.
+//! Downloads packages from Debian's archive. An [`Archive`] is one suite of it, such as `trixie`.
 //!
-//! Each suite has a separate folder for apt's lists, so packages never come from another suite,
-//! and the suites that this machine installs from do not matter.
+//! Each suite has its own folder for apt's lists. Packages therefore never come from another
+//! suite, regardless of which suites this machine is configured to install from.
 //!
 //! ```text
 //! target/guest/apt/trixie-backports/{sources.list,status,lists,cache,renewed}
@@ -19,9 +19,9 @@ use anyhow::{Context, Result, bail};
 use crate::progress;
 use crate::run;
 
-/// Lists older than this are renewed. Debian updates its archive every 6 hours.
+/// Package lists older than this are fetched again. Debian updates its archive every 6 hours.
 const LISTS_AGE_MAX: Duration = Duration::from_secs(6 * 3600);
-/// Keys that verify all suites, including those newer than this machine's.
+/// The keyring that verifies all suites, including suites newer than this machine's release.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 const SECURITY: &str = "-security";
 
@@ -33,9 +33,11 @@ pub(crate) struct Archive {
 }
 
 impl Archive {
-    /// Opens a suite below `folder`, and fetches its package lists if they are missing or old.
+    /// Opens a suite, whose files are in a folder below `folder`. Fetches its package lists if
+    /// they are missing or old.
     ///
-    /// If old lists cannot be renewed, prints a warning and uses them.
+    /// If there are old lists and new ones cannot be fetched, prints a warning and uses the old
+    /// ones.
     pub(crate) fn open(folder: &Path, suite: &str) -> Result<Self> {
         let archive = Archive { suite: suite.to_owned(), folder: folder.join(suite) };
         for part in ["lists/partial", "cache/archives/partial"] {
@@ -50,7 +52,7 @@ impl Archive {
             if !archive.stamp().exists() {
                 return Err(error);
             }
-            progress::print(&format!("guest: {suite}: uses old package lists, because new ones cannot be fetched: {error:#}"));
+            progress::print(&format!("guest: {suite}: using old package lists, because new ones cannot be fetched: {error:#}"));
         }
         Ok(archive)
     }
@@ -61,7 +63,7 @@ impl Archive {
 
     pub(crate) fn renew(&self) -> Result<()> {
         let mirror = configured_mirror(&self.suite)?;
-        // Guests are amd64, whatever this machine's architecture.
+        // Guests are always amd64, regardless of this machine's architecture.
         let source = format!("deb [arch=amd64 signed-by={KEYRING}] {mirror} {} main\n", self.suite);
         fs::write(self.folder.join("sources.list"), source)?;
         fs::write(self.folder.join("status"), "")?;
@@ -71,7 +73,8 @@ impl Archive {
         fs::write(self.stamp(), "").map_err(Into::into)
     }
 
-    /// A file that is modified whenever the lists are renewed.
+    /// Returns the path of a file whose modification time is that of the last successful
+    /// [`renew`](Self::renew).
     fn stamp(&self) -> PathBuf {
         self.folder.join("renewed")
     }
@@ -96,9 +99,10 @@ impl Archive {
         run::output(&mut command).with_context(|| format!("cannot download {package} from {}", self.suite)).map(drop)
     }
 
-    /// Downloads packages and their dependencies, and returns the files.
+    /// Downloads packages and their dependencies, and returns the paths of the package files.
     pub(crate) fn download_all(&self, packages: &[&str]) -> Result<Vec<PathBuf>> {
-        // Earlier downloads may be of other versions, or of packages that are no longer needed.
+        // The cache may contain other versions of these packages, or packages that are no longer
+        // needed.
         run::output(self.apt("apt-get").args(["-q", "clean"]))
             .with_context(|| format!("cannot remove earlier downloads from {}", self.suite))?;
         let mut command = self.apt("apt-get");
@@ -114,14 +118,14 @@ impl Archive {
         Ok(files)
     }
 
-    /// Makes a command for one of apt's programs, which sees only this suite.
+    /// Returns a command that runs one of apt's programs. The program sees only this suite.
     fn apt(&self, program: &str) -> Command {
         let mut command = Command::new(program);
         command.env("LC_ALL", "C");
         let folder = self.folder.display();
         for setting in [
-            // The first two settings hide this machine's configuration, such as which other
-            // indices to fetch.
+            // The first two settings keep apt from reading this machine's configuration, which may
+            // name other indices to fetch.
             format!("Dir::Etc::parts={folder}"),
             format!("Dir::Etc::main={folder}/none"),
             format!("Dir::Etc::sourcelist={folder}/sources.list"),
@@ -140,15 +144,16 @@ impl Archive {
     }
 }
 
-/// Finds the mirror that this machine uses for suites of the same kind.
+/// Finds the mirror from which this machine gets suites of the same kind (security or not).
 fn configured_mirror(suite: &str) -> Result<String> {
     let format = "$(REPO_URI) $(RELEASE)";
     let targets = run::output(Command::new("apt-get").args(["indextargets", "--format", format, "Created-By: Packages"]))?;
-    find_mirror(&targets, suite)
-        .with_context(|| format!("cannot find a mirror for {suite}: apt has none; add Debian's sources (`deb …`) to /etc/apt"))
+    find_mirror(&targets, suite).with_context(|| {
+        format!("cannot find a mirror for {suite} in apt's configuration; add Debian's sources (`deb …`) to /etc/apt")
+    })
 }
 
-/// Finds a mirror in lines of `URI SUITE`. Security suites have separate mirrors.
+/// Finds a mirror in lines of the form `URI SUITE`. Security suites have separate mirrors.
 fn find_mirror(targets: &str, suite: &str) -> Option<String> {
     let debian = ["bookworm", "trixie", "forky", "sid", "stable", "oldstable", "testing", "unstable"];
     let mut known = targets.lines().filter_map(|line| line.split_once(' '));
@@ -159,7 +164,8 @@ fn find_mirror(targets: &str, suite: &str) -> Option<String> {
     known.find(|(_, release)| is_same_kind(release)).map(|(uri, _)| uri.to_owned())
 }
 
-/// Unpacks a package into `folder`, except for `/usr/share`. Other files in the folder stay.
+/// Unpacks a package into `folder`, except for its `/usr/share`. Keeps other files that are
+/// already in the folder.
 pub(crate) fn unpack(package: &Path, folder: &Path) -> Result<()> {
     fs::create_dir_all(folder)?;
     let mut reader = Command::new("dpkg-deb").arg("--fsys-tarfile").arg(package).stdout(Stdio::piped()).spawn()?;

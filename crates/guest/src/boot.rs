@@ -18,13 +18,13 @@ impl Boot<'_> {
         self.outcome.as_ref().map_or(&[], |outcome| &outcome.transcript.suites)
     }
 
-    /// Returns commands that rerun each failed test, or a whole suite that failed without a failed
-    /// test.
+    /// Returns commands that rerun the failed tests. If a suite failed without a failed test, the
+    /// command reruns the whole suite.
     pub(crate) fn replays(&self) -> Vec<String> {
         let mut commands = Vec::new();
         for suite in self.suites().iter().filter(|suite| suite.failed(self.plan.filter.is_some())) {
-            // `--kernel` accepts only ids of `KERNELS`, which may lack the line that was booted
-            // instead.
+            // This is the id of the requested kernel. If another line was booted instead,
+            // `KERNELS` may not contain that line's id, and `--kernel` would not accept it.
             let command = format!("just guest-test --kernel {} --only {}", self.plan.kernel.id, suite.name);
             let tests = suite.failed_tests();
             commands.extend(tests.iter().map(|test| format!("{command} --filter {test}")));

@@ -1,7 +1,8 @@
-//! Builds the command, the suites and C programs, statically linked. The executables are those
-//! that cargo's messages name.
+//! Builds statically linked executables: the command, the suites and the C programs. Cargo's
+//! messages contain the paths of the executables that it built.
 //!
-//! Uses a separate target folder, because alternating flags would rebuild the workspace each time.
+//! Uses a separate target folder. If builds with different flags shared a folder, each of them
+//! would rebuild the workspace.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::env;
@@ -14,13 +15,13 @@ use serde_json::Value;
 use crate::run;
 use crate::suites::{Program, Suite};
 
-/// The target to build for. Because it is named explicitly, `RUSTFLAGS` do not apply to procedural
-/// macros, which cannot be linked statically.
+/// The target to build for. If a target is named explicitly, cargo does not apply `RUSTFLAGS` to
+/// procedural macros, which cannot be linked statically.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// The profile of everything that runs in guests: optimized, because emulation is slow, but with
-/// all debug checks. More optimization would add more time to the build than it saves in the
-/// guests.
+/// Settings of the cargo profile for everything that runs in guests. The code is optimized,
+/// because emulation is slow, but keeps all debug checks. A higher optimization level would add
+/// more time to the build than it saves in the guests.
 const PROFILE: [&str; 6] = [
     "profile.guest.inherits=\"dev\"",
     "profile.guest.opt-level=1",
@@ -30,24 +31,24 @@ const PROFILE: [&str; 6] = [
     "profile.guest.package.\"*\".opt-level=1",
 ];
 
-/// Options that select the packages of the command and of all suites.
+/// Options that select the packages that contain the command and the suites.
 const PACKAGES: [&str; 8] = ["-p", "dmabuf", "-p", "dmaload", "-p", "dmaload-cli", "-p", "dmaload-guest"];
 
 #[derive(Debug)]
 pub(crate) struct Built {
-    /// The program `dmaload`.
+    /// The path of the program `dmaload`.
     pub(crate) command: PathBuf,
-    /// Each suite's program, by the suite's name.
+    /// The path of each suite's program, keyed by the suite's name.
     pub(crate) suites: BTreeMap<&'static str, PathBuf>,
-    /// C programs, linked with the static library.
+    /// The paths of the C programs, which are linked with the static `libdmaload_capi.a`.
     pub(crate) c_programs: Vec<PathBuf>,
     /// The `CARGO_TARGET_TMPDIR` that was compiled into the integration tests.
     pub(crate) tests_folder: PathBuf,
-    /// The folder in which unit tests make files. Its absolute path was compiled into them.
+    /// The folder in which unit tests create files. Its absolute path was compiled into them.
     pub(crate) unit_tests_folder: PathBuf,
 }
 
-/// Builds the command, these suites and the C programs.
+/// Builds the command, the given suites and the C programs.
 pub(crate) fn build(workspace: &Path, target_dir: &Path, suites: &[&Suite]) -> Result<Built> {
     let cargo = || {
         let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
@@ -65,11 +66,11 @@ pub(crate) fn build(workspace: &Path, target_dir: &Path, suites: &[&Suite]) -> R
         Ok::<_, anyhow::Error>(parse_artifacts(&text))
     };
 
-    // This build and that of the unit tests name the same packages, so that the dependencies have
-    // the same features and are compiled once.
+    // This build selects the same packages as the build of the unit tests below. Dependencies
+    // therefore have the same features in both builds, and are compiled only once.
     let programs = build(cargo().arg("build").args(PACKAGES).args(["--bin", "dmaload"]).args(select_tests(suites)))?;
     let command = programs.iter().find(|artifact| artifact.is("dmaload-cli", "bin", "dmaload"));
-    let command = command.context("cannot find dmaload among what cargo built")?.executable.clone();
+    let command = command.context("cannot find dmaload among the executables that cargo built")?.executable.clone();
 
     let unit_tests = if suites.iter().any(|suite| matches!(suite.program, Program::Lib(_))) {
         build(cargo().args(["test", "--no-run", "--lib"]).args(PACKAGES))?
@@ -83,11 +84,11 @@ pub(crate) fn build(workspace: &Path, target_dir: &Path, suites: &[&Suite]) -> R
             Program::Test(package, name) => programs.iter().find(|artifact| artifact.is(package, "test", name)),
         };
         let Some(artifact) = artifact else {
-            bail!("cannot find the suite {} among what cargo built: {:?}", suite.name, suite.program)
+            bail!("cannot find the suite {} among the executables that cargo built: {:?}", suite.name, suite.program)
         };
         found.insert(suite.name, artifact.executable.clone());
     }
-    // Builds only the static library, because a shared one cannot be linked with these flags.
+    // Build only the static library, because a shared library cannot be linked with these flags.
     build(cargo().args(["rustc", "-p", "dmaload-capi", "--crate-type", "staticlib"]))?;
     let folder = target_dir.join(TARGET);
     let c_programs = C_PROGRAMS.map(|(name, source)| compile_c(workspace, &folder.join("guest"), name, source));
@@ -96,7 +97,7 @@ pub(crate) fn build(workspace: &Path, target_dir: &Path, suites: &[&Suite]) -> R
     Ok(Built { command, suites: found, c_programs, tests_folder, unit_tests_folder })
 }
 
-/// The names of the C programs, and their sources.
+/// The name of each C program, and its source file.
 const C_PROGRAMS: [(&str, &str); 2] =
     [("dmabuf-heap-file-read", "examples/c/dmabuf-heap-file-read.c"), ("capi-suite", "crates/dmaload-capi/tests/c/suite.c")];
 
@@ -111,16 +112,16 @@ fn compile_c(workspace: &Path, folder: &Path, name: &str, source: &str) -> Resul
 
 fn run_cargo(command: &mut Command) -> Result<String> {
     let shown = run::describe(command);
-    // The compiler's messages go straight to the user.
+    // The user sees the compiler's messages directly, because cargo inherits stderr.
     let output =
         command.stdin(Stdio::null()).stderr(Stdio::inherit()).output().with_context(|| format!("cannot run `{shown}`"))?;
     if !output.status.success() {
-        bail!("`{shown}` ended with {}", output.status);
+        bail!("`{shown}` failed with {}", output.status);
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// Returns cargo's options that select the integration tests among these suites.
+/// Returns cargo options that select the integration tests among these suites.
 fn select_tests(suites: &[&Suite]) -> Vec<&'static str> {
     let names = suites.iter().filter_map(|suite| match suite.program {
         Program::Test(_, name) => Some(name),
@@ -144,7 +145,7 @@ impl Artifact {
     }
 }
 
-/// Finds the executables in cargo's messages.
+/// Parses the executables that cargo's JSON messages report.
 fn parse_artifacts(messages: &str) -> Vec<Artifact> {
     messages.lines().filter_map(|line| parse_artifact(&serde_json::from_str(line).ok()?)).collect()
 }
@@ -161,8 +162,8 @@ fn parse_artifact(message: &Value) -> Option<Artifact> {
     })
 }
 
-/// Parses the package's name in its id: `…/guest#dmaload-guest@0.1.0`, or `…/dmaload#0.1.0` if the
-/// package's folder has the same name.
+/// Parses the name of a package from its id, for example `…/guest#dmaload-guest@0.1.0`. The id has
+/// the form `…/dmaload#0.1.0` if the package has the same name as its folder.
 fn parse_package_name(id: &str) -> &str {
     let (path, fragment) = id.rsplit_once('#').unwrap_or((id, ""));
     match fragment.split_once('@') {

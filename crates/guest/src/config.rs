@@ -1,4 +1,4 @@
-//! A kernel's configuration (`.config`), as a row of docs/kernels.md.
+//! Formats a kernel's configuration (`.config`) as a table row for docs/kernels.md.
 
 use crate::rows::Row;
 
@@ -6,7 +6,7 @@ const TABLE: &str = "kernels";
 /// The options to show, in the order of the table's columns.
 const OPTIONS: [&str; 5] = ["UDMABUF", "DMABUF_HEAPS_SYSTEM", "DMABUF_HEAPS_CMA", "VIDEO_VIVID", "DRM_VGEM"];
 
-/// Makes the row of a kernel with this `.config`.
+/// Returns the row for a kernel with this `.config`.
 pub(crate) fn rows(kernel: &str, config: &str) -> Vec<Row> {
     let facts = OPTIONS.iter().map(|option| describe_option(config, option).to_owned());
     vec![Row { table: TABLE.to_owned(), cells: std::iter::once(kernel.to_owned()).chain(facts).collect() }]

@@ -1,5 +1,5 @@
-//! The archive format of initramfs, `newc`: each entry is a header of hexadecimal numbers, the
-//! entry's name and its contents.
+//! Writes cpio archives in the `newc` format, which the kernel accepts as an initramfs. Each entry
+//! consists of a header of hexadecimal numbers, the entry's name and its contents.
 
 // File types, as in `st_mode`.
 const FOLDER: u32 = 0o04_0000;
@@ -14,12 +14,12 @@ pub(crate) struct CpioArchive {
 }
 
 impl CpioArchive {
-    /// Adds a folder. Its parents must have been added before.
+    /// Adds a folder. Its parent folders must already have been added.
     pub(crate) fn add_folder(&mut self, path: &str) {
         self.add_entry(path, FOLDER | 0o755, &[], (0, 0));
     }
 
-    /// Adds a file that all users may read. They may run it if `program` is set.
+    /// Adds a file that all users may read. If `program` is set, they may also run it.
     pub(crate) fn add_file(&mut self, path: &str, contents: &[u8], program: bool) {
         self.add_entry(path, FILE | if program { 0o755 } else { 0o644 }, contents, (0, 0));
     }
@@ -29,7 +29,7 @@ impl CpioArchive {
         self.add_entry(path, DEVICE | 0o600, &[], number);
     }
 
-    /// Ends the archive, and returns its bytes.
+    /// Finishes the archive, and returns its bytes.
     pub(crate) fn finish(mut self) -> Vec<u8> {
         self.add_entry("TRAILER!!!", 0, &[], (0, 0));
         self.bytes

@@ -1,4 +1,5 @@
-//! Fetches kernels: the newest release of a line, found by the names of Debian's packages.
+//! Fetches the newest kernel of a release line, such as 6.12, from Debian's archive. The names of
+//! Debian's packages contain the release:
 //!
 //! ```text
 //! linux-image-6.12.117+deb12-cloud-amd64        one package, before Linux 6.19
@@ -8,11 +9,11 @@
 //!   linux-base-7.2.12+deb13-amd64                 the configuration, the list of built-in modules
 //! ```
 //!
-//! A line that has left the archive is replaced by the first later line that the archive has.
+//! If the archive no longer has a release line, the next later line that it has is used instead.
 //!
-//! A fetched release is kept in a folder, such as
-//! `target/guest/kernels/7.2-full/7.2.12+deb13-amd64/`. If a kernel cannot be fetched, the newest
-//! release that was kept for it is used.
+//! A fetched release is cached in a folder, such as
+//! `target/guest/kernels/7.2-full/7.2.12+deb13-amd64/`. If a kernel cannot be fetched, its newest
+//! cached release is used.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -29,15 +30,15 @@ use crate::progress;
 #[derive(Debug)]
 pub(crate) struct Fetched {
     pub(crate) line: Line,
-    /// The folder of this release. All packages in it belong to the release.
+    /// The folder that contains this release's packages, and no others.
     pub(crate) folder: PathBuf,
 }
 
 /// The name of the file that marks a complete download.
 const COMPLETE: &str = "complete";
 
-/// Fetches the newest release of a kernel's line into a folder below `kernels`. apt's lists are in
-/// `lists`.
+/// Fetches the newest release of a kernel's line into a folder below `kernels`. apt's package
+/// lists are kept in `lists`.
 pub(crate) fn fetch(kernel: &Kernel, kernels: &Path, lists: &Path) -> Result<Fetched> {
     let folder = kernels.join(kernel.id);
     fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
@@ -47,7 +48,11 @@ pub(crate) fn fetch(kernel: &Kernel, kernels: &Path, lists: &Path) -> Result<Fet
             let Some(fetched) = find_newest_cached(&folder)? else {
                 return Err(error.context(format!("cannot fetch kernel {}, and none is cached", kernel.id)));
             };
-            progress::print(&format!("guest: {}: uses the cached {}: {error:#}", kernel.id, fetched.folder.display()));
+            progress::print(&format!(
+                "guest: {}: using the cached {}, because fetching failed: {error:#}",
+                kernel.id,
+                fetched.folder.display()
+            ));
             Ok(fetched)
         }
     }
@@ -60,7 +65,7 @@ fn fetch_newest(kernel: &Kernel, folder: &Path, lists: &Path) -> Result<Fetched>
         let names = archive.list_names("linux-image-")?;
         let found = names.iter().filter_map(|package| Release::parse(package, kernel.flavor));
         releases.extend(found.map(|release| (release, archive.clone())));
-        // Later suites are for lines that the earlier ones lack.
+        // Later suites are searched only for lines that the earlier suites lack.
         if releases.iter().any(|(release, _)| release.line() == kernel.line) {
             break;
         }
@@ -81,17 +86,18 @@ fn fetch_newest(kernel: &Kernel, folder: &Path, lists: &Path) -> Result<Fetched>
 fn download(release: &Release, archive: &Archive, folder: &Path) -> Result<()> {
     let _ = fs::remove_dir_all(folder);
     fs::create_dir_all(folder)?;
-    progress::print(&format!("guest: downloads Linux {} from {}", release.name, archive.suite()));
+    progress::print(&format!("guest: downloading Linux {} from {}", release.name, archive.suite()));
     let image = format!("linux-image-{}", release.name);
     let fetch = || {
         let depends = archive.list_dependencies(&image)?;
-        // The release in these names distinguishes them from the unrelated package `linux-base`.
+        // Because the names end with the release, they do not match the unrelated package
+        // `linux-base`.
         let parts = ["linux-binary-", "linux-modules-", "linux-base-"].map(|part| format!("{part}{}", release.name));
         let is_split = depends.contains(&parts[0]);
         let packages = if is_split { parts.to_vec() } else { vec![image.clone()] };
         packages.iter().try_for_each(|package| archive.download(package, folder))
     };
-    // If the lists are outdated, the packages may have left the archive: renew the lists and try
+    // Outdated lists may name packages that the archive no longer has. Renew the lists and try
     // again.
     fetch().or_else(|_| archive.renew().and_then(|()| fetch()))
 }
@@ -126,12 +132,14 @@ fn find_newest_cached(folder: &Path) -> Result<Option<Fetched>> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Release {
     name: String,
-    /// All numbers in the name except the architecture's. They order releases.
+    /// All numbers in the name, except for the one in the architecture (`amd64`). Releases are
+    /// ordered by these numbers.
     numbers: Vec<u32>,
 }
 
 impl Release {
-    /// Parses the release in a package's name, if the package is a signed kernel of this flavor.
+    /// Parses the release from a package's name. Returns `None` unless the package is a signed
+    /// kernel of this flavor.
     fn parse(package: &str, flavor: Flavor) -> Option<Self> {
         let name = package.strip_prefix("linux-image-")?;
         let version = name.strip_suffix("-amd64")?;
@@ -140,7 +148,8 @@ impl Release {
             Flavor::Cloud => is_cloud?,
             Flavor::Full => Some(version).filter(|_| is_cloud.is_none())?,
         };
-        // Words such as `rt` are other flavors; names without a version are meta packages.
+        // A word such as `rt` marks another flavor. A name without a version belongs to a
+        // metapackage.
         let is_plain =
             version.split(['.', '+', '-']).all(|part| part.starts_with(|c: char| c.is_ascii_digit()) || part.starts_with("deb"));
         Self::from_name(name.to_owned()).filter(|_| is_plain)
@@ -157,7 +166,8 @@ impl Release {
     }
 }
 
-/// Chooses the newest release of the line, or of the first later line that has any.
+/// Chooses the newest release of `line`. If there is none, chooses the newest release of the next
+/// later line that has one.
 fn choose<'a>(releases: impl Iterator<Item = &'a Release> + Clone, line: Line) -> Option<&'a Release> {
     let first = releases.clone().map(Release::line).filter(|&found| found >= line).min()?;
     releases.filter(|release| release.line() == first).max_by(|one, other| one.numbers.cmp(&other.numbers))

@@ -1,4 +1,4 @@
-//! The guests' disks: an empty one, and one with an unreadable sector.
+//! Makes the guests' disk images: an empty disk, and one with an unreadable sector.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
@@ -9,29 +9,32 @@ use dmaload_guest::{SECTOR, bad_bytes};
 
 use crate::run;
 
-/// The length of the empty disk in bytes. Its file stays sparse, because guests write to
-/// snapshots.
+/// The length of the empty disk in bytes. The image file stays sparse, because guests write to
+/// snapshots of it.
 const DISK_LEN: u64 = 3 << 30;
 const BAD_DISK_LEN: u64 = 64 << 20;
 const BLOCK: u64 = 4096;
-/// The block of `bad.bin` that contains the bad sector: in the middle of the file.
+/// The number of the block in `bad.bin` that contains the bad sector. It is near the middle of the
+/// file.
 const BAD_BLOCK: u64 = 2_049;
-/// The bad sector's number within its block: neither the first nor the last of eight.
+/// The bad sector's number within its block. A block has eight sectors, and this one is neither
+/// the first nor the last.
 const BAD_SECTOR_IN_BLOCK: u64 = 3;
 
-/// Image files, shared by all guests. A guest writes to a snapshot of the empty disk, and only
-/// reads the other disks.
+/// The disks' image files, which all guests share. A guest writes to its own snapshot of the empty
+/// disk, and the other disks are read-only.
 #[derive(Debug)]
 pub(crate) struct Disks {
     pub(crate) empty: PathBuf,
-    /// QEMU's options for the empty disk: with `O_DIRECT` if the host's file system supports it.
+    /// QEMU's cache options for the empty disk. They enable `O_DIRECT` if the host's file system
+    /// supports it.
     pub(crate) cache: &'static str,
     pub(crate) bad: PathBuf,
     /// The bad sector's number on the disk.
     pub(crate) bad_sector: u64,
     /// The bad sector's offset in `bad.bin`, in bytes.
     pub(crate) bad_offset: u64,
-    /// The disk with a Vulkan driver, if a suite needs it.
+    /// The disk with a Vulkan driver, if a suite needs one.
     pub(crate) vulkan: Option<PathBuf>,
 }
 
@@ -40,7 +43,7 @@ pub(crate) fn make(folder: &Path) -> Result<Disks> {
     let empty = folder.join("disk.img");
     make_sparse_file(&empty, DISK_LEN)?;
     make_file_system(&empty, None)?;
-    // If the file system lacks O_DIRECT, QEMU refuses `cache=none`.
+    // QEMU refuses `cache=none` if the file system does not support `O_DIRECT`.
     let direct = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(&empty).is_ok();
     let cache = if direct { "cache=none,aio=native" } else { "cache=writeback,aio=threads" };
 
@@ -79,8 +82,8 @@ fn make_file_system(image: &Path, contents: Option<&Path>) -> Result<()> {
     run::output(command.arg(image)).map(drop)
 }
 
-/// Parses the block's number, the last word that debugfs printed. Returns `None` for a hole, which
-/// has the number 0.
+/// Parses a block's number, which is the last word of debugfs's output. Returns `None` for a hole,
+/// for which debugfs prints 0.
 fn parse_block(bmap: &str) -> Option<u64> {
     bmap.split_whitespace().last()?.parse().ok().filter(|&block| block != 0)
 }

@@ -1,9 +1,10 @@
 #!/bin/busybox sh
-# Process 1 of the guest. Mounts file systems, loads modules, runs the suites, and powers the
+# The guest's init process. Mounts file systems, loads modules, runs the suites, and powers the
 # machine off.
 #
-# The first serial port is the console: kernel messages, and the suites' stderr. The second one
-# carries results: the suites' stdout, between lines that begin with @@ (see transcript.rs).
+# The first serial port is the console. Kernel messages and the suites' stderr go there. The second
+# port carries the results: the suites' stdout, between lines that begin with @@ (see
+# transcript.rs).
 
 /bin/busybox mkdir -p /proc /sys /dev /tmp /disk /bad-nvme /bad-virtio /vulkan
 /bin/busybox --install -s /bin
@@ -56,8 +57,8 @@ while read -r serial folder options; do
     mount -t ext4 -o "$options" "$device" "$folder" || echo "@@problem cannot mount the disk $serial"
 done </etc/guest/disks
 
-# The paths of the tests' folders and of the command on the build machine were compiled into the
-# tests. Links at these paths lead to the disk and to /bin.
+# The tests contain paths that exist only on the build machine: those of their scratch folders and
+# of the command. Links at these paths point to the disk and to /bin.
 mkdir -p -m 1777 /disk/tests /disk/unit-tests
 chmod 1777 /disk/tests /disk/unit-tests
 mkdir -p "$(dirname "$GUEST_TESTS_FOLDER")" "$(dirname "$GUEST_UNIT_TESTS_FOLDER")" "$(dirname "$GUEST_COMMAND")"
@@ -78,9 +79,11 @@ while read -r name program seconds_max arguments; do
     # shellcheck disable=SC2086
     (cd /tmp && exec timeout -s KILL "$seconds_max" "/suites/$program" --test-threads=1 $arguments </dev/null)
     status=$?
-    # Kills processes that a suite has left running. Process 1 is exempt.
+    # Kills processes that the suite has left running. The signal is not sent to this script,
+    # because it is process 1.
     kill -9 -1
-    # Waits until the suite's stderr was written: changing a terminal's settings drains its output.
+    # Waits until the suite's stderr has been written, because changing a terminal's settings
+    # drains its output first.
     stty -F /dev/ttyS0 -echo
     echo
     echo "@@end $name status=$status seconds=$(($(uptime_seconds) - begin))"

@@ -1,5 +1,5 @@
-//! The guest's root: busybox, the init script, programs, kernel modules, and the lists that the
-//! script reads.
+//! Packs the guest's initramfs: busybox, the init script, programs, kernel modules, and the lists
+//! that the script reads.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -19,24 +19,25 @@ use crate::suites::{Suite, VULKAN};
 #[derive(Debug)]
 pub(crate) struct Plan<'a> {
     pub(crate) kernel: &'a Kernel,
-    /// The booted kernel's id. Differs from `kernel.id` if that line has left the archive.
+    /// The booted kernel's id. Differs from `kernel.id` if the archive no longer has that release
+    /// line.
     pub(crate) id: String,
     pub(crate) modules: &'a [Module],
     /// The text of the kernel's `.config`.
     pub(crate) config: &'a str,
     pub(crate) suites: &'a [&'a Suite],
-    /// The user's filter, which replaces the suites' `only`.
+    /// The value of `--filter`, which replaces each suite's `only`.
     pub(crate) filter: Option<&'a str>,
 }
 
 impl Plan<'_> {
-    /// Whether the guest needs the disk with the Vulkan driver.
+    /// Returns whether the guest needs the disk with the Vulkan driver.
     pub(crate) fn has_vulkan(&self) -> bool {
         self.suites.iter().any(|suite| suite.name == VULKAN)
     }
 }
 
-/// Packs the root for one boot.
+/// Packs the initramfs for one boot.
 pub(crate) fn pack(plan: &Plan<'_>, built: &Built, disks: &Disks) -> Result<Vec<u8>> {
     let mut archive = CpioArchive::default();
     for folder in ["bin", "dev", "etc", "etc/guest", "modules", "suites"] {
@@ -81,8 +82,8 @@ pub(crate) fn pack(plan: &Plan<'_>, built: &Built, disks: &Disks) -> Result<Vec<
     Ok(archive.finish())
 }
 
-/// Formats a line for each disk: its serial number (by which the guest finds it), the folder to
-/// mount it at, and mount options.
+/// Formats a line for each disk: its serial number, its mount point and its mount options. The
+/// guest finds the disk by the serial number.
 fn disk_lines(plan: &Plan<'_>) -> String {
     let mut lines = String::from("disk /disk rw\n");
     if plan.has_vulkan() {

@@ -1,13 +1,14 @@
-//! The kernels that can be booted: stock Debian packages, by line and flavor.
+//! Lists the kernels that can be booted. They are stock Debian kernels, identified by their
+//! release line and flavor.
 
 use dmaload_guest::Line;
 
 /// The configuration with which Debian built a kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Flavor {
-    /// For virtual machines, with few drivers and no importers.
+    /// A kernel for virtual machines, with few drivers and no importers.
     Cloud,
-    /// For every machine. Importers are modules.
+    /// A kernel for all machines. Importers are available as modules.
     Full,
 }
 
@@ -19,7 +20,7 @@ impl Flavor {
         }
     }
 
-    /// The id of this flavor of a line.
+    /// Returns the id of the kernel with this flavor and release line, such as `6.12-full`.
     pub(crate) fn id(self, (major, minor): Line) -> String {
         format!("{major}.{minor}-{}", self.name())
     }
@@ -30,25 +31,25 @@ impl Flavor {
 pub(crate) struct Wanted {
     pub(crate) name: &'static str,
     pub(crate) parameters: &'static str,
-    /// Whether the kernel may lack the module.
+    /// Whether to skip the module if the kernel does not have it.
     pub(crate) optional: bool,
 }
 
 /// A kernel and the machine it boots on.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Kernel {
-    /// `LINE-FLAVOR`.
+    /// The id, which has the form `LINE-FLAVOR`.
     pub(crate) id: &'static str,
     pub(crate) line: Line,
     pub(crate) flavor: Flavor,
-    /// The archive's suites to search for its packages, in this order.
+    /// The archive suites to search for the kernel's packages, in this order.
     pub(crate) suites: &'static [&'static str],
-    /// Whether this kernel is booted if no kernel is named.
+    /// Whether this kernel is booted if `--kernel` is not given.
     pub(crate) by_default: bool,
-    /// Modules to load, in this order. Those that are built into the kernel are skipped.
+    /// The modules to load, in this order. Modules that are built into the kernel are skipped.
     pub(crate) modules: &'static [Wanted],
     pub(crate) memory_mib: u32,
-    /// The time limit, after which the guest is killed.
+    /// The time limit in seconds. A guest that exceeds it is killed.
     pub(crate) seconds_max: u64,
     /// Whether the machine has the two disks with an unreadable sector.
     pub(crate) bad_disks: bool,
@@ -62,12 +63,12 @@ const fn optional(name: &'static str) -> Wanted {
     Wanted { name, parameters: "", optional: true }
 }
 
-/// Drivers for the disks and their file system, and for the devices that make dma-bufs.
+/// Drivers for the disks and their file system, and for the devices that create dma-bufs.
 const CLOUD: [Wanted; 8] = [
     required("virtio_pci", ""),
     required("virtio_blk", ""),
     required("nvme", ""),
-    // ext4 requests it by an alias, which nothing in the guest resolves.
+    // ext4 requests this module by an alias, and nothing in the guest resolves aliases.
     optional("crc32c_generic"),
     required("ext4", ""),
     optional("udmabuf"),
@@ -75,8 +76,8 @@ const CLOUD: [Wanted; 8] = [
     optional("cma_heap"),
 ];
 
-/// The modules of `CLOUD`, and importers. vivid is a video loopback: an output device that takes
-/// dma-bufs, and a capture device that receives the output's frames.
+/// The modules in `CLOUD`, and importers. vivid is configured as a video loopback: frames that are
+/// sent to its output device, for example from dma-bufs, arrive at its capture device.
 const FULL: [Wanted; 10] = [
     CLOUD[0],
     CLOUD[1],
@@ -92,9 +93,9 @@ const FULL: [Wanted; 10] = [
 
 const OLD: &[&str] = &["bookworm-security", "bookworm"];
 const LONG_TERM: &[&str] = &["bookworm-security", "trixie-security", "trixie"];
-/// Backports keep earlier releases; testing (forky) has only the newest.
+/// `trixie-backports` keeps earlier releases. Testing (`forky`) has only the newest one.
 const RECENT: &[&str] = &["trixie-backports", "forky"];
-/// A line's first releases are in experimental before they reach backports.
+/// The first releases of a line are in `experimental` before they reach `trixie-backports`.
 const NEXT: &[&str] = &["trixie-backports", "experimental"];
 
 const fn kernel(id: &'static str, line: Line, flavor: Flavor, suites: &'static [&'static str]) -> Kernel {
@@ -106,13 +107,14 @@ const fn kernel(id: &'static str, line: Line, flavor: Flavor, suites: &'static [
 }
 
 pub(crate) const KERNELS: [Kernel; 9] = [
-    // The slowest kernel starts first. If it started last, the others would end long before it.
+    // The slowest kernel boots first. If it booted last, it would still be running long after the
+    // other kernels had finished.
     Kernel { bad_disks: true, by_default: true, ..kernel("6.12-full", (6, 12), Flavor::Full, LONG_TERM) },
     Kernel { by_default: true, ..kernel("7.2-full", (7, 2), Flavor::Full, RECENT) },
     Kernel { by_default: true, ..kernel("6.18-full", (6, 18), Flavor::Full, RECENT) },
-    // Lacks devices that make dma-bufs.
+    // This kernel has no devices that create dma-bufs.
     Kernel { by_default: true, ..kernel("6.1-cloud", (6, 1), Flavor::Cloud, OLD) },
-    // The rest boot only if `--kernel` names them.
+    // The remaining kernels are booted only if `--kernel` names them.
     Kernel { bad_disks: true, ..kernel("6.12-cloud", (6, 12), Flavor::Cloud, LONG_TERM) },
     kernel("6.18-cloud", (6, 18), Flavor::Cloud, RECENT),
     kernel("7.2-cloud", (7, 2), Flavor::Cloud, RECENT),

@@ -7,7 +7,7 @@
 //!
 //! ```text
 //! /bin/dmaload              the command                         [`run_dmaload`]
-//! /bin/*                    busybox, and C programs
+//! /bin/*                    busybox's commands, and C programs
 //! /disk                     ext4 on nvme, 3 GiB, empty at boot; CARGO_TARGET_TMPDIR links to
 //!                           a folder on it
 //! /bad-nvme, /bad-virtio    on some kernels: read-only ext4 with `bad.bin`, which has an
@@ -18,9 +18,9 @@
 //! /sys/kernel/debug         debugfs
 //! ```
 //!
-//! [`record_row`] passes a fact about the guest's kernel to the harness. `test --check FILE`
-//! compares all such facts with the tables of docs/kernels.md, and `test --write FILE` writes them
-//! there.
+//! [`record_row`] passes a fact about the guest's kernel to the harness. With `--check FILE`, the
+//! harness compares all recorded facts with the tables in docs/kernels.md. With `--write FILE`, it
+//! updates these tables.
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
 
 use std::env;
@@ -43,16 +43,18 @@ pub const BAD_LEN: usize = 16 << 20;
 pub const SECTOR: usize = 512;
 const BAD_SEED: u64 = 7;
 
-/// A kernel's line: `(6, 12)` for all releases of Linux 6.12.
+/// A kernel's release line. For example, all releases of Linux 6.12 are in the line `(6, 12)`.
 pub type Line = (u32, u32);
 
-/// Whether Debian's kernels of this line have devices that make dma-bufs: Linux 6.12 and later.
+/// Returns whether Debian's kernels of this release line have devices that create dma-bufs. They
+/// do since Linux 6.12.
 #[must_use]
 pub const fn line_makes_dma_bufs(line: Line) -> bool {
     line.0 > 6 || (line.0 == 6 && line.1 >= 12)
 }
 
-/// Whether kernel drivers that map a udmabuf on huge pages see wrong bytes: Linux 6.11 to 6.15.
+/// Returns whether kernels of this release line have the udmabuf bug: drivers that map a udmabuf
+/// on huge pages see wrong bytes. The bug exists in Linux 6.11 to 6.15.
 #[must_use]
 pub const fn line_has_udmabuf_bug(line: Line) -> bool {
     line.0 == 6 && line.1 >= 11 && line.1 < 16
@@ -62,19 +64,19 @@ pub const fn line_has_udmabuf_bug(line: Line) -> bool {
 ///
 /// # Panics
 ///
-/// Outside a guest, where the kernel has no id.
+/// Panics outside a guest, where [`KERNEL`] is not set.
 #[must_use]
 pub fn kernel_id() -> String {
     env::var(KERNEL).unwrap_or_else(|_| {
-        panic!("{KERNEL} is not set: this suite runs in a guest only; try `cargo run -p dmaload-guest -- test`")
+        panic!("{KERNEL} is not set: this suite runs only in a guest; use `cargo run -p dmaload-guest -- test`")
     })
 }
 
-/// Returns the kernel's line, which determines the behavior that suites expect.
+/// Returns the kernel's release line. Suites derive from it how the kernel should behave.
 ///
 /// # Panics
 ///
-/// Outside a guest, or if the kernel's id does not begin with a line.
+/// Panics outside a guest, or if the kernel's id does not begin with a release line.
 #[must_use]
 pub fn kernel_line() -> Line {
     parse_line(&kernel_id()).unwrap_or_else(|| panic!("the kernel's id is not LINE-FLAVOR: {}", kernel_id()))
@@ -85,54 +87,55 @@ fn parse_line(id: &str) -> Option<Line> {
     Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
-/// Whether this kernel has devices that make dma-bufs.
+/// Returns whether this kernel has devices that create dma-bufs.
 ///
 /// # Panics
 ///
-/// Outside a guest.
+/// Panics outside a guest.
 #[must_use]
 pub fn makes_dma_bufs() -> bool {
     line_makes_dma_bufs(kernel_line())
 }
 
-/// Whether this is one of Debian's full kernels, which have importers.
+/// Returns whether this is one of Debian's full kernels. Only these have importers: drivers that
+/// map dma-bufs.
 ///
 /// # Panics
 ///
-/// Outside a guest.
+/// Panics outside a guest.
 #[must_use]
 pub fn is_full() -> bool {
     kernel_id().ends_with("-full")
 }
 
-/// Whether drivers of this kernel that map a udmabuf on huge pages see wrong bytes.
+/// Returns whether this kernel has the udmabuf bug (see [`line_has_udmabuf_bug`]).
 ///
 /// # Panics
 ///
-/// Outside a guest.
+/// Panics outside a guest.
 #[must_use]
 pub fn has_udmabuf_bug() -> bool {
     line_has_udmabuf_bug(kernel_line())
 }
 
-/// Whether this guest has the disks with an unreadable sector.
+/// Returns whether this guest has the disks with an unreadable sector.
 #[must_use]
 pub fn has_bad_disks() -> bool {
     env::var_os(BAD_OFFSET).is_some()
 }
 
-/// Records a row of `table` for docs/kernels.md. The harness adds the kernel's id as the first
-/// cell.
+/// Records a row for the table named `table` in docs/kernels.md. The harness adds the kernel's id
+/// as the first cell.
 ///
 /// # Panics
 ///
-/// Outside a guest, if `table` or a cell contains `|` or a line end, or if the row cannot be
-/// written.
+/// Panics outside a guest, if `table` or a cell contains `|` or a line end, or if the row cannot
+/// be written.
 #[track_caller]
 pub fn record_row(table: &str, cells: &[&str]) {
-    let path = env::var(ROWS).unwrap_or_else(|_| panic!("{ROWS} is not set: rows are collected in a guest only"));
+    let path = env::var(ROWS).unwrap_or_else(|_| panic!("{ROWS} is not set: rows can be recorded only in a guest"));
     let row = format_row(table, cells);
-    // A row is written by a single call, so that rows of concurrent processes do not mix.
+    // Write the row with a single call, so that rows from concurrent processes don't interleave.
     let written = OpenOptions::new().append(true).open(&path).and_then(|mut file| file.write_all(row.as_bytes()));
     written.unwrap_or_else(|error| panic!("cannot append a row to {path}: {error}"));
 }
@@ -146,11 +149,11 @@ fn format_row(table: &str, cells: &[&str]) -> String {
     parts.join(" | ") + "\n"
 }
 
-/// Runs the guest's `dmaload` with these arguments, and waits until it exits.
+/// Runs the guest's `dmaload` with `arguments`, and returns its output after it has exited.
 ///
 /// # Panics
 ///
-/// If the program cannot be started.
+/// Panics if the program cannot be started.
 #[track_caller]
 #[must_use]
 pub fn run_dmaload(arguments: &[&str]) -> Output {
@@ -158,33 +161,34 @@ pub fn run_dmaload(arguments: &[&str]) -> Output {
     Command::new(program).args(arguments).output().unwrap_or_else(|error| panic!("cannot run {program} {arguments:?}: {error}"))
 }
 
-/// A disk with one unreadable sector, which belongs to the file `bad.bin`.
+/// A disk with one unreadable sector, which is part of the file `bad.bin`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BadDisk {
-    /// The path of `bad.bin`, which has the contents [`bad_bytes`].
+    /// The path of `bad.bin`. The file contains [`bad_bytes`].
     pub file: PathBuf,
     /// The unreadable sector's offset in the file, in bytes.
     pub offset: u64,
-    /// The errno of a direct read of the sector. A read through the page cache fails with `EIO`.
+    /// The errno with which a direct read of the sector fails. A read through the page cache fails
+    /// with `EIO` on both disks.
     pub errno: i32,
 }
 
 impl BadDisk {
-    /// The disk on nvme, whose driver reports a medium error as `ENODATA`.
+    /// Returns the disk behind the nvme driver, which reports a medium error as `ENODATA`.
     ///
     /// # Panics
     ///
-    /// In guests without the disk.
+    /// Panics if this guest does not have the disk.
     #[must_use]
     pub fn nvme() -> Self {
         Self::mounted_at("/bad-nvme", libc::ENODATA)
     }
 
-    /// The disk on virtio-blk, whose driver reports a medium error as `EIO`.
+    /// Returns the disk behind the virtio-blk driver, which reports a medium error as `EIO`.
     ///
     /// # Panics
     ///
-    /// In guests without the disk.
+    /// Panics if this guest does not have the disk.
     #[must_use]
     pub fn virtio() -> Self {
         Self::mounted_at("/bad-virtio", libc::EIO)
@@ -197,7 +201,7 @@ impl BadDisk {
     }
 }
 
-/// The contents of `bad.bin`, including those of the unreadable sector.
+/// Returns the contents of `bad.bin`, including the bytes in the unreadable sector.
 #[must_use]
 pub fn bad_bytes() -> Vec<u8> {
     dmaload_testing::random_bytes(BAD_LEN, BAD_SEED)

@@ -1,5 +1,5 @@
-//! Boots one kernel in QEMU, and reads the guest's output until the guest is done, dies, hangs or
-//! runs too long.
+//! Boots one kernel in QEMU, and reads the guest's output until the guest finishes, dies, hangs or
+//! exceeds its time limit.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
@@ -18,12 +18,13 @@ use crate::transcript::{Event, Transcript};
 
 /// A guest that prints nothing for this long is considered hung.
 const SILENCE_MAX: Duration = Duration::from_secs(120);
-/// How often the console and the time limits are checked while no results arrive.
+/// While no results arrive, the console and the time limits are checked at this interval.
 const TICK: Duration = Duration::from_millis(200);
 
-/// The kernel's parameters. To boot fast, some of them turn off mitigations, self tests and the
-/// calibration of clocks. An oops panics, and a panic reboots, which ends QEMU (`-no-reboot`).
-/// Other parameters enable the second serial port, and reserve memory for a CMA heap.
+/// The kernel's command line. To speed up the boot, some parameters turn off mitigations,
+/// self-tests and clock calibration. An oops causes a panic, and a panic causes a reboot, which
+/// makes QEMU exit (`-no-reboot`). Other parameters enable the second serial port, and reserve
+/// memory for a CMA heap.
 const APPEND: &str = "console=ttyS0 quiet panic=-1 oops=panic mitigations=off nokaslr cryptomgr.notests tsc=reliable \
                       no_timer_check 8250.nr_uarts=2 rcupdate.rcu_expedited=1 cma=64M";
 
@@ -31,7 +32,7 @@ const APPEND: &str = "console=ttyS0 quiet panic=-1 oops=panic mitigations=off no
 #[derive(Debug)]
 pub(crate) struct Outcome {
     pub(crate) transcript: Transcript,
-    /// Why the guest did not run to its end; `None` if it did.
+    /// Why the guest did not finish. `None` if it did.
     pub(crate) trouble: Option<String>,
     /// The console's output since power-on.
     pub(crate) console: String,
@@ -39,11 +40,11 @@ pub(crate) struct Outcome {
 }
 
 impl Outcome {
-    /// Whether a fault of the emulator ended the guest.
+    /// Returns whether the guest crashed because of a bug in QEMU.
     ///
-    /// The kernel uses breakpoints to patch its code, mostly while it boots. With QEMU 7.2, one of
+    /// The kernel uses breakpoints to patch its code, mostly while it boots. In QEMU 7.2, one of
     /// the guest's two processors occasionally executes a breakpoint that the other processor has
-    /// already removed. The resulting panic says nothing about the tests.
+    /// already removed. The resulting panic is unrelated to the tests.
     pub(crate) fn is_emulator_fault(&self) -> bool {
         // `[#1]` marks the first oops. Older kernels print `int3: 0000 [#1]`, newer ones `Oops:
         // int3: 0000 [#1]`.
@@ -65,7 +66,7 @@ pub(crate) struct Parts<'a> {
     pub(crate) console: PathBuf,
 }
 
-/// Boots a kernel, and calls `on_event` for each event with the time since QEMU's start.
+/// Boots a kernel. Calls `on_event` for each event, with the time since QEMU was started.
 pub(crate) fn boot(parts: &Parts<'_>, mut on_event: impl FnMut(&Transcript, &Event, Duration)) -> Result<Outcome> {
     File::create(&parts.console).with_context(|| format!("cannot make {}", parts.console.display()))?;
     let mut command = qemu(parts);
@@ -142,7 +143,7 @@ fn qemu(parts: &Parts<'_>) -> Command {
     command
 }
 
-/// Formats QEMU's options for the bad disk: every read of its bad sector fails.
+/// Formats QEMU's `-blockdev` options for a bad disk. They make every read of its bad sector fail.
 fn bad_blockdev(node: &str, disks: &Disks) -> String {
     let sector = disks.bad_sector;
     let error = format!("event=read_aio,errno=5,sector={sector},once=off,immediately=off");
@@ -154,17 +155,19 @@ fn bad_blockdev(node: &str, disks: &Disks) -> String {
     )
 }
 
-/// Formats a path for a QEMU option, where a comma ends a value unless it is doubled.
+/// Formats a path for a QEMU option. Commas are doubled, because a single comma would end the
+/// value.
 fn escape_commas(path: &Path) -> String {
     path.display().to_string().replace(',', ",,")
 }
 
-/// A running QEMU, killed when dropped.
+/// A running QEMU process. Dropping this value kills it.
 #[derive(Debug)]
 struct Machine(Child);
 
 impl Machine {
-    /// Waits for a QEMU that has closed its output, and describes how it ended.
+    /// Waits until QEMU, which has closed its output, exits. Returns a description of how it
+    /// exited.
     fn describe_end(&mut self) -> String {
         let status = self.0.wait().map_or_else(|error| error.to_string(), |status| status.to_string());
         let mut stderr_text = String::new();
@@ -173,7 +176,7 @@ impl Machine {
         }
         let said = stderr_text.trim();
         let separator = if said.is_empty() { "" } else { ": " };
-        format!("the guest died: QEMU ended with {status}{separator}{said}")
+        format!("the guest died: QEMU stopped with {status}{separator}{said}")
     }
 }
 

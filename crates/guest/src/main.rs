@@ -1,4 +1,5 @@
-//! Runs dmaload's tests on stock Debian kernels in QEMU. Most of these kernels make dma-bufs.
+//! Runs dmaload's tests on stock Debian kernels in QEMU. Most of these kernels have devices that
+//! create dma-bufs.
 //!
 //! ```text
 //! cargo run -p dmaload-guest -- test
@@ -11,11 +12,11 @@
 //!        │
 //!   machine.rs     one QEMU per kernel: console to a file, results to a pipe
 //!        │
-//!   transcript.rs  verdicts, rows, what is missing      →  rows.rs, report.md, exit status
+//!   transcript.rs  test results, rows, problems         →  rows.rs, report.md, exit status
 //! ```
 //!
-//! Requires cargo, a C compiler, and apt with a Debian mirror. KVM is not needed: QEMU emulates
-//! the processor, so guests prove correctness, not speed.
+//! Requires cargo, a C compiler, and apt with a Debian mirror. KVM is not needed, because QEMU
+//! emulates the processor. Emulation is slow, so the suites test correctness, and not speed.
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
 
 mod archive;
@@ -50,13 +51,13 @@ use clap::Parser;
 enum Arguments {
     /// Fetches kernels, builds suites, boots the kernels, and prints the outcome of each test.
     Test(Options),
-    /// Lists the kernels, the archive suites that have them, and the test suites that they run.
+    /// Lists the kernels, the archive suites that provide them, and the test suites that they run.
     List,
 }
 
 #[derive(Debug, clap::Args)]
 struct Options {
-    /// Boots only this kernel, even if it is not a default one; can be repeated.
+    /// Boots only this kernel, even if it is not booted by default; can be repeated.
     #[arg(long, value_name = "ID")]
     kernel: Vec<String>,
     /// Runs only this suite; can be repeated.
@@ -65,10 +66,11 @@ struct Options {
     /// Runs only tests whose names contain this.
     #[arg(long, value_name = "NAME")]
     filter: Option<String>,
-    /// Fills the tables in this Markdown file with what this run records, unless the run fails.
+    /// Fills the tables in this Markdown file with the rows that this run records. Does nothing if
+    /// the run fails.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "only", "filter"])]
     write: Option<PathBuf>,
-    /// Fails unless the tables in this Markdown file equal what this run records.
+    /// Fails if the tables in this Markdown file differ from the rows that this run records.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "only", "filter", "write"])]
     check: Option<PathBuf>,
     /// Fetches kernels and builds the suites, but boots nothing.
@@ -104,7 +106,7 @@ fn list() {
     for kernel in &kernels::KERNELS {
         let suites = suites::SUITES.iter().filter(|suite| (suite.runs_on)(kernel, kernel.line));
         let names = suites.map(|suite| suite.name).collect::<Vec<_>>().join(" ");
-        let when = if kernel.by_default { "by default" } else { "by --kernel" };
+        let when = if kernel.by_default { "by default" } else { "with --kernel" };
         progress::print(&format!("{}  {when}  {}  {names}", kernel.id, kernel.suites.join(",")));
     }
 }

@@ -1,8 +1,9 @@
 //! Unpacks what a guest needs from a kernel's packages: the image, the modules and the
 //! configuration. The result is kept beside the packages, because unpacking is slow.
 //!
-//! Debian's packages have no index of modules. `depmod` would decompress all of a full kernel's
-//! thousands of modules, so `modinfo` reads the dependencies of each module that is needed.
+//! Debian's packages don't contain an index of the modules' dependencies. `depmod` would have to
+//! decompress thousands of modules of a full kernel to make one. Instead, `modinfo` reads the
+//! dependencies of only those modules that are needed.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -21,7 +22,8 @@ use crate::run;
 /// An unpacked kernel.
 #[derive(Debug)]
 pub(crate) struct Unpacked {
-    /// The kernel's line: later than the requested one if the latter has left the archive.
+    /// The kernel's release line. It is later than the requested line if the archive no longer has
+    /// that one.
     pub(crate) line: Line,
     pub(crate) image: PathBuf,
     /// The modules to load, in this order.
@@ -32,13 +34,13 @@ pub(crate) struct Unpacked {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Module {
-    /// A decompressed `.ko`.
+    /// The path of the decompressed `.ko` file.
     pub(crate) file: PathBuf,
     pub(crate) parameters: String,
 }
 
-/// Unpacks what the guest needs from a kernel's packages, unless an earlier run did so with the
-/// same modules.
+/// Unpacks what the guest needs from a kernel's packages, unless an earlier run has done so for
+/// the same list of modules.
 pub(crate) fn unpack(kernel: &Kernel, fetched: &Fetched) -> Result<Unpacked> {
     let ready = fetched.folder.join("unpacked");
     let list = ready.join("modules.list");
@@ -76,21 +78,21 @@ pub(crate) fn unpack(kernel: &Kernel, fetched: &Fetched) -> Result<Unpacked> {
     })
 }
 
-/// Formats the wanted modules as one line, which is kept with the unpacked files: a later run
-/// compares it with the modules that it wants.
+/// Formats the list of wanted modules as one line. The line is stored with the unpacked files, so
+/// that later runs can check whether they want the same modules.
 fn format_wanted(kernel: &Kernel) -> String {
     let words = kernel.modules.iter().map(|module| format!("{} {}", module.name, module.parameters));
     words.collect::<Vec<_>>().join(",")
 }
 
-/// Unpacked packages, in either of Debian's layouts.
+/// A kernel's unpacked packages, in either of the layouts that Debian uses.
 #[derive(Debug)]
 struct Tree {
-    /// `/boot`, which newer packages lack.
+    /// The path of `/boot`, which newer packages do not have.
     boot: PathBuf,
-    /// `/lib/modules/RELEASE`, or the same below `/usr`.
+    /// The path of `/lib/modules/RELEASE` or `/usr/lib/modules/RELEASE`.
     modules: PathBuf,
-    /// Each module's file, by its name.
+    /// The path of each module's file, keyed by the module's name.
     files: BTreeMap<String, PathBuf>,
     built_in: Vec<String>,
 }
@@ -107,7 +109,8 @@ impl Tree {
         Ok(Tree { boot: root.join("boot"), modules, files, built_in })
     }
 
-    /// Finds `PART` beside the modules, or `/boot/PART-RELEASE`.
+    /// Finds a file such as `vmlinuz`. It is either in the folder of the modules, or in `/boot`,
+    /// where its name ends with the kernel's release.
     fn find_file(&self, part: &str) -> Result<PathBuf> {
         let beside = self.modules.join(part);
         if beside.exists() {
@@ -144,7 +147,7 @@ fn unpack_modules(kernel: &Kernel, tree: &Tree, folder: &Path) -> Result<String>
     for module in kernel.modules {
         order
             .add(module.name, module.parameters, module.optional, &known)
-            .with_context(|| format!("cannot resolve the modules of {}", kernel.id))?;
+            .with_context(|| format!("cannot resolve the module dependencies of {}", kernel.id))?;
     }
     let mut list = String::new();
     for (name, parameters) in order.modules {
@@ -168,7 +171,7 @@ fn unpack_modules(kernel: &Kernel, tree: &Tree, folder: &Path) -> Result<String>
 #[derive(Debug, Default, Clone)]
 struct Needs {
     hard: Vec<String>,
-    /// Modules to load first, if they exist.
+    /// Modules that must be loaded before this one if they exist.
     soft: Vec<String>,
 }
 
@@ -181,7 +184,8 @@ fn parse_depends(field: &str) -> Vec<String> {
     field.split([',', '\n']).map(|name| name.trim().replace('-', "_")).filter(|name| !name.is_empty()).collect()
 }
 
-/// Parses the modules to load first: `one` and `two` in `pre: one two post: three`.
+/// Parses the modules that must be loaded before this one. In `pre: one two post: three`, these
+/// are `one` and `two`.
 fn parse_softdep(field: &str) -> Vec<String> {
     let mut is_pre = false;
     let mut names = Vec::new();
@@ -202,7 +206,7 @@ struct Known<'a> {
     needs: &'a dyn Fn(&str) -> Result<Option<Needs>>,
 }
 
-/// Modules in the order to load them, each after its dependencies.
+/// Modules in load order: each one comes after its dependencies.
 #[derive(Debug, Default)]
 struct Order {
     modules: Vec<(String, String)>,
@@ -214,7 +218,7 @@ impl Order {
             return Ok(());
         }
         if let Some((_, known)) = self.modules.iter_mut().find(|(known, _)| known == name) {
-            // The module may have been added before as a dependency, without parameters.
+            // The module may already have been added as a dependency, without parameters.
             if !parameters.is_empty() {
                 *known = parameters.to_owned();
             }

@@ -5,13 +5,14 @@ use std::time::Instant;
 
 use anyhow::Result;
 
-/// Prints text as whole lines, so that the lines of concurrent guests do not mix. Ignores errors
-/// such as a closed pipe, because the exit status reports the outcome.
+/// Prints `text` while holding the lock of stdout, so that lines from concurrent guests don't
+/// interleave. Ignores errors such as a closed pipe, because the exit status also reports the
+/// outcome.
 pub(crate) fn print(text: &str) {
     let _ = writeln!(stdout().lock(), "{text}");
 }
 
-/// Runs a step, and prints how long it took unless it failed.
+/// Runs a step, and prints how long it took if it succeeds.
 pub(crate) fn time_step<T>(name: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
     let begin = Instant::now();
     let done = work()?;

@@ -1,4 +1,4 @@
-//! The report of a run, `target/guest/report.md`.
+//! Formats the report on a run, `target/guest/report.md`.
 
 use crate::boot::Boot;
 use crate::rows::{self, Row};

@@ -1,4 +1,4 @@
-//! Facts that suites recorded about their kernels, as tables in Markdown.
+//! Formats facts that suites recorded about their kernels as Markdown tables.
 //!
 //! ```text
 //! <!-- rows heaps: Kernel | Heap | Sealed -->
@@ -8,9 +8,9 @@
 //! <!-- end heaps -->
 //! ```
 //!
-//! Kernels with equal facts share a row. Lines between the two comments are replaced. Rows without
-//! a table are an error, so that the documentation shows all recorded facts. A table without rows
-//! is an error too.
+//! Kernels with equal facts share a row. The lines between the two comments are replaced. If the
+//! document has no table for a recorded row, this is an error, so that the document shows all
+//! recorded facts. A table for which no rows were recorded is an error too.
 
 use anyhow::{Context, Result, bail};
 
@@ -22,8 +22,8 @@ pub(crate) struct Row {
     pub(crate) cells: Vec<String>,
 }
 
-/// Parses the lines that `dmaload_guest::record_row` wrote in the guest with this kernel. Repeated
-/// lines count once.
+/// Parses the lines that `dmaload_guest::record_row` wrote in the guest with this kernel. Drops
+/// duplicate lines.
 pub(crate) fn parse(kernel: &str, lines: &[String]) -> Vec<Row> {
     let mut rows = Vec::new();
     for line in lines {
@@ -37,7 +37,7 @@ pub(crate) fn parse(kernel: &str, lines: &[String]) -> Vec<Row> {
     rows
 }
 
-/// Lists the names of all tables, in the order of their first rows.
+/// Lists the names of all tables, in the order in which they first occur in `rows`.
 pub(crate) fn list_tables(rows: &[Row]) -> Vec<&str> {
     let mut names: Vec<&str> = Vec::new();
     for row in rows {
@@ -65,7 +65,8 @@ pub(crate) fn format_table(head: &[&str], rows: &[&Row]) -> String {
     text
 }
 
-/// Lists the lines that only one of two texts has, as `diff` shows them.
+/// Lists the lines that only one of two texts contains. Prefixes those in `old` with `-`, and
+/// those in `new` with `+`.
 pub(crate) fn list_differences(old: &str, new: &str) -> Vec<String> {
     let lacks = |text: &str, line: &str| !text.lines().any(|other| other == line);
     let removed = old.lines().filter(|line| lacks(new, line)).map(|line| format!("- {line}"));
@@ -108,7 +109,7 @@ pub(crate) fn fill_tables(text: &str, rows: &[Row]) -> Result<String> {
 fn parse_heading(line: &str) -> Result<Option<(&str, Vec<&str>)>> {
     let Some(rest) = line.trim().strip_prefix("<!-- rows ") else { return Ok(None) };
     let parts = rest.strip_suffix("-->").and_then(|rest| rest.split_once(':'));
-    let (table, head) = parts.with_context(|| format!("invalid table, not `<!-- rows NAME: Kernel | … -->`: {line}"))?;
+    let (table, head) = parts.with_context(|| format!("invalid table heading, not `<!-- rows NAME: Kernel | … -->`: {line}"))?;
     Ok(Some((table.trim(), head.split('|').map(str::trim).collect())))
 }
 

@@ -29,12 +29,12 @@ use crate::vulkan;
 
 /// Maximum number of differing lines to print.
 const DIFFERENCE_MAX: usize = 40;
-/// The number of kernels to unpack at a time, each on one processor.
+/// The number of kernels to unpack at a time. Each of them keeps one processor busy.
 const UNPACK_JOBS: usize = 2;
-/// Maximum number of boots of one kernel if faults of the emulator end them.
+/// Maximum number of times to boot a kernel whose guest keeps crashing because of bugs in QEMU.
 const BOOTS_MAX: usize = 4;
 
-/// Runs the chosen suites on the chosen kernels. Returns whether the run had no problems.
+/// Runs the chosen suites on the chosen kernels. Returns `true` if there were no problems.
 pub(crate) fn run(options: &Options) -> Result<bool> {
     let begin = Instant::now();
     let kernels = choose_kernels(options)?;
@@ -43,10 +43,7 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
     fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
     let lock = File::create(folder.join("lock"))?;
     lock.try_lock().with_context(|| {
-        format!(
-            "cannot lock {}: another run uses this folder; wait until that run ends, or set CARGO_TARGET_DIR",
-            folder.display()
-        )
+        format!("cannot lock {}: another run uses this folder; wait until it finishes, or set CARGO_TARGET_DIR", folder.display())
     })?;
     let scratch = Scratch::make(folder.join("run"), options.keep)?;
 
@@ -79,7 +76,7 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
 
 /// Writes the report, writes or checks the tables, and prints problems and the summary.
 fn finish(options: &Options, mut boots: Vec<Boot<'_>>, folder: &Path, begin: Instant) -> Result<bool> {
-    // Tables list kernels by line, not in the order of their boots.
+    // Tables list kernels by release line, not in the order they were booted.
     boots.sort_by_key(|boot| boot.plan.kernel.line);
     let mut problems = Vec::new();
     let (mut ran, mut failed) = (0, 0);
@@ -89,7 +86,7 @@ fn finish(options: &Options, mut boots: Vec<Boot<'_>>, folder: &Path, begin: Ins
             failed += suite.failed_tests().len();
         }
         problems.extend(boot.problems.iter().map(|problem| format!("{}: {problem}", boot.plan.id)));
-        problems.extend(boot.replays().iter().map(|replay| format!("{}: to replay: {replay}", boot.plan.id)));
+        problems.extend(boot.replays().iter().map(|replay| format!("{}: to rerun: {replay}", boot.plan.id)));
     }
     let all = collect_rows(&boots, |boot| &boot.plan.id);
     if ran == 0 {
@@ -112,7 +109,7 @@ fn finish(options: &Options, mut boots: Vec<Boot<'_>>, folder: &Path, begin: Ins
     Ok(problems.is_empty())
 }
 
-/// Collects the rows of all boots. `name` returns the kernel's id to show for a boot.
+/// Collects the rows from all boots. `name` returns the kernel id to list a boot's rows under.
 fn collect_rows<'a>(boots: &'a [Boot<'a>], name: impl Fn(&'a Boot<'a>) -> &'a str) -> Vec<Row> {
     let rows = boots.iter().flat_map(|boot| {
         let recorded = boot.outcome.as_ref().map_or(&[][..], |outcome| &outcome.transcript.rows);
@@ -121,7 +118,7 @@ fn collect_rows<'a>(boots: &'a [Boot<'a>], name: impl Fn(&'a Boot<'a>) -> &'a st
     rows.collect()
 }
 
-/// Returns a file's text, and the same text with its tables filled.
+/// Returns a file's text as it is, and with its tables filled from `all`.
 fn read_and_fill(file: &Path, all: &[Row]) -> Result<(String, String)> {
     let text = fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
     let filled = rows::fill_tables(&text, all).with_context(|| format!("cannot fill the tables of {}", file.display()))?;
@@ -133,8 +130,8 @@ fn write_tables(file: &Path, all: &[Row]) -> Result<()> {
     fs::write(file, filled).with_context(|| format!("cannot write {}", file.display()))
 }
 
-/// Compares the tables with the recorded rows. If a line has left the archive, the tables may name
-/// either that line or the one that replaced it.
+/// Compares the tables in a file with the recorded rows. If another release line was booted
+/// instead of the requested one, the tables may name either of them.
 fn check_tables(file: &Path, boots: &[Boot<'_>]) -> Result<()> {
     let (_, renamed) = read_and_fill(file, &collect_rows(boots, |boot| &boot.plan.id))?;
     let (text, filled) = read_and_fill(file, &collect_rows(boots, |boot| boot.plan.kernel.id))?;
@@ -144,7 +141,7 @@ fn check_tables(file: &Path, boots: &[Boot<'_>]) -> Result<()> {
     let difference = rows::list_differences(&text, &filled);
     let shown = difference.iter().take(DIFFERENCE_MAX).cloned().collect::<Vec<_>>().join("\n");
     bail!(
-        "the tables of {} are not what this run recorded (differing lines: {}; if 0, their order differs); find out \
+        "the tables in {} differ from what this run recorded (differing lines: {}; if 0, their order differs); find out \
          why, then rewrite them with `just kernels-md`\n{shown}",
         file.display(),
         difference.len()
@@ -156,7 +153,8 @@ fn check_tables(file: &Path, boots: &[Boot<'_>]) -> Result<()> {
 struct Booted {
     kernel: &'static Kernel,
     unpacked: Unpacked,
-    /// The booted kernel's id. Differs from `kernel.id` if that line has left the archive.
+    /// The booted kernel's id. Differs from `kernel.id` if the archive no longer has that release
+    /// line.
     id: String,
 }
 
@@ -183,7 +181,7 @@ impl<'a> Work<'a> {
         for _ in 1..BOOTS_MAX {
             let Some(outcome) = result.as_ref().ok().filter(|outcome| outcome.is_emulator_fault()) else { break };
             let line = outcome.console.lines().find(|line| line.contains("[#1]")).unwrap_or_default();
-            progress::print(&format!("guest: {id} boots again after a fault of the emulator: {line}"));
+            progress::print(&format!("guest: {id}: booting again, because a bug in QEMU crashed the guest: {line}"));
             result = self.run_guest(&plan, &unpacked.image);
         }
         match result {
@@ -219,7 +217,7 @@ impl<'a> Work<'a> {
         };
         let filtered = plan.filter.is_some();
         let outcome = machine::boot(&parts, |transcript, event, since| match event {
-            Event::Ready => progress::print(&format!("guest: {id} is ready: {:.1} s", since.as_secs_f64())),
+            Event::Ready => progress::print(&format!("guest: {id} is ready after {:.1} s", since.as_secs_f64())),
             Event::Test { suite, name, verdict } => progress::print(&format!("{id}  {suite}  {name}  {}", verdict.word())),
             Event::Ended { suite } => {
                 let Some(run) = transcript.suites.iter().find(|run| run.name == *suite) else { return };
@@ -258,7 +256,8 @@ fn format_tail(id: &str, what: &str, text: &str, lines_max: usize) -> String {
     shown.join("\n")
 }
 
-/// Calls `work` with each index below `count`, `jobs` at a time, and returns the results in order.
+/// Calls `work` for each index below `count`, on up to `jobs` threads. Returns the results in the
+/// order of the indices.
 fn in_parallel<T: Send>(jobs: usize, count: usize, work: impl Fn(usize) -> T + Sync) -> Vec<T> {
     let next = AtomicUsize::new(0);
     let worker = || {
@@ -273,17 +272,17 @@ fn in_parallel<T: Send>(jobs: usize, count: usize, work: impl Fn(usize) -> T + S
     };
     let mut all = thread::scope(|scope| {
         let workers = (0..jobs.min(count)).map(|_| scope.spawn(worker)).collect::<Vec<_>>();
-        workers.into_iter().flat_map(|worker| worker.join().expect("a worker does not panic")).collect::<Vec<_>>()
+        workers.into_iter().flat_map(|worker| worker.join().expect("workers should not panic")).collect::<Vec<_>>()
     });
     all.sort_by_key(|(index, _)| *index);
     all.into_iter().map(|(_, result)| result).collect()
 }
 
-/// Fetches and unpacks kernels. If two of them are of the same line and flavor, because a line was
-/// replaced, only the first is kept.
+/// Fetches and unpacks kernels. Two of them can turn out to have the same release line and flavor,
+/// if one replaces a line that the archive no longer has. Only the first is then kept.
 fn unpack(kernels: &[&'static Kernel], folder: &Path) -> Result<Vec<Booted>> {
     let (kept, lists) = (folder.join("kernels"), folder.join("apt"));
-    // Downloads share the network, so they run one after the other.
+    // Download one kernel at a time, because downloads share the network.
     let fetched = kernels.iter().map(|&kernel| Ok((kernel, debian::fetch(kernel, &kept, &lists)?)));
     let fetched = distinct_boots(fetched.collect::<Result<Vec<_>>>()?);
     let unpacked = in_parallel(UNPACK_JOBS, fetched.len(), |index| modules::unpack(fetched[index].0, &fetched[index].1));
@@ -292,16 +291,16 @@ fn unpack(kernels: &[&'static Kernel], folder: &Path) -> Result<Vec<Booted>> {
     booted.collect()
 }
 
-/// Returns the fetched kernels with their ids. Of several with equal ids, keeps the first.
+/// Returns the fetched kernels with their ids. If several have the same id, keeps only the first.
 fn distinct_boots(fetched: Vec<(&'static Kernel, Fetched)>) -> Vec<(&'static Kernel, Fetched, String)> {
     let mut distinct: Vec<(&'static Kernel, Fetched, String)> = Vec::new();
     for (kernel, fetched) in fetched {
         let id = kernel.flavor.id(fetched.line);
         if id != kernel.id {
-            progress::print(&format!("guest: {} has left the archive: {id} replaces it", kernel.id));
+            progress::print(&format!("guest: {} is no longer in the archive: booting {id} instead", kernel.id));
         }
         if distinct.iter().any(|(_, _, known)| *known == id) {
-            progress::print(&format!("guest: {id} boots once for both"));
+            progress::print(&format!("guest: {id} was chosen more than once, and is booted only once"));
         } else {
             distinct.push((kernel, fetched, id));
         }
@@ -312,7 +311,7 @@ fn distinct_boots(fetched: Vec<(&'static Kernel, Fetched)>) -> Vec<(&'static Ker
 fn choose_kernels(options: &Options) -> Result<Vec<&'static Kernel>> {
     if let Some(unknown) = options.kernel.iter().find(|id| !KERNELS.iter().any(|kernel| kernel.id == **id)) {
         let known = KERNELS.map(|kernel| kernel.id).join(", ");
-        bail!("unknown kernel {unknown:?}; the known ones are {known}");
+        bail!("unknown kernel {unknown:?}; known kernels are {known}");
     }
     let named = |kernel: &Kernel| options.kernel.iter().any(|id| id == kernel.id);
     let chosen = |kernel: &&Kernel| if options.kernel.is_empty() { kernel.by_default } else { named(kernel) };
@@ -322,7 +321,7 @@ fn choose_kernels(options: &Options) -> Result<Vec<&'static Kernel>> {
 fn check_suite_names(options: &Options) -> Result<()> {
     if let Some(unknown) = options.only.iter().find(|name| !SUITES.iter().any(|suite| suite.name == **name)) {
         let known = SUITES.iter().map(|suite| suite.name).collect::<Vec<_>>().join(", ");
-        bail!("unknown suite {unknown:?}; the known ones are {known}");
+        bail!("unknown suite {unknown:?}; known suites are {known}");
     }
     Ok(())
 }
@@ -353,7 +352,8 @@ fn target_folder() -> Result<PathBuf> {
     }
 }
 
-/// The folder of this run's images and consoles. Removed when dropped, unless `keep` is set.
+/// The folder for this run's disk images, initramfs archives and console output. Dropping this
+/// value removes the folder, unless `keep` is set.
 struct Scratch {
     folder: PathBuf,
     keep: bool,
@@ -361,7 +361,7 @@ struct Scratch {
 
 impl Scratch {
     fn make(folder: PathBuf, keep: bool) -> Result<Self> {
-        // An interrupted run may have left the folder.
+        // An interrupted run may have left the folder behind.
         let _ = fs::remove_dir_all(&folder);
         fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
         Ok(Self { folder, keep })
@@ -371,7 +371,7 @@ impl Scratch {
 impl Drop for Scratch {
     fn drop(&mut self) {
         if self.keep {
-            progress::print(&format!("guest: images and consoles are in {}", self.folder.display()));
+            progress::print(&format!("guest: disk images and console output are in {}", self.folder.display()));
         } else {
             let _ = fs::remove_dir_all(&self.folder);
         }

@@ -1,4 +1,4 @@
-//! Which suite runs on which kernel.
+//! Lists the test suites, and defines which kernels each of them runs on.
 
 use dmaload_guest::{Line, line_has_udmabuf_bug, line_makes_dma_bufs};
 
@@ -9,28 +9,28 @@ use crate::kernels::{Flavor, Kernel};
 pub(crate) enum Program {
     /// The unit tests of a package's library.
     Lib(&'static str),
-    /// A package's integration test, by its name.
+    /// An integration test, identified by its package's name and its own name.
     Test(&'static str, &'static str),
 }
 
-/// A function that returns whether a suite runs on a kernel. [`Line`] is that of the booted
-/// release: later than [`Kernel::line`] if the latter has left the archive.
+/// A function that returns whether a suite runs on a kernel. The [`Line`] is the release line that
+/// is actually booted. It is later than [`Kernel::line`] if the archive no longer has that line.
 type Condition = fn(&Kernel, Line) -> bool;
 
-/// One entry of `SUITES`.
+/// A test suite, and how to run it.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Suite {
-    /// The suite's name for `--only`, without spaces.
+    /// The name that `--only` accepts. It contains no spaces.
     pub(crate) name: &'static str,
     pub(crate) program: Program,
     pub(crate) runs_on: Condition,
-    /// Runs only tests whose names contain one of these; all tests if empty.
+    /// Only tests whose names contain one of these strings run. If empty, all tests run.
     pub(crate) only: &'static [&'static str],
-    /// Skips tests whose names contain one of these.
+    /// Tests whose names contain one of these strings are skipped.
     pub(crate) skip: &'static [&'static str],
-    /// The time limit, after which the suite is killed.
+    /// The time limit in seconds. A suite that exceeds it is killed.
     pub(crate) seconds_max: u32,
-    /// Whether this suite runs if no suite is named.
+    /// Whether this suite runs if `--only` is not given.
     pub(crate) by_default: bool,
 }
 
@@ -56,7 +56,7 @@ fn has_importers(kernel: &Kernel, line: Line) -> bool {
     kernel.flavor == Flavor::Full && line_makes_dma_bufs(line)
 }
 
-/// Whether importers exist and see wrong bytes of a udmabuf on huge pages.
+/// Returns whether the kernel has importers that see wrong bytes in a udmabuf on huge pages.
 fn has_udmabuf_bug(kernel: &Kernel, line: Line) -> bool {
     has_importers(kernel, line) && line_has_udmabuf_bug(line)
 }
@@ -69,17 +69,17 @@ fn has_bad_disks(kernel: &Kernel, line: Line) -> bool {
     kernel.bad_disks && line_makes_dma_bufs(line)
 }
 
-/// Selects the oldest and the newest of the default kernels, between which system calls differ
-/// most, and lines later than the newest.
+/// Selects the oldest and the newest default kernel, because their system calls differ most. Also
+/// selects kernels that are later than the newest default kernel.
 fn oldest_or_newest(_: &Kernel, line: Line) -> bool {
     !line_makes_dma_bufs(line) || line >= (7, 2)
 }
 
-/// Unit tests that do not depend on the kernel. They run on the host only.
+/// Unit tests that do not depend on the kernel, and therefore run only on the host.
 const PURE: &[&str] = &[
     "budget::",
     "engine::jobs",
-    // A test of this module reads the sources, which a guest lacks.
+    // A test in this module reads source files, which guests don't have.
     "error::",
     "glob::",
     "lent::",
@@ -97,17 +97,18 @@ const PURE: &[&str] = &[
     "window::",
 ];
 
-/// A suite of this package. It also needs a `[[test]]` in Cargo.toml.
+/// Returns a suite for the integration test with this name in this package. The test also needs a
+/// `[[test]]` entry in Cargo.toml.
 const fn guest(name: &'static str, runs_on: Condition) -> Suite {
     Suite::new(name, Program::Test("dmaload-guest", name), runs_on)
 }
 
-/// A suite that runs the program `importers` without some of its modules.
+/// Returns a suite that runs the test program `importers`, except for the modules in `skip`.
 const fn importers(name: &'static str, runs_on: Condition, skip: &'static [&'static str]) -> Suite {
     Suite { skip, ..Suite::new(name, Program::Test("dmaload-guest", "importers"), runs_on) }
 }
 
-/// The name of the suite that needs the disk image with a Vulkan driver.
+/// The name of the suite that needs the disk with a Vulkan driver.
 pub(crate) const VULKAN: &str = "vulkan";
 
 pub(crate) const SUITES: &[Suite] = &[

@@ -1,4 +1,4 @@
-//! Installs programs that the harness calls.
+//! Installs the programs that the harness runs.
 
 use std::fs::File;
 use std::io::Read;
@@ -21,8 +21,8 @@ const TOOLS: [(&str, &str); 7] = [
     ("cc", "gcc"),
 ];
 
-/// Installs the packages of missing programs and libraries. Without root or apt, fails and names
-/// these packages.
+/// Installs the packages that contain missing programs and libraries. If this process does not run
+/// as root, or if apt is missing, fails with an error that names the packages.
 pub(crate) fn ensure() -> Result<()> {
     let missing = list_missing_packages();
     if missing.is_empty() {
@@ -30,16 +30,16 @@ pub(crate) fn ensure() -> Result<()> {
     }
     let packages = missing.join(" ");
     if !is_root() || run::find("apt-get").is_none() {
-        bail!("cannot find files of {packages}; run `apt-get install --no-install-recommends {packages}`");
+        bail!("cannot find files from the packages {packages}; run `apt-get install --no-install-recommends {packages}`");
     }
-    progress::print(&format!("guest: installs {packages}"));
+    progress::print(&format!("guest: installing {packages}"));
     if install(&missing).is_err() {
         run::output(Command::new("apt-get").args(["-q", "update"]))?;
         install(&missing)?;
     }
     let missing = list_missing_packages();
     if !missing.is_empty() {
-        bail!("cannot find files of {} after installing {packages}", missing.join(" "));
+        bail!("cannot find files from the packages {} after installing {packages}", missing.join(" "));
     }
     Ok(())
 }
@@ -71,16 +71,16 @@ fn list_missing_packages() -> Vec<&'static str> {
     packages
 }
 
-/// Whether a program runs without a dynamic linker, which guests lack. A program that needs one
-/// contains the linker's path in its first 4 KiB.
+/// Returns whether a program is statically linked. Guests have no dynamic linker. A dynamically
+/// linked program contains the linker's path in its first 4 KiB.
 fn is_static(program: &Path) -> bool {
     let mut head = Vec::new();
     let read = File::open(program).and_then(|file| file.take(4096).read_to_end(&mut head));
     read.is_ok() && !head.windows(6).any(|window| window == b"/ld-li")
 }
 
-/// Whether the compiler finds libc.a. If it does, it prints the absolute path; otherwise it prints
-/// only the name.
+/// Returns whether the C compiler finds libc.a. The compiler prints an absolute path if it finds
+/// the file, and only the file's name otherwise.
 fn has_static_libc() -> bool {
     run::output(Command::new("cc").arg("-print-file-name=libc.a")).is_ok_and(|path| Path::new(path.trim()).is_absolute())
 }

@@ -1,4 +1,5 @@
-//! Parses what a guest prints on its second serial port: libtest's output, framed by init.sh.
+//! Parses the output that a guest prints on its second serial port. It consists of libtest's
+//! output, between lines that init.sh prints:
 //!
 //! ```text
 //! @@problem cannot mount the disk vulkan
@@ -8,11 +9,12 @@
 //! test result: ok. 1 passed; 0 failed; 0 ignored; …
 //! @@end smoke status=0 seconds=1
 //! @@rows           followed by the lines of dmaload_guest::record_row
-//! @@kernel         followed by warnings of the kernel
+//! @@kernel         followed by warnings from the kernel
 //! @@done
 //! ```
 //!
-//! The transcript may stop at any point. [`Transcript::problems`] reports what is missing.
+//! A guest may die at any point, so the output may be incomplete. [`Transcript::problems`] reports
+//! what is missing.
 
 /// The outcome of one test.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,7 +30,7 @@ impl Verdict {
             "ok" => Some(Self::Ok),
             "FAILED" => Some(Self::Failed),
             "ignored" => Some(Self::Ignored),
-            // libtest may add a reason.
+            // libtest appends the reason if the test gives one.
             text if text.starts_with("ignored, ") => Some(Self::Ignored),
             _ => None,
         }
@@ -50,13 +52,13 @@ pub(crate) struct SuiteRun {
     pub(crate) tests: Vec<(String, Verdict)>,
     /// All lines between `@@begin` and `@@end`.
     pub(crate) output: Vec<String>,
-    /// The console's output from this suite's beginning to that of the next suite.
+    /// The console's output from the start of this suite to the start of the next one.
     pub(crate) console: String,
-    /// The exit status and the duration in seconds, once the suite has ended.
+    /// The exit status and the duration in seconds, once the suite has finished.
     pub(crate) end: Option<(i32, u64)>,
-    /// The test that has begun and not ended.
+    /// The test that has started but not finished.
     pending: Option<String>,
-    /// The number of passed, failed and ignored tests in libtest's own summary.
+    /// The total number of passed, failed and ignored tests, according to libtest's summary.
     counted: Option<usize>,
 }
 
@@ -80,7 +82,7 @@ enum Part {
     Done,
 }
 
-/// Everything read so far.
+/// Everything that has been parsed so far.
 #[derive(Debug, Default)]
 pub(crate) struct Transcript {
     pub(crate) suites: Vec<SuiteRun>,
@@ -163,25 +165,25 @@ impl Transcript {
         }
     }
 
-    /// Adds output of the console to the suite that runs or has just ended.
+    /// Adds console output to the last suite that has started.
     pub(crate) fn add_console(&mut self, text: &str) {
         if let Some(suite) = self.suites.last_mut() {
             suite.console.push_str(text);
         }
     }
 
-    /// Whether the guest has printed its last line.
+    /// Returns whether the guest has printed `@@done`, its last line.
     pub(crate) fn is_done(&self) -> bool {
         self.part == Part::Done
     }
 
-    /// The suite that has begun and not ended.
+    /// Returns the suite that has started but not finished.
     pub(crate) fn running(&self) -> Option<&SuiteRun> {
         self.suites.last().filter(|suite| suite.end.is_none())
     }
 
-    /// Lists everything that makes this run a failure, given the suites that should have run. If
-    /// `filtered`, a suite need not run a test.
+    /// Lists everything that makes this run a failure. `expected` contains the names of the suites
+    /// that should have run. If `filtered` is set, a suite in which no test ran is not a problem.
     pub(crate) fn problems(&self, expected: &[&str], filtered: bool) -> Vec<String> {
         let mut problems = self.problems.clone();
         for name in expected {
@@ -195,13 +197,13 @@ impl Transcript {
 }
 
 impl SuiteRun {
-    /// The number of tests that began, without ignored ones.
+    /// Returns the number of tests that have started, without ignored tests.
     pub(crate) fn ran(&self) -> usize {
         let ended = self.tests.iter().filter(|(_, verdict)| *verdict != Verdict::Ignored).count();
         ended + usize::from(self.pending.is_some())
     }
 
-    /// The tests that failed, including one that never ended.
+    /// Returns the tests that failed, including a test that started but never finished.
     pub(crate) fn failed_tests(&self) -> Vec<&str> {
         let failed = self.tests.iter().filter(|(_, verdict)| *verdict == Verdict::Failed).map(|(name, _)| name);
         failed.chain(&self.pending).map(String::as_str).collect()
@@ -211,7 +213,7 @@ impl SuiteRun {
         !self.problems(filtered).is_empty()
     }
 
-    /// Parses a line of libtest's output. A test's own output may come between its name and its
+    /// Parses a line of libtest's output. A test's own output may appear between its name and its
     /// verdict.
     fn parse_libtest(&mut self, line: &str) -> Option<(String, Verdict)> {
         if let Some(result) = line.strip_prefix("test result: ") {
@@ -254,14 +256,15 @@ impl SuiteRun {
             Some((0, _)) => {}
             Some((137, seconds)) => {
                 problems.push(format!(
-                    "{name}: killed after {seconds} s, by its time limit or the OOM killer (see the console){during}"
+                    "{name}: killed after {seconds} s, by its time limit or by the OOM killer (see the console){during}"
                 ));
             }
-            Some((status, _)) => problems.push(format!("{name}: ended with status {status}{during}")),
+            Some((status, _)) => problems.push(format!("{name}: exited with status {status}{during}")),
         }
         if self.end.is_some_and(|(status, _)| status == 0 || status == 101) && self.counted != Some(self.tests.len()) {
             let counted = self.counted.map_or("nothing".to_owned(), |counted| counted.to_string());
-            problems.push(format!("{name}: tests that libtest counts: {counted}, verdicts that were read: {}", self.tests.len()));
+            problems
+                .push(format!("{name}: tests in libtest's summary: {counted}, verdicts that were parsed: {}", self.tests.len()));
         }
         if self.ran() == 0 && !filtered {
             problems.push(format!("{name}: no test ran"));
@@ -342,7 +345,7 @@ heaps | system
         let text = "@@begin s\ntest one ... noiseok\ntest two ... ok\n\
                     test result: ok. 2 passed; 0 failed; 0 ignored; 0 measured\n@@end s status=0 seconds=1\n";
         let (transcript, _) = parse(text);
-        assert_eq!(transcript.problems(&["s"], false), ["s: tests that libtest counts: 2, verdicts that were read: 1"]);
+        assert_eq!(transcript.problems(&["s"], false), ["s: tests in libtest's summary: 2, verdicts that were parsed: 1"]);
     }
 
     #[test]
@@ -351,7 +354,7 @@ heaps | system
         let (transcript, _) = parse(text);
         assert_eq!(
             transcript.problems(&["s"], false),
-            ["s: killed after 60 s, by its time limit or the OOM killer (see the console), during two"]
+            ["s: killed after 60 s, by its time limit or by the OOM killer (see the console), during two"]
         );
     }
 
@@ -376,6 +379,6 @@ heaps | system
         let text = "@@problem cannot mount the disk disk\n@@begin s\ntest one ... ok\n\
                     test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured\n@@end s status=134 seconds=0\n";
         let (transcript, _) = parse(text);
-        assert_eq!(transcript.problems(&["s"], false), ["cannot mount the disk disk", "s: ended with status 134"]);
+        assert_eq!(transcript.problems(&["s"], false), ["cannot mount the disk disk", "s: exited with status 134"]);
     }
 }

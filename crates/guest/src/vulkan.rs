@@ -1,8 +1,9 @@
-//! A disk image with a software Vulkan driver (Mesa's lavapipe) and `examples/gpu-import`.
+//! Makes a disk image with a software Vulkan driver (Mesa's lavapipe) and `examples/gpu-import`.
 //!
-//! The guest's root has no dynamic linker. The driver's Debian packages and their dependencies are
-//! therefore unpacked into a separate root, in which the suite runs the example (`chroot`). The
-//! packages are not installed, so none of their scripts runs.
+//! The guest's root file system has no dynamic linker. The driver's Debian packages and their
+//! dependencies are therefore unpacked into a separate root file system. The suite uses `chroot`
+//! to run the example in it. The packages are unpacked but not installed, so none of their scripts
+//! run.
 
 use std::env;
 use std::fs;
@@ -16,7 +17,7 @@ use crate::archive::{self, Archive};
 use crate::progress;
 use crate::run;
 
-/// The archive's suite that provides Mesa.
+/// The archive suite from which Mesa is downloaded.
 const SUITE: &str = "trixie";
 const PACKAGES: [&str; 2] = ["mesa-vulkan-drivers", "libvulkan1"];
 /// The driver to keep. The package's other drivers are for real devices.
@@ -24,8 +25,8 @@ const DRIVER: &str = "libvulkan_lvp.so";
 /// The image's length in bytes, with room for the unpacked packages and the example.
 const IMAGE_LEN: u64 = 512 << 20;
 
-/// Makes the image `vulkan.img` in `scratch`. The unpacked packages and the build stay in `kept`
-/// between runs.
+/// Makes the image `vulkan.img` in `scratch`. The unpacked packages and the built example are kept
+/// in `kept`, for later runs.
 pub(crate) fn make_image(workspace: &Path, kept: &Path, lists: &Path, scratch: &Path) -> Result<PathBuf> {
     let root = kept.join("root");
     if !root.join("complete").exists() {
@@ -42,7 +43,7 @@ pub(crate) fn make_image(workspace: &Path, kept: &Path, lists: &Path, scratch: &
 }
 
 fn make_root(root: &Path, lists: &Path) -> Result<()> {
-    progress::print(&format!("guest: downloads Mesa's lavapipe from {SUITE}"));
+    progress::print(&format!("guest: downloading Mesa's lavapipe from {SUITE}"));
     let _ = fs::remove_dir_all(root);
     fs::create_dir_all(root)?;
     let archive = Archive::open(lists, SUITE)?;
@@ -78,7 +79,7 @@ fn build_example(workspace: &Path, kept: &Path) -> Result<PathBuf> {
     cargo
         .args(["build", "--quiet", "--locked", "--manifest-path", "examples/gpu-import/Cargo.toml", "--target-dir"])
         .arg(&target);
-    // Emulation is slow, so the engine is optimized; the other crates do little.
+    // Emulation is slow, so dmaload itself is optimized. The other crates do little work.
     cargo.args(["--config", "profile.dev.package.dmaload.opt-level=2", "--config", "profile.dev.debug=false"]);
     run::output(&mut cargo)?;
     Ok(target.join("debug/dmaload-gpu-import"))

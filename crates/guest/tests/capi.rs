@@ -1,5 +1,5 @@
-//! C programs on real dma-bufs: `examples/c/dmabuf-heap-file-read.c`, and the C library's own
-//! suite.
+//! Runs C programs that use real dma-bufs: `examples/c/dmabuf-heap-file-read.c`, and the test
+//! suite for the C library.
 #![allow(clippy::unwrap_used, reason = "a failure here should fail the test")]
 #![allow(clippy::print_stdout, reason = "prints the programs' output")]
 
@@ -16,7 +16,7 @@ fn run(program: &str, arguments: &[&str]) -> Output {
     output
 }
 
-/// Runs the example in all modes but `bench`. Each mode loads the whole file into one dma-buf.
+/// Runs the example in all modes except `bench`. Each mode loads the whole file into one dma-buf.
 fn run_every_mode(heap: &str) {
     let path = file(LARGE);
     for mode in ["normal", "normal_io", "direct_io", "direct_io_check"] {

@@ -1,5 +1,6 @@
-//! Dma-bufs have the file's bytes for every heap, layout, route and size, and after they were
-//! shared, handed out or inherited. Their bytes are read through the dma-bufs' own mappings.
+//! Tests that dma-bufs contain the file's bytes: for every heap, layout, route and size, and after
+//! they were shared, handed out or inherited. The tests map the dma-bufs themselves to read these
+//! bytes.
 #![allow(clippy::unwrap_used, reason = "a failure here should fail the test")]
 
 mod common;
@@ -24,8 +25,8 @@ fn sizes() -> [usize; 9] {
     [0, 1, 4095, 4096, 4097, SEGMENT - 1, SEGMENT, SEGMENT + 1, LARGE]
 }
 
-/// Returns the route that a load takes if it requests `requested`. Direct reads into the system
-/// heap are refused.
+/// Returns the route that a load is expected to take if it requests the route `requested`. The
+/// kernel refuses direct reads into the system heap, so loads step down to `bounce`.
 fn expected_route(heap: &str, requested: Route) -> Route {
     if heap == "dma-heap:system" && requested < Route::Bounce { Route::Bounce } else { requested }
 }
@@ -33,7 +34,7 @@ fn expected_route(heap: &str, requested: Route) -> Route {
 fn assert_every_route_and_size(name: &str, layout: Layout) {
     let _raised = SizeLimit::set_mib(256);
     for route in Route::ALL {
-        // A new loader, because a loader remembers which routes were refused.
+        // Each route needs a new loader, because a loader remembers which routes were refused.
         let loader = Loader::builder()
             .heap(heap(name))
             .load_options(LoadOptions::new().segment_bytes(SEGMENT as u64))
@@ -142,7 +143,8 @@ fn load_above_udmabufs_limit_says_how_to_raise_it() {
         assert!(text.contains(words), "{words} is not in: {text}");
     }
     assert!(error.hint().unwrap().contains("echo 73 > /sys/module/udmabuf/parameters/size_limit_mb"), "{:?}", error.hint());
-    // A default segment size adapts to the limit; a chosen one does not.
+    // The default segment size adapts to the limit, but a segment size that is set explicitly does
+    // not.
     drop(limited);
     let _lowered = SizeLimit::set_mib(9);
     let chosen = load(&loader, &path, loader.load_options().segment_bytes(64 << 20)).unwrap_err();
@@ -159,12 +161,13 @@ fn refusal_of_a_heap_is_remembered_and_reported() {
     for round in 0..3 {
         let image = load(&loader, &file(4097), loader.load_options().cache(Cache::Bypass)).unwrap();
         let report = image.report();
-        // Later loads do not try the direct route again, but report the step too.
+        // Later loads do not try the direct route again, but they also report the fallback.
         let steps: Vec<_> = report.fallbacks.iter().map(|step| (step.from, step.to, step.attempt, step.errno)).collect();
         let expected = [(Route::UringFixedDirect, Route::Bounce, Attempt::RegisterBuffer, Errno::EFAULT)];
         assert_eq!(steps, expected, "load {round}");
     }
-    // A strict load tries the direct route again, and fails with the kernel's answer.
+    // A strict load tries the direct route again, and fails with the errno that the kernel
+    // returns.
     let error = load(&loader, &file(4097), loader.load_options().strict(true)).unwrap_err();
     assert!(matches!(error, Error::Refused { errno: Errno::EFAULT, .. }), "{error}");
     shut_down(loader);
@@ -179,7 +182,7 @@ fn auto_takes_udmabuf_for_required_dma_bufs_and_says_why() {
     assert!(report.notes[0].contains("dma-bufs are required"), "{:?}", report.notes);
     assert_eq!(dmabuf::Udmabuf::huge_pages_show_wrong_bytes(), report.notes.len() == 2, "{:?}", report.notes);
     shut_down(loader);
-    // A loader that does not require dma-bufs makes memfds.
+    // A loader that does not require dma-bufs allocates memfds.
     let loader = Loader::new().unwrap();
     let image = load(&loader, &file(4097), loader.load_options()).unwrap();
     assert_eq!(image.report().heap, "memfd");
@@ -206,7 +209,7 @@ fn segment_with_views_is_not_handed_out_and_vice_versa() {
         assert!(matches!(image.files()[0].bytes(), Err(Error::HandedOut { .. })), "{name}");
         let mut seen = vec![0; 100];
         let access = segment.cpu_access().unwrap();
-        assert_eq!(access.read_at(&mut seen, SEGMENT - 49), 50, "{name}: bytes up to the end");
+        assert_eq!(access.read_at(&mut seen, SEGMENT - 49), 50, "{name}: the read stops at the segment's end");
         assert_same(&seen[..50], &original()[SEGMENT - 49..SEGMENT + 1], name);
         drop(access);
         shut_down(loader);
@@ -260,7 +263,8 @@ fn memory_is_shared_read_only_or_as_dma_bufs() {
     }
 }
 
-/// The environment variable that tells a child process of these tests its role.
+/// This environment variable is set in child processes of these tests. Its value is the name of
+/// the heap.
 const ROLE: &str = "DMALOAD_GUEST_ROLE";
 
 fn child_command(test: &str, role: &str) -> Command {
@@ -269,8 +273,8 @@ fn child_command(test: &str, role: &str) -> Command {
     command
 }
 
-/// A process loads a file, drops loader and image, sends the dma-buf to another process and exits.
-/// The other process finds the file's bytes in the dma-buf.
+/// A process loads a file, drops the loader and the image, sends the dma-buf to another process
+/// and exits. The other process must find the file's bytes in the dma-buf.
 #[test]
 fn dma_buf_survives_its_loader_and_its_process() {
     let socket = disk().join("socket");
@@ -290,7 +294,7 @@ fn dma_buf_survives_its_loader_and_its_process() {
         let (stream, _) = listener.accept().unwrap();
         let output = sender.wait_with_output().unwrap();
         assert!(output.status.success(), "{output:?}");
-        // The sender has exited; its message is still in the socket.
+        // The sender has exited, but its message is still in the socket.
         let dma_buf = receive(&stream);
         with_mapping(dma_buf, |seen| assert_same(&seen[..SEGMENT + 1], &original()[..SEGMENT + 1], name));
         record_row("handing", &[name, "loader dropped, process ended", "another process maps it", "equal"]);
@@ -316,7 +320,7 @@ fn receive(stream: &UnixStream) -> OwnedFd {
     fds.next().unwrap()
 }
 
-/// Handing out the dma-buf that small files share gives access to all of them.
+/// If small files share a dma-buf, handing it out gives access to all of these files.
 #[test]
 fn small_files_that_share_a_dma_buf_are_handed_out_together() {
     let paths: Vec<_> = [700_001, 1, 4097, 2 * MIB + 5].into_iter().map(file).collect();
@@ -348,7 +352,8 @@ fn small_files_that_share_a_dma_buf_are_handed_out_together() {
     }
 }
 
-/// The program inherits the dma-bufs' descriptors, which environment variables describe.
+/// `dmaload load --exec` starts a program that inherits the dma-bufs' descriptors. Environment
+/// variables describe these descriptors to the program.
 #[test]
 fn program_started_by_exec_inherits_the_dma_bufs() {
     if std::env::var(ROLE).is_ok() {
@@ -368,7 +373,7 @@ fn program_started_by_exec_inherits_the_dma_bufs() {
         record_row("handing", &[heap, "dmaload load --exec", "the program maps its descriptors", "equal"]);
     }
     let output = run_dmaload(&["load", path.to_str().unwrap(), "--quiet", "--dma-buf", "--exec", "sh", "-c", "exit 37"]);
-    assert_eq!(output.status.code(), Some(37), "the exit status is the program's");
+    assert_eq!(output.status.code(), Some(37), "dmaload exits with the program's status");
 }
 
 fn check_inherited_dma_bufs() {
@@ -385,7 +390,7 @@ fn check_inherited_dma_bufs() {
         assert_eq!(segment["file_offset"].as_u64(), Some(at as u64));
         let len = usize::try_from(segment["bytes"].as_u64().unwrap()).unwrap();
         #[allow(unsafe_code)]
-        // SAFETY: the descriptor was inherited, stays open to the end of this process, and is only
+        // SAFETY: the descriptor was inherited, stays open until this process exits, and is only
         // duplicated here.
         let fd = unsafe { BorrowedFd::borrow_raw(RawFd::try_from(number).unwrap()) };
         with_mapping(fd.try_clone_to_owned().unwrap(), |seen| {
@@ -396,7 +401,7 @@ fn check_inherited_dma_bufs() {
     assert_eq!(at, LARGE);
 }
 
-/// Allocates a dma-buf as a vendor's library does, which returns only the dma-buf's descriptor.
+/// Allocates a dma-buf as a vendor's library would, and returns only its descriptor.
 fn allocate_descriptor(source: &str, bytes: usize) -> Result<OwnedFd, Errno> {
     let dma_buf = match source {
         "udmabuf" => {
@@ -411,9 +416,9 @@ fn allocate_descriptor(source: &str, bytes: usize) -> Result<OwnedFd, Errno> {
 #[test]
 fn vendors_dma_bufs_by_descriptor_equal_the_file() {
     for source in ["udmabuf", "system"] {
-        // SAFETY: each dma-buf has new memory, which nothing else has mapped or opened:
-        // `allocate_descriptor` closes the memfd of a udmabuf before it returns. udmabuf and the
-        // system heap keep the pages of a dma-buf as long as it exists.
+        // SAFETY: each dma-buf has new memory. Nothing else has mapped or opened this memory,
+        // because `allocate_descriptor` closes the memfd of a udmabuf before it returns. udmabuf
+        // and the system heap keep the pages of a dma-buf as long as it exists.
         #[allow(unsafe_code)]
         let heap = unsafe { FromDescriptors::new(format!("vendor-{source}"), move |bytes| allocate_descriptor(source, bytes)) };
         let loader = Loader::builder()
@@ -465,7 +470,7 @@ fn invalid_vendor_dma_buf_fails_the_load_and_names_the_heap() {
     }
 }
 
-/// On kernels where importers see the right bytes, the same request succeeds.
+/// On kernels without the udmabuf bug, the same requests succeed.
 #[test]
 fn huge_pages_are_refused_if_importers_see_wrong_bytes() {
     assert_eq!(dmabuf::Udmabuf::huge_pages_show_wrong_bytes(), has_udmabuf_bug());

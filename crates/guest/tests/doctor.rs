@@ -1,4 +1,4 @@
-//! `dmaload doctor` on machines with and without devices that make dma-bufs.
+//! Tests for `dmaload doctor` on kernels with and without devices that create dma-bufs.
 #![allow(clippy::unwrap_used, reason = "a failure here should fail the test")]
 
 mod common;
@@ -8,7 +8,7 @@ use dmaload_guest::{has_udmabuf_bug, makes_dma_bufs, record_row, run_dmaload};
 use serde_json::Value;
 
 fn doctor(arguments: &[&str]) -> Value {
-    // A file, because `load` refuses a folder without a model.
+    // The path of a file, because a load would refuse a folder that contains no model.
     let place = file(4097);
     let mut all = vec!["doctor", "--json", place.to_str().unwrap()];
     all.extend(arguments);
@@ -32,7 +32,8 @@ fn doctor_names_the_heap_that_works_and_its_route() {
     let udmabuf = heap(&found, "udmabuf");
     assert_eq!(udmabuf["usable"], makes_dma_bufs());
     if makes_dma_bufs() {
-        // On small pages, staged reads are faster, so they are a choice and not a step down.
+        // On small pages, staged reads are faster. The loader chooses them, and does not report a
+        // fallback.
         let (route, page) = if has_udmabuf_bug() { ("bounce", 4096) } else { ("uring-fixed-direct", 2 << 20) };
         assert_eq!((&udmabuf["route"], &udmabuf["page_size_bytes"]), (&route.into(), &page.into()), "{found:#}");
         assert_eq!((&udmabuf["fallbacks"], &found["dma_buf"]["route"]), (&[0; 0].into(), &route.into()), "{found:#}");
@@ -78,7 +79,7 @@ fn doctor_predicts_heap_route_and_pages_of_load_dma_buf() {
     }
 }
 
-/// On a kernel without devices that make dma-bufs, the advice depends on the modules that are
+/// On a kernel without devices that create dma-bufs, the advice depends on which modules are
 /// installed.
 #[test]
 fn doctor_names_the_module_that_is_missing() {

@@ -1,5 +1,6 @@
-//! Faults with dma-bufs: no permission, an unknown heap, too little memory, a bad sector. Errors
-//! say what failed, and everything is released.
+//! Tests for loads into dma-bufs that fail: without permission, with an unknown heap, with too
+//! little memory, or because of a bad sector. Errors must say what failed, and everything must be
+//! released.
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
 #![allow(clippy::unwrap_used, reason = "a failure here should fail the test")]
 
@@ -57,7 +58,8 @@ fn error_of_an_unknown_heap_lists_the_known_ones() {
     assert_fails(&output, &["EINVAL", "by its name, not by a path"]);
 }
 
-/// The system heap would invoke the OOM killer instead of failing.
+/// If the system heap were asked for too much memory, it would invoke the OOM killer instead of
+/// failing.
 #[test]
 fn heap_is_never_asked_for_more_than_the_machine_has() {
     let path = sparse_file("too-large.bin", 8 << 30);
@@ -65,7 +67,8 @@ fn heap_is_never_asked_for_more_than_the_machine_has() {
         for heap in ["dma-heap:system", "udmabuf"] {
             for layout in ["segmented", "single"] {
                 let output = run_dmaload(&["load", "--heap", heap, "--layout", layout, path.to_str().unwrap()]);
-                // The memory is checked before udmabuf's size limit, which `single` would exceed.
+                // The available memory is checked before udmabuf's size limit, which the layout
+                // `single` would exceed.
                 assert_fails(&output, &["8589934592 more bytes are needed", "MemAvailable"]);
             }
         }
@@ -73,7 +76,7 @@ fn heap_is_never_asked_for_more_than_the_machine_has() {
     std::fs::remove_file(path).unwrap();
 }
 
-/// The consumer of a stream keeps all segments until memory runs out.
+/// The consumer of a stream keeps all segments, until memory runs out.
 #[test]
 fn load_that_runs_out_of_memory_releases_everything() {
     let path = sparse_file("half-way.bin", 3 << 30);
@@ -103,7 +106,7 @@ fn run_out_of_memory(name: &str, path: &Path) {
     let loaded: usize = kept.iter().map(dmaload::Segment::len).sum();
     assert!(loaded > 256 * MIB, "{name}: only {loaded} bytes were loaded before memory ran out");
     drop(kept);
-    // The next load works.
+    // The loader can still load another file.
     let image = load(&loader, &file(4097), loader.load_options()).unwrap();
     assert_dma_bufs(image.segments(), &original()[..4097], name);
     drop(image);
@@ -133,13 +136,14 @@ fn drop_loads(name: &str) {
     shut_down(loader);
 }
 
-/// Loads a file with a bad sector into every heap by every route. The load fails and names the
-/// place, the segments before that place are right, and the next load succeeds.
+/// Loads a file with a bad sector into every heap by every route. Asserts that the load fails with
+/// an error that names the offset of the failed read, that the segments before the bad sector are
+/// right, and that the next load succeeds.
 fn assert_bad_sector_fails_the_load(disk: &BadDisk, how: &str) {
     let (expected, bad) = (bad_bytes(), disk.offset);
     for name in ["memfd", "udmabuf", "dma-heap:system"] {
         for route in Route::ALL {
-            // A new loader, because a loader remembers which routes were refused.
+            // Each route needs a new loader, because a loader remembers which routes were refused.
             let loader = Loader::builder()
                 .heap(heap(name))
                 .load_options(LoadOptions::new().segment_bytes(2 << 20))
@@ -168,13 +172,13 @@ fn assert_bad_sector_fails_the_load(disk: &BadDisk, how: &str) {
                     }
                 }
             });
-            // Through the page cache, the kernel reports every error as EIO.
+            // For a read through the page cache, the kernel reports every error as EIO.
             let errno = if route.is_direct() { Errno::from_raw_os_error(disk.errno) } else { Errno::EIO };
             let Error::Read { path, offset, bytes, errno: reported, .. } = &error else { panic!("{what}: {error}") };
             assert_eq!((path, *reported), (&disk.file, errno), "{what}: {error}");
             assert!((*offset..offset + bytes).contains(&bad), "{what}: {error}");
             assert!(error.hint().unwrap().contains("storage"), "{what}");
-            // Segments come in order, so none after the bad one was handed out.
+            // Segments are yielded in order, so there was none after the bad sector.
             assert!(seen <= bad / (2 << 20), "{what}: {seen} segments");
             let image = load(&loader, &file(4 * MIB), loader.load_options().cache(Cache::Bypass)).unwrap();
             for (segment, part) in image.segments().iter().zip(original()[..4 * MIB].chunks(2 * MIB)) {
@@ -205,7 +209,7 @@ fn command_names_file_and_offset_of_a_bad_sector() {
     assert!(output.stdout.is_empty());
 }
 
-/// A memory cgroup of version 2. Removed when dropped.
+/// A memory cgroup (cgroup v2). Dropping this value removes the group.
 struct MemoryGroup(PathBuf);
 
 impl MemoryGroup {
@@ -226,7 +230,7 @@ impl MemoryGroup {
         command
     }
 
-    /// Asserts that the OOM killer has killed no process of the group.
+    /// Asserts that the OOM killer has not killed any process in the group.
     #[track_caller]
     fn assert_none_was_killed(&self) {
         let events = std::fs::read_to_string(self.0.join("memory.events")).unwrap();
@@ -242,8 +246,8 @@ impl Drop for MemoryGroup {
 
 const GROUPS: &str = "/sys/fs/cgroup";
 
-/// The kernel enforces `memory.max` by SIGKILL, and `memory.high` by slowing the load to a crawl.
-/// The lowest limit of a group and its ancestors applies.
+/// The kernel enforces `memory.max` with SIGKILL, and `memory.high` by slowing the load to a
+/// crawl. The lowest limit of a group and its ancestors applies.
 #[test]
 fn load_above_a_cgroup_v2_limit_fails_before_allocating() {
     let (large, small) = (sparse_file("above-the-limit.bin", 200 << 20), file(20 * MIB));
@@ -263,7 +267,7 @@ fn load_above_a_cgroup_v2_limit_fails_before_allocating() {
         }
         group.assert_none_was_killed();
     }
-    // Memory that another process of the group holds is not available.
+    // Memory that is used by another process in the group is not available.
     let group = MemoryGroup::new(Path::new(GROUPS), "limit", &[("memory.max", 200 * MIB)]);
     let path = file(64 * MIB);
     let mut holder = group.load(&["--quiet"], &path);
@@ -282,7 +286,7 @@ fn load_above_a_cgroup_v2_limit_fails_before_allocating() {
     std::fs::remove_file(large).unwrap();
 }
 
-/// Each load fits into the cgroup, but all of them together do not.
+/// Each load fits into the cgroup on its own, but all of them together do not.
 #[test]
 fn concurrent_loads_in_a_cgroup_v2_fail_without_being_killed() {
     let paths = [120_u64, 150, 180, 200].map(|mib| sparse_file(&format!("{mib}-mib.bin"), mib << 20));
@@ -302,7 +306,7 @@ fn concurrent_loads_in_a_cgroup_v2_fail_without_being_killed() {
         }
     }
     assert!(succeeded > 0 && failed > 0, "{succeeded} loads succeeded, {failed} failed");
-    // Each file can be loaded alone.
+    // Each file can be loaded on its own.
     let group = MemoryGroup::new(Path::new(GROUPS), "at-once", &[("memory.max", 300 * MIB)]);
     for path in &paths {
         let output = group.load(&[], path).output().unwrap();
@@ -332,7 +336,7 @@ fn dma_buf_of_the_system_heap_takes_its_size_and_is_freed() {
         for _ in 0..3 {
             let image = load(&loader, &file(LARGE), loader.load_options()).unwrap();
             let taken = before.saturating_sub(available_bytes());
-            assert!(taken < 2 * LARGE as u64, "bytes taken for a dma-buf of {LARGE}: {taken}");
+            assert!(taken < 2 * LARGE as u64, "a dma-buf of {LARGE} bytes used {taken} bytes of memory");
             drop(image);
         }
         shut_down(loader);
@@ -373,7 +377,7 @@ fn fill_memory() {
         assert!(matches!(outcome, Ok(()) | Err(Error::OutOfMemory { .. })), "{outcome:?}");
     }
     shut_down(loader);
-    // Segments of 1 GiB, several of which fit into the window of 3 GiB.
+    // This loader uses segments of 1 GiB, several of which fit into its window of 3 GiB.
     let loader = Loader::builder()
         .heap(heap("dma-heap:system"))
         .load_options(LoadOptions::new().segment_bytes(1 << 30))
@@ -399,8 +403,9 @@ fn fill_memory() {
     }
 }
 
-/// Segment sizes are usually multiples of 2 MiB. With a limit of 1 MiB, segments have 1 MiB. With
-/// a limit of 0, a load into udmabufs fails, and `--dma-buf` uses the system heap.
+/// Segment sizes are usually multiples of 2 MiB, but if udmabuf's size limit is 1 MiB, segments
+/// have a size of 1 MiB. If the limit is 0, a load into udmabufs fails, and `--dma-buf` uses the
+/// system heap.
 #[test]
 fn low_size_limit_leads_to_smaller_segments_or_another_heap() {
     let path = file(4 * MIB);

@@ -1,8 +1,8 @@
-//! Tries which features a kernel offers. Each answer is a row of docs/kernels.md and must equal
-//! the known one, so a kernel that answers differently fails the test of that feature.
+//! Checks which features a kernel offers. Each answer becomes a row in docs/kernels.md. Each test
+//! also knows which answer to expect, so it fails on a kernel that answers differently.
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
 #![allow(clippy::unwrap_used, reason = "a failure here should fail the test")]
-#![allow(unsafe_code, reason = "requests and mappings beyond our API")]
+#![allow(unsafe_code, reason = "makes requests and mappings that our API does not offer")]
 
 mod common;
 
@@ -20,8 +20,8 @@ use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_sea
 
 const HUGE: usize = 2 * MIB;
 
-/// Records an answer, and asserts that it is the known one: `after` on lines from `since` on, and
-/// `before` on earlier ones.
+/// Records an answer, and asserts that it is the known one. This is `after` on release line
+/// `since` and later ones, and `before` on earlier ones.
 #[track_caller]
 fn assert_answer(what: &str, answer: &str, since: Line, before: &str, after: &str) {
     assert_known(what, answer, if kernel_line() >= since { after } else { before });
@@ -39,12 +39,12 @@ fn errno_name(error: &io::Error) -> String {
     errno.name().map_or_else(|| errno.raw_os_error().to_string(), str::to_owned)
 }
 
-/// Formats the answer of a call: `ok`, or the errno's name.
+/// Formats the result of a call as `ok` or as the errno's name.
 fn describe<T>(result: io::Result<T>) -> String {
     result.map_or_else(|error| errno_name(&error), |_| "ok".to_owned())
 }
 
-/// A range of addresses, unmapped when dropped.
+/// A reserved range of addresses. Dropping this value unmaps the range.
 struct Mapped {
     start: *mut u8,
     bytes: usize,
@@ -59,12 +59,12 @@ impl Mapped {
         Mapped { start: start.cast(), bytes }
     }
 
-    /// Maps a memfd at this offset of the reserved range.
+    /// Maps the first `bytes` bytes of a memfd at `offset` in the reserved range.
     fn map_at(&self, memfd: &OwnedFd, offset: usize, bytes: usize) {
         assert!(offset + bytes <= self.bytes);
         let (access, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_POPULATE);
-        // SAFETY: the range is within the one that `reserve` reserved (asserted above), and
-        // nothing else uses it.
+        // SAFETY: the range is within the reserved range (asserted above), and nothing else uses
+        // it.
         let start = unsafe { libc::mmap(self.start.wrapping_add(offset).cast(), bytes, access, flags, memfd.as_raw_fd(), 0) };
         assert_ne!(start, libc::MAP_FAILED);
     }
@@ -139,13 +139,13 @@ fn fixed_reads_take_vectors_since_6_15() {
         assert_eq!(usize::try_from(result), Ok(2 * PAGE));
         // SAFETY: the read is complete, and nothing else writes to this memory.
         let second = unsafe { std::slice::from_raw_parts(mapped.start.wrapping_add(8 * PAGE), PAGE) };
-        assert!(second == &original()[PAGE..2 * PAGE], "the second part");
+        assert!(second == &original()[PAGE..2 * PAGE], "the second part differs from the file");
     }
     drop(ring);
     assert_answer("READV_FIXED: one read into parts of a registered buffer", &answer, (6, 15), "EINVAL", "ok");
 }
 
-/// `struct io_uring_params`: the requested numbers of entries, and zeros.
+/// `struct io_uring_params`. All fields except the requested numbers of entries are zero.
 #[repr(C)]
 #[derive(Default)]
 struct Params {
@@ -179,7 +179,7 @@ fn buffered_reads_can_bypass_the_cache_since_6_14() {
     assert_answer("RWF_DONTCACHE on ext4", &describe(read), (6, 14), "EOPNOTSUPP", "ok");
 }
 
-/// Compares the memory that a cgroup is charged before and after an allocation.
+/// Compares how much memory a cgroup is charged before and after an allocation.
 #[test]
 fn memory_of_a_dma_heap_is_not_charged_to_the_cgroup() {
     if !makes_dma_bufs() {

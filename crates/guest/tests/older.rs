@@ -1,4 +1,5 @@
-//! A kernel without devices that make dma-bufs: memfds work, and errors name what is missing.
+//! Tests for kernels without devices that create dma-bufs. Memfds must work, and errors must name
+//! the missing devices.
 #![allow(clippy::unwrap_used, reason = "a failure here should fail the test")]
 
 mod common;

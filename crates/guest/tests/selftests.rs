@@ -1,6 +1,6 @@
-//! Repeats the kernel's own selftests for dma-heaps and udmabuf, where possible through our API:
-//! allocation, zeroed memory on reuse, older and newer structures, bad flags and sizes, coherence,
-//! leaks. Also tries which mappings refuse direct reads.
+//! Repeats the kernel's own selftests for dma-heaps and udmabuf, through our API if possible. They
+//! cover allocation, zeroed memory on reuse, older and newer structures, bad flags and sizes,
+//! coherence, and leaks. Another test checks which mappings refuse direct reads.
 #![allow(clippy::unwrap_used, reason = "a failure here should fail the test")]
 #![allow(unsafe_code, reason = "writes to mappings, and makes requests that our API rules out")]
 
@@ -72,18 +72,18 @@ fn bad_sizes_and_flags_are_refused() {
         dmabuf::Errno::EINVAL
     );
     assert_eq!(heap.allocate_with(4096, read_write | cloexec, !0).unwrap_err().errno, dmabuf::Errno::EINVAL);
-    // A read-only descriptor is allowed, and cannot be mapped for writing.
+    // A read-only descriptor is allowed, but it cannot be mapped for writing.
     let memory = Memory::DmaBuf(heap.allocate_with(4096, cloexec, 0).unwrap());
     assert_eq!(AddressRange::reserve(4096).unwrap().map(&memory, 0, 4096).unwrap_err().errno, dmabuf::Errno::EACCES);
 }
 
-/// An ioctl with arguments that our API cannot make.
+/// An ioctl with arguments that our API cannot produce.
 struct Raw<'a> {
     opcode: rustix::ioctl::Opcode,
     words: &'a mut [u64],
 }
 
-// SAFETY: the opcodes of the tests below state the size of `words`.
+// SAFETY: the opcodes in the tests below encode the size of `words`.
 unsafe impl rustix::ioctl::Ioctl for Raw<'_> {
     type Output = i32;
     const IS_MUTATING: bool = true;
@@ -99,11 +99,11 @@ unsafe impl rustix::ioctl::Ioctl for Raw<'_> {
 }
 
 fn call_ioctl(fd: impl AsFd, opcode: u32, words: &mut [u64]) -> Result<i32, Errno> {
-    // SAFETY: callers pass an opcode that states the size of `words`, as `Raw` requires.
+    // SAFETY: callers pass an opcode that encodes the size of `words`, as `Raw` requires.
     unsafe { rustix::ioctl::ioctl(fd, Raw { opcode, words }) }
 }
 
-/// Computes `_IOWR('H', 0, …)` for a structure of this size.
+/// Computes `_IOWR('H', 0, …)` for a structure of `bytes` bytes.
 fn allocate_opcode(bytes: u32) -> u32 {
     0xC000_4800 | bytes << 16
 }
@@ -176,8 +176,8 @@ fn udmabuf_refuses_the_end_of_an_access_without_begin() {
     dma_buf.cpu_access(Access::ReadWrite).unwrap().end().unwrap();
 }
 
-/// Asserts that writes through the memfd are visible in the mapping of a part's dma-buf, and vice
-/// versa.
+/// Creates dma-bufs from parts of a memfd. Asserts that writes through the memfd's mapping are
+/// visible in each dma-buf's mapping, and vice versa.
 fn assert_part_is_coherent(pages: Pages) {
     let device = Udmabuf::open().unwrap();
     let bytes = 3 * HUGE_PAGE_BYTES;
@@ -192,7 +192,8 @@ fn assert_part_is_coherent(pages: Pages) {
     for (number, at) in (0..bytes).step_by(page).enumerate() {
         // SAFETY: `at` is within the mapping.
         let page = unsafe { below.address().add(at) };
-        // SAFETY: the address is aligned, a page follows, and only this function uses the mapping.
+        // SAFETY: the address is aligned, a whole page is mapped there, and only this function
+        // uses the mapping.
         unsafe { page.cast::<u64>().write(number as u64) };
     }
     // A whole huge page, small pages within one, and small pages across the boundary between two.
@@ -250,7 +251,8 @@ fn describe(answer: Result<(), Errno>) -> String {
     answer.map_or_else(|errno| name(errno).map_or_else(|| errno.to_string(), str::to_owned), |()| "ok".to_owned())
 }
 
-/// Registers a mapping with io_uring, and reads into it with `O_DIRECT`. Returns both answers.
+/// Registers a mapping with io_uring, and reads into it with `O_DIRECT`. Returns the results of
+/// both calls.
 fn try_mapping(mapping: &Mapping) -> (Result<(), Errno>, Result<(), Errno>) {
     let ring = io_uring::IoUring::new(8).unwrap();
     ring.submitter().register_buffers_sparse(1).unwrap();
@@ -268,7 +270,8 @@ fn try_mapping(mapping: &Mapping) -> (Result<(), Errno>, Result<(), Errno>) {
     (registered.map_err(|error| Errno::from_io_error(&error).unwrap()), read.map(|_| ()))
 }
 
-/// The ladder of routes rests on these answers, so a kernel that answers differently fails here.
+/// The ladder of routes depends on these answers, so this test fails on a kernel that answers
+/// differently.
 #[test]
 fn refusals_of_each_mapping_are_the_known_ones() {
     let memfd = Memory::Memfd(Memfd::create("test", MIB).unwrap());

@@ -1,5 +1,5 @@
-//! Checks the environment that every guest must provide. Without this environment, the other
-//! suites prove nothing.
+//! Checks the environment that every guest must provide. The other suites rely on this
+//! environment.
 
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
@@ -33,8 +33,9 @@ fn devices_exist_where_the_kernel_makes_dma_bufs() {
     assert!(exists("/dev/nvme0n1"));
 }
 
-/// A CMA heap would need a separate suite, since its mappings can be pinned on some kernels. All
-/// guests reserve memory for one (`cma=64M`), so this test fails as soon as a kernel has one.
+/// A CMA heap would need a separate suite, because its mappings can be pinned on some kernels. All
+/// guests reserve memory for a CMA heap (`cma=64M`), so this test fails as soon as a kernel
+/// provides one.
 #[test]
 fn system_heap_is_the_only_dma_heap() {
     let expected: &[&str] = if makes_dma_bufs() { &["system"] } else { &[] };
@@ -120,13 +121,13 @@ fn bad_disks_fail_only_at_their_sector() {
             Ok(())
         };
         for _ in 0..2 {
-            let error = read(bad).expect_err("the bad sector was read");
+            let error = read(bad).expect_err("reading the bad sector should fail");
             assert_eq!(error.raw_os_error(), Some(disk.errno), "{disk:?}: {error}");
         }
         for offset in [0, bad - SECTOR, bad + SECTOR, BAD_LEN - SECTOR] {
             read(offset).unwrap_or_else(|error| panic!("{disk:?} at {offset}: {error}"));
         }
-        // Through the page cache, the kernel reports every error as EIO.
+        // For a read through the page cache, the kernel reports every error as EIO.
         let error = File::open(&disk.file).unwrap().read_exact_at(&mut page.0[..SECTOR], disk.offset).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EIO), "{disk:?}: {error}");
     }

@@ -1,6 +1,7 @@
-//! A Vulkan driver imports a loaded file. Mesa's lavapipe runs on the processor, and imports
-//! dma-bufs if the kernel has `/dev/udmabuf`. `examples/gpu-import` uses this driver to copy and
-//! sum each segment, and compares both results with the file.
+//! Tests that a Vulkan driver can import a loaded file. The driver is Mesa's lavapipe, which runs
+//! on the processor and can import dma-bufs if the kernel has `/dev/udmabuf`.
+//! `examples/gpu-import` uses this driver to copy and sum each segment, and compares both results
+//! with the file.
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
 #![allow(clippy::unwrap_used, reason = "a failure here should fail the test")]
 
@@ -11,7 +12,7 @@ use std::process::{Command, Output};
 use common::{MIB, file, format_sizes};
 use dmaload_guest::record_row;
 
-/// The mount point of the image with the driver, see `src/vulkan.rs`.
+/// The mount point of the disk image that contains the driver (see `src/vulkan.rs`).
 const ROOT: &str = "/vulkan";
 
 fn run_script(script: &str) {
@@ -32,7 +33,8 @@ fn run_gpu_import(file: &str, heap: &str) -> Output {
 #[test]
 fn lavapipe_imports_a_loaded_file_and_sums_it() {
     let len = 24 * MIB + 777;
-    // The path must have no symbolic links, because their targets do not exist in the other root.
+    // The path must not contain symbolic links, because their targets do not exist below the new
+    // root.
     let path = file(len).canonicalize().unwrap();
     run_script(&format!(
         "cd {ROOT} && for folder in dev proc sys disk; do mount -o bind /$folder $folder; done && mount -t tmpfs tmp tmp"

@@ -1,8 +1,8 @@
-//! Helpers for the suites: files on the guest's disk, loads, dma-bufs read through their own
-//! mappings, and settings of the kernel.
+//! Helpers for the suites. They create files on the guest's disk, load files, read dma-bufs
+//! through a mapping, and change settings of the kernel.
 #![allow(dead_code, unreachable_pub, reason = "each suite uses only some of the helpers")]
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the suite")]
-#![allow(unsafe_code, reason = "mappings of dma-bufs are viewed as slices")]
+#![allow(unsafe_code, reason = "accesses mappings of dma-bufs as slices")]
 
 use std::fs;
 use std::io::Write;
@@ -20,24 +20,25 @@ use dmaload_testing::{meminfo_bytes, random_bytes};
 pub use dmaload_testing::assert_same;
 
 pub const MIB: usize = 1 << 20;
-/// The length of a large file: above the default limit of one udmabuf (64 MiB before Linux 7.3),
-/// more than twice the windows of 32 MiB that `dma_bufs` uses, and not a multiple of a block or
-/// page.
+/// The length of a large file in bytes. It exceeds the default size limit of a udmabuf (64 MiB
+/// before Linux 7.3), it is more than twice the window of 32 MiB that the suite `dma_bufs` uses,
+/// and it is not a multiple of the block size or the page size.
 pub const LARGE: usize = 72 * MIB + 777;
 
-/// A folder on the guest's disk.
+/// Returns the path of a folder on the guest's disk.
 pub fn disk() -> &'static Path {
     Path::new(env!("CARGO_TARGET_TMPDIR"))
 }
 
-/// The bytes of the files that [`file`] makes: a file of `len` bytes has the first `len` of them.
+/// Returns the bytes that [`file`] writes to files. A file of `len` bytes contains the first `len`
+/// of them.
 pub fn original() -> &'static [u8] {
     static BYTES: OnceLock<Vec<u8>> = OnceLock::new();
     BYTES.get_or_init(|| random_bytes(LARGE, 11))
 }
 
-/// Returns the path of a file with the first `len` bytes of [`original`]. Makes the file unless it
-/// exists.
+/// Returns the path of a file that contains the first `len` bytes of [`original`]. Creates the
+/// file unless it exists.
 pub fn file(len: usize) -> PathBuf {
     let path = disk().join(format!("{len}.bin"));
     if fs::metadata(&path).map_or(0, |found| found.len()) != len as u64 || len == 0 {
@@ -48,7 +49,7 @@ pub fn file(len: usize) -> PathBuf {
     path
 }
 
-/// Formats sizes for people: `8 MiB + 1`.
+/// Formats sizes in a form that is easy to read, such as `8 MiB + 1`.
 pub fn format_sizes(sizes: &[usize]) -> String {
     let format_size = |size: &usize| match (size / MIB, size % MIB) {
         (0, bytes) => bytes.to_string(),
@@ -59,7 +60,7 @@ pub fn format_sizes(sizes: &[usize]) -> String {
     sizes.iter().map(format_size).collect::<Vec<_>>().join(", ")
 }
 
-/// Makes a file of zeros that occupies no blocks on the disk.
+/// Creates a file of zeros that occupies no blocks on the disk.
 pub fn sparse_file(name: &str, len: u64) -> PathBuf {
     let path = disk().join(name);
     fs::File::create(&path).unwrap().set_len(len).unwrap();
@@ -82,22 +83,22 @@ pub fn shut_down(loader: Loader) {
     block_on(loader.shutdown()).unwrap();
 }
 
-/// Maps a dma-buf, begins CPU access, and passes its bytes to `inspect`.
+/// Maps a dma-buf, begins CPU access, and calls `inspect` with the dma-buf's bytes.
 pub fn with_mapping<T>(dma_buf: OwnedFd, inspect: impl FnOnce(&[u8]) -> T) -> T {
     let memory = Memory::DmaBuf(DmaBuf::from_fd(dma_buf).unwrap());
     let dma_buf = memory.dma_buf().unwrap();
     let bytes = dma_buf.bytes();
     let mapping = AddressRange::reserve(bytes).unwrap().map(&memory, 0, bytes).unwrap();
     let access = dma_buf.cpu_access(Access::Read).unwrap();
-    // SAFETY: the mapping has that many bytes. Callers pass the dma-buf of a load that has ended,
-    // so nothing writes to the dma-buf while the slice is alive.
+    // SAFETY: the mapping has that many bytes. Callers pass the dma-buf of a finished load, so
+    // nothing writes to the dma-buf while the slice is alive.
     let seen = inspect(unsafe { std::slice::from_raw_parts(mapping.address().as_ptr(), bytes) });
     access.end().unwrap();
     seen
 }
 
-/// Asserts that the segments' dma-bufs have exactly these bytes, and that each dma-buf's bytes
-/// after its segment are zero.
+/// Asserts that the segments' dma-bufs contain exactly the `expected` bytes, and that any bytes
+/// after the segment in each dma-buf are zero.
 #[track_caller]
 pub fn assert_dma_bufs(segments: &[Segment], expected: &[u8], what: &str) {
     let mut at = 0;
@@ -120,10 +121,11 @@ pub fn available_bytes() -> u64 {
     meminfo_bytes("MemAvailable")
 }
 
-/// Asserts that `work` releases the guest's memory.
+/// Asserts that `work` releases the memory that it uses.
 ///
-/// Kernel caches and new threads may keep memory in the first round, but a leak loses memory in
-/// every round. One of three rounds must therefore release all but 24 MiB.
+/// Calls `work` up to three times, until one call releases all memory except for at most 24 MiB.
+/// Kernel caches and new threads may keep memory in the first round, whereas a leak loses memory
+/// in every round.
 #[track_caller]
 pub fn assert_memory_is_released(mut work: impl FnMut()) {
     let mut lost = Vec::new();
@@ -150,8 +152,8 @@ pub fn open_descriptors() -> usize {
     fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
-/// Waits until the number of open descriptors is stable, and returns the number. A thread may
-/// still be closing the segments of earlier tests.
+/// Waits until the number of open descriptors is stable, and returns this number. When a test
+/// starts, a thread may still be closing segments of earlier tests.
 pub fn settle_descriptors() -> usize {
     let mut seen = open_descriptors();
     loop {
@@ -175,7 +177,7 @@ pub fn assert_descriptors_are_closed(before: usize) {
 
 pub const SIZE_LIMIT: &str = "/sys/module/udmabuf/parameters/size_limit_mb";
 
-/// A changed size limit of udmabuf. Dropping this value restores the previous limit, which differs
+/// Overrides udmabuf's size limit. Dropping this value restores the previous limit, which differs
 /// between kernels.
 pub struct SizeLimit(String);
 
@@ -195,7 +197,8 @@ impl Drop for SizeLimit {
 
 const THP: &str = "/sys/kernel/mm/transparent_hugepage";
 
-/// Changed settings of transparent huge pages. Dropping this value restores the previous settings.
+/// Overrides settings of transparent huge pages. Dropping this value restores the previous
+/// settings.
 pub struct ThpSettings(Vec<(String, String)>);
 
 impl ThpSettings {
@@ -222,19 +225,19 @@ impl Drop for ThpSettings {
 
 pub const PAGE: usize = 4096;
 
-/// Counts of the folios under a range of memory.
+/// Counts of the folios that back a range of memory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Folios {
-    /// Folios of a single page.
+    /// The number of folios that consist of a single page.
     pub pages: usize,
-    /// Pages in larger folios.
+    /// The number of pages in larger folios.
     pub compound_pages: usize,
-    /// Larger folios, counted by their first pages.
+    /// The number of larger folios. Only the first page of a folio is counted.
     pub compound: usize,
 }
 
 impl Folios {
-    /// Formats the counts, assuming that all larger folios have 2 MiB.
+    /// Formats the counts, assuming that all larger folios have a size of 2 MiB.
     pub fn describe(self) -> String {
         match self.pages {
             0 => format!("{} folios of 2 MiB", self.compound),
@@ -242,7 +245,8 @@ impl Folios {
         }
     }
 
-    /// Adds the folios under mapped memory. Requires root, to read page frame numbers.
+    /// Counts the folios that back a range of mapped memory. Requires root, because it reads page
+    /// frame numbers.
     #[track_caller]
     pub fn add(&mut self, address: usize, bytes: usize) {
         use std::os::unix::fs::FileExt;
@@ -269,10 +273,10 @@ impl Folios {
     }
 }
 
-/// Populates the first `bytes` of a memfd by faults, and returns their folios.
+/// Faults in the first `bytes` bytes of a memfd, and counts the folios that back them.
 ///
-/// Maps them at a multiple of 2 MiB: a fault makes a large folio only if the folio's offset in the
-/// memfd and its address are both multiples of its size.
+/// The bytes are mapped at a multiple of 2 MiB, because a fault creates a large folio only if the
+/// folio's offset in the memfd and its address are both multiples of its size.
 #[track_caller]
 pub fn fault_in(memfd: &OwnedFd, bytes: usize) -> Folios {
     use std::os::fd::AsRawFd;
@@ -292,7 +296,7 @@ pub fn fault_in(memfd: &OwnedFd, bytes: usize) -> Folios {
     folios
 }
 
-/// `struct udmabuf_create` of linux/udmabuf.h.
+/// `struct udmabuf_create` from linux/udmabuf.h.
 #[repr(C)]
 struct Create {
     memfd: u32,
@@ -301,10 +305,10 @@ struct Create {
     size: u64,
 }
 
-/// Makes a dma-buf from a memfd by calling the kernel directly, as a vendor's library does.
+/// Creates a dma-buf from a memfd by calling the kernel directly, as a vendor's library would.
 ///
 /// # Errors
-/// The kernel's errno.
+/// Returns the kernel's errno if the kernel refuses the request.
 pub fn create_udmabuf(memfd: &OwnedFd, bytes: usize) -> Result<OwnedFd, dmaload::Errno> {
     use std::os::fd::{AsRawFd, FromRawFd};
     const UDMABUF_CREATE: u32 = 0x4018_7542;

@@ -1,4 +1,4 @@
-//! Tests for every kernel with importers.
+//! Tests that run on every kernel with importers.
 
 use std::sync::Arc;
 
@@ -43,18 +43,18 @@ fn importers_see_the_right_bytes_of_a_udmabuf_on_small_pages() {
     record_row("importers", &["udmabuf", "4 KiB (--pages 4k)", "vivid: right bytes; vgem: attached"]);
 }
 
-/// Proves that the setting has an effect. If it had none, tests that find no large folios despite
+/// Checks that the setting has an effect. If it had none, tests that find no large folios despite
 /// the setting would prove nothing.
 #[test]
 fn multi_size_thp_gives_memfds_large_folios() {
     let _settings = ThpSettings::set(&[("hugepages-64kB/shmem_enabled", "always")]);
     let loader = Loader::builder().load_options(LoadOptions::new().layout(Layout::Single)).build().unwrap();
     let image = load(&loader, &file(MIB), loader.load_options()).unwrap();
-    assert!(count_folios(&image).compound > 0, "multi-size THP is on, and the memfd has no large folio");
+    assert!(count_folios(&image).compound > 0, "multi-size THP is on, but the memfd has no large folio");
     shut_down(loader);
 }
 
-/// Proves that the setting has an effect. If it had none, tests that find no huge pages despite
+/// Checks that the setting has an effect. If it had none, tests that find no huge pages despite
 /// the setting would prove nothing.
 #[test]
 fn shmem_always_gives_memfds_huge_pages() {

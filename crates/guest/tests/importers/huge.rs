@@ -1,6 +1,6 @@
-//! Tests for kernels whose importers see the right bytes of a udmabuf on huge pages. Huge pages
-//! are the udmabuf heap's default on these kernels. The tests compare every page of every folio,
-//! for every way of filling and for folios of several sizes.
+//! Tests for kernels whose importers see the right bytes in a udmabuf on huge pages. On these
+//! kernels, the udmabuf heap uses huge pages by default. The tests compare every page of every
+//! folio, for every way of filling a udmabuf and for several folio sizes.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex};
@@ -15,8 +15,8 @@ use crate::common::{Folios, MIB, PAGE, ThpSettings, create_udmabuf, disk, fault_
 use crate::vivid::Loopback;
 use crate::{HUGE, Way, cache_first_bytes, count_folios, load_and_pass, ways, wrong_pages};
 
-/// The size in pixels of a frame that shows a whole dma-buf: two folios of 2 MiB, and 2,026,496
-/// bytes on small pages.
+/// The size in pixels of a frame that covers a whole dma-buf, which consists of two folios of 2
+/// MiB and of small pages for the remaining 2,026,496 bytes.
 const FRAME: (u32, u32) = (1920, 1080);
 const LEN: usize = 1920 * 1080 * 3;
 const HUGE_FOLIOS: usize = LEN / HUGE;
@@ -28,7 +28,7 @@ fn open_loopback() -> Loopback {
     loopback
 }
 
-/// The default folios of a udmabuf of [`LEN`] bytes.
+/// The folios that back a udmabuf of [`LEN`] bytes by default.
 const EXPECTED: Folios = Folios { pages: SMALL_PAGES, compound_pages: HUGE_FOLIOS * HUGE / PAGE, compound: HUGE_FOLIOS };
 
 #[test]
@@ -82,7 +82,7 @@ fn importers_see_the_latest_load_in_memory_of_the_pool() {
     );
 }
 
-/// Makes a memfd of `bytes`, rounded up to a multiple of 2 MiB, and populates it. Returns the
+/// Creates and populates a memfd of `bytes` bytes, rounded up to a multiple of 2 MiB. Returns the
 /// memfd and its folios.
 fn create_vendors_memfd(bytes: usize, flags: MemfdFlags) -> (OwnedFd, Folios) {
     let memfd = memfd_create("vendor", flags | MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
@@ -93,9 +93,10 @@ fn create_vendors_memfd(bytes: usize, flags: MemfdFlags) -> (OwnedFd, Folios) {
     (memfd, folios)
 }
 
-/// Loads into a vendor's udmabuf over a memfd with these flags, and passes it through vivid.
-/// Returns the memfd's folios, and the frame. The folios are counted in a mapping of the memfd,
-/// because the mapping of a dma-buf does not show them.
+/// Creates a udmabuf as a vendor's library would, from a memfd with these flags. Loads a file into
+/// the udmabuf, and passes it through vivid. Returns the memfd's folios and the captured frame.
+/// The folios are counted in a mapping of the memfd, because a mapping of the dma-buf does not
+/// show them.
 fn pass_vendors_udmabuf(loopback: &mut Loopback, name: &str, flags: MemfdFlags) -> (Folios, Vec<u8>) {
     let seen = Arc::new(Mutex::new(Folios::default()));
     let folios = Arc::clone(&seen);
@@ -112,7 +113,7 @@ fn pass_vendors_udmabuf(loopback: &mut Loopback, name: &str, flags: MemfdFlags) 
     (folios, frame)
 }
 
-/// Huge pages reserved for hugetlb, which are released on drop.
+/// Huge pages that are reserved for hugetlb. Dropping this value releases them.
 struct ReservedPages;
 
 impl ReservedPages {
@@ -164,13 +165,15 @@ fn importers_see_every_page_of_multi_size_thp() {
     }
 }
 
-/// The number of read requests that the disk has completed, from `/sys/block/NAME/stat`.
+/// Returns the number of read requests that the disk has completed, according to
+/// `/sys/block/NAME/stat`.
 fn count_read_requests() -> u64 {
     let stat = std::fs::read_to_string("/sys/block/nvme0n1/stat").unwrap();
     stat.split_whitespace().next().unwrap().parse().unwrap()
 }
 
-/// Shows the benefit of huge pages by counts, because times on an emulated machine mean nothing.
+/// Demonstrates the benefit of huge pages by counting folios and read requests, because times on
+/// an emulated machine mean nothing.
 #[test]
 fn huge_pages_take_fewer_folios_and_no_more_requests() {
     let len = 64 * MIB;
@@ -188,8 +191,8 @@ fn huge_pages_take_fewer_folios_and_no_more_requests() {
             let folios = count_folios(&image);
             (folios.pages + folios.compound, requests)
         };
-        // The file system may read metadata during a load, so the lowest of several counts is that
-        // of the load alone.
+        // The file system may read metadata during a load, which adds requests. The lowest of
+        // several counts is therefore taken.
         let (folios, requests) = (0..5).map(|_| count_load()).min().unwrap();
         seen.push((folios, requests));
         record_row("counts", &[name, "64 MiB", &folios.to_string(), &requests.to_string()]);

@@ -1,14 +1,15 @@
-//! Real importers: kernel drivers that use a dma-buf's memory themselves.
+//! Tests with real importers: kernel drivers that access a dma-buf's memory themselves.
 //!
 //! **vivid** outputs a frame from the dma-buf, sends it through its loopback and captures it
 //! again, so the captured bytes are those that the driver sees in its mapping of the dma-buf.
-//! **vgem** attaches by PRIME, as a GPU driver does.
+//! **vgem** imports the dma-buf through PRIME, as a GPU driver does.
 //!
-//! The module `every` runs on all kernels with importers, `small` on those whose importers see
-//! wrong bytes on huge pages, and `huge` on the others: see `src/suites.rs`.
+//! The module `every` runs on all kernels with importers. In addition, `small` runs on kernels
+//! whose importers see wrong bytes on huge pages, and `huge` runs on the others (see
+//! `src/suites.rs`).
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
 #![allow(clippy::unwrap_used, reason = "a failure here should fail the test")]
-#![allow(unsafe_code, reason = "ioctls of drivers, and their mappings")]
+#![allow(unsafe_code, reason = "calls ioctls of drivers, and accesses their mappings")]
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -28,11 +29,12 @@ use rustix::fs::{Advice, fadvise};
 use vivid::Loopback;
 
 const HUGE: usize = 2 * MIB;
-/// Larger than a frame and than two huge pages, and not a multiple of a page.
+/// The length of the file to load, in bytes. It exceeds a frame and four huge pages, and is not a
+/// multiple of the page size.
 const LEN: usize = 9 * MIB + 777;
 
-/// Loads a file of this length into one dma-buf, passes the dma-buf through vivid and attaches it
-/// to vgem. Returns the image and vivid's frame.
+/// Loads a file of `len` bytes into one dma-buf, passes the dma-buf through vivid and attaches it
+/// to vgem. Returns the image and the frame that vivid captured.
 fn load_and_pass(
     loopback: &mut Loopback,
     heap: impl Heap,
@@ -52,13 +54,13 @@ fn load_and_pass(
     (image, frame)
 }
 
-/// Returns the numbers of a frame's pages that differ from the file's.
+/// Returns the numbers of the pages in which a frame differs from the file.
 fn wrong_pages(frame: &[u8]) -> Vec<usize> {
     let pages = frame.chunks(PAGE).zip(original().chunks(PAGE)).enumerate();
     pages.filter(|(_, (seen, expected))| *seen != &expected[..seen.len()]).map(|(page, _)| page).collect()
 }
 
-/// Counts the folios of an image's memory.
+/// Counts the folios that back an image's memory.
 fn count_folios(image: &Image) -> Folios {
     let mut seen = Folios::default();
     for segment in image.segments() {
@@ -68,13 +70,13 @@ fn count_folios(image: &Image) -> Folios {
     seen
 }
 
-/// A way for bytes to get into a udmabuf.
+/// A way of filling a udmabuf: by a certain route, from the page cache, or both.
 struct Way {
     name: &'static str,
     options: fn(LoadOptions) -> LoadOptions,
-    /// How many halves of the file (0 to 2) are in the page cache before the load.
+    /// The number of halves of the file (0 to 2) that are in the page cache before the load.
     cached_halves: usize,
-    /// The route that the report names; `None` if nothing is read from storage.
+    /// The route that the report must name. `None` if nothing is read from storage.
     route: Option<Route>,
 }
 
@@ -84,8 +86,9 @@ impl Way {
     }
 }
 
-/// Returns every way. Those that set a route are strict, so the load fails rather than take
-/// another route. `default` is the route that the loader chooses.
+/// Returns every way. If a way sets a route, the load is strict, so that it fails instead of
+/// falling back to another route. `default` is the route that the loader is expected to choose by
+/// default.
 const fn ways(default: Route) -> [Way; 9] {
     const fn by_route(name: &'static str, options: fn(LoadOptions) -> LoadOptions, route: Route) -> Way {
         Way { name, options, cached_halves: 0, route: Some(route) }

@@ -1,6 +1,6 @@
-//! Tests for kernels whose importers see wrong bytes of a udmabuf on huge pages. The heap keeps
-//! huge pages out, whichever way memory is filled and whatever the settings of transparent huge
-//! pages.
+//! Tests for kernels whose importers see wrong bytes in a udmabuf on huge pages. On these kernels,
+//! the heap must not use huge pages, regardless of how memory is filled and of the settings of
+//! transparent huge pages.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -15,8 +15,8 @@ use crate::common::{MIB, PAGE, ThpSettings, assert_dma_bufs, block_on, file, hea
 use crate::vivid::Loopback;
 use crate::{HUGE, LEN, Way, cache_first_bytes, count_folios, load_and_pass, ways, wrong_pages};
 
-/// Shows the bug that the default avoids. If this test fails because pages are right, the kernel
-/// was fixed: adapt `Udmabuf::huge_pages_show_wrong_bytes`.
+/// Demonstrates the bug that the default avoids. If this test fails because the pages are right,
+/// the kernel has been fixed. In this case, adapt `Udmabuf::huge_pages_show_wrong_bytes`.
 #[test]
 fn importers_see_wrong_bytes_on_huge_pages() {
     assert!(Udmabuf::huge_pages_show_wrong_bytes());
@@ -64,11 +64,11 @@ fn default_avoids_the_bug_with_multi_size_thp() {
     assert_default_avoids_the_bug(&settings);
 }
 
-/// The ranges that a heap was asked to populate.
+/// Records the ranges that a heap is asked to populate.
 #[derive(Debug, Default)]
 struct PopulateRequests(Mutex<Mappings>);
 
-/// The requested ranges of each mapping, by the mapping's start and end addresses.
+/// The requested ranges of each mapping, keyed by the mapping's start and end addresses.
 type Mappings = BTreeMap<(usize, usize), Vec<Range<usize>>>;
 
 impl HeapHooks for PopulateRequests {
@@ -78,14 +78,15 @@ impl HeapHooks for PopulateRequests {
     }
 
     fn after_populate(&self, _: Range<usize>, result: Result<&Populated, &dmabuf::Error>) {
-        // The heap checks the page sizes; it must have found no huge page.
+        // The heap checks the page sizes, and must not have found a huge page.
         assert_eq!(result.unwrap().pages.map(|pages| pages.huge_bytes), Some(0));
     }
 }
 
 impl PopulateRequests {
-    /// Asserts that the heap populated all of the load's memory, each range once. udmabuf would
-    /// allocate a missing page itself, possibly a huge one. Returns the number of ranges.
+    /// Asserts that the heap was asked to populate all of the image's memory, and none of it
+    /// twice. If a page were missing, udmabuf itself would allocate it, possibly as a huge page.
+    /// Returns the number of ranges.
     fn assert_cover(&self, image: &Image, what: &str) -> usize {
         let mut requested = std::mem::take(&mut *self.0.lock().unwrap());
         for (&(start, end), parts) in &mut requested {
@@ -99,7 +100,7 @@ impl PopulateRequests {
     }
 }
 
-/// However memory is filled, the heap populates it first, and keeps huge pages out.
+/// For every way of filling memory, the heap must populate the memory first, without huge pages.
 #[test]
 fn no_way_of_filling_a_udmabuf_lets_huge_pages_in() {
     let _settings = ThpSettings::set(&[("shmem_enabled", "always"), ("enabled", "always")]);
@@ -114,12 +115,12 @@ fn no_way_of_filling_a_udmabuf_lets_huge_pages_in() {
         let (image, frame) = load_and_pass(&mut loopback, heap, LEN, options);
         assert_eq!((wrong_pages(&frame), count_folios(&image).compound_pages), (vec![], 0), "{name}");
         let parts = requests.assert_cover(&image, name);
-        // Reads by a ring and direct reads need a populated piece. Threads that copy, or read
-        // through the page cache, populate extents as they go.
+        // Before reads by a ring and direct reads, the whole piece is populated at once. Threads
+        // that copy, or that read through the page cache, populate extents as they need them.
         let by_extents = route.is_none_or(|route| matches!(route, Route::Bounce | Route::Buffered));
         assert_eq!(parts > 1, by_extents, "{name}: {parts}");
         let report = image.report();
-        // Chunks that are cached in part are read from storage.
+        // Chunks that are only partly cached are read from storage.
         let cached = if in_the_cache == LEN { LEN } else { in_the_cache / HUGE * HUGE };
         assert_eq!(report.cached_bytes, cached as u64, "{name}");
         assert!(route.is_none_or(|route| report.route == route), "{name}: {}", report.route);
@@ -129,7 +130,7 @@ fn no_way_of_filling_a_udmabuf_lets_huge_pages_in() {
     }
 }
 
-/// A load that is large enough to measure direct and staged reads fills memory by both of them.
+/// A load that is large enough to measure both direct and staged reads uses both to fill memory.
 #[test]
 fn load_that_measures_both_ways_lets_no_huge_pages_in() {
     const COUNT: usize = 9;

@@ -40,7 +40,8 @@ struct GemClose {
 }
 const _: () = assert!(size_of::<GemClose>() == 8);
 
-/// Computes `_IOW` (direction 1) and `_IOWR` (3) of the kernel's headers, for type 'd'.
+/// Computes an ioctl number of type 'd', like the kernel's macros `_IOW` (direction 1) and `_IOWR`
+/// (direction 3).
 #[allow(clippy::cast_possible_truncation, reason = "the size is asserted to be small")]
 const fn number<T>(direction: u32, command: u8) -> u32 {
     assert!(size_of::<T>() < 1 << 14);
@@ -85,8 +86,8 @@ fn retry(step: &str, mut call: impl FnMut() -> c_int) -> io::Result<()> {
     }
 }
 
-/// Opens vgem's node. Render nodes sort last and are tried first, since they need neither a master
-/// nor authentication.
+/// Opens a device node of vgem. Tries the nodes in reverse order of their names, so that render
+/// nodes come first. These require neither DRM master nor authentication.
 fn open_node() -> io::Result<File> {
     let mut paths: Vec<PathBuf> = Vec::new();
     for entry in fs::read_dir("/dev/dri")? {
@@ -122,10 +123,10 @@ fn is_vgem(node: &File) -> bool {
     };
     let asked = retry("reading the driver's name", || {
         // SAFETY: the ioctl's number is that of `Version` (asserted above); the kernel writes at
-        // most `name_len` bytes to `name`, which is that long and lives here, and nothing through
-        // the pointers whose lengths are 0.
+        // most `name_len` bytes to `name`, which has that length and outlives the call, and writes
+        // nothing through the pointers whose lengths are 0.
         unsafe { libc::ioctl(node.as_raw_fd(), DRM_IOCTL_VERSION as _, &raw mut version) }
     });
-    // The kernel reports the name's full length, which can be more than it copied.
+    // The kernel reports the name's full length, even if it copied only a part of the name.
     asked.is_ok() && name.get(..version.name_len) == Some(b"vgem")
 }

@@ -1,5 +1,6 @@
-//! Reads a dma-buf through a real importer: vivid's video output takes the dma-buf, and vivid's
-//! loopback copies the frame from the driver's own kernel mapping to vivid's capture side.
+//! Reads a dma-buf through a real importer. The dma-buf is queued as a buffer of vivid's video
+//! output. vivid's loopback then copies the frame from the driver's kernel mapping of the dma-buf
+//! to vivid's capture side.
 //!
 //! Requires the module with one HDMI output and one HDMI input: `modprobe vivid n_devs=1
 //! node_types=0x101 num_inputs=1 input_types=3 num_outputs=1 output_types=1`
@@ -26,14 +27,14 @@ use self::v4l2::{
     RGB24_BYTES, S_DV_TIMINGS, S_FMT, field_text, ioctl, name_step, vivid_error,
 };
 
-/// The number of output buffers, all of the same dma-buf. Older kernels need at least two to
-/// start.
+/// The number of output buffers. All of them use the same dma-buf. Older kernels require at least
+/// two buffers to start streaming.
 const OUTPUT_BUFFERS: u32 = 2;
-/// The number of capture buffers. The driver fills some while one is being read.
+/// The number of capture buffers. The driver fills the others while one is being read.
 const CAPTURE_BUFFERS: u32 = 4;
 
-/// Both ends of one vivid instance, set up so that a captured frame has the bytes of the output
-/// frame.
+/// The output and the capture side of one vivid instance, set up so that a captured frame has the
+/// same bytes as the output frame.
 pub(crate) struct Loopback {
     output: File,
     capture: File,
@@ -47,8 +48,8 @@ impl Loopback {
         Self::with_frames_of(1280, 720)
     }
 
-    /// Like [`open`](Self::open), with frames of this size in pixels, which must be that of a
-    /// video standard.
+    /// Like [`open`](Self::open), but with frames of this size in pixels. The output must support
+    /// progressive timings of this size.
     pub(crate) fn with_frames_of(width: u32, height: u32) -> io::Result<Self> {
         let (output, capture, instance) = open_nodes()?;
         let linked = name_step("output controls", set_controls(&output, &instance))?;
@@ -73,13 +74,14 @@ impl Loopback {
         Ok(Self { output, capture, frame: out.sizeimage })
     }
 
-    /// The number of bytes at the start of a dma-buf that one pass returns.
+    /// Returns the size of a frame in bytes. One pass returns this many bytes from the start of a
+    /// dma-buf.
     pub(crate) fn frame_bytes(&self) -> usize {
         self.frame as usize
     }
 
-    /// Returns the first [`frame_bytes`](Self::frame_bytes) of a dma-buf of `buffer_bytes`, as
-    /// vivid sees them.
+    /// Returns the first [`frame_bytes`](Self::frame_bytes) bytes of a dma-buf of `buffer_bytes`
+    /// bytes, as vivid sees them.
     ///
     /// Accepts a frame once two in a row are equal. Without a looped picture, vivid fills every
     /// frame with fresh noise, so equal frames come from the output. The dma-buf must not change
@@ -93,7 +95,7 @@ impl Loopback {
         // Linux 6.12 leaks a reference to a dma-buf that it finds too short, so check first.
         let size = name_step("the dma-buf's size", File::from(dma_buf.try_clone_to_owned()?).seek(SeekFrom::End(0)))?;
         if size < u64::from(length) {
-            return Err(vivid_error(ErrorKind::InvalidInput, "the dma-buf is smaller than stated"));
+            return Err(vivid_error(ErrorKind::InvalidInput, "the dma-buf is smaller than `buffer_bytes`"));
         }
         let fd = u32::try_from(dma_buf.as_raw_fd()).map_err(|_| Error::from_raw_os_error(libc::EBADF))?;
 
@@ -168,7 +170,7 @@ fn open_nodes() -> io::Result<(File, File, String)> {
 fn find_timings(node: &File, width: u32, height: u32) -> io::Result<DvTimings> {
     for index in 0.. {
         let mut entry = EnumDvTimings { index, ..EnumDvTimings::default() };
-        // The list ends with EINVAL.
+        // At the end of the list, the driver returns EINVAL.
         name_step("ENUM_DV_TIMINGS", ioctl(node, &ENUM_DV_TIMINGS, &mut entry))?;
         let found = entry.timings;
         if (found.width, found.height, found.interlaced) == (width, height, 0) {
@@ -178,8 +180,8 @@ fn find_timings(node: &File, width: u32, height: u32) -> io::Result<DvTimings> {
     Err(vivid_error(ErrorKind::Unsupported, "the output has no progressive timings of this size"))
 }
 
-/// Sets the format RGB24, which passes the loopback unchanged. With cropping and scaling off, the
-/// driver uses the signal's size, whatever is requested.
+/// Sets the format RGB24, which passes through the loopback unchanged. With cropping and scaling
+/// off, the driver uses the signal's size, regardless of the requested size.
 fn set_format(node: &File, kind: u32, timings: &DvTimings) -> io::Result<PixFormat> {
     let pix = PixFormat {
         width: timings.width,

@@ -1,4 +1,4 @@
-//! vivid's controls, set so that a frame passes the loopback byte for byte.
+//! Sets vivid's controls so that a frame passes through the loopback unchanged.
 
 use std::{
     fs::File,
@@ -18,17 +18,17 @@ const LINK_TRIES: u32 = 20;
 /// How long to wait after setting the link: long enough for vivid's work item to run.
 const LINK_SETTLE_TIME: Duration = Duration::from_millis(100);
 
-/// The value that lets a frame pass unchanged.
+/// The value that a control needs for a frame to pass unchanged.
 enum Setting {
     Value(i32),
     Item(&'static str),
-    /// The menu item of an HDMI output of the same instance.
+    /// The menu item for an HDMI output of the same vivid instance.
     Link,
 }
 
 /// Chooses a setting by the control's name, because the numbers and kinds of vivid's controls
-/// differ between kernels. Leaves names with "Inject" alone: those buttons break the device on
-/// purpose.
+/// differ between kernels. Does not choose a setting for the controls with "Inject" in their
+/// names, which are buttons that break the device on purpose.
 fn choose_setting(name: &str, instance: &str) -> Option<Setting> {
     Some(match name {
         // The loopback: a switch on older kernels, a choice of partner on newer ones.
@@ -46,17 +46,17 @@ fn choose_setting(name: &str, instance: &str) -> Option<Setting> {
         // Controls that drop frames or the signal.
         "Percentage of Dropped Buffers" => Setting::Value(0),
         "DV Timings Signal Mode" => Setting::Item("Current DV Timings"),
-        // Without a looped picture, no two frames may be equal: see `Loopback::pass`.
+        // If the picture is not looped, no two frames may be equal (see `Loopback::pass`).
         "Test Pattern" => Setting::Item("Noise"),
         _ => return None,
     })
 }
 
-/// Sets the controls of a node. Returns whether one of them turned the loopback on.
+/// Sets the controls of a node. Returns whether one of them turns the loopback on.
 pub(super) fn set_controls(node: &File, instance: &str) -> io::Result<bool> {
     let mut linked = false;
     let mut query = QueryControl { id: CONTROL_NEXT, ..QueryControl::default() };
-    // The list ends with EINVAL.
+    // At the end of the list, the driver returns EINVAL.
     while ioctl(node, &QUERYCTRL, &mut query).is_ok() {
         let here = query;
         query = QueryControl { id: here.id | CONTROL_NEXT, ..QueryControl::default() };
@@ -70,7 +70,7 @@ pub(super) fn set_controls(node: &File, instance: &str) -> io::Result<bool> {
         };
         let is_link = matches!(setting, Setting::Link) || name == "Loop Video";
         if is_link && linked {
-            // An output has a single partner.
+            // An output can have only one partner.
             continue;
         }
         let value = match setting {
@@ -98,15 +98,15 @@ fn set_control(node: &File, id: u32, value: i32) -> io::Result<()> {
     if control.value == value {
         return Ok(());
     }
-    Err(vivid_error(ErrorKind::Unsupported, &format!("the control became {} instead of {value}", control.value)))
+    Err(vivid_error(ErrorKind::Unsupported, &format!("the control was set to {} instead of {value}", control.value)))
 }
 
 /// Checks that the link keeps the value that was just set, and sets it again if vivid resets it.
 ///
 /// On kernels where the link is a choice of partner, setting it queues a work item that updates
-/// the menu. If the work item runs before the control has its new value, vivid takes the chosen
-/// output for another input's, and resets the control to the test pattern. This reset happened 2
-/// of 300 times on Linux 7.2.
+/// the menu. If the work item runs before the control has its new value, vivid assumes that the
+/// chosen output is linked to another input, and resets the control to the test pattern. This
+/// happened in 2 of 300 tries on Linux 7.2.
 fn keep_link(node: &File, id: u32, value: i32) -> io::Result<()> {
     for _ in 0..LINK_TRIES {
         thread::sleep(LINK_SETTLE_TIME);
@@ -124,7 +124,7 @@ fn find_menu_index(node: &File, control: &QueryControl, is_it: impl Fn(&str) -> 
     (control.minimum..=control.maximum).find(|&index| {
         let index = u32::try_from(index).unwrap_or(u32::MAX);
         let mut entry = QueryMenu { id: control.id, index, ..QueryMenu::default() };
-        // A menu answers EINVAL for an entry that it lacks.
+        // The driver returns EINVAL for an entry that the menu does not have.
         ioctl(node, &QUERYMENU, &mut entry).is_ok() && is_it(field_text(&entry.name))
     })
 }

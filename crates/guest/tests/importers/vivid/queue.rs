@@ -1,4 +1,4 @@
-//! The buffers of one direction of the loopback, and capturing frames.
+//! Manages the buffer queues of the output and of the capture side, and captures frames.
 
 use std::{
     fs::File,
@@ -15,11 +15,13 @@ use super::v4l2::{
 
 /// The time limit for one pass. An emulated guest needs a fraction of a second on an idle host.
 const LIMIT: Duration = Duration::from_secs(20);
-/// The number of frames to discard after the start, because they may be from an earlier pass.
+/// The number of frames to discard after the stream has started, because they may be from an
+/// earlier pass.
 const SKIPPED: u32 = 2;
 
-/// The queue of one direction, and its buffers. Dropping the queue frees the buffers, even after a
-/// failed pass: otherwise, the driver would keep a queued dma-buf and refuse the next pass.
+/// The buffer queue of the output or of the capture side. Dropping the queue frees its buffers,
+/// even after a failed pass. Otherwise, the driver would keep a queued dma-buf and refuse the next
+/// pass.
 pub(super) struct Queue<'a> {
     pub(super) node: &'a File,
     kind: u32,
@@ -52,8 +54,8 @@ impl<'a> Queue<'a> {
         stopped.and(freed)
     }
 
-    /// Captures until two successive frames are equal, and returns that frame. Fails after
-    /// [`LIMIT`].
+    /// Captures frames until two successive ones are equal, and returns the second of them. Fails
+    /// if this takes longer than [`LIMIT`].
     pub(super) fn capture_frame(&self, frame: usize) -> io::Result<Vec<u8>> {
         let mut mappings = Vec::new();
         for index in 0..self.count {

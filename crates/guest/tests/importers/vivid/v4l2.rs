@@ -1,4 +1,4 @@
-//! The part of V4L2's interface that the loopback needs, as `linux/videodev2.h` defines it.
+//! The part of the V4L2 interface that the loopback needs, as defined in `linux/videodev2.h`.
 
 use std::{
     fs::File,
@@ -83,8 +83,8 @@ pub(super) struct RequestBuffers {
 }
 const _: () = assert!(size_of::<RequestBuffers>() == 20);
 
-/// `place` is the first half of the kernel's union: the offset to map at (MMAP), or the descriptor
-/// (DMABUF).
+/// `place` is the first half of the kernel's union `m`. It is the offset to pass to `mmap` (for
+/// `MEMORY_MMAP`), or the dma-buf's descriptor (for `MEMORY_DMABUF`).
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 pub(super) struct Buffer {
@@ -140,8 +140,8 @@ pub(super) struct Control {
 }
 const _: () = assert!(size_of::<Control>() == 8);
 
-/// The timings of a video signal. Opaque except for the picture's size and scan, since they are
-/// only passed from one node to the other.
+/// The timings of a video signal. Only the picture's size and scan are read. The other fields are
+/// passed unchanged from one node to the other.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 pub(super) struct DvTimings {
@@ -177,7 +177,8 @@ impl<T> Call<T> {
     }
 }
 
-/// Computes the kernel's `_IOR` (direction 2), `_IOW` (1) and `_IOWR` (3) for type 'V'.
+/// Computes an ioctl number of type 'V', like the kernel's macros `_IOR` (direction 2), `_IOW`
+/// (direction 1) and `_IOWR` (direction 3).
 #[allow(clippy::cast_possible_truncation, reason = "the size is asserted to be small")]
 const fn number<T>(direction: u32, command: u8) -> u32 {
     assert!(size_of::<T>() < 1 << 14);
@@ -234,7 +235,7 @@ pub(super) fn ioctl<T>(node: &File, call: &Call<T>, argument: &mut T) -> io::Res
     }
 }
 
-/// Adds the step to an error, because a bare errno does not say which call failed.
+/// Adds the name of the step to an error, because an errno alone does not say which call failed.
 pub(super) fn name_step<T>(step: &str, result: io::Result<T>) -> io::Result<T> {
     result.map_err(|error| Error::new(error.kind(), format!("vivid: {step}: {error}")))
 }
