@@ -1,12 +1,13 @@
-"""Loads a file into CPU memory by the wheel or another program, for `dmaload bench --peer`.
+"""Loads a file into CPU memory with the wheel or another program, for `dmaload bench --peer`.
 
     peers.py NAME PATH    NAME: wheel, safetensors, safetensors-clone, fastsafetensors, runai,
                           fio, copies
 
-The loaders need a safetensors file; fio and copies read any file. Reads `prepare`, then `go` from
-standard input, and answers each with a line of JSON. The measurement starts just before the file
-is opened and ends when every byte is in the caller's memory. If a loader returns a mapping, the
-measurement includes reading a byte of each page. fio measures with its own clock.
+The loaders require a safetensors file; fio and copies can read any file. The script reads
+`prepare`, then `go` from standard input, and answers each with a line of JSON. The measurement
+starts just before the file is opened and ends when every byte is in the caller's memory. If a
+loader returns a mapping, the measurement includes reading a byte of each page. For fio, the
+script reports the time that fio itself has measured.
 """
 
 import json
@@ -20,7 +21,7 @@ import time
 
 
 def page_bytes(path):
-    """Returns the size of most pages of the loaded memory, which is private or a memfd."""
+    """Returns the page size of most of the loaded memory, which is either private or a memfd."""
     with open("/proc/self/smaps_rollup", encoding="ascii") as file:
         kinds = ("AnonHugePages:", "ShmemPmdMapped:")
         huge_kib = sum(int(line.split()[1]) for line in file if line.startswith(kinds))
@@ -91,7 +92,7 @@ def by_copies(path):
 
 
 def by_fio(path):
-    """Returns the seconds that fio takes, to check the mode `limit`."""
+    """Returns the number of seconds that fio takes. It should be close to that of `limit`."""
     job = ["fio", "--name=limit", f"--filename={path}", "--rw=read", "--direct=1", "--ioengine=io_uring", "--fixedbufs=1"]
     job += ["--bs=4M", "--iodepth=16", "--mem=mmaphuge" if huge_pages() else "--mem=mmap", "--output-format=json", "--readonly"]
     run = subprocess.run(job, capture_output=True, check=True, text=True)
@@ -100,7 +101,7 @@ def by_fio(path):
 
 
 def huge_pages():
-    """Returns whether the system reserves enough 2 MiB pages for fio's buffers, 16 of 4 MiB."""
+    """Returns whether the system reserves enough 2 MiB pages for fio's 16 buffers of 4 MiB."""
     with open("/proc/sys/vm/nr_hugepages", encoding="ascii") as file:
         return int(file.read()) >= 32
 
@@ -130,7 +131,8 @@ if not receive("prepare"):
 if name == "wheel":
     import dmaload
 
-    # A service creates its loader once, so a first load creates it before the measurement.
+    # A service creates its loader only once. A small first load creates it here, so this time is
+    # not measured.
     with tempfile.NamedTemporaryFile() as first:
         first.write(bytes(1 << 20))
         first.flush()

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs the measurements of docs/performance.md and writes its tables and pictures:
-# `just bench [FILTER]`. Needs an idle machine, perf, and root to create cgroups, mount a tmpfs and
-# run as other users. FILTER selects the measurements whose names contain it. `peers`, which
-# installs other loaders (gigabytes) and measures them, runs only if selected.
+# Runs the measurements for docs/performance.md and writes their tables and pictures:
+# `just bench [FILTER]`. Requires an idle machine, perf, and root to create cgroups, mount a tmpfs
+# and run as other users. FILTER selects the measurements whose names contain it. `peers` runs only
+# if FILTER is exactly `peers`, because it installs several gigabytes of other loaders.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 page=docs/performance.md out=target/performance filter=${1:-}
@@ -10,7 +10,7 @@ mkdir -p "$out"
 cargo build --release --locked --quiet -p dmaload-cli
 dmaload=$PWD/target/release/dmaload
 
-# NAME FILE: replaces the text between the marks of NAME in the page with the contents of FILE.
+# NAME FILE: replaces the text between NAME's markers in the page with the contents of FILE.
 insert() {
     awk -v name="$1" -v file="$2" '
         $0 == "<!-- begin:" name " -->" { print; while ((getline line < file) > 0) print line; inside = 1 }
@@ -27,8 +27,8 @@ measure() {
     [[ $name == *$filter* ]] || return 0
     grep -qx "<!-- begin:$name -->" "$page"
     echo "$name: dmaload bench $*"
-    # Under memory pressure, a failing mode is a result, and the bench fails, which ends this
-    # script, only if wrong bytes were loaded.
+    # Under memory pressure, a mode that fails is also a result. The bench itself then fails, and
+    # ends this script, only if wrong bytes were loaded.
     "$dmaload" bench "$@" --md >"$out/$name.md"
     { echo "\`dmaload bench ${*/#docs\//docs/}\`"; echo; cat "$out/$name.md"; } >"$out/$name"
     insert "$name" "$out/$name"
@@ -72,7 +72,7 @@ PYTHON
     echo "$folder"
 }
 
-# NAME "COUNT MIN MAX" ARGUMENTS…: runs a bench of many files and inserts its table.
+# NAME "COUNT MIN MAX" ARGUMENTS…: runs a bench with many files and inserts its table.
 measure_files() {
     local name=$1 folder
     [[ $name == *$filter* ]] || return 0
@@ -85,21 +85,21 @@ measure_files() {
     insert "$name" "$out/$name"
 }
 
-# Measures other loaders, installed in a virtual environment, in the same run as dmaload.
+# Installs other loaders in a virtual environment, and measures them in the same run as dmaload.
 peers() {
     local python=$PWD/$out/peers/bin/python way command=()
     if [[ ! -x $python ]]; then
         python3 -m venv "$out/peers"
         "$python" -m pip install --quiet safetensors fastsafetensors runai-model-streamer torch numpy
     fi
-    # The wheel is built from these sources, so that it has the same engine as `direct_io`.
+    # The wheel is built from these sources, so it contains the same engine that `direct_io` uses.
     "$python" -m pip install --quiet --no-deps --force-reinstall ./crates/dmaload-python
     for way in wheel safetensors safetensors-clone fastsafetensors runai $(command -v fio); do
         command+=(--peer "${way##*/}=$python benches/peers.py ${way##*/}")
     done
     local versions name arguments
     versions=$("$python" -m pip list 2>/dev/null | awk '/^(safetensors|fastsafetensors|runai-model-streamer|torch) / {print $1, $2}' | paste -sd,)
-    # The file is cold with both page sizes, and in the page cache for peers-warm.
+    # The file is cold for peers and peers-4k, and in the page cache for peers-warm.
     for name in peers peers-4k peers-warm; do
         arguments=(--size 1GiB --modes normal,limit,direct_io)
         case $name in
@@ -163,7 +163,8 @@ measure c-program --size 1GiB --layout single --modes normal,limit,direct_io --p
 measure_files small-files "2000 64 1536" --user 1000 --modes normal,limit,direct_io
 measure_files at-once "16 65536 65536" --user 1000 --modes normal,limit,direct_io,at-once
 measure cached --size 1GiB --warm --cache auto --pages 2m --modes normal,normal_io,limit,direct_io,tokio-fs
-# Compares loads of a file on tmpfs, where O_DIRECT reads are memory copies, with a loop of copies.
+# On tmpfs, O_DIRECT reads are memory copies. So loads from there are compared with a plain loop of
+# copies.
 if [[ tmpfs == *$filter* ]]; then
     memory=$(mktemp -d)
     mount -t tmpfs -o size=1100m tmpfs "$memory"

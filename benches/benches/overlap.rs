@@ -1,8 +1,8 @@
-//! Measures how far allocation and reading overlap.
+//! Measures how much allocating and reading overlap.
 //!
-//! Measures the time that reading a piece takes, then slows allocation down by multiples of that
-//! time. With full overlap, the total time is close to the longer of the times for allocating and
-//! for reading; without overlap, the total is close to the sum of both.
+//! The benchmark first measures how long it takes to read a piece, then slows allocation down by
+//! multiples of that time. With full overlap, the total time is close to the longer of the
+//! allocation time and the reading time. Without overlap, it is close to their sum.
 
 use std::io::Write;
 use std::ops::Range;
@@ -14,12 +14,12 @@ use dmaload::{LoadOptions, Loader, Report};
 use dmaload_testing::random_bytes;
 
 const FILE_BYTES: usize = 512 << 20;
-/// The size of a segment and of a piece: with a single allocator thread, a batch has 16 MiB,
-/// whatever the number of processors.
+/// The size of each segment and of each piece. With a single allocator thread, a batch has 16 MiB,
+/// regardless of the number of processors, so each piece is a whole segment.
 const SEGMENT_BYTES: usize = 16 << 20;
 const ROUNDS: usize = 5;
 
-/// Hooks that sleep for this duration whenever the heap is about to populate memory.
+/// Sleeps for this duration whenever the heap is about to populate memory.
 #[derive(Debug)]
 struct SlowHeap(Duration);
 

@@ -1,10 +1,11 @@
 //! A soak test: several tasks load files with random sizes, routes, heaps, cancellations and
 //! faults, and compare every byte that they receive.
 //!
-//! After each period, the tasks have dropped all loaders and loads. The process must then hold no
-//! more than after the first period, apart from 16 mappings and 2 MiB of resident memory.
+//! At the end of each period, the tasks drop all loaders and loads. The process must then hold no
+//! more resources than after the first period, except for at most 16 more mappings and 2 MiB more
+//! resident memory.
 //!
-//! `just soak --minutes 30`
+//! Run it with `just soak --minutes 30`.
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
 
 use std::borrow::Cow;
@@ -24,22 +25,21 @@ use dmaload::{Cache, Error, Image, Layout, LoadOptions, Loader, Route};
 use dmaload_testing::Random;
 
 const MIB: u64 = 1 << 20;
-/// The number of concurrent tasks.
 const TASKS: u64 = 4;
 const PERIOD: Duration = Duration::from_secs(20);
-/// The number of KiB by which resident memory may grow after the first period, because the
-/// allocator's caches and the threads' stacks can grow.
+/// By how many KiB resident memory may grow after the first period. The allocator's caches and the
+/// threads' stacks can grow without a leak.
 const SLACK_KIB: u64 = 2 << 10;
 /// The environment variable that limits the C library's allocator to one arena. By default, the
 /// allocator has several arenas, whose growth over half an hour would hide leaks.
 const ONE_HEAP: (&str, &str) = ("MALLOC_ARENA_MAX", "1");
 
-/// Returns eight bytes of a file, determined by the file's number and the word's index.
+/// Returns the eight bytes that the file `number` has at offset `8 * index`.
 fn word(number: u64, index: u64) -> [u8; 8] {
     ((number << 48 | index) ^ 0x5DEE_CE66_D1CE_4E5B).wrapping_mul(0x9E37_79B9_7F4A_7C15).to_le_bytes()
 }
 
-/// Compares `seen` with the bytes of the file `number` from the offset `start` on.
+/// Checks that `seen` equals the bytes of the file `number` from the offset `start` on.
 fn compare(number: u64, start: u64, seen: &[u8]) -> Result<()> {
     let mut at = start;
     let mut seen = seen;
@@ -63,7 +63,7 @@ fn write_file(path: &Path, number: u64, bytes: u64) -> Result<()> {
     Ok(())
 }
 
-/// Makes one in 20 of a heap's allocations fail, at random.
+/// Makes 5 % of a heap's allocations fail, chosen at random.
 #[derive(Debug)]
 struct Failing(std::sync::Mutex<Random>);
 
@@ -115,7 +115,7 @@ impl World {
     }
 }
 
-/// Counts of the tasks' actions.
+/// How many actions of each kind the tasks have performed.
 #[derive(Debug, Default, Clone)]
 struct Counts {
     loads: u64,
@@ -175,7 +175,7 @@ fn check(image: &Image, numbers: &[u64]) -> Result<()> {
     Ok(())
 }
 
-/// Runs one random action of a task.
+/// Performs one randomly chosen action.
 async fn act(random: &mut Random, loader: &Loader, world: &World, task: u64, counts: &mut Counts) -> Result<()> {
     let count = *random.pick(&[1, 1, 1, 3, 12]);
     let numbers: Vec<u64> = (0..count).map(|_| random.below(world.files.len() as u64)).collect();
@@ -216,8 +216,8 @@ async fn act(random: &mut Random, loader: &Loader, world: &World, task: u64, cou
             counts.loads += 1;
         }
         3 => {
-            // The file may be truncated or removed during the load, which then fails or returns
-            // the original bytes.
+            // The file may be truncated or removed during the load. The load must then fail or
+            // return the original bytes.
             let (path, bytes) = (world.folder.join(format!("scratch-{task}")), 1 + random.below(8 * MIB));
             write_file(&path, 99, bytes)?;
             let load = loader.load(&path).options(options.clone().route(*random.pick(&Route::ALL))).start();
@@ -238,7 +238,8 @@ async fn act(random: &mut Random, loader: &Loader, world: &World, task: u64, cou
             let _ = fs::remove_file(&path);
         }
         4 => {
-            // A copy that differs from its manifest in one bit must be refused.
+            // A copy that differs from the original in one bit must be refused, because the
+            // manifest has the checksums of the original.
             let other = numbers.first().map_or(0, |number| (number + 1) % world.files.len() as u64);
             let (path, bytes) = (world.folder.join(format!("{other}-{task}.wrong")), file(&other).1);
             let Some(at) = bytes.checked_sub(1).map(|last| random.below(last + 1)) else { return Ok(()) };
@@ -273,7 +274,7 @@ async fn act(random: &mut Random, loader: &Loader, world: &World, task: u64, cou
     Ok(())
 }
 
-/// Reduces a manifest to the entry of one file.
+/// Removes all entries from a manifest except that of one file.
 fn reduce_manifest(json: &str, number: u64) -> Result<String> {
     let mut value: serde_json::Value = serde_json::from_str(json)?;
     let name = format!("{number}.bin");
@@ -327,8 +328,8 @@ impl Holdings {
         })
     }
 
-    /// Returns whether the process holds more than before, apart from the mappings and the memory
-    /// that the C library's allocator may keep.
+    /// Returns whether the process holds more resources than before. Mappings and resident memory
+    /// may grow a little, because the C library's allocator keeps some of both.
     fn has_grown_since(&self, before: &Holdings) -> bool {
         self.descriptors > before.descriptors
             || self.threads > before.threads
@@ -338,7 +339,8 @@ impl Holdings {
     }
 }
 
-/// Waits until the holdings have not grown since `before`, for at most 10 s, and returns them.
+/// Waits at most 10 s for the holdings to shrink to those in `before`, if given, and returns the
+/// current holdings.
 async fn wait_until_settled(before: Option<&Holdings>) -> Result<Holdings> {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
@@ -402,18 +404,18 @@ async fn soak() -> Result<()> {
             counts.add(&task.await??);
         }
         let held = wait_until_settled(before.as_ref()).await?;
-        // Print about ten rows, and a last one at the end or when the holdings have grown.
+        // Print about ten rows in all, and one at the end or when the holdings have grown.
         let is_due = rows.is_multiple_of((minutes * 60 / PERIOD.as_secs() / 10).max(1));
         let grown = before.is_some_and(|before| held.has_grown_since(&before));
         if is_due || grown || Instant::now() >= end {
             row(started.elapsed().as_secs_f64() / 60.0, &counts, &held);
         }
         rows += 1;
-        ensure!(!grown, "the process holds more than after the first period: {held:?}, before {before:?}");
+        ensure!(!grown, "the process holds more resources than after the first period: now {held:?}, then {before:?}");
         before.get_or_insert(held);
     }
     println!();
     let others: Vec<_> = counts.others.iter().map(|(what, count)| format!("{what} {count}")).collect();
-    println!("besides: {}", others.join(", "));
+    println!("other actions: {}", others.join(", "));
     Ok(())
 }

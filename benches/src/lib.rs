@@ -1,1 +1,2 @@
-//! Empty: the benches are in `benches/`. Run them with `cargo bench -p dmaload-benches`.
+//! This library is empty. The benchmarks are in `benches/`; run them with
+//! `cargo bench -p dmaload-benches`.

@@ -22,12 +22,12 @@ use crate::{Error, HUGE_PAGE_BYTES, Memfd, Memory, page_bytes};
 pub struct AddressRange {
     base: NonNull<u8>,
     bytes: usize,
-    /// Where nothing can be mapped: live mappings, mappings that could not be unmapped, and the
-    /// places in [`Self::lost`]. Lengths by offset, both in bytes.
+    /// The places where nothing can be mapped: live mappings, mappings that could not be unmapped,
+    /// and the places in [`Self::lost`]. Maps offsets to lengths, both in bytes.
     taken: Mutex<BTreeMap<usize, usize>>,
-    /// Places where a mapping was refused and the addresses could not be reserved again. Another
-    /// mapping may be there, so they are never unmapped: see [`reserve_hole`]. Lengths by offset,
-    /// both in bytes.
+    /// The places where a mapping was refused and the addresses could not be reserved again. They
+    /// may hold an unrelated mapping, so they are never unmapped: see [`reserve_hole`]. Maps
+    /// offsets to lengths, both in bytes.
     lost: Mutex<BTreeMap<usize, usize>>,
 }
 
@@ -102,9 +102,10 @@ impl AddressRange {
         let read_only = memory.memfd().is_some_and(Memfd::is_foreign);
         let access = if read_only { ProtFlags::READ } else { ProtFlags::READ | ProtFlags::WRITE };
         match memory {
-            // SAFETY: [at, end) lies in the range, which this value owns, and overlaps neither a
-            // live mapping nor a place that may belong to others: nothing in `taken` (checked
-            // above, under the lock). So MAP_FIXED replaces nothing but reserved address space.
+            // SAFETY: [at, end) lies in the range, which this value owns. It overlaps no entry of
+            // `taken` (checked above, under the lock), and therefore neither a live mapping nor a
+            // place that may hold an unrelated one. So MAP_FIXED only replaces reserved address
+            // space.
             Memory::Memfd(memfd) => unsafe { mmap(address, bytes, access, MapFlags::SHARED | MapFlags::FIXED, memfd, 0) },
             // SAFETY: as above.
             Memory::DmaBuf(dma_buf) => unsafe { mmap(address, bytes, access, MapFlags::SHARED | MapFlags::FIXED, dma_buf, 0) },
@@ -134,7 +135,7 @@ impl AddressRange {
     }
 
     fn lost(&self) -> MutexGuard<'_, BTreeMap<usize, usize>> {
-        // As above.
+        // As in `taken`.
         self.lost.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -145,21 +146,21 @@ impl Drop for AddressRange {
         let ends = self.lost().iter().map(|(&at, &bytes)| (at, at + bytes)).chain([(self.bytes, self.bytes)]).collect::<Vec<_>>();
         for (end, next) in ends {
             // Every `Mapping` holds a reference to this range, so no mapping is left. The places
-            // in `lost` may belong to others and are skipped.
+            // in `lost` may hold unrelated mappings and are skipped.
             trim(self.base.as_ptr().wrapping_add(start).cast::<c_void>(), end - start);
             start = next;
         }
     }
 }
 
-/// Reserves addresses again after a mapping at them was refused. Returns `false` if they may
-/// belong to another mapping. In that case they must not be unmapped.
+/// Reserves addresses again after the kernel refused to map memory there. Returns `false` if the
+/// addresses may belong to an unrelated mapping, in which case they must not be unmapped.
 ///
 /// `MAP_FIXED` and `MREMAP_FIXED` can unmap the old mapping before the new one fails: up to Linux
-/// 6.11, a driver can refuse that late. Another thread can then map memory into the hole, which a
-/// later `munmap` would destroy. If the addresses are in use, they hold either the original
-/// reservation, which was never unmapped, or such a foreign mapping. The kernel's error does not
-/// say which.
+/// 6.11, a driver can still refuse the new mapping at that point. Another thread can then map
+/// memory into the hole, which a later `munmap` would destroy. If the addresses are in use, they
+/// hold either the original reservation, which was never unmapped, or the other thread's mapping.
+/// The kernel's error does not distinguish the two cases.
 pub(crate) fn reserve_hole(address: *mut c_void, bytes: usize) -> bool {
     // SAFETY: MAP_FIXED_NOREPLACE never replaces a mapping. Kernels before Linux 4.17 ignore the
     // flag and take the address as a hint, which replaces nothing either.
@@ -186,7 +187,7 @@ pub(crate) fn trim(start: *mut c_void, bytes: usize) {
     }
 }
 
-/// The error of [`Mapping::move_to`], with the mapping that was not moved.
+/// The error that [`Mapping::move_to`] returns. It gives the mapping back to the caller.
 #[derive(Debug)]
 pub struct NotMoved {
     /// The mapping, still in its old place.
@@ -216,7 +217,7 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    /// Whether a mapping of this kind can be backed by `memory`.
+    /// Returns whether a mapping of this kind can be backed by `memory`.
     pub(crate) fn fits(self, memory: &Memory) -> bool {
         match memory {
             Memory::Memfd(memfd) => self == if memfd.is_foreign() { Kind::ReadOnly } else { Kind::Memfd },
@@ -307,8 +308,8 @@ impl Mapping {
         let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
         // SAFETY: the old addresses belong to this mapping. The new ones lie in `range` and
         // overlap nothing in `taken` (checked above, under the lock), so only reserved address
-        // space is replaced. The caller gives up the mapping, so the old addresses are no longer
-        // used.
+        // space is replaced. This method consumes the mapping, so nothing uses the old addresses
+        // afterwards.
         let moved = unsafe { libc::mremap(from, self.bytes, self.bytes, flags, to) };
         if moved == libc::MAP_FAILED {
             let errno = Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::INVAL);
@@ -323,7 +324,7 @@ impl Mapping {
         taken.insert(at, self.bytes);
         drop(taken);
         // MREMAP_DONTUNMAP leaves the old addresses mapped, without pages. Dropping `self` on
-        // return replaces that empty mapping by a reservation.
+        // return replaces that empty mapping with a reservation.
         Ok(Mapping { range: Arc::clone(range), at, bytes: self.bytes, kind: self.kind })
     }
 }
@@ -333,31 +334,32 @@ impl Drop for Mapping {
         let mut taken = self.range.taken();
         let address = self.address().as_ptr().cast::<c_void>();
         // SAFETY: this mapping is the only owner of these addresses, and nothing uses them after
-        // it. Reserving them again unmaps the pages, and keeps other mappings out until the whole
-        // range is dropped.
+        // the drop. Reserving them again unmaps the pages, and keeps other mappings out until the
+        // whole range is dropped.
         let reserved = unsafe { mmap_anonymous(address, self.bytes, ProtFlags::empty(), reserved_flags() | MapFlags::FIXED) };
-        // If reserving fails (too many mappings), the pages stay until the whole range is dropped.
+        // If reserving fails (too many mappings), the pages stay mapped until the whole range is
+        // dropped.
         if reserved.is_ok() {
             taken.remove(&self.at);
         }
     }
 }
 
-/// Whether this address is mapped without access.
+/// Returns whether this address is mapped without any access rights.
 #[cfg(test)]
 pub(crate) fn is_reserved(address: *mut c_void) -> bool {
     let maps = std::fs::read_to_string("/proc/self/maps").expect("procfs is mounted");
     maps.lines().any(|line| {
         let parsed = line.split_once(' ').and_then(|(range, rest)| Some((range.split_once('-')?, rest)));
-        let ((start, end), rest) = parsed.expect("a line starts with a range and the access");
+        let ((start, end), rest) = parsed.expect("a line of maps starts with an address range");
         let parse = |text| usize::from_str_radix(text, 16).expect("addresses are hexadecimal");
         (parse(start)..parse(end)).contains(&address.addr()) && rest.starts_with("---p")
     })
 }
 
-/// Asserts that in one of ten attempts, the observed value equals the expected one; `attempt`
-/// returns both. A single attempt can differ because another thread reserves addresses that the
-/// attempt has just unmapped.
+/// Calls `attempt`, which returns an observed value and the expected one, until both are equal.
+/// Panics if they still differ in the tenth attempt. A single attempt can fail because another
+/// thread reserves addresses that the attempt has just unmapped.
 #[cfg(test)]
 #[track_caller]
 pub(crate) fn assert_in_some_attempt<T: PartialEq + std::fmt::Debug>(mut attempt: impl FnMut() -> (T, T)) {
@@ -410,7 +412,8 @@ mod tests {
         assert!(!flags(&shared).contains(" dc"), "{}", flags(&shared));
     }
 
-    /// If the kernel unmapped the addresses before it refused, they may hold a foreign mapping.
+    /// If the kernel unmapped the addresses before it refused the mapping, another thread may have
+    /// mapped memory there.
     #[test]
     fn drop_spares_addresses_that_may_hold_a_foreign_mapping() {
         let sealed = Memfd::create("test", PAGE).unwrap();
@@ -473,9 +476,9 @@ mod tests {
             old.map(&Memory::Anonymous, PAGE, 4 * PAGE).unwrap();
             assert_eq!(new.map(&Memory::Anonymous, 5 * PAGE, PAGE).unwrap_err().errno, Errno::EEXIST);
             let refused = mapping.move_to(&new, 3 * PAGE).unwrap_err();
-            assert_eq!(refused.error.errno, Errno::EEXIST, "onto itself");
+            assert_eq!(refused.error.errno, Errno::EEXIST, "moving a mapping onto itself");
             let refused = refused.mapping.move_to(&old, 6 * PAGE).unwrap_err();
-            assert_eq!(refused.error.errno, Errno::EINVAL, "past the end");
+            assert_eq!(refused.error.errno, Errno::EINVAL, "moving a mapping past the end of the range");
         }
     }
 

@@ -11,7 +11,8 @@ pub(crate) const UDMABUF: &str = "/dev/udmabuf";
 /// The folder of the dma-heap devices.
 pub(crate) const HEAPS: &str = "/dev/dma_heap";
 
-/// The names of this machine's dma-heaps, sorted; empty if the folder cannot be read.
+/// Returns the sorted names of this machine's dma-heaps, or an empty list if the folder cannot be
+/// read.
 pub(crate) fn heap_names() -> Vec<String> {
     let entries = std::fs::read_dir(HEAPS).into_iter().flatten().flatten();
     let mut names: Vec<_> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
@@ -19,7 +20,7 @@ pub(crate) fn heap_names() -> Vec<String> {
     names
 }
 
-/// The device path of the dma-heap called `name`.
+/// Returns the device path of the dma-heap called `name`.
 pub(crate) fn heap_path(name: &str) -> PathBuf {
     Path::new(HEAPS).join(name)
 }
@@ -46,7 +47,7 @@ impl Device {
                 "misc" if name == "udmabuf" => Some(Device::Udmabuf),
                 _ => None,
             },
-            // Without sysfs, compare with the devices at their usual paths.
+            // Without sysfs, compare the number with those of the devices at the usual paths.
             _ => {
                 let is_at = |path: &Path| std::fs::metadata(path).is_ok_and(|found| found.rdev() == number);
                 let heaps = || heap_names().into_iter().find(|name| is_at(&heap_path(name)));

@@ -25,11 +25,11 @@ const SYNC_END: u64 = 1 << 2;
 /// How the CPU accesses a dma-buf's bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
-    /// Read them.
+    /// The CPU only reads.
     Read,
-    /// Write them.
+    /// The CPU only writes.
     Write,
-    /// Read and write them.
+    /// The CPU reads and writes.
     ReadWrite,
 }
 
@@ -43,10 +43,10 @@ impl Access {
     }
 }
 
-/// A dma-buf: its descriptor and its size.
+/// The descriptor of a dma-buf, together with its size.
 ///
-/// The memory lives until the last descriptor, mapping and importer of it are gone, even if the
-/// device that created it is closed or its creator exits.
+/// The memory stays allocated until its last descriptor, mapping and importer are gone, even if
+/// the device that created it is closed or the process that created it exits.
 #[derive(Debug)]
 pub struct DmaBuf {
     fd: OwnedFd,
@@ -64,12 +64,12 @@ impl DmaBuf {
     /// An errno such as ENOTTY, EINVAL or ESPIPE when the descriptor is not a dma-buf; otherwise
     /// the errno of `DMA_BUF_IOCTL_SYNC`.
     pub fn from_fd(fd: OwnedFd) -> Result<Self, Error> {
-        let failed = |errno| Error::from_call("take a dma-buf", 0, errno);
+        let failed = |errno| Error::from_call("accept a dma-buf", 0, errno);
         // Seeking to the end is the documented way to get the size of a dma-buf (dma_buf_llseek
         // in drivers/dma-buf/dma-buf.c).
         let bytes = rustix::fs::seek(&fd, rustix::fs::SeekFrom::End(0)).map_err(failed)?;
         let dma_buf = DmaBuf { fd, bytes: usize::try_from(bytes).map_err(|_| failed(Errno::OVERFLOW))? };
-        // Other files have a size, too. Only a dma-buf answers this ioctl.
+        // Other files have a size, too, but only dma-bufs support this ioctl.
         dma_buf.cpu_access(Access::Read)?.end()?;
         Ok(dma_buf)
     }
@@ -89,8 +89,8 @@ impl DmaBuf {
         Ok(CpuAccess { dma_buf: self, access, ended: false })
     }
 
-    /// Like [`DmaBuf::cpu_access`], but without a guard: [`DmaBuf::end_cpu_access`] ends the
-    /// access.
+    /// Like [`DmaBuf::cpu_access`], but without a guard. The caller ends the access with
+    /// [`DmaBuf::end_cpu_access`].
     ///
     /// # Errors
     /// The errno of `DMA_BUF_IOCTL_SYNC`.
@@ -143,7 +143,7 @@ pub struct CpuAccess<'a> {
 }
 
 impl CpuAccess<'_> {
-    /// Ends the access and reports errors, which dropping the guard cannot.
+    /// Ends the access and returns any error, which would be lost if the guard were dropped.
     ///
     /// # Errors
     /// The errno of `DMA_BUF_IOCTL_SYNC`.

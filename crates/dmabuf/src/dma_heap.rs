@@ -1,4 +1,4 @@
-//! dma-heaps: allocators of dma-bufs, each a device in `/dev/dma_heap`.
+//! dma-heaps, the kernel's allocators for dma-bufs. Each heap is a device in `/dev/dma_heap`.
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
@@ -58,12 +58,13 @@ impl DmaHeap {
     /// The folder of the dma-heap devices.
     pub const FOLDER: &str = device::HEAPS;
 
-    /// The names of this machine's heaps, sorted; empty if the folder cannot be read.
+    /// Returns the sorted names of this machine's heaps, or an empty list if the folder cannot be
+    /// read.
     pub fn names() -> Vec<String> {
         device::heap_names()
     }
 
-    /// The device path of the heap called `name`.
+    /// Returns the device path of the heap called `name`.
     pub fn path(name: &str) -> PathBuf {
         device::heap_path(name)
     }
@@ -87,7 +88,8 @@ impl DmaHeap {
         Ok(DmaHeap { fd, name: name.to_owned() })
     }
 
-    /// Wraps an open heap, for processes without permission to open it.
+    /// Wraps the descriptor of an open heap. A process without permission to open the heap can
+    /// receive such a descriptor from another process.
     ///
     /// # Errors
     /// ENODEV when the descriptor is not a dma-heap.
@@ -111,14 +113,15 @@ impl DmaHeap {
     /// first; this method does not.
     ///
     /// # Errors
-    /// EINVAL for 0 bytes; ENOMEM; EMFILE at the limit of open files.
+    /// EINVAL for 0 bytes, ENOMEM when memory runs out, EMFILE when the process has too many open
+    /// files.
     pub fn allocate(&self, bytes: usize) -> Result<DmaBuf, Error> {
         let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC;
         self.allocate_with(bytes, flags.bits(), 0)
     }
 
-    /// Like [`DmaHeap::allocate`], with flags for the descriptor and for the heap (Linux defines
-    /// no heap flags yet).
+    /// Like [`DmaHeap::allocate`], but takes flags for the descriptor and for the heap. Linux
+    /// defines no heap flags yet.
     ///
     /// # Errors
     /// Those of [`DmaHeap::allocate`], and EINVAL for flags that the kernel does not know.

@@ -29,8 +29,8 @@ macro_rules! constants {
                 pub const $posix: Errno = Errno(rustix::io::Errno::$rustix.raw_os_error());
             )*
 
-            /// The symbolic name, as in the man pages; `None` for an error without a constant
-            /// here.
+            /// Returns the symbolic name from the man pages, or `None` if this type has no
+            /// constant for the error.
             pub const fn name(self) -> Option<&'static str> {
                 match self {
                     $(Errno::$posix => Some(stringify!($posix)),)*
@@ -55,23 +55,23 @@ constants! {
 }
 
 impl Errno {
-    /// The error with this number.
+    /// Creates an `Errno` from the number that the kernel returned.
     pub const fn from_raw_os_error(number: i32) -> Self {
         Errno(number)
     }
 
-    /// The number.
+    /// Returns the error as a number.
     pub const fn raw_os_error(self) -> i32 {
         self.0
     }
 
-    /// The errno in an I/O error; `None` if the error did not come from the kernel.
+    /// Returns the errno of an I/O error, or `None` if the error did not come from the kernel.
     pub fn from_io_error(error: &io::Error) -> Option<Self> {
         error.raw_os_error().map(Errno)
     }
 
-    /// The name and description: `EINVAL (Invalid argument)`; for an errno without a name, the
-    /// number and description: `errno 4000 (…)`.
+    /// Returns the name and the description, such as `EINVAL (Invalid argument)`. If the errno has
+    /// no name, returns the number and the description, such as `errno 4000 (…)`.
     pub fn describe(self) -> String {
         let text = self.to_string();
         let text = text.split(" (os error").next().unwrap_or_default();

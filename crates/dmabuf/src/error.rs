@@ -1,22 +1,23 @@
-//! The error of a step on memory: which step failed, for how much memory, and the errno.
+//! The error type for operations on memory.
 
 use crate::Errno;
 
-/// A step that failed.
+/// An operation on memory failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{operation} of {bytes} bytes: {}", .errno.describe())]
 #[non_exhaustive]
 pub struct Error {
-    /// The step as a verb phrase: "create a memfd", "map memory".
+    /// The operation as a verb phrase, such as "create a memfd" or "map memory".
     pub operation: &'static str,
-    /// The length of the memory; 0 if it is not known yet, as when a descriptor is wrapped.
+    /// The length of the memory. It is 0 if the length is not known yet, for example when a
+    /// descriptor is wrapped.
     pub bytes: usize,
     /// The kernel's errno, or the errno that describes why this crate refused the call.
     pub errno: Errno,
 }
 
 impl Error {
-    /// Creates an error. Heaps outside this crate report their own failures with it.
+    /// Creates an error. Heaps outside this crate use this to report their own failures.
     pub fn new(operation: &'static str, bytes: usize, errno: Errno) -> Self {
         Error { operation, bytes, errno }
     }

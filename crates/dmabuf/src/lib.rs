@@ -63,7 +63,7 @@ pub enum Memory {
 }
 
 impl Memory {
-    /// The memfd, if this memory is one.
+    /// Returns the memfd if this memory is one.
     pub fn memfd(&self) -> Option<&Memfd> {
         match self {
             Memory::Memfd(memfd) => Some(memfd),
@@ -71,7 +71,7 @@ impl Memory {
         }
     }
 
-    /// The dma-buf, if this memory is one.
+    /// Returns the dma-buf if this memory is one.
     pub fn dma_buf(&self) -> Option<&DmaBuf> {
         match self {
             Memory::DmaBuf(dma_buf) => Some(dma_buf),
@@ -79,12 +79,14 @@ impl Memory {
         }
     }
 
-    /// Whether the memory has no descriptor, so other processes cannot map it.
+    /// Returns whether the memory has no descriptor, which means that other processes cannot map
+    /// it.
     pub fn is_private(&self) -> bool {
         matches!(self, Memory::Anonymous)
     }
 
-    /// The number of bytes that can be mapped, rounded up to whole pages; `None` if unlimited.
+    /// Returns how many bytes can be mapped, rounded up to whole pages. Returns `None` for private
+    /// memory, whose size is not limited.
     pub fn bytes(&self) -> Option<usize> {
         match self {
             Memory::Memfd(memfd) => Some(memfd.bytes().next_multiple_of(page_bytes())),

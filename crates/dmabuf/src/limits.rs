@@ -1,7 +1,7 @@
 //! Resource limits of this process.
 //!
-//! This module calls libc, because rustix assumes that `prlimit64(2)` cannot fail. Where a sandbox
-//! refuses that call, the limits are read from procfs.
+//! This module calls libc, because rustix assumes that `prlimit64(2)` cannot fail. If a sandbox
+//! refuses that call, the limits are read from procfs instead.
 #![allow(unsafe_code)]
 
 use std::fs;
@@ -19,7 +19,8 @@ pub enum Limit {
 }
 
 impl Limit {
-    /// The soft limit; `None` if unlimited, or if neither the kernel nor procfs reports the limit.
+    /// Returns the soft limit. Returns `None` if the resource is unlimited, or if neither the
+    /// kernel nor procfs reports the limit.
     #[must_use]
     pub fn current(self) -> Option<u64> {
         let resource = match self {

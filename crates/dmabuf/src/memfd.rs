@@ -1,4 +1,5 @@
-//! Memfds: memory with a file descriptor. Creating one needs neither a device nor privileges.
+//! Memfds, which are memory with a file descriptor. Creating one requires neither a device nor
+//! privileges.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::OnceLock;
@@ -25,11 +26,12 @@ impl Memfd {
     /// requires, and retries without it on kernels before Linux 6.3, which do not know the flag.
     ///
     /// # Errors
-    /// The errno of `memfd_create(2)`, `ftruncate(2)` or `fcntl(F_ADD_SEALS)`, such as EMFILE at
-    /// the limit of open files; EFBIG above RLIMIT_FSIZE.
+    /// EFBIG when `bytes` exceeds RLIMIT_FSIZE; otherwise the errno of `memfd_create(2)`,
+    /// `ftruncate(2)` or `fcntl(F_ADD_SEALS)`, such as EMFILE when the process has too many open
+    /// files.
     pub fn create(name: &str, bytes: usize) -> Result<Self, Error> {
-        // The kernel also returns EFBIG, but sends SIGXFSZ first, which by default ends the
-        // process.
+        // The kernel would also return EFBIG, but it sends SIGXFSZ first, which by default
+        // terminates the process.
         let limit = Limit::FileSize.current();
         if limit.is_some_and(|limit| bytes as u64 > limit) {
             return Err(Error::from_call("size a memfd", bytes, Errno::FBIG));
@@ -46,13 +48,13 @@ impl Memfd {
     }
 
     /// Wraps a memfd from another process, for reading. It must be sealed against shrinking and
-    /// against further writes. (`F_SEAL_FUTURE_WRITE` does not affect existing mappings: a process
-    /// that mapped the memfd writable before it was sealed can still write to it.)
+    /// against further writes. `F_SEAL_FUTURE_WRITE` does not affect existing mappings: a process
+    /// that mapped the memfd writable before it was sealed can still write to it.
     ///
     /// # Errors
     /// EINVAL when the file does not support seals or is empty; EPERM when it lacks these seals.
     pub fn from_sealed(fd: OwnedFd) -> Result<Self, Error> {
-        let failed = |errno| Error::from_call("take a sealed memfd", 0, errno);
+        let failed = |errno| Error::from_call("accept a sealed memfd", 0, errno);
         let seals = rustix::fs::fcntl_get_seals(&fd).map_err(failed)?;
         if !seals.contains(SealFlags::SHRINK) || !seals.intersects(SealFlags::FUTURE_WRITE | SealFlags::WRITE) {
             return Err(failed(Errno::PERM));
@@ -66,15 +68,15 @@ impl Memfd {
         self.foreign
     }
 
-    /// The size in bytes when the memfd was created or received.
+    /// Returns the size in bytes that the memfd had when it was created or received.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// Allocates pages for a range without mapping them; returns `false` if the kernel refused.
+    /// Allocates pages for a range without mapping them. Returns `false` if the kernel refused.
     ///
-    /// A refusal is not an error: populating the mapping does the same work later and reports the
-    /// cause.
+    /// Callers can ignore a refusal: populating the mapping later allocates the pages, too, and
+    /// returns an error if that fails.
     pub(crate) fn allocate(&self, offset: u64, bytes: u64) -> bool {
         fallocate(&self.fd, FallocateFlags::empty(), offset, bytes).is_ok()
     }
@@ -98,15 +100,15 @@ impl Memfd {
         fcntl_add_seals(&self.fd, wanted).map_err(|errno| Error::from_call("seal a memfd against writes", self.bytes, errno))
     }
 
-    /// Whether the memfd can no longer be written to, except through existing mappings and
-    /// udmabufs. False for a file that does not support seals.
+    /// Returns whether the memfd can no longer be written to, except through existing mappings and
+    /// udmabufs. Returns `false` for a file that does not support seals.
     pub fn is_sealed_against_writes(&self) -> bool {
         let against_writes = SealFlags::WRITE | SealFlags::FUTURE_WRITE;
         rustix::fs::fcntl_get_seals(&self.fd).is_ok_and(|seals| seals.intersects(against_writes))
     }
 
-    /// Whether this kernel supports `F_SEAL_FUTURE_WRITE` (Linux 5.1 or later), determined by
-    /// trying it on a scratch memfd. If that memfd cannot be created, the result is `true`.
+    /// Returns whether this kernel supports `F_SEAL_FUTURE_WRITE` (Linux 5.1 or later), determined
+    /// by trying it on a scratch memfd. If that memfd cannot be created, the result is `true`.
     pub fn kernel_seals_writes() -> bool {
         static KNOWN: OnceLock<bool> = OnceLock::new();
         *KNOWN.get_or_init(|| {

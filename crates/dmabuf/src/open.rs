@@ -8,7 +8,7 @@ use rustix::fs::{FileType, Mode, OFlags, fstat, open};
 
 use crate::{Errno, printable};
 
-/// A device that could not be opened.
+/// A device could not be opened, or a descriptor does not refer to the expected device.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("cannot open {}: {}{}", printable::path(path), .errno.describe(), .about.iter().map(|about| format!("; {}", printable::text(about))).collect::<String>())]
 #[non_exhaustive]
@@ -17,12 +17,12 @@ pub struct DeviceError {
     pub path: PathBuf,
     /// The kernel's errno, or the errno that describes why this crate refused the device.
     pub errno: Errno,
-    /// More detail, such as the device's mode and owner, or the heaps that exist.
+    /// More details, such as the device's mode and owner, or a list of the existing heaps.
     pub about: Option<String>,
 }
 
-/// The path of the file behind a descriptor, for error messages; without procfs, the path of the
-/// descriptor itself.
+/// Returns the path of the file behind a descriptor, for error messages. Without procfs, returns
+/// `/proc/self/fd/N`.
 pub(crate) fn path_of(fd: &OwnedFd) -> PathBuf {
     use std::os::fd::AsRawFd;
     let link = PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()));

@@ -13,11 +13,11 @@ use std::ops::Range;
 use rustix::io::Errno;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
 
-/// The size of a huge page: what one entry of the page middle directory maps on x86-64 and on
-/// arm64 with 4 KiB pages.
+/// The size of a huge page. On x86-64, and on arm64 with 4 KiB pages, one entry of the page middle
+/// directory maps this many bytes.
 pub const HUGE_PAGE_BYTES: usize = 2 << 20;
 
-/// The size of a small page on this machine.
+/// Returns the size of a small page on this machine.
 pub fn page_bytes() -> usize {
     rustix::param::page_size()
 }
@@ -121,16 +121,17 @@ pub(crate) fn scan(addresses: Range<usize>) -> Option<PageCount> {
     Some(count)
 }
 
-/// Measures how much of a mapped range is on huge pages, if that is cheap (`PAGEMAP_SCAN`,
-/// microseconds). Returns `None` otherwise: before Linux 6.7, or without `/proc/self/pagemap`.
+/// Measures how much of a mapped range is on huge pages, if that takes only microseconds. This
+/// requires `PAGEMAP_SCAN`. Returns `None` before Linux 6.7 or without `/proc/self/pagemap`.
 pub fn count_pages(addresses: Range<usize>) -> Option<PageCount> {
     scan(addresses)
 }
 
-/// Measures how much of a mapped range is on huge pages, by whichever interface this kernel has.
+/// Measures how much of a mapped range is on huge pages, using whichever interface this kernel
+/// has.
 ///
-/// With `PAGEMAP_SCAN`, the call takes microseconds; otherwise it reads all of `/proc/self/smaps`.
-/// If neither works, the result says that 0 bytes were inspected.
+/// With `PAGEMAP_SCAN`, the call takes microseconds. Otherwise it reads all of `/proc/self/smaps`.
+/// If neither works, [`PageCount::seen_bytes`] is 0.
 pub fn huge_bytes_in(addresses: Range<usize>) -> PageCount {
     scan(addresses.clone())
         .or_else(|| std::fs::read_to_string("/proc/self/smaps").ok().map(|smaps| parse_smaps(&smaps, &addresses)))
@@ -138,8 +139,8 @@ pub fn huge_bytes_in(addresses: Range<usize>) -> PageCount {
 }
 
 /// Sums the smaps entries that overlap the range. An entry may extend beyond the range, because
-/// smaps shows adjacent mappings of one file as one. Each number in an entry therefore counts for
-/// at most the length of the overlap.
+/// smaps shows adjacent mappings of one file as one. Each number in an entry is therefore capped
+/// at the length of the overlap.
 fn parse_smaps(smaps: &str, addresses: &Range<usize>) -> PageCount {
     let mut count = PageCount::default();
     let mut inside = 0;

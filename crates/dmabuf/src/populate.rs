@@ -34,14 +34,14 @@ pub enum Pages {
     Huge,
 }
 
-/// The result of populating.
+/// The result of [`Mapping::populate`].
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Populated {
     /// The page sizes obtained; `None` for a dma-buf, and if there is no cheap way to inspect them
     /// (before Linux 6.7, or without procfs).
     pub pages: Option<PageCount>,
-    /// Why an extent is not on a huge page although one was requested. Always `None` if `pages` is
-    /// `None`.
+    /// Why an extent is not on a huge page even though one was requested. Always `None` if `pages`
+    /// is `None`.
     pub refused: Option<crate::Errno>,
 }
 
@@ -50,8 +50,9 @@ pub struct Populated {
 const COLLAPSE_TRIES: usize = 3;
 
 impl Mapping {
-    /// Puts pages under `part` of this mapping (byte offsets, multiples of the page size), so
-    /// later accesses cause no page faults. `memory` must be the memory that backs the mapping.
+    /// Allocates and maps the pages of `part`, so later accesses cause no page faults. `part` is a
+    /// range of byte offsets in this mapping, which must be multiples of the page size. `memory`
+    /// must be the memory that backs the mapping.
     ///
     /// A read-only mapping ([`crate::Memfd::from_sealed`]) is populated with the existing pages of
     /// its file, whatever their size; nothing is written (`MADV_POPULATE_READ`, Linux 5.14 or
@@ -60,9 +61,9 @@ impl Mapping {
     /// # Errors
     /// ENOMEM or EFAULT when memory runs out (at a cgroup limit, for example), or the process has
     /// too many mappings; EINVAL when `part` is empty, unaligned or reaches past the mapping, when
-    /// `memory` is of another kind than the mapping, and before Linux 5.14 for a read-only
-    /// mapping. Under [`Pages::Huge`], when an extent is on small pages: the errno of
-    /// `MADV_COLLAPSE`, or EOPNOTSUPP if that call reported success.
+    /// `memory` is not of the mapping's kind, and before Linux 5.14 for a read-only mapping. With
+    /// [`Pages::Huge`], populating also fails when an extent is on small pages. The error is then
+    /// the errno of `MADV_COLLAPSE`, or EOPNOTSUPP if that call reported success.
     pub fn populate(&self, memory: &Memory, part: Range<usize>, pages: Pages) -> Result<Populated, Error> {
         let failed = |errno| Error::from_call("populate memory", part.len(), errno);
         let page = page_bytes();
@@ -88,8 +89,8 @@ impl Mapping {
                 match area.advise(area.whole_mapping(), Advice::LinuxNoHugepage) {
                     // A kernel without huge pages does not know this advice, and doesn't need it.
                     Ok(()) | Err(Errno::INVAL) => {}
-                    // After any other refusal (ENOMEM: too many mappings), huge pages could
-                    // appear.
+                    // After any other error, such as ENOMEM because of too many mappings, page
+                    // faults could still map huge pages.
                     Err(errno) => return Err(Error::from_call("turn off huge pages for memory", part.len(), errno)),
                 }
                 None
@@ -110,8 +111,8 @@ impl Mapping {
     }
 }
 
-/// Whether this kernel supports `MADV_POPULATE_WRITE` (Linux 5.14 or later), determined by trying
-/// it on a scratch page.
+/// Returns whether this kernel supports `MADV_POPULATE_WRITE` (Linux 5.14 or later), determined by
+/// trying it on a scratch page.
 fn kernel_populates() -> bool {
     static KNOWN: OnceLock<bool> = OnceLock::new();
     *KNOWN.get_or_init(|| {
@@ -135,15 +136,16 @@ struct Area<'a> {
 }
 
 impl Area<'_> {
-    /// The range of the whole mapping. For advice on only a part, the kernel would split the
-    /// mapping and later merge it again, holding the lock that populating threads need.
+    /// Returns the range of the whole mapping. If only a part of it were advised, the kernel would
+    /// split the mapping and later merge it again, while holding the lock that populating threads
+    /// need.
     fn whole_mapping(&self) -> Range<usize> {
         0..self.mapping.bytes()
     }
 
-    /// The range of the aligned 2 MiB extents that lie entirely in the area. A mapping begins at
-    /// offset 0 of its memory, so in an aligned mapping, aligned addresses have aligned offsets in
-    /// the memory.
+    /// Returns the range of the aligned 2 MiB extents that lie entirely in the area. A mapping
+    /// begins at offset 0 of its memory, so in an aligned mapping, aligned addresses correspond to
+    /// aligned offsets in the memory.
     fn whole_extents(&self) -> Range<usize> {
         if !self.mapping.address().addr().get().is_multiple_of(HUGE_PAGE_BYTES) {
             return 0..0;
@@ -153,21 +155,20 @@ impl Area<'_> {
         if start < end { start..end } else { 0..0 }
     }
 
-    /// Tries to put a huge page under each extent. Returns the last refusal if no attempt
-    /// succeeded.
+    /// Tries to back each extent with a huge page. Returns the last error if no attempt succeeded.
     fn make_huge(&self, extents: Range<usize>) -> Option<Errno> {
         // Lets page faults use huge pages where the administrator allows them. Fails on kernels
         // without THP.
         let _ = self.advise(self.whole_mapping(), Advice::LinuxHugepage);
         match self.memory {
-            // Collapsing needs one page of each extent.
+            // Collapsing an extent requires that at least one of its pages is present.
             Memory::Memfd(memfd) => {
                 for extent in extents.clone().step_by(HUGE_PAGE_BYTES) {
                     memfd.allocate(extent as u64, page_bytes() as u64);
                 }
             }
             // Faulting in one page of an extent yields a huge page if the kernel allows that. If
-            // not, the page is the one that collapsing needs.
+            // not, the extent now has the one present page that collapsing requires.
             Memory::Anonymous | Memory::DmaBuf(_) => {
                 for extent in extents.clone().step_by(HUGE_PAGE_BYTES) {
                     let _ = self.advise(extent..extent + page_bytes(), Advice::LinuxPopulateWrite);
@@ -214,9 +215,9 @@ impl Area<'_> {
         loop {
             match self.advise(self.part.clone(), advice) {
                 Err(Errno::INTR | Errno::AGAIN) => {}
-                // EINVAL has two meanings: a kernel before 5.14, which does not know the advice,
-                // and a mapping that is not writable. Touching the pages is an alternative only
-                // for the former.
+                // EINVAL has two possible causes: a kernel before 5.14, which does not know the
+                // advice, or a mapping that is not writable. Touching the pages helps only in the
+                // first case.
                 Err(Errno::INVAL) if self.mapping.kind() != Kind::ReadOnly && !kernel_populates() => {
                     self.touch();
                     return Ok(());
@@ -226,8 +227,8 @@ impl Area<'_> {
         }
     }
 
-    /// Does what `MADV_POPULATE_WRITE` does: atomically adding 0 dirties a page and keeps its
-    /// bytes.
+    /// Makes every page present and writable, like `MADV_POPULATE_WRITE`. Atomically adding 0 to a
+    /// byte dirties its page and keeps the byte.
     fn touch(&self) {
         assert_ne!(self.mapping.kind(), Kind::ReadOnly, "writing to a read-only mapping would kill the process");
         for at in self.part.clone().step_by(page_bytes()) {
@@ -329,7 +330,7 @@ mod tests {
             let foreign = Memory::Memfd(Memfd::from_sealed(memfd.as_fd().try_clone_to_owned().unwrap()).unwrap());
             let mapping = map_whole(&foreign, bytes);
             mapping.populate(&foreign, 0..bytes, pages).unwrap();
-            // Memory of another kind than the mapping is refused.
+            // Memory that is not of the mapping's kind is refused.
             for other in [Memory::Anonymous, Memory::Memfd(Memfd::create("other", bytes).unwrap())] {
                 assert_eq!(mapping.populate(&other, 0..bytes, pages).unwrap_err().errno, crate::Errno::EINVAL);
             }

@@ -57,7 +57,7 @@ pub fn shell<P: AsRef<Path> + ?Sized>(path: &P) -> impl fmt::Display {
     })
 }
 
-/// Whether a terminal would interpret or hide this character.
+/// Returns whether a terminal would interpret or hide this character.
 #[must_use]
 pub fn is_hidden(c: char) -> bool {
     c.is_control()
@@ -82,7 +82,8 @@ impl fmt::Display for Printable<'_> {
     }
 }
 
-/// Displays, with escapes, a value whose own [`fmt::Display`] may quote untrusted text.
+/// Displays a value with escapes. Use this for values whose own [`fmt::Display`] may quote
+/// untrusted text.
 pub fn shown(anything: impl fmt::Display) -> impl fmt::Display {
     fmt::from_fn(move |f| write!(Escaping(f), "{anything}"))
 }

@@ -12,7 +12,7 @@ use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap, mmap_anonymous, mprot
 use crate::address::{reserve_hole, trim};
 use crate::{Error, Memfd, page_bytes};
 
-/// Parts of memfds, mapped side by side, readable, writable and copy-on-write.
+/// A readable and writable copy-on-write mapping of parts of memfds, which lie side by side.
 ///
 /// A write changes only the bytes seen through this mapping, not the memfd or its other mappings.
 /// The first write to a page allocates a private copy of the page. A memfd that is sealed against
@@ -36,7 +36,7 @@ unsafe impl Send for PrivateMapping {}
 unsafe impl Sync for PrivateMapping {}
 
 impl PrivateMapping {
-    /// Maps byte ranges of memfds, in this order and without gaps.
+    /// Maps byte ranges of memfds in the given order, without gaps between them.
     ///
     /// # Errors
     /// EINVAL when `parts` is empty, or when a range is empty, is not page-aligned, or reaches
@@ -57,7 +57,7 @@ impl PrivateMapping {
         let start = unsafe { mmap_anonymous(std::ptr::null_mut(), bytes, ProtFlags::empty(), reserved) }.map_err(failed)?;
         let address = NonNull::new(start.cast::<u8>()).ok_or(failed(Errno::NOMEM))?;
         // From here on, an early return drops the mapping, which unmaps everything. The only
-        // exception is a place that may have become another mapping's: see `unmap_around`.
+        // exception is a place that may hold an unrelated mapping by then: see `unmap_around`.
         let mapping = PrivateMapping { address, bytes };
         let mut at = 0;
         for (memfd, range) in parts {
@@ -82,9 +82,9 @@ impl PrivateMapping {
         }
     }
 
-    /// Makes the pages writable. The parts are mapped without write access at first because
-    /// kernels whose mapping would not be copy-on-write refuse this call, but not a writable
-    /// `mmap(2)`.
+    /// Makes the pages writable. The parts are first mapped without write access, because kernels
+    /// that would not treat the mapping as copy-on-write refuse this `mprotect(2)`, but would
+    /// accept a writable `mmap(2)`.
     fn make_writable(&self) -> Result<(), Errno> {
         // SAFETY: only this value owns the addresses, and no reference to their bytes exists.
         unsafe { mprotect(self.address.as_ptr().cast(), self.bytes, MprotectFlags::READ | MprotectFlags::WRITE) }

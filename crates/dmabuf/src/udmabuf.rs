@@ -1,4 +1,4 @@
-//! udmabuf: a dma-buf over the pages of a memfd.
+//! `/dev/udmabuf`, which creates dma-bufs from the pages of memfds.
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
@@ -51,7 +51,7 @@ unsafe impl Ioctl for Create {
 /// A range of a memfd.
 #[derive(Debug, Clone, Copy)]
 pub struct Part<'a> {
-    /// The memfd.
+    /// The memfd that contains the range.
     pub memfd: &'a Memfd,
     /// The start, a multiple of the page size.
     pub offset: u64,
@@ -79,7 +79,7 @@ pub struct Udmabuf {
 impl Udmabuf {
     /// The path of the device.
     pub const PATH: &str = device::UDMABUF;
-    /// The folder of the driver's limits, which everyone can read and root can change.
+    /// The folder with the driver's limits. Everyone can read them, and root can change them.
     pub const PARAMETERS: &str = "/sys/module/udmabuf/parameters";
 
     /// Opens the device.
@@ -91,7 +91,8 @@ impl Udmabuf {
         Ok(Udmabuf { fd: open_device(Path::new(Self::PATH))? })
     }
 
-    /// Wraps the open device, for processes without permission to open it.
+    /// Wraps the descriptor of the open device. A process without permission to open the device
+    /// can receive such a descriptor from another process.
     ///
     /// # Errors
     /// ENODEV when the descriptor is not `/dev/udmabuf`.
@@ -102,7 +103,7 @@ impl Udmabuf {
         Err(DeviceError { path: path_of(&fd), errno: crate::Errno::ENODEV, about: Some(format!("it is not {}", Self::PATH)) })
     }
 
-    /// The current limits; root can change them at any time.
+    /// Reads the current limits. Root can change them at any time.
     pub fn limits() -> UdmabufLimits {
         let read = |name: &str| std::fs::read_to_string(Path::new(Self::PARAMETERS).join(name)).ok();
         UdmabufLimits {
@@ -137,13 +138,13 @@ impl Udmabuf {
         Ok(DmaBuf::new(fd, part.bytes))
     }
 
-    /// Whether importers that map the dma-buf into the kernel see wrong bytes if its memfd has
-    /// huge pages.
+    /// Returns whether importers that map a dma-buf into the kernel would see wrong bytes if its
+    /// memfd has huge pages.
     ///
     /// In Linux 6.11 to 6.15, `vmap_udmabuf` maps the first page of a folio in place of each of
     /// its pages (drivers/dma-buf/udmabuf.c; observed on 6.12.117). Programs cannot detect this
-    /// bug, so the result depends on the kernel's version. A version that cannot be parsed counts
-    /// as affected.
+    /// bug, so the result is based on the kernel version. A version that cannot be parsed is
+    /// treated as affected.
     pub fn huge_pages_show_wrong_bytes() -> bool {
         is_affected(&rustix::system::uname().release().to_string_lossy())
     }
@@ -151,7 +152,7 @@ impl Udmabuf {
 
 fn refuse_sealed(part: &Part<'_>) -> Result<(), Error> {
     if part.memfd.is_sealed_against_writes() {
-        return Err(Error::from_call("make a udmabuf of a write-sealed memfd", part.bytes, Errno::INVAL));
+        return Err(Error::from_call("make a udmabuf from a write-sealed memfd", part.bytes, Errno::INVAL));
     }
     Ok(())
 }

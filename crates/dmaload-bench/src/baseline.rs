@@ -1,9 +1,10 @@
-//! The baseline: loads a file in the usual way (allocate, map the file, copy).
+//! The baseline, which loads a file as a simple program would: it allocates memory, maps the file,
+//! and copies the bytes.
 //!
 //! This is the baseline of the kernel patch series of 2024 (`DMA_HEAP_IOCTL_ALLOC_AND_READ`), with
 //! a memfd in place of the dma-buf. It allocates shareable memory of the file's size, maps the
-//! file through the page cache, and copies it by one `memcpy`, which faults in the pages of both.
-//! It is neither tuned nor slowed down, and leaves the page size to the kernel.
+//! file through the page cache, and copies it with one `memcpy`, which faults in the pages of
+//! both. It is neither tuned nor deliberately slowed down, and leaves the page size to the kernel.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -17,7 +18,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use crate::cold::{self, ColdError};
 use crate::mapping;
 
-/// A file loaded in the usual way.
+/// A file that the baseline has loaded.
 #[derive(Debug)]
 pub struct Normal {
     /// Time from just before the file was opened until its last byte was copied.
@@ -40,7 +41,8 @@ pub enum BaselineError {
     Empty(PathBuf),
 }
 
-/// Makes the file cold, then loads it in the usual way. `elapsed` excludes the eviction.
+/// Makes the file cold, then loads it. [`Normal::elapsed`] does not include the time for making it
+/// cold.
 ///
 /// # Errors
 /// If the file can't be made cold or loaded.
@@ -49,7 +51,7 @@ pub fn load_cold(path: &Path) -> Result<Normal, BaselineError> {
     load(path)
 }
 
-/// Loads the file in the usual way, whether or not it is cached.
+/// Loads the file, whether or not it is cached.
 ///
 /// # Errors
 /// If the file is empty or a call fails.

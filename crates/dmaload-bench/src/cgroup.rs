@@ -74,9 +74,9 @@ fn write_number(path: &Path, number: u64) -> io::Result<()> {
     OpenOptions::new().write(true).open(path)?.write_all(number.to_string().as_bytes())
 }
 
-/// Lists the folders below which a group may be created, in each hierarchy from this process's own
-/// group up to the mount point. v1's memory hierarchy comes before v2's, because
-/// `/proc/self/cgroup` lists v2 last.
+/// Lists the folders in which a group may be created. For each hierarchy, these are the folders
+/// from this process's own group up to the mount point. v1's memory hierarchy comes before v2's,
+/// because `/proc/self/cgroup` lists v2 last.
 fn candidate_parents(own: &str, root: &Path) -> Vec<PathBuf> {
     let mut parents = Vec::new();
     for line in own.lines() {

@@ -1,9 +1,9 @@
-//! The child process that measures one run ([`Load`]): it prepares at the command `prepare`, runs
-//! at the command `go`, and reports the result as a line of JSON. [`fill`] and [`hog`] are the
+//! The child process that measures one run ([`Load`]). On the command `prepare`, it gets ready. On
+//! the command `go`, it runs and writes the result as a line of JSON. [`fill`] and [`hog`] are the
 //! child processes that create memory pressure.
 //!
 //! Each run has a separate process, so the CPU time, peak memory and leftovers of one mode do not
-//! count against another.
+//! affect the results of another.
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -20,14 +20,15 @@ use crate::ways::{self, WrongBytes};
 
 pub use crate::pressure::{fill, hog};
 
-/// The usual locked memory limit of ordinary users: the kernel's default since Linux 5.16.
+/// The usual locked memory limit for ordinary users, which is the kernel's default since Linux
+/// 5.16.
 const ORDINARY_MEMLOCK_BYTES: u64 = 8 << 20;
 pub(crate) const PREPARE: &str = "prepare";
 pub(crate) const GO: &str = "go";
 
 /// A process that measures one run.
 ///
-/// Started as `bench-child load --mode NAME [--scratch FILE]`, followed by
+/// The process is started as `bench-child load --mode NAME [--scratch FILE]`, followed by
 /// [`Settings::arguments`](crate::Settings::arguments).
 #[derive(Debug)]
 pub struct Load {
@@ -60,8 +61,8 @@ impl Load {
     }
 }
 
-/// Waits for `prepare`, prepares, waits for `go`, and runs. Returns early if standard input ends,
-/// because the parent has then exited or abandoned the run.
+/// Calls `prepare` on the first command, and runs on the second. Returns early if standard input
+/// ends, because the parent has then exited or abandoned the run.
 fn measure(
     prepare: impl FnOnce() -> Result<ways::Ready>,
     describe: fn(&anyhow::Error) -> String,
@@ -130,7 +131,7 @@ pub(crate) fn parse_line(line: &str) -> Option<Result<Run, Failure>> {
     let apart = number("allocate_seconds").zip(number("read_seconds"));
     let notes = value.get("notes").and_then(Value::as_array);
     let notes = notes.into_iter().flatten().filter_map(|note| note.as_str().map(str::to_owned));
-    // Peers report no destinations.
+    // The output of peers has no destinations.
     let destinations = value.get("destinations").and_then(Value::as_array).into_iter().flatten();
     let destination = |value: &Value| {
         let number = |key: &str| value.get(key).and_then(Value::as_f64);

@@ -19,8 +19,8 @@ use rustix::fs::Advice;
 
 use crate::mapping;
 
-/// Maximum number of evictions. Pages under writeback, or in another CPU's batch, can only be
-/// dropped a moment later.
+/// Maximum number of evictions. Pages that are under writeback, or in another CPU's batch, can be
+/// dropped only a moment later.
 const ATTEMPTS: u32 = 4;
 const PAUSE: Duration = Duration::from_millis(20);
 
@@ -55,7 +55,7 @@ pub struct Residency {
 }
 
 impl Residency {
-    /// Whether nothing is cached, so every byte must come from storage.
+    /// Returns whether no byte is cached, which means that every byte must be read from storage.
     #[must_use]
     pub fn is_cold(&self) -> bool {
         self.resident == 0
@@ -101,9 +101,9 @@ fn residency(file: &File, path: &Path) -> Result<Residency, FileError> {
     Ok(Residency { resident, total, method })
 }
 
-/// Whether `cachestat(2)` is unavailable: older kernels lack it, sandboxes forbid it, newer
-/// kernels refuse it to users who neither own the file nor can write to it, and some file systems
-/// do not support it.
+/// Returns whether the error means that `cachestat(2)` is unavailable. Older kernels lack the
+/// call, sandboxes forbid it, newer kernels refuse it to users who neither own the file nor can
+/// write to it, and some file systems do not support it.
 fn is_refusal(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM | libc::EACCES | libc::EOPNOTSUPP))
 }
@@ -143,8 +143,7 @@ pub fn make_cold(path: &Path) -> Result<Residency, ColdError> {
 /// The error of the failed call, or ENOMEM if the page cache does not keep the file.
 pub fn make_warm(path: &Path) -> Result<(), FileError> {
     let mut file = File::open(path).at("open", path)?;
-    // Dirty pages are written back first; otherwise direct reads would have to wait for the
-    // writeback.
+    // Write dirty pages back first. Otherwise direct reads would have to wait for the writeback.
     file.sync_all().at("write back", path)?;
     io::copy(&mut file, &mut io::sink()).at("read", path)?;
     let found = residency(&file, path)?;
@@ -168,7 +167,8 @@ mod tests {
         file
     }
 
-    /// A cached file in the source folder: the system's temporary folder may be in memory.
+    /// Creates a cached file in the source folder, because the system's temporary folder may be in
+    /// memory.
     fn warm_file_on_disk() -> tempfile::NamedTempFile {
         warm_file(Path::new(env!("CARGO_MANIFEST_DIR")))
     }

@@ -26,7 +26,7 @@ pub(crate) enum Difference {
         /// Whether the file is longer than the memory.
         more: bool,
     },
-    /// The file can't be read again.
+    /// The file could not be read again for the comparison.
     #[error("cannot read the file again: {0}")]
     Unreadable(#[from] io::Error),
 }

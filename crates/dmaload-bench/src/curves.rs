@@ -7,11 +7,11 @@ use std::time::Duration;
 use dmaload::{Report, TraceEvent, TraceKind};
 use serde_json::{Value, json};
 
-/// Points of a curve, except the last, are at least 1/256 of its total apart: a chart can't show
-/// more detail.
+/// Consecutive points of a curve, except the last one, are at least 1/256 of the curve's total
+/// apart, because a chart can't show more detail.
 const POINTS: u64 = 256;
 
-/// A step of a curve: a time in seconds, and the cumulative bytes from then on.
+/// A step of a curve: a time in seconds, and the total number of bytes from that time on.
 pub(crate) type Point = (f64, u64);
 
 /// The two curves of a load.
@@ -37,7 +37,7 @@ impl Curves {
         self.allocated.iter().map(|&(second, bytes)| bytes.saturating_sub(filled_at(second))).max().unwrap_or(0)
     }
 
-    /// The curves as JSON, for the line that a run reports.
+    /// Converts the curves to JSON, for the line in which a run reports its result.
     pub(crate) fn to_json(&self) -> Value {
         json!({ "allocated": self.allocated, "filled": self.filled })
     }
@@ -79,8 +79,8 @@ fn filling_events(events: &[Event]) -> Vec<&Event> {
     }
     reads.values_mut().for_each(|reads| reads.sort_by_key(|read| read.end));
     for copy in of_kind(TraceKind::Copy) {
-        // A copy belongs to the last read of its segment and size that completed before the copy
-        // began.
+        // A copy belongs to the last read with the same segment and size that completed before
+        // the copy began.
         let same = reads.get_mut(&(copy.segment, copy.bytes));
         if let Some((reads, at)) = same.and_then(|reads| {
             let at = reads.partition_point(|read| read.end <= copy.start).checked_sub(1)?;
@@ -147,7 +147,8 @@ mod tests {
             bytes: 10,
         };
         let (read, copy) = (TraceKind::Read, TraceKind::Copy);
-        // In segment 0 a direct and a staged read; in segment 1 a staged read and a cached chunk.
+        // Segment 0 has a direct read and a staged read. Segment 1 has a staged read and a cached
+        // chunk.
         let trace = [
             event(read, 0, 1000, 0),
             event(read, 0, 2000, 0),

@@ -10,16 +10,18 @@ use dmaload::{Loader, Route};
 
 /// Creates the loaders to measure, from the options of the program that runs the bench.
 ///
-/// Each method is called only in the process of a mode that needs it, so a mode without a heap
-/// does not fail because a heap is not available.
+/// Each method is called only in the process of a mode that needs it. So a mode that does not use
+/// the heap still runs if the heap is not available.
 pub trait Engine {
     /// Creates a loader with the program's options.
     ///
     /// # Errors
-    /// If this machine lacks what the options require, or the options contradict each other.
+    /// If this machine lacks something that the options require, or the options contradict each
+    /// other.
     fn loader(&self) -> dmaload::Result<Loader>;
 
-    /// Creates a strict loader that starts at this route and fails rather than step down.
+    /// Creates a strict loader that starts at this route, and fails instead of stepping down to a
+    /// lower one.
     ///
     /// # Errors
     /// Those of [`Engine::loader`].
@@ -47,8 +49,8 @@ pub trait Engine {
     fn manifest(&self, paths: &[PathBuf], recorder: Recorder) -> anyhow::Result<Manifest>;
 }
 
-/// Runs a future to completion. One thread is enough, because files are read on other threads: the
-/// loader's, or those of tokio for blocking calls.
+/// Runs a future to completion. One thread is enough, because files are read on other threads:
+/// those of the loader, or tokio's threads for blocking calls.
 pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> anyhow::Result<T> {
     Ok(tokio::runtime::Builder::new_current_thread().enable_time().build()?.block_on(future))
 }

@@ -1,8 +1,8 @@
-//! The machine: its available memory, which is warmed before each run, and its disk's readahead.
+//! Warms the machine's memory before each run, and looks up the readahead of a file's disk.
 //!
 //! A virtual machine may return free memory to its host. Getting it back takes seconds per GiB, so
-//! the first run after a pause would measure the host. Therefore, as much memory as any mode needs
-//! is touched and freed before each run.
+//! the first run after a pause would measure the host. To prevent this, as much memory as any mode
+//! needs is touched and freed before each run.
 
 use std::fs;
 use std::io;
@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 
 use memmap2::{Advice, MmapMut, MmapOptions};
 
-/// Memory to warm for the processes themselves. Twice the size of the files is added to it,
-/// because `normal` needs page cache and memory for them.
+/// How much memory to warm for the processes themselves. Twice the size of the files is added to
+/// this, because `normal` holds the files both in the page cache and in its own memory.
 const EXTRA_BYTES: u64 = 128 << 20;
 
 fn meminfo_bytes(key: &str) -> u64 {
@@ -26,8 +26,8 @@ pub(crate) fn available_bytes() -> u64 {
     meminfo_bytes("MemAvailable")
 }
 
-/// Touches as much memory as loading `file_bytes` bytes takes in any mode, but at most 80 % of
-/// what is available, and frees it.
+/// Touches as much memory as any mode needs to load `file_bytes` bytes, but at most 80 % of the
+/// available memory, and frees it.
 ///
 /// Under memory pressure (`is_short`), touches at most 80 % of the free memory instead, to keep
 /// page cache that was created on purpose.
@@ -41,7 +41,8 @@ pub(crate) fn warm(file_bytes: u64, is_short: bool) -> io::Result<()> {
     Ok(())
 }
 
-/// Returns the readahead of the file's disk in KiB, or `None` if the file is not on a single disk.
+/// Returns how many KiB the file's disk reads ahead, or `None` if the file is not on a single
+/// disk.
 pub(crate) fn read_ahead_kib(path: &Path) -> Option<u64> {
     let device = rustix::fs::stat(path).ok()?.st_dev;
     let device = PathBuf::from(format!("/sys/dev/block/{}:{}", rustix::fs::major(device), rustix::fs::minor(device)));

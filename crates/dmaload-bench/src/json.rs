@@ -1,4 +1,4 @@
-//! The results as JSON.
+//! Converts the results to JSON.
 
 use serde_json::{Map, Value, json};
 

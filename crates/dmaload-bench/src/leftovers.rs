@@ -20,8 +20,8 @@ use crate::scratch;
 
 /// The processes and groups that currently exist.
 static ALIVE: Mutex<Alive> = Mutex::new(Alive { processes: BTreeMap::new(), groups: BTreeSet::new() });
-/// Number of attempts to remove a group, [`PAUSE`] apart, so 2 s in all: the kernel refuses until
-/// a moment after the group's last process has exited.
+/// How many times to try to remove a group, with a [`PAUSE`] in between, which is 2 s in total.
+/// The kernel refuses to remove a group until shortly after the last process in it has exited.
 const TRIES: u32 = 100;
 const PAUSE: Duration = Duration::from_millis(20);
 
@@ -91,7 +91,7 @@ fn remove(folder: &Path) {
     for _ in 0..TRIES {
         match fs::remove_dir(folder) {
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) => thread::sleep(PAUSE),
-            // There is nowhere to report a failure.
+            // Any other failure is ignored, because nothing could report it.
             _ => return,
         }
     }

@@ -5,8 +5,8 @@
 //!   a new process ── prepares ──► file made cold ──► memory warmed ──► go ──► one line of JSON
 //! ```
 //!
-//! A mode must not profit from the leftovers of another (page cache, fragmentation, peak memory):
-//! each run is a new process, and the file is verified to be cold, or to be cached if
+//! What one mode leaves behind (page cache, fragmentation, peak memory) must not affect another.
+//! So each run is a new process, and the file is verified to be cold, or to be cached if
 //! [`Settings::warm`] is set.
 //!
 //! The modes take turns in each round, so other load on the machine affects all of them alike.
@@ -19,8 +19,8 @@
 //!
 //! The other public modules are useful for any measurement: [`synth`] generates models whose every
 //! byte is known, [`scratch`] keeps files on a disk and removes them on a signal, [`cold`] evicts
-//! files from the page cache, [`baseline`] loads files in the usual way, and [`usage`] reports the
-//! resources that this process has used.
+//! files from the page cache, [`baseline`] loads files as a simple program would, and [`usage`]
+//! reports the resources that this process has used.
 //!
 //! Requires `/proc`; cgroups require root.
 
@@ -81,7 +81,7 @@ pub struct Settings {
     /// The file created for the bench, if any, which is one of `paths`. Child processes receive it
     /// as `--scratch`.
     pub scratch: Option<PathBuf>,
-    /// The folder for temporary files; by default one on a disk.
+    /// The folder for temporary files. By default, the first suitable folder on a disk is used.
     pub folder: Option<PathBuf>,
     /// The modes, in the order of the output: see [`Mode::chosen`].
     pub modes: Vec<Mode>,
@@ -89,9 +89,10 @@ pub struct Settings {
     pub rounds: u32,
     /// The memory pressure to apply, if any.
     pub pressure: Option<Pressure>,
-    /// Whether the files are put into the page cache before each run, rather than evicted.
+    /// Whether the files are read into the page cache before each run. Otherwise, they are evicted
+    /// from it.
     pub warm: bool,
-    /// The user that all modes except `limit` run as; requires root.
+    /// The user as which all modes except `limit` run. Setting it requires root.
     pub user: Option<u32>,
     /// The arguments that these settings were parsed from, which are passed to child processes.
     pub arguments: Vec<OsString>,
@@ -132,7 +133,7 @@ pub struct Bench {
 }
 
 impl Bench {
-    /// Checks the files and applies the memory pressure. An interrupt from then on ends the
+    /// Checks the files and applies the memory pressure. From then on, an interrupt kills the
     /// bench's processes and removes its files and cgroups.
     ///
     /// # Errors
@@ -151,7 +152,7 @@ impl Bench {
         }
         if file_bytes == 0 {
             bail!(
-                "{}: no file has any bytes to load",
+                "{}: there is nothing to load, because every file is empty",
                 paths.first().map(|path| printable::path(&path).to_string()).unwrap_or_default()
             );
         }
@@ -162,7 +163,7 @@ impl Bench {
     /// Runs every mode in every round. `report` receives a line of text after each run.
     ///
     /// # Errors
-    /// If the bench can't continue. A failed run is part of the results.
+    /// If the bench can't continue. A failed run is not an error, but part of the results.
     pub fn measure(&self, mut report: impl FnMut(&str)) -> Result<Results> {
         let Settings { modes, rounds, .. } = &self.settings;
         let rounds = *rounds;
@@ -190,8 +191,8 @@ impl Bench {
         Ok(results)
     }
 
-    /// Runs one mode once. A failure of the child process is a result; any other failure ends the
-    /// bench.
+    /// Runs one mode once. If the child process fails, the failure is returned as the result of
+    /// the run. Any other error ends the bench.
     fn run_once(&self, mode: Mode) -> Result<Result<Run, Failure>> {
         let group = self.pressure.create_group()?;
         let mut worker = self.start(mode)?;

@@ -1,12 +1,13 @@
-//! The device limit: many direct reads at once, by a loop that shares no code with the engine.
+//! Measures the device limit with a loop that keeps many direct reads in flight. The loop shares
+//! no code with the engine.
 //!
-//! `fio --ioengine=io_uring --direct=1 --fixedbufs` does the same. Either each slot of the ring
-//! repeatedly reads into its own buffer ([`Into::Slots`], the limit), or every read has its own
-//! place ([`Into::Places`], the second half of `no-overlap`).
+//! `fio --ioengine=io_uring --direct=1 --fixedbufs` does the same. To measure the limit, each slot
+//! of the ring repeatedly reads into its own buffer ([`Into::Slots`]). In the second half of
+//! `no-overlap`, every read has its own place in memory ([`Into::Places`]).
 //!
 //! The total size of the buffers affects the speed of a virtual disk: the disk's host copies into
-//! the guest's memory, and buffers that stay in the CPU cache are filled faster. The limit is
-//! therefore measured for several [`DESTINATIONS`], and the one with the best median counts.
+//! the guest's memory, and buffers that stay in the CPU cache are filled faster. The reads are
+//! therefore measured with several [`DESTINATIONS`], and the best median is reported as the limit.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -33,8 +34,8 @@ impl Destination {
     }
 }
 
-/// Buffers of 4, 8, 16 and 64 MiB in total. Eight reads in flight, as in the smaller three, kept
-/// every disk that was tested busy.
+/// Buffers of 4, 8, 16 and 64 MiB in total. The three smaller destinations have eight reads in
+/// flight, which kept every tested disk busy.
 pub(crate) const DESTINATIONS: [Destination; 4] = [
     Destination { chunk_bytes: 512 << 10, depth: 8 },
     Destination { chunk_bytes: 1 << 20, depth: 8 },
@@ -47,12 +48,12 @@ pub(crate) const LARGEST: Destination = Destination { chunk_bytes: 4 << 20, dept
 /// addresses.
 const ALIGNMENT: usize = 4096;
 
-/// Where reads go.
+/// The memory into which chunks are read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Into {
-    /// The buffer of the read's slot.
+    /// Each slot of the ring has a buffer, which its reads overwrite one after another.
     Slots(Destination),
-    /// The chunk's planned place.
+    /// Each chunk has its own place, which [`plan`] chose.
     Places,
 }
 
@@ -80,13 +81,13 @@ pub(crate) struct Chunk {
     pub(crate) offset: u64,
     /// The number of bytes in the file, not rounded up to whole blocks.
     pub(crate) bytes: usize,
-    /// The chunk's offset in the memory that holds all files.
+    /// The chunk's offset in the region that holds all files.
     pub(crate) at: usize,
 }
 
-/// Plans reads of up to `chunk_bytes` for files of these lengths. Returns these reads, and the
-/// size in bytes of the memory that holds all files. Each file begins at a multiple of
-/// [`ALIGNMENT`] in this memory, and no chunk crosses a multiple of `part_bytes`.
+/// Divides files with these lengths into chunks of at most `chunk_bytes`. Returns the chunks, and
+/// the size in bytes of the region that holds all files. Each file begins at a multiple of
+/// [`ALIGNMENT`] in this region, and no chunk crosses a multiple of `part_bytes`.
 pub(crate) fn plan(lengths: &[u64], part_bytes: usize, chunk_bytes: usize) -> (Vec<Chunk>, usize) {
     let mut chunks = Vec::new();
     let mut at = 0;
@@ -200,7 +201,7 @@ fn push(
     let Active { chunk, done } = active;
     let file = files.get(chunk.file).ok_or(io::ErrorKind::InvalidInput)?;
     let at = into.place(slot, &chunk);
-    // The last block is read whole, even if the file ends within it.
+    // Direct reads need whole blocks, so the last read may extend beyond the end of the file.
     let bytes = (chunk.bytes - done).next_multiple_of(ALIGNMENT);
     reader.push(Read { file, offset: chunk.offset + done as u64, at: at + done, bytes, token: slot as u64 })?;
     if let Some(place) = slots.get_mut(slot) {

@@ -1,4 +1,4 @@
-//! Unsafe code: mappings of files and of memfds, and a page cache query that has no safe wrapper.
+//! Maps files and memfds, and queries the page cache. This requires unsafe code.
 #![allow(unsafe_code)]
 
 use std::fs::File;

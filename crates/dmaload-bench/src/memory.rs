@@ -10,7 +10,7 @@ use dmaload::heap::Heap;
 /// The maximum size of a region's parts, equal to the engine's default segment size.
 pub(crate) const PART_BYTES: usize = 64 << 20;
 
-/// A contiguous address range, mapped from one or more allocations: its parts.
+/// A contiguous address range. It is mapped from one or more allocations, which are its parts.
 #[derive(Debug)]
 pub(crate) struct Region {
     /// In address order. The mappings keep the address range reserved.
@@ -49,7 +49,7 @@ impl Region {
         Ok(Region { parts, address: range.base(), bytes })
     }
 
-    /// Populates the whole region with up to two threads, as many as the engine starts with.
+    /// Populates the whole region with up to two threads. The engine also starts with that many.
     ///
     /// # Errors
     /// The kernel's error.
@@ -78,12 +78,12 @@ impl Region {
         Ok(region)
     }
 
-    /// The mappings with their memory, in order.
+    /// Iterates over the parts in address order.
     pub(crate) fn parts(&self) -> impl Iterator<Item = &(Mapping, Memory)> {
         self.parts.iter()
     }
 
-    /// The size of each part; the last one may be shorter.
+    /// The size of each part. The last part may be shorter.
     pub(crate) fn part_bytes(&self) -> usize {
         self.parts.first().map_or(PART_BYTES, |(mapping, _)| mapping.bytes())
     }
@@ -109,14 +109,14 @@ impl Region {
         Some(Place { address: start, part: u16::try_from(number).ok()? })
     }
 
-    /// The size of most of the region's pages.
+    /// Returns the page size of most of the region.
     pub(crate) fn page_bytes(&self) -> u64 {
         let start = self.address.addr().get();
         page_bytes_of(start..start + self.bytes)
     }
 }
 
-/// The size of most of the pages at these addresses.
+/// Returns the page size of most of the memory at these addresses.
 pub(crate) fn page_bytes_of(addresses: Range<usize>) -> u64 {
     let seen = huge_bytes_in(addresses);
     (if seen.huge_bytes * 2 > seen.seen_bytes { HUGE_PAGE_BYTES } else { page_bytes() }) as u64

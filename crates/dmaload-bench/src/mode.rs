@@ -7,9 +7,10 @@ use std::str::FromStr;
 /// those of the modes in `examples/c/dmabuf-heap-file-read.c`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Mode {
-    /// Allocates memory, maps the file and copies it: the usual way, without huge pages.
+    /// Allocates memory, maps the file and copies it, without huge pages. This is the baseline:
+    /// see [`baseline`](crate::baseline).
     Normal,
-    /// Allocates a memfd, and fills it by `read(2)` through the page cache.
+    /// Allocates a memfd, and fills it with `read(2)` through the page cache.
     NormalIo,
     /// The engine, with the program's options.
     DirectIo,
@@ -22,11 +23,11 @@ pub enum Mode {
     Mmap,
     /// `tokio::fs::read`.
     TokioFs,
-    /// The engine, only by the route `pread-direct`.
+    /// The engine, restricted to the route `pread-direct`.
     PreadDirect,
     /// Allocates everything, then reads everything.
     NoOverlap,
-    /// The engine, into the pooled memory of an earlier load that was dropped.
+    /// The engine, loading into the pooled memory of an earlier load that was dropped.
     Reuse,
     /// Like `reuse`, while another load of the same files is held, as in a service that swaps
     /// models.
@@ -39,9 +40,9 @@ pub enum Mode {
     Peer(&'static Peer),
 }
 
-/// A program to compare with. It follows the protocol of the bench's own processes: it receives
-/// the paths as arguments, reads `prepare`, answers `{"ready": true}`, reads `go`, loads, and
-/// answers with `seconds`, `cpu_seconds` and `page_bytes`.
+/// A program to compare with. It must follow the protocol of the bench's own child processes. It
+/// receives the paths as arguments. It reads `prepare` and answers `{"ready": true}`, then reads
+/// `go`, loads the files, and answers with `seconds`, `cpu_seconds` and `page_bytes`.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Peer {
     /// The name of its mode.
@@ -68,7 +69,7 @@ impl Mode {
         Mode::Verify,
     ];
 
-    /// The name used on the command line and in every output.
+    /// Returns the name that is used on the command line and in every output.
     pub fn name(self) -> &'static str {
         match self {
             Mode::Normal => "normal",

@@ -1,4 +1,4 @@
-//! The upper half of the chart: one load over time.
+//! Draws the upper half of the chart, which shows one load over time.
 
 use std::fmt::Write as _;
 

@@ -1,5 +1,5 @@
-//! The results as a chart: one load over time, then a bar for each mode, with whiskers from its
-//! fastest to its slowest run and a line at the limit.
+//! Draws the results as a chart. The upper half shows one load over time. The lower half has a bar
+//! for each mode, with whiskers from its fastest to its slowest run, and a line at the limit.
 
 use std::fmt::Write as _;
 

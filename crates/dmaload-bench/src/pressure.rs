@@ -108,7 +108,7 @@ impl Applied {
         Ok(Applied { pressure, cache, _hog: hog })
     }
 
-    /// Whether any pressure is applied.
+    /// Returns whether any pressure is applied.
     pub(crate) fn is_on(&self) -> bool {
         self.pressure.is_some()
     }
@@ -143,8 +143,8 @@ impl Applied {
         Ok(())
     }
 
-    /// Writes back and evicts what a run has left of the cache file in the page cache. Otherwise
-    /// dirty pages would be written back during the next run.
+    /// Writes back and evicts the pages of the cache file that a run has left in the page cache.
+    /// Otherwise dirty pages would be written back during the next run.
     ///
     /// # Errors
     /// If the pages can't be written back or evicted.
@@ -164,7 +164,8 @@ fn start_hog(bytes: u64) -> Result<Worker> {
     Ok(hog)
 }
 
-/// Occupies memory until standard input ends: the child process `bench-child hog BYTES`.
+/// Occupies memory until standard input ends. This is what the child process
+/// `bench-child hog BYTES` does.
 ///
 /// # Errors
 /// If there is not enough memory.
@@ -177,8 +178,8 @@ pub fn hog(bytes: u64, output: &mut dyn Write) -> Result<()> {
     Ok(())
 }
 
-/// Waits for a line, then fills the page cache: the child process `bench-child fill BYTES PATH
-/// [--dirty]`.
+/// Waits for a line, then fills the page cache. This is what the child process
+/// `bench-child fill BYTES PATH [--dirty]` does.
 ///
 /// The kernel charges a cached page to the cgroup of the process that first reads or writes it.
 /// The parent therefore moves this process into the cgroup before it sends the line.
@@ -203,8 +204,8 @@ fn report_ready(output: &mut dyn Write) -> Result<()> {
     Ok(output.flush()?)
 }
 
-/// Writes bytes that lower layers can neither compress nor deduplicate: the same random block over
-/// and over, with a different number in each sector of 512 bytes.
+/// Writes bytes that lower layers can neither compress nor deduplicate. They are a random block
+/// that is repeated, with a different number in each sector of 512 bytes.
 fn write_noise(mut file: &File, bytes: u64) -> io::Result<()> {
     let mut block = MmapOptions::new().len(BLOCK).map_anon()?;
     let mut state = 0x9E37_79B9_7F4A_7C15_u64;

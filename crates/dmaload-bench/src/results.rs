@@ -1,4 +1,4 @@
-//! Results of measurements, and the figures derived from them.
+//! The results of measurements, and the figures that are derived from them.
 
 use std::collections::BTreeSet;
 
@@ -20,7 +20,7 @@ pub(crate) struct Run {
     pub(crate) first_segment_seconds: Option<f64>,
     /// Peak resident memory minus the size of the files.
     pub(crate) peak_extra_bytes: Option<u64>,
-    /// Separate times for allocating and reading, if one followed the other.
+    /// Separate times for allocating and reading, if the mode does one after the other.
     pub(crate) apart: Option<Apart>,
     /// The engine's progress over time, if a chart was requested.
     pub(crate) curves: Option<Curves>,
@@ -47,7 +47,7 @@ pub(crate) struct Apart {
     pub(crate) read_seconds: f64,
 }
 
-/// Why a run has no result.
+/// Why a run failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Failure {
     /// The reason, as a message.
@@ -77,14 +77,14 @@ impl ModeRuns {
         Spread::from_values(self.successes().map(|run| run.seconds))
     }
 
-    /// The successful run with the median time.
+    /// Returns the successful run with the median time.
     pub(crate) fn median_run(&self) -> Option<&Run> {
         let mut runs: Vec<_> = self.successes().collect();
         runs.sort_by(|a, b| a.seconds.total_cmp(&b.seconds));
         runs.get(runs.len() / 2).copied()
     }
 
-    /// The smallest and the largest page size of its runs.
+    /// Returns the smallest and the largest page size among the runs.
     pub(crate) fn page_bytes(&self) -> Option<(u64, u64)> {
         let sizes = || self.successes().map(|run| run.page_bytes);
         Some((sizes().min()?, sizes().max()?))
@@ -99,7 +99,7 @@ impl ModeRuns {
         median(self.successes().filter_map(|run| Some(run.peak_extra_bytes? as f64))).map(|bytes| bytes.round() as u64)
     }
 
-    /// All distinct notes of the runs.
+    /// Returns the notes of all runs, without repetitions.
     pub(crate) fn notes(&self) -> Vec<&str> {
         let mut notes: Vec<&str> = Vec::new();
         for note in self.successes().flat_map(|run| &run.notes) {
@@ -111,7 +111,7 @@ impl ModeRuns {
     }
 }
 
-/// All results.
+/// The results of a bench.
 #[derive(Debug, Clone)]
 pub struct Results {
     pub(crate) rounds: u32,
@@ -126,17 +126,18 @@ pub struct Results {
     /// The readahead of the first file's disk, which affects every mode that reads through the
     /// page cache.
     pub(crate) read_ahead_kib: Option<u64>,
-    /// In display order.
+    /// The modes, in display order.
     pub(crate) modes: Vec<ModeRuns>,
     /// The destinations with their median times, as (bytes, seconds), fastest first.
     pub(crate) destinations: Vec<(u64, f64)>,
 }
 
 impl Results {
-    /// Makes the destination with the best median the limit: its times are used in every round.
+    /// Chooses the destination with the best median as the limit, and uses its times in every
+    /// round.
     ///
-    /// Choosing per round would take the luckiest of several noisy measurements each time, and
-    /// overstate the device's speed.
+    /// Choosing a destination separately in each round would always pick the luckiest of several
+    /// noisy measurements, and overstate the device's speed.
     pub(crate) fn choose_limit(&mut self) {
         let Some(limit) = self.modes.iter_mut().find(|runs| runs.mode == Mode::Limit) else { return };
         let reads = || limit.successes().flat_map(|run| &run.destinations);
@@ -153,7 +154,7 @@ impl Results {
         self.destinations = medians;
     }
 
-    /// The runs of this mode, if it was measured.
+    /// Returns the runs of this mode, if it was measured.
     pub(crate) fn runs_of(&self, mode: Mode) -> Option<&ModeRuns> {
         self.modes.iter().find(|runs| runs.mode == mode)
     }
@@ -169,8 +170,8 @@ impl Results {
         }))
     }
 
-    /// Computes how well a mode hides the shorter of allocating and reading behind the longer: the
-    /// longer of the two times of `no-overlap` in the same round, divided by the mode's time.
+    /// Computes how well a mode overlaps allocating and reading. This is the longer of the two
+    /// times that `no-overlap` took for them in the same round, divided by the mode's time.
     pub(crate) fn overlap(&self, mode: Mode) -> Option<Spread> {
         let (apart, mode) = (self.runs_of(Mode::NoOverlap)?, self.runs_of(mode)?);
         let pairs = apart.runs.iter().zip(&mode.runs);
@@ -189,15 +190,16 @@ impl Results {
         Some(self.file_bytes as f64 / self.runs_of(Mode::Limit)?.seconds()?.median)
     }
 
-    /// The page size (the smallest if it varied) of the first mode with results among `direct_io`,
-    /// `direct_io_check`, `pread-direct`, `no-overlap` and `normal`.
+    /// Returns the page size of the first mode that has results among `direct_io`,
+    /// `direct_io_check`, `pread-direct`, `no-overlap` and `normal`. If it varied between runs,
+    /// returns the smallest.
     pub(crate) fn page_size_bytes(&self) -> Option<u64> {
         let modes = [Mode::DirectIo, Mode::DirectIoCheck, Mode::PreadDirect, Mode::NoOverlap, Mode::Normal];
         modes.into_iter().find_map(|mode| self.runs_of(mode)?.page_bytes()).map(|(smallest, _)| smallest)
     }
 
-    /// Returns whether the bench has failed: whether wrong bytes were loaded, or any run failed
-    /// without pressure.
+    /// Returns whether the bench has failed. It has failed if wrong bytes were loaded, or if any
+    /// run failed without memory pressure.
     #[must_use]
     pub fn failed(&self) -> bool {
         let mut failures = self.modes.iter().flat_map(ModeRuns::failures);

@@ -1,4 +1,4 @@
-//! A large temporary file: on a disk with enough free space, removed on drop and on a signal.
+//! A large temporary file on a disk with enough free space. It is removed on drop and on a signal.
 //!
 //! - **On a disk.** `/tmp` is often a tmpfs. Reading from there measures memory, `O_DIRECT` is
 //!   refused or emulated, and a few GiB may invoke the OOM killer. The file system of each folder
@@ -7,9 +7,9 @@
 //!   first byte is written, and a tenth of it stays free.
 //! - **With a name.** A nameless file (`O_TMPFILE`) would need no cleanup, but loaders choose the
 //!   format by the file's extension, and other programs receive the same path. The file therefore
-//!   has a name, and a signal thread removes it on SIGHUP, SIGINT or SIGTERM. A process that ends
-//!   in another way, such as by SIGKILL, may leave it behind; the name `dmaload-PID-…` makes it
-//!   easy to find.
+//!   has a name, and a signal thread removes it on SIGHUP, SIGINT or SIGTERM. A process that is
+//!   terminated differently, for example by SIGKILL, may leave it behind. The name `dmaload-PID-…`
+//!   makes it easy to find.
 
 use std::collections::BTreeSet;
 use std::env;
@@ -31,7 +31,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use signal_hook::low_level::emulate_default_handler;
 
-/// File systems that keep their files in memory, by the `f_type` of `statfs(2)`.
+/// File systems that keep their files in memory, with their `f_type` in `statfs(2)`.
 const IN_MEMORY: &[(FsWord, &str)] =
     &[(0x0102_1994, "tmpfs"), (0x8584_58F6_u32 as FsWord, "ramfs"), (0x9584_58F6_u32 as FsWord, "hugetlbfs")];
 
@@ -60,10 +60,10 @@ pub struct ScratchFile {
 /// Why a scratch file could not be created.
 #[derive(Debug, thiserror::Error)]
 pub enum ScratchError {
-    /// No folder is suitable; lists each one with its reason.
+    /// No folder is suitable. The message lists each folder with the reason.
     #[error("cannot create a scratch file of {}{}\nuse another folder, or set TMPDIR", bytes(*.wanted), Reasons(.refused))]
     NoFolder {
-        /// The required space.
+        /// The number of bytes that the file needs.
         wanted: u64,
         /// The folders that were tried, and why each was refused.
         refused: Vec<(PathBuf, Refusal)>,
@@ -141,7 +141,7 @@ impl ScratchFile {
 impl Drop for ScratchFile {
     fn drop(&mut self) {
         if lock_alive().remove(&self.path) {
-            // There is nowhere to report a failure, and the file may already be gone.
+            // A failure is ignored: nothing could report it, and the file may already be gone.
             let _ = fs::remove_file(&self.path);
         }
     }
@@ -184,7 +184,7 @@ fn free_name(folder: &Path, suffix: &str, alive: &BTreeSet<PathBuf>) -> PathBuf 
     (0_u32..)
         .map(|n| folder.join(OsString::from(format!("dmaload-{}-{n}-{suffix}", process::id()))))
         .find(|path| !alive.contains(path) && !path.exists())
-        .expect("fewer than 2^32 scratch files in one process")
+        .expect("a process creates fewer than 2^32 scratch files")
 }
 
 /// Locks [`ALIVE`]. Ignores poisoning: every change is a single call, so a panicking thread leaves
@@ -210,7 +210,7 @@ fn remove_on_signals() {
                 for path in alive.iter() {
                     let _ = fs::remove_file(path);
                 }
-                // Ends the process by the signal itself, so a shell sees that it was interrupted.
+                // Let the signal itself end the process, so a shell sees that it was interrupted.
                 let _ = emulate_default_handler(signal);
             }
         };

@@ -159,7 +159,8 @@ impl Model {
             .ok_or(SynthError::TooSmall(bytes))
     }
 
-    /// Lays out a model with this many layers; `None` if they leave no room for the header.
+    /// Lays out a model with this many layers. Returns `None` if the layers leave no room for the
+    /// header.
     fn with_layers(dimensions: Dimensions, layers: u64, bytes: u64, seed: u64) -> Option<Self> {
         let mut tensors = dimensions.tensors(layers);
         let data: u64 = tensors.iter().map(|tensor| tensor.bytes).sum();
@@ -175,7 +176,7 @@ impl Model {
         tensors.extend(dimensions.last_tensors(room.checked_sub(header_bytes)?));
         set_offsets(&mut tensors, header_bytes);
         let header = padded_header(&json(&tensors, seed), padded);
-        debug_assert_eq!(tensors.last().map(Tensor::end), Some(bytes), "the last tensor ends the file");
+        debug_assert_eq!(tensors.last().map(Tensor::end), Some(bytes), "the last tensor ends where the file ends");
         Some(Self { bytes, seed, tensors, header })
     }
 
@@ -221,7 +222,7 @@ impl Model {
         // Bytes are generated in whole words. If `offset` is within a word, the bytes before it
         // are skipped.
         let mut at = offset - offset % WORD as u64;
-        let mut skip = usize::try_from(offset - at).expect("less than a word");
+        let mut skip = usize::try_from(offset - at).expect("an offset within a word fits into usize");
         let mut rest = content;
         while !rest.is_empty() {
             let expected = next_block(&mut block, self.bytes - at);
@@ -331,8 +332,8 @@ impl Dimensions {
     /// The minimum number of layers, except in models too small for them.
     const LAYERS_MIN: u64 = 12;
 
-    /// Returns the widest dimensions that leave room for [`Self::LAYERS_MIN`] layers, or else the
-    /// narrowest.
+    /// Returns the widest dimensions that leave room for [`Self::LAYERS_MIN`] layers, or the
+    /// narrowest ones if none do.
     fn for_size(bytes: u64) -> Self {
         let widths = [8192, 4096, 2048, 1024, 512, 256, 128, 64, 32, 16, 8];
         let [.., narrowest] = widths.map(Self::with_width);
@@ -418,8 +419,8 @@ fn set_offsets(tensors: &mut [Tensor], start: u64) {
     }
 }
 
-/// Formats the header's JSON. Its offsets count from the end of the header, so they do not depend
-/// on the header's length.
+/// Formats the header's JSON. The offsets in it are relative to the end of the header, so they do
+/// not depend on the header's length.
 fn json(tensors: &[Tensor], seed: u64) -> String {
     let mut json = format!(r#"{{"__metadata__":{{"format":"pt","generator":"dmaload","seed":"{seed}"}}"#);
     let mut begin = 0;
@@ -438,7 +439,7 @@ fn padded_header(json: &str, padded: usize) -> Vec<u8> {
     let mut header = Vec::with_capacity(WORD + padded);
     header.extend((padded as u64).to_le_bytes());
     header.extend(json.as_bytes());
-    debug_assert!(header.len() <= WORD + padded, "the header was measured with larger tensors");
+    debug_assert!(header.len() <= WORD + padded, "the header fits into the measured length");
     header.resize(WORD + padded, b' ');
     header
 }
@@ -522,7 +523,7 @@ mod tests {
         }
     }
 
-    /// A file written by one version must verify with the next.
+    /// A file that was written by one version must still verify with the next version.
     #[test]
     fn generated_content_is_stable() {
         use dmaload::verify::{Algorithm, digest};

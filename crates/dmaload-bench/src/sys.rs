@@ -1,4 +1,5 @@
-//! Unsafe code: reads by io_uring into a region, and access to the region's bytes.
+//! Reads into a region with io_uring, and gives access to the region's bytes. This requires unsafe
+//! code.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -19,7 +20,7 @@ pub(crate) struct Read<'a> {
     pub(crate) at: usize,
     /// Length of the read, which must not cross a boundary between parts of the region.
     pub(crate) bytes: usize,
-    /// Returned with the completion.
+    /// A number that is returned with the completion.
     pub(crate) token: u64,
 }
 
@@ -28,7 +29,7 @@ pub(crate) struct Read<'a> {
 pub(crate) struct Reader {
     ring: ManuallyDrop<IoUring>,
     region: ManuallyDrop<Region>,
-    /// Why the memory is not registered with the ring; `None` if it is.
+    /// Why the memory is not registered with the ring, or `None` if it is registered.
     refusal: Option<io::Error>,
     in_flight: usize,
 }
@@ -51,12 +52,12 @@ impl Reader {
         Ok(Reader { ring: ManuallyDrop::new(ring), region: ManuallyDrop::new(region), refusal, in_flight: 0 })
     }
 
-    /// Why the kernel refused to register the memory; `None` if it is registered.
+    /// Returns why the kernel refused to register the memory, or `None` if it is registered.
     pub(crate) fn registration_error(&self) -> Option<&io::Error> {
         self.refusal.as_ref()
     }
 
-    /// Queues a read; [`Reader::wait`] starts it.
+    /// Queues a read, which [`Reader::wait`] then submits.
     ///
     /// # Errors
     /// If the read is not within one part of the memory, or the queue is full.

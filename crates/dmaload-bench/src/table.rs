@@ -87,7 +87,7 @@ fn format_buffer_size(size: u64) -> String {
     format!("{} MiB", size >> 20)
 }
 
-/// The main conclusions.
+/// Returns the main conclusions, one per line.
 fn verdicts(results: &Results) -> Vec<String> {
     let mut lines = Vec::new();
     if let Some(ratio) = results.ratio(Mode::Normal, Mode::DirectIo) {
@@ -108,7 +108,7 @@ fn verdicts(results: &Results) -> Vec<String> {
     lines
 }
 
-/// Remarks on the numbers.
+/// Returns remarks that explain the numbers, one per line.
 fn remarks(results: &Results) -> Vec<String> {
     let plural = if results.rounds == 1 { "" } else { "s" };
     let mut lines = vec![format!(

@@ -30,7 +30,7 @@ use crate::sys::{self, Reader};
 use crate::usage::{cpu_time, peak_resident_bytes};
 use crate::{baseline, mapping};
 
-/// The error if loaded bytes differ from the file, which is never acceptable.
+/// Loaded bytes differ from the file. Unlike other failures, this is never acceptable.
 #[derive(Debug, thiserror::Error)]
 #[error("{} differs between memory and disk: {what}", printable::path(&path))]
 pub(crate) struct WrongBytes {
@@ -99,8 +99,8 @@ pub(crate) fn prepare(mode: Mode, engine: &dyn Engine, paths: Vec<PathBuf>, curv
             let (mut reader, notes) = limit_reader()?;
             let open = limit::open(&files.paths)?;
             let (chunks, _) = limit::plan(&files.lengths, PART_BYTES, LARGEST.chunk_bytes);
-            // Fills the buffers once, as far as the files suffice, because the first reads into
-            // memory that no device has written to are slow.
+            // Fill the buffers once, or as many of them as the files can fill, because the first
+            // read into memory that no device has written to is slow.
             let first = chunks.get(..LARGEST.depth.min(chunks.len())).unwrap_or(&chunks);
             limit::read_all(&mut reader, &open, &files.paths, first, Into::Slots(LARGEST))?;
             drop(open);
@@ -128,7 +128,7 @@ impl Files {
         let mut files = Files { paths: Vec::new(), lengths: Vec::new() };
         for path in paths {
             let length = fs::metadata(&path).at("stat", &path)?.len();
-            // An empty file can't be mapped, and takes no time.
+            // An empty file can't be mapped, and takes no time to load.
             if length > 0 {
                 files.paths.push(path);
                 files.lengths.push(length);
@@ -223,8 +223,8 @@ fn run_engine(loader: &Loader, files: &Files, options: LoadOptions, check: bool)
     })
 }
 
-/// Loads all files at the same time, each with its own load. Reports the earliest first segment of
-/// all loads.
+/// Loads all files at the same time, each in a separate load. Reports when the first segment of
+/// any load was usable.
 fn run_at_once(loader: &Loader, files: &Files) -> Result<Run> {
     let watch = Stopwatch::start();
     let loads: Vec<_> = files.paths.iter().map(|path| loader.load(path).start()).collect();
@@ -280,8 +280,8 @@ fn note_unregistered(error: &io::Error) -> String {
     format!("the buffers are not registered: {reason}{hint}")
 }
 
-/// Reads the files once into each destination. The limit is chosen among the destinations after
-/// all rounds.
+/// Reads the files once into each destination. After all rounds, the destination with the best
+/// median is chosen as the limit.
 fn run_limit(mut reader: Reader, files: &Files, notes: Vec<String>) -> Result<Run> {
     let mut destinations = Vec::new();
     for destination in DESTINATIONS {
@@ -293,7 +293,7 @@ fn run_limit(mut reader: Reader, files: &Files, notes: Vec<String>) -> Result<Ru
         destinations.push(ReadInto { bytes: destination.bytes() as u64, seconds, cpu_seconds });
     }
     let region = reader.into_region().context("cannot wait for the last reads")?;
-    // This mode does not keep the files, so it has no peak beyond their size.
+    // This mode does not keep the files in memory, so it reports no extra peak memory.
     let run = Run { page_bytes: region.page_bytes(), notes, destinations, ..Run::default() };
     Ok(run)
 }

@@ -19,13 +19,13 @@ use crate::leftovers;
 /// The command that [`run_children_by`] has set.
 static PROGRAM: OnceLock<Vec<OsString>> = OnceLock::new();
 
-/// Sets the command that starts child processes, in place of this process's executable: for
-/// programs that are run by an interpreter. Only the first call has an effect.
+/// Sets the command that starts child processes, in place of this process's executable. Programs
+/// that are run by an interpreter need this. Only the first call has an effect.
 pub fn run_children_by(program: Vec<OsString>) {
     let _ = PROGRAM.set(program);
 }
 
-/// Makes the command `dmaload bench-child`, to which the caller adds arguments.
+/// Creates the command `dmaload bench-child`, to which the caller adds arguments.
 pub(crate) fn command() -> Command {
     let mut command = match PROGRAM.get().and_then(|program| program.split_first()) {
         Some((executable, arguments)) => {
@@ -43,8 +43,8 @@ pub(crate) fn command() -> Command {
     command
 }
 
-/// Makes the command that runs another program in a shell. The program must exit when its standard
-/// input ends.
+/// Creates the command that runs another program in a shell. The program must exit when its
+/// standard input ends.
 pub(crate) fn peer_command(command: &str, paths: &[PathBuf]) -> Command {
     let mut shell = Command::new("sh");
     shell.arg("-c").arg(format!("{command} \"$@\"")).arg("sh").args(paths);
@@ -90,7 +90,7 @@ impl Worker {
     /// If the process has ended without writing a line. The error says how it ended.
     pub(crate) fn receive_line(&mut self) -> Result<String> {
         let mut line = String::new();
-        // After an error of the pipe, as after the end of its data, no line will come.
+        // Neither after a read error nor after the end of the data will another line arrive.
         if self.stdout.read_line(&mut line).is_ok_and(|count| count > 0) {
             return Ok(line);
         }
@@ -104,8 +104,8 @@ impl Worker {
 impl Drop for Worker {
     fn drop(&mut self) {
         drop(self.stdin.take());
-        // The process is no longer needed. Without the kill, a process that hangs would block the
-        // wait.
+        // The process is no longer needed. If it hangs and is not killed, `wait` would never
+        // return.
         let _ = self.child.kill();
         let _ = self.child.wait();
         leftovers::forget_process(&self.child);

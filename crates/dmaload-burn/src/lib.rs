@@ -1,5 +1,5 @@
-//! Fills [burn](burn_core) modules from a [`dmaload`] load, with burn-ndarray usually without a
-//! copy.
+//! Fills [burn](burn_core) modules from a [`dmaload`] load. With burn-ndarray, this usually
+//! requires no copy.
 //!
 //! ```no_run
 //! use burn_core::module::Module;
@@ -21,10 +21,11 @@
 //!
 //! # Copies
 //!
-//! - With burn-ndarray, **filling a module copies nothing**: `Bytes::from_shared` takes the loaded
-//!   memory, which is freed with the last tensor in its segment. burn-ndarray 0.21 does not write
-//!   to this memory: most of its operations first copy such a tensor, each time that they run. A
-//!   model that runs many times may be faster if burn's own `SafetensorsStore` fills it.
+//! - With burn-ndarray, **filling a module copies nothing**: the module's tensors use the loaded
+//!   memory through `Bytes::from_shared`. A segment's memory is freed with the last tensor in it.
+//!   burn-ndarray 0.21 does not write to this memory. Instead, most of its operations copy such a
+//!   tensor first, every time they run. A model that runs many times may therefore be faster if
+//!   burn's own `SafetensorsStore` fills it.
 //! - All other backends copy from the loaded memory to their own.
 //! - A model in PyTorch's layout needs `PyTorchToBurnAdapter` ([`LoadStore::with_adapter`]), which
 //!   transposes, and therefore copies, the weights of linear layers.
@@ -33,12 +34,12 @@
 //! # Limits
 //!
 //! - If the file's element type differs from the module's, burn 0.21 keeps the file's type, and
-//!   panics if its backend lacks that type (F16 with burn-ndarray) or if an operation gets both
-//!   types. `HalfPrecisionAdapter` converts F16 to F32 and F32 to F16 only.
+//!   panics if its backend lacks that type (F16 with burn-ndarray) or if an operation gets tensors
+//!   of both types. `HalfPrecisionAdapter` only converts between F16 and F32.
 //! - With a backend that copies, the file stays in memory alongside the model until
 //!   [`LoadStore::finish`]: burn requests tensors through closures that may be called twice.
-//! - burn does not have F8, F6, F4, complex numbers, or GGUF blocks: it has other quantized types.
-//!   Requesting such a tensor is an error.
+//! - burn does not support F8, F6, F4, complex numbers, or GGUF blocks; its own quantized types
+//!   are different. Requesting a tensor of these types is an error.
 //! - Saving with [`burn_store::ModuleStore::collect_from`] is an error. Use burn's
 //!   `SafetensorsStore`.
 

@@ -1,4 +1,4 @@
-//! [`LoadStore`]: the snapshots of a load in progress.
+//! [`LoadStore`], which provides snapshots of the tensors of a load in progress.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -16,8 +16,9 @@ use burn_tensor::{AllocationProperty, BoolStore, Bytes, DType, TensorData};
 use dmaload::model::TensorInfo;
 use dmaload::{Load, LoadOptions, Loader, Report, inspect_load_blocking};
 
-/// A model that is being loaded, as burn's `ModuleStore`. Dropping the store cancels the load
-/// unless a snapshot still exists elsewhere; tensors that were already returned stay valid.
+/// Implements burn's `ModuleStore` for a model that is being loaded. Dropping the store cancels
+/// the load unless a snapshot still exists elsewhere. Tensors that were already returned stay
+/// valid.
 ///
 /// Do not use the store on a worker of an async runtime: filling a module blocks until the
 /// module's tensors are loaded.
@@ -39,11 +40,11 @@ impl LoadStore {
         Self::load_with(loader, path, loader.load_options())
     }
 
-    /// Like [`Self::load`], with options, such as the order of [`LoadOptions::tensors`].
+    /// Like [`Self::load`], but takes options, such as the order of [`LoadOptions::tensors`].
     ///
-    /// A tensor of which [`LoadOptions::shard`] loads only a part is refused when a module
-    /// requests it. If the model exceeds the loader's memory limit, requesting a tensor fails with
-    /// the text of [`dmaload::Error::OverLimit`], because the load holds the whole model.
+    /// If [`LoadOptions::shard`] loads only a part of a tensor, requesting this tensor is an
+    /// error. If the model exceeds the loader's memory limit, requesting a tensor fails with the
+    /// message of [`dmaload::Error::OverLimit`], because the load holds the whole model.
     ///
     /// # Errors
     /// Those of [`Self::load`].
@@ -64,16 +65,16 @@ impl LoadStore {
         self
     }
 
-    /// If `true`, tensors of the module that the model does not have stay unchanged, instead of
-    /// failing with [`Error::Missing`]. Default: `false`.
+    /// If `true`, the module's tensors that are missing from the model stay unchanged. If `false`,
+    /// which is the default, filling the module then fails with [`Error::Missing`].
     #[must_use]
     pub fn allow_partial(mut self, allow: bool) -> Self {
         self.allows_partial = allow;
         self
     }
 
-    /// Waits for the rest of the load, and releases the load. Tensors that were already returned
-    /// stay valid.
+    /// Waits for the rest of the load, then releases it. Tensors that were already returned stay
+    /// valid.
     ///
     /// A change to a file during its load is detected only when the whole file has been read. A
     /// module that uses only some of a file's tensors needs this call to learn of a change.
@@ -127,7 +128,7 @@ impl fmt::Debug for LoadStore {
     }
 }
 
-/// An error of a [`LoadStore`].
+/// An error from a [`LoadStore`].
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Error {
@@ -148,7 +149,7 @@ impl fmt::Display for Error {
         match self {
             Error::Load(error) => error.fmt(f),
             Error::Refused(text) => write!(f, "cannot fill the module: {text}"),
-            Error::Missing(text) => write!(f, "cannot fill all of the module: {text}"),
+            Error::Missing(text) => write!(f, "cannot fill the whole module: {text}"),
             Error::InUse => f.write_str("cannot finish the load: a snapshot of it is kept elsewhere"),
             Error::ReadOnly => f.write_str("cannot save into a load: use burn's SafetensorsStore"),
         }

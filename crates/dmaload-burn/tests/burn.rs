@@ -1,4 +1,4 @@
-//! Compares modules filled from a load with those of burn's own safetensors store.
+//! Compares modules filled from a load with those that burn's own safetensors store fills.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 use std::path::{Path, PathBuf};
@@ -54,7 +54,7 @@ fn loader() -> Loader {
     Loader::builder().load_options(LoadOptions::new().segment_bytes(SEGMENT)).build().unwrap()
 }
 
-/// Saves a model of random numbers with burn.
+/// Saves a model with random weights, using burn.
 fn save_model(folder: &Path) -> PathBuf {
     let path = folder.join("model.safetensors");
     Model::<Cpu>::new(&DEVICE).save_into(&mut SafetensorsStore::from_file(&path)).unwrap();
@@ -68,7 +68,7 @@ fn outputs(model: &Model<Cpu>) -> Vec<u32> {
     values.into_iter().map(f32::to_bits).collect()
 }
 
-/// Returns the address of a parameter's numbers.
+/// Returns the address of a parameter's data.
 fn address<const D: usize>(parameter: &Param<Tensor<Cpu, D>>) -> usize {
     match parameter.val().into_primitive().tensor() {
         NdArrayTensor::F32(storage) => storage.view().as_ptr().addr(),
@@ -84,7 +84,7 @@ fn module_equals_that_of_burns_own_store() {
     theirs.load_from(&mut SafetensorsStore::from_file(&path)).unwrap();
     for from_pytorch in [false, true] {
         let mut ours = Model::<Cpu>::new(&DEVICE);
-        assert_ne!(outputs(&ours), outputs(&theirs), "the models must have different random numbers");
+        assert_ne!(outputs(&ours), outputs(&theirs), "the models were initialized with different random numbers");
         let mut store = LoadStore::load(&loader(), &path).unwrap();
         if from_pytorch {
             // In PyTorch's layout, linear layers are transposed and norms have other names.
@@ -129,7 +129,7 @@ fn parameters_are_the_loaded_memory_and_keep_it_alive() {
     drop(model);
     let mut waited = Duration::ZERO;
     while loader.memory_bytes() > 0 {
-        assert!(waited < PATIENCE, "bytes that are left: {}", loader.memory_bytes());
+        assert!(waited < PATIENCE, "the loader still holds {} bytes", loader.memory_bytes());
         thread::sleep(Duration::from_millis(5));
         waited += Duration::from_millis(5);
     }
@@ -184,7 +184,7 @@ fn snapshots_return_data_while_the_rest_is_read() {
     let loader = loader();
     let gate = Arc::new(Gate { offset: 2 * SEGMENT, is_open: Mutex::new(false), opened: Condvar::new() });
     let options = loader.load_options().observer(gate.clone());
-    // Snapshots stay on the thread that created them.
+    // Snapshots cannot be sent to another thread, so only their data is.
     let (sender, receiver) = mpsc::channel();
     let filling = thread::spawn(move || {
         let mut store = LoadStore::load_with(&loader, &path, options).unwrap();
@@ -193,13 +193,13 @@ fn snapshots_return_data_while_the_rest_is_read() {
             sender.send((name, data.bytes.to_vec())).unwrap();
         }
         let kept = store.get_snapshot("a").unwrap().unwrap().clone();
-        assert!(matches!(store.finish(), Err(Error::InUse)), "a snapshot holds the load");
+        assert!(matches!(store.finish(), Err(Error::InUse)), "a snapshot still refers to the load");
         drop(kept);
     });
     let expected = std::fs::read(folder.path().join("two.safetensors")).unwrap();
     let data = expected.len() - (6 << 20);
     assert!(receiver.recv_timeout(PATIENCE).unwrap() == ("a", expected[data..data + (3 << 20)].to_vec()));
-    assert!(receiver.recv_timeout(Duration::from_millis(200)).is_err(), "the rest is held back");
+    assert!(receiver.recv_timeout(Duration::from_millis(200)).is_err(), "the gate holds back the rest");
     *gate.is_open.lock().unwrap() = true;
     gate.opened.notify_all();
     assert!(receiver.recv_timeout(PATIENCE).unwrap() == ("b", expected[data + (3 << 20)..].to_vec()));
@@ -270,7 +270,8 @@ fn ranks_shard_is_refused() {
     assert!(refused.contains("was loaded, but the file's header has"), "{refused}");
 }
 
-/// The program in docs/adopt.md is the one that the crate's documentation compiles.
+/// The program in docs/adopt.md equals the one in the crate's documentation, which is compiled as
+/// a doc test.
 #[test]
 fn adopt_page_shows_the_crates_example() {
     let documented: String = include_str!("../src/lib.rs")

@@ -5,13 +5,13 @@
 //! just candle-first-layer [FOLDER [PAIRS]]
 //! ```
 //!
-//! The model is a llama of candle's own (`candle_transformers::models::llama`) with synthetic
-//! weights, tied embeddings and 24 layers in F32: 1.4 GB. Each run is a separate process with a
-//! cold file, which is evicted from the page cache before the run. The clock starts before
-//! anything is opened and stops after a forward pass of eight tokens. *First layer* is the same
-//! model with only one layer: its embedding, its norm and layer 0 are built and run. Runs of the
-//! two loaders alternate, and so does their order within a pair. Prints the median of each loader,
-//! and the median of the ratios within a pair.
+//! The model is candle's own llama (`candle_transformers::models::llama`) with synthetic weights,
+//! tied embeddings and 24 layers in F32, 1.4 GB in total. Each run is a separate process, and the
+//! file is evicted from the page cache before the run. The clock starts before anything is opened
+//! and stops after a forward pass with eight tokens. For the first layer, the same model is built
+//! and run with only one layer, which requires its embedding, its norm and layer 0. The two
+//! loaders take turns, and their order alternates from pair to pair. Prints the median time of
+//! each loader, and the median of the ratios within a pair.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -73,7 +73,7 @@ fn tensors() -> Vec<(String, Vec<usize>)> {
     tensors
 }
 
-/// Writes the model with small numbers that are the same on every machine.
+/// Writes the model with small weights that are the same on every machine.
 fn write_model(path: &Path) -> Result<()> {
     let (mut entries, mut begin) = (Vec::new(), 0);
     for (name, shape) in tensors() {
@@ -96,8 +96,8 @@ fn write_model(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Runs and measures one load in this process. Prints its seconds, and the bits of the sum of its
-/// logits.
+/// Loads and runs the model in this process. Prints the elapsed seconds, and the bits of the sum
+/// of the logits.
 fn run(who: &str, layers: usize, path: &Path) -> Result<()> {
     let begin = Instant::now();
     let (dtype, device) = (DType::F32, Device::Cpu);
@@ -119,14 +119,14 @@ fn run(who: &str, layers: usize, path: &Path) -> Result<()> {
     let logits = model.forward(&tokens, 0, &mut cache)?;
     let sum = logits.sum_all()?.to_scalar::<f32>()?;
     println!("{} {:08x}", begin.elapsed().as_secs_f64(), sum.to_bits());
-    // The run of the first layer does not wait for the rest of the load.
+    // With only the first layer, the run does not wait for the rest of the load.
     if let Some(weights) = weights.filter(|_| layers == LAYERS) {
         weights.finish()?;
     }
     Ok(())
 }
 
-/// Opens the file by candle's own loader, which maps it.
+/// Opens the file with candle's own loader, which maps it.
 #[allow(unsafe_code)]
 fn map(path: &Path, dtype: DType, device: &Device) -> Result<VarBuilder<'static>> {
     // SAFETY: nothing writes to the file while this process runs: its parent has written the file
@@ -134,7 +134,8 @@ fn map(path: &Path, dtype: DType, device: &Device) -> Result<VarBuilder<'static>
     Ok(unsafe { VarBuilder::from_mmaped_safetensors(&[path], dtype, device)? })
 }
 
-/// Starts a run, and returns its seconds and the bits of the sum of its logits.
+/// Runs one measurement in a child process. Returns the elapsed seconds, and the bits of the sum
+/// of the logits.
 fn measure(who: &str, layers: usize, path: &Path) -> Result<(f64, String)> {
     fadvise(File::open(path)?, 0, None, Advice::DontNeed)?;
     let arguments: [OsString; 4] = ["--run".into(), who.into(), layers.to_string().into(), path.into()];

@@ -1,5 +1,5 @@
-//! Runs MiniLM (a BERT with six layers) twice: built from weights that dmaload loads, and from
-//! those of candle's own loader. The embeddings must be equal bit by bit.
+//! Runs MiniLM (a BERT with six layers) twice: with weights that dmaload loads, and with weights
+//! that candle's own loader loads. The two embeddings must be equal bit by bit.
 //!
 //! `just candle` downloads the model and runs this example.
 
@@ -21,7 +21,7 @@ const CONFIG: &str = r#"{
 /// The tokens of "the quick brown fox jumps over the lazy dog", between start and end tokens.
 const TOKENS: [u32; 11] = [101, 1996, 4248, 2829, 4419, 14523, 2058, 1996, 13971, 3899, 102];
 
-/// Returns the normalized mean of the last layer: the embedding, as the model's authors define it.
+/// Returns the embedding as the model's authors define it: the normalized mean of the last layer.
 fn embedding(weights: VarBuilder<'_>) -> Result<Vec<f32>> {
     let config: Config = serde_json::from_str(CONFIG)?;
     let device = Device::Cpu;

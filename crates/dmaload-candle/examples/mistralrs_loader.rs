@@ -2,11 +2,12 @@
 //!
 //! mistral.rs (in `utils/varbuilder_utils.rs`) starts a thread for each file, copies every tensor
 //! out of a mapping, and waits in a loop until all threads have ended. The function in this
-//! example has the same signature, but returns once the headers are read: tensors arrive while
-//! mistral.rs builds its model.
+//! example has the same signature, but returns once the headers are read. The tensors then arrive
+//! while mistral.rs builds its model.
 //!
-//! Types of mistral.rs that are not part of candle are replaced: `VarBuilder` stands for its
-//! `ShardedVarBuilder`, which `ShardedSafeTensors::wrap` creates from the same backend.
+//! This example replaces types that belong to mistral.rs, not to candle: it uses `VarBuilder`
+//! where mistral.rs uses `ShardedVarBuilder`, which `ShardedSafeTensors::wrap` creates from the
+//! same backend.
 //!
 //! `cargo run --example mistralrs_loader -- FILE…` loads all tensors of these files.
 
@@ -23,8 +24,8 @@ use regex::Regex;
 
 type ShardedVarBuilder = VarBuilder<'static>;
 
-/// The device on which mistral.rs wants a tensor. mistral.rs passes the device again when it
-/// requests the tensor, which is moved there at that time.
+/// The device on which mistral.rs wants a tensor. This example ignores it: mistral.rs passes the
+/// device again when it requests the tensor, and the tensor is then moved there.
 enum DeviceForLoadTensor {
     Base,
     #[allow(dead_code, reason = "mistral.rs has it for models on several devices")]
@@ -74,7 +75,7 @@ fn key(name: &str, adapter: Option<usize>) -> Option<String> {
     Some(key)
 }
 
-/// The process's only loader: all models share its memory limit, threads and queue.
+/// Returns the process's only loader, so all models share its memory limit, threads and queue.
 fn loader() -> Result<&'static Loader> {
     static LOADER: OnceLock<dmaload::Result<Loader>> = OnceLock::new();
     LOADER.get_or_init(Loader::new).as_ref().map_err(|error| Error::wrap(error.clone()))
@@ -89,7 +90,7 @@ struct Renamed {
 }
 
 impl Renamed {
-    /// Starts to load only these tensors of a file.
+    /// Starts to load these tensors, and no others, from a file.
     fn add(&mut self, path: PathBuf, names: Vec<(String, String)>, dtype: DType, device: &Device) -> Result<()> {
         let loader = loader()?;
         let options = loader.load_options().tensor_names(names.iter().map(|(_, name)| name));

@@ -40,7 +40,7 @@ struct State<T> {
     end: Option<Result<Report>>,
 }
 
-/// Why a tensor is not available.
+/// Why a requested tensor is not available.
 #[derive(Debug)]
 pub(crate) enum Missing {
     /// The tensor has arrived, but could not be converted.
@@ -83,16 +83,17 @@ impl<T: Clone + Send + 'static> Arrivals<T> {
             own.end(taken.unwrap_or_else(|panic| Err(Error::Panicked { code: THREAD.to_owned(), message: message(&*panic) })));
         });
         let thread = started.map_err(|error| Error::Start {
-            operation: "start the thread that takes the tensors of a load",
+            operation: "start the thread that receives the tensors of a load",
             errno: Errno::from_io_error(&error).unwrap_or(Errno::EAGAIN),
         })?;
         Ok(Arrivals { shared, thread: thread.thread().clone() })
     }
 
-    /// Returns the tensor of this name. Blocks the caller's thread until the tensor arrives.
+    /// Returns the tensor with this name. Blocks the caller's thread until the tensor arrives or
+    /// the load ends.
     ///
     /// # Errors
-    /// The reason why the tensor is not available, at the latest when the load ends.
+    /// The reason why the tensor is not available.
     pub(crate) fn wait(&self, name: &str) -> std::result::Result<T, Missing> {
         let mut state = self.shared.lock();
         loop {
@@ -143,7 +144,7 @@ impl<T> Shared<T> {
 
     fn add(&self, name: &str, tensor: std::result::Result<T, String>) {
         let before = self.lock().tensors.insert(name.to_owned(), tensor);
-        assert!(before.is_none(), "a load yields each name only once: {name}");
+        assert!(before.is_none(), "a load yields each tensor only once: {name}");
         self.changed.notify_all();
     }
 
@@ -161,7 +162,7 @@ impl Wake for Unpark {
     }
 }
 
-/// Takes the tensors of a load until the load ends or is cancelled.
+/// Receives and converts the tensors of a load until the load ends or is cancelled.
 fn take_all<T>(
     mut tensors: Tensors,
     shared: &Shared<T>,
@@ -173,7 +174,8 @@ fn take_all<T>(
         if shared.is_cancelled.load(Ordering::Acquire) {
             return Err(Error::ShutDown);
         }
-        // Dropping the future loses no tensor, and the waker stays registered.
+        // The future is dropped after each poll. This loses no tensor, and the waker stays
+        // registered.
         let next = pin!(tensors.next()).poll(&mut context);
         match next {
             Poll::Pending => thread::park(),

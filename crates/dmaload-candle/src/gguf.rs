@@ -1,4 +1,4 @@
-//! Provides GGUF as quantized tensors by name, and as a reader for candle's quantized models.
+//! Provides the tensors of GGUF models by name, and a reader for candle's quantized models.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
@@ -16,12 +16,12 @@ use crate::arrivals::{Arrivals, Missing};
 use crate::headers::{self, Named};
 use crate::weights::unavailable;
 
-/// The tensors of a GGUF model as candle's `QTensor`s by name, while they are read. Cheap to
-/// clone.
+/// Provides the tensors of a GGUF model by name, as candle's `QTensor`s, while they are read.
+/// Cheap to clone.
 ///
-/// Each tensor is copied once, and is available as soon as its last byte is loaded; requesting a
-/// tensor blocks the thread until then. The files of a split model are one model. Dropping the
-/// last clone cancels the load.
+/// Each tensor is copied once, and is available as soon as its last byte is loaded. Requesting a
+/// tensor blocks the thread until then. The files of a split model are loaded as one model.
+/// Dropping the last clone cancels the load.
 ///
 /// ```no_run
 /// # fn load(loader: &dmaload::Loader) -> anyhow::Result<()> {
@@ -53,7 +53,7 @@ impl QTensors {
         Self::load_with(loader, path, loader.load_options(), device)
     }
 
-    /// Like [`Self::load`], with options, such as the order of [`LoadOptions::tensors`].
+    /// Like [`Self::load`], but takes options, such as the order of [`LoadOptions::tensors`].
     ///
     /// # Errors
     /// Those of [`Self::load`].
@@ -67,13 +67,13 @@ impl QTensors {
         Ok(QTensors(Arc::new(GgufState { named, arrivals })))
     }
 
-    /// Returns the tensor of this name. Blocks the caller's thread until the tensor's bytes are
+    /// Returns the tensor with this name. Blocks the caller's thread until the tensor's bytes are
     /// loaded.
     ///
     /// # Errors
-    /// `CannotFindTensor`, immediately, if the model does not have the tensor or the load's
-    /// options leave it out; `Msg` if candle does not have the tensor's type, if the tensor has no
-    /// elements, or if the load failed.
+    /// `CannotFindTensor` if the model does not have the tensor or the load's options leave it
+    /// out, which is reported without waiting; `Msg` if candle does not have the tensor's type, if
+    /// the tensor has no elements, or if the load failed.
     pub fn get(&self, name: &str) -> candle_core::Result<Arc<QTensor>> {
         if !self.contains(name) {
             return Err(Error::CannotFindTensor { path: name.to_owned() }.bt());
@@ -81,12 +81,12 @@ impl QTensors {
         self.0.arrivals.wait(name).map_err(|missing| unavailable(name, &missing))
     }
 
-    /// Whether the model's headers list the tensor. The answer does not wait for the tensor.
+    /// Returns whether the model's headers list the tensor. Does not wait for the tensor.
     pub fn contains(&self, name: &str) -> bool {
         self.0.named.contains_key(name)
     }
 
-    /// The names of all tensors of the model, in arbitrary order.
+    /// Iterates over the names of all tensors in the model, in arbitrary order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.0.named.keys().map(String::as_str)
     }
@@ -101,7 +101,7 @@ impl QTensors {
     }
 }
 
-/// Copies a tensor's blocks to the device: the only copy.
+/// Copies a tensor's blocks to the device. They are copied only here.
 fn convert(tensor: &Tensor, device: &Device) -> candle_core::Result<QTensor> {
     let dtype = block_type(tensor.dtype())?;
     let bytes = tensor.bytes().map_err(Error::wrap)?;
@@ -112,7 +112,7 @@ fn convert(tensor: &Tensor, device: &Device) -> candle_core::Result<QTensor> {
     // candle asserts this alignment of the address. In memory, files begin at multiples of a page,
     // and GGUF aligns tensors to 32 bytes by default, and to at least 8.
     if !bytes.as_ptr().addr().is_multiple_of(align_of::<f32>()) {
-        candle_core::bail!("its bytes, from {} of the file on, are not aligned to 4 bytes in memory", tensor.file_range().start)
+        candle_core::bail!("its bytes, at offset {} of the file, are not aligned to 4 bytes in memory", tensor.file_range().start)
     }
     QTensor::new(QStorage::from_data(Cow::Borrowed(&bytes), device, dtype)?, tensor.shape())
 }
@@ -138,7 +138,7 @@ fn block_type(dtype: dmaload::model::DType) -> candle_core::Result<GgmlDType> {
     })
 }
 
-/// A reader of a GGUF file for candle's quantized models. The bytes of tensors come from a load.
+/// Reads a GGUF file for candle's quantized models. The tensors' bytes are loaded by dmaload.
 ///
 /// ```no_run
 /// # fn load(loader: &dmaload::Loader) -> anyhow::Result<()> {
@@ -156,29 +156,29 @@ fn block_type(dtype: dmaload::model::DType) -> candle_core::Result<GgmlDType> {
 /// # }
 /// ```
 ///
-/// Reading from a tensor blocks until the tensor's last byte is loaded. dmaload's memory of a
-/// tensor is dropped when the tensor was read to its end. candle makes two copies of each tensor,
-/// of which it keeps one. The load is ahead of the model by at most the window and a segment.
+/// Reading from a tensor blocks until the tensor's last byte is loaded. Once the tensor has been
+/// read to its end, the reader drops its memory. candle makes two copies of each tensor, of which
+/// it keeps one. The load is ahead of the model by at most the window and a segment.
 ///
-/// If the model requests a tensor early, the reader keeps all tensors that arrive before that
-/// tensor. If these tensors fill the loader's memory limit, the read fails with the text of
-/// [`dmaload::Error::HeldUp`]: raise the limit, or load in the model's order
-/// ([`LoadOptions::tensors`]). Reading a tensor of which [`LoadOptions::shard`] loads only a part
-/// is an error.
+/// If the model requests a tensor before its turn, the reader keeps all tensors that arrive before
+/// that tensor. If these tensors fill the loader's memory limit, the read fails with the message
+/// of [`dmaload::Error::HeldUp`]. To prevent this, raise the limit, or load the tensors in the
+/// model's order ([`LoadOptions::tensors`]). If [`LoadOptions::shard`] loads only a part of a
+/// tensor, reading this tensor is an error.
 ///
-/// The header is read when the reader is opened, and kept. Tensors that are read a second time,
-/// and the bytes between tensors, come from the file through the page cache. If the file has
-/// changed, such a read is an error.
+/// The header is read when the reader is opened, and kept in memory. Tensors that are read a
+/// second time, and the bytes between tensors, are read from the file through the page cache. Such
+/// a read fails if the file has changed.
 #[derive(Debug)]
 pub struct GgufReader {
     file: File,
     path: PathBuf,
     identity: Identity,
     header: Vec<u8>,
-    /// The tensors that were not read to their end yet, by their start in the file.
+    /// The tensors that have not been read to their end yet, by their offset in the file.
     tensors: BTreeMap<u64, Unread>,
     load: Tensors,
-    /// Tensors that have arrived, and have not been read to their end yet.
+    /// The tensors that have arrived but have not been read to their end yet.
     held: HashMap<String, Tensor>,
     failed: Option<dmaload::Error>,
     position: u64,
@@ -235,7 +235,7 @@ impl GgufReader {
         Ok(GgufReader { file, path, identity, header, tensors, load, held: HashMap::new(), failed: None, position: 0 })
     }
 
-    /// Waits for the tensor of this name. Keeps the tensors that arrive before it.
+    /// Waits for the tensor with this name. Keeps the tensors that arrive before it.
     fn wait(&mut self, name: &str) -> Result<Tensor, Missing> {
         loop {
             if let Some(tensor) = self.held.get(name) {
@@ -246,7 +246,7 @@ impl GgufReader {
             }
             match self.load.next_while_holding_blocking() {
                 Some(Ok(tensor)) => drop(self.held.insert(tensor.name().to_owned(), tensor)),
-                // The load continues once held tensors were read and dropped.
+                // The load continues once held tensors have been read and dropped.
                 Some(Err(error @ dmaload::Error::HeldUp { .. })) => return Err(Missing::HeldUp(error)),
                 Some(Err(error)) => self.failed = Some(error),
                 None => return Err(Missing::NotLoaded),
@@ -307,7 +307,7 @@ impl Read for GgufReader {
             bytes
         } else if let Some((start, Unread { name, end })) = self.unread_at(position) {
             let tensor = self.wait(&name).map_err(|missing| io::Error::other(unavailable(&name, &missing)))?;
-            // A rank's shard, or a tensor of a replaced file, would shift all following bytes.
+            // A rank's shard, or a tensor from a replaced file, would shift all following bytes.
             if tensor.file_range() != (start..end) {
                 let range = tensor.file_range();
                 let message =

@@ -1,4 +1,4 @@
-//! Reads the headers of a model's files, to know the model's tensors before they arrive.
+//! Reads the headers of a model's files, so the model's tensors are known before they arrive.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ pub(crate) type Named = HashMap<String, TensorInfo>;
 ///
 /// # Errors
 /// Those of [`inspect_load_blocking`], and [`Error::AmbiguousTensor`] if two files have a tensor
-/// of the same name.
+/// with the same name.
 pub(crate) fn read(paths: &[PathBuf], options: &LoadOptions) -> Result<Named> {
     let files = inspect_load_blocking(paths, options)?;
     let mut named: HashMap<String, (TensorInfo, &Path)> = HashMap::new();

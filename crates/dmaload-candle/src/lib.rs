@@ -1,4 +1,4 @@
-//! Models for [candle](candle_core), built while [`dmaload`] reads them.
+//! Builds models for [candle](candle_core) while [`dmaload`] reads their files.
 //!
 //! candle's own loader maps the file and copies each tensor when the model requests it, so
 //! building waits for page faults. In this crate, a thread converts each tensor to a candle tensor
@@ -22,18 +22,18 @@
 //! - [`Weights`] provides safetensors (a file, a folder with an index, several files) through
 //!   candle's `VarBuilder`.
 //! - [`QTensors`] provides the tensors of a GGUF model as `QTensor`s by name.
-//! - [`GgufReader`] is a reader of a GGUF file, for candle's quantized models.
+//! - [`GgufReader`] reads a GGUF file for candle's quantized models.
 //!
 //! # Memory
 //!
 //! candle's CPU tensors own their memory as a `Vec`, so each tensor is copied once, and again if
-//! it is converted to another type. dmaload's memory of a tensor is dropped after the copy, and
-//! the load is ahead of the copies by at most the window and a segment.
+//! it is converted to another type. After the copy, dmaload's memory for the tensor is dropped.
+//! The load is ahead of the copies by at most the window and a segment.
 //!
-//! The peak is the model, the window ([`dmaload::LoaderBuilder::window_bytes`], 128 MiB by
-//! default), two segments of 64 MiB, and staging (16 to 72 MiB, depending on the CPUs). This crate
-//! uses [`dmaload::Tensors`], since a [`dmaload::Load`] would hold the whole file in memory until
-//! the load ends.
+//! The peak memory is the sum of the model, the window ([`dmaload::LoaderBuilder::window_bytes`],
+//! 128 MiB by default), two segments of 64 MiB, and staging (16 to 72 MiB, depending on the number
+//! of CPUs). This crate uses [`dmaload::Tensors`], since a [`dmaload::Load`] would hold the whole
+//! file in memory until the load ends.
 //!
 //! # Order
 //!
@@ -55,11 +55,10 @@
 //! - Tensors are copied: `CpuStorage` consists of `Vec`s, which must come from Rust's allocator.
 //! - A quantized `VarBuilder` cannot be filled while the file is read: the fields of
 //!   `candle_transformers::quantized_var_builder::VarBuilder` (0.11) are private, and its two
-//!   constructors take a path or the bytes of the whole file. An image has these bytes without a
-//!   copy, so `VarBuilder::from_gguf_buffer(&image.files()[0].bytes()?, &device)` works, but holds
-//!   the file and the model in memory until it returns.
-//! - Requesting a tensor of a type that candle does not have, such as `BOOL` or `IQ4_XS`, is an
-//!   error.
+//!   constructors take a path or the bytes of the whole file. An image provides these bytes
+//!   without a copy, so `VarBuilder::from_gguf_buffer(&image.files()[0].bytes()?, &device)` works,
+//!   but both the file and the model are in memory until it returns.
+//! - Requesting a tensor whose type candle does not have, such as `BOOL` or `IQ4_XS`, is an error.
 
 mod arrivals;
 mod gguf;

@@ -11,9 +11,9 @@ use dmaload::{LoadOptions, Loader, Report};
 use crate::arrivals::{Arrivals, Missing};
 use crate::headers::{self, Named};
 
-/// The weights of a model, as candle's tensors, while they are read. Cheap to clone.
+/// Provides the weights of a model, as candle's tensors, while they are read. Cheap to clone.
 ///
-/// Each tensor is available as soon as its last byte is loaded; requesting a tensor blocks the
+/// Each tensor is available as soon as its last byte is loaded. Requesting a tensor blocks the
 /// thread until then. Requests that need no conversion return the same memory each time. Tensors
 /// are kept until the last clone and the last `VarBuilder` are dropped, which also cancels the
 /// load.
@@ -33,8 +33,9 @@ struct Inner {
 impl Weights {
     /// Starts to load a model: a file, a folder, or an index file.
     ///
-    /// The model's headers are read before this function returns, on the caller's thread. `dtype`
-    /// and `device` are those of [`Self::var_builder`].
+    /// The model's headers are read on the caller's thread before this function returns. `dtype`
+    /// and `device` are the type and the device of the `VarBuilder` that [`Self::var_builder`]
+    /// returns.
     ///
     /// # Errors
     /// Those of [`dmaload::inspect_load_blocking`], and [`dmaload::Error::Start`] if no thread can
@@ -43,14 +44,14 @@ impl Weights {
         Self::load_with(loader, [path], loader.load_options(), dtype, device)
     }
 
-    /// Like [`Self::load`], with options, and for several files that form a model.
+    /// Like [`Self::load`], but takes options, and several files that form a model.
     ///
-    /// A tensor that the options leave out ([`LoadOptions::tensors`]) counts as absent from the
-    /// model.
+    /// A tensor that the options leave out ([`LoadOptions::tensors`]) is treated as absent from
+    /// the model.
     ///
     /// # Errors
     /// Those of [`Self::load`], and [`dmaload::Error::AmbiguousTensor`] if two of the files have a
-    /// tensor of the same name.
+    /// tensor with the same name.
     pub fn load_with<P: Into<PathBuf>>(
         loader: &Loader,
         paths: impl IntoIterator<Item = P>,
@@ -71,7 +72,7 @@ impl Weights {
         VarBuilder::from_backend(Box::new(self.clone()), self.0.dtype, self.0.device.clone())
     }
 
-    /// The names of all tensors of the model, in arbitrary order.
+    /// Iterates over the names of all tensors in the model, in arbitrary order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.0.named.keys().map(String::as_str)
     }
@@ -106,7 +107,7 @@ impl SimpleBackend for Weights {
         tensor.to_device(device)?.to_dtype(dtype)
     }
 
-    /// Whether the model's headers list the tensor. The answer does not wait for the tensor.
+    /// Returns whether the model's headers list the tensor. Does not wait for the tensor.
     fn contains_tensor(&self, name: &str) -> bool {
         self.0.named.contains_key(name)
     }
@@ -154,7 +155,7 @@ fn convert(tensor: &dmaload::Tensor, dtype: DType, device: &Device) -> Result<Te
     if is_widened(own, dtype) { copy.to_dtype(dtype) } else { Ok(copy) }
 }
 
-/// Whether `to` is a larger type that can represent every value of `from`.
+/// Returns whether `to` is a larger type that can represent every value of `from`.
 fn is_widened(from: DType, to: DType) -> bool {
     match from {
         // candle 0.11 recurses endlessly when it converts this type to F64, so the conversion is

@@ -1,4 +1,4 @@
-//! Compares weights and quantized tensors of a load with those of candle's own loaders.
+//! Compares weights and quantized tensors from a load with those from candle's own loaders.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 use std::collections::HashMap;
@@ -26,12 +26,13 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const SEGMENT: usize = 2 << 20;
 const CPU: Device = Device::Cpu;
 
-/// A folder on a disk, not on tmpfs.
+/// Creates a folder on a disk, not on tmpfs.
 fn folder() -> tempfile::TempDir {
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
 }
 
-/// Writes a safetensors file of these tensors: name, type, shape, and bits of an element.
+/// Writes a safetensors file. For each tensor, takes the name, the type, the shape, and the number
+/// of bits in an element.
 fn write_model(folder: &Path, name: &str, tensors: &[(&str, &str, &[usize], usize)], seed: u64) -> PathBuf {
     let (mut entries, mut data) = (Vec::new(), Vec::new());
     for ((name, dtype, shape, bits), seed) in tensors.iter().zip(seed..) {
@@ -76,7 +77,7 @@ fn bits(tensor: &Tensor) -> (DType, Vec<usize>, Vec<u8>) {
     (tensor.dtype(), tensor.dims().to_vec(), values)
 }
 
-/// Loads the tensors of a file by candle's own loader.
+/// Loads the tensors of a file with candle's own loader.
 fn load_by_candle(path: &Path, dtype: DType) -> VarBuilder<'static> {
     VarBuilder::from_buffered_safetensors(std::fs::read(path).unwrap(), dtype, &CPU).unwrap()
 }
@@ -198,7 +199,7 @@ fn tensors_arrive_while_the_rest_is_read() {
     let options = loader.load_options().observer(gate.clone());
     let weights = Weights::load_with(&loader, [&path], options, DType::F32, &CPU).unwrap();
     let vb = weights.var_builder();
-    // Arrived tensors and missing names do not wait for the rest.
+    // Requests for arrived tensors and for missing names do not wait for the rest.
     let early = in_time("the first tensor", {
         let vb = vb.clone();
         move || {
@@ -209,7 +210,7 @@ fn tensors_arrive_while_the_rest_is_read() {
         }
     });
     assert_eq!(bits(&early), bits(&load_by_candle(&path, DType::F32).get((500, 600), "a").unwrap()));
-    // A tensor that is held back blocks its caller.
+    // A request for a tensor that is held back blocks the caller.
     let (sender, receiver) = mpsc::channel();
     let waiting = thread::spawn({
         let vb = vb.clone();
@@ -219,7 +220,7 @@ fn tensors_arrive_while_the_rest_is_read() {
             last
         }
     });
-    assert!(receiver.recv_timeout(Duration::from_millis(200)).is_err(), "its bytes are held back");
+    assert!(receiver.recv_timeout(Duration::from_millis(200)).is_err(), "the gate holds back the tensor's bytes");
     gate.open();
     receiver.recv_timeout(PATIENCE).unwrap();
     let last = waiting.join().unwrap();
@@ -238,7 +239,7 @@ fn errors_name_the_requested_tensor() {
     assert_eq!(wrong, "shape mismatch for w, expected: [3, 2], got: [2, 3]");
     let wrong = first_line(vb.get(8, "mask").unwrap_err());
     assert_eq!(wrong, r#"cannot load tensor "mask": candle has no type BOOL"#);
-    // A tensor that the options leave out is reported immediately, however long the load takes.
+    // A request for a tensor that the options leave out fails without waiting for the load.
     let loader = loader();
     let options = loader.load_options().tensors(["w"]);
     let some = Weights::load_with(&loader, [&path], options, DType::F32, &CPU).unwrap();
@@ -318,7 +319,7 @@ fn dropped_weights_cancel_the_load_and_free_its_memory() {
     vb.get((500, 600), "a").unwrap();
     drop(weights);
     thread::sleep(Duration::from_millis(50));
-    assert_eq!(loader.metrics().loads_dropped, 0, "the VarBuilder also holds the load");
+    assert_eq!(loader.metrics().loads_dropped, 0, "the VarBuilder keeps the load alive");
     drop(vb);
     let wait_until = |is_reached: &dyn Fn() -> bool| {
         let begin = Instant::now();
@@ -423,12 +424,12 @@ fn quantized_tensors_equal_those_of_candles_reader() {
     for dtype in BLOCKS {
         let name = format!("{dtype:?}");
         let expected = content.tensor(&mut file, &name, &CPU).unwrap();
-        // The bytes of the second read come from the file.
+        // The reader serves the second read from the file.
         let read = [(), ()].map(|()| through.tensor(&mut reader, &name, &CPU).unwrap());
         let by_name = tensors.get(&name).unwrap();
         for tensor in read.iter().chain([&*by_name]) {
             assert_eq!((tensor.dtype(), tensor.shape()), (dtype, expected.shape()), "{name}");
-            assert!(tensor.data().unwrap() == expected.data().unwrap(), "{name} has other bytes");
+            assert!(tensor.data().unwrap() == expected.data().unwrap(), "{name} has different bytes");
         }
     }
     assert_eq!(first_line(tensors.get("none").unwrap_err()), "cannot find tensor none");
@@ -453,7 +454,7 @@ fn candles_quantized_var_builder_accepts_an_image() {
     let theirs = quantized_var_builder::VarBuilder::from_gguf(&path, &CPU).unwrap();
     for name in ["Q4_0", "Q6K"] {
         let [one, other] = [&ours, &theirs].map(|vb| vb.get((256, 512), name).unwrap());
-        assert!(one.data().unwrap() == other.data().unwrap(), "{name} has other bytes");
+        assert!(one.data().unwrap() == other.data().unwrap(), "{name} has different bytes");
     }
 }
 
@@ -465,7 +466,7 @@ fn reader_returns_every_byte_in_any_order() {
     let loader = loader();
     let mut reader = GgufReader::open(&loader, &path, loader.load_options()).unwrap();
     let mut all = Vec::new();
-    // Reads the file twice, backwards, and beyond the end.
+    // Read the file from start to end twice, then backwards, then beyond its end.
     for _ in 0..2 {
         all.clear();
         reader.rewind().unwrap();
@@ -481,7 +482,7 @@ fn reader_returns_every_byte_in_any_order() {
     assert_eq!(reader.seek(SeekFrom::End(7)).unwrap(), expected.len() as u64 + 7);
     assert_eq!(reader.read(&mut [0; 9]).unwrap(), 0);
     assert!(reader.seek(SeekFrom::Current(i64::MIN)).is_err());
-    // Bytes that were already read come from the file, unless it has changed.
+    // Tensors that were already read are read again from the file, which fails if it has changed.
     std::fs::write(&path, [&expected[..], &[0]].concat()).unwrap();
     reader.seek(SeekFrom::End(-9)).unwrap();
     let changed = reader.read(&mut [0; 9]).unwrap_err().to_string();

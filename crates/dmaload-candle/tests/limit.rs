@@ -1,4 +1,4 @@
-//! Loaders whose memory limit is too small for the order in which a model requests tensors.
+//! Tests for memory limits that are too small for the order in which a model requests tensors.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 use std::fs::File;
@@ -60,7 +60,7 @@ fn reader_that_exceeds_the_limit_gets_an_error() {
         let mut names: Vec<String> = (0..40).map(|number| format!("t{number}")).collect();
         names.sort_by_key(|name| content.tensor_infos[name].offset);
         let mut texts = Vec::new();
-        // In file order, and in the order of the options.
+        // The first load delivers the tensors in file order, the second as its options require.
         for options in [LoadOptions::new(), LoadOptions::new().tensors(["t39", "*"])] {
             let options = options.segment_bytes(2 << 20);
             let is_in_file_order = texts.is_empty();

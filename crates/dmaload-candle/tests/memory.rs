@@ -1,5 +1,5 @@
-//! Measures the memory that building a model takes. This is the only test of its process, since it
-//! measures the memory of the whole process.
+//! Measures how much memory it takes to build a model. This test has a process of its own, since
+//! it measures the memory of the whole process.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 use candle_core::{DType, Device};
@@ -37,7 +37,7 @@ fn peak_memory_is_the_model_and_the_window() {
     let before = status("VmRSS");
     let weights = Weights::load(&loader, &path, DType::F32, &Device::Cpu).unwrap();
     let vb = weights.var_builder();
-    // In the worst order: the last tensor first.
+    // Request the tensors in the worst order, the last one first.
     let tensors: Vec<_> = (0..TENSORS).rev().map(|number| vb.get((ROWS, ROWS), &format!("t{number}")).unwrap()).collect();
     drop(vb);
     weights.finish().unwrap();

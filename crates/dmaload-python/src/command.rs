@@ -1,4 +1,4 @@
-//! `python -m dmaload`: the command, in this process.
+//! Runs the command in this process, for `python -m dmaload`.
 
 use std::ffi::OsString;
 

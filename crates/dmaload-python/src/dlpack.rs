@@ -1,9 +1,9 @@
 //! Exports CPU memory in DLPack capsules: see <https://dmlc.github.io/dlpack/latest/>.
 //!
 //! A capsule owns a structure, which owns the memory. The consumer renames the capsule, and calls
-//! the structure's deleter when it is done, on any thread, attached to the interpreter or not.
-//! Therefore the deleter uses no Python objects. If a capsule is not consumed, its destructor
-//! calls the deleter.
+//! the structure's deleter when it is done. It may do so on any thread, even on one that is not
+//! attached to the interpreter, so the deleter uses no Python objects. If a capsule is not
+//! consumed, its destructor calls the deleter.
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, c_void};
@@ -22,7 +22,7 @@ use crate::process::{Owned, detached};
 /// `kDLCPU`, and the device's number.
 pub(crate) const CPU: (i32, i32) = (1, 0);
 
-/// The exported version. It is the first with codes for floats of fewer than 16 bits.
+/// The DLPack version to export. It is the first one with codes for floats of fewer than 16 bits.
 const VERSION: (u32, u32) = (1, 1);
 
 const VERSIONED: &CStr = c"dltensor_versioned";
@@ -75,7 +75,7 @@ struct Versioned {
     tensor: RawTensor,
 }
 
-/// The data that the structure points to.
+/// The data that the exported structure points to.
 struct Context {
     shape: Vec<i64>,
     strides: Vec<i64>,

@@ -1,4 +1,4 @@
-//! Converts errors and panics to Python exceptions with the same text.
+//! Converts errors and panics to Python exceptions with the same message.
 //!
 //! The classes are defined in Python (`dmaload/_errors.py`), since several have two bases, which a
 //! class defined in Rust cannot have.
@@ -25,26 +25,26 @@ pub(crate) struct Failure {
 }
 
 impl Failure {
-    /// A failure with only a class and a text.
+    /// Creates a failure with only a class and a message.
     pub(crate) fn new(class: &'static str, message: impl Into<String>) -> Self {
         Failure { class, message: message.into(), errno: None, filename: None, hint: None, offset: None }
     }
 
-    /// An invalid option.
+    /// Creates a failure for an invalid option.
     pub(crate) fn config(message: impl Into<String>) -> Self {
         Failure::new("ConfigError", message)
     }
 
-    /// Memory that cannot be exported as requested.
+    /// Creates a failure for memory that cannot be exported as requested.
     pub(crate) fn export(message: impl Into<String>) -> Self {
         Failure::new("ExportError", message)
     }
 
-    /// A panic of Rust code.
+    /// Creates a failure for a panic in Rust code.
     pub(crate) fn panicked(payload: &(dyn Any + Send)) -> Self {
         let message = payload.downcast_ref::<&str>().map(|text| (*text).to_owned());
         let message = message.or_else(|| payload.downcast_ref::<String>().cloned());
-        let message = message.unwrap_or_else(|| "without a message".to_owned());
+        let message = message.unwrap_or_else(|| "no message".to_owned());
         Failure::new("PanickedError", format!("dmaload panicked: {message}"))
     }
 
@@ -53,7 +53,8 @@ impl Failure {
         Failure { errno: Some(errno), filename: Some(filename.into()), ..self }
     }
 
-    /// Converts the library's refusal to provide memory for DLPack or the buffer protocol.
+    /// Converts an error of the library that prevents an export through DLPack or the buffer
+    /// protocol.
     pub(crate) fn of_export(error: &Error) -> Self {
         let class = match error.kind() {
             ErrorKind::Unsupported | ErrorKind::InUse | ErrorKind::Placement => "ExportError",
@@ -96,8 +97,8 @@ impl From<Error> for Failure {
     }
 }
 
-/// Returns the name of the class for errors of this kind: the base class, `Error`, for unknown
-/// kinds.
+/// Returns the name of the class for errors of this kind. For unknown kinds, this is the base
+/// class, `Error`.
 fn class_of(kind: ErrorKind) -> &'static str {
     match kind {
         ErrorKind::Config => "ConfigError",

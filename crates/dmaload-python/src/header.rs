@@ -1,5 +1,5 @@
-//! The functions behind `dmaload.safe_open`: they read headers, and tensors of files whose header
-//! is known.
+//! The functions behind `dmaload.safe_open`. They read headers, and single tensors from files
+//! whose headers are already known.
 
 use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -29,7 +29,7 @@ async fn headers(path: PathBuf, format: Format) -> Answer {
     Ok(Outcome::Headers(inspect_model(path, format).await?))
 }
 
-/// A tensor in a header: its name, type, shape, and start and end in the file.
+/// A tensor's name, type, shape, and start and end in the file, according to the file's header.
 type Described = (String, String, Vec<usize>, u64, u64);
 
 fn dtype(name: &str) -> Result<DType, Failure> {
@@ -56,8 +56,8 @@ fn borrowed<'a>(fd: i32) -> BorrowedFd<'a> {
     unsafe { BorrowedFd::borrow_raw(fd) }
 }
 
-/// Reads a small tensor of an open file through the page cache into newly allocated memory. For
-/// such a tensor, a load would take longer, and would create a mapping.
+/// Reads a small tensor from an open file, through the page cache, into newly allocated memory.
+/// For such a tensor, a load would take longer, and would create a mapping.
 #[pyfunction]
 pub(crate) fn read_small(py: Python<'_>, fd: i32, described: Described) -> PyResult<Tensor> {
     guarded(py, || {
@@ -81,7 +81,7 @@ fn read_exactly(file: &File, buffer: &mut [u8], start: u64, name: &str) -> Resul
     })
 }
 
-/// Starts to load a tensor of an open file.
+/// Starts to load a tensor from an open file.
 #[pyfunction]
 pub(crate) fn start_read(py: Python<'_>, fd: i32, described: Described) -> PyResult<Loading> {
     guarded(py, || {
@@ -100,6 +100,6 @@ pub(crate) fn start_read(py: Python<'_>, fd: i32, described: Described) -> PyRes
 
 async fn part_of(load: Load, part: impl FnOnce(ImageFile) -> Part) -> Answer {
     let image = load.await?;
-    let file = image.files().first().expect("a load of one file has one").clone();
+    let file = image.files().first().expect("the image of one file has a file").clone();
     Ok(Outcome::Part(part(file)))
 }

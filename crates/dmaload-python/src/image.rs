@@ -1,4 +1,4 @@
-//! Loaded models: tensors by name.
+//! The Python class `Image`, a loaded model.
 
 use std::collections::HashSet;
 use std::ffi::OsString;
@@ -20,9 +20,9 @@ use crate::tensor::{Part, Tensor};
 #[pyclass(frozen, mapping, module = "dmaload")]
 #[derive(Debug)]
 pub(crate) struct Image {
-    /// `None` once the image was closed.
+    /// `None` once the image has been closed.
     image: Mutex<Option<Owned<dmaload::Image>>>,
-    /// In file order, or in the requested order.
+    /// The names of the tensors, in file order or in the requested order.
     names: Vec<String>,
     /// The tensors that were looked up. Looking up a name again returns the same object, so all
     /// arrays of a tensor share its memory.
@@ -32,7 +32,7 @@ pub(crate) struct Image {
 impl Image {
     pub(crate) fn new(py: Python<'_>, image: dmaload::Image) -> Self {
         let mut seen = HashSet::new();
-        // Files that the caller named one by one may have tensors of the same name.
+        // If the caller passed several files, they may contain tensors with the same name.
         let names = image.tensors().map(|tensor| tensor.name().to_owned()).filter(|name| seen.insert(name.clone()));
         let names = names.collect();
         Image { image: Mutex::new(Some(Owned::new(image))), names, tensors: PyDict::new(py).unbind() }
@@ -65,7 +65,7 @@ impl Image {
         guarded(py, || self.find(py, name))
     }
 
-    /// Returns the tensor of this name, or `default` if there is none.
+    /// Returns the tensor with this name, or `default` if there is none.
     #[pyo3(signature = (name, default=None))]
     fn get(&self, py: Python<'_>, name: &str, default: Option<Py<PyAny>>) -> PyResult<Option<Py<PyAny>>> {
         guarded(py, || match self.find(py, name) {
@@ -112,7 +112,7 @@ impl Image {
     }
 
     /// Returns the metadata of the files: strings in safetensors, values of all types in GGUF. If
-    /// several files have a key, its value is that of the first such file.
+    /// several files have the same key, the value is that of the first of these files.
     fn metadata<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         guarded(py, || {
             let all = PyDict::new(py);
@@ -149,12 +149,13 @@ impl Image {
         })
     }
 
-    /// Returns the report of the load as a dictionary, with the field names of the command's JSON.
+    /// Returns the report of the load as a dictionary. Its keys are those of the command's JSON.
     fn report<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         guarded(py, || Ok(report(py, self.image()?.report())?))
     }
 
-    /// Releases the memory. Tensors, and arrays made from them, keep theirs.
+    /// Releases the memory. Existing tensors, and arrays made from them, keep the memory that they
+    /// use.
     fn close(&self, py: Python<'_>) {
         self.tensors.bind(py).clear();
         let image = lock(&self.image).take();

@@ -1,4 +1,4 @@
-//! Shapes and strides of a tensor's elements or bytes. Pure.
+//! Computes the shapes and strides of exported arrays.
 
 use dmaload::model::DType;
 
@@ -6,18 +6,18 @@ use dmaload::model::DType;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Elements {
     pub(crate) shape: Vec<usize>,
-    /// The size of an element in bytes; 1 for elements of less than a byte.
+    /// The size of an element in bytes, which is 1 for elements smaller than a byte.
     pub(crate) bytes: usize,
 }
 
 impl Elements {
-    /// The tensor as elements of its own type.
+    /// Describes a tensor as an array of elements of its own type.
     pub(crate) fn of(dtype: DType, shape: &[usize]) -> Self {
         Elements { shape: shape.to_vec(), bytes: dtype.element_bytes().unwrap_or(1) }
     }
 
-    /// The tensor as bytes: the last dimension counts bytes. If rows are not whole blocks, or the
-    /// tensor is a scalar, there is only one dimension.
+    /// Describes a tensor as an array of bytes, whose last dimension is in bytes. If rows are not
+    /// whole blocks, or the tensor is a scalar, the array has only one dimension.
     pub(crate) fn as_bytes(dtype: DType, shape: &[usize]) -> Self {
         let (block, block_bytes) = (dtype.block_elements(), dtype.block_bytes());
         let shape = match shape.split_last() {
@@ -29,7 +29,7 @@ impl Elements {
         Elements { shape, bytes: 1 }
     }
 
-    /// The stride of each dimension, in elements.
+    /// Returns the stride of each dimension, in elements.
     pub(crate) fn strides(&self) -> Vec<usize> {
         let mut stride = 1_usize;
         let of_dimension = |&length: &usize| {
@@ -44,8 +44,8 @@ impl Elements {
     }
 }
 
-/// The size of a tensor in bytes. The file's header must have been checked, so that the number of
-/// elements does not overflow.
+/// Returns the size of a tensor in bytes. The file's header must have been checked, because the
+/// number of elements could overflow otherwise.
 pub(crate) fn bytes_of(dtype: DType, shape: &[usize]) -> usize {
     if shape.contains(&0) {
         return 0;

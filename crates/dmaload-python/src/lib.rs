@@ -6,12 +6,13 @@
 //!        └─► errors        └──► waiting: a parked thread, or an event loop's eventfd
 //! ```
 //!
-//! - **No Rust thread attaches to the interpreter.** Python threads wait here, detached and for a
-//!   short time, and loop in Python, which handles signals and exceptions. A descriptor wakes an
-//!   event loop ([`waiting`]). So this code never runs without an interpreter, and none of the
-//!   loader's threads waits for Python code.
-//! - **Rust holds no reference to memory that Python can write to.** The library hands it out as
-//!   an address (`dmaload::PrivateMemory`, [`memory`]).
+//! - **No Rust thread attaches to the interpreter.** A blocking call waits here, detached from the
+//!   interpreter, for only a short time. Then it returns to a loop in Python, which handles
+//!   signals and exceptions. An event loop is woken through a descriptor ([`waiting`]). So this
+//!   code never runs without an interpreter, and none of the loader's threads waits for Python
+//!   code.
+//! - **Rust holds no reference to memory that Python can write to.** The library hands this memory
+//!   out as an address (`dmaload::PrivateMemory`, [`memory`]).
 //! - **A forked child never uses objects that need its parent's threads** ([`process`]).
 //! - **No panic crosses into Python**: each becomes a `dmaload.PanickedError` ([`errors`]).
 //!

@@ -1,4 +1,4 @@
-//! Operations in progress: loads, streams of tensors, and other futures of the library.
+//! Operations in progress, which are loads, streams of tensors, and other futures of the library.
 
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -41,7 +41,7 @@ enum Origin {
     Load(Load),
     Stream(Tensors),
     Future(Work),
-    /// Closed, or ended.
+    /// The operation has ended or was closed.
     Nothing,
 }
 
@@ -71,8 +71,8 @@ impl Loading {
 }
 
 impl State {
-    /// Returns whether a result can be taken. If not, the waker is woken when that may have
-    /// changed.
+    /// Returns whether a result can be taken. If not, the waker is called once a result may have
+    /// become available.
     fn poll(&mut self, waker: &Waker) -> bool {
         if self.ready.is_some() {
             return true;
@@ -112,7 +112,7 @@ impl State {
         true
     }
 
-    /// Ready when all segments are loaded. The load keeps them.
+    /// Polls a load until all of its segments are loaded. The load keeps the segments.
     fn poll_load(load: &mut Load, context: &mut Context<'_>) -> Poll<Result<(), Failure>> {
         loop {
             match std::task::ready!(Pin::new(&mut *load).poll_next(context)) {
@@ -126,7 +126,7 @@ impl State {
     fn image(load: Load, context: &mut Context<'_>) -> Answer {
         match load.into_future().as_mut().poll(context) {
             Poll::Ready(image) => Ok(Outcome::Image(image?)),
-            Poll::Pending => unreachable!("a load ends with its last segment"),
+            Poll::Pending => unreachable!("the load has yielded its last segment, so its image is ready"),
         }
     }
 }
@@ -155,8 +155,8 @@ impl Loading {
         })
     }
 
-    /// Returns whether a result can be taken. If not, the hub gets `key` when that may have
-    /// changed.
+    /// Returns whether a result can be taken. If not, the hub receives `key` once a result may
+    /// have become available.
     fn poll(&self, py: Python<'_>, hub: &Hub, key: u64) -> PyResult<bool> {
         guarded(py, || {
             let state = self.state()?;
@@ -165,9 +165,9 @@ impl Loading {
         })
     }
 
-    /// Takes the result, in a tuple of one: an image, a tensor or headers, or `None` at the end of
-    /// a stream. Returns `None` instead of a tuple if another thread took the result, or if the
-    /// load does not have one yet.
+    /// Takes the result, and returns it in a tuple with one element. The result is an image, a
+    /// tensor or headers, or `None` at the end of a stream. Returns `None` instead of a tuple if
+    /// another thread took the result, or if there is no result yet.
     fn take(&self, py: Python<'_>) -> PyResult<Option<(Option<Py<PyAny>>,)>> {
         guarded(py, || {
             let state = self.state()?;
@@ -184,7 +184,7 @@ impl Loading {
     }
 
     /// Returns the number of bytes read and the number of bytes to read. Both are 0 until the load
-    /// is planned, and for operations other than loads and streams.
+    /// has been planned, and always for operations other than loads and streams.
     fn progress(&self, py: Python<'_>) -> PyResult<(u64, u64)> {
         guarded(py, || {
             let state = self.state()?;
@@ -215,7 +215,7 @@ impl Loading {
     }
 }
 
-/// Starts a load of an image.
+/// Starts to load an image.
 #[pyfunction]
 pub(crate) fn start_load(py: Python<'_>, paths: Vec<PathBuf>, keywords: Keywords) -> PyResult<Loading> {
     guarded(py, || {
@@ -227,7 +227,7 @@ pub(crate) fn start_load(py: Python<'_>, paths: Vec<PathBuf>, keywords: Keywords
     })
 }
 
-/// Starts a stream of tensors, which keeps no tensor that it has yielded.
+/// Starts a stream of tensors. The stream does not keep the tensors that it has yielded.
 #[pyfunction]
 pub(crate) fn start_stream(py: Python<'_>, paths: Vec<PathBuf>, keywords: Keywords) -> PyResult<Loading> {
     guarded(py, || {
@@ -239,7 +239,7 @@ pub(crate) fn start_stream(py: Python<'_>, paths: Vec<PathBuf>, keywords: Keywor
     })
 }
 
-/// Starts attaching to an image of another process.
+/// Starts to attach to an image that another process shares.
 #[pyfunction]
 pub(crate) fn start_attach(py: Python<'_>, socket: PathBuf, name: Option<String>, trusted_users: Vec<u32>) -> PyResult<Loading> {
     guarded(py, || {

@@ -11,13 +11,13 @@ use dmaload::PrivateMemory;
 
 use crate::errors::Failure;
 
-/// The alignment that DLPack recommends, in bytes. No element needs more.
+/// The alignment that DLPack recommends, in bytes. No element type requires more.
 const ALIGNMENT: usize = 256;
 
 /// The memory of a tensor.
 #[derive(Debug)]
 pub(crate) enum Memory {
-    /// Memory of a load, without a copy.
+    /// Private memory of a loaded or attached image, without a copy.
     Private(PrivateMemory),
     Copied(Copied),
 }

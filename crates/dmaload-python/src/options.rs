@@ -59,7 +59,7 @@ impl Keywords {
         let heap: HeapChoice = self.heap.parse().map_err(Failure::config)?;
         let loader = match self.memory_limit {
             None => Process::current().loader(&heap)?,
-            // The limit is for this load only, so it gets its own loader.
+            // The limit applies to this load only, so the load gets its own loader.
             Some(bytes) => build(Loader::builder().memory_limit_bytes(bytes).max_open_loads(MEMORY_PARTS), &heap)?,
         };
         Ok((loader, options))
@@ -70,8 +70,8 @@ impl Keywords {
 fn verified(options: LoadOptions, text: &str) -> Result<LoadOptions, Failure> {
     let against: Against = text.parse().map_err(Failure::config)?;
     against.apply_to(options).map_err(|error| {
-        // The error of `apply_to` has the errno only by name, in its text. Opening the manifest
-        // again gets the number.
+        // The error from `apply_to` contains the errno only as a name in its message. Open the
+        // manifest again to get the number.
         let errno = match &against {
             Against::Manifest(path) => File::open(path).err().and_then(|error| error.raw_os_error()),
             Against::Digest(_) => None,

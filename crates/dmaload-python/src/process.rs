@@ -4,9 +4,10 @@
 //! that do not exist in the child. Therefore the child gets its own state, and neither waits for
 //! nor drops objects of the parent ([`Owned`]).
 //!
-//! While the interpreter exits, it ends threads that attach to it (before Python 3.14), which must
-//! not happen below Rust frames. Therefore each thread passes a gate before it attaches again
-//! after waiting. [`before_exit`] closes the gate, and later threads stay detached forever.
+//! Before Python 3.14, an exiting interpreter terminates the threads that attach to it. This must
+//! not happen to a thread that has Rust frames on its stack. Therefore each thread passes a gate
+//! before it attaches again after waiting. [`before_exit`] closes the gate. Threads that arrive
+//! later stay detached forever.
 #![allow(unsafe_code)]
 
 use std::mem::ManuallyDrop;
@@ -23,11 +24,11 @@ use pyo3::prelude::*;
 
 use crate::errors::Failure;
 
-/// The state of the process that created it.
+/// The state of one process. A forked child gets a new state.
 #[derive(Debug)]
 pub(crate) struct Process {
     id: u32,
-    /// One loader for each heap that was used, by the heap's name.
+    /// A loader for each heap that was used so far, with the heap's name.
     loaders: Mutex<Vec<(String, Loader)>>,
     gate: Mutex<Gate>,
     passed: Condvar,
@@ -50,7 +51,7 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Process {
-    /// The state of this process. After a fork, the child creates its own.
+    /// Returns the state of this process. After a fork, the child creates its own.
     pub(crate) fn current() -> &'static Process {
         let id = std::process::id();
         loop {
@@ -71,12 +72,12 @@ impl Process {
         }
     }
 
-    /// Whether this state belongs to the current process.
+    /// Returns whether this state belongs to the current process.
     pub(crate) fn is_current(&self) -> bool {
         ptr::eq(self, Process::current())
     }
 
-    /// The loader for this heap, which all loads without a memory limit share.
+    /// Returns the loader for this heap, which all loads without a memory limit share.
     pub(crate) fn loader(&self, heap: &HeapChoice) -> Result<Loader, Failure> {
         let name = heap.to_string();
         let mut loaders = lock(&self.loaders);
@@ -88,8 +89,8 @@ impl Process {
         Ok(loader)
     }
 
-    /// Called before a thread attaches to the interpreter. Blocks forever if the interpreter is
-    /// exiting in another thread.
+    /// Must be called before a thread attaches to the interpreter. Blocks forever if the
+    /// interpreter is exiting in another thread.
     fn before_attach(&self) {
         let mut gate = lock(&self.gate);
         while gate.exiting.is_some_and(|thread| thread != thread::current().id()) {
@@ -100,7 +101,7 @@ impl Process {
         gate.attaching += 1;
     }
 
-    /// Called after a thread has attached to the interpreter.
+    /// Must be called after a thread has attached to the interpreter.
     fn after_attach(&self) {
         lock(&self.gate).attaching -= 1;
         self.passed.notify_all();
@@ -148,7 +149,7 @@ impl<T> Owned<T> {
         Owned { process: Process::current(), value: ManuallyDrop::new(value) }
     }
 
-    /// The value, for operations that need the threads of the process that created it.
+    /// Returns the value, for operations that need the threads of the process that created it.
     ///
     /// # Errors
     /// `ForkedError` in a forked child.

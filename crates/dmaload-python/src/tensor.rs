@@ -1,4 +1,4 @@
-//! The Python class of a tensor, and the protocols through which arrays share its memory.
+//! The Python class `Tensor`, and the protocols through which arrays share its memory.
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, c_int, c_void};
@@ -74,8 +74,8 @@ impl Tensor {
         Tensor { name, dtype, shape, bytes, source: Owned::new(Source::Memory), memory }
     }
 
-    /// The library's tensor, whose segments may have descriptors. `None` for ranges of files
-    /// (`Image.file`, `start_read`) and for tensors that were read by `read_small`.
+    /// Returns the library's tensor, whose segments may have descriptors. Returns `None` for
+    /// ranges of files (`Image.file`, `start_read`) and for tensors that `read_small` has read.
     pub(crate) fn loaded(&self) -> Option<&dmaload::Tensor> {
         match &*self.source {
             Source::Tensor(tensor) => Some(tensor),
@@ -83,12 +83,12 @@ impl Tensor {
         }
     }
 
-    /// Returns the tensor's memory, the same at each call.
+    /// Returns the tensor's memory. Every call returns the same memory.
     pub(crate) fn memory(&self, py: Python<'_>) -> Result<Arc<Owned<Memory>>, Failure> {
         if let Some(known) = &*lock(&self.memory) {
             return Ok(Arc::clone(known));
         }
-        // Gathers before taking the lock, so only threads that are attached to the interpreter
+        // Gather before taking the lock, so only threads that are attached to the interpreter
         // hold the lock. While Python forks, no other thread is attached, so a child never
         // inherits a held lock. If two threads gather at once, the first result is kept.
         let gathered = match &*self.source {
@@ -106,12 +106,12 @@ impl Tensor {
             (None, Source::Part(file, range)) => Memory::Private(file.private_memory(range.clone()).map_err(of_export)?),
             (None, Source::Memory) => unreachable!("such tensors are created with their memory"),
         };
-        assert_eq!(made.len(), self.bytes, "a tensor's memory has the bytes of its shape");
+        assert_eq!(made.len(), self.bytes, "a tensor's memory has the size that its type and shape imply");
         Ok(Arc::clone(memory.insert(Arc::new(Owned::new(made)))))
     }
 
-    /// The buffer protocol's format of the elements; `None` if the protocol has none for their
-    /// type.
+    /// Returns the buffer protocol's format for the elements, or `None` if the protocol does not
+    /// support their type.
     fn format(&self) -> Option<&'static CStr> {
         Some(match self.dtype {
             DType::Bool => c"?",
@@ -146,15 +146,15 @@ fn gathered(tensor: &dmaload::Tensor) -> Result<Copied, Failure> {
         for part in tensor.parts() {
             let (row, behind) = rest.split_at_mut(part.len);
             let copied = part.segment.cpu_access()?.read_at(row, part.offset);
-            assert_eq!(copied, part.len, "a part is within its segment");
+            assert_eq!(copied, part.len, "a part lies within its segment");
             rest = behind;
         }
-        assert!(rest.is_empty(), "the parts are the whole tensor");
+        assert!(rest.is_empty(), "the parts add up to the whole tensor");
         Ok(())
     })
 }
 
-/// The data that a `Py_buffer` points to, except the bytes.
+/// The data that a `Py_buffer` points to, apart from the tensor's bytes.
 struct Shown {
     shape: Vec<Py_ssize_t>,
     strides: Vec<Py_ssize_t>,
@@ -169,13 +169,13 @@ fn signed(length: usize) -> Py_ssize_t {
 
 #[pymethods]
 impl Tensor {
-    /// The name.
+    /// The tensor's name in the file.
     #[getter]
     fn name(&self) -> &str {
         &self.name
     }
 
-    /// The type of its elements, as safetensors or ggml spell it: `BF16`, `F8_E4M3`, `Q4_K`.
+    /// The name of the element type in safetensors or ggml, such as `BF16`, `F8_E4M3` or `Q4_K`.
     #[getter(dtype)]
     fn dtype_name(&self) -> &'static str {
         self.dtype.name()
@@ -187,19 +187,20 @@ impl Tensor {
         PyTuple::new(py, &self.shape)
     }
 
-    /// The number of bytes.
+    /// The size in bytes.
     #[getter]
     fn nbytes(&self) -> usize {
         self.bytes
     }
 
-    /// Elements in a block of the type: 1 for most types, 2 for `F4`, 256 for `Q4_K`.
+    /// The number of elements in a block of the type: 1 for most types, 2 for `F4`, 256 for
+    /// `Q4_K`.
     #[getter]
     fn block_elements(&self) -> usize {
         self.dtype.block_elements()
     }
 
-    /// Bytes in a block of the type.
+    /// The size of a block of the type, in bytes.
     #[getter]
     fn block_bytes(&self) -> usize {
         self.dtype.block_bytes()
@@ -221,10 +222,10 @@ impl Tensor {
 
     /// The DLPack protocol: returns a capsule with the writable memory.
     ///
-    /// If `max_version` is 1.0 or later, the capsule has the versioned structure of DLPack 1.1
-    /// (`dltensor_versioned`), otherwise the unversioned one (`dltensor`). `copy=True` copies.
-    /// Elements that are not aligned to their size are copied too, or refused with `copy=False`.
-    /// GGUF blocks become bytes.
+    /// If `max_version` is 1.0 or later, the capsule contains the versioned structure of DLPack
+    /// 1.1 (`dltensor_versioned`), otherwise the unversioned one (`dltensor`). With `copy=True`,
+    /// the memory is copied. Elements that are not aligned to their size are always copied, which
+    /// is an error with `copy=False`. GGUF blocks become bytes.
     #[pyo3(signature = (*, stream=None, max_version=None, dl_device=None, copy=None))]
     fn __dlpack__(
         &self,
@@ -239,7 +240,7 @@ impl Tensor {
                 return Err(Failure::export("stream must be None, because CPU memory has no streams").into());
             }
             if let Some(device) = dl_device.filter(|&device| device != dlpack::CPU) {
-                return Err(Failure::export(format!("cannot export CPU memory, of device (1, 0), to device {device:?}")).into());
+                return Err(Failure::export(format!("cannot export CPU memory (device (1, 0)) to device {device:?}")).into());
             }
             dlpack::export(py, self.dtype, &self.shape, self.memory(py)?, max_version, copy)
         })

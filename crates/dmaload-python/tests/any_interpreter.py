@@ -1,5 +1,7 @@
-"""Checks an unpacked wheel with any interpreter and only the standard library, since one wheel
-supports CPython 3.11 and later: `any_interpreter.py FOLDER`.
+"""Checks the wheel that was unpacked in a folder: `any_interpreter.py FOLDER`.
+
+One wheel supports CPython 3.11 and later. So this program runs with any of these interpreters, and
+uses only the standard library.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""Shared fixtures: the command to compare with, separate processes, slow files."""
+"""Fixtures that several test files share."""
 
 import json
 import os
@@ -156,7 +156,7 @@ def command_error(command):
 
 @pytest.fixture(scope="session")
 def real_model():
-    """The small real model of .ci/real-model.sh."""
+    """The small real model that .ci/real-model.sh downloads."""
     path = os.environ.get("DMALOAD_REAL_MODEL")
     assert path, "DMALOAD_REAL_MODEL must name a model; .ci/python sets it"
     return Path(path)

@@ -1,4 +1,4 @@
-"""Writes model files without any library, so no reader is tested with its own writer's files."""
+"""Writes model files without a library, so no library reads files that it has written itself."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# Bits of one element, by the names of a safetensors header.
+# The number of bits in an element, by the name of the type in a safetensors header.
 BITS = {
     "BOOL": 8,
     "F4": 4,
@@ -33,7 +33,7 @@ BITS = {
     "U64": 64,
 }
 
-# The names in NumPy and ml_dtypes.
+# The names of the types in NumPy and ml_dtypes.
 NUMPY = {
     "BOOL": "bool",
     "F4": "float4_e2m1fn",
@@ -88,7 +88,7 @@ def byte_size(dtype, shape):
 
 
 def tensor(dtype, shape, seed=1):
-    """Returns a tensor of random bits. Booleans are 0 or 1."""
+    """Returns a tensor with random bits. Booleans are 0 or 1."""
     source = random.Random(f"{seed} {dtype} {shape}")
     data = source.randbytes(byte_size(dtype, shape))
     if dtype == "BOOL":
@@ -122,7 +122,7 @@ def write(path, tensors, metadata=None, pad=8):
 
 
 def write_index(folder, files):
-    """Writes a model of several files with its index; `files` maps file names to tensors."""
+    """Writes a multi-file model with its index; `files` maps file names to tensors."""
     weight_map = {}
     for name, tensors in files.items():
         write(Path(folder) / name, tensors)
@@ -134,7 +134,7 @@ def write_index(folder, files):
 
 
 def sharded(folder, seed=1):
-    """Writes a model of three files with an index. Returns the folder and all tensors."""
+    """Writes a three-file model with an index. Returns the folder and all tensors."""
     files = {
         f"model-{number + 1:05}-of-00003.safetensors": {
             f"layers.{number}.{name}": tensor(dtype, shape, seed + number)
@@ -162,7 +162,7 @@ def large(path, mib, seed=1):
 
 
 def sparse(path, tensors):
-    """Writes a sparse model of zeros; `tensors` maps names to dtype and shape."""
+    """Writes a sparse file with zeros for weights; `tensors` maps names to dtype and shape."""
     entries, at = {}, 0
     for name, (dtype, shape) in tensors.items():
         end = at + byte_size(dtype, shape)
@@ -176,7 +176,7 @@ def sparse(path, tensors):
 
 
 def random_file(path, seed):
-    """Writes a random valid file: any types, ranks, names, padding and metadata."""
+    """Writes a valid file with random types, ranks, names, padding and metadata."""
     source = random.Random(seed)
     tensors = {}
     for number in range(source.randrange(0, 20)):
@@ -185,7 +185,7 @@ def random_file(path, seed):
         if shape and source.random() < 0.1:
             shape[source.randrange(len(shape))] = 0
         if BITS[dtype] < 8:
-            # Ensures whole bytes and whole blocks of four elements.
+            # A last dimension of 8 ensures whole bytes and whole blocks of four elements.
             shape = [*shape, 8]
         name = source.choice(["w", "layer.é", "a b", "日本", "x" * 300, "\n\x1b[31m"]) + str(
             number

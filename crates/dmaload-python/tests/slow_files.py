@@ -1,10 +1,10 @@
 """Serves a FUSE file system with one file, `model.safetensors`, whose bytes are held back from an
 offset on: `slow_files.py MOUNT_POINT SOURCE HELD_FROM`, as root.
 
-Prints `mounted` when the file system is mounted, and `held` at the first read that it does not
-answer. After a line on standard input, it answers all held reads and all later ones. At the end of
-standard input, it exits, which fails later requests; the caller unmounts. The protocol is defined
-in include/uapi/linux/fuse.h.
+The program prints `mounted` when the file system is mounted, and `held` when it first holds back a
+read. After a line on standard input, it answers all held reads and all later ones. When standard
+input ends, it exits, and later requests fail. The caller has to unmount the file system. The
+protocol is defined in include/uapi/linux/fuse.h.
 """
 
 import ctypes

@@ -15,7 +15,7 @@ FENCE = re.compile(r"^```(\w[^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def snippets(kind):
-    """Returns the line numbers and texts of the page's snippets of a kind."""
+    """Returns the page's snippets of this kind, identified by their line numbers."""
     text = PAGE.read_text()
     return [
         pytest.param(found.group(2), id=f"line {text[: found.start()].count(chr(10)) + 1}")
@@ -29,7 +29,7 @@ PYTHON, TORCH = snippets("python"), snippets("python torch")
 
 
 def prints(text):
-    """Returns the comments after calls of `print`: the expected output."""
+    """Returns the expected output, which the page has in comments after calls of `print`."""
     return re.findall(r"print\(.*\)  # (.*)$", text, re.MULTILINE)
 
 

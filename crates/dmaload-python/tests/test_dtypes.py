@@ -1,4 +1,4 @@
-"""Compares each type of the format bit by bit, after each conversion of a tensor."""
+"""Checks each type of the format bit by bit, after each way of converting a tensor."""
 
 import ctypes
 import struct
@@ -15,12 +15,12 @@ SHAPES = [(), (0,), (3, 0, 5), (1,), (7,), (5, 3), (2, 3, 4, 5)]
 
 
 def shapes(dtype):
-    """Returns shapes of whole bytes and, for types below a byte, whole blocks of four elements."""
+    """Returns shapes whose tensors have whole bytes and, for small types, whole blocks of four."""
     return SHAPES if BITS[dtype] >= 8 else [(0,), (3, 0, 8), (8,), (5, 8), (2, 3, 4)]
 
 
 def elements(expected):
-    """Unpacks elements of less than a byte. The first element has the lowest bits."""
+    """Unpacks elements smaller than a byte. The first element has the lowest bits."""
     bits, data = BITS[expected.dtype], int.from_bytes(expected.data, "little")
     for number in range(len(expected.data) * 8 // bits):
         yield data >> number * bits & (1 << bits) - 1
@@ -106,7 +106,7 @@ def test_arrays_share_the_tensors_memory(tmp_path):
 
 
 def test_values_equal_those_written(tmp_path):
-    """Known numbers survive a load, also in types that only ml_dtypes has."""
+    """Known numbers survive a load, even in types that only ml_dtypes has."""
     numbers = [0.0, -1.5, 3.25, 448.0]
     from files import Expected
 
@@ -127,7 +127,7 @@ def test_values_equal_those_written(tmp_path):
         assert image[name].numpy().tolist() == each.tolist(), name
 
 
-# The codes and bits of types, and the structures, of dlpack.h, to read exported capsules.
+# Type codes, bit widths and structures from dlpack.h, for reading exported capsules.
 
 CODES = {
     "BOOL": (6, 8),

@@ -1,4 +1,4 @@
-"""Each error raises its exception, with the same text as the command's."""
+"""Tests that each error raises the right exception, with the message that the command prints."""
 
 import asyncio
 import errno
@@ -24,7 +24,7 @@ def every_exception():
 
 
 def check(error):
-    """Checks what holds for every exception of the package."""
+    """Checks the properties that every exception of the package must have."""
     assert isinstance(error, dmaload.Error), repr(error)
     assert type(error) in every_exception(), "programs must be able to catch it by name"
     assert isinstance(error, Exception), "pyo3's PanicException is not an Exception"
@@ -110,7 +110,7 @@ def test_file_that_vanished_raises_the_error_of_a_load(tmp_path, name):
 
 
 def test_corpus_inputs_load_or_fail_as_in_the_command(tmp_path, corpus, command):
-    """Each input is refused by both with the same text, or loaded by both."""
+    """The package and the command refuse the same inputs, with the same message."""
     refused = 0
     for kind, suffix in [("safetensors", "safetensors"), ("gguf", "gguf")]:
         for source in corpus[kind]:

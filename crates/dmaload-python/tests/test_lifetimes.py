@@ -1,4 +1,4 @@
-"""Lifetimes, tested in separate processes under `-X dev`, which must exit without warnings."""
+"""Tests for lifetimes, in separate processes under `-X dev` that must exit without warnings."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""Ownership of memory: writing to a tensor neither crashes nor changes anything else."""
+"""Tests for memory: writing to a tensor must neither crash nor change anything else."""
 
 import hashlib
 import os
@@ -109,7 +109,7 @@ def test_writes_to_attached_memory_are_private(served, programs):
 
 
 def test_attached_memory_is_shared_until_written(served, programs):
-    """Reading takes no private memory: the pages are the server's."""
+    """Reading uses no private memory, because the pages belong to the server."""
     socket, tensors = served
     out = programs.succeed(
         """
@@ -202,7 +202,7 @@ def test_memory_is_freed_with_the_last_tensor(disk, programs):
     del last
     capsule = array.base
     assert array[0, 0] == array[0, 0]
-    # The array keeps the second of two segments, of 32 MiB. A thread frees the first one.
+    # The array keeps the second of two segments, which has 32 MiB. A thread frees the first one.
     assert settles_below(before + 64), resident_mib() - before
     assert resident_mib() - before >= 1, resident_mib() - before
     del array, capsule
@@ -271,14 +271,14 @@ def test_five_hundred_loads_leak_nothing(disk, programs):
         timeout=110,
     )
     kib, descriptors, threads, maps, traced = map(int, out.split())
-    # The memory and the descriptors of the last loads, 2 MiB each, may not have been freed yet.
+    # The last loads, of 2 MiB each, may not have released their memory and descriptors yet.
     assert kib < 8192, f"{kib} more KiB are resident"
     assert descriptors <= 8 and threads <= 8 and maps <= 40, (descriptors, threads, maps)
     assert traced < 64 << 10, f"Python has {traced} more bytes"
 
 
 def test_reused_memory_shows_no_old_bytes(tmp_path):
-    """A load into memory that an earlier load has freed shows none of the earlier bytes."""
+    """A load may reuse memory that an earlier load has freed, but shows none of its bytes."""
     first = write(tmp_path / "a.safetensors", {"w": tensor("U8", (3 << 20,), 1)})
     for number in range(20):
         assert dmaload.load(first)["w"].numpy()[-1] == tensor("U8", (3 << 20,), 1).data[-1]

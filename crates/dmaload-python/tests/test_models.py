@@ -1,4 +1,4 @@
-"""Whole models: folders with an index, GGUF, a real model, and random files."""
+"""Tests with whole models: folders with an index, GGUF, a real model, and random files."""
 
 import json
 import subprocess
@@ -134,9 +134,9 @@ def test_every_heap_loads_the_same_bytes(tmp_path, heap):
 
 
 def write_gguf(path):
-    """Writes a GGUF file by the reference package.
+    """Writes a GGUF file with the reference package.
 
-    It has keys of several types, and blocks of all types but one.
+    The file has keys of several types, and blocks of all types but one.
     """
     source = numpy.random.default_rng(1)
     writer = gguf.GGUFWriter(path, "llama")
@@ -150,7 +150,7 @@ def write_gguf(path):
     writer.add_array("ints", [1, 2, 3, 2**20])
     kinds = gguf.GGML_QUANT_SIZES.items()
     for kind, (_, size) in kinds:
-        # The package's size of Q8_1 differs from ggml's. Models are not stored in this type.
+        # The package and ggml disagree on the size of Q8_1. Models are not stored in this type.
         if kind != gguf.GGMLQuantizationType.Q8_1:
             raw = source.integers(0, 255, (5, 3 * size), dtype=numpy.uint8)
             writer.add_tensor(f"t.{kind.name}", raw, raw_shape=raw.shape, raw_dtype=kind)
@@ -214,7 +214,7 @@ def test_stream_yields_each_tensor_once_in_order(tmp_path):
 
 
 def test_stream_can_exceed_its_memory_limit(disk):
-    """Streams 64 MiB through 16 MiB: dropped tensors make room for later ones."""
+    """Streams 64 MiB with a limit of 16 MiB: dropped tensors make room for later ones."""
     block = tensor("U8", (1 << 20,))
     tensors = {f"t{number}": Expected("U8", (1 << 20,), block.data) for number in range(64)}
     path = write(disk / "model.safetensors", tensors)

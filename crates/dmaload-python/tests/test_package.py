@@ -1,4 +1,4 @@
-"""The wheel's other contents: the command, types, metadata."""
+"""Tests for the rest of the wheel: the command, the types and the metadata."""
 
 import ast
 import importlib.metadata

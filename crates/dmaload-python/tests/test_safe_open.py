@@ -1,4 +1,4 @@
-"""`safe_open` behaves like that of safetensors, and reads only what it needs."""
+"""Tests that `safe_open` behaves like that of safetensors, and reads only what it needs."""
 
 import os
 
@@ -168,10 +168,10 @@ def test_slice_reads_only_its_bytes(disk):
     if everything < 64 << 20:
         pytest.skip(f"the kernel does not count reads on {disk}: {everything} bytes of 64 MiB")
     assert opened < 1 << 20, f"opening read {opened} bytes"
-    assert rows < 1 << 20, f"160 KiB of rows read {rows} bytes"
-    assert 1 << 20 <= one < 3 << 20, f"a tensor of 1 MiB read {one} bytes"
+    assert rows < 1 << 20, f"{rows} bytes were read from storage for 160 KiB of rows"
+    assert 1 << 20 <= one < 3 << 20, f"{one} bytes were read from storage for a tensor of 1 MiB"
     many, _ = cost(lambda: dmaload.safe_open(path, framework="numpy").get_tensor("t32"), path)
-    assert many < 4 << 20, f"1 MiB of a file of 64 MiB read {many} bytes"
+    assert many < 4 << 20, f"{many} bytes were read from storage for 1 MiB of a file of 64 MiB"
     assert len(tensors) == 64
 
 

@@ -1,4 +1,6 @@
-"""Waiting calls: other threads run, Ctrl-C interrupts, tasks are cancelled, processes fork."""
+"""Tests for calls that wait while other threads run, signals arrive, tasks are cancelled, or
+processes fork.
+"""
 
 import os
 import signal
@@ -95,7 +97,7 @@ def test_ctrl_c_ends_a_wait(tmp_path, programs, slow_file, way, held_from):
 
 
 def test_load_continues_after_a_signal_handler(tmp_path, programs, slow_file):
-    """A signal is handled during the load, which continues if the handler does not raise."""
+    """A signal is handled during the load. The load continues if the handler does not raise."""
     path, _ = large(tmp_path / "large.safetensors", 4)
     slow = slow_file(path, 1 << 20)
     text = """
@@ -124,7 +126,7 @@ def test_progress_counts_to_the_end(disk):
     dmaload.load(path, progress=progress, memory_limit=1 << 30)
     assert seen[-1][0] == seen[-1][1] >= 64 << 20
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-    assert threads == {threading.get_ident()}, "the waiting thread must call it"
+    assert threads == {threading.get_ident()}, "only the waiting thread may call `progress`"
 
 
 def test_exception_in_progress_cancels_the_load(disk):

@@ -7,9 +7,10 @@
 
 ``load`` returns an :class:`Image`, a mapping from names to tensors; ``stream`` yields tensors as
 they arrive. Both have asyncio versions. ``safe_open``, ``dmaload.torch.load_file`` and
-``dmaload.numpy.load_file`` replace the functions of these names in ``safetensors``. Files are in
-safetensors or GGUF format; a file loaded with ``format="raw"`` has no tensors. A model can be a
-single file, several files, or a folder.
+``dmaload.numpy.load_file`` replace the functions with the same names in ``safetensors``. Files
+must be in safetensors or GGUF format. Files in any other format can be loaded with
+``format="raw"``, but then have no tensors. A model can be a single file, several files, or a
+folder.
 
 Tensors are writable, and writes are visible only in this process. Arrays share a tensor's memory
 and keep it alive.
@@ -101,13 +102,13 @@ __all__ = [
 
 
 def dma_buf(tensor: Tensor) -> list[DmaBuf]:
-    """Returns the descriptors of the dma-bufs that contain a tensor, in order, for importers.
+    """Returns the descriptors of the dma-bufs that contain a tensor, in order.
 
     The tensor must have been loaded with ``heap="dma-buf"``, ``"udmabuf"`` or ``"dma-heap:NAME"``,
-    or be attached from a server that shares dma-bufs.
+    or come from a server that shares dma-bufs.
 
     Each :class:`DmaBuf` owns its descriptor; ``offset`` and ``length`` are the range of the
-    tensor's bytes in the dma-buf. Most tensors are in one dma-buf; a large one may be in several.
+    tensor's bytes in the dma-buf. Most tensors are in one dma-buf; a large one may span several.
 
     Raises :class:`UnsupportedError` if the tensor's memory has no dma-buf.
     """

@@ -11,11 +11,11 @@ from . import _native
 
 def main() -> int:
     """Runs the command with this process's arguments, and exits with the command's status."""
-    # Like any other program, the command is ended by the signal, not by an exception.
+    # Let Ctrl-C end the command like any other program, instead of raising an exception.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     status = _native.run_command(["dmaload", *sys.argv[1:]], [sys.executable, "-m", "dmaload"])
     sys.stdout.flush()
-    # Skips the interpreter's exit, which has nothing left to do.
+    # Skip the interpreter's shutdown, which has nothing left to do.
     os._exit(status)
 
 

@@ -1,4 +1,4 @@
-"""Converts tensors to NumPy and torch arrays. Both packages are imported on first use."""
+"""Converts tensors to NumPy arrays and torch tensors. Both packages are imported on first use."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NUMPY = {
     "U64": "uint64",
 }
 
-# Types with the same names in ml_dtypes and torch.
+# Types that have the same name in ml_dtypes and in torch.
 _SMALL_FLOATS = {
     "BF16": "bfloat16",
     "F8_E5M2": "float8_e5m2",
@@ -45,7 +45,7 @@ _ML_DTYPES = _SMALL_FLOATS | {
     "F6_E3M2": "float6_e3m2fn",
 }
 
-# The bits of an element, for types whose elements are smaller than a byte.
+# The number of bits in an element, for types whose elements are smaller than a byte.
 _SUB_BYTE = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
 _TORCH = _NUMPY | _SMALL_FLOATS | {"F4": "float4_e2m1fn_x2"}
@@ -69,9 +69,9 @@ def _numpy_dtype(name: str) -> Any:
 
 
 def _byte_shape(tensor: Tensor) -> tuple[int, ...]:
-    """Returns the shape of a tensor as bytes: the last dimension counts bytes.
+    """Returns the shape of a tensor as an array of bytes, whose last dimension is in bytes.
 
-    A scalar, or a tensor whose rows are not whole blocks, has one dimension.
+    A scalar, or a tensor whose rows are not whole blocks, becomes one-dimensional.
     """
     shape, block = tensor.shape, tensor.block_elements
     if not shape or shape[-1] % block:
@@ -80,12 +80,12 @@ def _byte_shape(tensor: Tensor) -> tuple[int, ...]:
 
 
 def to_numpy(tensor: Tensor) -> numpy.ndarray[Any, Any]:
-    """See ``Tensor.numpy``."""
+    """Implements ``Tensor.numpy``."""
     import numpy
 
     dtype = _numpy_dtype(tensor.dtype)
     if tensor.nbytes == 0:
-        # Requests the buffer, so memory that cannot be exported is refused here too.
+        # Request the buffer, so memory that cannot be exported raises an error here too.
         memoryview(tensor).release()
         shape = tensor.shape if dtype is not None else _byte_shape(tensor)
         return numpy.empty(shape, numpy.uint8 if dtype is None else dtype)
@@ -97,7 +97,7 @@ def to_numpy(tensor: Tensor) -> numpy.ndarray[Any, Any]:
 
 
 def _unpacked(tensor: Tensor, bits: int) -> numpy.ndarray[Any, Any]:
-    """Unpacks elements of less than a byte into bytes. The first element has the lowest bits."""
+    """Unpacks elements smaller than a byte into a byte each. The first one has the lowest bits."""
     import numpy
 
     packed = numpy.frombuffer(tensor, numpy.uint8)
@@ -113,14 +113,14 @@ def _unpacked(tensor: Tensor, bits: int) -> numpy.ndarray[Any, Any]:
 
 @cache
 def _torch_dtype(name: str) -> Any:
-    """Returns torch's type, or ``None`` for blocks and for types that this torch lacks."""
+    """Returns torch's type, or ``None`` for blocks and for types that torch does not have."""
     import torch
 
     return getattr(torch, _TORCH.get(name, ""), None)
 
 
 def to_torch(tensor: Tensor) -> torch.Tensor:
-    """See ``Tensor.torch``."""
+    """Implements ``Tensor.torch``."""
     import torch
 
     dtype, shape = _torch_dtype(tensor.dtype), tensor.shape

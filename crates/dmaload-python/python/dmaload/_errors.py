@@ -10,13 +10,13 @@ import os as _os
 
 
 class Error(Exception):
-    """The base class of all exceptions of this package.
+    """The base class of all exceptions in this package.
 
-    The text states what was tried, on which file and where, and the errno by name. Attributes:
+    The message says what failed, on which file and where in it, and names the errno. Attributes:
 
     - ``errno``: the kernel's error, as in the module ``errno``, or ``None``.
     - ``filename``: the affected file, folder, device or socket, or ``None``.
-    - ``hint``: what to do, or ``None``. Tracebacks show it, because it is also a note.
+    - ``hint``: what to do, or ``None``. The hint is also added as a note, so tracebacks show it.
     - ``offset``: the start of the affected bytes in the file, or ``None``.
     """
 
@@ -60,11 +60,11 @@ class ConfigError(Error, ValueError):
 
 
 class InvalidInputError(Error, ValueError):
-    """The input is not a regular file, its length is misstated, or it lacks the requested data."""
+    """The input is not a regular file, reports a wrong length, or lacks the requested data."""
 
 
 class NotFoundError(Error, FileNotFoundError):
-    """The file does not exist, or the folder has no model."""
+    """The file does not exist, or the folder contains no model."""
 
 
 class NotInManifestError(Error, LookupError):
@@ -72,19 +72,19 @@ class NotInManifestError(Error, LookupError):
 
 
 class TensorNotFoundError(Error, KeyError):
-    """No file has a tensor of this name."""
+    """No file contains a tensor with this name."""
 
 
 class NotLoadedError(Error, KeyError):
-    """The model has the tensor, but it was not loaded."""
+    """The model contains the tensor, but it was not loaded."""
 
 
 class AmbiguousError(Error, LookupError):
-    """Several files have a tensor of this name."""
+    """Several files contain a tensor with this name."""
 
 
 class PermissionDeniedError(Error, PermissionError):
-    """This user may not open the file or allocate the memory."""
+    """This user lacks permission to open the file or to allocate the memory."""
 
 
 class IoError(Error, OSError):
@@ -96,7 +96,7 @@ class InvalidModelError(Error, ValueError):
 
 
 class IncompleteError(NotFoundError):
-    """Files of the model are missing or empty: see ``allow_missing``."""
+    """Some of the model's files are missing or empty: see ``allow_missing``."""
 
 
 class ChangedError(Error):
@@ -111,7 +111,10 @@ class CorruptError(Error):
 
 
 class OutOfMemoryError(Error, MemoryError):
-    """The machine, this process's memory cgroup or its address space has too little memory."""
+    """There is too little memory in the machine, or for this process.
+
+    A process can be limited by its memory cgroup and by its address space.
+    """
 
 
 class OverLimitError(Error, MemoryError):
@@ -131,7 +134,7 @@ class UnsupportedError(Error):
 
 
 class ExportError(UnsupportedError, BufferError):
-    """The memory cannot be exported by DLPack or the buffer protocol, or not as requested."""
+    """DLPack or the buffer protocol cannot export the memory, or not in the requested way."""
 
 
 class PlacementError(Error):
@@ -139,19 +142,19 @@ class PlacementError(Error):
 
 
 class InUseError(Error):
-    """Memory was to be viewed after it was handed out, or to be handed out while it is viewed."""
+    """The call would view memory that was handed out, or hand out memory that is being viewed."""
 
 
 class ShareError(Error, OSError):
-    """A server of shared images, or its socket, failed."""
+    """A server that shares images, or its socket, failed."""
 
 
 class PanickedError(Error, RuntimeError):
-    """Code of dmaload panicked. Please report this bug."""
+    """Code in dmaload panicked. Please report this bug."""
 
 
 class ShutDownError(Error, RuntimeError):
-    """The loader was shut down before the load had ended."""
+    """The loader was shut down before the load ended."""
 
 
 class ClosedError(Error, ValueError):

@@ -1,4 +1,4 @@
-"""Loads models, as a whole or as a stream, on a blocked thread or in an event loop."""
+"""Loads models as a whole or as a stream, with blocking functions and with asyncio."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def _keywords(
         numbers = tuple(shard)
         if len(numbers) not in (2, 3) or not all(n is None or isinstance(n, int) and n >= 0 for n in numbers):
             raise ConfigError(f"shard must be (rank, world_size) or (rank, world_size, dim), not {shard!r}")
-        # Without a dimension, the library would cut each file's bytes, and the shares would have
-        # no tensors.
+        # Without a dimension, the library would divide the bytes of each file among the ranks,
+        # and the shares would contain no tensors.
         shard = (numbers[0], numbers[1], numbers[2] if len(numbers) == 3 else 0)
     if memory_limit is not None and not 0 <= memory_limit < 1 << 64:
         raise ConfigError(f"memory_limit must be a number of bytes from 0 to 2**64 - 1, not {memory_limit}")
@@ -79,7 +79,7 @@ def _keywords(
 
 
 def wait(loading: _native.Loading, progress: Progress | None = None) -> Any:
-    """Blocks until a result is available. An exception (Ctrl-C) cancels the operation."""
+    """Blocks until a result is available. An exception, such as Ctrl-C, cancels the operation."""
     try:
         while True:
             has_come = loading.wait(_TICK)
@@ -94,7 +94,7 @@ def wait(loading: _native.Loading, progress: Progress | None = None) -> Any:
 
 
 class _EventLoop:
-    """Wakes the tasks of one event loop. Exists as long as a task waits."""
+    """Wakes the tasks of one event loop. An instance exists as long as any task is waiting."""
 
     _all: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _EventLoop] = weakref.WeakKeyDictionary()
 
@@ -183,13 +183,14 @@ def load(
 ) -> Image:
     """Loads a model: a file, a folder, an index, or several files.
 
-    - ``tensors``: names or patterns (``model.layers.{0..3}.*``); nothing else is read.
-    - ``shard``: ``(rank, world_size)`` or ``(rank, world_size, dim)``: one rank's share of each
-      tensor, cut along dimension 0 or ``dim``. A share along another dimension than 0 is not
-      contiguous in memory, so its first conversion to an array copies it.
+    - ``tensors``: names or patterns (``model.layers.{0..3}.*``) of the tensors to load.
+    - ``shard``: ``(rank, world_size)`` or ``(rank, world_size, dim)``, to load one rank's share of
+      each tensor. Tensors are cut along the dimension ``dim``, by default 0. If it is not 0, a
+      share is not contiguous in memory, so its first conversion to an array copies it.
     - ``memory_limit``: the maximum number of bytes that this load's segments may occupy.
-    - ``progress``: a function that the waiting thread calls with the bytes read and the bytes to
-      read, repeatedly and at the end. An exception from it cancels the load.
+    - ``progress``: a function that the waiting thread calls repeatedly, and once at the end. Its
+      arguments are the number of bytes read and the number of bytes to read. An exception from it
+      cancels the load.
     - ``verify``: the path of a manifest, or the checksum of a single file: ``sha256:HEX`` (or
       ``blake3:``, ``crc32c:``, ``xxh3:``).
     - ``format``: ``auto``, ``safetensors``, ``gguf`` or ``raw``.
@@ -198,9 +199,9 @@ def load(
     - ``route``: the route to start at, or ``auto``.
     - ``cache``: ``auto`` copies cached bytes from the page cache, ``bypass`` reads all bytes from
       storage.
-    - ``allow_missing``: load the existing files of a model with missing files.
+    - ``allow_missing``: load the files that exist, even if other files of the model are missing.
 
-    Other threads run during the load. Ctrl-C cancels it.
+    Other Python threads can run during the load. Ctrl-C cancels it.
 
     Raises subclasses of :class:`Error`.
     """
@@ -224,21 +225,21 @@ async def load_async(
     progress: Progress | None = None,
     **options: Unpack[Options],
 ) -> Image:
-    """Like :func:`load`, in an asyncio event loop, which it does not block.
+    """Like :func:`load`, but for asyncio: it does not block the event loop.
 
-    Cancelling the task cancels the load. ``progress`` is called by the event loop's thread.
+    Cancelling the task cancels the load. ``progress`` is called on the event loop's thread.
     """
     keywords = _keywords(**options)
     return await _wait_async(_native.start_load(_paths(paths), keywords), progress)
 
 
 class Stream(Iterator["tuple[str, Tensor]"]):
-    """An iterator over the names and tensors of a load as they arrive. Created by :func:`stream`.
+    """Iterates over the names and tensors of a load as they arrive. Created by :func:`stream`.
 
-    A stream keeps no tensor that it has yielded, and is ahead of its consumer by at most the
-    window and a segment (by default 128 and 64 MiB). Closing it, or leaving its ``with`` block,
-    cancels the load; yielded tensors stay valid. Several threads can read from one stream: each
-    tensor goes to one of them.
+    A stream does not keep the tensors that it has yielded. It is ahead of its consumer by at most
+    the window and a segment (by default 128 MiB and 64 MiB). Closing it, or leaving its ``with``
+    block, cancels the load, but yielded tensors stay valid. Several threads can read from one
+    stream; each tensor goes to one of them.
     """
 
     def __init__(self, loading: _native.Loading, progress: Progress | None) -> None:
@@ -291,9 +292,9 @@ async def stream_async(
     progress: Progress | None = None,
     **options: Unpack[Options],
 ) -> AsyncIterator[tuple[str, Tensor]]:
-    """Like :func:`stream`, for ``async for``.
+    """Like :func:`stream`, but for use with ``async for``.
 
-    The load begins when the first tensor is requested. Closing the iterator cancels it.
+    The load begins when the first tensor is requested. Closing the iterator cancels the load.
     """
     keywords = _keywords(**options)
     loading = _native.start_stream(_paths(paths), keywords)

@@ -1,4 +1,4 @@
-"""The native part of the package. Private, except `Image`, `Tensor` and `DmaBuf`."""
+"""The native part of the package. Only `Image`, `Tensor` and `DmaBuf` are public."""
 
 from collections.abc import Iterator
 from types import TracebackType

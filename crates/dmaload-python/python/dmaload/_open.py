@@ -30,7 +30,7 @@ Index: TypeAlias = "int | slice | EllipsisType | tuple[int | slice | EllipsisTyp
 # Up to this size, reading through the page cache takes less time than starting a load.
 _SMALL_BYTES = 256 << 10
 
-# The classes for failures of `os.open`: the same as those that `load` raises.
+# The exceptions to raise if `os.open` fails. `load` raises the same ones.
 _OPEN_ERRORS: dict[int | None, type[Error]] = {
     errno.ENOENT: NotFoundError,
     errno.ENOTDIR: NotFoundError,
@@ -42,7 +42,7 @@ _FRAMEWORKS = {"pt": "pt", "torch": "pt", "pytorch": "pt", "np": "np", "numpy": 
 
 
 class _Entry(NamedTuple):
-    """A tensor in the header of the file with the index ``file``."""
+    """A tensor, as the header of the file with the index ``file`` describes it."""
 
     file: int
     name: str
@@ -89,7 +89,7 @@ def _close(files: list[_File]) -> None:
 
 
 def _is_same(file: _File) -> bool:
-    """Returns whether the path still refers to the file, and nothing has written to it."""
+    """Returns whether the path still refers to the file, and the file has not been written to."""
     try:
         return _Identity.of(os.stat(file.path)) == file.identity == _Identity.of(os.fstat(file.descriptor))
     except OSError:
@@ -114,8 +114,8 @@ def _opened(path: str, format: str | None) -> tuple[list[dict[str, Any]], list[_
         headers = _headers(path, format)
         if [header["path"] for header in headers] == [file.path for file in files] and all(map(_is_same, files)):
             return headers, files
-        # The path does not name the model's only file, or that file has just changed. Opens the
-        # files that the headers name, and reads the headers again.
+        # Either the path does not name the model's only file, or that file has just changed. So
+        # open the files that the headers name, and read the headers again.
         _close(files)
         files.extend(_open(header["path"]) for header in headers)
         if _headers(path, format) == headers and all(map(_is_same, files)):
@@ -131,12 +131,13 @@ class safe_open:  # noqa: N801, the name that safetensors uses
 
     - ``filename``: a safetensors or GGUF file, a folder, or an index.
     - ``framework``: ``"pt"`` for torch, ``"np"`` or ``"numpy"`` for NumPy.
-    - ``device``: the torch device of the tensors.
-    - ``format``: ``safetensors`` or ``gguf``. Detected by default.
+    - ``device``: the torch device to which the tensors are moved.
+    - ``format``: ``safetensors`` or ``gguf``. By default, the format is detected.
 
     Opening reads only the headers. ``get_tensor`` reads only that tensor, and a slice reads only
-    the rows from the first to the last one that it selects. The files stay open, so replacing
-    one does not affect these reads. If a file is written to, they raise :class:`ChangedError`.
+    the rows from the first to the last one that it selects. The files stay open, so these reads
+    still work after a file was replaced. If a file was written to, they raise
+    :class:`ChangedError`.
 
         with dmaload.safe_open("model.safetensors", framework="np") as model:
             for name in model.keys():
@@ -152,7 +153,7 @@ class safe_open:  # noqa: N801, the name that safetensors uses
         backend: str | None = None,
         format: str | None = None,
     ) -> None:
-        # Accepted for compatibility; this package chooses how to read.
+        # Accepted for compatibility, but ignored.
         del backend
         if framework not in _FRAMEWORKS:
             raise ConfigError(f"unknown framework {framework!r}: use pt or numpy")
@@ -189,7 +190,7 @@ class safe_open:  # noqa: N801, the name that safetensors uses
     def metadata(self) -> dict[str, Any] | None:
         """Returns the metadata of the files, or ``None`` if there is none.
 
-        If several files have a key, its value is that of the first such file.
+        If several files have the same key, the value is that of the first of these files.
         """
         self._check_open()
         merged: dict[str, Any] = {}
@@ -198,14 +199,14 @@ class safe_open:  # noqa: N801, the name that safetensors uses
         return merged or None
 
     def get_tensor(self, name: str) -> Any:
-        """Reads the tensor of this name."""
+        """Reads the tensor with this name."""
         entry = self._entry(name)
         return self._convert(self._read(entry, entry.start, entry.end, entry.shape))
 
     def get_tensors(self) -> dict[str, Any]:
-        """Loads the whole model, and returns its tensors by name.
+        """Loads the whole model, and returns a dictionary of its tensors.
 
-        Raises :class:`ChangedError` also if a file was replaced.
+        Unlike the other methods, raises :class:`ChangedError` even if a file was only replaced.
         """
         self._check_open()
         with load(self._path, format=self._format) as image:
@@ -215,7 +216,7 @@ class safe_open:  # noqa: N801, the name that safetensors uses
             return {name: self._convert(image[name]) for name in self._entries}
 
     def get_slice(self, name: str) -> SafeSlice:
-        """Returns an object that reads slices of the named tensor by ``[...]``."""
+        """Returns an object that reads slices of this tensor when it is indexed with ``[...]``."""
         return SafeSlice(self, self._entry(name))
 
     def _check_open(self) -> None:
@@ -237,7 +238,7 @@ class safe_open:  # noqa: N801, the name that safetensors uses
         )
 
     def _read(self, entry: _Entry, start: int, end: int, shape: tuple[int, ...]) -> Tensor:
-        """Reads these bytes of a file as a tensor of this shape."""
+        """Reads these bytes of a file as a tensor with this shape."""
         self._check_open()
         file = self._files[entry.file]
         described = (entry.name, entry.dtype, list(shape), start, end)
@@ -245,7 +246,7 @@ class safe_open:  # noqa: N801, the name that safetensors uses
             tensor = _native.read_small(file.descriptor, described)
         else:
             tensor = wait(_native.start_read(file.descriptor, described))
-        # Checked after the read, so a change during the read is detected.
+        # Check this after the read, so a change during the read is detected.
         if _Identity.of(os.fstat(file.descriptor)) != file.identity:
             raise self._changed(file)
         return tensor
@@ -260,9 +261,9 @@ class safe_open:  # noqa: N801, the name that safetensors uses
 class SafeSlice:
     """A tensor whose slices can be read. Created by :meth:`safe_open.get_slice`.
 
-    ``[...]`` takes integers, slices with positive steps, and an ellipsis. It reads the rows of the
-    first dimension from the first to the last selected one, whatever it selects of the other
-    dimensions. A tensor whose rows are not whole blocks is read as a whole.
+    An index can consist of integers, slices with positive steps, and an ellipsis. Rows (along the
+    first dimension) are read from the first to the last selected one, always with all of their
+    elements. A tensor whose rows are not whole blocks is read entirely.
     """
 
     def __init__(self, model: safe_open, entry: _Entry) -> None:
@@ -274,7 +275,7 @@ class SafeSlice:
         return list(self._entry.shape)
 
     def get_dtype(self) -> str:
-        """Returns the type of the elements, as safetensors or ggml spell it."""
+        """Returns the name of the element type in safetensors or ggml."""
         return self._entry.dtype
 
     def __getitem__(self, index: Index) -> Any:

@@ -16,11 +16,11 @@ __all__ = ["load_file"]
 def load_file(
     filename: Paths, *, progress: Progress | None = None, **options: Unpack[Options]
 ) -> dict[str, numpy.ndarray[Any, Any]]:
-    """Loads all tensors of a file, a folder or several files as arrays by name.
+    """Loads all tensors of a file, a folder or several files, and returns a dictionary of arrays.
 
     The arrays share the loaded memory, which is private and writable. ``BF16``, ``F8_…`` and
-    smaller types use ``ml_dtypes``; types of less than a byte are unpacked into a copy. GGUF
-    blocks become ``uint8``, and the last dimension counts bytes.
+    smaller types use ``ml_dtypes``; types smaller than a byte are unpacked into a copy. GGUF
+    blocks become ``uint8``, and the last dimension is in bytes.
 
     ``progress`` and ``options`` are those of :func:`dmaload.load`.
     """

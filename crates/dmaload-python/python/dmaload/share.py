@@ -16,15 +16,16 @@ def _start(socket: _load.Path, name: str | None, trusted_users: Iterable[int]) -
 
 
 def attach(socket: _load.Path, name: str | None = None, *, trusted_users: Iterable[int] = ()) -> Image:
-    """Attaches to an image of the server at this socket (``dmaload serve SOCKET MODEL``).
+    """Attaches to an image that a server shares (``dmaload serve SOCKET MODEL``).
 
+    - ``socket``: the path of the server's socket.
     - ``name``: the name of the image, if the server shares several.
-    - ``trusted_users``: user ids, in addition to one's own and root's, whose servers are trusted
-      not to change the bytes.
+    - ``trusted_users``: the ids of users whose servers are trusted not to change the bytes. This
+      process's user and root are always trusted.
 
     The memory is shared with the server. A page is copied when this process writes to it, so no
-    other process sees the change. Dma-bufs cannot be exported as arrays; see
-    :func:`dmaload.dma_buf`.
+    other process sees the change. If the server shares dma-bufs, they cannot be exported as
+    arrays: see :func:`dmaload.dma_buf`.
 
     Raises :class:`dmaload.ShareError`.
     """
@@ -32,5 +33,5 @@ def attach(socket: _load.Path, name: str | None = None, *, trusted_users: Iterab
 
 
 async def attach_async(socket: _load.Path, name: str | None = None, *, trusted_users: Iterable[int] = ()) -> Image:
-    """Like :func:`attach`, in an asyncio event loop, which it does not block."""
+    """Like :func:`attach`, but for asyncio: it does not block the event loop."""
     return await _load._wait_async(_start(socket, name, trusted_users))

@@ -16,10 +16,10 @@ __all__ = ["load_file"]
 def load_file(
     filename: Paths, device: Any = "cpu", *, progress: Progress | None = None, **options: Unpack[Options]
 ) -> dict[str, torch.Tensor]:
-    """Loads all tensors of a file, a folder or several files as torch tensors by name.
+    """Loads all tensors of a file, a folder or several files, and returns a dictionary of them.
 
-    On the CPU, tensors share the loaded memory, which is private and writable; those that are not
-    aligned in the file are copied. For other devices, each tensor is copied.
+    On the CPU, tensors share the loaded memory, which is private and writable. Tensors that are
+    not aligned in the file are copied. For other devices, each tensor is copied.
 
     ``progress`` and ``options`` are those of :func:`dmaload.load`.
     """
