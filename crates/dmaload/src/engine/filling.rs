@@ -153,6 +153,19 @@ impl Sink for Filling {
         Ok(done)
     }
 
+    fn populate(&self, offset: usize, bytes: usize) -> std::result::Result<(), Fault> {
+        let end = offset + bytes;
+        assert!(self.batch.start <= offset && end <= self.batch.end, "a piece lies within its batch");
+        let mut at = offset;
+        while at < end {
+            let (number, extent) = self.extent_at(at);
+            at = extent.end;
+            let slot = self.extents.get(number).expect("the extents cover the batch");
+            slot.get_or_make(|| self.populate_extent(extent)).map_err(Fault::Memory)?;
+        }
+        Ok(())
+    }
+
     fn runs_foreign_code(&self) -> bool {
         true
     }

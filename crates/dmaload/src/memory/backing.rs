@@ -250,6 +250,10 @@ impl Sink for Backing {
         write(unsafe { self.unfilled(offset, bytes) }).map_err(Fault::Read)
     }
 
+    fn populate(&self, _: usize, _: usize) -> Result<(), Fault> {
+        Ok(())
+    }
+
     fn runs_foreign_code(&self) -> bool {
         false
     }

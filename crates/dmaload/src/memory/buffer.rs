@@ -53,6 +53,13 @@ pub(crate) trait Sink: Debug + Send + Sync {
     #[allow(unsafe_code)]
     unsafe fn fill_with(&self, offset: usize, bytes: usize, write: &mut Write<'_>) -> Result<usize, Fault>;
 
+    /// Populates the extents that contain the `bytes` bytes at `offset`, unless they are populated.
+    /// May be called while others write to the same place.
+    ///
+    /// # Errors
+    /// [`Fault::Memory`] if memory can't be allocated; the sink keeps the details.
+    fn populate(&self, offset: usize, bytes: usize) -> Result<(), Fault>;
+
     /// Whether writing runs code of the library's caller, such as a heap.
     fn runs_foreign_code(&self) -> bool;
 }

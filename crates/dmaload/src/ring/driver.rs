@@ -42,7 +42,7 @@ use std::sync::atomic::Ordering;
 
 use rustix::io::Errno;
 
-use entry::{InFlight, LoadEntry, PieceEntry, Step, Unobserved, split_into_chunks};
+use entry::{InFlight, LoadEntry, Operation, PieceEntry, Step, Unobserved, split_into_chunks};
 
 use super::kernel::{Completion, Kernel};
 use super::known::Known;
@@ -75,8 +75,11 @@ pub(crate) struct Driver<K: Kernel, B: PieceMemory> {
     loads: HashMap<LoadId, LoadEntry>,
     turns: VecDeque<LoadId>,
     pieces: Slots<PieceEntry<K::File, B>>,
-    /// Operations in flight: reads, copies and observations.
-    reads: Slots<InFlight>,
+    /// Operations in flight.
+    reads: Slots<Operation>,
+    /// How many of `reads` are requests to populate memory. These do not count towards the depth,
+    /// nor as operations of their load.
+    populating: usize,
     /// How many operations each load has in flight, for each file system.
     in_flight: Holders<LoadId>,
     /// Free entries in the kernel's table of registered buffers.
@@ -106,6 +109,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
             turns: VecDeque::new(),
             pieces: Slots::new(),
             reads: Slots::new(),
+            populating: 0,
             in_flight: Holders::new(),
             buffer_slots,
             registered: Holders::new(),
@@ -273,7 +277,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     /// for file systems and loads that have nothing in flight.
     pub(crate) fn issue(&mut self) {
         let mut passed = 0;
-        while self.reads.len() < self.depth && passed < self.turns.len() {
+        while self.reads.len() - self.populating < self.depth && passed < self.turns.len() {
             let id = self.turns.pop_front().expect("`turns` has more loads than were passed over");
             self.turns.push_back(id);
             let load = self.loads.get_mut(&id).expect("every load in `turns` exists");
@@ -322,6 +326,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         for token in self.reads.tokens() {
             self.reads.remove(token);
         }
+        self.populating = 0;
         self.in_flight = Holders::new();
         for token in self.pieces.tokens() {
             let mut entry = self.pieces.remove(token).expect(PIECE);
@@ -369,9 +374,11 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     }
 
     fn complete(&mut self, completion: Completion) {
-        let in_flight = self.reads.remove(completion.token);
-        let InFlight { chunk, route, step, since } =
-            in_flight.unwrap_or_else(|| panic!("a completion for an operation that is not in flight: {completion:?}"));
+        let InFlight { chunk, route, step, since } = match self.reads.remove(completion.token) {
+            Some(Operation::Chunk(in_flight)) => in_flight,
+            Some(Operation::Populate { piece, bytes }) => return self.complete_populating(piece, bytes, completion.result),
+            None => panic!("a completion for an operation that is not in flight: {completion:?}"),
+        };
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         entry.in_flight -= 1;
         let (id, piece) = (entry.load, entry.number);

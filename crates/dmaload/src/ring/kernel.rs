@@ -40,6 +40,14 @@ pub(crate) struct StagedCopy {
     pub(crate) bytes: usize,
 }
 
+/// Memory to populate while bytes for it are being read into staging.
+#[derive(Debug, Clone)]
+pub(crate) struct PopulateRequest {
+    pub(crate) token: Token,
+    pub(crate) place: Place,
+    pub(crate) bytes: usize,
+}
+
 /// A copy of a file's bytes from the page cache to a place in a piece.
 #[derive(Debug, Clone)]
 pub(crate) struct CachedRead {
@@ -122,6 +130,12 @@ pub(crate) trait Kernel {
     /// accesses the target.
     #[allow(unsafe_code)]
     unsafe fn copy(&mut self, copy: StagedCopy);
+
+    /// Has another thread populate memory, if no copy needs the thread. The place's buffer must
+    /// stay allocated until the request completes. Completes like a read; the only possible error
+    /// is [`Fault::Memory`]. Once a copy to the same place is started, the request may complete
+    /// without having populated anything, because the copy populates the memory, too.
+    fn populate(&mut self, request: PopulateRequest);
 
     /// Sets how many threads may copy at the same time.
     fn set_copiers(&mut self, threads: usize);

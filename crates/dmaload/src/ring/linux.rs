@@ -28,7 +28,7 @@ use dmabuf::{AddressRange, Mapping, Memory, Pages};
 use io_uring::{IoUring, opcode, squeue, types};
 use rustix::io::Errno;
 
-use super::kernel::{CachedRead, Completion, Kernel, ObserveRequest, Read, StagedCopy};
+use super::kernel::{CachedRead, Completion, Kernel, ObserveRequest, PopulateRequest, Read, StagedCopy};
 use super::pool::{OBSERVERS, READERS, ThreadPool};
 use super::slots::Token;
 use super::wake::Wake;
@@ -139,6 +139,10 @@ impl Kernel for LinuxKernel {
 
     fn staging(&mut self, bytes: usize) -> Result<StagingMemory, Errno> {
         StagingMemory::new(bytes, Pages::Auto).map_err(|error| errno::to_rustix(error.errno))
+    }
+
+    fn populate(&mut self, request: PopulateRequest) {
+        self.copiers.populate(request);
     }
 
     unsafe fn copy(&mut self, copy: StagedCopy) {

@@ -157,6 +157,11 @@ impl Pace {
         self.jobs == 0
     }
 
+    /// How many jobs are running or waiting for a thread.
+    pub(crate) fn jobs(&self) -> usize {
+        self.jobs
+    }
+
     /// Records that a job is queued.
     pub(crate) fn begin(&mut self, now: Duration) {
         self.count(now);

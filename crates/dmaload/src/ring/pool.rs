@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use rustix::io::Errno;
 
-use super::kernel::{CachedRead, Completion, ObserveRequest, Read, StagedCopy};
+use super::kernel::{CachedRead, Completion, ObserveRequest, PopulateRequest, Read, StagedCopy};
 use super::wake::Wake;
 use crate::files::source::OpenFile;
 use crate::memory::buffer::{Fault, Place};
@@ -38,6 +38,7 @@ pub(crate) const OBSERVERS: usize = 2;
 enum PoolJob {
     Read(Arc<OpenFile>, Read),
     Copy(StagedCopy),
+    Populate(PopulateRequest),
     Cached(Arc<OpenFile>, CachedRead),
     Observe(ObserveRequest),
 }
@@ -92,9 +93,12 @@ impl Queues {
         }
         let may_start = |job: &PoolJob| match job {
             PoolJob::Read(file, read) => self.may_read(&self.reading, file, read, threads),
-            PoolJob::Copy(_) | PoolJob::Cached(..) | PoolJob::Observe(_) => true,
+            PoolJob::Copy(_) | PoolJob::Populate(_) | PoolJob::Cached(..) | PoolJob::Observe(_) => true,
         };
-        let job = self.jobs.iter().position(may_start).and_then(|at| self.jobs.remove(at));
+        // Copies free staging, so memory is populated only if no copy is waiting.
+        let is_urgent = |job: &PoolJob| !matches!(job, PoolJob::Populate(_)) && may_start(job);
+        let at = self.jobs.iter().position(is_urgent).or_else(|| self.jobs.iter().position(may_start));
+        let job = at.and_then(|at| self.jobs.remove(at));
         if let Some(PoolJob::Read(file, read)) = &job {
             self.reading.take(&read.load, file.identity.mount(), 1);
         }
@@ -138,6 +142,20 @@ impl Queues {
             self.paces.entry(mount).or_insert_with(|| pace_for(file)).begin(now);
         }
         self.jobs.push_back(job);
+    }
+
+    /// Completes the queued request to populate this place, if any: the copy that is about to be
+    /// queued populates it. Otherwise, while copies keep the threads busy, the request would wait
+    /// for all of them, and its piece with it.
+    fn withdraw_populating(&mut self, place: &Place) {
+        let is_same = |job: &PoolJob| {
+            matches!(job, PoolJob::Populate(PopulateRequest { place: other, .. })
+                if other.offset == place.offset && Arc::ptr_eq(&other.sink, &place.sink))
+        };
+        let job = self.jobs.iter().position(is_same).and_then(|at| self.jobs.remove(at));
+        if let Some(PoolJob::Populate(request)) = job {
+            self.done.push(Completion { token: request.token, result: Ok(0) });
+        }
     }
 
     /// Completes the queued reads of this load with an error. Returns whether any were queued.
@@ -255,6 +273,7 @@ impl ThreadPool {
     /// # Safety
     /// As for [`super::kernel::Kernel::copy`].
     pub(crate) unsafe fn copy(&mut self, copy: StagedCopy) {
+        self.shared.queues().withdraw_populating(&copy.to);
         if self.start_thread_for_any() {
             self.queue(PoolJob::Copy(copy));
         } else {
@@ -265,6 +284,17 @@ impl ThreadPool {
                 copy_staged(&copy)
             };
             self.shared.queues().done.push(completion);
+            self.shared.wake.wake();
+        }
+    }
+
+    /// Queues a request to populate memory. If the pool has no thread and can't start one, completes
+    /// it without populating anything: the copy to the same place reports that.
+    pub(crate) fn populate(&mut self, request: PopulateRequest) {
+        if self.start_thread_for_any() {
+            self.queue(PoolJob::Populate(request));
+        } else {
+            self.shared.queues().done.push(Completion { token: request.token, result: Ok(0) });
             self.shared.wake.wake();
         }
     }
@@ -414,6 +444,9 @@ fn do_job(job: PoolJob) -> Completion {
         // which could block.
         PoolJob::Read(file, read) => pread(&file, &read),
         PoolJob::Copy(copy) => copy_staged(&copy),
+        PoolJob::Populate(PopulateRequest { token, place, bytes }) => {
+            Completion { token, result: place.sink.populate(place.offset, bytes).map(|()| 0) }
+        }
         PoolJob::Cached(file, read) => read_cached(&file, &read),
         PoolJob::Observe(request) => run_observers(&request),
     }

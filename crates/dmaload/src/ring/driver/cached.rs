@@ -2,7 +2,7 @@
 
 use super::super::kernel::{CachedRead, Kernel};
 use super::super::message::Failure;
-use super::entry::{Chunk, InFlight, Step, progress};
+use super::entry::{Chunk, InFlight, Operation, Step, progress};
 use super::{Driver, LOAD, PIECE};
 use crate::memory::buffer::{Fault, PieceMemory};
 use crate::route::Route;
@@ -25,7 +25,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         let since = self.kernel.now();
         load.from_cache.begin(since);
         self.pace.begin(since);
-        let token = self.reads.insert(InFlight { chunk, route, step: Step::Cached, since });
+        let token = self.reads.insert(Operation::Chunk(InFlight { chunk, route, step: Step::Cached, since }));
         // SAFETY: the place is in the piece's buffer, by the assertion above. As in `start_read`,
         // the entry's `in_flight` count keeps the buffer until the completion, and no other chunk
         // covers the place.

@@ -22,7 +22,7 @@ pub(super) struct PieceEntry<F, B> {
     pub(super) file: FileSpec<F>,
     pub(super) buffer: B,
     pub(super) buffer_slot: Option<u16>,
-    /// Number of chunks that are not complete yet.
+    /// Number of chunks that are not complete yet, and of requests in flight to populate memory.
     pub(super) chunks_left: usize,
     pub(super) in_flight: usize,
     /// The lowest route by which any of the piece's bytes were read from storage; `None` if none
@@ -66,6 +66,15 @@ impl Chunk {
     pub(super) fn start_position(&self) -> u64 {
         self.position + self.range.start
     }
+}
+
+/// An operation in flight.
+#[derive(Debug)]
+pub(super) enum Operation {
+    /// A read, a copy or an observation.
+    Chunk(InFlight),
+    /// A request to populate `bytes` bytes of the piece's memory.
+    Populate { piece: Token, bytes: u64 },
 }
 
 #[derive(Debug)]

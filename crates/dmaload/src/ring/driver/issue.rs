@@ -4,7 +4,7 @@
 use std::ptr::NonNull;
 use std::sync::atomic::Ordering;
 
-use super::entry::{Chunk, InFlight, Step, read_bytes};
+use super::entry::{Chunk, InFlight, Operation, Step, read_bytes};
 use super::{Driver, LOAD, PIECE};
 use crate::memory::buffer::{PieceMemory, Place};
 use crate::memory::window::may_have_one;
@@ -134,7 +134,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         let offset = entry.piece.file_offset + in_flight.chunk.range.start;
         self.counters.before_kernel.add(in_flight.since.saturating_sub(entry.since));
         self.counters.in_flight.fetch_add(1, Ordering::Relaxed);
-        let token = self.reads.insert(in_flight);
+        let token = self.reads.insert(Operation::Chunk(in_flight));
         let read = Read { token, load: id, route: by, buffer_slot, address, bytes, offset, place };
         // SAFETY: the address is in the piece's buffer or in a staging slot, and no other
         // operation uses this part of the buffer, or the slot. The piece's entry owns the buffer

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::super::kernel::{Kernel, ObserveRequest};
 use super::super::message::Failure;
 use super::super::staging::StagingSlot;
-use super::entry::{Chunk, InFlight, Step, Unobserved, progress};
+use super::entry::{Chunk, InFlight, Operation, Step, Unobserved, progress};
 use super::{Driver, LOAD, PIECE};
 use crate::memory::buffer::{Buffer, Fault, PieceMemory};
 use crate::route::Route;
@@ -40,7 +40,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         load.in_flight += 1;
         self.in_flight.take(&id, entry.file.mount, 1);
         let (file, offset) = (entry.file.index, entry.piece.file_offset + chunk.range.start);
-        let token = self.reads.insert(InFlight { chunk, route, step, since: self.kernel.now() });
+        let token = self.reads.insert(Operation::Chunk(InFlight { chunk, route, step, since: self.kernel.now() }));
         // SAFETY: these bytes were written by reads and copies that have completed. As in
         // `start_read`, the entry's `in_flight` count keeps the piece's buffer until the
         // completion, and the slot stays taken. Nothing writes to a full piece or to a slot whose

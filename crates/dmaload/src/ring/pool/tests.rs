@@ -15,6 +15,10 @@ impl Sink for ArraySink {
         Ok(written)
     }
 
+    fn populate(&self, _: usize, _: usize) -> Result<(), Fault> {
+        Ok(())
+    }
+
     fn runs_foreign_code(&self) -> bool {
         false
     }
@@ -49,6 +53,10 @@ impl Sink for CopyGate {
         drop(held);
         self.changed.notify_all();
         Ok(bytes)
+    }
+
+    fn populate(&self, _: usize, _: usize) -> Result<(), Fault> {
+        Ok(())
     }
 
     fn runs_foreign_code(&self) -> bool {
@@ -119,6 +127,10 @@ impl Sink for HeapSink {
         panic!("a heap's code must not run on the ring thread");
     }
 
+    fn populate(&self, _: usize, _: usize) -> Result<(), Fault> {
+        Ok(())
+    }
+
     fn runs_foreign_code(&self) -> bool {
         true
     }
@@ -144,6 +156,10 @@ struct PanickingSink;
 impl Sink for PanickingSink {
     unsafe fn fill_with(&self, _: usize, _: usize, _: &mut Write<'_>) -> Result<usize, Fault> {
         panic!("here");
+    }
+
+    fn populate(&self, _: usize, _: usize) -> Result<(), Fault> {
+        Ok(())
     }
 
     fn runs_foreign_code(&self) -> bool {

@@ -16,7 +16,7 @@ use super::disk::{BEYOND_END, BLOCK, SimFile};
 use super::faults::Faults;
 use super::memory::{Memory, SimBuffer, SimStaging};
 use crate::memory::buffer::Fault;
-use crate::ring::kernel::{CachedRead, Completion, Kernel, ObserveRequest, Read, StagedCopy};
+use crate::ring::kernel::{CachedRead, Completion, Kernel, ObserveRequest, PopulateRequest, Read, StagedCopy};
 use crate::ring::slots::Token;
 use crate::route::Route;
 
@@ -30,6 +30,7 @@ struct SimInFlight {
 enum SimJob {
     Read(SimFile, Read),
     Copy(StagedCopy),
+    Populate(PopulateRequest),
     Cached(SimFile, CachedRead),
     Observe(ObserveRequest),
 }
@@ -150,6 +151,13 @@ impl SimKernel {
         let (token, result) = match self.in_flight.swap_remove(index).job {
             SimJob::Read(file, read) => (read.token, self.complete_read(&file, &read)),
             SimJob::Copy(copy) => (copy.token, self.complete_copy(&copy)),
+            SimJob::Populate(PopulateRequest { token, place, bytes }) => {
+                self.memory.borrow_mut().populating.remove(&token.user_data());
+                // Without threads, or once the bytes are copied, nothing has to be populated.
+                let skipped = self.faults.no_threads || self.random.chance(300);
+                let populated = if skipped { Ok(()) } else { place.sink.populate(place.offset, bytes) };
+                (token, populated.map(|()| 0))
+            }
             SimJob::Cached(file, read) => (read.token, self.complete_cached_read(&file, &read)),
             SimJob::Observe(request) => {
                 // SAFETY: the driver guarantees that these bytes are initialized, and that nothing
@@ -389,6 +397,15 @@ impl Kernel for SimKernel {
             *free_at = due;
         }
         self.in_flight.push(SimInFlight { job: SimJob::Copy(copy), due });
+    }
+
+    fn populate(&mut self, request: PopulateRequest) {
+        let mut memory = self.memory.borrow_mut();
+        let start = memory.address_of(&request.place);
+        assert!(memory.is_unpopulated(start), "memory was to be populated twice");
+        memory.populating.insert(request.token.user_data(), start..start + request.bytes);
+        drop(memory);
+        self.in_flight.push(SimInFlight { job: SimJob::Populate(request), due: self.clock.get() });
     }
 
     fn set_copiers(&mut self, _: usize) {

@@ -25,6 +25,9 @@ const STAGING: LoadId = LoadId(u64::MAX);
 pub(super) struct Memory {
     /// Memory that operations in flight may write to or read from, by the operation's token.
     writing: BTreeMap<u64, Range<usize>>,
+    /// Memory that is being populated, by the request's token. Other operations may use it at the
+    /// same time, but it must be neither freed nor output.
+    pub(super) populating: BTreeMap<u64, Range<usize>>,
     pub(super) registered: BTreeMap<u16, Range<usize>>,
     /// Bytes that are allocated but not filled yet, by load.
     pub(super) unfilled: BTreeMap<LoadId, u64>,
@@ -55,6 +58,10 @@ impl Memory {
 
     pub(super) fn is_written_to(&self, range: &Range<usize>) -> bool {
         self.writing.values().any(|other| overlaps(other, range))
+    }
+
+    fn is_in_use(&self, range: &Range<usize>) -> bool {
+        self.is_written_to(range) || self.populating.values().any(|other| overlaps(other, range))
     }
 
     pub(super) fn is_unpopulated(&self, address: usize) -> bool {
@@ -131,6 +138,11 @@ impl Sink for SimSink {
         Ok(done)
     }
 
+    fn populate(&self, offset: usize, bytes: usize) -> Result<(), Fault> {
+        assert!(offset + bytes <= self.bytes, "a place is within its buffer");
+        self.refuses.map_or(Ok(()), |errno| Err(Fault::Memory(errno)))
+    }
+
     fn runs_foreign_code(&self) -> bool {
         true
     }
@@ -183,7 +195,7 @@ impl SimBuffer {
     }
 
     pub(super) fn contents(&self) -> &[u8] {
-        assert!(!self.memory.borrow().is_written_to(&self.range()), "bytes were accessed while an operation was using them");
+        assert!(!self.memory.borrow().is_in_use(&self.range()), "bytes were accessed while an operation was using them");
         // SAFETY: the memory has `bytes` bytes, initialized with poison, and nothing writes to it.
         unsafe { std::slice::from_raw_parts(self.address.as_ptr(), self.bytes) }
     }
@@ -233,7 +245,7 @@ impl Drop for SimBuffer {
         let mut memory = self.memory.borrow_mut();
         memory.unpopulated.retain(|other| *other != range);
         if !std::thread::panicking() {
-            assert!(!memory.is_written_to(&range), "memory was freed while an operation was using it");
+            assert!(!memory.is_in_use(&range), "memory was freed while an operation was using it");
             assert!(!memory.is_registered(&range), "memory was freed while it was registered");
         }
         *memory.unfilled_by(self.load) -= self.bytes as u64;
