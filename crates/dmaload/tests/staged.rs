@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use common::{assert_same, file, folder, random_bytes};
 use dmaload::heap::{AnonHeap, Heap, HeapError, HeapHooks, Hooked, MemfdHeap, Pages, Populated};
-use dmaload::{Cache, Errno, Error, Image, Layout, LoadOptions, Loader, LoaderBuilder, Route};
+use dmaload::{Cache, Errno, Error, Image, Layout, LoadOptions, Loader, LoaderBuilder, Route, TraceKind};
 use safetensors::tensor::{Dtype, TensorView, serialize};
 
 const MIB: usize = 1 << 20;
@@ -175,6 +175,29 @@ async fn each_extent_is_populated_once_before_it_is_written() {
             assert_files(&apart, &contents, "apart");
             recorder.assert_all_was_populated(&apart, "apart");
         }
+    }
+}
+
+/// A copier populates memory ahead of a copy if it has time before the bytes arrive. On a busy
+/// machine, it may not, so several loads are tried.
+#[tokio::test]
+async fn memory_is_populated_while_its_bytes_are_read() {
+    let folder = folder();
+    let path = file(folder.path(), "model.bin", &random_bytes(2 * SEGMENT, 9));
+    for pages in [Pages::Auto, Pages::Small] {
+        let loader = builder(MemfdHeap { pages }).build().unwrap();
+        let mut was_ahead = false;
+        for _ in 0..50 {
+            let image = loader.load(&path).options(staged(&loader).trace(true)).await.unwrap();
+            let trace = &image.report().trace;
+            let first_start = |kind: TraceKind| {
+                let starts = trace.iter().filter(|span| span.kind == kind).map(|span| span.start);
+                starts.min().unwrap_or_else(|| panic!("no {kind:?}"))
+            };
+            // Each staged read is followed by a copy, which starts once the bytes have arrived.
+            was_ahead |= first_start(TraceKind::Allocate) < first_start(TraceKind::Copy);
+        }
+        assert!(was_ahead, "{pages:?}: no load populated memory before the first bytes had arrived");
     }
 }
 

@@ -182,3 +182,72 @@ fn panic_of_a_pool_thread_is_reported() {
     assert_eq!(message, "dmaload-test-0: here");
     assert!(!pool.has_completions());
 }
+
+/// Counts calls, and blocks the first copy until it is released.
+#[derive(Debug, Default)]
+struct CountingSink {
+    gate: CopyGate,
+    populated: Mutex<Vec<usize>>,
+}
+
+impl Sink for CountingSink {
+    unsafe fn fill_with(&self, offset: usize, bytes: usize, write: &mut Write<'_>) -> Result<usize, Fault> {
+        // SAFETY: the caller upholds the same contract.
+        unsafe { self.gate.fill_with(offset, bytes, write) }
+    }
+
+    fn populate(&self, offset: usize, _: usize) -> Result<(), Fault> {
+        self.populated.lock().unwrap().push(offset);
+        Ok(())
+    }
+
+    fn runs_foreign_code(&self) -> bool {
+        true
+    }
+}
+
+#[test]
+fn copies_go_before_populating_and_make_it_unnecessary() {
+    let wake = Arc::new(Wake::new().unwrap());
+    let mut pool = ThreadPool::new(Arc::clone(&wake), "test", 1);
+    let sink = Arc::new(CountingSink::default());
+    let from = [7_u8; 64];
+    let mut slots = Slots::new();
+    let place = |offset| Place { sink: Arc::clone(&sink) as Arc<dyn Sink>, offset };
+    let mut token = || slots.insert(());
+    let copy = |token, offset| StagedCopy { token, from: NonNull::from(&from).cast(), to: place(offset), bytes: 64 };
+    // SAFETY: both places outlive all copies, and the sink writes nothing. The same holds below.
+    unsafe { pool.copy(copy(token(), 0)) };
+    sink.gate.wait_until_held(1);
+    // The only thread is busy now, so these wait for it.
+    let requests = [64, 128].map(|offset| PopulateRequest { token: token(), place: place(offset), bytes: 64 });
+    let [needless, needed] = [requests[0].token, requests[1].token];
+    requests.into_iter().for_each(|request| pool.populate(request));
+    // SAFETY: as above.
+    unsafe { pool.copy(copy(token(), 64)) };
+    let mut done = Vec::new();
+    pool.reap(&mut done);
+    assert_eq!(done.iter().map(|done| done.token).collect::<Vec<_>>(), [needless], "the copy populates this place");
+    sink.gate.release(1);
+    sink.gate.wait_until_held(1);
+    assert!(sink.populated.lock().unwrap().is_empty(), "the second copy goes before the other request");
+    sink.gate.release(1);
+    while done.len() < 4 {
+        wake.wait();
+        pool.reap(&mut done);
+    }
+    assert_eq!((done[3].token, done[3].result), (needed, Ok(0)));
+    assert_eq!(*sink.populated.lock().unwrap(), [128]);
+}
+
+#[test]
+fn nothing_is_populated_without_a_thread() {
+    let mut pool = ThreadPool::new(Arc::new(Wake::new().unwrap()), "test", 0);
+    let sink = Arc::new(CountingSink::default());
+    let place = Place { sink: Arc::clone(&sink) as Arc<dyn Sink>, offset: 0 };
+    pool.populate(PopulateRequest { token: Slots::new().insert(()), place, bytes: 64 });
+    let mut done = Vec::new();
+    pool.reap(&mut done);
+    assert_eq!(done.iter().map(|done| done.result).collect::<Vec<_>>(), [Ok(0)]);
+    assert!(sink.populated.lock().unwrap().is_empty());
+}

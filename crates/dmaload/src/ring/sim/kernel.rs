@@ -58,6 +58,8 @@ pub(super) struct SimKernel {
     /// How many reads were refused by file systems so far, plus how many registrations failed
     /// because the memory can't be pinned.
     pub(super) refusals: usize,
+    /// How many requests to populate memory were made so far.
+    pub(super) populate_requests: usize,
 }
 
 impl SimKernel {
@@ -85,6 +87,7 @@ impl SimKernel {
             disk_free_at: Duration::ZERO,
             attached: BTreeMap::new(),
             refusals: 0,
+            populate_requests: 0,
         }
     }
 
@@ -400,6 +403,7 @@ impl Kernel for SimKernel {
     }
 
     fn populate(&mut self, request: PopulateRequest) {
+        self.populate_requests += 1;
         let mut memory = self.memory.borrow_mut();
         let start = memory.address_of(&request.place);
         assert!(memory.is_unpopulated(start), "memory was to be populated twice");

@@ -64,13 +64,13 @@ fn simulate_route(
         copying,
         copiers: 0,
     };
-    let (total, most_out, _) = simulate_machine(&machine);
+    let (total, most_out, ..) = simulate_machine(&machine);
     (total, most_out)
 }
 
 /// Simulates a load. Returns its duration, the peak number of pieces that were being allocated or
-/// filled, and the peak number of reads in flight.
-fn simulate_machine(machine: &TimedMachine) -> (Duration, u64, usize) {
+/// filled, the peak number of reads in flight, and the number of requests to populate memory.
+fn simulate_machine(machine: &TimedMachine) -> (Duration, u64, usize, usize) {
     let &TimedMachine { route, pieces, window_pieces, staging, filled_by_copiers, allocating, reading, copying, copiers } =
         machine;
     let memory: Rc<RefCell<Memory>> = Rc::default();
@@ -124,7 +124,9 @@ fn simulate_machine(machine: &TimedMachine) -> (Duration, u64, usize) {
                     out -= 1;
                     scheduler.give_back(&id, Need { bytes: BLOCK, ..Need::default() });
                 }
-                Output::Event { event: LoadEvent::Gone { .. }, .. } => return (clock.get(), most_out, most_reads),
+                Output::Event { event: LoadEvent::Gone { .. }, .. } => {
+                    return (clock.get(), most_out, most_reads, driver.kernel().populate_requests);
+                }
                 other => panic!("{other:?}"),
             }
         }
@@ -164,8 +166,9 @@ fn bounced_reads_copies_and_allocation_all_overlap() {
 }
 
 /// Simulates staged reads with two copiers that also populate; `copying` covers both. Returns how
-/// long the load took, and the peak number of reads in flight.
-fn simulate_staged(slots: usize, reading: Duration, copying: Duration) -> (Duration, usize) {
+/// long the load took, the peak number of reads in flight, and the number of requests to populate
+/// memory.
+fn simulate_staged(slots: usize, reading: Duration, copying: Duration) -> (Duration, usize, usize) {
     let machine = TimedMachine {
         route: Route::Bounce,
         pieces: PIECES,
@@ -177,8 +180,8 @@ fn simulate_staged(slots: usize, reading: Duration, copying: Duration) -> (Durat
         copying,
         copiers: 2,
     };
-    let (total, _, most_reads) = simulate_machine(&machine);
-    (total, most_reads)
+    let (total, _, most_reads, requests) = simulate_machine(&machine);
+    (total, most_reads, requests)
 }
 
 #[test]
@@ -188,9 +191,18 @@ fn reads_overlap_with_copies_that_populate() {
         // are the bottleneck, the second one starts after two reads.
         let disk = PIECES * reading + copying;
         let copiers = PIECES / 2 * copying + 2 * reading;
-        let (total, _) = simulate_staged(8, reading * MS, copying * MS);
+        let (total, ..) = simulate_staged(8, reading * MS, copying * MS);
         assert_eq!(total, disk.max(copiers) * MS, "reading {reading} ms, copying {copying} ms");
     }
+}
+
+/// Copiers populate memory ahead only while they would otherwise be idle.
+#[test]
+fn memory_is_populated_ahead_unless_copies_are_waiting() {
+    let requests = |reading, copying| simulate_staged(8, reading * MS, copying * MS).2;
+    assert_eq!(requests(10, 5), PIECES as usize, "one request for each read");
+    let busy = requests(1, 20);
+    assert!(busy < PIECES as usize / 2, "{busy} requests although the copiers are always busy");
 }
 
 /// Devices finish all their reads at about the same time. If reads used all slots, reads and
@@ -198,7 +210,7 @@ fn reads_overlap_with_copies_that_populate() {
 #[test]
 fn some_staging_is_left_for_copies() {
     for (slots, most) in [(1, 1), (2, 1), (4, 3), (8, 4), (16, 9)] {
-        let (_, most_reads) = simulate_staged(slots, 10 * MS, MS);
+        let (_, most_reads, _) = simulate_staged(slots, 10 * MS, MS);
         assert_eq!(most_reads, most, "of {slots} slots, one load reads into {most} at once");
     }
 }
