@@ -1,10 +1,11 @@
 //! Memory that is populated by the threads that fill it: copiers, and threads that read through
 //! the page cache.
 //!
-//! Staged reads do not need their destination to be populated. A copier claims an extent,
-//! populates it, and copies the staged bytes to it while the zeroed pages and the staged bytes are
-//! still in the processor's cache. If pages are populated in advance, they have left the cache by
-//! the time their bytes arrive, which costs a third of the speed on virtual disks.
+//! Staged reads do not need their destination to be populated. A copier claims an extent and
+//! populates it, while the extent's bytes are being read or when they have arrived. It then copies
+//! the staged bytes to it, while the zeroed pages and the staged bytes are in the processor's
+//! cache. If a whole batch is populated before it is read, its pages have left the cache by the
+//! time the bytes arrive, which costs a third of the speed on virtual disks.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};

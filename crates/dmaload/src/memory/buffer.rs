@@ -53,8 +53,8 @@ pub(crate) trait Sink: Debug + Send + Sync {
     #[allow(unsafe_code)]
     unsafe fn fill_with(&self, offset: usize, bytes: usize, write: &mut Write<'_>) -> Result<usize, Fault>;
 
-    /// Populates the extents that contain the `bytes` bytes at `offset`, unless they are populated.
-    /// May be called while others write to the same place.
+    /// Populates the extents that contain the `bytes` bytes at `offset`, unless they are
+    /// populated already. May be called while others write to the same place.
     ///
     /// # Errors
     /// [`Fault::Memory`] if memory can't be allocated; the sink keeps the details.

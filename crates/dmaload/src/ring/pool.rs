@@ -288,8 +288,8 @@ impl ThreadPool {
         }
     }
 
-    /// Queues a request to populate memory. If the pool has no thread and can't start one, completes
-    /// it without populating anything: the copy to the same place reports that.
+    /// Queues a request to populate memory. If the pool has no thread and can't start one,
+    /// completes it without populating anything: the copy to the same place reports that.
     pub(crate) fn populate(&mut self, request: PopulateRequest) {
         if self.start_thread_for_any() {
             self.queue(PoolJob::Populate(request));
