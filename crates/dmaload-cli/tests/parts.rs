@@ -150,7 +150,7 @@ fn report_notes_split_tensors_and_empty_shards() {
     assert!(!notes(&["--rank", "1", "--world-size", "2", "--shard-dim", "0"]).contains("split between"));
     // There are 1000 rows for 3000 ranks, so two out of three ranks get none.
     let nothing = (0..6).filter(|rank| {
-        notes(&["--rank", &rank.to_string(), "--world-size", "3000", "--shard-dim", "0"]).contains("nothing of 3 tensors")
+        notes(&["--rank", &rank.to_string(), "--world-size", "3000", "--shard-dim", "0"]).contains("no part of 3 tensors")
     });
     assert_eq!(nothing.count(), 4);
     // If a file has fewer blocks than there are ranks, the first ranks get all of its bytes.
