@@ -1,6 +1,6 @@
-//! Measures how much work the code without system calls does: parsing a header with 200,000
-//! tensors, planning a load, taking permits from the window, and using slots. This is a benchmark
-//! rather than a test:
+//! Measures the cost of code that makes no system calls: parsing a header with 200,000 tensors,
+//! planning a load, taking permits from the window, and using slots. This is a benchmark rather
+//! than a test:
 //!
 //! ```text
 //! cargo test --release -p dmaload --lib instructions::bench -- --ignored --exact --nocapture
@@ -34,7 +34,8 @@ const TIMES: &str = "DMALOAD_INSTRUCTIONS_TIMES";
 
 struct Case {
     name: &'static str,
-    /// The unit to which the work is normalized.
+    /// What the work consists of, such as tensors. The benchmark prints the instructions for each
+    /// of them.
     unit: &'static str,
     units: usize,
     work: Box<dyn Fn()>,
@@ -161,7 +162,7 @@ fn bench() {
                 let each = thrice.saturating_sub(once) / 2;
                 println!(", {each:>10} instructions, {} a {unit}", each / *units as u64);
             }
-            None => println!("; instructions are counted where valgrind is installed"),
+            None => println!("; install valgrind to count instructions"),
         }
     }
 }

@@ -30,7 +30,7 @@
 //! | to | use |
 //! |---|---|
 //! | set a service's memory limit, heap and pool | [`Loader::builder`] |
-//! | name files, folders, open files, or a part of one | [`Source`] |
+//! | name files, folders, open files, or part of a file | [`Source`] |
 //! | choose tensors, a shard, a layout or a route | [`LoadOptions`] |
 //! | get the whole model | [`Image`], by awaiting what [`Loader::load`] returns |
 //! | get single tensors by name while the rest is read | [`Load`] |
@@ -41,7 +41,7 @@
 //! | share loaded memory with other processes | [`share`] |
 //! | verify checksums while bytes are read | the module `verify` (feature `verify`) |
 //! | decide what to do about an error | [`Error::kind`] |
-//! | see how a load went, and every step down from the best [`Route`] | [`Report`] |
+//! | see how a load went, and every fallback to a lower [`Route`] | [`Report`] |
 //! | export metrics | [`Loader::metrics`] |
 //! | find out what this machine offers | [`probe`] |
 //!

@@ -201,9 +201,10 @@ impl LoaderBuilder {
     /// memory skips allocating, zeroing and populating it, which is most of the work on small
     /// pages.
     ///
-    /// Memory is reused for allocations of exactly the same size. With the same segment size,
-    /// these are most segments of any model, but the last segment of a file only if the lengths
-    /// match. Only complete segments that were never handed out are kept. On dma-heaps, none are.
+    /// Memory is reused only for allocations of exactly the same size. As long as the segment size
+    /// stays the same, that applies to most segments of any model. The last segment of a file is
+    /// usually shorter, and its memory is reused only if a later allocation has the same length.
+    /// Only complete segments that were never handed out are kept. On dma-heaps, none are.
     ///
     /// When memory runs short, an allocation frees pooled memory before it fails. Where the kernel
     /// reports memory pressure (PSI), the whole pool is freed as soon as processes have to wait
@@ -285,7 +286,7 @@ impl LoaderBuilder {
     /// [`crate::Error::Config`] for invalid settings; [`crate::Error::Start`] if a thread or
     /// descriptor can't be created; [`crate::Error::NoDmaBuf`] if dma-bufs are required but not
     /// available; [`crate::Error::Panicked`] if the heap panics. If the kernel refuses io_uring,
-    /// that is not an error: loads step down to the next route and report it.
+    /// that is not an error: loads fall back to a lower route and report it.
     pub fn build(self) -> Result<Loader> {
         let (heap, reason) = match self.heap {
             Some(heap) if self.dma_buf && !heap.exports() => {
@@ -346,9 +347,9 @@ mod tests {
         let image = loader.load(file.path()).await.unwrap();
         assert!(has_its_bytes(&image));
         let report = image.report();
-        let measured = report.measured.expect("a load of 512 MiB is measured");
+        let measured = report.measured.expect("a load of 512 MiB should be measured");
         assert!(measured.buffered_bytes_per_second.is_some(), "{measured:?}");
-        // The load chose to read through the page cache, so that is not reported as a step down.
+        // The load chose to read through the page cache, so that is not reported as a fallback.
         assert_eq!((report.route, report.cached_bytes), (Route::UringBuffered, 0));
         let steps: Vec<_> = report.fallbacks.iter().map(|step| (step.to, step.attempt)).collect();
         assert_eq!(steps, [(Route::PreadDirect, Attempt::RingOnOther)]);

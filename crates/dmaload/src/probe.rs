@@ -1,5 +1,5 @@
-//! Finds out which features that loads use are available on this machine. This is for tools that
-//! diagnose problems, such as `dmaload doctor`.
+//! Finds out which of the features that loads use are available on this machine. This is for tools
+//! that diagnose problems, such as `dmaload doctor`.
 //!
 //! Each function tries or measures something in the same way as a load would, and leaves nothing
 //! behind. The functions don't compare versions or look for causes: that is left to the caller,
@@ -122,7 +122,7 @@ pub fn cached_bytes(file: impl AsFd) -> Result<u64, Errno> {
     crate::files::residency::cached_bytes(file).map_err(errno::from_rustix)
 }
 
-/// How much may be allocated before the OOM killer kills a process.
+/// How much memory may be allocated before the OOM killer kills a process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MemoryAvailable {
     /// The number of bytes.

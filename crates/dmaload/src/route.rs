@@ -7,9 +7,10 @@ use dmabuf::Errno;
 
 use crate::support::names;
 
-/// How bytes get into a segment. The variants are in order, best first. A load starts at the
-/// requested route (see [`crate::LoadOptions::route`] for the default) and steps down when the
-/// kernel refuses it. Each step is a [`Fallback`] in the report.
+/// How bytes get into a segment. The variants are in order, best first; a *lower* route is one
+/// that comes later. A load starts at the requested route (see [`crate::LoadOptions::route`] for
+/// the default) and falls back to a lower one if the kernel refuses it. The report lists each
+/// [`Fallback`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum Route {
@@ -27,7 +28,7 @@ pub enum Route {
     /// devices where staged reads are faster.
     Bounce,
     /// io_uring through the page cache, with many reads at once. For network file systems on which
-    /// direct reads are slow, and for callers who request it; a load never steps down to it.
+    /// direct reads are slow, and for callers who request it; a load never falls back to it.
     /// Leaves nothing in the page cache if the kernel and the file system support that
     /// (`RWF_DONTCACHE`).
     UringBuffered,
@@ -40,7 +41,7 @@ impl Route {
     pub const ALL: [Route; 6] =
         [Route::UringFixedDirect, Route::UringDirect, Route::PreadDirect, Route::Bounce, Route::UringBuffered, Route::Buffered];
 
-    /// Returns the route to step down to after this one was refused with `errno`, or `None` if
+    /// Returns the route to fall back to after this one was refused with `errno`, or `None` if
     /// there is no lower route.
     ///
     /// EFAULT means that the memory can't be pinned, so no direct read can target it and the next
@@ -103,11 +104,11 @@ impl FromStr for Route {
     }
 }
 
-/// One step down the ladder.
+/// A fallback from one route to a lower one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Fallback {
-    /// The file whose reads stepped down; `None` if those of several or all files in the load did.
+    /// The file whose reads fell back; `None` if those of several or all files in the load did.
     pub file_index: Option<usize>,
     /// The route that was refused.
     pub from: Route,

@@ -34,8 +34,8 @@ const FREEING_TIME: Duration = Duration::from_secs(10);
 
 impl Engine {
     /// Opens a batch's files, gets its memory, and passes its pieces to the ring thread. If one of
-    /// these steps fails, the load fails. Dropping `permit` and `advance` returns the part of them
-    /// that the batch does not use.
+    /// these steps fails, the load fails. The part of `permit` and `advance` that the batch does
+    /// not use is returned when they are dropped.
     pub(super) fn allocate(
         self: &Arc<Self>,
         load: &Arc<LoadShared>,
@@ -62,7 +62,7 @@ impl Engine {
     ) -> Result<()> {
         let mut sources = Vec::with_capacity(allocation.parts.len());
         for part in &allocation.parts {
-            // Once the load is over, its remaining files need not be opened.
+            // If the load has failed or was dropped, its remaining files need not be opened.
             if load.is_over() {
                 return Ok(());
             }
@@ -82,10 +82,10 @@ impl Engine {
             let files = u64::from(part.small);
             let mut permit = permit.split(Need { bytes: piece.memory_bytes, files, ..Need::default() });
             if part.small && piece.file_offset + piece.bytes >= part.identity.bytes {
-                // A file stays open until it is checked, which may be long after its reads.
-                // Therefore, the file permit of the last piece moves to the file itself. Earlier
-                // pieces return theirs when full, so that a batch with a later piece of the file
-                // does not wait for them.
+                // A file stays open until it is checked, possibly long after its last read.
+                // Therefore, the file itself takes over the file permit of its last piece. Each
+                // earlier piece returns its file permit when it is full. Otherwise, a batch with a
+                // later piece of the same file might wait for that permit.
                 file.hold(permit.split(Need { files, ..Need::default() }));
             }
             let (offset, bytes) = (to_usize(piece.memory_offset), to_usize(piece.memory_bytes));
@@ -122,7 +122,8 @@ impl Engine {
 
     /// Gets the batch's memory and populates it. If `populates_late` is set, memory that has no
     /// pages yet is not populated here, but returned with a sink that will populate it. Memory
-    /// from the pool has its pages, and so does memory that the heap allocates at once.
+    /// from the pool already has its pages, and so does memory from a heap that populates memory
+    /// when it allocates it.
     fn memory_for(
         self: &Arc<Self>,
         load: &Arc<LoadShared>,
@@ -212,16 +213,16 @@ impl Engine {
                     load.heap()
                 )));
             }
-            // The access ends in `Backing::export`. A dma-buf that is never exported, because its
-            // load fails or is dropped, is closed before the access has ended, which is allowed.
+            // `Backing::export` ends this access. If the load fails or is dropped, the dma-buf is
+            // never exported, and is closed before the access has ended. That is allowed.
             dma_buf.begin_cpu_access(Access::ReadWrite).map_err(refused)?;
         }
         let mapping = allocation.range.map(&memory, at, bytes).map_err(refused)?;
         Ok((Backing::new(mapping, memory, self.reaper.clone()), Some(grant)))
     }
 
-    /// Fails if `wanted_bytes` exceeds the available memory, even after emptying the pool and
-    /// waiting until dropped segments are freed.
+    /// Fails if `wanted_bytes` exceeds the available memory. Before failing, empties the pool,
+    /// waits for dropped segments to be freed, and checks again.
     pub(super) fn check_headroom(&self, wanted_bytes: u64) -> Result<()> {
         let short = || headroom().filter(|seen| seen.available_bytes < wanted_bytes);
         match short() {
@@ -246,8 +247,9 @@ impl Engine {
         self.reaper.wait_until_idle(FREEING_TIME) || trimmed > 0
     }
 
-    /// Returns the error for memory that the kernel refused. ENOMEM has several causes. If it was
-    /// caused by a limit, the error names the limit and contains the numbers.
+    /// Returns the load's error for a failed operation on its memory. ENOMEM has several causes.
+    /// If a limit caused it, the error names the limit and says how much memory was requested and
+    /// how much is available.
     pub(super) fn refused(&self, load: &LoadShared, error: dmabuf::Error) -> Error {
         match at_limit(&error, headroom) {
             Some(seen) => self.out_of_memory(error.bytes as u64, seen),
@@ -273,16 +275,16 @@ fn at_limit(error: &dmabuf::Error, measure: impl Fn() -> Option<Headroom>) -> Op
 /// The open file of a piece, and how to read the piece.
 struct OpenPart {
     file: Arc<OpenFile>,
-    /// The initial route for reads of the piece, unless the way that is chosen for the batch
-    /// requires a lower one.
+    /// The initial route for reads of the piece. The way chosen for the batch may require a lower
+    /// route.
     route: Route,
     /// Which chunks of the piece are in the page cache.
     cached: CachedChunks,
 }
 
-/// Chooses how a batch is read, and stops measuring if any of it is in the page cache. A batch
-/// that is wholly in the page cache is copied like a staged one, so its memory need not be
-/// populated in advance.
+/// Chooses how a batch is read. If any of the batch is in the page cache, also stops the load's
+/// measurement of which way of reading is the fastest. A batch that is entirely in the page cache
+/// is copied like a staged one, so its memory need not be populated in advance.
 fn batch_way(load: &LoadShared, allocation: &Allocation, sources: &[OpenPart]) -> Way {
     if sources.iter().any(|source| !source.cached.is_empty()) {
         load.cannot_measure();
@@ -296,8 +298,8 @@ fn batch_way(load: &LoadShared, allocation: &Allocation, sources: &[OpenPart]) -
 /// Opens the piece's file unless it is already open. On opening, checks that the file has not
 /// changed since the load was planned.
 fn open_part(load: &LoadShared, part: &BatchPart) -> Result<OpenPart> {
-    // No lock is held here: opening may wait forever for a server, and recording a fallback emits
-    // an event.
+    // No lock is held here, because opening may wait forever for a server, and recording a
+    // fallback emits a tracing event.
     let file = part.file.get_or_make(|| {
         let file = OpenFile::open(&part.path)?;
         file.check_unchanged(&part.identity)?;
@@ -311,8 +313,9 @@ fn open_part(load: &LoadShared, part: &BatchPart) -> Result<OpenPart> {
     })?;
     let start = load.route_of(part.file_index);
     let route = if file.direct_refused().is_some() && start.is_direct() { Route::Buffered } else { start };
-    // Chunks are not copied straight from the page cache if bytes are observed in staging, because
-    // they must pass through it. Buffered reads copy from the page cache anyway.
+    // If the load's bytes are observed in staging, all of them must pass through staging, so no
+    // chunk is copied straight from the page cache. Buffered reads copy from the page cache
+    // anyway.
     let takes_cached = load.options.takes_cached() && !load.is_observed_in_staging() && route.is_direct();
     let piece = &part.piece;
     let range = piece.file_offset..piece.file_offset + piece.bytes;
@@ -336,7 +339,7 @@ mod tests {
         assert_eq!(
             at_limit(&refused(Errno::ENOMEM), have(1000)),
             None,
-            "enough memory is available, so the refusal has another cause"
+            "enough memory was available, so the error must not name a limit"
         );
         assert_eq!(at_limit(&refused(Errno::ENOMEM), || None), None);
         assert_eq!(at_limit(&refused(Errno::EMFILE), have(0)), None);

@@ -66,7 +66,7 @@ pub(crate) struct Allocated {
 impl Allocation {
     /// Describes the whole batch.
     pub(crate) fn allocated(&self) -> Allocated {
-        let first = self.parts.first().expect("a batch has pieces");
+        let first = self.parts.first().expect("a batch should have at least one piece");
         Allocated {
             file_index: first.file_index,
             segment: first.piece.segment,

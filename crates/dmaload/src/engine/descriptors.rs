@@ -16,7 +16,7 @@ pub(super) fn max_batch_files() -> usize {
     usize::try_from(max_open_files() / 4).unwrap_or(usize::MAX).clamp(1, BATCH_FILES)
 }
 
-/// The maximum number of allocations of one load that hold a descriptor.
+/// The maximum number of allocations with a descriptor that one load may have.
 pub(super) fn max_allocations() -> u64 {
     // Without procfs, assume more descriptors than a process usually has open.
     let open = fs::read_dir("/proc/self/fd").map_or(64, |entries| entries.count() as u64);

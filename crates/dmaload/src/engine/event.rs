@@ -40,7 +40,7 @@ pub(crate) struct LoadFile {
     pub(crate) is_known: bool,
     /// Whether the load reads any byte of the file.
     pub(crate) has_segments: bool,
-    /// The index that lists the file, preceded by the folder that contains the index.
+    /// If an index lists the file: the folder that contains the index, and the index itself.
     pub(crate) index: Option<(PathBuf, Arc<Index>)>,
 }
 
@@ -50,8 +50,8 @@ pub(crate) struct LoadFile {
 pub struct Progress {
     /// The number of bytes to load; 0 until the load is planned.
     pub planned_bytes: u64,
-    /// The number of bytes whose memory was allocated and populated so far.
+    /// The number of bytes for which memory has been allocated and populated so far.
     pub allocated_bytes: u64,
-    /// The number of bytes that were read so far.
+    /// The number of bytes read so far.
     pub read_bytes: u64,
 }

@@ -2,10 +2,10 @@
 //! the page cache.
 //!
 //! Staged reads do not need their destination to be populated. A copier claims an extent and
-//! populates it, while the extent's bytes are being read or when they have arrived. It then copies
-//! the staged bytes to it, while the zeroed pages and the staged bytes are in the processor's
-//! cache. If a whole batch is populated before it is read, its pages have left the cache by the
-//! time the bytes arrive, which costs a third of the speed on virtual disks.
+//! populates it while the extent's bytes are being read, or after they have arrived. It then
+//! copies the staged bytes to the extent while the zeroed pages and the staged bytes are still in
+//! the processor's cache. If a whole batch is populated before it is read, its pages have left the
+//! cache by the time the bytes arrive. On virtual disks, that makes loads a third slower.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -34,7 +34,7 @@ pub(super) fn extent_bytes(pages: Pages) -> usize {
 /// In measurements, 512 KiB was faster than 256 KiB, 1 MiB and 2 MiB: see docs/performance.md.
 const SMALL_EXTENT_BYTES: usize = 512 << 10;
 
-/// A batch of an allocation, populated as its bytes arrive.
+/// A batch whose memory is populated while its bytes are being read.
 #[derive(Debug)]
 pub(super) struct Filling {
     engine: Arc<Engine>,
@@ -126,12 +126,12 @@ impl Filling {
 #[allow(unsafe_code)]
 impl Sink for Filling {
     unsafe fn fill_with(&self, offset: usize, bytes: usize, write: &mut Write<'_>) -> std::result::Result<usize, Fault> {
-        assert!(self.batch.start <= offset && offset + bytes <= self.batch.end, "a piece lies within its batch");
+        assert!(self.batch.start <= offset && offset + bytes <= self.batch.end, "a piece must lie within its batch");
         let mut done = 0;
         while done < bytes {
             let (number, extent) = self.extent_at(offset + done);
             let here = extent.end.min(offset + bytes) - (offset + done);
-            let slot = self.extents.get(number).expect("the extents cover the batch");
+            let slot = self.extents.get(number).expect("the extents should cover the whole batch");
             slot.get_or_make(|| self.populate_extent(extent)).map_err(Fault::Memory)?;
             // SAFETY: this part lies within `offset..offset + bytes`, to which the caller
             // guarantees exclusive access. The heap no longer writes to the extent either: it
@@ -156,12 +156,12 @@ impl Sink for Filling {
 
     fn populate(&self, offset: usize, bytes: usize) -> std::result::Result<(), Fault> {
         let end = offset + bytes;
-        assert!(self.batch.start <= offset && end <= self.batch.end, "a piece lies within its batch");
+        assert!(self.batch.start <= offset && end <= self.batch.end, "a piece must lie within its batch");
         let mut at = offset;
         while at < end {
             let (number, extent) = self.extent_at(at);
             at = extent.end;
-            let slot = self.extents.get(number).expect("the extents cover the batch");
+            let slot = self.extents.get(number).expect("the extents should cover the whole batch");
             slot.get_or_make(|| self.populate_extent(extent)).map_err(Fault::Memory)?;
         }
         Ok(())

@@ -169,16 +169,16 @@ impl Guard {
         let shared = Arc::new(LoadShared::new(id, options, keep, inputs, &engine.facts, Arc::clone(&engine.counters), events));
         let submit = || engine.jobs.submit(id, Arc::clone(&shared));
         if let Err(error) = checked.and_then(|()| submit().then_some(()).ok_or_else(|| engine.end_reason())) {
-            // The scheduler does not know the load, so the teller never delivers to its consumer.
-            // This thread has to.
+            // The scheduler does not know this load, so the teller will never deliver the error to
+            // its consumer. This thread does so instead.
             let mut remains = vec![shared.fail(error)];
-            assert_eq!(shared.deliver(&mut remains), HandOverStatus::Over, "a load that has failed is over");
+            assert_eq!(shared.deliver(&mut remains), HandOverStatus::Over, "a load must have ended once its error is delivered");
         }
         (outbox, shared)
     }
 
-    /// Records that the consumer of a stream has taken a segment of this much memory, so the load
-    /// may allocate as much again.
+    /// Records that the consumer of a stream has taken a segment with `bytes` bytes of memory, so
+    /// the load may allocate as much again.
     pub(crate) fn consumed(&self, load: LoadId, bytes: u64) {
         self.engine.jobs.update_accounts(|scheduler| scheduler.consumed(&load, bytes));
     }
@@ -221,7 +221,7 @@ impl Guard {
             foreign::discard(foreign::call(|| done.send(left)));
         };
         if thread::Builder::new().name("dmaload-close".to_owned()).spawn(body).is_err() {
-            // Without a thread that waits for it, treat the deadline as passed.
+            // No thread could be started to wait for the deadline, so treat it as passed.
             engine.ring.give_up();
         }
         async move { answer.await.unwrap_or_else(|_| engine.left_now()) }

@@ -2,13 +2,14 @@
 //!
 //! A change that may make a job available wakes one worker. A worker that got a job wakes the next
 //! one, because more jobs may have become available. `just loom` runs the tests in `tests` with
-//! every interleaving of their threads, up to three preemptions.
+//! every interleaving of their threads that has at most three preemptions.
 //!
 //! Workers also drop the files and memory of loads that have ended. Closing a file may block, so
 //! at most one worker at a time closes a load's files.
 //!
 //! Another thread runs [`Jobs::watch`]. It finds workers that have waited too long for files (see
-//! [`super::workers`]). While loads wait for others to end, it also finds silent file systems.
+//! [`super::workers`]). While loads wait for others to end, it also finds file systems that have
+//! stopped responding. The code calls these *silent*.
 
 use std::any::Any;
 use std::collections::{HashMap, VecDeque};
@@ -22,9 +23,9 @@ use crate::support::foreign;
 use crate::support::id::LoadId;
 use crate::support::sync::{Condvar, Mutex, MutexGuard};
 
-/// How often to check for silent file systems while loads wait for others to end. A file system
-/// that holds permits and returns none between two checks is silent. In that time, even a server
-/// that delivers only 4 MiB/s completes a batch of 16 MiB.
+/// How often to check for file systems that have stopped responding, while loads wait for others
+/// to end. A file system has stopped responding if its loads hold permits and return none between
+/// two checks. In that time, even a server that delivers only 4 MiB/s completes a batch of 16 MiB.
 const SILENCE_CHECK_INTERVAL: Duration = Duration::from_secs(5);
 
 /// The job queue; see the module documentation. `T` is a load.
@@ -73,8 +74,8 @@ struct Schedule<T> {
     silence_checked_at: Instant,
 }
 
-/// Identifies a group of values that are left of a load. At most one worker at a time drops values
-/// of a group.
+/// Identifies a group of values that belonged to a load and have yet to be dropped. At most one
+/// worker at a time drops values from a group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum DropKey {
     /// The load's files. Closing them may wait for a server.
@@ -94,7 +95,8 @@ impl DropKey {
 /// Values that workers have to drop.
 #[derive(Debug, Default)]
 struct DropQueue {
-    /// The values of each group. Includes groups that a worker is dropping; those may be empty.
+    /// The values in each group. A group that a worker is dropping stays in the map and may be
+    /// empty.
     parts: HashMap<DropKey, Vec<Box<dyn Any + Send>>>,
     /// The groups that no worker is dropping, in the order in which they are taken.
     order: VecDeque<DropKey>,
@@ -113,14 +115,14 @@ impl DropQueue {
     /// must call [`Self::dropped`] once it has dropped them.
     fn take(&mut self) -> Option<(DropKey, Vec<Box<dyn Any + Send>>)> {
         let left = self.order.pop_front()?;
-        let part = self.parts.get_mut(&left).expect("a group is kept until it is dropped");
+        let part = self.parts.get_mut(&left).expect("a group should be kept until its values are dropped");
         Some((left, std::mem::take(part)))
     }
 
     /// Records that the values taken from a group were dropped, so another worker may take those
     /// added since.
     fn dropped(&mut self, left: DropKey) {
-        if self.parts.get(&left).expect("a group is kept until it is dropped").is_empty() {
+        if self.parts.get(&left).expect("a group should be kept until its values are dropped").is_empty() {
             self.parts.remove(&left);
         } else {
             self.order.push_back(left);
@@ -185,7 +187,7 @@ impl<T: Clone> Jobs<T> {
         self.changed.notify_one();
     }
 
-    /// Schedules follow-up jobs of a load, unless it was forgotten in the meantime.
+    /// Schedules follow-up jobs for a load, unless it was forgotten in the meantime.
     pub(super) fn schedule_follow_ups(&self, id: LoadId, follow_ups: FollowUpJobs) {
         if follow_ups == FollowUpJobs::default() {
             return;
@@ -207,8 +209,8 @@ impl<T: Clone> Jobs<T> {
     pub(super) fn give_back(&self, load: LoadId, need: Need) {
         let mut schedule = self.schedule();
         schedule.scheduler.give_back(&load, need);
-        // If the permit's file system was silent, its loads count as open again, so waiting loads
-        // may lack places.
+        // If the permit's file system had stopped responding, its loads now count as open again.
+        // Loads that wait to be opened may then have to wait for open ones to end.
         self.wake_watch_for_places(&mut schedule);
         drop(schedule);
         self.changed.notify_one();
@@ -351,8 +353,8 @@ impl<T: Clone> Jobs<T> {
         }
     }
 
-    /// Waits until workers have become stalled or substitutes are missing; `None` when workers may
-    /// end.
+    /// Waits until workers become stalled or substitutes for them are missing. Returns `None` once
+    /// workers may end.
     pub(super) fn watch(&self) -> Option<WatchReport> {
         let mut schedule = self.schedule();
         while !schedule.finished {
@@ -360,8 +362,8 @@ impl<T: Clone> Jobs<T> {
             if pause.is_none() {
                 schedule.watch_sleeps = true;
                 schedule = crate::support::sync::wait(&self.watch, schedule);
-                // Sleep for the whole time that a worker may wait, even if its task ends sooner:
-                // most tasks last for microseconds, and must not wake this thread each time.
+                // Sleep until the worker could have become stalled, even if its task ends sooner.
+                // Most tasks take microseconds, and must not wake this thread each time.
                 pause = (!schedule.finished).then(|| schedule.workers.patience());
             }
             let Some(pause) = pause else { break };
@@ -374,13 +376,14 @@ impl<T: Clone> Jobs<T> {
         None
     }
 
-    /// Finds silent file systems and stalled workers, suspends the loads of these workers, and
-    /// hires the workers that are missing.
+    /// Finds file systems that have stopped responding, and stalled workers. Suspends the loads of
+    /// the stalled workers, and hires the workers that are missing.
     fn find_stalled(&self, schedule: &mut Schedule<T>, now: Instant) -> WatchReport {
         if schedule.next_silence_check(now) == Some(Duration::ZERO) {
             schedule.silence_checked_at = now;
             if schedule.scheduler.find_silent_file_systems() {
-                // Loads of silent file systems no longer count as open, so others may be opened.
+                // Loads from file systems that have stopped responding no longer count as open, so
+                // other loads may be opened.
                 self.changed.notify_one();
             }
         }
@@ -415,7 +418,7 @@ impl<T: Clone> Jobs<T> {
         self.changed.notify_all();
     }
 
-    /// How much of the window is taken, and how many loads are open.
+    /// Returns how many bytes of the window are taken, and how many loads are open.
     #[cfg(test)]
     pub(super) fn taken(&self) -> (u64, usize) {
         let schedule = self.schedule();

@@ -17,9 +17,9 @@
 //! The engine decides which job to run next, and runs it on one of its threads. It does no I/O
 //! itself: [`crate::files`] opens files, [`crate::memory`] allocates, and [`crate::ring`] reads.
 //!
-//! The engine needs threads and one eventfd. The kernel may refuse io_uring, `O_DIRECT` or huge
-//! pages. A load that does not require what was refused continues without it, and says so in its
-//! report.
+//! The engine cannot start without its threads and one eventfd. The kernel may refuse io_uring,
+//! `O_DIRECT` or huge pages. A load that does not require what was refused continues without it,
+//! and says so in its report.
 //!
 //! Shutdown: the engine closes when its [`Guard`] is dropped, on request, or after the ring thread
 //! or the teller has panicked. Loads that are still running fail. The ring thread finishes its
@@ -116,7 +116,7 @@ impl WindowPermit {
     /// # Panics
     /// If `part` exceeds what this permit still holds.
     fn split(&mut self, part: Need) -> WindowPermit {
-        let left = |all: u64, part: u64| all.checked_sub(part).expect("the permit of a batch covers all of its pieces");
+        let left = |all: u64, part: u64| all.checked_sub(part).expect("a batch's permit should cover all of its pieces");
         let (bytes, files) = (left(self.need.bytes, part.bytes), left(self.need.files, part.files));
         self.need = Need { bytes, files, held_bytes: 0, ..self.need };
         let need = Need { file_system: self.need.file_system, ..part };
@@ -134,7 +134,7 @@ impl Drop for WindowPermit {
 }
 
 /// Bytes that were taken from the memory budget for a batch. They are returned on drop, unless
-/// they were charged to an allocation before.
+/// they have been charged to an allocation.
 #[derive(Debug)]
 struct BudgetPermit {
     engine: Arc<Engine>,
@@ -277,7 +277,7 @@ impl Engine {
         }
     }
 
-    /// Queues the remains of a load, to be dropped by a worker.
+    /// Queues what is left of a load, for a worker to drop.
     fn defer_drop(&self, load: LoadId, remains: impl IntoIterator<Item = DeferredDrop>) {
         for (memory, files) in remains.into_iter().map(DeferredDrop::parts) {
             self.jobs.defer_drop(DropKey::Memory(load), memory);
@@ -313,8 +313,8 @@ impl Engine {
     }
 }
 
-/// Returns the error for a panic on one of our threads that was not caught around a call of the
-/// caller's code.
+/// Returns the error for a panic on one of our threads, other than a panic that was caught at a
+/// call to the caller's code.
 fn bug_error(thread: &str, message: String) -> Error {
     Error::Panicked { code: format!("{thread} of dmaload (a bug in dmaload, or in a tracing subscriber)"), message }
 }

@@ -82,7 +82,7 @@ impl Engine {
         self.ring.begin(spec, Arc::clone(&load.abandoned));
         self.jobs.opened(load.id, LoadNeeds { batches, reserved_bytes, ahead_bytes, priority });
         if load.keep {
-            // Deliver the files: a consumer may be waiting for their tensors.
+            // Deliver the list of files, because a consumer may be waiting for their tensors.
             self.queue_delivery(load);
         }
     }
@@ -133,9 +133,9 @@ impl Engine {
         headroom().map_or(usual, |seen| usual.min(seen.available_bytes / 2))
     }
 
-    /// Refuses loads that can't fit into memory. This is decided by the lengths of the spans
-    /// alone, before a plan is made: a file may claim any length, and the cost of planning grows
-    /// with the length. Returns the shape to plan with.
+    /// Refuses loads that can't fit into memory, and returns the shape to plan with. Looks only at
+    /// the lengths of the spans, and runs before a plan is made, because a file may claim any
+    /// length and the cost of planning grows with the length.
     fn check_size(&self, load: &LoadShared, shape: Shape, spans: &[Span], alignments: &[u64]) -> Result<Shape> {
         let length = |span: &Span| span.range.end - span.range.start;
         let memory = |span: &Span| {
@@ -231,8 +231,8 @@ fn plan_all(engine: &Engine, load: &LoadShared, limit: Option<SizeLimit>) -> Res
         selector.check_all_matched()?;
         selector.notes().into_iter().for_each(|note| load.note(Some(note)));
     }
-    // Check now only if all headers have been read. Those of small files are read later, and if
-    // only a byte range is loaded, none are read.
+    // Check now only if all headers have been read. The headers of small files are read later, and
+    // a load of a byte range reads no headers.
     let is_read = selector.as_ref().is_none_or(|selector| selector.needs_tensors() || selector.cuts_bytes());
     if is_read && !load.is_over() && !files.iter().any(|file| file.small) {
         let own = files.iter().map(|file| file.tensors.as_deref().map(|tensors| &*tensors.map));
@@ -305,8 +305,8 @@ fn count_allocations(lengths: &[u64], segment_bytes: u64, packed: bool) -> u64 {
     shared.div_ceil(segment_bytes / 4 * 3) + shape.count_pieces(large.into_iter())
 }
 
-/// Returns the memory of the tensor that needs the most: the total size of the allocations that
-/// the tensor lies in.
+/// Returns the largest amount of memory that any tensor needs: the total size of the allocations
+/// that contain it.
 fn largest_tensor(plan: &Plan, files: &[FilePlan]) -> u64 {
     let mut largest = 0;
     for (number, file) in files.iter().enumerate() {
@@ -367,7 +367,7 @@ fn begin_verifying(load: &LoadShared, files: &[FilePlan]) -> Result<()> {
     if let Some((path, _)) = named.and_then(|named| lengths.get(named)).filter(|_| is_of_one_file) {
         load.note(Some(format!("of {} files, only {} was verified", lengths.len(), printable::path(path))));
     }
-    assert!(load.verified.set(described).is_ok(), "a load is planned once");
+    assert!(load.verified.set(described).is_ok(), "a load must be planned only once");
     observation.watch.verify_by(observer?);
     Ok(())
 }
@@ -471,11 +471,11 @@ fn plan_file(
     Ok(PlannedFile { plan: planned, spans, fallback, cut })
 }
 
-/// Returns [`LoadShared::starting_route`]. Emits an event if the load would start at a better
-/// route, were its bytes not observed in staging.
+/// Returns [`LoadShared::starting_route`]. Emits an event if the load starts at a slower route
+/// only because its bytes are observed in staging.
 ///
 /// # Errors
-/// [`Error::Config`] if the load is strict and would start at a better route otherwise.
+/// [`Error::Config`] if the load is strict and starts at a slower route for that reason.
 fn starting_route(load: &LoadShared) -> Result<Route> {
     let options = &load.options;
     let route = load.starting_route();
@@ -496,14 +496,14 @@ fn starting_route(load: &LoadShared) -> Result<Route> {
     Ok(route)
 }
 
-/// Returns the best route for reads into staging: the requested route if it is above bounce,
+/// Returns the best route for reads into staging: the requested route if it is better than bounce,
 /// otherwise `uring-fixed-direct`.
 pub(super) fn staged_by(options: &LoadOptions) -> Route {
     options.route.filter(|&route| route < Route::Bounce).unwrap_or(Route::UringFixedDirect)
 }
 
-/// Returns the best route for reads of this file. Threads read it if it is in memory and the load
-/// requests no route; otherwise, a ring does.
+/// Returns the best route for reads of this file. A file in memory is read directly by threads
+/// unless the load requests a route, and any other file is read directly by a ring.
 pub(super) fn best_route(file: &OpenFile, options: &LoadOptions) -> Route {
     if file.in_memory && options.route.is_none() { Route::PreadDirect } else { Route::UringFixedDirect }
 }
@@ -519,8 +519,8 @@ pub(super) struct FileRoute {
 /// refused, if a ring must not read the file, or if [`best_route`] is lower.
 ///
 /// # Errors
-/// [`Error::Refused`] if the load is strict and `from` was refused. For [`Route::Bounce`], also if
-/// a ring must not do the reads into staging.
+/// [`Error::Refused`] if the load is strict and `from` was refused. If `from` is
+/// [`Route::Bounce`], also if the load is strict and a ring must not do the reads into staging.
 pub(super) fn route_for(file: &OpenFile, index: usize, offset: u64, load: &LoadShared, from: Route) -> Result<FileRoute> {
     let strict = load.options.strict;
     let staged_by = staged_by(&load.options);

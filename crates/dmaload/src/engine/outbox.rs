@@ -2,8 +2,8 @@
 //! wait for them.
 //!
 //! Any number of waiters may wait, each with one [`Interest`]. An event wakes only the waiters
-//! that it can satisfy. Whichever waiter is polled takes the events for all, so a waiter that is
-//! alive but no longer polled does not hold up the others.
+//! that it can satisfy. Whichever waiter is polled takes the events on behalf of all waiters, so a
+//! waiter that is alive but no longer polled does not hold up the others.
 //!
 //! Wakers are the caller's code: they are cloned, called and dropped without the lock. If one
 //! panics, only its own waiter gets an error, and only once. No event is lost: the next wait
@@ -54,7 +54,7 @@ impl Audience {
     }
 }
 
-/// The events that were not taken yet, and the waiters for further ones.
+/// The events that have not been taken yet, and the waiters for further events.
 #[derive(Debug, Default)]
 pub(crate) struct Outbox {
     state: Mutex<OutboxState>,
@@ -104,7 +104,7 @@ impl Outbox {
         state.events.pop_front().or_else(|| closed.then_some(Event::Failed(Error::ShutDown)))
     }
 
-    /// Changes the state, and wakes the waiters that the change concerns.
+    /// Changes the state, and wakes the waiters in `audience`.
     fn change(&self, audience: &Audience, change: impl FnOnce(&mut OutboxState)) {
         let woken = {
             let mut state = self.state();
@@ -150,7 +150,7 @@ impl Drop for Announcer {
 pub(crate) struct Waiter {
     outbox: Arc<Outbox>,
     number: u64,
-    /// The interest of its last registration; `None` after [`Self::unregister`].
+    /// The interest of the waiter's last registration; `None` after [`Self::unregister`].
     interest: Option<Interest>,
     /// The panic message, if a waker of the current wait has panicked.
     panic: Arc<OnceLock<String>>,
@@ -210,7 +210,7 @@ impl Waiter {
         let registration = Registration { waker: Foreign::new(waker.clone()), panic: Arc::clone(&self.panic) };
         self.interest = Some(interest);
         let before = self.outbox.state().waiting.insert((interest, self.number), registration);
-        debug_assert!(before.is_none(), "a waiter has at most one registration");
+        debug_assert!(before.is_none(), "a waiter must have at most one registration");
     }
 
     fn unregister(&mut self) {
@@ -260,7 +260,7 @@ mod tests {
         Interest::Byte { file_index, offset }
     }
 
-    /// Queues an event in place of a segment, and wakes the waiters that the segment would.
+    /// Queues an event in place of a segment, and wakes the waiters that the segment would wake.
     fn announce(announcer: &Announcer, file_index: usize, range: Range<u64>) {
         let audience = Audience::Bytes { file_index, range };
         announcer.0.change(&audience, |state| state.events.push_back(Event::Planned(Vec::new())));
@@ -362,7 +362,7 @@ mod tests {
         announcer.send(Event::Planned(Vec::new()));
         assert_eq!(counts(&waiters), [0, 1, 1, 0, 0, 1, 0]);
         announcer.send(Event::Failed(Error::ShutDown));
-        assert_eq!(counts(&waiters), [1; 7], "the end wakes all waiters");
+        assert_eq!(counts(&waiters), [1; 7], "the end of the load should wake all waiters");
     }
 
     #[test]

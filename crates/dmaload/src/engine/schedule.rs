@@ -8,13 +8,13 @@
 //! wait. Small loads can't starve a large one either, because not every load may overtake one that
 //! waits:
 //!
-//! - If the load already holds bytes of the window, any load may.
+//! - If the waiting load already holds bytes of the window, any load may overtake it.
 //! - If it holds none, but other loads from its file system do, only loads from other file systems
-//!   may.
-//! - If no load from its file system holds any, no load may.
+//!   may overtake it.
+//! - If no load from its file system holds any, no load may overtake it.
 //!
-//! The number of open loads is bounded; further loads wait in order of arrival. Loads with a
-//! higher priority go first.
+//! The number of open loads is bounded; further loads wait in order of arrival. Among the open
+//! loads, those with a higher priority get memory first.
 //!
 //! If memory is limited, loads start in order of arrival, each once there is enough free memory
 //! for its reservation (see [`crate::memory::budget`]). A load that holds its share is passed over
@@ -26,8 +26,9 @@
 //! A stalled load gets no further jobs that may wait for files, does not hold up others, and does
 //! not count as open if the stalled job is the one that opens it.
 //!
-//! A file system is *silent* while it holds permits of the window and has not returned any for a
-//! long time ([`Scheduler::find_silent_file_systems`]). Loads from silent file systems, up to
+//! A file system is *silent*, meaning that it has stopped responding, if loads from it hold bytes
+//! of the window and have not returned any for a long time
+//! ([`Scheduler::find_silent_file_systems`]). Loads from silent file systems, up to
 //! [`MOST_SILENT`] in total, don't count as open either. Otherwise, they would keep loads from
 //! other file systems from being opened.
 
@@ -84,11 +85,11 @@ impl<L> Job<L> {
 pub(crate) struct LoadNeeds {
     /// The needs of each batch, in order.
     pub(crate) batches: Vec<Need>,
-    /// How much the load must be able to hold to make progress.
+    /// How many bytes of memory the load must be able to hold to make progress.
     pub(crate) reserved_bytes: u64,
-    /// How much memory may be ahead of the consumer, that is, allocated and not taken yet. A
-    /// larger allocation is made only while no other is ahead. `None` if the consumer keeps the
-    /// whole load anyway.
+    /// How much memory may be allocated that the consumer has not taken yet. An allocation that
+    /// would exceed this is made only once the consumer has taken everything before it. `None` if
+    /// the consumer keeps the whole load anyway.
     pub(crate) ahead_bytes: Option<u64>,
     pub(crate) priority: Priority,
 }
@@ -131,8 +132,8 @@ impl<L> LoadTurn<L> {
     }
 }
 
-/// The maximum number of loads that do not count as open because their file systems are silent.
-/// Bounded, because each of them has open files.
+/// The maximum number of loads that do not count as open because their file systems have stopped
+/// responding. It is bounded because each of these loads has open files.
 const MOST_SILENT: usize = 64;
 
 /// Decides which job is next; see the module documentation.
@@ -155,7 +156,7 @@ pub(crate) struct Scheduler<L> {
     stalled: Vec<L>,
     /// The loads whose opening is stalled, including forgotten ones.
     stalled_opening: Vec<L>,
-    /// Checks of stalled loads, set aside until the load resumes.
+    /// [`Job::Check`] jobs of stalled loads, set aside until the loads resume.
     parked: VecDeque<Job<L>>,
     /// File systems that have held permits since the last check and returned none.
     watched: Vec<u64>,
@@ -244,7 +245,8 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         self.open.saturating_sub(self.stalled_opening.len() + self.silent_loads())
     }
 
-    /// How many loads hold or wait for permits of silent file systems; at most [`MOST_SILENT`].
+    /// Returns how many loads hold or wait for bytes of the window for reads from silent file
+    /// systems, but at most [`MOST_SILENT`].
     fn silent_loads(&self) -> usize {
         if self.silent.is_empty() {
             return 0;
@@ -260,7 +262,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         loads.len().min(MOST_SILENT)
     }
 
-    /// Whether loads wait for open ones to end.
+    /// Whether loads wait to be opened because the maximum number of loads is open.
     pub(crate) fn lacks_places(&self) -> bool {
         !self.waiting.is_empty() && self.counted_open() >= self.max_open
     }
@@ -324,13 +326,13 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         for priority in Priority::DOWN {
             let mut at = 0;
             while let Some(turn) = self.turns.get(at) {
-                let need = *turn.demand.batches.get(turn.next).expect("a load whose last batch was handed out has no turn");
+                let need = *turn.demand.batches.get(turn.next).expect("a load with a turn should have a next batch");
                 if turn.demand.priority != priority || !turn.admitted || self.stalled.contains(&turn.load) {
                     at += 1;
                     continue;
                 }
-                // A load that is far ahead is held up by its consumer, and does not hold up
-                // others.
+                // A load that is far ahead of its consumer has to wait for it, but does not hold
+                // up other loads.
                 if turn.is_far_ahead(need) || waited_for.contains(&need.file_system) {
                     at += 1;
                     continue;
@@ -424,7 +426,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
     pub(crate) fn consumed(&mut self, load: &L, bytes: u64) {
         // A load whose last batch was handed out has no turn any more.
         if let Some(turn) = self.turns.iter_mut().find(|turn| turn.load == *load) {
-            turn.ahead = turn.ahead.checked_sub(bytes).expect("a consumer takes only allocated memory");
+            turn.ahead = turn.ahead.checked_sub(bytes).expect("a consumer should take only allocated memory");
         }
     }
 

@@ -102,15 +102,17 @@ impl Settings {
             || load.segment_bytes.is_some() && segment_bytes % SEGMENT_STEP_BYTES != 0
             || segment_bytes > LARGEST_SEGMENT_BYTES
         {
-            return wrong(format!("the segment size must be a multiple of 2 MiB and at most 1 GiB, not {segment_bytes} bytes"));
+            return wrong(format!(
+                "the segment size must be a multiple of 2 MiB and at most 1 GiB, but is {segment_bytes} bytes"
+            ));
         }
         if chunk_bytes == 0 || chunk_bytes % CHUNK_STEP_BYTES != 0 || chunk_bytes > LARGEST_SEGMENT_BYTES {
-            return wrong(format!("the chunk size must be a multiple of 64 KiB and at most 1 GiB, not {chunk_bytes} bytes"));
+            return wrong(format!("the chunk size must be a multiple of 64 KiB and at most 1 GiB, but is {chunk_bytes} bytes"));
         }
         let most = load.importer.max_segment_bytes;
         if load.segment_bytes.is_some_and(|bytes| bytes > most) || most < MIB {
             return wrong(format!(
-                "max_segment_bytes must be at least 1 MiB and at least the segment size ({segment_bytes} bytes), not {most} bytes"
+                "max_segment_bytes must be at least 1 MiB and at least the segment size ({segment_bytes} bytes), but is {most} bytes"
             ));
         }
         let alignment = load.importer.alignment_bytes;
@@ -126,7 +128,7 @@ impl Settings {
         Selector::new(&load.select)?;
         if self.memory_limit_bytes < SEGMENT_STEP_BYTES {
             return wrong(format!(
-                "the memory limit must be at least 2 MiB, the smallest segment size, not {} bytes",
+                "the memory limit must be at least 2 MiB, the smallest segment size, but is {} bytes",
                 self.memory_limit_bytes
             ));
         }
@@ -137,23 +139,23 @@ impl Settings {
             ));
         }
         if self.queue_depth == 0 || self.queue_depth > 4096 {
-            return wrong(format!("the queue depth must be from 1 to 4096, not {}", self.queue_depth));
+            return wrong(format!("the queue depth must be between 1 and 4096, but is {}", self.queue_depth));
         }
         if self.staging_bytes < STAGING_SLOT_BYTES || self.staging_bytes > LARGEST_SEGMENT_BYTES {
-            return wrong(format!("staging must be from 2 MiB to 1 GiB, not {} bytes", self.staging_bytes));
+            return wrong(format!("staging must be between 2 MiB and 1 GiB, but is {} bytes", self.staging_bytes));
         }
         Ok(())
     }
 
     /// Returns the largest segment size at which the maximum number of open loads can each hold
-    /// one segment within the memory limit. It is never less than [`SEGMENT_STEP_BYTES`]. `None`
-    /// if memory is not limited.
+    /// one segment within the memory limit. It is never less than [`SEGMENT_STEP_BYTES`]. Returns
+    /// `None` if memory is not limited.
     pub(crate) fn share_bytes(&self) -> Option<u64> {
         let share = self.memory_limit_bytes / self.max_open_loads as u64 / SEGMENT_STEP_BYTES * SEGMENT_STEP_BYTES;
         (self.memory_limit_bytes < u64::MAX).then_some(share.max(SEGMENT_STEP_BYTES))
     }
 
-    /// Returns the limits that the ring thread has to keep.
+    /// Returns the limits that the ring thread must stay within.
     pub(crate) fn ring_limits(&self) -> RingLimits {
         RingLimits {
             depth: self.queue_depth,

@@ -44,7 +44,7 @@ pub(crate) struct LoadShared {
     pub(crate) options: LoadOptions,
     /// Whether the load keeps all of its segments in memory at once.
     pub(crate) keep: bool,
-    /// The requested files and folders. Emptied once the load is over, because they may include
+    /// The requested files and folders. Emptied once the load has ended, because they may include
     /// open files.
     inputs: Mutex<Arc<[Input]>>,
     /// The files, once they are known.
@@ -119,11 +119,11 @@ struct FileState {
     pieces_left: usize,
     /// The initial route for reads of this file.
     start: Route,
-    /// The lowest route by which any byte of this file was read.
+    /// The lowest route through which any byte of this file was read.
     route: Route,
 }
 
-/// The remains of a load that is over, to be dropped by a worker. Dropping them closes files,
+/// What is left of a load that has ended, to be dropped by a worker. Dropping them closes files,
 /// which may wait for their servers.
 #[derive(Debug)]
 #[must_use]
@@ -274,7 +274,7 @@ impl LoadShared {
 
     pub(crate) fn set_sources(&self, sources: Vec<SourceFile>) {
         let set = self.sources.set(sources);
-        debug_assert!(set.is_ok(), "a load is planned once");
+        debug_assert!(set.is_ok(), "a load must be planned only once");
     }
 
     /// The files of the load; empty until they are known.
@@ -309,7 +309,7 @@ impl LoadShared {
 
     /// Sets the plan and its address range. Returns the number of pieces and the needs of each
     /// batch. A load without pieces is already complete, and [`Self::deliver`] ends it. If the
-    /// load is already over, this changes nothing and returns 0 pieces.
+    /// load has already failed or was dropped, this changes nothing and returns 0 pieces.
     pub(crate) fn set_plan(
         &self,
         plan: Plan,
@@ -330,7 +330,7 @@ impl LoadShared {
         let state = &mut *state;
         for memory in &state.plan.memories {
             let (cell, pieces_left) = (Arc::default(), memory.pieces.len());
-            let own = state.plan.segments.get(memory.segments.clone()).expect("an allocation has planned segments");
+            let own = state.plan.segments.get(memory.segments.clone()).expect("an allocation should have planned segments");
             let unfinished = self.exports || own.iter().any(|segment| segment.moved.is_some());
             state.memories.push(MemoryState { cell, pieces_left, unchecked: 0, unfinished, full_at: None, span: no_span() });
         }
@@ -347,11 +347,11 @@ impl LoadShared {
             state.files.push(FileState { planned, open, pieces_left, start: route, route });
         }
         let file_of = |piece: &Piece| {
-            let segment = state.plan.segments.get(piece.segment).expect("a piece belongs to a planned segment");
-            &state.files.get(segment.file).expect("a segment belongs to a planned file").planned
+            let segment = state.plan.segments.get(piece.segment).expect("a piece should belong to a planned segment");
+            &state.files.get(segment.file).expect("a segment should belong to a planned file").planned
         };
         let need = |batch: &Batch| {
-            let pieces = state.plan.pieces.get(batch.pieces.clone()).expect("a batch has planned pieces");
+            let pieces = state.plan.pieces.get(batch.pieces.clone()).expect("a batch should have planned pieces");
             Need {
                 bytes: batch.bytes,
                 files: pieces.iter().filter(|piece| file_of(piece).small).count() as u64,
@@ -377,8 +377,8 @@ impl LoadShared {
         *self.choosing() = choosing;
     }
 
-    /// Stops measuring. Called if some bytes come from the page cache, because the times of
-    /// batches then say nothing about storage.
+    /// Stops measuring which way of reading is the fastest. Called if some bytes come from the
+    /// page cache, because the times of batches then say nothing about storage.
     pub(crate) fn cannot_measure(&self) {
         self.choosing().stop_measuring();
     }
@@ -411,7 +411,7 @@ impl LoadShared {
         self.choosing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns the data needed to allocate this batch; `None` if the load is over.
+    /// Returns the data needed to allocate this batch; `None` if the load has ended.
     pub(crate) fn allocation(&self, number: usize) -> Option<Allocation> {
         if self.is_over() {
             return None;
@@ -421,17 +421,17 @@ impl LoadShared {
         if state.is_over() {
             return None;
         }
-        let batch = state.plan.batches.get(number).expect("the scheduler hands out planned batches").clone();
-        let memory = state.plan.memories.get(batch.memory).expect("a batch belongs to a planned allocation");
+        let batch = state.plan.batches.get(number).expect("the scheduler should hand out only planned batches").clone();
+        let memory = state.plan.memories.get(batch.memory).expect("a batch should belong to a planned allocation");
         let part = |number: usize| {
-            let piece = *state.plan.pieces.get(number).expect("a batch has planned pieces");
-            let file_index = state.plan.segments.get(piece.segment).expect("a piece belongs to a planned segment").file;
-            let file = state.files.get(file_index).expect("a segment belongs to a planned file");
+            let piece = *state.plan.pieces.get(number).expect("a batch should have planned pieces");
+            let file_index = state.plan.segments.get(piece.segment).expect("a piece should belong to a planned segment").file;
+            let file = state.files.get(file_index).expect("a segment should belong to a planned file");
             BatchPart {
                 number,
                 piece,
                 file_index,
-                path: Arc::clone(self.path(file_index).expect("a planned file has a path")),
+                path: Arc::clone(self.path(file_index).expect("a planned file should have a path")),
                 identity: file.planned.identity,
                 alignment_bytes: file.planned.alignment_bytes,
                 route: file.start,
@@ -440,9 +440,9 @@ impl LoadShared {
             }
         };
         Some(Allocation {
-            memory: Arc::clone(&state.memories.get(batch.memory).expect("every allocation was planned").cell),
+            memory: Arc::clone(&state.memories.get(batch.memory).expect("every allocation should have been planned").cell),
             memory_bytes: memory.bytes,
-            range: Arc::clone(state.range.as_ref().expect("a load with bytes has an address range")),
+            range: Arc::clone(state.range.as_ref().expect("a load with bytes should have an address range")),
             range_offset: memory.range_offset,
             parts: batch.pieces.clone().map(part).collect(),
             way: self.way(number),
@@ -457,11 +457,11 @@ impl LoadShared {
             let state = self.state();
             let number = state.plan.batches.get(batch).map(|batch| batch.memory);
             number.filter(|&number| state.memories.get(number).is_some_and(|memory| memory.span.is_none())).map(|number| {
-                let memory = state.plan.memories.get(number).expect("a batch belongs to a planned allocation");
+                let memory = state.plan.memories.get(number).expect("a batch should belong to a planned allocation");
                 (number, memory.segments.clone(), memory.bytes)
             })
         };
-        // There is nothing to do if the span is already open or the load is over.
+        // There is nothing to do if the span is already open or the load has ended.
         let Some((number, segments, bytes)) = planned else { return };
         let (segment, segments) = (segments.start, segments.len());
         let parent = &*self.span;
@@ -483,8 +483,8 @@ impl LoadShared {
         }
     }
 
-    /// Returns the initial route for reads of a file. Only the driver knows later steps down, and
-    /// the route of one piece says nothing about the other pieces.
+    /// Returns the initial route for reads of a file. It does not reflect later fallbacks, which
+    /// the driver keeps track of.
     pub(crate) fn route_of(&self, file_index: usize) -> Route {
         self.state().files.get(file_index).map_or(self.starting_route(), |file| file.start)
     }
@@ -533,8 +533,8 @@ impl LoadShared {
             increment(&self.counters.failed);
             state.failed = Some(error);
         }
-        // The remains include segments that are full but were not handed over. The driver still
-        // holds those that are being filled.
+        // The remains include segments that are full but were not delivered to the consumer. The
+        // driver still holds the segments that are being filled.
         self.take_remains(&mut state)
     }
 

@@ -73,7 +73,7 @@ impl Engine {
             }),
             Message::NoSubstitute { error } => {
                 foreign::emit(
-                    || tracing::warn!(%error, "cannot start a thread to stand in for a worker that is stuck waiting for a file"),
+                    || tracing::warn!(%error, "cannot start a thread to replace a worker that is stuck waiting for a file"),
                 );
             }
             Message::RingEnded { engine, panic } => {
@@ -131,7 +131,7 @@ impl Engine {
                             staged_bytes_per_second,
                             buffered_bytes_per_second,
                             %chosen,
-                            "measured the ways to read"
+                            "measured which way of reading is the fastest"
                         );
                     });
                 }
@@ -155,7 +155,8 @@ impl Engine {
         }
     }
 
-    /// Delivers everything that a load has ready. Only the teller does this, to keep the order.
+    /// Delivers all segments and other events that are ready to be delivered to a load's consumer.
+    /// Only the teller does this, to keep the order.
     fn deliver(&self, load: &Arc<LoadShared>) {
         let mut remains = Vec::new();
         let delivered = foreign::call(|| load.deliver(&mut remains));
@@ -177,7 +178,7 @@ impl Engine {
         }
     }
 
-    /// Drops a reference to a load. If it is the last one, leaves this to a worker.
+    /// Drops a reference to a load. If it is the last one, a worker drops the load.
     pub(super) fn release_load(&self, load: Arc<LoadShared>) {
         if let Some(load) = Arc::into_inner(load) {
             self.jobs.defer_drop(DropKey::Files(load.id), load);

@@ -21,19 +21,21 @@ fn job_of_forgotten_load_frees_its_worker_and_permits() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
     // The empty file is a valid load without segments.
     let next = runtime.block_on(async { tokio::time::timeout(Duration::from_secs(20), events.next()).await });
-    assert!(next.expect("the workers still run").is_none());
+    assert!(next.expect("the workers should still be running").is_none());
     // The consumer may learn of the end before the scheduler does.
     let taken = || guard.engine.jobs.taken();
     let deadline = Instant::now() + Duration::from_secs(20);
     while taken() != (0, 0) {
-        assert!(Instant::now() < deadline, "permits or places were never returned: {:?}", taken());
+        assert!(Instant::now() < deadline, "permits or places among the open loads were never returned: {:?}", taken());
         thread::sleep(Duration::from_millis(1));
     }
 }
 
 fn block_on<T>(future: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-    runtime.block_on(async { tokio::time::timeout(Duration::from_secs(10), future).await.expect("the future completes in time") })
+    runtime.block_on(async {
+        tokio::time::timeout(Duration::from_secs(10), future).await.expect("the future should complete in time")
+    })
 }
 
 /// Simulates a broken invariant of the driver: no load may hang, and each one must report the
@@ -81,7 +83,7 @@ fn assert_panic_fails_all_loads(thread: &str, panic: impl FnOnce(&Engine)) {
     panic(&guard.engine);
     let expect = |segments: &mut Segments| {
         let error = loop {
-            match block_on(segments.next()).expect("the load fails before it ends") {
+            match block_on(segments.next()).expect("the load should fail before yielding all segments") {
                 Ok(_) => {}
                 Err(error) => break error,
             }
@@ -94,7 +96,7 @@ fn assert_panic_fails_all_loads(thread: &str, panic: impl FnOnce(&Engine)) {
     expect(&mut load());
     *gate.0.lock().unwrap() = true;
     gate.1.notify_all();
-    assert_eq!(block_on(guard.shutdown()), Ok(()), "nothing was in flight");
+    assert_eq!(block_on(guard.shutdown()), Ok(()), "nothing was in flight, so nothing should be leaked");
     // Other loaders are not affected.
     let other = Guard::start(Settings::default(), Arc::new(heap::AnonHeap::default()), Vec::new()).unwrap();
     let mut segments = Segments::start(&other, Ok(vec![Input::Path(file.path().to_owned())]), LoadOptions::default(), true);

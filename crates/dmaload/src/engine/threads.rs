@@ -29,7 +29,7 @@ impl Threads {
     pub(super) fn end<E>(&self, mailbox: &Mailbox<E>) {
         let left = {
             let mut count = self.count();
-            *count = count.checked_sub(1).expect("each thread ends only once");
+            *count = count.checked_sub(1).expect("a thread should be counted down only once");
             *count
         };
         self.changed.notify_all();

@@ -24,9 +24,11 @@ pub(crate) const MEASURED_BYTES_MIN: u64 = 512 << 20;
 /// How many bytes of a load are read in each way to measure it.
 const PHASE_BYTES: u64 = 96 << 20;
 /// Used instead of [`PHASE_BYTES`] if memory consists of small pages. Direct reads then have to
-/// wait until memory is populated, and are rarely faster, so less of the load is spent on them.
+/// wait until memory is populated, and are rarely faster, so less of the load is spent on
+/// measuring them.
 const SMALL_PAGES_PHASE_BYTES: u64 = 48 << 20;
-/// How many times as fast as the expected way another way must be to be chosen.
+/// A way is chosen instead of the expected one only if its rate is more than this many times as
+/// high.
 const MARGIN: f64 = 1.03;
 /// How often a file system is measured again. After its first measurement, the loads that could be
 /// measured are counted. Loads 1, 2, 4, 8 and 16 are measured, and then every load whose number is
@@ -54,7 +56,8 @@ impl Ways {
 pub(crate) struct Trial {
     phase_bytes: u64,
     expected: Way,
-    /// The ways, in the order in which they are measured.
+    /// Each way of reading and the progress of its batches, in the order in which the ways are
+    /// measured.
     phases: Vec<(Way, Phase)>,
 }
 
@@ -90,7 +93,7 @@ impl Phase {
         let alone = self.alone.filter(|&(_, before)| before <= self.bytes / 2);
         let (begun, before) = alone.or(self.queued_at.map(|queued_at| (queued_at, 0)))?;
         let took = self.ended?.saturating_sub(begun).as_secs_f64();
-        #[expect(clippy::cast_precision_loss, reason = "a rate")]
+        #[expect(clippy::cast_precision_loss, reason = "the rate need not be exact")]
         let rate = (self.bytes - before) as f64 / took.max(1e-6);
         Some(rate)
     }
@@ -114,8 +117,8 @@ impl Trial {
         self.phase(start) < self.phases.len()
     }
 
-    /// Returns how the batch that starts at byte `start` of the load is read while no way is
-    /// chosen.
+    /// Returns how the batch that starts at byte `start` of the load is read as long as no way has
+    /// been chosen.
     fn way(&self, start: u64) -> Way {
         self.phases.get(self.phase(start)).or(self.phases.last()).map_or(self.expected, |&(way, _)| way)
     }
@@ -201,7 +204,7 @@ impl Choosing {
     /// Returns how to read a batch that is about to be prepared.
     pub(crate) fn way(&self, batch: usize) -> Way {
         match (self.known, &self.trial, self.starts.get(batch)) {
-            // A batch of the trial keeps its way, because it is measured.
+            // A batch that the trial measures keeps its way, even if another way has been chosen.
             (_, Some(trial), Some(&start)) if trial.measures(start) => trial.way(start),
             (Some(way), ..) => way,
             (None, Some(trial), Some(&start)) => trial.way(start),
@@ -370,7 +373,7 @@ mod tests {
             };
             now += Duration::from_secs(1) * 16 / u32::try_from(speed).unwrap();
             if let Some(seen) = choosing.record_full(full, BATCH, now) {
-                assert_eq!(measured, None, "a measurement is reported only once");
+                assert_eq!(measured, None, "a measurement should be reported only once");
                 choices.record(LoadId(number), MOUNT, &seen);
                 measured = Some(seen);
             }
@@ -387,7 +390,7 @@ mod tests {
                 let ways = choices.ways(true, true);
                 assert_eq!(ways.expected, Way::Direct, "{pages:?}");
                 let (measured, batches) = load_by(&mut choices, 1, ways, speeds, 4);
-                let measured = measured.expect("1 GiB is enough for a measurement");
+                let measured = measured.expect("a load of 1 GiB should be measured");
                 let way = [Way::Direct, Way::Staged, Way::Buffered][fastest];
                 assert_eq!(measured.chosen, way, "{measured:?}");
                 let rates = [Some(measured.direct_bytes_per_second), Some(measured.staged_bytes_per_second)];
@@ -420,7 +423,7 @@ mod tests {
         for pages in [Pages::Auto, Pages::Small] {
             for ahead in [1, 6, 20] {
                 let (measured, [direct, staged]) = load(&mut Choices::new(pages), 1, 1900, 2600, ahead);
-                let measured = measured.expect("1 GiB is enough for a measurement");
+                let measured = measured.expect("a load of 1 GiB should be measured");
                 assert_eq!(measured.chosen, Way::Staged);
                 assert!((measured.staged_bytes_per_second / (2600.0 * 1048576.0) - 1.0).abs() < 0.01, "{measured:?}");
                 assert!((measured.direct_bytes_per_second / (1900.0 * 1048576.0) - 1.0).abs() < 0.01, "{measured:?}");
@@ -448,7 +451,7 @@ mod tests {
         assert_eq!(load(&mut choices, 101, 1900, 2600, 6), (None, [0, 64]));
         // From now on, direct reads are faster.
         let becomes = (102..140).find(|&number| load(&mut choices, number, 2600, 1900, 6).1 == [64, 0]);
-        assert_eq!(becomes, Some(129), "the change is noticed by the next measurement");
+        assert_eq!(becomes, Some(129), "the next measurement should notice the change");
     }
 
     #[test]
@@ -459,7 +462,7 @@ mod tests {
         let large = vec![BATCH; 64];
         assert!(begin(&mut choices, LoadId(2), MOUNT, &large, |_| true).trial.is_some());
         assert!(begin(&mut choices, LoadId(3), MOUNT, &large, |_| false).trial.is_none(), "load 2 is being measured");
-        assert!(begin(&mut choices, LoadId(4), MOUNT, &large, |_| true).trial.is_some(), "load 2 is over");
+        assert!(begin(&mut choices, LoadId(4), MOUNT, &large, |_| true).trial.is_some(), "load 2 has ended");
     }
 
     /// A load continues long after it was measured, and other measurements must not wait until it
@@ -467,10 +470,10 @@ mod tests {
     #[test]
     fn trial_ends_when_all_ways_are_measured() {
         let mut choices = Choices::new(Pages::Auto);
-        let measured = load(&mut choices, 1, 1900, 2600, 6).0.expect("1 GiB is enough for a measurement");
+        let measured = load(&mut choices, 1, 1900, 2600, 6).0.expect("a load of 1 GiB should be measured");
         let large = vec![BATCH; 64];
         let other_mount = begin(&mut choices, LoadId(2), MOUNT + 1, &large, |_| false);
-        assert!(other_mount.trial.is_some(), "load 1 continues, but its trial is over");
+        assert!(other_mount.trial.is_some(), "load 1 continues, but its trial has ended");
         // The measurement of another load does not end this load's trial.
         choices.record(LoadId(1), MOUNT, &measured);
         assert!(begin(&mut choices, LoadId(3), MOUNT, &large, |_| false).trial.is_none());
@@ -494,7 +497,7 @@ mod tests {
         assert_eq!(choosing.way(0), Way::Staged);
     }
 
-    /// Batches may be filled in any order, and some may never be.
+    /// Batches may be filled in any order, and some may never be filled.
     #[test]
     fn unfinished_phase_decides_nothing() {
         let mut choices = Choices::new(Pages::Auto);

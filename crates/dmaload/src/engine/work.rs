@@ -101,13 +101,13 @@ impl Engine {
     /// Checks a file that was read. If the file changed, the load fails before the file's last
     /// segment is handed over.
     fn check(&self, load: &Arc<LoadShared>, file: usize) {
-        // `None` if the load is over.
+        // `None` if the load has ended.
         let Some((open, identity)) = load.take_file(file) else { return };
         // `whole_file` returns the bytes of small files only, whose headers are parsed from their
         // memory. A large file's header was read during planning.
         let checked = load.whole_file(file).map_or(Ok(None), |bytes| {
             let tensors = find_header(&open, bytes.as_ref(), load.options.format)?;
-            let source = load.sources().get(file).expect("only planned files are checked");
+            let source = load.sources().get(file).expect("only planned files should be checked");
             source.check(tensors.as_ref())?;
             Ok(tensors)
         });
@@ -130,7 +130,7 @@ impl Engine {
     /// dma-buf if the heap supports that.
     #[allow(unsafe_code)]
     fn finish(&self, load: &Arc<LoadShared>, heap: &HeapCode, number: usize) {
-        // `None` if the load is over.
+        // `None` if the load has ended.
         let Some((backing, moves)) = load.full_memory(number) else { return };
         let start = Instant::now();
         for slot in &moves {

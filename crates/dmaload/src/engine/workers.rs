@@ -25,8 +25,8 @@ use crate::support::id::LoadId;
 /// progress.
 pub(super) const STALLED_AFTER: Duration = Duration::from_secs(1);
 
-/// Used instead of [`STALLED_AFTER`] while some worker is stalled. Other workers may run into the
-/// same silent server, one after the other, and have to be found quickly.
+/// Used instead of [`STALLED_AFTER`] while some worker is stalled. Other workers may wait for the
+/// same unresponsive server, one after the other, and have to be found quickly.
 const NEXT_STALLED_AFTER: Duration = Duration::from_millis(100);
 
 /// How long to wait before trying again to start a worker.
@@ -81,7 +81,7 @@ impl Workers {
     }
 
     fn worker(&mut self, id: WorkerId) -> &mut Worker {
-        self.workers.get_mut(&id).expect("a worker exists until it leaves")
+        self.workers.get_mut(&id).expect("a worker should exist until it leaves")
     }
 
     /// Whether a worker is working for this load, and so may hold memory of it.
@@ -118,15 +118,15 @@ impl Workers {
 
     /// Removes a worker that ends or could not be started.
     pub(super) fn leave(&mut self, id: WorkerId) {
-        let worker = self.workers.remove(&id).expect("a worker leaves once");
-        assert!(worker.task.is_none(), "a worker that leaves has no task");
+        let worker = self.workers.remove(&id).expect("a worker should leave only once");
+        assert!(worker.task.is_none(), "a worker must not leave while it has a task");
     }
 
     /// Begins a task. `at_files_since` says since when the task has been waiting for a file;
     /// `None` if it does not begin with one.
     pub(super) fn begin(&mut self, id: WorkerId, task: Task, at_files_since: Option<Instant>) {
         let worker = self.worker(id);
-        assert!(worker.task.is_none(), "a worker has one task at a time");
+        assert!(worker.task.is_none(), "a worker must have only one task at a time");
         *worker = Worker { task: Some(task), at_files_since, stalled: false };
     }
 
@@ -138,7 +138,7 @@ impl Workers {
         let worker = self.worker(id);
         worker.at_files_since = at_files_since;
         let was_stalled = std::mem::take(&mut worker.stalled);
-        let task = worker.task.expect("a worker makes progress with a task");
+        let task = worker.task.expect("only a worker with a task should make progress");
         self.resumed(was_stalled.then_some(task))
     }
 
@@ -203,7 +203,7 @@ mod tests {
         assert_eq!(workers.next_check(late - Duration::from_millis(1)), Some(Duration::from_millis(1)));
         assert_eq!((workers.missing(), workers.is_overstaffed()), (0, false));
         assert_eq!(workers.find_stalled(late), [task(7), task(7)]);
-        assert_eq!(workers.find_stalled(late), [], "each stalled worker is found once");
+        assert_eq!(workers.find_stalled(late), [], "each stalled worker should be found only once");
         assert_eq!((workers.missing(), workers.next_check(late)), (2, Some(RETRY_AFTER)));
         let third = workers.hire();
         assert_eq!((workers.missing(), workers.is_overstaffed()), (1, false));
@@ -216,7 +216,7 @@ mod tests {
         assert!(workers.is_overstaffed());
         workers.leave(first);
         assert!(!workers.is_overstaffed());
-        assert_eq!(workers.proceed(second, Some(late)), Some(LoadId(7)), "the last stalled worker of load 7 makes progress");
+        assert_eq!(workers.proceed(second, Some(late)), Some(LoadId(7)), "the last stalled worker of load 7 has made progress");
         assert!(workers.is_overstaffed());
         workers.leave(third);
         assert!(!workers.is_overstaffed());
@@ -231,13 +231,21 @@ mod tests {
         let now = Instant::now();
         workers.begin(worker, task(1), None);
         assert_eq!(workers.next_check(now), None);
-        assert_eq!(workers.find_stalled(now + 100 * STALLED_AFTER), [], "the worker allocates memory");
+        assert_eq!(
+            workers.find_stalled(now + 100 * STALLED_AFTER),
+            [],
+            "the worker allocates memory and does not wait for a file"
+        );
         assert_eq!(workers.proceed(worker, Some(now + 100 * STALLED_AFTER)), None);
         assert_eq!(workers.find_stalled(now + 100 * STALLED_AFTER), []);
         assert_eq!(workers.find_stalled(now + 101 * STALLED_AFTER), [task(1)]);
-        assert_eq!(workers.proceed(worker, None), Some(LoadId(1)), "its files are open");
+        assert_eq!(workers.proceed(worker, None), Some(LoadId(1)), "the worker has opened its files");
         assert_eq!(workers.next_check(now), None);
-        assert_eq!(workers.find_stalled(now + 200 * STALLED_AFTER), [], "the worker allocates memory");
+        assert_eq!(
+            workers.find_stalled(now + 200 * STALLED_AFTER),
+            [],
+            "the worker allocates memory and does not wait for a file"
+        );
     }
 
     #[test]

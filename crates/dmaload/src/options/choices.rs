@@ -47,7 +47,7 @@ impl std::str::FromStr for Layout {
     }
 }
 
-/// How to interpret the bytes of a path.
+/// How to interpret the files at a path.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Format {

@@ -75,17 +75,17 @@ impl LoadOptions {
     pub const CHUNK_BYTES: u64 = 2 << 20;
 
     /// Returns the defaults: everything is read, into segments of [`Self::SEGMENT_BYTES`], through
-    /// the fastest route. If the kernel refuses a route, the load steps down to a lower one and
+    /// the fastest route. If the kernel refuses a route, the load falls back to a lower one and
     /// reports that.
     pub fn new() -> Self {
         LoadOptions::default()
     }
 
-    /// Reads only these tensors, given by name or pattern (`model.layers.{0..3}.*`: `*` matches
-    /// any text, `?` any character, `{a,b}` either alternative, `{0..3}` a number from 0 to 3).
-    /// The tensors arrive in the order of the patterns. If one pattern matches several tensors,
-    /// these arrive in file order. A pattern that matches no tensor in any file is an error.
-    /// Default: everything.
+    /// Reads only these tensors, given by name or by patterns such as `model.layers.{0..3}.*`. In
+    /// a pattern, `*` matches any text, `?` any character, `{a,b}` either alternative, and
+    /// `{0..3}` a number from 0 to 3. The tensors arrive in the order of the patterns. If one
+    /// pattern matches several tensors, these arrive in file order. A pattern that matches no
+    /// tensor in any file is an error. Default: everything.
     ///
     /// Small gaps between tensors are read too, and so is the rest of the blocks in which tensors
     /// begin and end. The report says how many bytes were wanted ([`crate::Report::wanted_bytes`])
@@ -244,7 +244,8 @@ impl LoadOptions {
         self
     }
 
-    /// Sets whether to fail rather than step down from the starting route. Default: false.
+    /// Sets whether to fail rather than fall back to a lower route than the starting one. Default:
+    /// false.
     #[must_use]
     pub fn strict(mut self, strict: bool) -> Self {
         self.strict = strict;
@@ -275,12 +276,12 @@ impl LoadOptions {
         }
     }
 
-    /// Sets the expected contents of the files: a manifest, or the checksum of a single file
-    /// (module and feature `verify`). A load of files with other contents fails with
-    /// [`crate::Error::Corrupt`], [`crate::Error::WrongLength`] or
-    /// [`crate::Error::NotInManifest`]. With a manifest, no segment is handed over unverified.
-    /// With a single checksum, all segments of the file but the last are handed over before the
-    /// result is known. Default: no verification.
+    /// Sets the expected contents of the files: a manifest, or the checksum of a single file. Both
+    /// are in the module `verify`, which requires the feature of the same name. A load of files
+    /// with other contents fails with [`crate::Error::Corrupt`], [`crate::Error::WrongLength`] or
+    /// [`crate::Error::NotInManifest`]. With a manifest, every segment is verified before it is
+    /// delivered to the caller. With a single checksum, all segments of the file except the last
+    /// are delivered before the result is known. Default: no verification.
     ///
     /// The verifier sees the same bytes as the load's [observer](Self::observer), and sees them
     /// first. Because checksums cover whole files, neither a verifier nor an observer can be
@@ -292,13 +293,14 @@ impl LoadOptions {
         self
     }
 
-    /// Sets an observer, which sees every byte before its segment is handed over, for example to
-    /// compute a checksum. Like [`Self::verify`], this requires that whole files are read.
-    /// Default: none.
+    /// Sets an observer, which sees every byte before its segment is delivered to the caller, for
+    /// example to compute a checksum. Like [`Self::verify`], this requires that whole files are
+    /// read. Default: none.
     ///
-    /// On a heap that the CPU reads uncached, every read of an observed load goes into staging,
-    /// where the CPU can read the bytes quickly. Such a load therefore starts at [`Route::Bounce`]
-    /// or a lower route. A strict load fails unless it requests one of these routes.
+    /// On a heap that the CPU reads uncached, every read of a load that has an observer or a
+    /// verifier goes into staging, where the CPU can read the bytes quickly. Such a load therefore
+    /// starts at [`Route::Bounce`] or a lower route. A strict load fails unless it requests one of
+    /// these routes.
     #[must_use]
     pub fn observer(mut self, observer: impl Observer) -> Self {
         self.observer = Some(ObserverOption::new(Arc::new(observer)));

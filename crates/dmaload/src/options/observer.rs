@@ -8,13 +8,13 @@ use super::choices::Format;
 use crate::error::Result;
 use crate::support::foreign::Foreign;
 
-/// Sees every byte of a load before its segment is handed over; see
+/// Sees every byte of a load before its segment is delivered to the caller; see
 /// [`crate::LoadOptions::observer`].
 ///
 /// An observer sees the files of a load one after another, and each file from beginning to end:
 /// every byte once, without gaps. It is called on the loader's threads, with one call at a time
-/// for each load. How the bytes are divided among the calls has no meaning. If a load fails or is
-/// dropped, the observer does not see the rest of the bytes.
+/// for each load. The way in which the bytes are divided among the calls has no meaning. If a load
+/// fails or is dropped, the observer does not see the rest of the bytes.
 ///
 /// The bytes are in the memory of their segment or, on a heap that the CPU reads uncached
 /// ([`crate::heap::Heap::is_uncached`]), in the staging buffer that they were read into. Reading
@@ -83,8 +83,9 @@ pub trait Verify: Send + Sync + 'static {
     fn begin(&self, files: &[(&Path, u64)], format: Format) -> Result<Arc<dyn Observer>>;
 
     /// Like [`Self::begin`], but called if the caller named only one part of a split model, all of
-    /// whose parts are loaded. `named` is the index of the named part in `files`. A checksum of a
-    /// single file is that of the named part. The default implementation calls [`Self::begin`].
+    /// whose parts are loaded. `named` is the index of the named part in `files`. If only the
+    /// checksum of a single file is expected, it is the checksum of the named part. The default
+    /// implementation calls [`Self::begin`].
     ///
     /// # Errors
     /// Those of [`Self::begin`].

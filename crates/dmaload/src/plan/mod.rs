@@ -201,7 +201,7 @@ impl Plan {
         // join it.
         let mut pack: Option<(u64, usize)> = None;
         for (number, span) in spans.iter().enumerate() {
-            let &alignment = alignments.get(span.file).expect("each file has an alignment");
+            let &alignment = alignments.get(span.file).expect("each file should have an alignment");
             debug_assert!(alignment.is_power_of_two() && (span.range.is_empty() || span.range.start.is_multiple_of(alignment)));
             debug_assert!(shape.segment_bytes.is_multiple_of(alignment) && shape.batch_bytes.is_multiple_of(alignment));
             let packed = shape.shares_memory(span.range.end - span.range.start);
@@ -246,9 +246,9 @@ impl Plan {
     /// Adds a segment at the end of the last memory.
     fn add_segment(&mut self, of: &Span, span: usize, file_range: Range<u64>, memory_bytes: u64) {
         let (file, moved) = (of.file, of.moved.clone());
-        let number = self.memories.len().checked_sub(1).expect("`begin_memory` comes first");
-        let memory = self.memories.last_mut().expect("`begin_memory` added a memory");
-        let parts = self.files.get_mut(file).expect("each file has its parts");
+        let number = self.memories.len().checked_sub(1).expect("`begin_memory` should have been called first");
+        let memory = self.memories.last_mut().expect("`begin_memory` should have added a memory");
+        let parts = self.files.get_mut(file).expect("each file should have its parts");
         parts.first_segment.get_or_insert(self.segments.len());
         parts.last_memory = Some(number);
         let memory_offset = memory.bytes;
@@ -260,8 +260,8 @@ impl Plan {
     /// Cuts a memory into batches, and the batches into pieces.
     fn cut_into_batches(&mut self, number: usize, Shape { batch_bytes, batch_files, .. }: Shape) {
         let Plan { files, memories, segments, batches, pieces, .. } = self;
-        let memory = memories.get_mut(number).expect("only existing memories are cut");
-        let own = segments.get(memory.segments.clone()).expect("the segments of a memory are planned before its batches");
+        let memory = memories.get_mut(number).expect("only existing memories should be cut");
+        let own = segments.get(memory.segments.clone()).expect("the segments of a memory should be planned before its batches");
         memory.pieces = pieces.len()..pieces.len();
         let (mut start, mut segment) = (0, 0);
         while start < memory.bytes {
@@ -279,7 +279,7 @@ impl Plan {
                 let part = start.max(planned.memory_offset)..end.min(segment_end);
                 let file_offset = planned.file_range.start + (part.start - planned.memory_offset);
                 let memory_bytes = part.end - part.start;
-                files.get_mut(planned.file).expect("a segment belongs to a planned file").pieces += 1;
+                files.get_mut(planned.file).expect("a segment should belong to a planned file").pieces += 1;
                 pieces.push(Piece {
                     segment: memory.segments.start + segment,
                     memory_offset: part.start,
@@ -351,7 +351,7 @@ mod tests {
     #[test]
     fn single_layout_has_one_segment_of_several_pieces() {
         let plan = planned(&[9 * ALIGNMENT - 5, 1], shape(Layout::Single, 4, 2));
-        assert_eq!((plan.segments.len(), plan.memories.len()), (2, 2), "a single segment never shares its memory");
+        assert_eq!((plan.segments.len(), plan.memories.len()), (2, 2), "a single segment must not share its memory");
         assert_eq!(plan.segments[0].memory_bytes, 9 * ALIGNMENT);
         assert_eq!(plan.files[0].pieces, 5);
     }

@@ -191,7 +191,7 @@ impl Selector {
         if let Some(shard) = select.shard
             && shard.rank >= shard.world_size
         {
-            return invalid(format!("invalid rank {} of {}: ranks count from 0", shard.rank, shard.world_size));
+            return invalid(format!("invalid rank {} of {}: ranks are counted from 0", shard.rank, shard.world_size));
         }
         let cuts_tensors = select.shard.is_some_and(|shard| shard.dim.is_some());
         if select.range.is_some() && (patterns.is_some() || select.shard.is_some()) {
@@ -390,7 +390,7 @@ impl Selector {
 /// Returns where `rank`'s share of `all` items starts.
 fn share_start(all: u64, rank: u32, world_size: u32) -> u64 {
     let start = u128::from(all) * u128::from(rank) / u128::from(world_size.max(1));
-    u64::try_from(start).expect("a part is no larger than the whole")
+    u64::try_from(start).expect("a share should start no later than the end of all items")
 }
 
 /// Returns a rank's share of a tensor. If the tensor lacks the dimension to cut along, every rank

@@ -24,8 +24,8 @@ fn open_load(jobs: &Jobs<Arc<()>>, batches: usize) -> LoadId {
 }
 
 /// Acts as a worker, and as the ring thread that completes its reads: takes permits and gives them
-/// back until there are no more jobs. Returns how many allocate, check and finish jobs it has
-/// done.
+/// back until there are no more jobs. Returns the number of allocate, check and finish jobs that
+/// it has done.
 fn run_worker(jobs: &Jobs<Arc<()>>) -> usize {
     let mut done = 0;
     let worker = jobs.hire();
@@ -49,7 +49,7 @@ fn waiting_worker_gets_a_returned_permit() {
         let jobs = Arc::new(Jobs::new(1, u64::MAX, 1, 1, Pace::fixed(3)));
         let id = open_load(&jobs, 2);
         // The whole window is taken, so the second batch waits until the permit is returned.
-        let Some((Job::Allocate(_, 0, need), _)) = next(&jobs) else { panic!("the first batch fits") };
+        let Some((Job::Allocate(_, 0, need), _)) = next(&jobs) else { panic!("the first batch should fit into the window") };
         let waiting = {
             let jobs = Arc::clone(&jobs);
             spawn(move || next(&jobs).map(|(job, _)| matches!(job, Job::Allocate(_, 1, _))))
@@ -83,7 +83,7 @@ fn two_workers_finish_all_jobs_and_end() {
         jobs.close();
         jobs.finish();
         let done: usize = workers.into_iter().map(|worker| worker.join().unwrap()).sum();
-        assert_eq!(done, 2, "one batch and one check");
+        assert_eq!(done, 2, "the workers should do one batch and one check");
     });
 }
 
@@ -92,7 +92,7 @@ fn forgetting_a_load_whose_batch_is_taken_blocks_no_worker() {
     model(|| {
         let jobs = Arc::new(Jobs::new(1, u64::MAX, 1, 2, Pace::fixed(3)));
         let first = open_load(&jobs, 2);
-        let Some((Job::Allocate(_, 0, need), _)) = next(&jobs) else { panic!("the first batch fits") };
+        let Some((Job::Allocate(_, 0, need), _)) = next(&jobs) else { panic!("the first batch should fit into the window") };
         open_load(&jobs, 1);
         let waiting = {
             let jobs = Arc::clone(&jobs);
@@ -104,7 +104,7 @@ fn forgetting_a_load_whose_batch_is_taken_blocks_no_worker() {
         };
         jobs.give_back(first, need);
         forgetting.join().unwrap();
-        assert_eq!(waiting.join().unwrap(), Some(true), "the worker gets the next batch of either load");
+        assert_eq!(waiting.join().unwrap(), Some(true), "the worker should get the next batch of either load");
     });
 }
 
@@ -168,7 +168,7 @@ fn files_of_a_load_are_dropped_by_one_worker_at_a_time() {
         for worker in workers {
             worker.join().unwrap();
         }
-        assert_eq!(seen.1.load(Ordering::SeqCst), 2, "both values were dropped, one at a time");
+        assert_eq!(seen.1.load(Ordering::SeqCst), 2, "both values should be dropped, one at a time");
         assert!(jobs.schedule().drop_queue.parts.is_empty());
     });
 }
@@ -230,7 +230,7 @@ fn stalled_workers_are_replaced_without_losing_jobs() {
         jobs.close();
         jobs.finish();
         let done: usize = substitutes.into_iter().map(|worker| worker.join().unwrap()).sum();
-        assert_eq!(done + comes_back.join().unwrap(), 2, "each check is done once");
+        assert_eq!(done + comes_back.join().unwrap(), 2, "each check should be done exactly once");
     });
 }
 
@@ -254,7 +254,7 @@ fn busy_allocators_get_help_up_to_the_bound() {
         done += 1;
         assert!(done < 80, "the worker is always busy, so another one should be hired");
     };
-    assert!(done >= 12, "hired after only {done} batches, before anything was measured");
+    assert!(done >= 12, "another worker was hired after only {done} batches, before anything was measured");
     assert_eq!((jobs.hire_more(), jobs.schedule().workers.missing()), (None, 0));
     assert!(matches!(jobs.next(second), Some((Job::Allocate(..), _))));
 }

@@ -68,7 +68,7 @@ fn window_is_never_exceeded_and_no_load_overtakes() {
     assert_eq!(drain(&mut scheduler), [Job::Allocate(1, 0, need_from(1, 10)), Job::Allocate(2, 0, need_from(2, 10))]);
     scheduler.opened(3, demand_from(3, &[1]));
     scheduler.give_back(&1, need_from(1, 10));
-    assert_eq!(drain(&mut scheduler), [], "the large batch of load 1 waits, and the small one of load 3 behind it");
+    assert_eq!(drain(&mut scheduler), [], "load 1's large batch should wait, and load 3's small one should wait behind it");
     scheduler.give_back(&2, need_from(2, 10));
     assert_eq!(drain(&mut scheduler), [Job::Allocate(1, 1, need_from(1, 20)), Job::Allocate(3, 0, need_from(3, 1))]);
     assert_eq!(scheduler.window_taken_bytes(), 21);
@@ -84,7 +84,7 @@ fn loads_of_one_file_system_take_turns_and_do_not_delay_others() {
         scheduler.opened(load, demand_from(file_system, &[bytes]));
     }
     scheduler.give_back(&4, need_from(2, 40));
-    assert_eq!(loads(&mut scheduler), [7], "load 6 would fit, but does not overtake load 5");
+    assert_eq!(loads(&mut scheduler), [7], "load 6 would fit, but must not overtake load 5");
     scheduler.give_back(&2, need_from(1, 40));
     assert_eq!(loads(&mut scheduler), [5, 6]);
 }
@@ -113,7 +113,7 @@ fn loads_of_a_silent_file_system_always_leave_room() {
 fn silent_loads_do_not_count_as_open() {
     let mut scheduler = Scheduler::new(80, u64::MAX, 100, 20);
     (0..22).for_each(|load| scheduler.submit(load));
-    assert_eq!(loads(&mut scheduler).len(), 20, "all places are taken");
+    assert_eq!(loads(&mut scheduler).len(), 20, "only 20 loads may be open at once");
     (0..20).for_each(|load| scheduler.opened(load, demand_from(1, &[10, 10])));
     assert_eq!(loads(&mut scheduler).len(), 6);
     assert!(scheduler.lacks_places());
@@ -170,7 +170,7 @@ fn kept_loads_of_silent_file_system_leave_memory_for_others() {
     assert_eq!(
         loads(&mut scheduler),
         [0, 1, 2, 3, 4, 5, 20],
-        "file system 1 gets three quarters of the memory and of the window"
+        "file system 1 should get three quarters of the memory and of the window"
     );
     scheduler.give_back(&20, need_from(2, 10));
     assert_eq!(loads(&mut scheduler), [20]);
@@ -193,8 +193,8 @@ fn stream_waits_for_its_consumer_without_blocking_others() {
     for (load, ahead_bytes) in [(1, Some(25)), (2, None)] {
         scheduler.submit(load);
         assert_eq!(scheduler.next(), Some(Job::Open(load)));
-        // Allocations of two batches each, charged with the first batch. The last allocation is
-        // larger than the bound.
+        // Each allocation has two batches, and is charged with the first one. The last allocation
+        // is larger than the bound.
         let part = |held_bytes| Need { bytes: 5, held_bytes, ..Need::default() };
         let batches = vec![part(10), part(0), part(10), part(0), part(40), part(0)];
         scheduler.opened(load, LoadNeeds { batches, ahead_bytes, ..LoadNeeds::default() });
@@ -205,10 +205,10 @@ fn stream_waits_for_its_consumer_without_blocking_others() {
     scheduler.give_back(&1, need(20));
     assert_eq!(drain(&mut scheduler), [], "the consumer has not taken the segments that were read");
     scheduler.consumed(&1, 10);
-    assert_eq!(drain(&mut scheduler), [], "an allocation is still ahead");
+    assert_eq!(drain(&mut scheduler), [], "the consumer has not taken one of the segments yet");
     scheduler.consumed(&1, 10);
     let jobs = drain(&mut scheduler);
-    assert_eq!(count_of(&jobs, 1), 2, "an allocation above the bound is made while no other is ahead");
+    assert_eq!(count_of(&jobs, 1), 2, "an allocation above the bound should be made once the consumer has taken all others");
     scheduler.consumed(&1, 40);
     scheduler.consumed(&3, 10);
 }
@@ -287,7 +287,7 @@ fn load_with_hanging_reads_leaves_room_for_others() {
     }
     assert_eq!(others.iter().filter(|&&load| load == 2).count(), 5);
     assert_eq!(others.len(), 10);
-    assert_eq!(scheduler.window_taken_bytes(), 60, "load 1 ends up with three quarters of the window");
+    assert_eq!(scheduler.window_taken_bytes(), 60, "load 1 should end up with three quarters of the window");
 }
 
 #[test]
@@ -298,7 +298,7 @@ fn open_files_stay_within_their_limit() {
     let need = Need { bytes: 1, files: 2, ..Need::default() };
     scheduler.opened(1, LoadNeeds { batches: vec![need; 2], ..LoadNeeds::default() });
     assert_eq!(drain(&mut scheduler), [Job::Allocate(1, 0, need)]);
-    assert_eq!(scheduler.window_taken_bytes(), 1, "a batch that did not fit holds no permits");
+    assert_eq!(scheduler.window_taken_bytes(), 1, "a batch that did not fit must not hold permits");
     scheduler.give_back(&1, need);
     assert_eq!(drain(&mut scheduler), [Job::Allocate(1, 1, need)]);
 }
@@ -335,7 +335,7 @@ fn stalled_load_gets_no_job_that_may_wait_for_files() {
     scheduler.memory_read(1, 0);
     scheduler.stall(1, false);
     let of_others = [Job::Check(2, 0), Job::Finish(1, 0), Job::Allocate(2, 0, need(10))];
-    assert_eq!(drain(&mut scheduler), of_others, "jobs that need no files proceed");
+    assert_eq!(drain(&mut scheduler), of_others, "jobs that need no files should proceed");
     scheduler.file_read(1, 2);
     assert_eq!(drain(&mut scheduler), []);
     assert!(!scheduler.is_idle());
@@ -362,7 +362,7 @@ fn stalled_opening_does_not_block_later_loads() {
     assert_eq!(drain(&mut scheduler), [Job::Open(2)]);
     scheduler.opened(2, demand(&[10], 10, Priority::Normal));
     assert_eq!(drain(&mut scheduler), [Job::Allocate(2, 0, need(10))]);
-    // The same holds after the stalled load was forgotten.
+    // The same is true after the stalled load has been forgotten.
     scheduler.forget(&1);
     scheduler.end();
     assert_eq!(drain(&mut scheduler), [Job::Open(3)]);
@@ -402,9 +402,13 @@ fn loads_wait_for_reservations_in_order_and_the_pool_yields() {
         assert_eq!(scheduler.next(), Some(Job::Open(load)));
         scheduler.opened(load, demand(&[reserved], reserved, Priority::Normal));
     }
-    assert_eq!(drain(&mut scheduler), [Job::Allocate(1, 0, need(30))], "load 3 does not overtake load 2");
+    assert_eq!(drain(&mut scheduler), [Job::Allocate(1, 0, need(30))], "load 3 must not overtake load 2");
     scheduler.pooled(&1, 30);
-    assert_eq!(drain(&mut scheduler), [Job::Allocate(3, 0, need(5)), Job::MakeRoom(2, 15)], "the request is made once");
+    assert_eq!(
+        drain(&mut scheduler),
+        [Job::Allocate(3, 0, need(5)), Job::MakeRoom(2, 15)],
+        "memory should be requested only once"
+    );
     scheduler.freed(&1, 0, 30);
     assert_eq!(drain(&mut scheduler), [Job::Allocate(2, 0, need(20))]);
     assert_eq!(scheduler.memory_bytes(), 25);

@@ -1,4 +1,4 @@
-//! Hands over full segments.
+//! Hands over full segments to the load's consumer.
 //!
 //! The teller records full pieces, and workers record checked files. Only the teller hands
 //! segments over ([`LoadShared::deliver`]).
@@ -68,7 +68,7 @@ pub(crate) struct FollowUpJobs {
 pub(crate) enum HandOverStatus {
     /// The load has not delivered its end yet.
     Going,
-    /// The load has delivered its end, or was already over.
+    /// The load has delivered its end, or was dropped.
     Over,
 }
 
@@ -83,32 +83,32 @@ impl LoadShared {
     }
 
     fn count_piece(&self, state: &mut LoadState, number: usize, route: Option<Route>) -> FollowUpJobs {
-        let piece = *state.plan.pieces.get(number).expect("the driver fills only planned pieces");
-        let planned = state.plan.segments.get(piece.segment).expect("a piece belongs to a planned segment");
+        let piece = *state.plan.pieces.get(number).expect("the driver should fill only planned pieces");
+        let planned = state.plan.segments.get(piece.segment).expect("a piece should belong to a planned segment");
         let SegmentPlan { file: file_index, memory: memory_index, .. } = *planned;
-        let file = state.files.get_mut(file_index).expect("a segment belongs to a planned file");
+        let file = state.files.get_mut(file_index).expect("a segment should belong to a planned file");
         self.read_bytes.fetch_add(piece.bytes, Ordering::Relaxed);
         self.counters.read_bytes.fetch_add(piece.bytes, Ordering::Relaxed);
         file.route = route.map_or(file.route, |route| file.route.max(route));
-        file.pieces_left = file.pieces_left.checked_sub(1).expect("each piece of a file is filled only once");
+        file.pieces_left = file.pieces_left.checked_sub(1).expect("each piece of a file should be filled only once");
         let read = file.pieces_left == 0;
-        let memory = state.memories.get_mut(memory_index).expect("a segment belongs to a planned allocation");
-        memory.pieces_left = memory.pieces_left.checked_sub(1).expect("each piece of an allocation is filled only once");
+        let memory = state.memories.get_mut(memory_index).expect("a segment should belong to a planned allocation");
+        memory.pieces_left = memory.pieces_left.checked_sub(1).expect("each piece of an allocation should be filled only once");
         memory.full_at = Some(Instant::now());
         let finish = memory.pieces_left == 0 && memory.unfinished;
         FollowUpJobs { check: read.then_some(file_index), finish: finish.then_some(memory_index) }
     }
 
     /// Returns a full allocation that has to be finished, and the moves to make within it; `None`
-    /// if the load is over.
+    /// if the load has ended.
     pub(crate) fn full_memory(&self, number: usize) -> Option<(Arc<Backing>, Vec<Move>)> {
         let state = self.state();
         if state.is_over() {
             return None;
         }
-        let cell = Arc::clone(&state.memories.get(number).expect("only planned allocations are finished").cell);
-        let planned = state.plan.memories.get(number).expect("every allocation was planned");
-        let own = state.plan.segments.get(planned.segments.clone()).expect("an allocation has planned segments");
+        let cell = Arc::clone(&state.memories.get(number).expect("only planned allocations should be finished").cell);
+        let planned = state.plan.memories.get(number).expect("every allocation should have been planned");
+        let own = state.plan.segments.get(planned.segments.clone()).expect("an allocation should have planned segments");
         let moves = own.iter().filter_map(|segment| {
             let moved = segment.moved.as_ref()?;
             let from = segment.memory_offset + (moved.start - segment.file_range.start);
@@ -117,7 +117,7 @@ impl LoadShared {
         });
         let moves = moves.collect();
         drop(state);
-        Some((cell.get().expect("full pieces belong to an existing allocation"), moves))
+        Some((cell.get().expect("full pieces should belong to an existing allocation"), moves))
     }
 
     /// Records that an allocation was finished.
@@ -126,54 +126,54 @@ impl LoadShared {
         if state.is_over() {
             return;
         }
-        state.memories.get_mut(number).expect("only planned allocations are finished").unfinished = false;
+        state.memories.get_mut(number).expect("only planned allocations should be finished").unfinished = false;
         if self.options.trace {
-            let segment = state.plan.memories.get(number).expect("every allocation was planned").segments.start;
-            let file_index = state.plan.segments.get(segment).expect("an allocation begins with a planned segment").file;
+            let segment = state.plan.memories.get(number).expect("every allocation should have been planned").segments.start;
+            let file_index = state.plan.segments.get(segment).expect("an allocation should begin with a planned segment").file;
             let event = self.event(TraceKind::Export, start, Instant::now(), file_index, segment, 0);
             state.trace.push(event);
         }
     }
 
     /// Takes a file that has to be checked, and the identity that it had when the load was
-    /// planned; `None` if the load is over. Dropping the file may close it.
+    /// planned; `None` if the load has ended. Dropping the file may close it.
     pub(crate) fn take_file(&self, index: usize) -> Option<(Arc<OpenFile>, Identity)> {
         let (cell, identity) = {
             let state = self.state();
             if state.is_over() {
                 return None;
             }
-            let file = state.files.get(index).expect("only planned files are checked");
+            let file = state.files.get(index).expect("only planned files should be checked");
             (Arc::clone(&file.open), file.planned.identity)
         };
-        Some((cell.take().expect("a file that was read stays open until its only check"), identity))
+        Some((cell.take().expect("a file that was read should stay open until its only check"), identity))
     }
 
     /// Returns all bytes of a small file, to parse its header from. Returns `None` if the file is
-    /// not small or is still being read, or if the load is over.
+    /// not small or is still being read, or if the load has ended.
     pub(crate) fn whole_file(&self, index: usize) -> Option<WholeFile> {
         let (cell, start, bytes) = {
             let state = self.state();
             if state.is_over() {
                 return None;
             }
-            let file = state.files.get(index).expect("only planned files are inspected");
+            let file = state.files.get(index).expect("only planned files should be inspected");
             if !file.planned.small || file.pieces_left > 0 {
                 return None;
             }
-            let planned = state.plan.files.get(index).expect("each file was planned");
-            let segment = planned.first_segment.expect("a small file with bytes has a segment");
-            let segment = state.plan.segments.get(segment).expect("the first segment of a file was planned");
-            let memory = state.memories.get(segment.memory).expect("a segment belongs to a planned allocation");
+            let planned = state.plan.files.get(index).expect("each file should have been planned");
+            let segment = planned.first_segment.expect("a small file with bytes should have a segment");
+            let segment = state.plan.segments.get(segment).expect("the first segment of a file should have been planned");
+            let memory = state.memories.get(segment.memory).expect("a segment should belong to a planned allocation");
             (Arc::clone(&memory.cell), segment.memory_offset, segment.file_range.end)
         };
-        let backing = cell.get().expect("the memory of a file that was read is allocated and was not handed over");
+        let backing = cell.get().expect("the memory of a file that was read should be allocated and not yet handed over");
         Some(WholeFile { backing, range: to_usize(start)..to_usize(start + bytes) })
     }
 
     /// Records that a file has not changed. `tensors` is the tensor map that was parsed from a
-    /// small file's memory. It is `None` if the small file contains raw bytes, and for all other
-    /// files.
+    /// small file's memory. It is `None` for a small file of raw bytes, and for every file that is
+    /// not small.
     ///
     /// # Errors
     /// If this is the last file of a load with small files, the errors of
@@ -183,10 +183,10 @@ impl LoadShared {
         if state.is_over() {
             return Ok(());
         }
-        state.files_left = state.files_left.checked_sub(1).expect("each file is checked only once");
+        state.files_left = state.files_left.checked_sub(1).expect("each file should be checked only once");
         if let Some(map) = tensors {
-            let source = self.sources().get(index).expect("only planned files are checked");
-            let file = state.files.get_mut(index).expect("only planned files are checked");
+            let source = self.sources().get(index).expect("only planned files should be checked");
+            let file = state.files.get_mut(index).expect("only planned files should be checked");
             let chosen = ChosenTensors::owned(&map, |name| source.owns(name)).map(Arc::new);
             file.planned.tensors = Some(Arc::new(FileTensors { map, chosen }));
         }
@@ -197,9 +197,9 @@ impl LoadShared {
             let notes = self.check_whole(maps)?;
             state.notes.extend(notes);
         }
-        let memory = state.last_memory_of(index).expect("a file that was read ends in an allocation");
-        let memory = state.memories.get_mut(memory).expect("a file ends in a planned allocation");
-        memory.unchecked = memory.unchecked.checked_sub(1).expect("each file is checked only once");
+        let memory = state.last_memory_of(index).expect("a file that was read should end in an allocation");
+        let memory = state.memories.get_mut(memory).expect("a file should end in a planned allocation");
+        memory.unchecked = memory.unchecked.checked_sub(1).expect("each file should be checked only once");
         Ok(())
     }
 
@@ -225,7 +225,7 @@ impl LoadShared {
                 DeliveryStep::Segment { segment, waited, events, span } => {
                     self.counters.after_kernel.add(waited);
                     let (index, file, bytes) = (segment.index(), segment.file_index(), segment.len());
-                    let waited_us = u64::try_from(waited.as_micros()).expect("a wait in microseconds fits into 64 bits");
+                    let waited_us = u64::try_from(waited.as_micros()).expect("a wait in microseconds should fit into 64 bits");
                     foreign::emit(|| {
                         tracing::debug!(parent: &*self.span, load = self.id.0, segment = index, file, bytes, waited_us, "segment handed over");
                     });
@@ -267,12 +267,13 @@ impl LoadShared {
             return DeliveryStep::Over;
         }
         if let Some(error) = state.failed.take() {
-            let events = state.events.take().expect("checked above");
+            let events = state.events.take().expect("the load should not have delivered its end yet");
             return DeliveryStep::Failed { error, events };
         }
         if std::mem::take(&mut state.files_unsent) {
             let files = state.files.iter().enumerate().map(|(index, file)| self.describe_file(state, index, file));
-            let (files, events) = (files.collect(), state.events.clone().expect("checked above"));
+            let (files, events) =
+                (files.collect(), state.events.clone().expect("the load should not have delivered its end yet"));
             return DeliveryStep::Planned { files, events };
         }
         if let Some((segment, last)) = match self.next_segment(state) {
@@ -287,11 +288,11 @@ impl LoadShared {
                 let event = self.event(TraceKind::HandOver, now, now, segment.file_index(), segment.index(), bytes);
                 state.trace.push(event);
             }
-            let planned = state.plan.segments.get(segment.index()).expect("a segment was planned");
-            let memory = state.memories.get_mut(planned.memory).expect("a segment belongs to a planned allocation");
-            let waited = memory.full_at.expect("memory that is handed over is full").elapsed();
+            let planned = state.plan.segments.get(segment.index()).expect("a segment should have been planned");
+            let memory = state.memories.get_mut(planned.memory).expect("a segment should belong to a planned allocation");
+            let waited = memory.full_at.expect("memory that is handed over should be full").elapsed();
             let span = if last { std::mem::replace(&mut memory.span, no_span()) } else { no_span() };
-            let events = state.events.clone().expect("checked above");
+            let events = state.events.clone().expect("the load should not have delivered its end yet");
             return DeliveryStep::Segment { segment, waited, events, span };
         }
         let all = state.handed == state.plan.segments.len() && state.files_left == 0;
@@ -301,12 +302,12 @@ impl LoadShared {
         let files = state.files.iter().enumerate().map(|(index, file)| self.describe_file(state, index, file));
         let files = files.map(|file| LoadFile { is_known: true, ..file }).collect();
         increment(&self.counters.finished);
-        let events = state.events.take().expect("checked above");
+        let events = state.events.take().expect("the load should not have delivered its end yet");
         DeliveryStep::Done { finished: Box::new(Finished { report, files }), cached_bytes, events }
     }
 
     fn describe_file(&self, state: &LoadState, index: usize, file: &FileState) -> LoadFile {
-        let source = self.sources().get(index).expect("a planned file has a source");
+        let source = self.sources().get(index).expect("a planned file should have a source");
         LoadFile {
             path: Arc::clone(&source.path),
             bytes: file.planned.identity.bytes,
@@ -323,20 +324,20 @@ impl LoadShared {
     ///
     /// # Errors
     /// If the allocation's memfd could not be sealed against writes. Its bytes must then not be
-    /// shown.
+    /// shown to the consumer.
     fn next_segment(&self, state: &LoadState) -> Result<Option<(Segment, bool)>, dmabuf::Error> {
         let index = state.handed;
         let Some(planned) = state.plan.segments.get(index) else { return Ok(None) };
-        let memory = state.memories.get(planned.memory).expect("a segment belongs to a planned allocation");
+        let memory = state.memories.get(planned.memory).expect("a segment should belong to a planned allocation");
         if !memory.is_ready() {
             return Ok(None);
         }
-        let file = &state.files.get(planned.file).expect("a segment belongs to a planned file").planned;
-        let sharing = &state.plan.memories.get(planned.memory).expect("every allocation was planned").segments;
+        let file = &state.files.get(planned.file).expect("a segment should belong to a planned file").planned;
+        let sharing = &state.plan.memories.get(planned.memory).expect("every allocation should have been planned").segments;
         // After its last segment, the allocation belongs to the consumer alone.
         let last = index + 1 == sharing.end;
         let backing = if last { memory.cell.take() } else { memory.cell.get() };
-        let backing = backing.expect("an allocation that is ready exists until its last segment is handed over");
+        let backing = backing.expect("an allocation that is ready should exist until its last segment is handed over");
         if index == sharing.start {
             self.seal(&backing)?;
             // Do this for the first segment only. Before the second segment is created, the first
@@ -349,7 +350,7 @@ impl LoadShared {
             file_index: planned.file,
             span: planned.span,
             tensors: file.tensors.clone(),
-            path: Arc::clone(self.path(planned.file).expect("a planned file has a path")),
+            path: Arc::clone(self.path(planned.file).expect("a planned file should have a path")),
             file_bytes: file.identity.bytes,
             part: file.part.clone(),
             file_range: planned.moved.clone().unwrap_or_else(|| planned.file_range.clone()),
@@ -365,11 +366,11 @@ impl LoadShared {
         Ok(Some((unsafe { Segment::new(place, Arc::clone(&self.heap), backing) }, last)))
     }
 
-    /// Seals a memfd against writes, before any segment in it is shown.
+    /// Seals a memfd against writes, before any segment in it is handed over.
     ///
     /// # Errors
     /// If the memfd can't be sealed: another holder of its descriptor could write to bytes that
-    /// are shown.
+    /// the consumer can see.
     fn seal(&self, backing: &Backing) -> Result<(), dmabuf::Error> {
         let Some(memfd) = backing.memfd() else { return Ok(()) };
         match memfd.seal_against_writes() {
@@ -381,9 +382,9 @@ impl LoadShared {
     }
 }
 
-/// Whether a memfd that could not be sealed may be shown. This requires one of our own heaps,
-/// which keep no second descriptor, and a kernel before Linux 5.1, which lacks this seal. EINVAL
-/// alone is not enough: files that do not support seals at all return it, too.
+/// Whether the segments in a memfd that could not be sealed may be handed over. This requires one
+/// of our own heaps, which keep no second descriptor, and a kernel before Linux 5.1, which lacks
+/// this seal. EINVAL alone is not enough: files that do not support seals at all return it, too.
 fn may_stay_unsealed(errno: Errno, heap_is_own: bool, kernel_seals_writes: impl FnOnce() -> bool) -> bool {
     heap_is_own && errno == Errno::EINVAL && !kernel_seals_writes()
 }

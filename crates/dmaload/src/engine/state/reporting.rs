@@ -32,7 +32,7 @@ const PAGE_CACHE_NOTE_BYTES: u64 = 1 << 30;
 const RETRIES_NOTED_MAX: usize = 8;
 
 impl LoadShared {
-    /// Records a step down the ladder.
+    /// Records a fallback to a lower route, and emits an event about it.
     pub(crate) fn record_fallback(&self, fallback: Fallback) {
         let path = fallback.file_index.and_then(|index| self.path(index)).map(|path| printable::path(path.as_path()).to_string());
         foreign::emit(|| {
@@ -53,7 +53,12 @@ impl LoadShared {
         let errno = errno::describe(errno);
         foreign::emit(|| {
             let errno = errno.as_str();
-            tracing::warn!(load = self.id.0, bytes, errno, "no memory for more staging: fewer reads are in flight");
+            tracing::warn!(
+                load = self.id.0,
+                bytes,
+                errno,
+                "no memory for more staging buffers: fewer reads are in flight at once"
+            );
         });
         let note = format!("no memory for more than {bytes} bytes of staging ({errno}): fewer reads were in flight at once");
         self.state().notes.push(note);
@@ -91,7 +96,7 @@ impl LoadShared {
         if state.is_over() {
             return;
         }
-        let (file_index, segment) = state.place_of(number).expect("the driver fills only planned pieces");
+        let (file_index, segment) = state.place_of(number).expect("the driver should fill only planned pieces");
         let (start, end) = (epoch + span.start, epoch + span.end);
         let event = self.event(span.kind, start, end, file_index, segment, span.bytes);
         state.trace.push(event);
@@ -121,7 +126,7 @@ impl LoadShared {
                 Error::Refused { path: path(file), offset, route, attempt, errno: errno::from_rustix(errno) }
             }
             Failure::Rejected { file, offset, bytes } => {
-                let observation = self.observation.as_ref().expect("only observers reject bytes");
+                let observation = self.observation.as_ref().expect("only observers should reject bytes");
                 match observation.watch.verdict() {
                     Verdict::Rejected(Rejection::Reason(reason)) => Error::Rejected { path: path(file), offset, bytes, reason },
                     Verdict::Rejected(Rejection::Corrupt { offset, bytes, expected, found, tensors }) => {
@@ -187,7 +192,7 @@ impl LoadShared {
         if let Some(shard) = self.options.select.shard {
             let Shard { rank, world_size, dim } = shard;
             let whole = dim.map_or("the bytes of each file".to_owned(), |dim| format!("each tensor along dimension {dim}"));
-            notes.push(format!("this is part {rank} of {world_size} of {whole}"));
+            notes.push(format!("rank {rank} of {world_size} has read its share of {whole}"));
         }
         if let Some(cached_bytes) = filled_cache_bytes(state) {
             notes.push(format!(
@@ -200,7 +205,9 @@ impl LoadShared {
             ));
         }
         if self.allocates_at_once && self.options.layout == Layout::Single {
-            notes.push("each file had a single allocation, so its reads began only after all of it was allocated".to_owned());
+            notes.push(
+                "each file had a single allocation, so its reads began only after all of its memory was allocated".to_owned(),
+            );
         }
         notes
     }

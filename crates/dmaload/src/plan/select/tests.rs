@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 const BLOCK: u64 = 4096;
 
-/// The `owns` of a file that owns every tensor.
+/// An `owns` predicate for a file that owns every tensor.
 fn all(_: &str) -> bool {
     true
 }
@@ -80,14 +80,18 @@ fn ranks_together_cover_a_tensor() {
         seen.sort_unstable();
         let all = map.get("a").unwrap().file_range.clone();
         if dim < 2 {
-            assert!(seen.iter().copied().eq(all), "along dimension {dim}, the ranks together get each byte exactly once");
+            assert!(seen.iter().copied().eq(all), "along dimension {dim}, the ranks together should get each byte exactly once");
         } else {
             assert_eq!(seen.len(), 4 * 84);
         }
     }
     let whole = Select { shard: Some(Shard { rank: 0, world_size: 1, dim: Some(1) }), ..Select::default() };
     let selected = Selector::new(&whole).unwrap().select_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
-    assert_eq!(selected.tensors.unwrap().list()[0].part.rows.count, 1, "a part that is the whole tensor is a single range");
+    assert_eq!(
+        selected.tensors.unwrap().list()[0].part.rows.count,
+        1,
+        "a part that is the whole tensor should be a single range"
+    );
 }
 
 #[test]
@@ -184,7 +188,7 @@ proptest! {
         let out = |hull: &Range<u64>| hull.start / BLOCK * BLOCK..hull.end.next_multiple_of(BLOCK).min(bytes);
         for span in &apart {
             let long = span.range.end - span.range.start > most;
-            prop_assert!(!long || hulls().any(|hull| out(&hull) == span.range), "a span longer than the limit holds only one tensor");
+            prop_assert!(!long || hulls().any(|hull| out(&hull) == span.range), "a span longer than the limit must hold only one tensor");
         }
         for hull in hulls() {
             prop_assert!(apart.iter().any(|span| span.range.start <= hull.start && hull.end <= span.range.end));
