@@ -4,7 +4,7 @@
 //!   piece ─► queue of its load ─► chunks, round-robin over loads, at most `depth` ─► kernel
 //!                                     ▲                  (bounce: staging ─► copy)   │
 //!                                     └─ the rest of a short read; the same read ────┤ completion
-//!                                        by a lower route after a refusal            ▼
+//!                                        by another route after a refusal            ▼
 //!                          last chunk: zero the tail, unregister ─► (observer) ─► PieceFull
 //! ```
 //!
@@ -12,9 +12,9 @@
 //! load's memory is uncached, each chunk while it is in staging. A piece keeps its permit, and a
 //! chunk its staging slot, until it has been observed.
 //!
-//! Loads that are observed in staging can't deadlock. Their reads, including retries, are issued
-//! in file order, so whenever such a load takes a slot, its first unobserved chunk either has a
-//! slot already or gets this one. That chunk doesn't wait for any other.
+//! A load whose bytes are observed in staging can't deadlock. Its reads, including retries, are
+//! issued in file order. Whenever the load takes a slot, its first unobserved chunk therefore
+//! either has a slot already or gets this one, and that chunk doesn't wait for any other chunk.
 //!
 //! Copiers copy cached chunks from the page cache. A cached chunk takes its turn in the queue like
 //! any other. If it has been evicted by the time it is copied, it is read from storage instead.
@@ -64,8 +64,8 @@ use crate::telemetry::trace::TraceKind;
 // If an entry is missing, an invariant is broken, and the driver panics with one of these
 // messages. The engine then fails all loads with that message. Continuing would lose a read, and
 // the read's load would hang.
-const PIECE: &str = "a piece exists while it has chunks queued or in flight, or is being observed";
-const LOAD: &str = "a load exists while it has pieces";
+const PIECE: &str = "a piece must exist while it has chunks queued or in flight, or is being observed";
+const LOAD: &str = "a load must exist while it has pieces";
 
 /// See the module documentation.
 #[derive(Debug)]
@@ -77,14 +77,14 @@ pub(crate) struct Driver<K: Kernel, B: PieceMemory> {
     pieces: Slots<PieceEntry<K::File, B>>,
     /// Operations in flight.
     reads: Slots<Operation>,
-    /// How many of `reads` are requests to populate memory. These do not count towards the depth,
-    /// nor as operations of their load.
+    /// How many of `reads` are requests to populate memory. These count neither towards the queue
+    /// depth nor as operations of their load.
     populating: usize,
-    /// How many operations each load has in flight, for each file system.
+    /// Operations in flight, counted for each load and each file system.
     in_flight: Holders<LoadId>,
     /// Free entries in the kernel's table of registered buffers.
     buffer_slots: Vec<u16>,
-    /// How many registered pieces each load has, for each file system.
+    /// Registered pieces, counted for each load and each file system.
     registered: Holders<LoadId>,
     staging: Staging<K::Staging>,
     /// Decides how many copiers may run.
@@ -94,7 +94,7 @@ pub(crate) struct Driver<K: Kernel, B: PieceMemory> {
     known: Known,
     completions: Vec<Completion>,
     outputs: Vec<Output<B>>,
-    /// Files of pieces that were output or dropped, until [`Driver::take_released`] takes them.
+    /// Files of pieces that were output or dropped. [`Driver::take_released`] takes them.
     released: Vec<(LoadId, K::File)>,
     counters: Arc<ReadCounters>,
 }
@@ -131,7 +131,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     }
 
     /// Lets `pace` decide the number of copiers. If `growing` is set, the number of staging slots
-    /// grows with it.
+    /// grows with the number of copiers.
     pub(crate) fn with_pace(mut self, pace: Pace, growing: bool) -> Self {
         self.kernel.set_copiers(pace.threads());
         self.growing_from = growing.then(|| self.staging.slots());
@@ -199,11 +199,11 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     /// Enqueues an allocated piece to be filled. If its load has failed or was abandoned, the
     /// piece is dropped immediately.
     pub(crate) fn enqueue_piece(&mut self, id: LoadId, number: usize, piece: Piece, mut file: FileSpec<K::File>, buffer: B) {
-        assert_eq!(buffer.bytes() as u64, piece.memory_bytes, "a buffer has the size that was planned for its piece");
+        assert_eq!(buffer.bytes() as u64, piece.memory_bytes, "a buffer must have the size planned for its piece");
         let Some(load) = self.loads.get_mut(&id).filter(|load| !load.ended) else { return self.released.push((id, file.handle)) };
         let stepped = load.stepped.get(&file.index).copied().unwrap_or(load.floor);
         file.route = file.route.max(load.floor).max(stepped);
-        assert!(buffer.is_populated() || file.fills_unpopulated(), "a device writes only to populated memory");
+        assert!(buffer.is_populated() || file.fills_unpopulated(), "a device must write only to populated memory");
         let refused = if file.route.uses_ring() { self.kernel.ring().err() } else { None };
         self.kernel.attach(&file.handle);
         let chunk_bytes = load.spec.chunk_bytes;
@@ -241,7 +241,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
             // Without a ring, all routes that use it are refused, so a single step leads to the
             // equivalent route on threads.
             self.step_down(token, route, route.without_ring(), Attempt::SetUpRing, errno, piece.file_offset);
-            // A strict load has just failed, and may have been removed already.
+            // If the load is strict, it has just failed, and may have been removed already.
             if let Some(load) = self.loads.get_mut(&id) {
                 load.staging_reported = true;
             }
@@ -278,9 +278,9 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     pub(crate) fn issue(&mut self) {
         let mut passed = 0;
         while self.reads.len() - self.populating < self.depth && passed < self.turns.len() {
-            let id = self.turns.pop_front().expect("`turns` has more loads than were passed over");
+            let id = self.turns.pop_front().expect("`turns` should contain more loads than were passed over");
             self.turns.push_back(id);
-            let load = self.loads.get_mut(&id).expect("every load in `turns` exists");
+            let load = self.loads.get_mut(&id).expect("every load in `turns` should exist");
             let may_read = load.next_piece().is_some_and(|piece| {
                 let file_system = self.pieces.get_mut(piece).expect(PIECE).file.mount;
                 self.in_flight.may_have_one(self.depth as u64, &id, file_system)
@@ -331,8 +331,9 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         for token in self.pieces.tokens() {
             let mut entry = self.pieces.remove(token).expect(PIECE);
             if entry.in_flight == 0 {
-                // If the kernel has failed, it will be leaked. Its ring is then never closed, and
-                // would keep the buffer's pages pinned and the file open.
+                // If the kernel has failed, `replace_kernel` leaks it, so its ring is never
+                // closed. Without the next two lines, that ring would keep the buffer's pages
+                // pinned and the file open.
                 self.unregister(&mut entry);
                 self.kernel.detach(&entry.file.handle);
                 self.released.push((entry.load, entry.file.handle));
@@ -367,7 +368,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     /// is leaked rather than closed: closing a ring doesn't stop its reads, so the memory that
     /// they write to could not be freed anyway.
     pub(crate) fn replace_kernel(&mut self, kernel: K) {
-        assert_eq!(self.reads.len() + self.pieces.len(), 0, "`give_up` was called and has removed all reads and pieces");
+        assert_eq!(self.reads.len() + self.pieces.len(), 0, "`give_up` must be called first, which removes all reads and pieces");
         self.buffer_slots = (0..kernel.buffer_slots()).rev().collect();
         std::mem::forget(std::mem::replace(&mut self.kernel, kernel));
         self.kernel.set_copiers(self.pace.threads());
@@ -465,7 +466,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     /// Then outputs the piece or, if it has to be observed, queues its observation.
     fn finish_piece(&mut self, token: Token) {
         let entry = self.pieces.get_mut(token).expect(PIECE);
-        assert_eq!(entry.in_flight, 0, "a full piece has no operations in flight");
+        assert_eq!(entry.in_flight, 0, "a full piece must not have operations in flight");
         let tail = to_usize(entry.piece.bytes)..entry.buffer.bytes();
         // SAFETY: `tail.start` is at most the length of the buffer. In a plan, a piece's `bytes`
         // are at most its `memory_bytes`, and `enqueue_piece` asserts that the buffer has that
@@ -493,7 +494,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         }
     }
 
-    /// Outputs a full piece. If the load is observed, the piece has been observed before.
+    /// Outputs a full piece. If the load has an observer, the piece must have been observed
+    /// already.
     fn output_piece(&mut self, token: Token) {
         let entry = self.pieces.remove(token).expect(PIECE);
         self.kernel.detach(&entry.file.handle);
@@ -540,8 +542,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         }
     }
 
-    /// Passes the number of copiers that the pace allows to the kernel. If staging grows with that
-    /// number, adjusts the number of slots, too.
+    /// Tells the kernel how many copiers the pace allows. If staging grows with the number of
+    /// copiers, adjusts the number of slots, too.
     fn apply_pace(&mut self) {
         let copiers = self.pace.threads();
         self.kernel.set_copiers(copiers);

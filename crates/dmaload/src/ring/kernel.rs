@@ -68,7 +68,7 @@ pub(crate) struct ObserveRequest {
     pub(crate) bytes: usize,
 }
 
-/// The result of a read, a copy or an observation: the number of bytes, or the error.
+/// The result of an operation: the number of bytes, or the error.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Completion {
     pub(crate) token: Token,
@@ -85,8 +85,8 @@ pub(crate) trait Kernel {
     /// Returns the time since a fixed moment.
     fn now(&self) -> Duration;
 
-    /// Returns whether io_uring is available. If it isn't, this is the kernel's error, and reads
-    /// must not use routes that need a ring.
+    /// Returns the kernel's error if io_uring is not available. Reads must not use routes that
+    /// need a ring then.
     fn ring(&self) -> Result<(), Errno>;
 
     /// Returns how many buffers can be registered at once.
@@ -131,10 +131,10 @@ pub(crate) trait Kernel {
     #[allow(unsafe_code)]
     unsafe fn copy(&mut self, copy: StagedCopy);
 
-    /// Has another thread populate memory, if no copy needs the thread. The place's buffer must
-    /// stay allocated until the request completes. Completes like a read; the only possible error
-    /// is [`Fault::Memory`]. Once a copy to the same place is started, the request may complete
-    /// without having populated anything, because the copy populates the memory, too.
+    /// Has another thread populate memory, once no copy is waiting for a thread. The place's
+    /// buffer must stay allocated until the request completes. Completes like a read; the only
+    /// possible error is [`Fault::Memory`]. Once a copy to the same place is started, the request
+    /// may complete without having populated anything, because the copy populates the memory, too.
     fn populate(&mut self, request: PopulateRequest);
 
     /// Sets how many threads may copy at the same time.

@@ -17,7 +17,7 @@ const KNOWN_FOR: Duration = Duration::from_secs(60);
 enum Pinnable {
     #[default]
     Unknown,
-    /// Direct reads into it have worked, so the memory is not the cause of an EFAULT.
+    /// Direct reads into the memory have worked, so it is not the cause of a later EFAULT.
     Yes,
     No {
         attempt: Attempt,
@@ -43,9 +43,9 @@ pub(super) struct Known {
 }
 
 impl Known {
-    /// Records a step down. A step to `bounce` is remembered as a refusal by the memory. A step
-    /// after a direct read failed with EINVAL or EOPNOTSUPP is remembered as a refusal by the file
-    /// system. Other steps are not remembered.
+    /// Records a fallback. If it leads to `bounce`, remembers that the memory was the cause. If a
+    /// direct read failed with EINVAL or EOPNOTSUPP, remembers that the file system was the cause.
+    /// Other fallbacks are not remembered.
     pub(super) fn stepped_down(&mut self, mount: u64, (from, to): (Route, Route), attempt: Attempt, errno: Errno, now: Duration) {
         let until = now + KNOWN_FOR;
         if to == Route::Bounce {
@@ -61,8 +61,8 @@ impl Known {
         }
     }
 
-    /// Records that a piece was filled from this file system. `route` is the lowest route that was
-    /// used.
+    /// Records that a piece was filled from this file system. `route` is the least preferred of
+    /// the routes that were used.
     pub(super) fn worked(&mut self, mount: u64, route: Route) {
         if route.is_direct() {
             self.mounts.insert(mount, Mount::Direct);
@@ -72,8 +72,9 @@ impl Known {
         }
     }
 
-    /// Returns a remembered refusal of this route: the route to step down to, and the attempt and
-    /// error to report. If several refusals apply, returns the one that leads to the lowest route.
+    /// Returns a remembered refusal of this route: the route to fall back to, and the attempt and
+    /// error to report. If several refusals apply, returns the one that leads to the least
+    /// preferred route.
     pub(super) fn refusal(&self, mount: u64, route: Route, now: Duration) -> Option<(Route, Attempt, Errno)> {
         let memory = match self.memory {
             Pinnable::No { attempt, errno, until } if now < until => Some((Route::Bounce, attempt, errno)),

@@ -271,7 +271,8 @@ impl Uncached {
 
 impl Ring {
     fn new(depth: usize, wake: &Wake) -> Result<Self, Errno> {
-        let entries = u32::try_from(depth + 1).expect("settings allow at most 4096 reads").next_power_of_two().clamp(8, 4096);
+        let entries =
+            u32::try_from(depth + 1).expect("settings should allow at most 4096 reads").next_power_of_two().clamp(8, 4096);
         let ring = set_up(entries)?;
         let buffers = ring.submitter().register_buffers_sparse(u32::from(BUFFER_SLOTS)).map_err(|error| errno(&error));
         let files = FileTable::new(&ring);
@@ -279,8 +280,8 @@ impl Ring {
         // the page cache may wait for each other.
         let _ = set_kernel_threads(&ring, depth);
         let mut ring = Ring { ring, queue: Vec::new(), armed: false, buffers, files, uncached: Uncached::default() };
-        // Detects whether a ring can be set up but not entered, for example because of a seccomp
-        // profile.
+        // This call fails if a ring can be set up but not entered, for example because of a
+        // seccomp profile.
         ring.submit(false, wake)?;
         Ok(ring)
     }
@@ -324,7 +325,7 @@ impl Ring {
                     // completion: the eventfd as long as the ring, a read's memory by the contract
                     // of `Kernel::read`, and its file because the driver holds it until then.
                     let pushed = unsafe { submission.push(&entry) };
-                    assert!(pushed.is_ok(), "the submission queue has room");
+                    assert!(pushed.is_ok(), "the submission queue should have room");
                 }
                 room
             };
@@ -395,7 +396,7 @@ impl FileTable {
     }
 
     fn detach(&mut self, ring: &IoUring, file: &OpenFile) {
-        let entry = self.slots.get_mut(&file.id).expect("a file is detached only after it was attached");
+        let entry = self.slots.get_mut(&file.id).expect("a file must be attached before it is detached");
         entry.1 -= 1;
         if entry.1 == 0
             && let Some((Some(slot), _)) = self.slots.remove(&file.id)
@@ -429,15 +430,15 @@ impl FileTable {
 }
 
 fn length(read: &Read) -> u32 {
-    u32::try_from(read.bytes).expect("a read covers at most one chunk, and a chunk has at most 1 GiB")
+    u32::try_from(read.bytes).expect("a read should cover at most one chunk, and a chunk at most 1 GiB")
 }
 
 /// Lets the kernel use as many threads for this thread's rings as there can be reads in flight, so
 /// no read waits for another read's server. By default, the kernel uses at most four threads for
 /// each CPU.
 fn set_kernel_threads(ring: &IoUring, depth: usize) -> Result<(), Errno> {
-    let threads = u32::try_from(depth).expect("settings allow at most 4096 reads");
-    // 0 leaves the limit for files that are not regular unchanged.
+    let threads = u32::try_from(depth).expect("settings should allow at most 4096 reads");
+    // The 0 leaves the limit for files other than regular ones unchanged.
     ring.submitter().register_iowq_max_workers(&mut [threads, 0]).map_err(|error| errno(&error))
 }
 
@@ -464,8 +465,8 @@ const WAYS: [fn(&mut io_uring::Builder); 3] = [
 /// EINVAL, which means that the kernel does not know one of the flags.
 fn set_up(entries: u32) -> Result<IoUring, Errno> {
     let mut refused = Errno::INVAL;
-    // With the first flags, completions are processed only while the thread waits in the kernel,
-    // which it does not do under valgrind.
+    // With the first combination of flags, completions are processed only while the thread waits
+    // in the kernel, which it does not do under valgrind.
     for way in WAYS.into_iter().skip(usize::from(cfg!(dmaload_valgrind))) {
         match build(way, entries) {
             Ok(ring) => return Ok(ring),

@@ -1,4 +1,4 @@
-//! Messages between the driver and the thread around it.
+//! Messages between the driver and the thread that runs it.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use crate::route::{Attempt, Fallback, Route};
 use crate::support::id::LoadId;
 use crate::telemetry::trace::TraceKind;
 
-/// The properties of a load that the driver needs before its first piece.
+/// The properties of a load that the driver needs to know before it gets the first piece.
 #[derive(Debug, Clone)]
 pub(crate) struct LoadSpec {
     pub(crate) id: LoadId,
@@ -27,7 +27,7 @@ pub(crate) struct LoadSpec {
 pub(crate) struct FileSpec<F> {
     pub(crate) handle: F,
     pub(crate) index: usize,
-    /// The best route that reads of the file may use. Each step down lowers it.
+    /// The best route that reads of the file may use. Each fallback of the file replaces it.
     pub(crate) route: Route,
     /// The best route for direct reads of the file into staging.
     pub(crate) staged_by: Route,
@@ -35,26 +35,28 @@ pub(crate) struct FileSpec<F> {
     pub(crate) mount: u64,
     /// The alignment of direct reads, in the file and in memory.
     pub(crate) alignment_bytes: u64,
-    /// Whether direct reads are copies from memory, made by the thread that submits them.
+    /// Whether the file is in memory, so direct reads are copies made by the thread that submits
+    /// them.
     pub(crate) in_memory: bool,
     /// Which chunks of the piece were in the page cache when the piece was prepared.
     pub(crate) cached: CachedChunks,
 }
 
 impl<F> FileSpec<F> {
-    /// Whether reads by the file's current route can fill unpopulated memory. They can if threads
-    /// write the bytes, either as copies from staging or as reads, because a thread populates
-    /// memory as it writes to it. Devices and rings can't populate memory.
+    /// Whether reads through the file's current route can fill unpopulated memory. They can if
+    /// threads write the bytes, either as copies from staging or as reads, because a thread
+    /// populates memory as it writes to it. Devices and rings can't populate memory.
     pub(crate) fn fills_unpopulated(&self) -> bool {
         self.route >= Route::Bounce || self.route == Route::PreadDirect && self.in_memory
     }
 }
 
-/// An output of the driver for the thread around it.
+/// What the driver returns to the thread that runs it.
 #[derive(Debug)]
 pub(crate) enum Output<B> {
-    /// All bytes of a piece were read and, if the load is observed, observed. `route` is the
-    /// lowest route by which any of them were read from storage; `None` if none were.
+    /// All bytes of a piece were read and, if the load has an observer, observed. `route` is the
+    /// least preferred of the routes through which they were read from storage; `None` if no bytes
+    /// were.
     PieceFull { load: LoadId, piece: usize, route: Option<Route>, buffer: B },
     /// Any other event of a load.
     Event { load: LoadId, event: LoadEvent },
@@ -63,7 +65,7 @@ pub(crate) enum Output<B> {
 /// An event of a load other than a full piece.
 #[derive(Debug)]
 pub(crate) enum LoadEvent {
-    /// The load or one of its files has stepped down the ladder.
+    /// The load or one of its files has fallen back to another route.
     SteppedDown { fallback: Fallback },
     /// Less staging could be allocated than the load may use, so fewer of its reads can be in
     /// flight. Reported once.
@@ -85,7 +87,7 @@ pub(crate) enum LoadEvent {
 }
 
 impl<B> Output<B> {
-    /// Converts the buffer of a full piece.
+    /// Applies `map` to the buffer of a full piece. Other outputs stay the same.
     pub(crate) fn map_buffer<C>(self, map: impl FnOnce(B) -> C) -> Output<C> {
         match self {
             Output::PieceFull { load, piece, route, buffer } => Output::PieceFull { load, piece, route, buffer: map(buffer) },
@@ -110,7 +112,7 @@ pub(crate) struct Retried {
     pub(crate) errno: Errno,
 }
 
-/// An operation on a piece, timed by the driver's clock (`Kernel::now`).
+/// An operation on a piece, with times from the driver's clock (`Kernel::now`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct TimedSpan {
     pub(crate) kind: TraceKind,
@@ -119,7 +121,7 @@ pub(crate) struct TimedSpan {
     pub(crate) bytes: u64,
 }
 
-/// How long a load was reading and copying, and how much came from the page cache.
+/// How long a load was reading and copying, and how many bytes came from the page cache.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Times {
     /// The time during which at least one read was in flight.

@@ -14,8 +14,8 @@
 //! ring require io_uring (Linux 5.6 or later). If io_uring is refused, the threads of a pool read
 //! with `pread` instead.
 //!
-//! After [`RingThread::close`], the thread ends once the driver has no loads left, which is after
-//! the last completion. If a shutdown reaches its deadline before that, [`RingThread::give_up`]
+//! After [`RingThread::close`], the thread ends once the last operation has completed and the
+//! driver has no loads left. If a shutdown reaches its deadline first, [`RingThread::give_up`]
 //! makes the thread leak the memory that still has operations in flight, and end immediately.
 
 mod driver;

@@ -36,7 +36,7 @@ impl<T> InOrder<T> {
 
     /// Records that the taken item is finished.
     pub(super) fn finish(&mut self) {
-        assert!(self.busy, "an item is finished only after it has been taken");
+        assert!(self.busy, "an item must be taken before it is finished");
         self.busy = false;
     }
 
@@ -58,7 +58,7 @@ mod tests {
         order.insert(0, 3, "a");
         assert_eq!(order.take(), Some("a"));
         order.insert(3, 2, "b");
-        assert_eq!(order.take(), None, "a is not finished");
+        assert_eq!(order.take(), None, "`b` must wait until `a` is finished");
         order.finish();
         assert_eq!(order.take(), Some("b"));
         order.finish();

@@ -172,7 +172,7 @@ impl Pace {
     #[must_use]
     pub(crate) fn end(&mut self, now: Duration, bytes: u64) -> bool {
         self.count(now);
-        self.jobs = self.jobs.checked_sub(1).expect("a job that ends has begun");
+        self.jobs = self.jobs.checked_sub(1).expect("a job that ends should have begun");
         if self.least == self.most {
             return false;
         }
@@ -197,7 +197,7 @@ impl Pace {
     /// Records that a queued job will not run. The job is not measured.
     pub(crate) fn withdraw(&mut self, now: Duration) {
         self.count(now);
-        self.jobs = self.jobs.checked_sub(1).expect("a job that is withdrawn has begun");
+        self.jobs = self.jobs.checked_sub(1).expect("a job that is withdrawn should have begun");
     }
 
     /// Discards the current epoch when no work is left for now, because its rate would include the
@@ -217,8 +217,8 @@ impl Pace {
     fn next(&mut self, epoch: Epoch, elapsed: Duration) -> usize {
         let rate = rate(epoch.bytes, elapsed);
         if let Some(before) = self.trial.take() {
-            // Without any other limit, the rate is proportional to the number of threads; a
-            // quarter of that increase is enough.
+            // Without any other limit, the rate would rise in proportion to the number of threads.
+            // The added threads are kept if it rises by at least a quarter of that.
             let more = (self.threads - before.threads) as u64;
             let least = before.rate + before.rate / (4 * before.threads as u64) * more;
             if rate < least {
@@ -313,9 +313,9 @@ mod tests {
     fn threads_are_added_while_they_help_else_withdrawn() {
         for useful in [2, 3, 5, 8] {
             let (most, _) = simulate_pace(&mut Pace::new(2, 16), useful, 100, 200);
-            assert_eq!(most, useful + 1, "one more thread than is useful is tried");
+            assert_eq!(most, useful + 1, "one more thread than is useful should be tried");
         }
-        assert_eq!(simulate_pace(&mut Pace::new(2, 4), 8, 100, 50), (4, 4), "threads are added up to the bound");
+        assert_eq!(simulate_pace(&mut Pace::new(2, 4), 8, 100, 50), (4, 4), "threads should be added up to the bound");
     }
 
     #[test]
@@ -349,7 +349,7 @@ mod tests {
         assert!(pace.is_idle());
         assert_eq!(pace.threads(), threads);
         pace.pause();
-        assert_eq!(simulate_pace(&mut pace, 100, 100, 50).1, 32, "withdrawn jobs do not prevent more threads from being added");
+        assert_eq!(simulate_pace(&mut pace, 100, 100, 50).1, 32, "withdrawn jobs must not prevent threads from being added");
     }
 
     #[test]

@@ -51,9 +51,9 @@ unsafe impl Send for PoolJob {}
 #[derive(Debug)]
 struct Queues {
     jobs: VecDeque<PoolJob>,
-    /// How many threads are reading for each load, for each file system.
+    /// Threads that are reading, counted for each load and each file system.
     reading: Holders<LoadId>,
-    /// How many threads may read for one load from each file system, by the file system's number.
+    /// How many threads may read from a file system for one load, by the file system's number.
     paces: HashMap<u64, Pace>,
     /// The moment from which the times in `paces` are measured.
     since: Instant,
@@ -106,8 +106,8 @@ impl Queues {
         job
     }
 
-    /// Whether one more of the pool's `threads` threads may read for this load, if those in
-    /// `reading` already do.
+    /// Whether one more of the pool's `threads` threads may read for this load. `reading` counts
+    /// the threads that are reading already.
     fn may_read(&self, reading: &Holders<LoadId>, file: &OpenFile, read: &Read, threads: usize) -> bool {
         let file_system = file.identity.mount();
         let held = reading.held_by(&read.load, file_system).by_load;
@@ -144,9 +144,10 @@ impl Queues {
         self.jobs.push_back(job);
     }
 
-    /// Completes the queued request to populate this place, if any: the copy that is about to be
-    /// queued populates it. Otherwise, while copies keep the threads busy, the request would wait
-    /// for all of them, and its piece with it.
+    /// Completes the queued request to populate this place, if there is one, because the copy that
+    /// is about to be queued populates the place anyway. If the request stayed queued while copies
+    /// keep the threads busy, it would wait for all of them, and the piece could not be finished
+    /// until then.
     fn withdraw_populating(&mut self, place: &Place) {
         let is_same = |job: &PoolJob| {
             matches!(job, PoolJob::Populate(PopulateRequest { place: other, .. })
@@ -167,7 +168,7 @@ impl Queues {
             if let PoolJob::Read(file, read) = job {
                 let now = self.since.elapsed();
                 let pace = self.paces.get_mut(&file.identity.mount());
-                let pace = pace.expect("a file system has a pace while reads from it are queued or running");
+                let pace = pace.expect("a file system should have a pace while reads from it are queued or running");
                 pace.withdraw(now);
                 if pace.is_idle() {
                     pace.pause();
@@ -176,11 +177,11 @@ impl Queues {
             }
         }
         // The driver keeps references to these files until it has seen the completions, so
-        // dropping the jobs closes none of them.
+        // dropping the jobs closes none of the files.
         !own.is_empty()
     }
 
-    /// Records that a read of this load is done. Returns whether the number of threads that may
+    /// Records that a read for this load is done. Returns whether the number of threads that may
     /// read has changed.
     fn finish_read(&mut self, load: LoadId, mount: u64, bytes: usize) -> bool {
         self.reading.give_back(&load, mount, 1);
@@ -191,7 +192,8 @@ impl Queues {
     /// may read from it has changed.
     fn end_read(&mut self, mount: u64, bytes: usize) -> bool {
         let now = self.since.elapsed();
-        let pace = self.paces.get_mut(&mount).expect("a file system has a pace while reads from it are queued or running");
+        let pace =
+            self.paces.get_mut(&mount).expect("a file system should have a pace while reads from it are queued or running");
         let changed = pace.end(now, bytes as u64);
         if pace.is_idle() {
             pace.pause();
@@ -200,8 +202,8 @@ impl Queues {
     }
 }
 
-/// The pace of threads that read from the file system of this file. Reads of files in memory keep
-/// the processor busy, so they need no more threads than copies do.
+/// Returns the initial pace of threads that read from this file's file system. Reads of files in
+/// memory keep the processor busy, so they need no more threads than copies do.
 fn pace_for(file: &OpenFile) -> Pace {
     if file.in_memory { Pace::new(FIRST, most_copiers(cores())) } else { Pace::for_readers() }
 }
@@ -289,7 +291,8 @@ impl ThreadPool {
     }
 
     /// Queues a request to populate memory. If the pool has no thread and can't start one,
-    /// completes it without populating anything: the copy to the same place reports that.
+    /// completes the request without populating anything. The copy to the same place then reports
+    /// the missing thread.
     pub(crate) fn populate(&mut self, request: PopulateRequest) {
         if self.start_thread_for_any() {
             self.queue(PoolJob::Populate(request));
@@ -342,8 +345,8 @@ impl ThreadPool {
         self.shared.changed.notify_one();
     }
 
-    /// Starts a thread for one more job, unless enough threads are idle. Used for copies and
-    /// observations, which any idle thread may take. Returns whether the pool has any threads.
+    /// Starts a thread for one more job, unless enough threads are idle. Used for all jobs except
+    /// reads, because any idle thread may take them. Returns whether the pool has any threads.
     fn start_thread_for_any(&mut self) -> bool {
         let lacks_a_thread = {
             let queues = self.shared.queues();

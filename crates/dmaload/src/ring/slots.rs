@@ -30,7 +30,7 @@ impl Token {
 
 /// Converts the index of an entry; [`Slots::insert`] ensures that it fits into 32 bits.
 fn narrow(index: usize) -> u32 {
-    u32::try_from(index).expect("the index of an entry fits into 32 bits")
+    u32::try_from(index).expect("an entry's index should fit into 32 bits")
 }
 
 /// A table of entries, each with a token that is valid until the entry is removed.
@@ -52,7 +52,7 @@ impl<T> Slots<T> {
             *place = Some(entry);
             return Token::new(index, *generation);
         }
-        let index = u32::try_from(self.entries.len()).expect("fewer than four billion entries exist at once");
+        let index = u32::try_from(self.entries.len()).expect("fewer than four billion entries should exist at once");
         self.entries.push((0, Some(entry)));
         Token::new(index, 0)
     }
@@ -97,7 +97,7 @@ mod tests {
         let second = slots.insert('b');
         assert_eq!(first.index(), second.index());
         assert_ne!(first, second);
-        assert_eq!(slots.remove(first), None, "a stale token matches no entry");
+        assert_eq!(slots.remove(first), None, "a stale token must not match any entry");
         assert_eq!(slots.get_mut(second), Some(&mut 'b'));
         assert_eq!(slots.len(), 1);
     }

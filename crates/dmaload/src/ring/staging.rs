@@ -30,7 +30,7 @@ impl StagingBudget {
     }
 }
 
-const SLOT: &str = "slots exist until `clear` removes all of them";
+const SLOT: &str = "a slot must exist until `clear` removes it";
 
 /// Identifies a slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,7 +48,7 @@ struct StagingBuffer<S> {
     reading: bool,
 }
 
-/// A step down from the best route for reads into staging.
+/// A fallback from the best route for reads into staging.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct StagingStep {
     pub(crate) to: Route,
@@ -85,8 +85,8 @@ impl<S: Buffer> Staging<S> {
         self.budget.slot_bytes
     }
 
-    /// Returns how many of the slots for which `counts` returns true are taken, and how many of
-    /// these are held by this load and by all loads for this file system.
+    /// Looks only at slots for which `counts` returns true. Returns how many of them are taken,
+    /// how many this load holds, and how many all loads together hold for this file system.
     fn held(&self, load: LoadId, file_system: u64, counts: impl Fn(&StagingBuffer<S>) -> bool) -> (u64, Held) {
         let (mut taken, mut held) = (0, Held::default());
         for slot in self.slots.iter().filter(|slot| counts(slot)) {
@@ -100,7 +100,7 @@ impl<S: Buffer> Staging<S> {
 
     /// Takes a slot for a read from this file system. Returns `None` if no slot is free, or if the
     /// load or the file system already holds its share. `waits` means that the load can't release
-    /// any of its slots before it gets this one. In that case, shares limit the load only if it
+    /// any of its slots before it gets this one. In that case, the shares apply only if the load
     /// holds no slot.
     ///
     /// # Errors
@@ -143,8 +143,8 @@ impl<S: Buffer> Staging<S> {
         Ok(slot)
     }
 
-    /// Registers a taken slot, unless it is registered already. If that is refused, returns the
-    /// step down. A refused registration may be retried later: whether it exceeds the
+    /// Registers a taken slot, unless it is registered already. If the kernel refuses, returns the
+    /// fallback to report. A refused registration may be retried later: whether it exceeds the
     /// locked-memory limit depends on what else is locked.
     pub(crate) fn register<K: Kernel<Staging = S>>(
         &mut self,
@@ -190,11 +190,11 @@ impl<S: Buffer> Staging<S> {
         self.slots.get_mut(slot.0).expect(SLOT).reading = false;
     }
 
-    /// Returns a slot that nothing reads into or copies from any more.
+    /// Gives back a slot that nothing reads into or copies from any more.
     pub(crate) fn give_back(&mut self, slot: StagingSlot) {
         self.finish_read(slot);
         let holder = self.slots.get_mut(slot.0).expect(SLOT).taken_by.take();
-        assert!(holder.is_some(), "a slot is given back exactly once");
+        assert!(holder.is_some(), "a slot must be given back exactly once");
         self.free.push(slot);
     }
 

@@ -39,7 +39,7 @@ pub(crate) struct RingLimits {
 /// Callbacks from the ring thread to the engine. They are called on the ring thread, so they must
 /// not block, and must not run the caller's code.
 pub(crate) trait Events<B>: Send + Sync + 'static {
-    /// Receives outputs of the driver, in order.
+    /// Receives the driver's outputs, in the order in which it produced them.
     fn on_outputs(&self, outputs: Vec<Output<B>>);
     /// Receives files that loads have released. Another thread must close them.
     fn on_released_files(&self, files: Vec<(LoadId, Arc<OpenFile>)>);
@@ -192,7 +192,7 @@ impl<B: PieceMemory + Send + 'static> RingThread<B> {
 }
 
 /// Runs until [`RingThread::give_up`] is called or, after [`RingThread::close`], until the last
-/// load has ended. Returns how many pool threads were still busy when their ring was given up.
+/// load has ended. Returns how many pool threads were still busy when their ring was abandoned.
 /// This includes threads of rings that failed and were replaced.
 fn run<B: PieceMemory>(shared: &RingShared<B>, limits: &RingLimits, started: Instant, events: &impl Events<B>) -> usize {
     let depth = limits.depth;

@@ -39,7 +39,7 @@ impl Watch {
     /// Sets the verifier. Must be called before any bytes are observed.
     pub(crate) fn verify_by(&self, verifier: Arc<dyn Observer>) {
         let set = self.verifier.set(ObserverOption::new(verifier));
-        assert!(set.is_ok(), "a verifier is set only once");
+        assert!(set.is_ok(), "a verifier must be set only once");
     }
 
     /// Passes bytes to the observers.
@@ -77,7 +77,7 @@ impl Watch {
     /// If no observation has failed.
     pub(crate) fn verdict(&self) -> Verdict {
         let verdict = self.verdict.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        verdict.expect("a failed observation stores its verdict")
+        verdict.expect("a failed observation should have stored its verdict")
     }
 }
 

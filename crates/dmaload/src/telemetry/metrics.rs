@@ -18,9 +18,9 @@ pub struct Metrics {
     pub loads_dropped: u64,
     /// Bytes read from files into segments.
     pub read_bytes: u64,
-    /// Segments handed over.
+    /// Segments delivered to the caller.
     pub segments: u64,
-    /// Steps down the ladder of routes.
+    /// Fallbacks from one route to another ([`crate::Fallback`]).
     pub fallbacks: u64,
     /// Reads that failed because of the storage medium and were retried.
     pub retried_reads: u64,
@@ -30,15 +30,16 @@ pub struct Metrics {
     pub queue_depth: u64,
     /// Bytes of memory that segments and the pool occupy now ([`crate::Loader::memory_bytes`]).
     pub memory_bytes: u64,
-    /// Bytes of memory that the pool keeps now.
+    /// Bytes of memory that the pool holds now.
     pub pooled_bytes: u64,
     /// How long reads waited from the arrival of their piece on the ring thread until their
     /// submission to the kernel. Most of this is spent waiting for a place in the queue.
     pub before_kernel: Latency,
     /// How long reads took, from submission until their completion was received.
     pub in_kernel: Latency,
-    /// How long complete segments waited before they were handed over: for earlier segments, for
-    /// their export as a dma-buf, and for the check of their file.
+    /// How long complete segments waited before they were delivered to the caller. A segment may
+    /// wait for earlier segments, for its export as a dma-buf, and for the check whether its file
+    /// has changed.
     pub after_kernel: Latency,
 }
 
@@ -71,7 +72,7 @@ impl Latency {
     #[must_use]
     pub fn mean(&self) -> Duration {
         let nanos = self.sum.as_nanos().checked_div(self.count.into()).unwrap_or(0);
-        Duration::from_nanos(u64::try_from(nanos).expect("the average is within the sum, which was counted in 64 bits"))
+        Duration::from_nanos(u64::try_from(nanos).expect("the average should fit into 64 bits, like the sum"))
     }
 }
 
@@ -84,11 +85,12 @@ pub(crate) struct Histogram {
 
 impl Histogram {
     pub(crate) fn add(&self, took: Duration) {
-        let nanos = u64::try_from(took.as_nanos()).expect("a latency is less than 500 years");
+        let nanos = u64::try_from(took.as_nanos()).expect("a latency should be less than 500 years");
         let micros = nanos.div_ceil(1000);
         // The exponent of the smallest power of two that is at least `micros`.
         let bucket = micros.max(1).next_power_of_two().trailing_zeros() as usize;
-        let bucket = self.buckets.get(bucket.min(Latency::BUCKETS - 1)).expect("the index is limited to the last bucket");
+        let bucket =
+            self.buckets.get(bucket.min(Latency::BUCKETS - 1)).expect("the index should be at most that of the last bucket");
         bucket.fetch_add(1, Ordering::Relaxed);
         self.sum_nanos.fetch_add(nanos, Ordering::Relaxed);
     }

@@ -30,7 +30,7 @@ pub struct Report {
     /// Number of allocations (memfds, dma-bufs or private memory) that hold the segments: fewer
     /// than segments if small files share allocations.
     pub memories: usize,
-    /// Time from the start of the load until everything was handed over.
+    /// Time from the start of the load until all of its data was delivered to the caller.
     pub total: Duration,
     /// Time during which memory was being allocated or populated.
     pub allocating: Duration,
@@ -41,27 +41,27 @@ pub struct Report {
     /// Time during which at least one copy from the page cache was running; zero if nothing was
     /// copied from there.
     pub from_cache: Duration,
-    /// Time until the first segment was handed over; `None` if there were no segments.
+    /// Time until the first segment was delivered to the caller; `None` if there were no segments.
     pub first_segment: Option<Duration>,
     /// How much of the segments' memory lies on 2 MiB pages.
     pub pages: PageCount,
-    /// Why some of the memory is on small pages although 2 MiB pages were wanted. If there were
+    /// Why some of the memory is on small pages even though 2 MiB pages were wanted. If there were
     /// several reasons, this is the first one found. Always `None` before Linux 6.7.
     pub pages_refused: Option<Errno>,
     /// How much of the segments' memory came from the pool ([`crate::LoaderBuilder::pool_bytes`]).
     pub reused_bytes: u64,
-    /// The name of the heap.
+    /// The name of the heap that the memory was allocated from.
     pub heap: String,
     /// Why this heap was chosen, unless the caller chose it, and anything unexpected about the
     /// load.
     pub notes: Vec<String>,
-    /// The layout.
+    /// How the files were divided into segments.
     pub layout: Layout,
-    /// The lowest route on the ladder that was used for any byte. If everything came from the page
-    /// cache, this is the route that the load started with.
+    /// The least preferred route that was used for any byte, in the order of [`Route::ALL`]. If
+    /// everything came from the page cache, this is the route that the load started with.
     pub route: Route,
-    /// Every step down the ladder of routes, in the order in which they were taken. If several
-    /// files took the same step, they are merged into one step that names no file.
+    /// Every fallback from one route to another, in the order in which they happened. If several
+    /// files had the same fallback, it is listed once and names no file.
     pub fallbacks: Vec<Fallback>,
     /// How fast each way of reading was, if this load measured them to find the fastest one
     /// ([`crate::LoadOptions::route`]).
@@ -76,7 +76,7 @@ pub struct Report {
     pub files: Vec<FileReport>,
 }
 
-/// A way for bytes to get into memory.
+/// A way of reading files into memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Way {
@@ -86,7 +86,7 @@ pub enum Way {
     /// copy the bytes into it while both are in the cache ([`Route::Bounce`]).
     Staged,
     /// io_uring through the page cache ([`Route::UringBuffered`]), for network file systems where
-    /// direct reads may be slow. Strict loads never use it, because it is a step down.
+    /// direct reads may be slow. Strict loads never use it, because that would be a fallback.
     Buffered,
 }
 
@@ -122,8 +122,9 @@ pub struct FileReport {
     pub path: PathBuf,
     /// The file's length when the load began, even if only parts of it were loaded.
     pub bytes: u64,
-    /// The lowest route on the ladder that was used for any of its bytes. If all of them came from
-    /// the page cache, this is the route that the load started with.
+    /// The least preferred route that was used for any of its bytes, in the order of
+    /// [`Route::ALL`]. If all of them came from the page cache, this is the route that the load
+    /// started with.
     pub route: Route,
 }
 
@@ -146,8 +147,8 @@ impl Report {
         rate(self.cached_bytes, self.from_cache)
     }
 
-    /// The size of most of the pages: 2 MiB if more than half of the segments' memory is on such
-    /// pages ([`Self::pages`]), otherwise the size of a small page.
+    /// The page size used for most of the segments' memory, in bytes: 2 MiB if more than half of
+    /// that memory is on such pages ([`Self::pages`]), otherwise the size of a small page.
     pub fn page_size_bytes(&self) -> usize {
         if self.pages.huge_bytes * 2 > self.pages.seen_bytes { HUGE_PAGE_BYTES } else { page_bytes() }
     }

@@ -21,7 +21,7 @@ pub enum TraceKind {
     /// A full allocation was finished: bytes were moved to their places, and the allocation was
     /// exported as a dma-buf if the heap supports that.
     Export,
-    /// A segment was handed over to the consumer. Takes no time.
+    /// A segment was delivered to the caller. Takes no time.
     HandOver,
 }
 

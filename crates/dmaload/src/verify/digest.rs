@@ -98,17 +98,17 @@ impl Digest {
         value.filter(|value| hex.len() == 2 * value.len()).and_then(|value| Digest::new(algorithm, &value))
     }
 
-    /// The algorithm.
+    /// Returns the algorithm that the checksum was computed with.
     pub fn algorithm(&self) -> Algorithm {
         self.algorithm
     }
 
-    /// The value.
+    /// Returns the checksum's bytes.
     pub fn as_bytes(&self) -> &[u8] {
         self.bytes.get(..self.algorithm.digest_bytes()).unwrap_or_default()
     }
 
-    /// The value in lower-case hexadecimal digits.
+    /// Returns the checksum in lower-case hexadecimal digits.
     pub fn hex(&self) -> String {
         self.as_bytes().iter().map(|byte| format!("{byte:02x}")).collect()
     }
@@ -204,7 +204,7 @@ impl Hasher {
             HasherState::Crc32c(crc) => Digest::new(algorithm, &crc.to_be_bytes()),
             HasherState::Xxh3(state) => Digest::new(algorithm, &state.finish().to_be_bytes()),
         };
-        value.expect("each value has the length of its algorithm")
+        value.expect("each value should have the length that its algorithm requires")
     }
 }
 
@@ -257,7 +257,7 @@ mod tests {
         let (_, crc) = (0..10_000_u32)
             .map(|i| (i, digest(Algorithm::Crc32c, &i.to_le_bytes()).hex()))
             .find(|(_, hex)| hex.starts_with("00"))
-            .expect("one in 256 begins with two zeros");
+            .expect("one in 256 checksums should begin with two zeros");
         assert_eq!(crc.len(), 8);
     }
 

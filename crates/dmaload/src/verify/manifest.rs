@@ -1,4 +1,4 @@
-//! Manifests: JSON texts that list the expected checksums of each file's chunks.
+//! Manifests: JSON documents that list the expected checksums of each file's chunks.
 //!
 //! ```json
 //! { "format": "dmaload-manifest", "version": 1, "algorithm": "crc32c", "chunk_bytes": 1048576,
@@ -30,7 +30,7 @@ pub struct Manifest {
 /// The expected length and checksums of one file.
 #[derive(Clone, PartialEq, Eq)]
 pub struct ManifestFile {
-    /// The path for display. It also identifies the file unless `raw` does.
+    /// The path for display. It also identifies the file, unless `raw` is set.
     pub(super) path: String,
     /// The path, if it is not UTF-8.
     pub(super) raw: Option<PathBuf>,
@@ -85,7 +85,7 @@ impl Manifest {
     ///
     /// Every chunk size divides this size. When whole files are loaded, segments begin at
     /// multiples of it. No chunk therefore extends into another segment, so each segment can be
-    /// verified before it is handed over.
+    /// verified before it is delivered to the caller.
     pub const LARGEST_CHUNK_BYTES: u64 = 1 << 20;
     /// Minimum size of a chunk: 4 KiB.
     pub const SMALLEST_CHUNK_BYTES: u64 = 4096;
@@ -106,7 +106,7 @@ impl Manifest {
         self.chunk_bytes
     }
 
-    /// The files.
+    /// Returns the files that the manifest lists.
     pub fn files(&self) -> &[ManifestFile] {
         &self.files
     }
@@ -119,8 +119,8 @@ impl Manifest {
     }
 
     /// Returns the index of the entry for this path: the entry whose own path is the longest
-    /// suffix of it. If there is none, only one file is loaded (`alone`) and the manifest has only
-    /// one entry, returns that entry, because a copy of the file may have any name.
+    /// suffix of it. If no entry matches, but only one file is loaded (`alone`) and the manifest
+    /// has only one entry, returns that entry, because a copy of the file may have any name.
     pub(super) fn find(&self, path: &Path, alone: bool) -> Option<usize> {
         let named = self.files.iter().enumerate().filter(|(_, file)| path.ends_with(file.raw_path()));
         let longest = named.max_by_key(|(_, file)| file.raw_path().components().count());
@@ -146,7 +146,7 @@ impl Manifest {
     /// Parses a manifest. Its memory use is a small multiple of the input's length. Never panics.
     ///
     /// # Errors
-    /// Where the manifest is invalid, and why.
+    /// If the manifest is invalid. The error says where, and why.
     pub fn parse(json: &[u8]) -> Result<Self, ManifestError> {
         let value: Value = serde_json::from_slice(json).map_err(|error| ManifestError(error.to_string()))?;
         let top = Object { at: String::new(), fields: value.as_object().ok_or_else(|| error_at("", "is not an object"))? };
@@ -160,7 +160,10 @@ impl Manifest {
         let algorithm: Algorithm = top.text("algorithm")?.parse().map_err(|error: String| error_at("algorithm:", &error))?;
         let chunk_bytes = top.number("chunk_bytes")?;
         if !Self::allows_chunk_bytes(chunk_bytes) {
-            return Err(error_at("chunk_bytes", &format!("is {chunk_bytes}, but must be a power of two from 4096 to 1048576")));
+            return Err(error_at(
+                "chunk_bytes",
+                &format!("is {chunk_bytes}, but must be a power of two between 4096 and 1048576"),
+            ));
         }
         let files = top.list("files")?.iter().enumerate();
         let files = files.map(|(index, file)| parse_file(file, &format!("files[{index}]"), algorithm, chunk_bytes));
@@ -230,9 +233,12 @@ fn parse_file(value: &Value, at: &str, algorithm: Algorithm, chunk_bytes: u64) -
     }
     let raw = match file.fields.get("path_hex") {
         None | Some(Value::Null) => None,
-        Some(value) => {
-            Some(value.as_str().and_then(unhex).ok_or_else(|| error_at(&format!("{at}.path_hex"), "is not a path in hex"))?)
-        }
+        Some(value) => Some(
+            value
+                .as_str()
+                .and_then(unhex)
+                .ok_or_else(|| error_at(&format!("{at}.path_hex"), "is not a path in hexadecimal digits"))?,
+        ),
     };
     Ok(ManifestFile { path, raw, bytes, sha256, sums })
 }
@@ -308,7 +314,7 @@ mod tests {
         assert_eq!(found("/models/a/model.safetensors"), Some(0));
         assert_eq!(found("/models/b/model.safetensors"), Some(1));
         assert_eq!(found("model.safetensors"), Some(1));
-        assert_eq!(found("/models/my-model.safetensors"), None, "the end of a file name is not a path");
+        assert_eq!(found("/models/my-model.safetensors"), None, "the end of a file name must not match as a path");
         let one = Manifest { files: manifest.files[..1].to_vec(), ..manifest.clone() };
         assert_eq!(one.find(Path::new("/blobs/1234"), true), Some(0));
         assert_eq!(one.find(Path::new("/blobs/1234"), false), None);

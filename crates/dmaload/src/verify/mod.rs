@@ -2,8 +2,9 @@
 //!
 //! A [`Manifest`] contains a checksum for each chunk of each file. A load with a manifest
 //! ([`crate::LoadOptions::verify`]) checks the bytes as they arrive, on the loader's threads, and
-//! never hands over a segment with unverified bytes. A single [`Digest`] of a whole file also
-//! verifies it, but all segments except the last one are handed over before the result is known.
+//! never delivers a segment with unverified bytes to the caller. A single [`Digest`] of a whole
+//! file also verifies it, but all segments except the last one are delivered to the caller before
+//! the result is known.
 //!
 //! Verifiers compute checksums of the bytes that a load passes to them. The only thing that they
 //! read themselves is a file's header, to name the tensors in a corrupt chunk. They have no

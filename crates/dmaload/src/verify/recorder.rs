@@ -52,7 +52,7 @@ impl Recorder {
         Recorder { algorithm, chunk_bytes, files: Mutex::default() }
     }
 
-    /// Returns the manifest of a load that was observed completely.
+    /// Returns the manifest of a load. The recorder must have seen all bytes of the load's files.
     ///
     /// # Panics
     /// If the recorder has not seen all bytes of the report's files, for example because the
@@ -82,7 +82,7 @@ impl Observer for Recorder {
         if files.len() <= file_index {
             files.resize_with(file_index + 1, || self.empty_sums());
         }
-        let file = files.get_mut(file_index).expect("resized above");
+        let file = files.get_mut(file_index).expect("`files` should have been resized above");
         let Sums { chunks, whole, sums } = file;
         whole.update(bytes);
         chunks.update(bytes, |_, digest: Digest| {

@@ -57,7 +57,7 @@ impl Verify for Digest {
     }
 
     fn begin_for(&self, files: &[(&Path, u64)], named: usize, format: Format) -> Result<Arc<dyn Observer>> {
-        let own = files.get(named).expect("`named` is the index of a file in the load");
+        let own = files.get(named).expect("`named` should be the index of a file in the load");
         Ok(Arc::new(OnlyFile { file_index: named, observer: self.begin(&[*own], format)? }))
     }
 
@@ -70,7 +70,7 @@ impl Verify for Digest {
     }
 }
 
-/// Passes the bytes of one of a load's files to another observer, and ignores the other files.
+/// Passes the bytes of one file in a load to another observer, and ignores all other files.
 struct OnlyFile {
     file_index: usize,
     observer: Arc<dyn Observer>,

@@ -14,10 +14,10 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     pub(super) fn issue_cached(&mut self, id: LoadId, chunk: Chunk) {
         let load = self.loads.get_mut(&id).expect(LOAD);
         let staged = load.spec.observation.as_ref().is_some_and(|observation| observation.staged);
-        assert!(!staged, "a load that is observed in staging reads everything into staging");
+        assert!(!staged, "a load that is observed in staging must read everything into staging");
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let (start, bytes) = (to_usize(chunk.range.start), to_usize(chunk.range.end - chunk.range.start));
-        assert!(start + bytes <= entry.buffer.bytes(), "a copy stays within its piece");
+        assert!(start + bytes <= entry.buffer.bytes(), "a copy must stay within its piece");
         entry.in_flight += 1;
         load.in_flight += 1;
         self.in_flight.take(&id, entry.file.mount, 1);
@@ -27,8 +27,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         self.pace.begin(since);
         let token = self.reads.insert(Operation::Chunk(InFlight { chunk, route, step: Step::Cached, since }));
         // SAFETY: the place is in the piece's buffer, by the assertion above. As in `start_read`,
-        // the entry's `in_flight` count keeps the buffer until the completion, and no other chunk
-        // covers the place.
+        // the entry's `in_flight` count keeps the buffer alive until the completion, and no other
+        // chunk covers the place.
         unsafe { self.kernel.read_cached(&entry.file.handle, CachedRead { token, to, bytes, offset }) };
     }
 

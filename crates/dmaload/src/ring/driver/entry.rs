@@ -22,14 +22,14 @@ pub(super) struct PieceEntry<F, B> {
     pub(super) file: FileSpec<F>,
     pub(super) buffer: B,
     pub(super) buffer_slot: Option<u16>,
-    /// Number of chunks that are not complete yet, and of requests in flight to populate memory.
+    /// Number of incomplete chunks, plus the number of requests in flight to populate memory.
     pub(super) chunks_left: usize,
     pub(super) in_flight: usize,
-    /// The lowest route by which any of the piece's bytes were read from storage; `None` if none
-    /// were.
+    /// The least preferred of the routes through which the piece's bytes were read from storage;
+    /// `None` if no bytes were.
     pub(super) route: Option<Route>,
-    /// If the load is observed, the piece's offset in the concatenation of all files, set once all
-    /// earlier pieces have been enqueued; otherwise 0.
+    /// If the load has an observer, the piece's offset in the concatenation of all files. It is
+    /// set once all earlier pieces have been enqueued. Always 0 without an observer.
     pub(super) position: u64,
     /// When the piece was enqueued.
     pub(super) since: Duration,
@@ -39,7 +39,8 @@ pub(super) struct PieceEntry<F, B> {
 #[derive(Debug, Clone)]
 pub(super) struct Chunk {
     pub(super) piece: Token,
-    /// If the load is observed, the piece's offset in the concatenation of all files; otherwise 0.
+    /// If the load has an observer, the piece's offset in the concatenation of all files;
+    /// otherwise 0.
     pub(super) position: u64,
     pub(super) range: Range<u64>,
     /// Whether the chunk was in the page cache when the piece was prepared.
@@ -48,8 +49,8 @@ pub(super) struct Chunk {
     pub(super) parts_of_a_block: u32,
     /// Number of reads since the last progress that were interrupted.
     pub(super) interruptions: u32,
-    /// Whether a read of the chunk has failed. It is retried once, with nothing else from the load
-    /// in flight.
+    /// Whether a read of the chunk has failed. If so, the chunk is retried once, with nothing else
+    /// from the load in flight.
     pub(super) alone: bool,
 }
 
@@ -115,7 +116,7 @@ pub(super) struct LoadEntry {
     pub(super) pieces_left: usize,
     pub(super) chunks: VecDeque<Chunk>,
     /// Chunks whose reads failed. They are retried one at a time, before all other chunks or, if
-    /// the load is observed, in file order.
+    /// the load has an observer, in file order.
     pub(super) alone: VecDeque<Chunk>,
     pub(super) alone_in_flight: bool,
     pub(super) in_flight: usize,
@@ -130,15 +131,15 @@ pub(super) struct LoadEntry {
     pub(super) less_staging_reported: bool,
     /// Whether `LoadEvent::NoThread` was output.
     pub(super) no_thread_reported: bool,
-    /// The best route that files in the load may still use after the steps down that apply to all
+    /// The best route that files in the load may still use after the fallbacks that apply to all
     /// of them.
     pub(super) floor: Route,
-    /// For each file that has stepped down on its own, by index: the best route that it may still
-    /// use.
+    /// The best route that each file may still use, by the index of the file. Contains only files
+    /// that have fallen back on their own.
     pub(super) stepped: HashMap<usize, Route>,
     pub(super) ended: bool,
     pub(super) unobserved: InOrder<Unobserved>,
-    /// For an observed load: the number of the first piece whose chunks are not queued yet.
+    /// If the load has an observer, the number of the first piece whose chunks are not queued yet.
     pub(super) next_piece: usize,
     /// The offset of piece `next_piece` in the concatenation of all files.
     pub(super) next_position: u64,
@@ -151,7 +152,8 @@ impl LoadEntry {
     /// Whether the next chunk has to be read alone.
     fn next_is_alone(&self) -> bool {
         match (self.alone.front(), self.chunks.front()) {
-            // Observed loads are read in file order: see the driver's module documentation.
+            // Loads with an observer are read in file order: see the driver's module
+            // documentation.
             (Some(alone), Some(other)) if self.is_observed() => alone.start_position() < other.start_position(),
             (alone, _) => alone.is_some(),
         }
@@ -173,8 +175,8 @@ impl LoadEntry {
         if alone { self.alone.pop_front() } else { self.chunks.pop_front() }
     }
 
-    /// Puts back a chunk that still has to be read: at the front of its queue or, for an observed
-    /// load, at its position in file order.
+    /// Puts back a chunk that still has to be read: at the front of its queue or, if the load has
+    /// an observer, at its position in file order.
     pub(super) fn requeue(&mut self, chunk: Chunk) {
         let ordered = self.is_observed();
         let queue = if chunk.alone { &mut self.alone } else { &mut self.chunks };

@@ -110,21 +110,21 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         let route = entry.file.route;
         let bytes = read_bytes(&chunk, &entry.file);
         let start = to_usize(chunk.range.start);
-        assert!(start + bytes <= entry.buffer.bytes(), "a read stays within its piece");
+        assert!(start + bytes <= entry.buffer.bytes(), "a read must stay within its piece");
         // SAFETY: `start` is within the buffer, by the assertion above.
         let address = unsafe { entry.buffer.address().add(start) };
         let buffer_slot = entry.buffer_slot.filter(|_| route == Route::UringFixedDirect);
         let place = (!entry.buffer.is_populated()).then(|| entry.buffer.place(start));
         assert!(
             place.is_none() || entry.file.fills_unpopulated() && !route.uses_ring(),
-            "a device writes only to populated memory"
+            "a device must write only to populated memory"
         );
         let in_flight = InFlight { chunk, route, step: Step::Read, since: self.kernel.now() };
         self.start_read(id, in_flight, route, Destination { buffer_slot, address, bytes, place });
     }
 
-    /// Starts a read by the route `by`. For a direct read into staging, `by` is the route into the
-    /// staging slot, and the file's route is `bounce`.
+    /// Starts a read through the route `by`. For a direct read into staging, `by` is the route
+    /// into the staging slot, and the file's route is `bounce`.
     pub(super) fn start_read(&mut self, id: LoadId, in_flight: InFlight, by: Route, to: Destination) {
         let Destination { buffer_slot, address, bytes, place } = to;
         let entry = self.pieces.get_mut(in_flight.chunk.piece).expect(PIECE);

@@ -1,5 +1,4 @@
-//! Passes the bytes of observed loads to their observers, in file order, from pieces or from
-//! staging.
+//! Passes the bytes of a load to its observers, in file order, from pieces or from staging.
 
 use std::sync::Arc;
 
@@ -18,7 +17,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     /// is in flight.
     pub(super) fn observe_next(&mut self, id: LoadId) {
         let load = self.loads.get_mut(&id).expect(LOAD);
-        let observation = load.spec.observation.as_ref().expect("only observed loads queue bytes for observers");
+        let observation = load.spec.observation.as_ref().expect("only a load with an observer should queue bytes for it");
         let watch = Arc::clone(&observation.watch);
         let Some(unobserved) = load.unobserved.take() else { return };
         let token = match &unobserved {
@@ -42,7 +41,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         let (file, offset) = (entry.file.index, entry.piece.file_offset + chunk.range.start);
         let token = self.reads.insert(Operation::Chunk(InFlight { chunk, route, step, since: self.kernel.now() }));
         // SAFETY: these bytes were written by reads and copies that have completed. As in
-        // `start_read`, the entry's `in_flight` count keeps the piece's buffer until the
+        // `start_read`, the entry's `in_flight` count keeps the piece's buffer alive until the
         // completion, and the slot stays taken. Nothing writes to a full piece or to a slot whose
         // read has completed.
         unsafe { self.kernel.observe(ObserveRequest { token, watch, file, offset, address, bytes }) };

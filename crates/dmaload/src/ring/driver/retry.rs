@@ -1,5 +1,5 @@
-//! Handles the results of reads: continues after short ones, retries, steps down, or fails the
-//! load.
+//! Handles the results of reads: continues after short reads, retries, falls back to another
+//! route, or fails the load.
 
 use rustix::io::Errno;
 
@@ -19,15 +19,15 @@ const INTERRUPTIONS: u32 = 64;
 
 /// Maximum number of reads of a chunk that return less than a block, without progress. After one
 /// more such read, either the file ends within that block, or the file system can't return more
-/// through direct reads. The driver then steps down to buffered reads or, if the load is strict,
+/// through direct reads. The driver then falls back to buffered reads or, if the load is strict,
 /// fails the load.
 const PARTS_OF_A_BLOCK: u32 = 16;
 
 impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     /// Records that `bytes` bytes of a chunk were read. If that completes the last chunk of a
     /// piece, finishes the piece. After a short read, requeues the rest. If nothing was read,
-    /// fails the load. After too many reads that returned less than a block, steps down or, if the
-    /// load is strict, fails the load.
+    /// fails the load. After too many reads that returned less than a block, falls back to
+    /// buffered reads or, if the load is strict, fails the load.
     pub(super) fn advance(&mut self, mut chunk: Chunk, route: Route, bytes: u64) {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let wanted = chunk.range.end - chunk.range.start;
@@ -52,8 +52,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
             self.requeue(id, chunk);
         } else {
             // Only a buffered read can tell whether the file ends here. The kernel returned no
-            // error, so the step is reported with EINVAL, the error of a direct read that does not
-            // begin at a block boundary.
+            // error, so the fallback is reported with EINVAL, the error of a direct read that does
+            // not begin at a block boundary.
             let piece = chunk.piece;
             self.requeue(id, chunk);
             self.step_down(piece, route, Route::Buffered, Attempt::ReadOn, Errno::INVAL, offset);
@@ -80,9 +80,9 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         }
     }
 
-    /// Handles a failed read. If the error means that the route was refused, and there is a lower
-    /// route, the read is retried by the lower route. Otherwise it is retried once, alone, and a
-    /// second failure fails the load.
+    /// Handles a failed read. If the error means that the route was refused, and there is a route
+    /// to fall back to, the read is retried through that route. Otherwise it is retried once, with
+    /// nothing else from the load in flight, and a second failure fails the load.
     ///
     /// The kernel merges neighboring reads into one request, and all of them fail if one block of
     /// the request can't be read. If they are then retried one at a time, only the read that
@@ -116,9 +116,9 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         self.loads.get_mut(&id).expect(LOAD).requeue(chunk);
     }
 
-    /// Steps down because `from` was refused for a read of this piece: from now on, all reads of
-    /// the piece's file use `to` or a lower route. If the ring or the memory is the cause, this
-    /// applies to all files in the load. A strict load fails instead.
+    /// Falls back to the route `to`, because `from` was refused for a read of this piece. From now
+    /// on, all reads of the piece's file use `to` or a less preferred route. If the ring or the
+    /// memory is the cause, this applies to all files in the load. A strict load fails instead.
     pub(super) fn step_down(&mut self, piece: Token, from: Route, to: Route, attempt: Attempt, errno: Errno, offset: u64) {
         let entry = self.pieces.get_mut(piece).expect(PIECE);
         let (id, file) = (entry.load, entry.file.index);
@@ -146,7 +146,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
             None => &mut load.floor,
             Some(file) => load.stepped.entry(file).or_insert(load.floor),
         };
-        // Several reads may be refused before the first refusal is handled, but each step is
+        // Several reads may be refused before the first refusal is handled, but each fallback is
         // reported only once.
         let first = *left < to;
         *left = to.max(*left);

@@ -1,6 +1,6 @@
 //! Staged reads: reads into staging, followed by copies into the piece. The route `bounce` always
-//! uses staging. `uring-buffered` and `buffered` use it if the load is observed in staging, and
-//! `uring-buffered` also if the memory is not populated.
+//! uses staging. `uring-buffered` and `buffered` use it if the load's bytes are observed in
+//! staging. `uring-buffered` also uses it if the memory is not populated.
 
 use std::ops::Range;
 
@@ -21,9 +21,9 @@ use crate::support::id::LoadId;
 impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     /// Issues a read into staging. Returns `false` if no slot is available.
     pub(super) fn issue_staged(&mut self, id: LoadId, mut chunk: Chunk) -> bool {
-        // If an observed load has nothing in flight, this is its first unobserved chunk, and every
-        // slot that the load holds is waiting for it. These slots then don't count towards the
-        // load's share.
+        // If a load with an observer has nothing in flight, this is its first unobserved chunk.
+        // The bytes in all slots that the load holds can be observed only after this chunk, so
+        // these slots don't count towards the load's share.
         let load = self.loads.get(&id).expect(LOAD);
         let waits = load.is_observed() && load.in_flight == 0;
         let file_system = self.pieces.get_mut(chunk.piece).expect(PIECE).file.mount;
@@ -53,8 +53,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         let (address, slot_bytes) = (buffer.address(), buffer.bytes());
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         // The fewer bytes of staging are in use, the longer they stay in the processor's cache: on
-        // virtual disks, reads into half of each slot are faster. Once more copiers than at first
-        // keep up with the device, the number of reads matters more.
+        // virtual disks, reads into half of each slot are faster. Once copiers have been added, it
+        // matters more to issue few reads, so reads fill whole slots.
         let half = (slot_bytes as u64 / 2).next_multiple_of(entry.file.alignment_bytes);
         let most = if self.pace.threads() > FIRST { slot_bytes as u64 } else { half };
         // If the chunk is larger than that, only its beginning is read now.
@@ -68,7 +68,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let route = entry.file.route;
         let bytes = read_bytes(&chunk, &entry.file);
-        assert!(bytes <= slot_bytes, "a read stays within its slot");
+        assert!(bytes <= slot_bytes, "a read must stay within its slot");
         let best = match (self.kernel.ring(), registered) {
             (Err(_), _) => Route::PreadDirect,
             (Ok(()), None) => Route::UringDirect,
@@ -85,9 +85,9 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
 
     /// Has a copier populate memory while its bytes are being read into staging, unless all of the
     /// piece's pages are present. A copier is often idle then, and copies free their slots sooner
-    /// if the pages are there. If several copies are waiting for each copier, no copier will be
-    /// idle soon, and nothing is requested. The piece is finished only once the request has
-    /// completed.
+    /// if the pages are already present. If there are at least two copies for each copier, no
+    /// copier will be idle soon, so nothing is requested. The piece is finished only once the
+    /// request has completed.
     fn start_populating(&mut self, piece: Token, range: Range<u64>) {
         let entry = self.pieces.get_mut(piece).expect(PIECE);
         if entry.buffer.is_populated() || self.pace.jobs() >= 2 * self.pace.threads() {
@@ -117,7 +117,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     }
 
     /// Registers a slot if the load wants registered staging, and reports a refusal once. Returns
-    /// `false` if the load is strict and the refusal has failed it.
+    /// `false` if the load is strict and has failed because of the refusal.
     pub(super) fn register_staging(&mut self, id: LoadId, chunk: &Chunk, slot: StagingSlot) -> bool {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let (file, offset, wanted) = (entry.file.index, entry.piece.file_offset + chunk.range.start, entry.file.staged_by);
@@ -153,7 +153,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let (staging, _) = self.staging.get(slot);
         let start = to_usize(chunk.range.start);
-        assert!(start + bytes <= entry.buffer.bytes() && bytes <= staging.bytes(), "a copy stays within both buffers");
+        assert!(start + bytes <= entry.buffer.bytes() && bytes <= staging.bytes(), "a copy must stay within both buffers");
         let to = entry.buffer.place(start);
         let from = staging.address();
         entry.in_flight += 1;
@@ -162,8 +162,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         let token = self.reads.insert(Operation::Chunk(InFlight { chunk, route, step: Step::Copied(slot), since }));
         // SAFETY: both ranges of `bytes` bytes are within their buffers (asserted above), which
         // belong to different mappings. As in `start_read`, the entry's `in_flight` count keeps
-        // the piece's buffer until the completion, and the slot stays taken, so nothing else reads
-        // into it. No other chunk covers the target.
+        // the piece's buffer alive until the completion, and the slot stays taken, so nothing else
+        // reads into it. No other chunk covers the target.
         unsafe { self.kernel.copy(StagedCopy { token, from, to, bytes }) };
         self.report_missing_thread(id);
         let load = self.loads.get_mut(&id).expect(LOAD);

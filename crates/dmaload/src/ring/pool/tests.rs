@@ -86,7 +86,7 @@ fn concurrent_copies_are_bounded_and_all_are_done() {
     gate.release(4);
     gate.wait_until_held(1);
     std::thread::sleep(std::time::Duration::from_millis(20));
-    assert_eq!((gate.held.lock().unwrap().0, pool.threads), (1, 4), "only one thread copies, and the other three wait");
+    assert_eq!((gate.held.lock().unwrap().0, pool.threads), (1, 4), "only one thread should copy while the other three wait");
     gate.release(4);
     let mut done = Vec::new();
     while done.len() < 8 {
@@ -183,7 +183,7 @@ fn panic_of_a_pool_thread_is_reported() {
     assert!(!pool.has_completions());
 }
 
-/// Counts calls, and blocks the first copy until it is released.
+/// Records which offsets are populated, and blocks each copy until it is released.
 #[derive(Debug, Default)]
 struct CountingSink {
     gate: CopyGate,
@@ -227,10 +227,14 @@ fn copies_go_before_populating_and_make_it_unnecessary() {
     unsafe { pool.copy(copy(token(), 64)) };
     let mut done = Vec::new();
     pool.reap(&mut done);
-    assert_eq!(done.iter().map(|done| done.token).collect::<Vec<_>>(), [needless], "the copy populates this place");
+    assert_eq!(
+        done.iter().map(|done| done.token).collect::<Vec<_>>(),
+        [needless],
+        "a request should complete at once if a copy populates the same place"
+    );
     sink.gate.release(1);
     sink.gate.wait_until_held(1);
-    assert!(sink.populated.lock().unwrap().is_empty(), "the second copy goes before the other request");
+    assert!(sink.populated.lock().unwrap().is_empty(), "the second copy should run before the other request");
     sink.gate.release(1);
     while done.len() < 4 {
         wake.wait();

@@ -27,7 +27,7 @@ pub(super) struct FileFaults {
     pub(super) bad: Option<(Range<u64>, Errno)>,
     /// The error with which every direct read fails.
     pub(super) no_direct: Option<Errno>,
-    /// The error with which every read by io_uring fails.
+    /// The error with which every read through io_uring fails.
     pub(super) no_ring: Option<Errno>,
     /// Whether reads from the file never complete.
     pub(super) hangs: bool,

@@ -1,5 +1,5 @@
 //! Tests that loads whose reads never complete hold at most their file system's share of each
-//! resource, so that other loads proceed.
+//! resource, so other loads can proceed.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -182,16 +182,16 @@ fn each_scarce(window_pieces: u16, depth: u16, staging_slots: u16, buffer_slots:
     ]
 }
 
-/// Combines each scarce resource with each pair of routes: one for the silent loads, and one for
-/// the other loads.
+/// Combines each scarce resource with each pair of routes: one for the loads whose reads never
+/// complete, and one for the other loads.
 fn each_case(scarce: [Shared; 4]) -> impl Iterator<Item = (Shared, Route, Route)> {
     let routes = || Route::ALL.into_iter();
     let pairs = move || routes().flat_map(move |hung_by| routes().map(move |others_by| (hung_by, others_by)));
     scarce.into_iter().flat_map(move |shared| pairs().map(move |(hung_by, others_by)| (shared, hung_by, others_by)))
 }
 
-/// Loads from a third file system proceed, whichever resource is scarce, and whether each silent
-/// file system has one load or ten.
+/// Loads from a third file system proceed, whichever resource is scarce, and whether one load or
+/// ten hang on each of two file systems that have stopped responding.
 #[test]
 fn two_silent_file_systems_do_not_stop_a_third() {
     for (shared, hung_by, others_by) in each_case(each_scarce(8, 8, 8, 8)) {
@@ -214,7 +214,8 @@ fn two_silent_file_systems_do_not_stop_a_third() {
     }
 }
 
-/// Loads also proceed if 20 silent loads from another file system are submitted just before them.
+/// Loads also proceed if 20 loads from a file system that has stopped responding are submitted
+/// just before them.
 #[test]
 fn loads_that_start_alongside_many_silent_ones_proceed() {
     for (shared, hung_by, others_by) in each_case(each_scarce(8, 8, 8, 8)) {
@@ -235,7 +236,8 @@ fn loads_that_start_alongside_many_silent_ones_proceed() {
     }
 }
 
-/// If there is room for 16 permits, a silent load leaves one for other loads from its file system.
+/// If there is room for 16 permits, a load that hangs leaves one for other loads from its file
+/// system.
 #[test]
 fn silent_load_leaves_a_share_to_its_file_system() {
     // Of 22 slots, 16 may be read into at once.
@@ -256,8 +258,8 @@ fn silent_load_leaves_a_share_to_its_file_system() {
     }
 }
 
-/// Healthy loads never deadlock, however scarce the resources are and whichever loads are
-/// observed.
+/// Healthy loads never deadlock, however scarce the resources are and whichever loads have
+/// observers.
 #[test]
 fn many_loads_of_one_file_system_all_finish() {
     for seed in 0..50 {
@@ -267,8 +269,8 @@ fn many_loads_of_one_file_system_all_finish() {
         let faults = Faults { short_per_mille: 200, interrupted_per_mille: 200, ..Faults::none() };
         let mut machine = FairMachine::new(seed, shared, &faults);
         let all: Vec<_> = (0..16).map(LoadId).collect();
-        // As in the engine, a load that is observed in staging starts at `bounce` or a lower
-        // route.
+        // As in the engine, a load that is observed in staging starts at `bounce` or a less
+        // preferred route.
         machine.observed = all.iter().copied().filter(|load| (load.0 + seed).is_multiple_of(3)).collect();
         for load in &all {
             let route = if machine.observed.contains(load) {
@@ -282,9 +284,9 @@ fn many_loads_of_one_file_system_all_finish() {
     }
 }
 
-/// Chunks of an observed load hold their slots until all earlier chunks have been observed, and an
-/// earlier chunk may have to be read again. Hanging loads must not hold all the slots that this
-/// read could use.
+/// Chunks of a load with an observer hold their slots until all earlier chunks have been observed,
+/// and an earlier chunk may have to be read again. Hanging loads must not hold all the slots that
+/// this read could use.
 #[test]
 fn observed_load_proceeds_despite_hanging_ones() {
     let faults = Faults { short_per_mille: 300, interrupted_per_mille: 300, ..Faults::none() };

@@ -3,27 +3,28 @@
 
 use rustix::io::Errno;
 
-/// The faults of one world. Each rate is per thousand operations of the kind that its comment
-/// describes.
+/// The faults of one world. Operations with a fault are chosen at random.
 #[derive(Debug, Clone)]
 pub(super) struct Faults {
-    /// The error of setting up io_uring.
+    /// The error with which setting up io_uring fails, if it does.
     pub(super) ring: Option<Errno>,
-    /// The error of refused registrations.
+    /// The error with which registrations are refused, if any are.
     pub(super) register: Option<Errno>,
-    /// Registrations refused with `register`.
+    /// How many registrations in a thousand are refused with `register`.
     pub(super) register_per_mille: u64,
-    /// Reads that return fewer bytes than the file has.
+    /// How many reads in a thousand return fewer bytes than the file has.
     pub(super) short_per_mille: u64,
-    /// Reads that fail with `EINTR` or `EAGAIN`.
+    /// How many reads in a thousand fail with `EINTR` or `EAGAIN`.
     pub(super) interrupted_per_mille: u64,
-    /// Reads that fail as if another read of the same file, also in flight, had hit a bad block.
+    /// How many reads in a thousand fail as if another read of the same file, also in flight, had
+    /// hit a bad block.
     pub(super) collateral_per_mille: u64,
-    /// Submissions that fail after the kernel accepted none, some or all of the queue.
+    /// How many submissions in a thousand fail, after the kernel has accepted none, some or all of
+    /// the queue.
     pub(super) breaks_per_mille: u64,
-    /// Reads that return no bytes although the file has not ended.
+    /// How many reads in a thousand return no bytes even though the file has not ended.
     pub(super) nothing_per_mille: u64,
-    /// Reads that never complete.
+    /// How many reads in a thousand never complete.
     pub(super) hangs_per_mille: u64,
     /// How many buffers can be registered at once.
     pub(super) buffer_slots: u16,
@@ -33,10 +34,11 @@ pub(super) struct Faults {
     pub(super) no_threads: bool,
     /// How many staging buffers can be allocated.
     pub(super) staging: usize,
-    /// Batches that can't be populated when they are filled. Has no effect on batches that are
-    /// already populated.
+    /// How many batches in a thousand can't be populated when they are filled. Has no effect on
+    /// batches that are already populated.
     pub(super) no_memory_per_mille: u64,
-    /// Copies from the page cache whose chunk was evicted in the meantime, completely or in part.
+    /// How many in a thousand copies from the page cache find that their chunk has been evicted,
+    /// completely or in part.
     pub(super) evicted_per_mille: u64,
 }
 

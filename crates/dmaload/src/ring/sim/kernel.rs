@@ -91,7 +91,7 @@ impl SimKernel {
         }
     }
 
-    /// Stops refusing registrations, as if the limit of locked memory had been raised.
+    /// Stops refusing registrations, as if the locked-memory limit had been raised.
     pub(super) fn allow_registration(&mut self) {
         self.faults.register = None;
     }
@@ -109,7 +109,7 @@ impl SimKernel {
             && self.queued.is_empty()
     }
 
-    /// When the first operation in flight is due.
+    /// Returns the time at which the next operation in flight is due.
     pub(super) fn next_due(&self) -> Option<Duration> {
         self.in_flight.iter().map(|job| job.due).min()
     }
@@ -307,7 +307,7 @@ impl Kernel for SimKernel {
     }
 
     fn register_buffer(&mut self, slot: u16, address: NonNull<u8>, bytes: usize) -> Result<(), Errno> {
-        assert!(self.faults.ring.is_none(), "a buffer was registered although there is no ring");
+        assert!(self.faults.ring.is_none(), "a buffer was registered even though there is no ring");
         assert!(slot < self.faults.buffer_slots);
         if let Some(errno) = self.faults.register
             && self.random.chance(self.faults.register_per_mille)
@@ -327,7 +327,7 @@ impl Kernel for SimKernel {
 
     fn unregister_buffer(&mut self, slot: u16) {
         let mut memory = self.memory.borrow_mut();
-        let range = memory.registered.remove(&slot).expect("only registered buffers are unregistered");
+        let range = memory.registered.remove(&slot).expect("a buffer must be registered before it is unregistered");
         assert!(!memory.is_written_to(&range), "a buffer was unregistered while an operation was using it");
     }
 
@@ -336,7 +336,7 @@ impl Kernel for SimKernel {
     }
 
     fn detach(&mut self, file: &SimFile) {
-        let count = self.attached.get_mut(&file.number).expect("only attached files are detached");
+        let count = self.attached.get_mut(&file.number).expect("a file must be attached before it is detached");
         *count -= 1;
         if *count == 0 {
             self.attached.remove(&file.number);
@@ -349,7 +349,7 @@ impl Kernel for SimKernel {
         let start = read.address.addr().get();
         let range = start..start + read.bytes;
         if read.route.uses_ring() {
-            assert!(self.faults.ring.is_none(), "a read used a ring although there is none");
+            assert!(self.faults.ring.is_none(), "a read used a ring even though there is none");
         }
         if read.route.is_direct() {
             let aligned = read.offset.is_multiple_of(BLOCK)
@@ -367,7 +367,7 @@ impl Kernel for SimKernel {
         assert!(read.place.as_ref().is_none_or(|place| memory.address_of(place) == start && by_thread));
         assert_eq!(read.buffer_slot.is_some(), read.route == Route::UringFixedDirect);
         if let Some(slot) = read.buffer_slot {
-            let registered = memory.registered.get(&slot).expect("the buffer of a read is registered");
+            let registered = memory.registered.get(&slot).expect("the buffer of a read must be registered");
             assert!(registered.start <= range.start && range.end <= registered.end, "a read exceeded its registered buffer");
         }
         assert!(!memory.is_written_to(&range), "a read was started on memory that another operation was using");
@@ -406,7 +406,7 @@ impl Kernel for SimKernel {
         self.populate_requests += 1;
         let mut memory = self.memory.borrow_mut();
         let start = memory.address_of(&request.place);
-        assert!(memory.is_unpopulated(start), "memory was to be populated twice");
+        assert!(memory.is_unpopulated(start), "a request must not ask for populated memory to be populated");
         memory.populating.insert(request.token.user_data(), start..start + request.bytes);
         drop(memory);
         self.in_flight.push(SimInFlight { job: SimJob::Populate(request), due: self.clock.get() });

@@ -74,7 +74,7 @@ impl Memory {
 
     pub(super) fn address_of(&self, place: &Place) -> usize {
         let sink = Arc::as_ptr(&place.sink).addr();
-        self.sinks.get(&sink).expect("a sink lives as long as its buffer").start + place.offset
+        self.sinks.get(&sink).expect("a sink should live as long as its buffer").start + place.offset
     }
 
     /// Reserves `range` for the operation with this token until [`Memory::end_use`].
@@ -107,7 +107,7 @@ pub(super) struct SimBuffer {
 struct SimSink {
     address: NonNull<u8>,
     bytes: usize,
-    /// The error of populating a block, if that fails.
+    /// The error with which populating a block fails, if it does.
     refuses: Option<Errno>,
 }
 
@@ -118,7 +118,7 @@ unsafe impl Sync for SimSink {}
 
 impl Sink for SimSink {
     unsafe fn fill_with(&self, offset: usize, bytes: usize, write: &mut Write<'_>) -> Result<usize, Fault> {
-        assert!(offset + bytes <= self.bytes, "a place is within its buffer");
+        assert!(offset + bytes <= self.bytes, "a place must be within its buffer");
         let mut done = 0;
         while done < bytes {
             if let Some(errno) = self.refuses {
@@ -139,7 +139,7 @@ impl Sink for SimSink {
     }
 
     fn populate(&self, offset: usize, bytes: usize) -> Result<(), Fault> {
-        assert!(offset + bytes <= self.bytes, "a place is within its buffer");
+        assert!(offset + bytes <= self.bytes, "a place must be within its buffer");
         self.refuses.map_or(Ok(()), |errno| Err(Fault::Memory(errno)))
     }
 
@@ -153,7 +153,7 @@ impl SimBuffer {
         let layout = layout(usize::try_from(bytes).unwrap());
         // SAFETY: the layout's size is not zero, because a piece or a staging slot has at least
         // one block.
-        let address = NonNull::new(unsafe { alloc(layout) }).expect("the test has enough memory");
+        let address = NonNull::new(unsafe { alloc(layout) }).expect("the test should have enough memory");
         // SAFETY: the memory was just allocated with this size.
         unsafe { address.as_ptr().write_bytes(POISON, layout.size()) };
         *memory.borrow_mut().unfilled_by(load) += bytes;
@@ -207,7 +207,7 @@ impl SimBuffer {
 }
 
 fn layout(bytes: usize) -> Layout {
-    Layout::from_size_align(bytes, BLOCK_BYTES).expect("the layout is valid")
+    Layout::from_size_align(bytes, BLOCK_BYTES).expect("the layout should be valid")
 }
 
 // SAFETY: the memory stays allocated until the drop. Besides those that get its address or a

@@ -8,7 +8,7 @@
 //!            ├─ disk       files, and their faults
 //!            ├─ faults     the kernel's faults
 //!            └─ memory     buffers that record which operations use them
-//!   fair, overlap, remember, scaling    test single properties in virtual time
+//!   fair, overlap, remember, scaling    test individual properties in virtual time
 //! ```
 //!
 //! The simulator runs on one thread, and the seed determines every choice: which read completes

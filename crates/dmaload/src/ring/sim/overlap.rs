@@ -45,7 +45,7 @@ fn simulate(window_pieces: u64, allocating: Duration, reading: Duration) -> (Dur
     simulate_route(Route::UringFixedDirect, window_pieces, allocating, reading, Duration::ZERO)
 }
 
-/// Like [`simulate`], but by the given route. A copy from staging takes `copying` per piece.
+/// Like [`simulate`], but with the given route. A copy from staging takes `copying` per piece.
 fn simulate_route(
     route: Route,
     window_pieces: u64,
@@ -138,7 +138,7 @@ fn simulate_machine(machine: &TimedMachine) -> (Duration, u64, usize, usize) {
             allocation = Some((number, clock.get() + allocating));
         }
         let next = allocation.map(|(_, due)| due).into_iter().chain(driver.kernel().next_due()).min();
-        clock.set(next.expect("something is in progress until the load is gone"));
+        clock.set(next.expect("something should be in progress until the load is gone"));
     }
 }
 
@@ -202,7 +202,7 @@ fn memory_is_populated_ahead_unless_copies_are_waiting() {
     let requests = |reading, copying| simulate_staged(8, reading * MS, copying * MS).2;
     assert_eq!(requests(10, 5), PIECES as usize, "one request for each read");
     let busy = requests(1, 20);
-    assert!(busy < PIECES as usize / 2, "{busy} requests although the copiers are always busy");
+    assert!(busy < PIECES as usize / 2, "{busy} requests even though the copiers are always busy");
 }
 
 /// Devices finish all their reads at about the same time. If reads used all slots, reads and
@@ -211,7 +211,7 @@ fn memory_is_populated_ahead_unless_copies_are_waiting() {
 fn some_staging_is_left_for_copies() {
     for (slots, most) in [(1, 1), (2, 1), (4, 3), (8, 4), (16, 9)] {
         let (_, most_reads, _) = simulate_staged(slots, 10 * MS, MS);
-        assert_eq!(most_reads, most, "of {slots} slots, one load reads into {most} at once");
+        assert_eq!(most_reads, most, "of {slots} slots, one load should read into {most} at once");
     }
 }
 

@@ -1,5 +1,6 @@
-//! Tests that refusals by the memory or by a file system are remembered for a minute. During that
-//! minute, later loads report the known refusal without trying again, unless they are strict.
+//! Tests that a refusal caused by the memory or by a file system is remembered for a minute.
+//! During that minute, later loads report the known refusal without trying again, unless they are
+//! strict.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -130,9 +131,13 @@ fn unpinnable_memory_is_tried_once() {
     assert_eq!((first.steps(), first.refusals), (expected.to_vec(), 1));
     // The refusal applies to another mount, too, because the memory is the cause.
     let second = machine.load(1, None, false);
-    assert_eq!((second.steps(), second.refusals), (expected.to_vec(), 0), "the refusal is known, and still reported");
+    assert_eq!(
+        (second.steps(), second.refusals),
+        (expected.to_vec(), 0),
+        "a known refusal should be reported without another attempt"
+    );
     let strict = machine.load(0, None, true);
-    assert_eq!(strict.refusals, 1, "a strict load tries again despite a known refusal");
+    assert_eq!(strict.refusals, 1, "a strict load should try again despite a known refusal");
     assert!(matches!(strict.failure, Some(Failure::Refused { attempt: Attempt::RegisterBuffer, errno: Errno::FAULT, .. })));
 }
 
@@ -143,9 +148,13 @@ fn mount_without_direct_reads_is_tried_once() {
     assert!(first.refusals > 0 && first.steps().last().unwrap().1 == Route::Buffered);
     let second = machine.load(7, Some(Errno::INVAL), false);
     let known = [(Route::UringFixedDirect, Route::Buffered, Attempt::Read, Errno::INVAL)];
-    assert_eq!((second.steps(), second.refusals), (known.to_vec(), 0), "the refusal is known, and still reported");
+    assert_eq!(
+        (second.steps(), second.refusals),
+        (known.to_vec(), 0),
+        "a known refusal should be reported without another attempt"
+    );
     let other = machine.load(8, None, false);
-    assert_eq!(other.steps(), [], "another mount is not affected");
+    assert_eq!(other.steps(), [], "another mount should not be affected");
     let strict = machine.load(7, Some(Errno::INVAL), true);
     assert!(strict.refusals > 0 && matches!(strict.failure, Some(Failure::Refused { .. })));
 }
@@ -153,11 +162,11 @@ fn mount_without_direct_reads_is_tried_once() {
 #[test]
 fn buffered_and_direct_refusals_are_independent() {
     let mut machine = RefusingMachine::new(Faults::none());
-    // Direct reads were refused on this mount.
+    // Mount 7 refuses direct reads.
     assert!(machine.load(7, Some(Errno::INVAL), false).refusals > 0);
     machine.route = Route::UringBuffered;
     assert_eq!(machine.load(7, Some(Errno::INVAL), false).steps(), []);
-    // On this mount, reads through the page cache by a ring were refused.
+    // Mount 8 refuses reads through the page cache from a ring.
     let file = FileFaults { no_ring: Some(Errno::OPNOTSUPP), ..FileFaults::default() };
     let step = (Route::UringBuffered, Route::Buffered, Attempt::Read, Errno::OPNOTSUPP);
     assert_eq!(machine.load_with(8, file, false).steps(), [step]);
@@ -170,7 +179,7 @@ fn unusual_file_does_not_affect_its_mount() {
     let mut machine = RefusingMachine::new(Faults::none());
     assert_eq!(machine.load(7, None, false).steps(), []);
     assert!(!machine.load(7, Some(Errno::INVAL), false).steps().is_empty());
-    assert_eq!(machine.load(7, None, false).steps(), [], "direct reads have worked on this mount");
+    assert_eq!(machine.load(7, None, false).steps(), [], "a mount on which direct reads have worked should not be affected");
 }
 
 #[test]
@@ -193,7 +202,7 @@ fn known_refusals_expire() {
     let mut machine = RefusingMachine::new(Faults::none());
     assert!(machine.load(7, Some(Errno::INVAL), false).refusals > 0);
     machine.clock.set(machine.clock.get() + over_a_minute);
-    assert_eq!(machine.load(7, None, false).steps(), [], "the refusal was forgotten");
+    assert_eq!(machine.load(7, None, false).steps(), [], "the refusal should have been forgotten");
 }
 
 #[test]
@@ -207,7 +216,7 @@ fn staging_registration_is_retried_by_the_next_load() {
     let refused = |done: &Done| done.fallbacks.iter().any(|step| step.attempt == Attempt::RegisterStaging);
     assert!(refused(&machine.load(0, None, false)));
     machine.driver.kernel().allow_registration();
-    assert!(!refused(&machine.load(0, None, false)), "the limit was raised");
+    assert!(!refused(&machine.load(0, None, false)), "the registration should succeed after the limit was raised");
 }
 
 #[test]

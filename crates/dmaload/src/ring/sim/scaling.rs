@@ -191,7 +191,7 @@ impl FlowMachine {
         let transfer = |transfer: &Transfer| if transfer.from > now { transfer.from } else { now + transfer.left / device };
         let ring = Some(self.ring_until).filter(|&until| until > now);
         let events = self.tasks.iter().map(task).chain(self.transfers.iter().map(transfer)).chain(ring);
-        let next = events.min_by(f64::total_cmp).expect("something is in progress until the load is gone");
+        let next = events.min_by(f64::total_cmp).expect("something should be in progress until the load is gone");
         for task in self.tasks.iter_mut().filter(|task| task.from <= now) {
             task.left -= (next - now) * pass / task.passes;
         }
@@ -228,7 +228,7 @@ impl Untouched {
     fn new(bytes: usize, populated: bool) -> Self {
         let layout = Allocation::from_size_align(bytes, 4096).unwrap();
         // SAFETY: the layout's size is not zero, because a piece or a staging slot is never empty.
-        let address = NonNull::new(unsafe { alloc(layout) }).expect("the test has enough memory");
+        let address = NonNull::new(unsafe { alloc(layout) }).expect("the test should have enough memory");
         Untouched { address, bytes, populated }
     }
 }
@@ -270,11 +270,11 @@ struct Nowhere;
 
 impl Sink for Nowhere {
     unsafe fn fill_with(&self, _: usize, _: usize, _: &mut Write<'_>) -> Result<usize, Fault> {
-        unreachable!("copies only take time in this model")
+        unreachable!("copies move no bytes in this model")
     }
 
     fn populate(&self, _: usize, _: usize) -> Result<(), Fault> {
-        unreachable!("copies populate the memory in this model")
+        unreachable!("no memory is populated through a sink in this model")
     }
 
     fn runs_foreign_code(&self) -> bool {
@@ -376,7 +376,7 @@ struct Outcome {
 }
 
 fn round_up(threads: f64) -> usize {
-    (1..).find(|&whole| whole as f64 >= threads).expect("some integer is large enough")
+    (1..).find(|&whole| whole as f64 >= threads).expect("some integer should be large enough")
 }
 
 /// Simulates loading one large file, or as many bytes in several simultaneous loads from one file
@@ -482,8 +482,8 @@ fn threads_and_staging_grow_to_the_machines_limit() {
                 let Outcome { rate, copiers, allocators } = load(path, device, cores, 1);
                 let limit = path.limit(device, cores);
                 // The number of threads whose passes reach the limit. If the bus is the limit, it
-                // slows down threads as well as the device, so one more thread is needed for the
-                // same share.
+                // slows down threads as well as the device, so one more thread is needed to reach
+                // the same share of the limit.
                 let of_bus = usize::from(limit >= BUS / (1.0 + path.traffic()));
                 let needed = (round_up(limit * path.passes() / PASS) + of_bus).min(cores);
                 let used = if path == Path::Direct { allocators } else { copiers };
@@ -521,6 +521,6 @@ fn many_loads_of_one_file_system_are_as_fast_as_one() {
 #[test]
 fn thread_bounds_suffice_for_the_fastest_device() {
     assert!(most_copiers(32) as f64 * PASS / 2.0 >= 50.0 * GIB && most_allocators(32) as f64 * PASS >= 50.0 * GIB);
-    assert_eq!([1, 2].map(most_copiers), [2, 2], "small machines keep the initial number");
-    assert_eq!([1, 2].map(most_allocators), [1, 2], "small machines have one allocator for each processor");
+    assert_eq!([1, 2].map(most_copiers), [2, 2], "small machines should keep the initial number");
+    assert_eq!([1, 2].map(most_allocators), [1, 2], "small machines should have one allocator for each processor");
 }

@@ -1,5 +1,5 @@
-//! A world generated from a seed. It has several loads at the same time, some of which meet faults
-//! or are abandoned.
+//! A world generated from a seed. It has several loads at the same time, some of which encounter
+//! faults or are abandoned.
 
 mod checks;
 mod load;
@@ -207,8 +207,8 @@ impl World {
             let watch = Arc::new(Watch::new(Some(ObserverOption::new(observer.clone()))));
             (observer, Observation { watch, staged: random.chance(500) })
         });
-        // As in the engine, a load that is observed in staging starts at `bounce` or a lower
-        // route.
+        // As in the engine, a load that is observed in staging starts at `bounce` or a less
+        // preferred route.
         let staged = observed.as_ref().is_some_and(|(_, observation)| observation.staged);
         let start = if staged { start.max(Route::Bounce) } else { start };
         let load = SimLoad {
@@ -448,7 +448,7 @@ impl World {
                     let reported = route.is_none_or(|route| route <= load.lowest_reported);
                     assert!(
                         reported || chosen,
-                        "a piece was read by {route:?}, which is lower than the reported {}",
+                        "a piece was read through {route:?}, but the load has reported nothing worse than {}",
                         load.lowest_reported
                     );
                     load.bounced |= route == Some(Route::Bounce);
@@ -462,38 +462,38 @@ impl World {
                 Output::Event { event: LoadEvent::Traced { .. } | LoadEvent::Retried { .. }, .. } => {}
                 Output::Event { load: id, event: LoadEvent::NoThread } => {
                     let load = self.loads.get_mut(&id).unwrap();
-                    assert!(!std::mem::replace(&mut load.no_thread, true), "a missing thread is reported only once");
+                    assert!(!std::mem::replace(&mut load.no_thread, true), "a missing thread must be reported only once");
                 }
                 Output::Event { load: id, event: LoadEvent::LessStaging { bytes, .. } } => {
                     let load = self.loads.get_mut(&id).unwrap();
-                    assert!(!std::mem::replace(&mut load.less_staging, true), "less staging is reported only once");
+                    assert!(!std::mem::replace(&mut load.less_staging, true), "a shortage of staging must be reported only once");
                     let slots = usize::try_from(bytes).unwrap() / self.staging.slot_bytes;
                     assert!(
                         slots == self.faults.staging && slots < self.staging.slots + more_staging_slots(MOST_COPIERS),
-                        "less staging was reported, but no allocation was refused; slots: {slots}"
+                        "a shortage of staging was reported, but no allocation was refused; slots: {slots}"
                     );
                 }
                 Output::Event { load: id, event: LoadEvent::SteppedDown { fallback } } => {
                     let load = self.loads.get_mut(&id).unwrap();
-                    assert!(!load.strict, "a strict load stepped down");
+                    assert!(!load.strict, "a strict load must not fall back to another route");
                     assert!(fallback.from < fallback.to);
                     load.lowest_reported = load.lowest_reported.max(fallback.to);
                     load.refused.push(fallback.attempt);
                     assert!(
                         fallback.errno != dmabuf::Errno::EFAULT || fallback.file_index.is_none(),
-                        "a refusal by the memory must not name a file: {fallback:?}"
+                        "a fallback caused by the memory must not name a file: {fallback:?}"
                     );
                 }
                 Output::Event { load: id, event: LoadEvent::Failed { failure } } => {
                     let load = self.loads.get_mut(&id).unwrap();
-                    assert_eq!(load.failure.replace(failure), None, "a load fails only once");
+                    assert_eq!(load.failure.replace(failure), None, "a load must fail only once");
                     assert!(!load.gone && !load.abandoned);
                     self.scheduler.forget(&id);
                 }
                 Output::Event { load: id, event: LoadEvent::Gone { times, .. } } => {
                     let load = self.loads.get_mut(&id).unwrap();
                     load.cached_bytes = times.cached_bytes;
-                    assert!(!std::mem::replace(&mut load.gone, true), "a load is reported as gone only once");
+                    assert!(!std::mem::replace(&mut load.gone, true), "a load must be reported as gone only once");
                     self.scheduler.end();
                 }
             }

@@ -87,7 +87,7 @@ fn run_world(seed: u64) -> Outcomes {
 }
 
 fn number_from(variable: &str) -> Option<u64> {
-    std::env::var(variable).ok().map(|text| text.parse().expect("the variable holds a number"))
+    std::env::var(variable).ok().map(|text| text.parse().expect("the variable should hold a number"))
 }
 
 #[test]

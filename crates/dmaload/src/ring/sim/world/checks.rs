@@ -26,41 +26,44 @@ impl World {
                     // Cached chunks that were not evicted must have been copied from the page
                     // cache.
                     let taken = load.cached_bytes;
-                    assert!(taken <= load.cacheable_bytes, "{id:?} copied {taken} bytes from the page cache, which has fewer");
+                    assert!(
+                        taken <= load.cacheable_bytes,
+                        "{id:?} copied {taken} bytes from the page cache, which contained fewer"
+                    );
                     let threads = !self.faults.no_threads && self.faults.evicted_per_mille == 0;
                     assert!(!threads || taken == load.cacheable_bytes, "{id:?}: cached chunks were read from storage");
                     self.check_staging_report(load);
                     let uses_threads = (load.bounced || load.observed.is_some()) && !load.plan.pieces.is_empty();
                     assert!(
                         !load.no_thread || self.faults.no_threads,
-                        "{id:?}: a missing thread was reported, although threads could be started"
+                        "{id:?}: a missing thread was reported even though threads could be started"
                     );
                     assert!(
                         load.no_thread || !(uses_threads && self.faults.no_threads),
                         "{id:?}: the missing thread was not reported"
                     );
                     if let Some((observer, _)) = &load.observed {
-                        assert!(observer.has_seen_all(), "{id:?} was not observed to its end");
-                        assert!(observer.rejects.is_none(), "{id:?} completed, although it contains the rejected byte");
+                        assert!(observer.has_seen_all(), "the observer of {id:?} should have seen all bytes");
+                        assert!(observer.rejects.is_none(), "{id:?} completed even though it contains the rejected byte");
                     }
                 }
                 Some(failure) => {
-                    assert!(!complete, "{id:?} failed although it was complete");
+                    assert!(!complete, "{id:?} failed even though it was complete");
                     self.check_failure(load, failure);
                 }
             }
         }
         let memory = self.memory.borrow();
         let observed = |staged: bool| self.loads.values().any(|load| load.observed.is_some() && load.is_staged() == staged);
-        assert!(memory.observed_in_staging == 0 || observed(true), "staging is observed only if requested");
-        assert!(memory.observed_in_pieces == 0 || observed(false), "pieces are observed only if requested");
-        assert_eq!(memory.unfilled_bytes(), 0, "all memory is freed except what was leaked on purpose");
-        assert_eq!(memory.leaked_bytes, self.leaked_bytes, "every leaked byte was reported");
+        assert!(memory.observed_in_staging == 0 || observed(true), "bytes must be observed in staging only if requested");
+        assert!(memory.observed_in_pieces == 0 || observed(false), "bytes must be observed in pieces only if requested");
+        assert_eq!(memory.unfilled_bytes(), 0, "all memory must be freed except what was leaked on purpose");
+        assert_eq!(memory.leaked_bytes, self.leaked_bytes, "every leaked byte must be reported");
         let counted = self.counters.leaked_bytes.load(Ordering::Relaxed);
-        assert_eq!(counted, self.leaked_bytes, "every leaked byte was counted");
-        assert_eq!(self.scheduler.window_taken_bytes(), 0, "all permits were returned");
+        assert_eq!(counted, self.leaked_bytes, "every leaked byte must be counted");
+        assert_eq!(self.scheduler.window_taken_bytes(), 0, "all permits must be returned");
         drop(memory);
-        assert!(self.broken || self.driver.kernel().is_clean(), "everything is unregistered and detached");
+        assert!(self.broken || self.driver.kernel().is_clean(), "all pieces must be unregistered and all files detached");
     }
 
     /// Checks that reads into staging report why they do not use the best route.
@@ -76,14 +79,14 @@ impl World {
         }
     }
 
-    /// Checks that a failure was caused by one of this world's faults, and that it names the place
-    /// of that fault.
+    /// Checks that a failure was caused by one of this world's faults, and that it reports where
+    /// the fault is.
     fn check_failure(&self, load: &SimLoad, failure: Failure) {
         let file = |index: usize| &load.files[index];
         match failure {
             Failure::Ended { file: index, offset, .. } => {
                 let (file, planned) = file(index);
-                // A strict load that reads directly can't step down to buffered reads, so it can't
+                // A strict load that reads directly can't fall back to buffered reads, so it can't
                 // find where in the last block the file ends.
                 let end = if load.strict { file.bytes / BLOCK * BLOCK } else { file.bytes };
                 let nothing_came = self.faults.nothing_per_mille > 0 && offset < *planned;
@@ -107,9 +110,9 @@ impl World {
                 assert!(load.strict && refused, "{route} was not refused, or the load is not strict");
             }
             Failure::Rejected { file: index, offset, bytes } => {
-                let (observer, observation) = load.observed.as_ref().expect("a rejection comes from an observer");
+                let (observer, observation) = load.observed.as_ref().expect("a rejection should come from an observer");
                 assert_eq!(observation.watch.verdict(), Verdict::Rejected("this byte".into()));
-                let (file, at) = observer.rejects.expect("this observer rejects a byte");
+                let (file, at) = observer.rejects.expect("this observer should reject a byte");
                 assert!(file == index && (offset..offset + bytes).contains(&at), "{failure:?}, but the rejected byte is at {at}");
             }
             Failure::Kernel { .. } => assert!(self.broken),

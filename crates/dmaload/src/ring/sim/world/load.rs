@@ -15,10 +15,10 @@ pub(crate) struct SimLoad {
     pub(crate) strict: bool,
     /// Whether direct reads are copies from memory, which may go into unpopulated memory.
     pub(crate) in_memory: bool,
-    /// Batches per thousand that are unpopulated when they are enqueued. Unless the files are in
-    /// memory, such batches start at `bounce` or a lower route.
+    /// How many batches in a thousand are unpopulated when they are enqueued. Unless the files are
+    /// in memory, reads for such batches start at `bounce` or a less preferred route.
     pub(crate) unpopulated_per_mille: u64,
-    /// Chunks per thousand that are in the page cache.
+    /// How many chunks in a thousand are in the page cache.
     pub(crate) cached_per_mille: u64,
     /// Bytes of chunks that were in the page cache when their pieces were prepared.
     pub(crate) cacheable_bytes: u64,
@@ -33,7 +33,7 @@ pub(crate) struct SimLoad {
     pub(crate) abandoned: bool,
     pub(crate) failure: Option<Failure>,
     pub(crate) gone: bool,
-    /// The lowest route that was reported, initially `start`.
+    /// The least preferred route that was reported, initially `start`.
     pub(crate) lowest_reported: Route,
     /// Attempts that were reported as refused.
     pub(crate) refused: Vec<Attempt>,
