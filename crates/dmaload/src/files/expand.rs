@@ -49,9 +49,12 @@ impl<'a> Choice<'a> {
 /// Finds the files for all inputs.
 ///
 /// # Errors
-/// [`Error::File`] for a folder that can't be listed; for an index, those of [`OpenFile::open`]
-/// and [`OpenFile::read_exact`], [`Error::Model`] if it is invalid, and [`Error::Changed`];
-/// [`Error::NoModel`]; [`Error::Incomplete`].
+/// - [`Error::File`] if a folder can't be listed.
+/// - If an index can't be read, the errors of [`OpenFile::open`] and [`OpenFile::read_exact`]. If
+///   it is invalid, [`Error::Model`], or [`Error::Changed`] if it has changed in the meantime.
+/// - [`Error::NoModel`] if a path leads to no model that can be loaded, or to several.
+/// - [`Error::Incomplete`] if files of a model are missing, unless `choice` allows that and at
+///   least one file is left.
 pub(crate) fn find_files(inputs: &[Input], choice: Choice<'_>) -> Result<Found> {
     let mut found = Found::default();
     let splits: Vec<_> = inputs.iter().map(|input| split_key(input, choice)).collect();
@@ -119,7 +122,8 @@ fn expand_named_index(path: &Path, named: Named, choice: Choice<'_>, found: &mut
     match named {
         Named::Safetensors => expand_index(path, &read_index(path)?, choice, found),
         Named::Other if choice.format == Format::Auto => {
-            let reason = "the index of a model in pickled files, which are not supported: convert it to safetensors";
+            let reason =
+                "this is the index of a model in pickled files, which are not supported: convert the model to safetensors";
             Err(Error::NoModel { path: path.to_owned(), reason: reason.to_owned() })
         }
         Named::Unsaid => match read_generic_index(path)? {
@@ -149,8 +153,8 @@ fn refuse_hidden_index(path: &Path) -> Result<()> {
     let is_json =
         (1..=index::LIMIT_BYTES).contains(&file.identity.bytes) && file.read_exact(&mut first, 0).is_ok() && first == *b"{";
     if is_json && read_index(path).is_ok_and(|index| is_of_safetensors(&index)) {
-        let reason = "the index of a model, but not named like one: load the folder with its files, or \
-                      give it a name that ends in .safetensors.index.json";
+        let reason = "this is the index of a model, but its name does not show that: load the folder with the model's \
+                      files, or give it a name that ends in .safetensors.index.json";
         return Err(Error::NoModel { path: path.to_owned(), reason: reason.to_owned() });
     }
     Ok(())
@@ -252,7 +256,7 @@ fn expand_index(path: &Path, index: &Index, choice: Choice<'_>, found: &mut Foun
     {
         let looked_at = names.len();
         found.notes.push(format!(
-            "according to the index, the tensors that match are in {looked_at} of its {all} files; the others were not read"
+            "according to the index, the matching tensors are in {looked_at} of its {all} files; the others were not read"
         ));
     }
     found.notes.extend(missing::note_unlisted(folder, &index));
@@ -261,7 +265,7 @@ fn expand_index(path: &Path, index: &Index, choice: Choice<'_>, found: &mut Foun
     Ok(())
 }
 
-/// Which files of an index a selection needs.
+/// The files in an index that a selection needs.
 #[derive(Debug)]
 enum Needed<'a> {
     All,

@@ -78,9 +78,10 @@ pub(crate) struct Device {
 /// How far a file system can be trusted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Trust {
-    /// Why a ring must not read this file: the attempt that is avoided and the errno.
+    /// Why a ring must not read this file directly: the attempt that is avoided, and an errno.
+    /// `None` if it may.
     pub(crate) ring_refused: Option<(Attempt, Errno)>,
-    /// Why a ring must not read the file through the page cache either.
+    /// Why a ring must not read the file through the page cache either; `None` if it may.
     pub(crate) buffered_ring_refused: Option<(Attempt, Errno)>,
     /// Whether the page cache is as trustworthy as storage.
     pub(crate) cache: bool,

@@ -53,7 +53,7 @@ fn parse_header(file: &OpenFile, part: Range<u64>, format: Format) -> Result<Opt
         return refuse_empty_model(&file.path, format).map(|()| None);
     }
     let mut start = [0; SNIFFED_BYTES];
-    let start = start.get_mut(..to_usize(bytes.min(SNIFFED_BYTES as u64))).expect("`start` has room for that many bytes");
+    let start = start.get_mut(..to_usize(bytes.min(SNIFFED_BYTES as u64))).expect("`start` should have room for that many bytes");
     file.read_exact(start, base)?;
     let found = if is_gguf(name, start, format) {
         read_gguf(file, part)?.map(Some)
@@ -80,7 +80,8 @@ fn parse_header(file: &OpenFile, part: Range<u64>, format: Format) -> Result<Opt
     }
 }
 
-/// Finds and checks a model's header in a file's bytes; `None` for a file of raw bytes.
+/// Finds and checks the header of a model in `bytes`, which must be all bytes of the file. Returns
+/// `None` for raw bytes.
 pub(crate) fn find_header(file: &OpenFile, bytes: &[u8], format: Format) -> Result<Option<TensorMap>> {
     if format == Format::Raw {
         return Ok(None);
@@ -95,7 +96,7 @@ pub(crate) fn find_header(file: &OpenFile, bytes: &[u8], format: Format) -> Resu
         header_bytes(&file.path, start, file_bytes, format).and_then(|header_bytes| {
             let Some(header_bytes) = header_bytes else { return Ok(None) };
             let header = bytes.get(8..).and_then(|rest| rest.get(..to_usize(header_bytes)));
-            parse(header.expect("`sniff` checked that the header is within the file"), file_bytes).map(Some)
+            parse(header.expect("`sniff` should have checked that the header is within the file"), file_bytes).map(Some)
         })
     };
     let start = bytes.get(..LOOKED_AT_BYTES).unwrap_or(bytes);
@@ -134,7 +135,7 @@ fn read_gguf(file: &OpenFile, part: Range<u64>) -> Result<std::result::Result<Te
     loop {
         let have = start.len();
         start.resize(to_usize(wanted.min(file_bytes)), 0);
-        file.read_exact(start.get_mut(have..).expect("the buffer only grows"), part.start + have as u64)?;
+        file.read_exact(start.get_mut(have..).expect("the buffer should only grow"), part.start + have as u64)?;
         match gguf::parse(&start, file_bytes) {
             Ok(Parsed::Complete(map)) => return Ok(Ok(map)),
             // The buffer at least doubles each time, or grows to the whole file, so all attempts

@@ -20,8 +20,8 @@ pub(super) fn read_index(path: &Path) -> Result<Index> {
 ///
 /// # Errors
 /// Those of [`OpenFile::open`] and [`OpenFile::read_exact`]. [`Error::Model`] if the file is too
-/// long, invalid JSON, or an invalid index; skipping such a file could load a model without its
-/// index. [`Error::Changed`] if such a file has changed since it was opened.
+/// long, invalid JSON, or an invalid index: if such a file were skipped, a model could be loaded
+/// without its index. [`Error::Changed`] if such a file has changed since it was opened.
 pub(super) fn read_generic_index(path: &Path) -> Result<Option<Index>> {
     let (file, json) = read_json(path)?;
     match parse_index(&file, &json) {
@@ -39,7 +39,7 @@ fn read_json(path: &Path) -> Result<(Arc<OpenFile>, Vec<u8>)> {
         let reason = format!("it is {bytes} bytes long, more than the limit of {}", index::LIMIT_BYTES);
         return Err(Error::Model { path: path.to_owned(), fault: ModelError::Index { offset: 0, reason } });
     }
-    let mut json = vec![0; usize::try_from(bytes).expect("an index is shorter than its limit")];
+    let mut json = vec![0; usize::try_from(bytes).expect("an index within the size limit should fit into memory")];
     file.read_exact(&mut json, 0)?;
     Ok((file, json))
 }

@@ -5,7 +5,7 @@
 //! models.
 //!
 //! Only this module and its submodules open model files by path. Each call may wait for a server
-//! that does not answer, so the ring thread never opens files. Only workers and the threads that
+//! that does not respond, so the ring thread never opens files. Only workers and the threads that
 //! inspect, probe or observe files open them. A file is closed when the last reference to its
 //! [`OpenFile`](source::OpenFile) is dropped.
 //!

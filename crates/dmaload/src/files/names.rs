@@ -10,7 +10,7 @@ pub(super) fn has_extension(name: &str, extension: &str) -> bool {
     Path::new(name).extension().is_some_and(|own| own.eq_ignore_ascii_case(extension))
 }
 
-/// Whether a file name has an extension of pickled weights.
+/// Whether a file name has an extension that is used for pickled weights.
 pub(super) fn is_pickle_name(name: &str) -> bool {
     let extension = Path::new(name).extension();
     let is = |end: &str| extension.is_some_and(|own| own.eq_ignore_ascii_case(end));

@@ -45,7 +45,7 @@ pub(crate) fn cached_bytes(file: impl AsFd) -> Result<u64, Errno> {
 /// # Errors
 /// Those of [`cached_bytes`].
 pub(crate) fn cached_bytes_in(file: impl AsFd, range: &Range<u64>) -> Result<u64, Errno> {
-    debug_assert!(!range.is_empty(), "a length of 0 would mean the whole file");
+    debug_assert!(!range.is_empty(), "the range must not be empty, because a length of 0 means the whole file");
     cachestat(file, &CachestatRange { offset: range.start, length: range.end - range.start })
 }
 

@@ -133,7 +133,7 @@ impl Identity {
         Identity {
             device: stat.st_dev,
             inode: stat.st_ino,
-            bytes: u64::try_from(stat.st_size).expect("a file's length is not negative"),
+            bytes: u64::try_from(stat.st_size).expect("a file's length should not be negative"),
             modified: (stat.st_mtime, i64::try_from(stat.st_mtime_nsec).unwrap_or(0)),
         }
     }
@@ -286,7 +286,7 @@ impl OpenFile {
     /// reading a byte.
     ///
     /// [`Error::NotAFile`] for anything but a regular file. Such a file is not opened for reading,
-    /// because opening a FIFO would wait for a writer, and opening a device can have any effect.
+    /// because opening a FIFO would wait for a writer, and opening a device can have side effects.
     ///
     /// [`Error::NoLength`] for a file that has bytes although its reported length is 0.
     pub(crate) fn open(path: &Path) -> Result<Arc<Self>> {
@@ -358,12 +358,12 @@ impl OpenFile {
         Error::Read { path: self.path.clone(), offset, bytes, route: Route::Buffered, errno }
     }
 
-    /// Why a ring must not read the file by this route.
+    /// Why a ring must not read the file through this route; `None` if it may.
     pub(crate) fn ring_refused_to(&self, route: Route) -> Option<(Attempt, Errno)> {
         if route == Route::UringBuffered { self.buffered_ring_refused } else { self.ring_refused }
     }
 
-    /// The descriptor for reads by this route.
+    /// The descriptor for reads through this route.
     pub(crate) fn descriptor(&self, route: Route) -> BorrowedFd<'_> {
         match &self.direct {
             Ok(direct) if route.is_direct() => direct.as_fd(),
@@ -379,12 +379,12 @@ impl OpenFile {
     /// Enables readahead, because the file's contents are read through the page cache from now on.
     fn read_ahead(&self) {
         if self.is_quiet.swap(false, Ordering::Relaxed) {
-            // This is only a hint: if it fails, reads are slow but not wrong.
+            // This is only a hint: if it fails, reads are slower but still correct.
             let _ = fadvise(&self.buffered, 0, None, Advice::Normal);
         }
     }
 
-    /// The errno with which `O_DIRECT` was refused.
+    /// The errno with which `O_DIRECT` was refused; `None` if it was not.
     pub(crate) fn direct_refused(&self) -> Option<Errno> {
         self.direct.as_ref().err().copied()
     }

@@ -1,4 +1,4 @@
-//! Checks that the files in a load form complete models: no two files of a model contain tensors
+//! Checks that the files in a load form complete models: no two files in a model contain tensors
 //! with the same name, and no part of a split model is missing.
 //!
 //! The check needs the headers of all files. The headers of large files are known when a load is
@@ -36,7 +36,7 @@ pub(crate) fn check_whole(files: &[KnownFile<'_>], allow_missing: bool) -> Resul
     Ok(notes)
 }
 
-/// Checks that no two files of a model contain tensors with the same name. A tensor that the index
+/// Checks that no two files in a model contain tensors with the same name. A tensor that the index
 /// maps to another file is ignored.
 fn check_names(files: &[KnownFile<'_>], has_several: impl Fn(&SourceFile) -> bool) -> Result<()> {
     let mut names: Vec<(usize, &str, &SourceFile)> = Vec::new();

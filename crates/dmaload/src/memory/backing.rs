@@ -123,7 +123,7 @@ impl Backing {
         self.holding().charge.add(ledger, load, bytes);
     }
 
-    /// Prevents the memory from being reused, because it was handed out.
+    /// Prevents later loads from reusing the memory. Call this when the memory is handed out.
     pub(crate) fn forbid_reuse(&self) {
         self.holding().reusable.store(false, Ordering::Release);
     }
@@ -165,11 +165,11 @@ impl Backing {
             // that has this seal.
             memfd.seal_against_writes()?;
         }
-        holding.exported.set(dma_buf).expect("an allocation is exported once, by the worker that finishes it");
+        holding.exported.set(dma_buf).expect("an allocation should be exported only once");
         Ok(())
     }
 
-    /// Adds a view; returns `false` if the memory was handed out.
+    /// Counts one more view. If the memory was handed out, returns `false` and counts nothing.
     pub(crate) fn lend(&self) -> bool {
         self.lent.lend()
     }
@@ -179,8 +179,8 @@ impl Backing {
         self.lent.take_back();
     }
 
-    /// Refuses new views from now on. If views are alive, changes nothing and returns their number
-    /// as the error.
+    /// Marks the memory as handed out, so no new view can be created. If views are still alive,
+    /// nothing changes, and the error is their number.
     pub(crate) fn hand_out(&self) -> Result<(), usize> {
         self.lent.hand_out().inspect(|()| self.forbid_reuse())
     }
@@ -243,7 +243,7 @@ impl Backing {
     }
 }
 
-/// Writes to memory whose pages are all present.
+/// Used if all pages of the memory are present, so nothing has to be populated.
 impl Sink for Backing {
     unsafe fn fill_with(&self, offset: usize, bytes: usize, write: &mut Write<'_>) -> Result<usize, Fault> {
         // SAFETY: the caller guarantees exclusive access to this part.
@@ -280,7 +280,7 @@ impl<P> PieceBuffer<P> {
     /// If the bytes reach past the end of the allocation.
     pub(crate) fn new(backing: Arc<Backing>, filling: Option<Arc<dyn Sink>>, offset: usize, bytes: usize, permit: P) -> Self {
         let end = offset.checked_add(bytes);
-        assert!(end.is_some_and(|end| end <= backing.bytes()), "a piece lies within its allocation");
+        assert!(end.is_some_and(|end| end <= backing.bytes()), "a piece must lie within its allocation");
         PieceBuffer { backing, filling, offset, bytes, _permit: permit }
     }
 }
@@ -325,7 +325,7 @@ mod tests {
         // This reaper has no thread: only `run_once` unmaps.
         let reaper = Reaper::without_thread();
         drop(Backing::new(mapping, Memory::Anonymous, reaper.clone()));
-        assert!(range.map(&Memory::Anonymous, 0, 4096).is_err(), "the memory is still mapped");
+        assert!(range.map(&Memory::Anonymous, 0, 4096).is_err(), "the memory should still be mapped");
         reaper.run_once();
         range.map(&Memory::Anonymous, 0, 4096).unwrap();
     }

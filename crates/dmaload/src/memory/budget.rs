@@ -8,8 +8,9 @@
 //! own consumer drops something, and a consumer that stops taking segments delays only its own
 //! load.
 //!
-//! A load may exceed its reservation as long as it holds at most an equal share of half the limit,
-//! and the other half stays free for the reservations of later loads.
+//! A load may exceed its reservation under two conditions. It may hold at most half of the limit
+//! divided by the number of admitted loads, and the other half must stay free for the reservations
+//! of later loads.
 //!
 //! A kept load holds its memory forever if its file system stops responding. The kept loads from
 //! one file system together therefore get at most three quarters of the limit, unless a single one
@@ -17,7 +18,7 @@
 //! not wait for another.)
 //!
 //! ```text
-//!   limit   |- reserved, or held where that is more -|- held by finished loads -|---- free -----|
+//!   limit   |- reserved, or held if that is more ----|- held by finished loads -|---- free -----|
 //!   present |------------------- held by any load ------------------|-- pool --|
 //! ```
 //!
@@ -73,7 +74,7 @@ const HELD_TO_FREE_MAX: u64 = 3;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Taken {
     Yes,
-    /// The load is at its share, and must wait until memory is returned.
+    /// The load has reached its share and must wait until memory is returned.
     No,
     /// The pool has to free this many bytes first.
     Pooled(u64),
@@ -148,7 +149,7 @@ impl<L: PartialEq> Budget<L> {
         let (free, present, accounts) = (self.free(), self.present(), self.accounts.len() as u64);
         let half = self.limit / 2;
         let account = self.accounts.iter().find(|account| account.load == *load);
-        let account = account.expect("only an admitted load takes memory");
+        let account = account.expect("a load must be admitted before it takes memory");
         let wanted = account.held.saturating_add(bytes);
         let extra = wanted.saturating_sub(account.held.max(account.reserved));
         let shared =
@@ -176,8 +177,8 @@ impl<L: PartialEq> Budget<L> {
         *held -= bytes;
     }
 
-    /// Ends a load's reservation. Memory that the load took and that was not returned yet still
-    /// counts against the limit.
+    /// Ends a load's reservation. Memory that the load still holds continues to count against the
+    /// limit.
     pub(crate) fn close(&mut self, load: &L) {
         if let Some(at) = self.accounts.iter().position(|account| account.load == *load) {
             self.loose += self.accounts.swap_remove(at).held;
@@ -221,7 +222,7 @@ mod tests {
         assert_eq!(budget.admit(7, 1, None), Admitted::No);
         assert_eq!(budget.held(), 100);
         budget.give_back(&3, 10);
-        assert_eq!(budget.take(&2, 1), Taken::No, "load 3 has reserved the memory");
+        assert_eq!(budget.take(&2, 1), Taken::No, "load 2 should not get memory that load 3 has reserved");
         assert_eq!(budget.take(&3, 10), Taken::Yes);
     }
 
@@ -243,7 +244,7 @@ mod tests {
         assert_eq!(budget.take(&1, 8), Taken::Yes);
         budget.close(&1);
         budget.pool(&1, 8);
-        assert_eq!(budget.admit(2, 9, None), Admitted::Yes, "no load holds pooled memory");
+        assert_eq!(budget.admit(2, 9, None), Admitted::Yes, "pooled memory should not delay admission");
         assert_eq!(budget.take(&2, 2), Taken::Yes);
         assert_eq!(budget.take(&2, 3), Taken::Pooled(3));
         budget.unpool(4);

@@ -48,8 +48,8 @@ pub(crate) trait Sink: Debug + Send + Sync {
     /// with the error of `write`, if nothing was written before the error.
     ///
     /// # Safety
-    /// The place must come from [`PieceMemory::place`] and have room for `bytes` bytes. Nothing
-    /// else may read or write that part of the buffer during the call.
+    /// This sink and `offset` must come from [`PieceMemory::place`], and the piece must have room
+    /// for `bytes` bytes there. Nothing else may read or write these bytes during the call.
     #[allow(unsafe_code)]
     unsafe fn fill_with(&self, offset: usize, bytes: usize, write: &mut Write<'_>) -> Result<usize, Fault>;
 

@@ -37,7 +37,8 @@ pub(crate) fn headroom() -> Option<Headroom> {
     Some(Headroom { available_bytes: tightest.available_bytes.saturating_sub(MARGIN_BYTES), ..tightest })
 }
 
-/// The folders of this process's memory cgroups, each after its ancestors.
+/// The folders of this process's memory cgroups and of their ancestors. Each folder follows its
+/// ancestors.
 pub(crate) fn own_cgroups() -> Vec<PathBuf> {
     let groups = read_to_string("/proc/self/cgroup").unwrap_or_default();
     cgroup_folders(&groups, Path::new("/sys/fs/cgroup"))

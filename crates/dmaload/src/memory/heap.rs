@@ -43,7 +43,7 @@ pub use udmabuf::UdmabufHeap;
 ///
 /// To count, delay or fail the calls to a heap, wrap it in [`Hooked`], which needs no `unsafe`. To
 /// use a vendor's allocator that returns dma-buf descriptors, see [`FromDescriptors`]. Implement
-/// the trait itself only for memory that neither of them can describe.
+/// the trait yourself only if neither of these is sufficient.
 ///
 /// During a load, several of the loader's threads may call the heap at the same time. These are
 /// its workers and, for [`Heap::populate`], also the threads that copy or read. The calls may

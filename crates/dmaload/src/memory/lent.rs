@@ -14,7 +14,7 @@ impl ViewCount {
         ViewCount(AtomicUsize::new(0))
     }
 
-    /// Adds a view; returns `false` if the memory was handed out.
+    /// Counts one more view. If the memory was handed out, returns `false` and counts nothing.
     pub(crate) fn lend(&self) -> bool {
         let one_more = |views: usize| (views < HANDED_OUT - 1).then(|| views + 1);
         self.0.fetch_update(Ordering::AcqRel, Ordering::Acquire, one_more).is_ok()
@@ -25,8 +25,8 @@ impl ViewCount {
         self.0.fetch_sub(1, Ordering::AcqRel);
     }
 
-    /// Refuses new views from now on. If views are alive, changes nothing and returns their number
-    /// as the error.
+    /// Marks the memory as handed out, so no new view can be created. If views are still alive,
+    /// nothing changes, and the error is their number.
     pub(crate) fn hand_out(&self) -> Result<(), usize> {
         match self.0.compare_exchange(0, HANDED_OUT, Ordering::AcqRel, Ordering::Acquire) {
             Ok(_) | Err(HANDED_OUT) => Ok(()),
@@ -60,12 +60,12 @@ mod tests {
             if handed.is_ok() {
                 written.store(1, Ordering::Relaxed);
                 assert!(!lent.lend(), "viewed after being handed out");
-                assert_eq!(lent.hand_out(), Ok(()), "handing out again succeeds");
+                assert_eq!(lent.hand_out(), Ok(()), "handing out again should succeed");
             }
             for viewer in viewers {
                 viewer.join().unwrap();
             }
-            assert_eq!(lent.hand_out(), Ok(()), "no view is left");
+            assert_eq!(lent.hand_out(), Ok(()), "no view should be left");
         });
     }
 }

@@ -9,7 +9,7 @@
 //!
 //! - [`heap`] allocates memory. [`backing`] is one mapped allocation, both while it is being
 //!   filled and afterwards. [`buffer`] defines the contract between memory and its writers.
-//! - [`segment`] is filled memory as a caller sees it. [`lent`] ensures that memory is handed out
+//! - [`segment`] presents filled memory to the caller. [`lent`] ensures that memory is handed out
 //!   for writing only while no view of its bytes exists, and that it can't be viewed afterwards.
 //! - [`private`] provides filled memory to code that may write to it.
 //! - [`reaper`] frees dropped memory or keeps it in a pool.

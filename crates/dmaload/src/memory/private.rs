@@ -6,8 +6,8 @@
 //!   dma-buf ──────────── refused: others can write to it
 //! ```
 //!
-//! This module loads nothing. It only maps the memory of finished segments, or copies it if the
-//! kernel can't map it copy-on-write. It exposes addresses and never references, because any
+//! This module does not load files. It only maps the memory of finished segments, or copies it if
+//! the kernel can't map it copy-on-write. It exposes addresses and never references, because any
 //! holder of an address may write to the memory. The memory is freed when the last
 //! [`PrivateMemory`] and the last segment are dropped.
 #![allow(unsafe_code)]
@@ -105,7 +105,7 @@ impl PrivateMemory {
         );
         for (segment, next) in touched.iter().zip(touched.iter().skip(1)) {
             let end = (segment.file_range().end, segment.address() + segment.len());
-            assert_eq!((next.file_range().start, next.address()), end, "a span's segments are adjacent");
+            assert_eq!((next.file_range().start, next.address()), end, "the segments of a span must be adjacent");
         }
         if let Some(shared) = touched.iter().find(|segment| segment.has_dma_buf()) {
             return Err(not_private(shared));
@@ -139,7 +139,7 @@ impl PrivateMemory {
             left -= length;
             skip = 0;
         }
-        assert_eq!(left, 0, "the segments hold the range");
+        assert_eq!(left, 0, "the segments must cover the whole range");
         let mapping = PrivateMapping::new(&parts).map_err(|refusal| Error::Memory {
             heap: touched.first().map_or("", Segment::heap).to_owned(),
             refusal,
@@ -147,7 +147,7 @@ impl PrivateMemory {
             planned_bytes: bytes as u64,
         })?;
         let lead = lead.unwrap_or(0);
-        assert!(lead + bytes <= mapping.bytes(), "the mapping has all pages of the range");
+        assert!(lead + bytes <= mapping.bytes(), "the mapping must contain all pages of the range");
         // SAFETY: the range is within the mapping, as asserted.
         let address = unsafe { mapping.address().add(lead) };
         Ok(PrivateMemory { address, bytes, keeps: Keeps::Mapping(mapping, touched.to_vec()) })

@@ -162,8 +162,8 @@ impl ReaperShared {
     }
 }
 
-/// A handle to the reaper thread. The thread ends once the last clone of the handle is dropped and
-/// the thread's list is empty.
+/// A handle to the reaper thread. The thread exits once the last clone of the handle is dropped
+/// and the thread's list is empty.
 #[derive(Debug, Clone)]
 pub(crate) struct Reaper {
     shared: Arc<Closing>,
@@ -300,7 +300,7 @@ impl List {
             if self.pool.bytes <= keep_bytes {
                 break;
             }
-            let oldest = self.pool.take_oldest().expect("a pool with bytes has a holding");
+            let oldest = self.pool.take_oldest().expect("a pool with bytes should contain a holding");
             self.dead.push(oldest);
         }
         before - self.pool.bytes
@@ -335,7 +335,7 @@ mod tests {
     #[test]
     fn wait_covers_memory_that_is_still_being_freed() {
         let reaper = Reaper::start().unwrap();
-        assert!(!reaper.wait_until_idle(Duration::from_secs(10)), "there is nothing to wait for");
+        assert!(!reaper.wait_until_idle(Duration::from_secs(10)), "there should be nothing to wait for");
         let bytes = 64 << 20;
         let range = AddressRange::reserve(bytes).unwrap();
         for _ in 0..4 {
@@ -343,7 +343,7 @@ mod tests {
             mapping.populate(&Memory::Anonymous, 0..bytes, dmabuf::Pages::Small).unwrap();
             reaper.release(Holding::new(mapping, Memory::Anonymous));
             reaper.wait_until_idle(Duration::from_secs(60));
-            assert_eq!(Arc::strong_count(&range), 1, "the memory was freed before the wait ended");
+            assert_eq!(Arc::strong_count(&range), 1, "the memory should be freed before the wait ends");
         }
     }
 
@@ -359,24 +359,24 @@ mod tests {
         let reaper = Reaper::without_thread();
         let range = AddressRange::reserve(16 * 4096).unwrap();
         reaper.release(holding(&range, 0, true));
-        assert_eq!(reaper.pooled_bytes(), 0, "a pool without capacity keeps nothing");
+        assert_eq!(reaper.pooled_bytes(), 0, "a pool without capacity should keep nothing");
         reaper.set_pool_bytes(2 * 4096);
         reaper.release(holding(&range, 1, false));
-        assert_eq!(reaper.pooled_bytes(), 0, "memory that may not be reused is not kept");
+        assert_eq!(reaper.pooled_bytes(), 0, "memory that may not be reused should not be kept");
         for page in 2..5 {
             reaper.release(holding(&range, page, true));
         }
         assert_eq!(reaper.pooled_bytes(), 2 * 4096);
-        assert!(reaper.reuse(8192).is_none(), "no memory of another size is pooled");
+        assert!(reaper.reuse(8192).is_none(), "the pool should contain no memory of this size");
         let at = |holding: &Holding| holding.mapping.address().addr().get() - range.base().addr().get();
         let newest = reaper.reuse(4096).unwrap();
         assert_eq!(at(&newest), 4 * 4096);
         assert_eq!(at(&reaper.reuse(4096).unwrap()), 3 * 4096);
-        assert!(reaper.reuse(4096).is_none(), "the oldest was evicted");
+        assert!(reaper.reuse(4096).is_none(), "the oldest holding should have been evicted");
         reaper.release(newest);
         assert_eq!(reaper.trim_pool(0), 4096);
         reaper.run_once();
-        assert_eq!(Arc::strong_count(&range), 1, "all memory is freed");
+        assert_eq!(Arc::strong_count(&range), 1, "all memory should be freed");
     }
 
     /// Returns the minimum CPU time that `work` takes on a pool of `count` pages, over five runs.
@@ -437,7 +437,7 @@ mod tests {
                 next = reaper.reuse(4096);
                 // Put the evicted holding back, so the next call finds the pool full.
                 let mut list = reaper.shared.0.list();
-                let oldest = list.dead.pop().expect("a holding was evicted");
+                let oldest = list.dead.pop().expect("a holding should have been evicted");
                 list.pool.push(oldest);
             }
         });

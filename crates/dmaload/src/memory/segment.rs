@@ -62,15 +62,15 @@ impl Segment {
     /// Creates a segment from filled memory.
     ///
     /// # Safety
-    /// All bytes of the place's `file_range` must have been read into the memory, starting at its
-    /// `memory_offset`. Nothing in the kernel may still write to the memory, and nothing in this
-    /// process may do so before the memory is handed out.
+    /// All bytes of `place.file_range` must have been read into the memory, starting at
+    /// `place.memory_offset`. Nothing in the kernel may still write to the memory, and nothing in
+    /// this process may do so before the memory is handed out.
     pub(crate) unsafe fn new(place: Placement, heap: Arc<str>, backing: Arc<Backing>) -> Self {
         let end = place.memory_offset.checked_add(place.memory_bytes);
-        assert!(end.is_some_and(|end| end <= backing.bytes()), "a segment lies within its memory");
+        assert!(end.is_some_and(|end| end <= backing.bytes()), "a segment must lie within its allocation");
         assert!(
             place.file_range.end - place.file_range.start <= place.memory_bytes as u64,
-            "a segment's bytes fit into its part of the memory"
+            "a segment's bytes must fit into its part of the memory"
         );
         Segment(Arc::new(Inner { place, heap, backing }))
     }
@@ -238,7 +238,7 @@ impl Segment {
         let part = tensors.part_at(tensors.map.get_index_of(tensor)?)?;
         let (wanted, held) = (part.rows.hull(), self.file_range());
         let (start, end) = (wanted.start.max(held.start), wanted.end.min(held.end));
-        let at = |offset: u64| usize::try_from(offset - held.start).expect("an offset in a segment fits into usize");
+        let at = |offset: u64| usize::try_from(offset - held.start).expect("an offset in a segment should fit into usize");
         (part.rows.count == 1 && start < end).then(|| at(start)..at(end))
     }
 
@@ -454,7 +454,11 @@ impl Contiguous {
         let views = touched.iter().map(View::new).collect::<Result<Vec<_>>>()?;
         let mut expected = views.first().map(|View(first)| (first.file_range().start, first.address()));
         for View(segment) in &views {
-            assert_eq!(Some((segment.file_range().start, segment.address())), expected, "a span's segments are adjacent");
+            assert_eq!(
+                Some((segment.file_range().start, segment.address())),
+                expected,
+                "the segments of a span must be adjacent"
+            );
             expected = Some((segment.file_range().end, segment.address() + segment.len()));
         }
         let View(first) = views.first().ok_or_else(not_loaded)?;

@@ -9,7 +9,7 @@
 //! load is therefore limited on two levels:
 //!
 //! - A *file system* may hold at most three times as much as remains free, and a permit of the
-//!   usual size must still fit into the rest. (On dynamic queue length thresholds, see Choudhury
+//!   usual size must still fit into the rest. (Such dynamic thresholds are described by Choudhury
 //!   and Hahne, 1998.) A single file system therefore gets three quarters of the window, and two
 //!   get three sevenths each. A file system that holds nothing may take anything that fits.
 //!   Windows with room for fewer than [`FEW`] permits are exempt.
@@ -80,7 +80,8 @@ pub(crate) struct Held {
     pub(crate) by_file_system: u64,
 }
 
-/// Whether a load that holds `held` of `all` units, of which `taken` are taken, may take one more.
+/// Whether a load that holds `held` may take one more of `all` units, of which all loads together
+/// already hold `taken`.
 pub(crate) fn may_have_one(all: u64, taken: u64, held: Held) -> bool {
     may_have(all, taken, held, 1, 1)
 }
@@ -213,7 +214,8 @@ impl<L: Clone + PartialEq> Window<L> {
         self.held.taken()
     }
 
-    /// The loads that hold permits, each paired with a file system for whose files it holds them.
+    /// Pairs of a load and a file system, one for each file system for whose files a load holds
+    /// permits.
     pub(crate) fn holders(&self) -> impl Iterator<Item = (&L, u64)> {
         self.held.held.iter().map(|(load, file_system, _)| (load, *file_system))
     }
@@ -295,7 +297,11 @@ mod tests {
         let mut window = Window::new(16, 4);
         assert_eq!(window.take(&1, 1, 8), Permitted::Yes);
         assert_eq!([1; 3].map(|bytes| window.take(&2, 2, bytes)), [Permitted::Yes; 3]);
-        assert_eq!(window.take(&2, 2, 1), Permitted::LoadAtShare, "one is left for the next load from its file system");
+        assert_eq!(
+            window.take(&2, 2, 1),
+            Permitted::LoadAtShare,
+            "one permit should be left for the next load from its file system"
+        );
         assert_eq!(window.take(&3, 2, 1), Permitted::Yes);
         assert_eq!(window.take(&4, 2, 1), Permitted::FileSystemAtShare);
         assert_eq!(window.take(&3, 3, 4), Permitted::Yes);
@@ -354,10 +360,10 @@ mod tests {
                     prop_assert!(permitted == Permitted::Yes || permitted == expected_refusal);
                     let yes = permitted == Permitted::Yes;
                     prop_assert!(!yes || bytes <= room);
-                    prop_assert!(by_file_system > 0 || yes == (bytes <= room), "a file system that holds nothing gets what fits");
+                    prop_assert!(by_file_system > 0 || yes == (bytes <= room), "a file system that holds nothing should get what fits");
                     if yes && by_file_system > 0 && bytes <= size / FEW {
-                        prop_assert!(by_file_system + bytes <= HELD_TO_FREE_MAX * (room - bytes), "no file system exceeds its share");
-                        prop_assert!(room > bytes, "something is left for other file systems");
+                        prop_assert!(by_file_system + bytes <= HELD_TO_FREE_MAX * (room - bytes), "no file system should exceed its share");
+                        prop_assert!(room > bytes, "something should be left for other file systems");
                     }
                     if yes {
                         out.push((load, bytes));
@@ -387,7 +393,8 @@ mod tests {
             prop_assert!(held.may_have_one(size, &usize::MAX, 2));
         }
 
-        /// The second level costs a load that runs alone at most one permit.
+        /// A load that runs alone loses at most one permit to the rule that it must leave one free
+        /// for other loads from its file system.
         #[test]
         fn one_load_gets_its_file_systems_share_minus_at_most_one(size in 1u64..2000) {
             let (mut one, mut many) = (Holders::new(), Holders::new());

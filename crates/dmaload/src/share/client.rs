@@ -216,7 +216,7 @@ fn explain_refusal(reply: Reply, name: &str, names: &[String]) -> String {
         list
     };
     match reply.status {
-        Status::Ok => unreachable!("not a refusal"),
+        Status::Ok => unreachable!("`Ok` is not a refusal"),
         Status::Malformed => "the server does not understand the request: it is another version of dmaload".to_owned(),
         Status::NoSuchImage if reply.all == 0 => "the server no longer shares any image".to_owned(),
         Status::NoSuchImage => format!("the server does not share an image {name:?}, but {}", list()),
@@ -331,7 +331,7 @@ fn plan_mapping(segments: &[SegmentPlace], lengths: &[usize]) -> Option<(Vec<usi
 
 fn build_image(path: &Path, description: &Description, memories: Vec<Memory>, started: Instant) -> Result<Attached> {
     let wrong = |what: String| refuse(path, what);
-    let length = |memory: &Memory| memory.bytes().expect("memory received as a descriptor has a length");
+    let length = |memory: &Memory| memory.bytes().expect("memory received as a descriptor should have a length");
     let lengths: Vec<usize> = memories.iter().map(length).collect();
     let (places, all) = plan_mapping(&description.segments, &lengths)
         .ok_or_else(|| wrong("the image's segments don't fit their memory".to_owned()))?;
@@ -345,7 +345,7 @@ fn build_image(path: &Path, description: &Description, memories: Vec<Memory>, st
         }
     }
     let heap: Arc<str> = if description.dma_bufs { "shared dma-buf" } else { "shared memfd" }.into();
-    let to_usize = |bytes: u64| usize::try_from(bytes).expect("segments lie within their allocations");
+    let to_usize = |bytes: u64| usize::try_from(bytes).expect("segments should lie within their allocations");
     let mut segments = Vec::new();
     for (index, planned) in description.segments.iter().enumerate() {
         let file = description.files.get(planned.file).expect("a description is refused if a segment's file is missing");
@@ -394,8 +394,8 @@ fn build_image(path: &Path, description: &Description, memories: Vec<Memory>, st
     Ok(Attached { image, process: description.process, dma_bufs: description.dma_bufs })
 }
 
-/// Creates the report of an attached image, according to which this process read, copied and
-/// allocated nothing.
+/// Creates the report for an attached image. It shows that this process read, copied and allocated
+/// nothing.
 pub(super) fn make_report(
     path: &Path,
     description: &Description,

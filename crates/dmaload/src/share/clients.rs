@@ -14,10 +14,10 @@
 //!   [`ClientLimits::receivers`] clients. The user's other clients wait, for at most [`PATIENCE`];
 //!   clients of other users do not.
 //! - When the limit on connections is reached, a new connection replaces the oldest one of the
-//!   user with the most connections. Connections with descriptors in flight are not counted for
-//!   this and never replaced. If all connections have descriptors in flight, the limit is
+//!   user with the most connections. Connections with descriptors in flight are neither
+//!   counted here nor replaced. If all connections have descriptors in flight, the limit is
 //!   exceeded.
-//! - The server stops sending to a client when [`TRANSFER_LIMIT`] has passed.
+//! - The server stops sending to a client when its transfer has taken [`TRANSFER_LIMIT`].
 //! - Descriptors sent by clients are refused, or closed on threads that the server never waits for
 //!   ([`super::connection`]).
 
@@ -84,7 +84,8 @@ enum ClientStep {
     LetGo,
 }
 
-/// Counts one user's clients with descriptors in flight, and those descriptors.
+/// The number of one user's clients that have descriptors in flight, and the number of those
+/// descriptors.
 #[derive(Debug, Clone, Copy, Default)]
 struct HeldByUser {
     receivers: usize,
@@ -159,7 +160,7 @@ impl Client {
         if matches!(self.state, ClientState::Draining { .. }) {
             return self.drain();
         }
-        // A request, a byte that confirms a message, or end of file.
+        // The client sends a request, confirms a message with one byte, or closes the connection.
         let mut message = [0; REQUEST_LIMIT_BYTES + 1];
         let message = match self.socket.receive(&mut message) {
             Ok(0) => return self.drain(),
@@ -216,7 +217,7 @@ impl Client {
     /// limit on descriptors in flight.
     fn send_next(&mut self, others: HeldByUser, limits: ClientLimits) -> ClientStep {
         let ClientState::Receiving { published, next, unreceived, .. } = &mut self.state else {
-            unreachable!("only a receiving client is sent descriptors");
+            unreachable!("descriptors are sent only in the state `Receiving`");
         };
         let rest = published.descriptors.get(*next..).unwrap_or_default();
         if rest.is_empty() {
@@ -329,8 +330,7 @@ pub(super) fn serve(shared: &ServerShared) {
     }
 }
 
-/// Accepts at most [`ADMITTED_AT_ONCE`] connections, so that existing clients are served in
-/// between.
+/// Accepts at most [`ADMITTED_AT_ONCE`] connections, so existing clients are served in between.
 fn admit(shared: &ServerShared, limits: ClientLimits, clients: &mut Vec<Client>) {
     for _ in 0..ADMITTED_AT_ONCE {
         let socket = match accept_with(&shared.listener.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
@@ -376,9 +376,9 @@ fn close_pending(shared: &ServerShared) {
     }
 }
 
-/// Closes one of the connections that `may_close` selects: of the user with the most such
-/// connections, the oldest one. Returns `false` if there are none. Connections with descriptors in
-/// flight are kept, because the server must know when the descriptors are received.
+/// Closes one of the connections that `may_close` selects, namely the oldest one of the user who
+/// has the most of them. Returns `false` if there are none. Connections with descriptors in flight
+/// are kept, because the server must know when the descriptors are received.
 fn make_room(clients: &mut Vec<Client>, may_close: impl Fn(&Client) -> bool) -> bool {
     let may_close = |client: &Client| may_close(client) && client.unreceived() == 0;
     let mut by_user: HashMap<u32, usize> = HashMap::new();

@@ -1,10 +1,10 @@
 //! A server's end of a connection. Closing it never blocks because of descriptors that the client
 //! sent.
 //!
-//! A message from any sender can carry descriptors of any kind. A server uses none of them: they
-//! are closed on the thread that receives the message or closes the connection. The last close of
-//! a socket with `SO_LINGER` (`socket(7)`) takes as long as its creator chose, and the last close
-//! of a file can wait for its file system. Therefore:
+//! A message from any sender can carry descriptors of any kind. A server does not use them, so
+//! they are closed on the thread that receives the message or closes the connection. The last
+//! close of a socket with `SO_LINGER` (`socket(7)`) takes as long as its creator chose, and the
+//! last close of a file can wait for its file system. Therefore:
 //!
 //! - Since Linux 6.16, a socket can refuse descriptors (`SO_PASSRIGHTS`, `unix(7)`): sending them
 //!   fails.
@@ -144,7 +144,7 @@ impl SlowCloser {
         drop(queue);
         let closer = Arc::clone(&self);
         let body = move || closer.run();
-        // Not joined, because that would mean waiting for clients.
+        // The thread is never joined, because that would mean waiting for clients.
         if thread::Builder::new().name("dmaload-close".to_owned()).spawn(body).is_err() {
             // The socket stays queued until a running thread, or one started for a later
             // connection, closes it.

@@ -89,7 +89,7 @@ impl Description {
     /// Parses a description from another process.
     ///
     /// # Errors
-    /// What is wrong with the description.
+    /// A message that says what is wrong with the description.
     pub(super) fn parse(json: &[u8]) -> Result<Self, String> {
         let value: Value =
             serde_json::from_slice(json).map_err(|error| format!("the image's description is not JSON: {error}"))?;

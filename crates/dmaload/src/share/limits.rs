@@ -2,17 +2,17 @@
 
 use super::protocol::DESCRIPTORS_IN_A_MESSAGE;
 
-/// Maximum number of simultaneous connections from users who may attach. Lower if the process's
-/// limit on open files is low.
+/// Maximum number of simultaneous connections from users who may attach. If the process's limit on
+/// open files is low, fewer are allowed.
 const CONNECTIONS_LIMIT: usize = 256;
 
 /// Maximum number of simultaneous connections from users who may not attach and only receive a
-/// refusal. Lower if the process's limit on open files is low.
+/// refusal. If the process's limit on open files is low, fewer are allowed.
 const STRANGERS_LIMIT: usize = 16;
 
-/// Maximum number of clients of one user that may have descriptors in flight at the same time.
-/// Lower if the process's limit on open files is low. Usually more than one, so a slow client does
-/// not block the user's other clients.
+/// Maximum number of clients of one user that may have descriptors in flight at the same time. If
+/// the process's limit on open files is low, fewer are allowed. The maximum is more than one, so
+/// a slow client does not block the user's other clients.
 const RECEIVERS_LIMIT: usize = 4;
 
 /// The limits of one server.

@@ -6,9 +6,9 @@
 //! later step uses descriptors:
 //!
 //! 1. A private folder is created next to the socket: `.NAME.dmaload`, mode 0700, owned by this
-//!    user. Others cannot change its contents, whatever they do to its name. The folder is locked
+//!    user. Others cannot change its contents, even if they rename it. The folder is locked
 //!    (`flock`), which excludes all other servers at this path.
-//! 2. The socket is bound in this folder, gets its mode, and starts to listen.
+//! 2. The socket is bound in this folder, its mode is set, and it starts to listen.
 //! 3. The socket is moved to its place, which fails if another file is there. An existing file is
 //!    replaced only if it is a socket that refuses connections.
 //!
@@ -238,7 +238,9 @@ impl<'a> PrivateFolder<'a> {
                 Ok(fd) => {
                     let found = fstat(&fd).map_err(cannot("inspect the private folder"))?;
                     if found.st_uid != geteuid().as_raw() || found.st_mode & 0o077 != 0 {
-                        return Err(format!("cannot use {name:?} next to the socket: it is not a private folder of this user"));
+                        return Err(format!(
+                            "cannot use {name:?} next to the socket: it is not a private folder owned by this user"
+                        ));
                     }
                     if lock(&fd)? && is_same(parent, &name, &found) {
                         let private = PrivateFolder { parent, socket, name, fd };

@@ -11,7 +11,7 @@ const DEFAULT_OVERFLOW_USER: u32 = 65534;
 /// The number of user ids: `u32::MAX` is not a valid one.
 const ALL_USERS: u64 = u32::MAX as u64;
 
-/// Knows which user id, if any, several users share. In a user namespace that does not map every
+/// Records which user id, if any, several users share. In a user namespace that does not map every
 /// user, all unmapped users share one id: the overflow id, often called `nobody`. A peer with that
 /// id can be any of these users, even if this process has the id, too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

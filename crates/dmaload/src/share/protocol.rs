@@ -78,7 +78,7 @@ pub(super) fn parse_names(message: &[u8]) -> Vec<String> {
 }
 
 /// The fixed part of a server's answer: the status, and the number of descriptors in total (`all`)
-/// and in this message (`here`). In a refusal, [`Status`] says what `all` is, and `here` is 0.
+/// and in this message (`here`). In a refusal, [`Status`] says what `all` means, and `here` is 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Reply {
     pub(super) status: Status,
@@ -91,7 +91,7 @@ impl Reply {
         let status = (0..)
             .zip(Status::ALL)
             .find_map(|(number, status)| (status == self.status).then_some(number))
-            .expect("`Status::ALL` has every status");
+            .expect("`Status::ALL` should contain every status");
         let mut bytes = [0; REPLY_BYTES];
         bytes[..8].copy_from_slice(&MAGIC);
         for (field, number) in bytes[8..].chunks_exact_mut(4).zip([VERSION, status, self.all, self.here]) {

@@ -139,7 +139,8 @@ impl ServerShared {
         Ok(Published { descriptors })
     }
 
-    /// Finds the requested image. The error is the refusal to send.
+    /// Finds the requested image. The error contains the status and the encoded refusal, which the
+    /// caller should send to the client.
     pub(super) fn find_image(&self, request: &[u8]) -> Result<Arc<Published>, (Status, Vec<u8>)> {
         let refuse = |status| (status, Reply { status, all: 0, here: 0 }.to_bytes().to_vec());
         let name = parse_request(request).ok_or_else(|| refuse(Status::Malformed))?;

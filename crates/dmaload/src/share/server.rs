@@ -55,8 +55,8 @@ impl Server {
         // would be refused from connecting.
         let mode = Mode::from_raw_mode(if options.allowed_users.is_empty() { 0o600 } else { 0o666 });
         let socket = new_socket().map_err(|errno| failed("create a socket", errno))?;
-        // Connections inherit this setting from the listener when a client connects, so it is made
-        // before any client can connect.
+        // A connection inherits this setting from the listener when the client connects, so it
+        // must be made before any client can connect.
         let closer = (!refuse_descriptors(socket.as_fd())).then(Arc::default);
         let listener = Listener::bind(socket, path, mode).map_err(|reason| refuse(path, reason))?;
         // Try the query once. If a system call filter refuses it, `bind` should fail now, rather
@@ -214,12 +214,12 @@ mod tests {
             assert!(!sockopt::socket_acceptconn(listener).unwrap(), "the socket should not be listening yet");
             refuse_descriptors(listener)
         };
-        // First with this kernel's behavior, then with that of kernels before Linux 6.16.
+        // Test this kernel's behavior first, then that of kernels before Linux 6.16.
         for refuse in [refuse_in_time, |_: BorrowedFd<'_>| false] {
             let server = Server::bind_with(&path, ServerOptions::default(), refuse).unwrap();
             let is_refused = server.shared.closer.is_none();
             let mut others = Vec::new();
-            // Repeated, because the server's close can block only if it is the last one.
+            // This is repeated, because the server's close can block only if it is the last one.
             let before = [None, Some(&b"not a request"[..]), Some(b"")];
             for (before, ends) in before.into_iter().flat_map(|before| [(before, true), (before, false)]).cycle().take(60) {
                 let (descriptor, other) = connect_lingering();

@@ -1,5 +1,5 @@
-//! Conversions between the errnos of system calls, which the engine uses, and those of errors and
-//! reports.
+//! Conversions between [`io::Errno`], which the engine uses for system calls, and [`Errno`], which
+//! errors and reports contain.
 
 use dmabuf::Errno;
 use rustix::io;

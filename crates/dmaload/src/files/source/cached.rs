@@ -68,8 +68,9 @@ const LEAST_PROBED_BYTES: u64 = 2 << 20;
 const STEP_BYTES: usize = 256 << 10;
 
 impl OpenFile {
-    /// Returns which chunks of a range are fully cached and may be copied from the cache. Returns
-    /// none if readahead is on, or if the cache can't be trusted or can't be read without waiting.
+    /// Returns which chunks of a range are fully cached and may be copied from the cache. The set
+    /// is empty if readahead is on, or if the cache can't be trusted or can't be read without
+    /// waiting.
     ///
     /// This call neither waits for reads nor starts readahead. It does wait for running writers
     /// and for the writeback of dirty pages ([`Self::settle`]).

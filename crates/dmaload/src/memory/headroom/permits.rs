@@ -1,4 +1,4 @@
-//! Grants memory before each allocation, because allocating too much invokes the OOM killer.
+//! Grants permits before memory is allocated, because allocating too much invokes the OOM killer.
 //!
 //! The kernel's figures do not include memory that was granted but is still being allocated. This
 //! module therefore counts that memory itself, for all loaders of the process together. A forked
@@ -266,9 +266,9 @@ mod tests {
         std::thread::scope(|scope| {
             let other = scope.spawn(|| permits.grant(600 * GIB, || (), with_available(machine), NOW).is_ok());
             std::thread::sleep(Duration::from_millis(100));
-            assert!(!other.is_finished(), "the two grants do not fit at the same time");
+            assert!(!other.is_finished(), "the second grant should wait until the first is dropped");
             drop(first);
-            assert!(other.join().unwrap(), "the second permit is granted once the first is dropped");
+            assert!(other.join().unwrap(), "the second permit should be granted once the first is dropped");
         });
         assert!(began.elapsed() < PATIENCE);
         let made = AtomicU64::new(0);
@@ -283,7 +283,7 @@ mod tests {
                 NOW,
             )
             .unwrap_err();
-        assert_eq!((refused.available_bytes, made.load(Ordering::Relaxed)), (machine, 1), "`make_room` is called once");
+        assert_eq!((refused.available_bytes, made.load(Ordering::Relaxed)), (machine, 1), "`make_room` should be called once");
         let free = AtomicU64::new(0);
         let look = || Some(seen(free.load(Ordering::Relaxed), Path::new("/nonexistent")));
         let _granted = permits.grant(500 * GIB, || free.store(machine, Ordering::Relaxed), look, NOW).unwrap();

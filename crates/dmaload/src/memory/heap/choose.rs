@@ -136,7 +136,7 @@ mod tests {
         match HeapChoice::DmaBuf.open(Pages::Auto) {
             Ok((heap, reason)) => {
                 assert!(heap.exports());
-                let reason = reason.expect("`DmaBuf` returns a reason");
+                let reason = reason.expect("`DmaBuf` should return a reason");
                 assert!(reason.starts_with(&*heap.name()), "{reason}");
             }
             Err(Error::NoDmaBuf { tried }) => {

@@ -13,9 +13,10 @@ type AllocateFn = Box<dyn Fn(usize) -> Result<OwnedFd, Errno> + Send + Sync>;
 
 /// A heap around an allocator, such as a vendor's, that returns dma-buf descriptors.
 ///
-/// This heap checks that each descriptor is a dma-buf and large enough. It can't check that
-/// nothing else writes to the memory, so creating it is `unsafe`. It assumes that the allocator
-/// allocates all pages at once. The memory is mapped by calling `mmap(2)` on the descriptor.
+/// This heap checks that each descriptor refers to a dma-buf that is large enough. It can't check
+/// that nothing else writes to the memory, so creating the heap is `unsafe`. The allocator is
+/// assumed to allocate all pages at once. The memory is mapped by calling `mmap(2)` on the
+/// descriptor.
 pub struct FromDescriptors {
     name: String,
     allocate: AllocateFn,
@@ -41,8 +42,8 @@ impl FromDescriptors {
     /// its memory is freed:
     ///
     /// - It is a dma-buf of new memory, which shares no page with any other memory.
-    /// - No duplicate, mapping or importer of it writes to that memory, except those that received
-    ///   it from dmaload ([`crate::Segment::hand_out_dma_buf`]).
+    /// - No duplicate, mapping or importer of it writes to that memory. The only exceptions are
+    ///   holders that received the dma-buf from dmaload ([`crate::Segment::hand_out_dma_buf`]).
     /// - Its pages stay in place: none is removed, replaced, or moved while it is mapped.
     #[allow(unsafe_code, reason = "the contract above")]
     pub unsafe fn new(

@@ -73,8 +73,8 @@ unsafe impl Heap for DmaHeap {
         true
     }
 
-    /// Decides by the heap's name, because user space has no other way to know. Vendors give heaps
-    /// of uncached memory names like `system-uncached` and `mtk_mm-uncached`.
+    /// Decides based on the heap's name, because user space has no other way to find out. Vendors
+    /// give heaps of uncached memory names like `system-uncached` and `mtk_mm-uncached`.
     fn is_uncached(&self) -> bool {
         self.name.contains("uncached")
     }

@@ -57,17 +57,17 @@ pub trait HeapHooks: fmt::Debug + Send + Sync + 'static {
         Ok(())
     }
 
-    /// Replaces the result of [`Heap::is_uncached`].
+    /// Replaces the result of [`Heap::is_uncached`]. `inherited` is the wrapped heap's result.
     fn is_uncached(&self, inherited: bool) -> bool {
         inherited
     }
 
-    /// Replaces the result of [`Heap::size_limit`].
+    /// Replaces the result of [`Heap::size_limit`]. `inherited` is the wrapped heap's result.
     fn size_limit(&self, inherited: Option<SizeLimit>) -> Option<SizeLimit> {
         inherited
     }
 
-    /// Replaces the result of [`Heap::notes`].
+    /// Replaces the result of [`Heap::notes`]. `inherited` is the wrapped heap's result.
     fn notes(&self, inherited: Vec<String>) -> Vec<String> {
         inherited
     }

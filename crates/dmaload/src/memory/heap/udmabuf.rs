@@ -11,7 +11,7 @@ use crate::error::{Error, Result, SizeLimit};
 use crate::support::errno;
 
 /// A heap of memfds that are exported as dma-bufs once they are full. Storage devices write
-/// straight into the pages of the later dma-buf. Requires `/dev/udmabuf`.
+/// straight into the pages that later form the dma-buf. Requires `/dev/udmabuf`.
 ///
 /// Reads go through the mapping of the memfd, because newer kernels can't pin mappings of the
 /// dma-buf. On Linux 6.11 to 6.15 the heap uses only small pages, unless opened with

@@ -293,13 +293,13 @@ fn private_folder_is_taken_over_only_from_killed_servers() {
     fs::remove_dir_all(&private).unwrap();
     for mode in [0o701, 0o710, 0o770, 0o777] {
         make(mode);
-        refused("not a private folder of this user");
+        refused("not a private folder owned by this user");
         fs::remove_dir(&private).unwrap();
     }
     if geteuid().is_root() {
         make(0o700);
         std::os::unix::fs::chown(&private, Some(12345), None).unwrap();
-        refused("not a private folder of this user");
+        refused("not a private folder owned by this user");
         fs::remove_dir(&private).unwrap();
     }
     let target = tempfile::tempdir().unwrap();

@@ -238,16 +238,16 @@ fn stores_into_dirty_pages_are_detected() {
             mapping.store(offset, 2);
             assert_eq!(chunks(&opened.cached(&(0..bytes), MIB), 16).len(), 16, "{what}");
             assert_eq!(read(&opened, offset..offset + 1), [2], "{what}");
-            assert!(!has_changed(&opened), "{what}: writing back is not a change");
+            assert!(!has_changed(&opened), "{what}: writing back should not count as a change");
             mapping.store(offset, 3);
-            assert!(has_changed(&opened), "{what}: a store at {offset}, after that byte was read");
+            assert!(has_changed(&opened), "{what}: a store at {offset} should be detected after that byte was read");
         }
         // The same holds for headers, which are read before anything else is known.
         dirty();
         let opened = OpenFile::open(&path).unwrap();
         opened.read_exact(&mut [0; 100], 0).unwrap();
         mapping.store(50, 4);
-        assert!(has_changed(&opened), "{what}: a store into the header");
+        assert!(has_changed(&opened), "{what}: a store into the header should be detected");
     });
 }
 
@@ -278,7 +278,10 @@ fn running_write_is_waited_for_or_detected() {
             let cached = opened.cached(&last, MIB);
             let seen = if cached.contains(0) { read(&opened, last) } else { Vec::new() };
             writer.join().unwrap();
-            assert!(has_changed(&opened) || seen.iter().all(|&byte| byte == round), "{what}: bytes from before the write");
+            assert!(
+                has_changed(&opened) || seen.iter().all(|&byte| byte == round),
+                "{what}: old bytes were read, but no change was detected"
+            );
         }
         println!("{what}: {under_way} of 5 writes were still running when the file was opened");
     });
