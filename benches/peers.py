@@ -21,7 +21,7 @@ import time
 
 
 def page_bytes(path):
-    """Returns the page size of most of the loaded memory, which is either private or a memfd."""
+    """Returns the page size used for most of the loaded memory (private memory or a memfd)."""
     with open("/proc/self/smaps_rollup", encoding="ascii") as file:
         kinds = ("AnonHugePages:", "ShmemPmdMapped:")
         huge_kib = sum(int(line.split()[1]) for line in file if line.startswith(kinds))

@@ -163,8 +163,8 @@ measure c-program --size 1GiB --layout single --modes normal,limit,direct_io --p
 measure_files small-files "2000 64 1536" --user 1000 --modes normal,limit,direct_io
 measure_files at-once "16 65536 65536" --user 1000 --modes normal,limit,direct_io,at-once
 measure cached --size 1GiB --warm --cache auto --pages 2m --modes normal,normal_io,limit,direct_io,tokio-fs
-# On tmpfs, O_DIRECT reads are memory copies. So loads from there are compared with a plain loop of
-# copies.
+# On tmpfs, O_DIRECT reads are memory copies, so loads from a tmpfs are compared with a plain copy
+# loop.
 if [[ tmpfs == *$filter* ]]; then
     memory=$(mktemp -d)
     mount -t tmpfs -o size=1100m tmpfs "$memory"

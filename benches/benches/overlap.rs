@@ -19,7 +19,7 @@ const FILE_BYTES: usize = 512 << 20;
 const SEGMENT_BYTES: usize = 16 << 20;
 const ROUNDS: usize = 5;
 
-/// Sleeps for this duration whenever the heap is about to populate memory.
+/// Slows a heap down: each call that populates memory first sleeps for this duration.
 #[derive(Debug)]
 struct SlowHeap(Duration);
 

@@ -27,19 +27,19 @@ use dmaload_testing::Random;
 const MIB: u64 = 1 << 20;
 const TASKS: u64 = 4;
 const PERIOD: Duration = Duration::from_secs(20);
-/// By how many KiB resident memory may grow after the first period. The allocator's caches and the
-/// threads' stacks can grow without a leak.
+/// How much resident memory may grow after the first period, in KiB. The allocator's caches and
+/// the threads' stacks can grow even if there is no leak.
 const SLACK_KIB: u64 = 2 << 10;
 /// The environment variable that limits the C library's allocator to one arena. By default, the
 /// allocator has several arenas, whose growth over half an hour would hide leaks.
 const ONE_HEAP: (&str, &str) = ("MALLOC_ARENA_MAX", "1");
 
-/// Returns the eight bytes that the file `number` has at offset `8 * index`.
+/// Returns the eight bytes at offset `8 * index` of file `number`.
 fn word(number: u64, index: u64) -> [u8; 8] {
     ((number << 48 | index) ^ 0x5DEE_CE66_D1CE_4E5B).wrapping_mul(0x9E37_79B9_7F4A_7C15).to_le_bytes()
 }
 
-/// Checks that `seen` equals the bytes of the file `number` from the offset `start` on.
+/// Checks that `seen` equals the bytes of file `number` that begin at offset `start`.
 fn compare(number: u64, start: u64, seen: &[u8]) -> Result<()> {
     let mut at = start;
     let mut seen = seen;
@@ -63,7 +63,7 @@ fn write_file(path: &Path, number: u64, bytes: u64) -> Result<()> {
     Ok(())
 }
 
-/// Makes 5 % of a heap's allocations fail, chosen at random.
+/// Makes a random 5 % of a heap's allocations fail.
 #[derive(Debug)]
 struct Failing(std::sync::Mutex<Random>);
 
@@ -80,7 +80,7 @@ impl HeapHooks for Failing {
 
 struct World {
     folder: PathBuf,
-    /// The path and length of each file, by the file's number.
+    /// The path and length of each file, indexed by file number.
     files: Vec<(PathBuf, u64)>,
     manifest: Arc<Manifest>,
 }
@@ -291,7 +291,7 @@ async fn task(world: Arc<World>, task: u64, seed: u64, until: Instant) -> Result
         for _ in 0..random.below(12) {
             act(&mut random, &own, &world, task, &mut counts).await.with_context(|| format!("seed {seed}"))?;
         }
-        // Sometimes the loader is shut down while a load is running.
+        // In some iterations, the loader is shut down while a load is running.
         let running = random.chance(300).then(|| own.load(&world.files[3].0).start());
         if let Err(leaked) = own.shutdown().await {
             bail!("{leaked}");
@@ -339,7 +339,7 @@ impl Holdings {
     }
 }
 
-/// Waits at most 10 s for the holdings to shrink to those in `before`, if given, and returns the
+/// Waits up to 10 s until the holdings have not grown since `before`, if given. Returns the
 /// current holdings.
 async fn wait_until_settled(before: Option<&Holdings>) -> Result<Holdings> {
     let deadline = Instant::now() + Duration::from_secs(10);

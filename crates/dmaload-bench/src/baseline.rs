@@ -1,10 +1,11 @@
 //! The baseline, which loads a file as a simple program would: it allocates memory, maps the file,
 //! and copies the bytes.
 //!
-//! This is the baseline of the kernel patch series of 2024 (`DMA_HEAP_IOCTL_ALLOC_AND_READ`), with
-//! a memfd in place of the dma-buf. It allocates shareable memory of the file's size, maps the
-//! file through the page cache, and copies it with one `memcpy`, which faults in the pages of
-//! both. It is neither tuned nor deliberately slowed down, and leaves the page size to the kernel.
+//! The kernel patch series of 2024 for `DMA_HEAP_IOCTL_ALLOC_AND_READ` used the same baseline, but
+//! with a dma-buf in place of the memfd. This one allocates shareable memory of the file's size,
+//! maps the file through the page cache, and copies it with one `memcpy`, which faults in the
+//! pages of the file mapping and of the new memory. It is neither tuned nor deliberately slowed
+//! down, and leaves the page size to the kernel.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};

@@ -10,7 +10,7 @@ use dmaload_text::{At, FileError, Named};
 
 use crate::leftovers;
 
-/// The files that set the limit, in cgroup v2 and v1.
+/// The files in which the limit is set, for cgroup v2 and v1.
 const LIMITS: [&str; 2] = ["memory.max", "memory.limit_in_bytes"];
 
 /// A cgroup, which is removed on drop.

@@ -1,6 +1,6 @@
-//! The child process that measures one run ([`Load`]). On the command `prepare`, it gets ready. On
-//! the command `go`, it runs and writes the result as a line of JSON. [`fill`] and [`hog`] are the
-//! child processes that create memory pressure.
+//! The child process that measures one run ([`Load`]). On the command `prepare`, the process gets
+//! ready. On the command `go`, it performs the run and writes the result as a line of JSON.
+//! [`fill`] and [`hog`] are the child processes that create memory pressure.
 //!
 //! Each run has a separate process, so the CPU time, peak memory and leftovers of one mode do not
 //! affect the results of another.
@@ -61,8 +61,8 @@ impl Load {
     }
 }
 
-/// Calls `prepare` on the first command, and runs on the second. Returns early if standard input
-/// ends, because the parent has then exited or abandoned the run.
+/// Calls `prepare` on the first command, and starts the run on the second. Returns early if
+/// standard input ends, because the parent has then exited or abandoned the run.
 fn measure(
     prepare: impl FnOnce() -> Result<ways::Ready>,
     describe: fn(&anyhow::Error) -> String,
@@ -131,7 +131,7 @@ pub(crate) fn parse_line(line: &str) -> Option<Result<Run, Failure>> {
     let apart = number("allocate_seconds").zip(number("read_seconds"));
     let notes = value.get("notes").and_then(Value::as_array);
     let notes = notes.into_iter().flatten().filter_map(|note| note.as_str().map(str::to_owned));
-    // The output of peers has no destinations.
+    // Peers do not report destinations.
     let destinations = value.get("destinations").and_then(Value::as_array).into_iter().flatten();
     let destination = |value: &Value| {
         let number = |key: &str| value.get(key).and_then(Value::as_f64);

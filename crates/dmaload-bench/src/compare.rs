@@ -2,7 +2,7 @@
 
 use std::io::{self, Read};
 
-/// The number of bytes to read from the file at a time.
+/// How many bytes are read from the file at a time.
 const BLOCK: usize = 1 << 20;
 
 /// How memory differs from the file.

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 /// apart, because a chart can't show more detail.
 const POINTS: u64 = 256;
 
-/// A step of a curve: a time in seconds, and the total number of bytes from that time on.
+/// A step of a curve: a time in seconds, and the total number of bytes after that time.
 pub(crate) type Point = (f64, u64);
 
 /// The two curves of a load.
@@ -69,7 +69,8 @@ impl From<&TraceEvent> for Event {
 }
 
 /// Selects the events that put bytes into their final place: copies from staging or from the page
-/// cache, and reads that are not followed by a copy. A load may stage only some of its reads.
+/// cache, and reads that are not followed by a copy. A load can contain both, because it may stage
+/// only some of its reads.
 fn filling_events(events: &[Event]) -> Vec<&Event> {
     let of_kind = |kind| events.iter().filter(move |event| event.kind == kind);
     let mut filling: Vec<_> = of_kind(TraceKind::Copy).chain(of_kind(TraceKind::FromCache)).collect();

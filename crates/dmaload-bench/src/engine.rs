@@ -10,8 +10,8 @@ use dmaload::{Loader, Route};
 
 /// Creates the loaders to measure, from the options of the program that runs the bench.
 ///
-/// Each method is called only in the process of a mode that needs it. So a mode that does not use
-/// the heap still runs if the heap is not available.
+/// Each method is called only in the process of a mode that needs it. A mode that does not use the
+/// heap therefore runs even if the heap is not available.
 pub trait Engine {
     /// Creates a loader with the program's options.
     ///
@@ -20,8 +20,8 @@ pub trait Engine {
     /// other.
     fn loader(&self) -> dmaload::Result<Loader>;
 
-    /// Creates a strict loader that starts at this route, and fails instead of stepping down to a
-    /// lower one.
+    /// Creates a strict loader that starts at this route, and fails instead of falling back to a
+    /// slower one.
     ///
     /// # Errors
     /// Those of [`Engine::loader`].
@@ -42,7 +42,7 @@ pub trait Engine {
     /// Returns the page size that the options select.
     fn pages(&self) -> Pages;
 
-    /// Loads these files, and returns the manifest that `recorder` makes from them.
+    /// Loads these files, and returns the manifest that `recorder` creates for them.
     ///
     /// # Errors
     /// Those of the load.

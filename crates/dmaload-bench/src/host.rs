@@ -1,8 +1,8 @@
 //! Warms the machine's memory before each run, and looks up the readahead of a file's disk.
 //!
 //! A virtual machine may return free memory to its host. Getting it back takes seconds per GiB, so
-//! the first run after a pause would measure the host. To prevent this, as much memory as any mode
-//! needs is touched and freed before each run.
+//! the first run after a pause would measure the host. To prevent this, the bench touches and
+//! frees as much memory as any mode needs before each run.
 
 use std::fs;
 use std::io;
@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 
 use memmap2::{Advice, MmapMut, MmapOptions};
 
-/// How much memory to warm for the processes themselves. Twice the size of the files is added to
-/// this, because `normal` holds the files both in the page cache and in its own memory.
+/// How much memory to warm for the processes themselves, in bytes. Twice the size of the files is
+/// added, because `normal` holds the files both in the page cache and in its own memory.
 const EXTRA_BYTES: u64 = 128 << 20;
 
 fn meminfo_bytes(key: &str) -> u64 {

@@ -5,17 +5,17 @@
 //!   a new process ── prepares ──► file made cold ──► memory warmed ──► go ──► one line of JSON
 //! ```
 //!
-//! What one mode leaves behind (page cache, fragmentation, peak memory) must not affect another.
-//! So each run is a new process, and the file is verified to be cold, or to be cached if
-//! [`Settings::warm`] is set.
+//! What one mode leaves behind (page cache, fragmentation, peak memory) must not affect another
+//! mode. Each run is therefore a new process. Before it, the file is verified to be cold or, if
+//! [`Settings::warm`] is set, to be cached.
 //!
 //! The modes take turns in each round, so other load on the machine affects all of them alike.
 //! Ratios are computed within a round; the median of each ratio is reported.
 //!
-//! The program that runs a [`Bench`] also serves as its child processes: it is started through
+//! The child processes run the same program as the [`Bench`]. They are started through
 //! `/proc/self/exe` (unless [`run_children_by`] sets another command) with `bench-child` as the
-//! first argument, and must then call [`child::Load::run`], [`child::fill`] or [`child::hog`]. The
-//! program also implements [`Engine`], which creates the loaders to measure.
+//! first argument. The program must then call [`child::Load::run`], [`child::fill`] or
+//! [`child::hog`]. The program also implements [`Engine`], which creates the loaders to measure.
 //!
 //! The other public modules are useful for any measurement: [`synth`] generates models whose every
 //! byte is known, [`scratch`] keeps files on a disk and removes them on a signal, [`cold`] evicts
@@ -226,7 +226,7 @@ impl Bench {
             Ok(line) => child::parse_line(&line).with_context(|| format!("unexpected output of a run: {line:?}"))?,
             Err(error) => Err(died(error)),
         };
-        // The process must have left the group before the group is removed.
+        // The kernel removes a group only after the group's process has exited.
         drop(worker);
         drop(group);
         self.pressure.settle()?;

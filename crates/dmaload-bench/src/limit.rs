@@ -2,7 +2,7 @@
 //! no code with the engine.
 //!
 //! `fio --ioengine=io_uring --direct=1 --fixedbufs` does the same. To measure the limit, each slot
-//! of the ring repeatedly reads into its own buffer ([`Into::Slots`]). In the second half of
+//! of the ring repeatedly reads into its own buffer ([`Into::Slots`]). In the reading phase of
 //! `no-overlap`, every read has its own place in memory ([`Into::Places`]).
 //!
 //! The total size of the buffers affects the speed of a virtual disk: the disk's host copies into
@@ -53,7 +53,7 @@ const ALIGNMENT: usize = 4096;
 pub(crate) enum Into {
     /// Each slot of the ring has a buffer, which its reads overwrite one after another.
     Slots(Destination),
-    /// Each chunk has its own place, which [`plan`] chose.
+    /// Each chunk has its own place in memory, as assigned by [`plan`].
     Places,
 }
 
@@ -79,7 +79,7 @@ impl Into {
 pub(crate) struct Chunk {
     pub(crate) file: usize,
     pub(crate) offset: u64,
-    /// The number of bytes in the file, not rounded up to whole blocks.
+    /// The length of the chunk, not rounded up to whole blocks.
     pub(crate) bytes: usize,
     /// The chunk's offset in the region that holds all files.
     pub(crate) at: usize,

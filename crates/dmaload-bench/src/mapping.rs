@@ -11,8 +11,8 @@ use memmap2::{Mmap, MmapMut};
 pub(crate) fn map_file(file: &File) -> io::Result<Mmap> {
     // SAFETY: the file must not change while it is mapped, which can't be enforced for a file on a
     // disk. The callers copy the bytes once, touch each page once or read nothing, and drop the
-    // mapping before they return. They read each byte at most once, so a change can only give
-    // another byte or raise SIGBUS.
+    // mapping before they return. They read each byte at most once, so a change can only lead to a
+    // different byte or raise SIGBUS.
     unsafe { Mmap::map(file) }
 }
 

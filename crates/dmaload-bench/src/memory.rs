@@ -13,7 +13,7 @@ pub(crate) const PART_BYTES: usize = 64 << 20;
 /// A contiguous address range. It is mapped from one or more allocations, which are its parts.
 #[derive(Debug)]
 pub(crate) struct Region {
-    /// In address order. The mappings keep the address range reserved.
+    /// The parts in address order. Their mappings keep the address range reserved.
     parts: Vec<(Mapping, Memory)>,
     address: NonNull<u8>,
     bytes: usize,
@@ -49,7 +49,8 @@ impl Region {
         Ok(Region { parts, address: range.base(), bytes })
     }
 
-    /// Populates the whole region with up to two threads. The engine also starts with that many.
+    /// Populates the whole region with up to two threads, which is also the number of threads that
+    /// the engine starts with.
     ///
     /// # Errors
     /// The kernel's error.
@@ -109,14 +110,14 @@ impl Region {
         Some(Place { address: start, part: u16::try_from(number).ok()? })
     }
 
-    /// Returns the page size of most of the region.
+    /// Returns the page size used for most of the region, in bytes.
     pub(crate) fn page_bytes(&self) -> u64 {
         let start = self.address.addr().get();
         page_bytes_of(start..start + self.bytes)
     }
 }
 
-/// Returns the page size of most of the memory at these addresses.
+/// Returns the page size used for most of the memory at these addresses, in bytes.
 pub(crate) fn page_bytes_of(addresses: Range<usize>) -> u64 {
     let seen = huge_bytes_in(addresses);
     (if seen.huge_bytes * 2 > seen.seen_bytes { HUGE_PAGE_BYTES } else { page_bytes() }) as u64

@@ -25,7 +25,7 @@ pub enum Mode {
     TokioFs,
     /// The engine, restricted to the route `pread-direct`.
     PreadDirect,
-    /// Allocates everything, then reads everything.
+    /// Allocates all memory, and only then reads the files.
     NoOverlap,
     /// The engine, loading into the pooled memory of an earlier load that was dropped.
     Reuse,
@@ -40,12 +40,12 @@ pub enum Mode {
     Peer(&'static Peer),
 }
 
-/// A program to compare with. It must follow the protocol of the bench's own child processes. It
-/// receives the paths as arguments. It reads `prepare` and answers `{"ready": true}`, then reads
+/// A program to compare with. It must follow the protocol of the bench's own child processes: it
+/// receives the paths as arguments, reads `prepare` and answers `{"ready": true}`, then reads
 /// `go`, loads the files, and answers with `seconds`, `cpu_seconds` and `page_bytes`.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Peer {
-    /// The name of its mode.
+    /// The name under which the program appears as a mode.
     pub name: String,
     /// A shell command, to which the paths are appended.
     pub command: String,
@@ -92,7 +92,7 @@ impl Mode {
     /// Parses `NAME=COMMAND`.
     ///
     /// # Errors
-    /// If the name or the command is missing, or the name is that of a mode.
+    /// If the name or the command is missing, or the name already belongs to a mode.
     pub fn peer(text: &str) -> Result<Self, String> {
         let (name, command) = text.split_once('=').ok_or_else(|| format!("{text:?} is not NAME=COMMAND"))?;
         if name.is_empty() || command.trim().is_empty() || name.parse::<Mode>().is_ok() {

@@ -25,7 +25,8 @@ pub(crate) fn draw(svg: &mut String, curves: &Curves, seconds: f64, file_bytes: 
     let title = format!("One load of {} (direct_io, the median run)", bytes(file_bytes));
     text(svg, 16.0, 26.0, "font-size=\"16\" font-weight=\"bold\"", &title);
     let ahead = bytes(curves.most_ahead_bytes());
-    let caption = format!("bytes over seconds; the band between the curves is allocated but not yet filled, at most {ahead}");
+    let caption =
+        format!("bytes over time (s); the band between the curves is memory allocated but not yet filled, at most {ahead}");
     text(svg, 16.0, 46.0, "fill=\"#666\"", &caption);
     for part in 0..=4_u32 {
         let share = f64::from(part) / 4.0;

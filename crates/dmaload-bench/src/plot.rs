@@ -43,7 +43,7 @@ pub(crate) fn svg(results: &Results) -> String {
         "font-size=\"16\" font-weight=\"bold\"",
         &format!("Loading {size} from a {} file{pressure}", if results.warm { "cached" } else { "cold" }),
     );
-    let rounds = format!("seconds, median of {} rounds with the fastest and the slowest; less is better", results.rounds);
+    let rounds = format!("seconds (median of {} rounds, with the fastest and the slowest); lower is better", results.rounds);
     text(&mut svg, 16.0, 46.0, "fill=\"#666\"", &rounds);
     scale.draw_ticks(&mut svg, TOP, height - BOTTOM);
     let rows = || results.modes.iter().enumerate().map(|(row, runs)| (TOP + ROW * (row as f64 + 0.5), runs));

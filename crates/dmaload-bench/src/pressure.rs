@@ -164,22 +164,22 @@ fn start_hog(bytes: u64) -> Result<Worker> {
     Ok(hog)
 }
 
-/// Occupies memory until standard input ends. This is what the child process
-/// `bench-child hog BYTES` does.
+/// Occupies memory until standard input ends. Called by the child process
+/// `bench-child hog BYTES`.
 ///
 /// # Errors
 /// If there is not enough memory.
 pub fn hog(bytes: u64, output: &mut dyn Write) -> Result<()> {
     let memory = host::allocate_touched(usize::try_from(bytes)?)?;
     report_ready(output)?;
-    // Waits for the end of standard input.
+    // This returns when standard input ends.
     io::copy(&mut io::stdin(), &mut io::sink())?;
     drop(memory);
     Ok(())
 }
 
-/// Waits for a line, then fills the page cache. This is what the child process
-/// `bench-child fill BYTES PATH [--dirty]` does.
+/// Waits for a line, then fills the page cache. Called by the child process
+/// `bench-child fill BYTES PATH [--dirty]`.
 ///
 /// The kernel charges a cached page to the cgroup of the process that first reads or writes it.
 /// The parent therefore moves this process into the cgroup before it sends the line.
@@ -204,8 +204,8 @@ fn report_ready(output: &mut dyn Write) -> Result<()> {
     Ok(output.flush()?)
 }
 
-/// Writes bytes that lower layers can neither compress nor deduplicate. They are a random block
-/// that is repeated, with a different number in each sector of 512 bytes.
+/// Writes bytes that lower layers can neither compress nor deduplicate. The bytes are a random
+/// block that is repeated, with a different number in each sector of 512 bytes.
 fn write_noise(mut file: &File, bytes: u64) -> io::Result<()> {
     let mut block = MmapOptions::new().len(BLOCK).map_anon()?;
     let mut state = 0x9E37_79B9_7F4A_7C15_u64;

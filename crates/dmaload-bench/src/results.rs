@@ -14,13 +14,13 @@ pub(crate) struct Run {
     pub(crate) seconds: f64,
     /// User and system CPU time of the process in that period.
     pub(crate) cpu_seconds: f64,
-    /// The size of most of the loaded memory's pages.
+    /// The page size used for most of the loaded memory, in bytes.
     pub(crate) page_bytes: u64,
     /// Time until the first segment was usable.
     pub(crate) first_segment_seconds: Option<f64>,
     /// Peak resident memory minus the size of the files.
     pub(crate) peak_extra_bytes: Option<u64>,
-    /// Separate times for allocating and reading, if the mode does one after the other.
+    /// Separate times for allocating and reading, if the mode reads only after it has allocated.
     pub(crate) apart: Option<Apart>,
     /// The engine's progress over time, if a chart was requested.
     pub(crate) curves: Option<Curves>,
@@ -40,7 +40,7 @@ pub(crate) struct ReadInto {
     pub(crate) cpu_seconds: f64,
 }
 
-/// The times of the two halves of a load that allocates everything, then reads everything.
+/// The times for allocating and for reading, in a load that allocates everything before it reads.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(crate) struct Apart {
     pub(crate) allocate_seconds: f64,
@@ -148,7 +148,7 @@ impl Results {
         let Some(&(best, _)) = medians.first() else { return };
         for run in limit.runs.iter_mut().flatten() {
             let read = run.destinations.iter().find(|read| read.bytes == best);
-            let read = read.expect("a successful run of the limit has read into every destination");
+            let read = read.expect("a successful run of `limit` must have read into every destination");
             (run.seconds, run.cpu_seconds) = (read.seconds, read.cpu_seconds);
         }
         self.destinations = medians;
@@ -159,8 +159,8 @@ impl Results {
         self.modes.iter().find(|runs| runs.mode == mode)
     }
 
-    /// Divides the time of `reference` by that of `mode`, round by round. Above 1, `mode` is
-    /// faster.
+    /// Divides the time of `reference` by that of `mode`, round by round. A ratio above 1 means
+    /// that `mode` is faster.
     pub(crate) fn ratio(&self, reference: Mode, mode: Mode) -> Option<Spread> {
         let (reference, mode) = (self.runs_of(reference)?, self.runs_of(mode)?);
         let pairs = reference.runs.iter().zip(&mode.runs);
@@ -170,8 +170,9 @@ impl Results {
         }))
     }
 
-    /// Computes how well a mode overlaps allocating and reading. This is the longer of the two
-    /// times that `no-overlap` took for them in the same round, divided by the mode's time.
+    /// Computes how well a mode overlaps allocating and reading. The result is the longer of
+    /// `no-overlap`'s two times for allocating and reading in the same round, divided by the
+    /// mode's time.
     pub(crate) fn overlap(&self, mode: Mode) -> Option<Spread> {
         let (apart, mode) = (self.runs_of(Mode::NoOverlap)?, self.runs_of(mode)?);
         let pairs = apart.runs.iter().zip(&mode.runs);
@@ -253,7 +254,7 @@ pub(super) mod tests {
         assert_eq!(measured.ratio(Mode::Normal, Mode::DirectIo), Some(Spread { median: 2.0, min: 2.0, max: 2.0 }));
         assert!(measured.failed());
         measured.pressure = Some("hog:1GiB".to_owned());
-        assert!(!measured.failed(), "a failure under pressure is a result");
+        assert!(!measured.failed(), "a failure under memory pressure must not fail the bench");
         let wrong = Failure { reason: "byte 3".to_owned(), wrong_bytes: true };
         measured.modes[1].runs[0] = Err(wrong);
         assert!(measured.failed());

@@ -35,7 +35,7 @@ use signal_hook::low_level::emulate_default_handler;
 const IN_MEMORY: &[(FsWord, &str)] =
     &[(0x0102_1994, "tmpfs"), (0x8584_58F6_u32 as FsWord, "ramfs"), (0x9584_58F6_u32 as FsWord, "hugetlbfs")];
 
-/// The existing scratch files, which the signal thread removes.
+/// The scratch files that currently exist. The signal thread removes them.
 static ALIVE: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
 
 /// The hook to run when a signal ends the process, before the files are removed.
@@ -53,7 +53,8 @@ pub fn before_an_interrupt_ends(hook: fn()) {
 pub struct ScratchFile {
     path: PathBuf,
     /// The created file. Its bytes are written through this descriptor, never by path: in a folder
-    /// that others can write to, the path may refer to another file by then.
+    /// that others can write to, the path may refer to another file by the time it is opened
+    /// again.
     file: File,
 }
 
@@ -79,7 +80,7 @@ pub enum Refusal {
     /// The folder is in memory, so reading from it would measure memory.
     #[error("is in memory ({0})")]
     InMemory(&'static str),
-    /// Not enough free space.
+    /// The folder does not have enough free space.
     #[error("has {} free for this user, a tenth of which must stay free", bytes(*.0))]
     NoRoom(u64),
     /// The folder can't be inspected or written to.

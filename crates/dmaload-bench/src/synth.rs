@@ -14,9 +14,9 @@
 //! blocks or returns stale page cache, reading the file again for comparison could repeat the
 //! mistake.
 //!
-//! No weight is zero, infinite or NaN: unfilled memory can't pass for a weight, and real code can
-//! compute with the weights. Random bits also prevent lower layers from deduplicating the file, or
-//! compressing it much.
+//! No weight is zero, infinite or NaN. So unfilled memory can't be mistaken for a weight, and real
+//! code can compute with the weights. Random bits also prevent lower layers from deduplicating the
+//! file, or compressing it much.
 
 use std::fmt;
 use std::fmt::Write as _;
@@ -26,12 +26,12 @@ use std::path::Path;
 
 use dmaload_text::{At, FileError};
 
-/// The minimum size of a model in bytes, which has room for the header and the narrowest tensors.
+/// The minimum size of a model in bytes. It leaves room for the header and the narrowest tensors.
 pub const BYTES_MIN: u64 = 4096;
 /// The unit of generated content, in bytes. All tensors begin and end at multiples of this unit.
 const WORD: usize = 8;
-/// The number of bytes to generate at a time: enough to keep the disk busy, few enough for the CPU
-/// cache.
+/// The number of bytes to generate at a time. It is large enough to keep the disk busy, and small
+/// enough for the CPU cache.
 const BLOCK: usize = 1 << 20;
 
 /// A synthetic model: the layout of its tensors, with its bytes generated on demand.
@@ -151,8 +151,8 @@ impl Model {
         }
         let bytes = bytes - bytes % WORD as u64;
         let dimensions = Dimensions::for_size(bytes);
-        // The maximum number of layers ignores the header. If the header does not fit beside that
-        // many, fewer layers are tried.
+        // The maximum number of layers ignores the header. If that many layers leave no room for
+        // the header, fewer layers are tried.
         (0..=dimensions.max_layers(bytes))
             .rev()
             .find_map(|layers| Self::with_layers(dimensions, layers, bytes, seed))
@@ -176,7 +176,7 @@ impl Model {
         tensors.extend(dimensions.last_tensors(room.checked_sub(header_bytes)?));
         set_offsets(&mut tensors, header_bytes);
         let header = padded_header(&json(&tensors, seed), padded);
-        debug_assert_eq!(tensors.last().map(Tensor::end), Some(bytes), "the last tensor ends where the file ends");
+        debug_assert_eq!(tensors.last().map(Tensor::end), Some(bytes), "the last tensor must end where the file ends");
         Some(Self { bytes, seed, tensors, header })
     }
 
@@ -289,7 +289,7 @@ fn fill_weights(words: &mut [u8], dtype: Dtype, seed: u64, offset: u64) {
 #[inline]
 fn fill_words(words: &mut [u8], word: impl Fn(u64) -> u64) {
     let (words, rest) = words.as_chunks_mut::<WORD>();
-    debug_assert!(rest.is_empty(), "tensors end at word boundaries");
+    debug_assert!(rest.is_empty(), "tensors must end at word boundaries");
     for (i, bytes) in words.iter_mut().enumerate() {
         *bytes = word(i as u64).to_le_bytes();
     }
@@ -298,8 +298,8 @@ fn fill_words(words: &mut [u8], word: impl Fn(u64) -> u64) {
 /// Returns the number at position `index` of the generator `WyRand`. The generator's state is a
 /// counter, so one multiplication yields the state at any position.
 ///
-/// One widening multiplication per word gives several GB/s on one core. The numbers only have to
-/// make equal words in a file unlikely.
+/// One widening multiplication per word gives several GB/s on one core. This generator is good
+/// enough, because equal words in a file only have to be unlikely.
 #[inline]
 fn random(seed: u64, index: u64) -> u64 {
     let state = seed.wrapping_add(index.wrapping_mul(0xA076_1D64_78BD_642F));
@@ -320,7 +320,7 @@ fn compare(expected: &[u8], found: &[u8]) -> Result<(), usize> {
     }
 }
 
-/// The proportions of a Llama, scaled so that models of any size have a reasonable number of
+/// The dimensions of a Llama model, scaled so that models of any size have a reasonable number of
 /// layers.
 #[derive(Debug, Clone, Copy)]
 struct Dimensions {
@@ -439,7 +439,7 @@ fn padded_header(json: &str, padded: usize) -> Vec<u8> {
     let mut header = Vec::with_capacity(WORD + padded);
     header.extend((padded as u64).to_le_bytes());
     header.extend(json.as_bytes());
-    debug_assert!(header.len() <= WORD + padded, "the header fits into the measured length");
+    debug_assert!(header.len() <= WORD + padded, "the header must fit into the measured length");
     header.resize(WORD + padded, b' ');
     header
 }

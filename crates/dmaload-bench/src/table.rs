@@ -171,7 +171,7 @@ mod tests {
         ] {
             assert!(text.contains(words), "{words:?} is missing in\n{text}");
         }
-        assert!(!text.contains("overlap"), "no-overlap was not measured");
+        assert!(!text.contains("overlap"), "the overlap should be omitted if no-overlap was not measured");
     }
 
     #[test]

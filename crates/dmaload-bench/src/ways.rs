@@ -116,7 +116,7 @@ pub(crate) fn prepare(mode: Mode, engine: &dyn Engine, paths: Vec<PathBuf>, curv
     })
 }
 
-/// The files and their lengths.
+/// The files to load, with their lengths.
 #[derive(Debug)]
 struct Files {
     paths: Vec<PathBuf>,

@@ -1,9 +1,9 @@
 //! A child process that reads commands and writes answers, each a line of text.
 //!
 //! Unless [`run_children_by`] sets another command, the child is this same program, started
-//! through `/proc/self/exe`: the user that the child runs as may not have access to the program's
-//! folder, and a build may replace the program in the meantime. The child exits when its standard
-//! input ends.
+//! through `/proc/self/exe`. The program's own path would not always work: the user that the child
+//! runs as may not have access to the program's folder, and a build may replace the program in the
+//! meantime. The child exits when its standard input ends.
 
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Write};
@@ -16,7 +16,7 @@ use anyhow::{Context, Result, anyhow};
 
 use crate::leftovers;
 
-/// The command that [`run_children_by`] has set.
+/// The command that was set with [`run_children_by`], if any.
 static PROGRAM: OnceLock<Vec<OsString>> = OnceLock::new();
 
 /// Sets the command that starts child processes, in place of this process's executable. Programs
@@ -90,7 +90,7 @@ impl Worker {
     /// If the process has ended without writing a line. The error says how it ended.
     pub(crate) fn receive_line(&mut self) -> Result<String> {
         let mut line = String::new();
-        // Neither after a read error nor after the end of the data will another line arrive.
+        // No further line will arrive after a read error or the end of the data.
         if self.stdout.read_line(&mut line).is_ok_and(|count| count > 0) {
             return Ok(line);
         }
@@ -116,6 +116,6 @@ fn describe_end(status: ExitStatus) -> String {
     match (status.signal(), status.code()) {
         (Some(libc::SIGKILL), _) => "killed, most likely for lack of memory".to_owned(),
         (Some(signal), _) => format!("ended by signal {signal}"),
-        (None, code) => format!("ended early, with status {}", code.unwrap_or(-1)),
+        (None, code) => format!("exited early with status {}", code.unwrap_or(-1)),
     }
 }

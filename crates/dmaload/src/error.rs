@@ -18,8 +18,8 @@ use crate::route::{Attempt, Route};
 pub use kind::ErrorKind;
 pub use size_limit::SizeLimit;
 
-/// The amount of memory that loads leave available. Without this reserve, a load could leave the
-/// machine or the cgroup right at its limit.
+/// The amount of memory that loads leave available. Without this reserve, the machine or the
+/// cgroup could be right at its limit after a load.
 pub(crate) const MARGIN_BYTES: u64 = 32 << 20;
 
 /// An error from building a loader, from a load, or from using loaded memory.
@@ -65,7 +65,7 @@ pub enum Error {
         /// The kernel's error.
         errno: Errno,
     },
-    /// An operation on a file failed. If that operation was a read, the error is [`Error::Read`].
+    /// An operation on a file failed. A failed read is reported as [`Error::Read`] instead.
     #[error("{}: cannot {operation}: {}", printable::path(.path), .errno.describe())]
     File {
         /// The file.
@@ -320,7 +320,8 @@ pub enum Error {
         /// Number of views.
         views: usize,
     },
-    /// The tensor spans several segments, or is empty and in none, so no single dma-buf holds it.
+    /// The tensor spans several segments, or is empty and in no segment, so no single dma-buf
+    /// holds it.
     #[error(
         "tensor {tensor:?} is in {segments} segments, not in one: use its parts, or load with larger segments or Layout::Single"
     )]
@@ -408,8 +409,8 @@ pub enum Error {
         /// Number of rows.
         rows: u64,
     },
-    /// A tensor does not have the alignment that the importer requires, and it was not copied to
-    /// an aligned place.
+    /// A tensor does not have the alignment that the importer requires, and was not copied to an
+    /// aligned address.
     #[error("tensor {tensor:?} is at byte {offset} of its file, which is not a multiple of {alignment_bytes}: {why}")]
     Unaligned {
         /// The tensor.

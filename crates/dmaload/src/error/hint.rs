@@ -1,4 +1,4 @@
-//! What to do about an error.
+//! Hints for the user about what to do after an error.
 
 use dmabuf::{DeviceError, Error as HeapError, printable};
 
@@ -8,8 +8,8 @@ impl Error {
     /// Suggests what to do about the error. Returns `None` if the error's message already says so,
     /// or if nothing can be done.
     ///
-    /// Hints mention the library's options and commands for a shell. A program that has its own
-    /// names for these options can add them to the hint.
+    /// Hints mention the library's options, and shell commands. A program that has other names for
+    /// these options can add its names to the hint.
     pub fn hint(&self) -> Option<String> {
         let hint = match self {
             Error::Start { errno: Errno::EAGAIN | Errno::ENOMEM, .. } => {
@@ -119,9 +119,9 @@ const ALL_OPEN_FILES: &str = "the machine's limit on open files has been reached
 /// bytes.)
 const ALL_ADDRESSES: usize = 1 << 47;
 
-/// Suggests what to do about a memory error. The step that failed shows what ran out: ENOMEM from
-/// a step that maps memory means address space or mappings, and ENOMEM from any other step means
-/// memory.
+/// Suggests what to do about a memory error. The step that failed shows what ran out. ENOMEM from
+/// a step that maps memory means that the address space or the number of mappings is exhausted.
+/// ENOMEM from any other step means that no memory is free.
 fn memory_hint(heap: &str, refusal: &HeapError) -> Option<&'static str> {
     let maps = ["reserve", "map", "move", "allocate a staging"].iter().any(|step| refusal.operation.starts_with(step));
     Some(match refusal.errno {
@@ -131,7 +131,7 @@ fn memory_hint(heap: &str, refusal: &HeapError) -> Option<&'static str> {
         }
         Errno::ENOMEM if maps => "the address space or the number of mappings is exhausted: see ulimit -v and vm.max_map_count",
         Errno::ENOMEM => {
-            "no memory is free for its pages: check the limit of this process's memory cgroup (memory.max), and the machine's free memory"
+            "no memory is free: check the limit of this process's memory cgroup (memory.max), and the machine's free memory"
         }
         Errno::EPERM | Errno::EACCES | Errno::ENOSYS if refusal.operation.contains("memfd") => {
             "memfds are refused here, for example by a container's seccomp profile: the heap anon does not need them"

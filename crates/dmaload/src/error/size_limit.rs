@@ -1,4 +1,4 @@
-//! A system limit that both errors and heaps refer to.
+//! The size limit of a heap's segments, which both errors and heaps refer to.
 
 use std::fmt;
 

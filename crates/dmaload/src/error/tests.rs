@@ -44,7 +44,7 @@ fn hostile() -> (PathBuf, String) {
     (path.into(), text)
 }
 
-/// A `DeviceError` can be created only by failing to open a device.
+/// Creates a `DeviceError` by failing to open a device, which is the only way to create one.
 fn device_error() -> Error {
     dmabuf::DmaHeap::open("no/name").expect_err("a heap name with a slash is invalid").into()
 }
@@ -167,7 +167,7 @@ fn refused_memory_names_the_limit() {
     assert!(files.contains("ulimit -n") && !files.contains("layout"), "{files}");
 }
 
-/// What the accessors of an error return.
+/// The values that an error's accessors return.
 #[derive(Debug, PartialEq)]
 struct Answers {
     kind: ErrorKind,

@@ -1,5 +1,5 @@
-//! Tracks what a load that keeps all its segments has delivered so far: files, segments, and its
-//! end.
+//! Tracks how much of a load that keeps all its segments has arrived: the list of files, the
+//! segments, and the load's end.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::files::source::SourceFile;
 use crate::memory::segment::Segment;
 
-/// The files, segments and end of a load, as far as these events have arrived.
+/// The files, segments and end of a load, as far as the events that carry them have arrived.
 #[derive(Debug, Default)]
 pub(super) struct Arrived {
     segments: Vec<Segment>,
@@ -50,7 +50,7 @@ impl Arrived {
             Event::Planned(files) => self.files = Some(Files::new(files)),
             Event::Segment(segment) => {
                 self.segments.push(segment.clone());
-                let files = self.files.as_mut().expect("the files of a load are known before its first segment");
+                let files = self.files.as_mut().expect("the list of files must arrive before the first segment");
                 files.add(&segment);
             }
             Event::Done(finished) => self.end = Some(End::Finished(finished)),
@@ -58,7 +58,7 @@ impl Arrived {
         }
     }
 
-    /// The segments that have arrived, in order.
+    /// Returns the segments that have arrived, in order.
     pub(super) fn segments(&self) -> &[Segment] {
         &self.segments
     }
@@ -72,7 +72,7 @@ impl Arrived {
     }
 
     /// Returns the tensor with this name if it has arrived, or an error if it never will.
-    /// `sources` are the files of the load.
+    /// `sources` are the files in the load.
     ///
     /// # Errors
     /// The event to wait for before trying again.
@@ -80,16 +80,16 @@ impl Arrived {
         if let Some(End::Failed(error)) = &self.end {
             return Ok(Err(error.clone()));
         }
-        // The first event carries the files.
+        // The load's first event lists its files.
         let files = self.files.as_mut().ok_or(Interest::AnyEvent)?;
         let (file_index, position) = match files.find(name, sources)? {
             Ok(place) => place,
             Err(error) => return Ok(Err(error)),
         };
-        let ArrivingFile { about, segments } = files.list.get(file_index).expect("a tensor belongs to a file of its load");
+        let ArrivingFile { about, segments } = files.list.get(file_index).expect("a tensor must belong to a file in its load");
         match missing_byte(about, segments, position) {
             Some(offset) => Err(Interest::Byte { file_index, offset }),
-            None => Ok(Ok(complete_tensor(about, segments, position).expect("none of its bytes is missing"))),
+            None => Ok(Ok(complete_tensor(about, segments, position).expect("a tensor without missing bytes must be complete"))),
         }
     }
 }
@@ -102,10 +102,10 @@ impl Files {
     }
 
     fn add(&mut self, segment: &Segment) {
-        let file = self.list.get_mut(segment.file_index()).expect("a segment belongs to a file of its load");
+        let file = self.list.get_mut(segment.file_index()).expect("a segment must belong to a file in its load");
         if !file.about.is_known {
             // Only the tensors of small files can be unknown here, and a small file is a single
-            // segment. A file is checked before its last segment is handed over, and this check
+            // segment. A file is checked before its last segment is delivered, and this check
             // reads the header of a small file.
             file.about.tensors = segment.file_tensors().cloned();
             file.about.is_known = true;
@@ -115,7 +115,7 @@ impl Files {
     }
 
     /// Returns the number of the file that contains this tensor, and the tensor's position in that
-    /// file's map. Returns an error instead if it is certain that the lookup fails.
+    /// file's map. If the lookup is certain to fail, returns the error that the caller should see.
     ///
     /// # Errors
     /// The event to wait for before the lookup can be decided.
@@ -128,8 +128,8 @@ impl Files {
             });
             return Ok(names.find(name));
         }
-        // Last file first: segments arrive in file order unless tensors were selected in another
-        // order, so the last unknown file is likely to be the last one to become known.
+        // Starts with the last file. Segments arrive in file order unless tensors were selected in
+        // another order, so the last unknown file is likely to become known last.
         let files = || self.list.iter().zip(sources).enumerate().rev();
         // A model's index rules out most of its files for a given tensor. The tensors of the other
         // files, including those that have no index, must be known first.
@@ -142,13 +142,13 @@ impl Files {
         }
         match *found {
             [place] => Ok(Ok(place)),
-            // If none of these files contains the tensor, it may not exist or may not be selected,
-            // which is certain only when the tensors of all files are known. If several files
-            // contain it, the lookup will fail, but if the load fails first, the load's error is
-            // returned instead.
+            // If none of these files contains the tensor, it may not exist or may not be selected.
+            // That is certain only when the tensors of all files are known. If several files
+            // contain it, the lookup will fail. It still waits, so that the load's error is
+            // returned instead if the load fails first.
             _ => {
                 let unknown = files().find(|(_, (file, _))| !file.about.is_known);
-                let (file_index, (file, _)) = unknown.expect("`self.unknown` counts these files");
+                let (file_index, (file, _)) = unknown.expect("at least one file must be unknown if `self.unknown` is not 0");
                 Err(file.header_interest(file_index))
             }
         }

@@ -43,8 +43,8 @@ impl Feed {
         }
     }
 
-    /// Why this load's tensors can't be delivered one by one within the loader's memory limit;
-    /// `None` if they can.
+    /// Returns why this load's tensors can't be delivered one by one within the loader's memory
+    /// limit, or `None` if they can.
     pub(super) fn tensor_over_limit(&self) -> Option<Error> {
         self.shared.as_ref().and_then(|shared| shared.tensor_over_limit.get().cloned())
     }
@@ -55,7 +55,7 @@ impl Feed {
         self.shared.as_ref().and_then(|load| self.guard.held_up(load.id))
     }
 
-    /// The load's files; empty until they are known.
+    /// Returns the load's files, or an empty list until the files are known.
     pub(super) fn sources(&self) -> &[SourceFile] {
         self.shared.as_ref().map_or(&[], |shared| shared.sources())
     }

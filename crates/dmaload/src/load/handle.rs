@@ -1,4 +1,5 @@
-//! A load that keeps all its segments: its progress, single tensors as they arrive, and the image.
+//! A load that keeps all its segments. It reports its progress, returns single tensors as they
+//! arrive, and finally returns the image.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -28,7 +29,8 @@ use crate::support::park;
 /// - [`Load::finish`], or awaiting the load itself, returns the [`Image`].
 ///
 /// Dropping a `Load` cancels it: no new reads start, reads in flight are drained in the
-/// background, and then its memory is freed. Segments and tensors already handed over stay valid.
+/// background, and then its memory is freed. Segments and tensors that were already returned stay
+/// valid.
 ///
 /// Until it is dropped, a `Load` holds all its segments. It closes each file once that file is
 /// read and checked.
@@ -45,7 +47,7 @@ pub struct Load {
     failure_returned: bool,
 }
 
-/// A load's feed, and what has arrived from it. All waiters share it.
+/// A load's feed, and what has arrived from it. All waiters share the inbox.
 #[derive(Debug)]
 struct Inbox {
     feed: Feed,
@@ -100,7 +102,7 @@ impl Load {
     ///
     /// As with segments, a change to a file during the load is detected when the file has been
     /// read. A tensor may be returned before that, and the load may fail afterwards. Once the load
-    /// has failed, this returns its error, too.
+    /// has failed, this method returns the load's error, too.
     ///
     /// Any number of tasks and threads may wait at once, even for the same tensor. A future that
     /// is not polled does not hold up the others.
@@ -138,9 +140,9 @@ impl Load {
     /// until the tensor has arrived.
     ///
     /// Don't call this from a thread with other work to do: on a worker of an async runtime, the
-    /// call stops all of that worker's tasks. Nor call it on the loader's own threads (in wakers,
-    /// `tracing` subscribers, heaps, verifiers or observers), because the load may need the thread
-    /// that waits.
+    /// call stops all of that worker's tasks. Don't call it on the loader's own threads either (in
+    /// wakers, `tracing` subscribers, heaps, verifiers or observers), because the load may need
+    /// the thread that waits.
     ///
     /// # Errors
     /// Those of [`Self::tensor`].
@@ -161,8 +163,8 @@ impl Load {
 
     /// Returns the next segment, in order; `None` after the last one. An error ends the load.
     ///
-    /// A change to a file during the load is detected at the end of the file: before its last
-    /// segment is returned, but after its first ones.
+    /// A change to a file during the load is detected only when the end of the file is reached. By
+    /// then, all of the file's segments except the last may have been returned.
     ///
     /// Cancel-safe: dropping the future never loses a segment.
     ///
@@ -194,9 +196,9 @@ impl Load {
         .await;
         let arrived = self.inbox.arrived.into_inner().unwrap_or_else(PoisonError::into_inner);
         let (segments, end) = arrived.into_parts();
-        match end.expect("the wait above ends only when the load has ended") {
+        match end.expect("the wait above must not return before the load has ended") {
             End::Finished(finished) => {
-                assert_eq!(segments.len(), finished.report.segments, "a load delivers all of its segments before its end");
+                assert_eq!(segments.len(), finished.report.segments, "a load must deliver all of its segments before it ends");
                 Ok(Image::new(finished.files, segments, finished.report))
             }
             End::Failed(error) => Err(error),

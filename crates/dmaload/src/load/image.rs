@@ -24,7 +24,7 @@ pub struct Image {
     files: Arc<[ImageFile]>,
     segments: Arc<[Segment]>,
     report: Arc<Report>,
-    /// The tensors of all files, built on the first lookup.
+    /// Finds the tensors of all files by name. Built on the first lookup.
     names: Arc<OnceLock<Names>>,
     indices: Arc<[FolderIndex]>,
 }
@@ -38,8 +38,9 @@ pub struct ImageFile {
     part: Range<u64>,
     segments: Arc<[Segment]>,
     tensors: Option<Arc<FileTensors>>,
-    /// Whether `segments` may lack some of the file's segments. This is so if the file belongs to
-    /// a tensor that was returned before the load ended, or that released the other segments.
+    /// Whether `segments` may lack some of the file's segments. This is the case if the file
+    /// belongs to a tensor that was returned before the load ended, or that released the other
+    /// segments.
     is_partial: bool,
 }
 
@@ -91,8 +92,8 @@ impl Image {
             Names::new(files.collect(), self.indices.to_vec())
         });
         let (file, position) = names.find(name)?;
-        let file = self.files.get(file).expect("a name belongs to one of the files");
-        Ok(file.tensor_at(position).expect("a lookup by name finds only loaded tensors"))
+        let file = self.files.get(file).expect("a name must belong to one of the files");
+        Ok(file.tensor_at(position).expect("a lookup by name must find only loaded tensors"))
     }
 
     /// All loaded tensors, file by file; within a file, in file order or in the order in which
@@ -113,7 +114,7 @@ impl ImageFile {
         ImageFile { path, bytes, part, segments: segments.into(), tensors, is_partial: false }
     }
 
-    /// The length of the whole file, even if the model is in a range of it.
+    /// The length of the whole file, even if the model occupies only a range of it.
     pub(crate) fn file_bytes(&self) -> u64 {
         self.bytes
     }
@@ -150,8 +151,8 @@ impl ImageFile {
         self.tensors.as_deref().map(|tensors| &*tensors.map)
     }
 
-    /// All bytes of the file, or of the range of it that contains the model, header included:
-    /// contiguous and without a copy.
+    /// Returns all bytes of the file, or of its range that contains the model, including the
+    /// header. The bytes are contiguous and not copied.
     ///
     /// # Errors
     /// Those of [`Segment::bytes`]; [`Error::NotLoaded`] if only parts of the file were loaded, or
@@ -190,7 +191,7 @@ impl ImageFile {
         let count = tensors.map_or(0, FileTensors::len);
         let positions = (0..count).filter_map(move |number| tensors?.position_of(number));
         let positions = positions.filter(|&position| !self.is_partial || self.tensor_at(position).is_some());
-        positions.map(|position| self.tensor_at(position).expect("a chosen tensor is in the map"))
+        positions.map(|position| self.tensor_at(position).expect("a selected tensor must be in the file's map"))
     }
 
     /// The tensor at this position of the map, if it was loaded.
@@ -224,7 +225,7 @@ pub(super) fn complete_tensor(file: &LoadFile, segments: &[Segment], position: u
     ImageFile { is_partial: true, ..file }.tensor_at(position)
 }
 
-/// The segments that hold bytes of this range.
+/// Returns the segments that hold bytes of this range.
 fn overlapping(segments: &[Segment], range: &Range<u64>) -> Vec<Segment> {
     let holds = |segment: &&Segment| {
         let held = segment.file_range();
@@ -233,24 +234,25 @@ fn overlapping(segments: &[Segment], range: &Range<u64>) -> Vec<Segment> {
     segments.iter().filter(holds).cloned().collect()
 }
 
-/// Of the tensor's bytes that are missing from these segments of its file, returns the offset of
-/// the one that is expected to arrive last. `None` if all bytes of the tensor have arrived, or if
-/// it was not selected.
+/// Returns the offset of the tensor's byte that is expected to arrive last, among those that are
+/// missing from these segments of its file. Returns `None` if all bytes of the tensor have
+/// arrived, or if the tensor was not selected.
 pub(super) fn missing_byte(file: &LoadFile, segments: &[Segment], position: usize) -> Option<u64> {
     let part = file.tensors.as_ref()?.part_at(position)?;
-    // The segments of a row arrive in order, so the one with its last byte completes it.
+    // A row's segments arrive in order, so the segment with its last byte completes the row.
     last_missing_row(segments, &part.rows).map(|row| row.end - 1)
 }
 
 /// Returns the last of these rows that is not entirely in these segments of a file.
 fn last_missing_row(segments: &[Segment], rows: &Rows) -> Option<Range<u64>> {
     let is_missing = |row: &Range<u64>| !row.is_empty() && segments_of_range(segments, row).is_none();
-    // If the hull of the rows is held, so is every row. Otherwise, each row is checked, because
-    // some may lie in blocks that were read earlier, with other tensors.
+    // If the segments hold the whole hull of the rows, they hold every row. Otherwise, each row is
+    // checked, because some may lie in blocks that were read earlier, with other tensors.
     if is_missing(&rows.hull()) { rows.iter().rev().find(is_missing) } else { None }
 }
 
-/// A tensor of an image, or one rank's part of it: what it is and where its bytes are.
+/// A tensor in an image, or one rank's part of a tensor: its name, type and shape, and where its
+/// bytes are.
 #[derive(Debug, Clone)]
 pub struct Tensor {
     /// The tensor's position in the map of `tensors`. [`ImageFile::tensor_at`] checks that the
@@ -281,8 +283,8 @@ impl TensorPart {
 }
 
 impl Tensor {
-    /// Releases the file's segments that hold none of this tensor's bytes. Without this call, a
-    /// tensor from an image keeps its whole file in memory.
+    /// Releases those of the file's segments that hold none of this tensor's bytes. Without this
+    /// call, a tensor from an image keeps its whole file in memory.
     #[must_use]
     pub fn without_other_segments(self) -> Tensor {
         let segments = overlapping(&self.file.segments, &self.part.rows.hull()).into();
@@ -317,13 +319,14 @@ impl Tensor {
     }
 
     /// Whether the bytes are contiguous in the file, and therefore in memory. The bytes of a whole
-    /// tensor are. The bytes of one rank's part usually are not if the tensor is split along a
-    /// dimension other than the first.
+    /// tensor always are. The bytes of one rank's part usually are not, if the tensor is split
+    /// along a dimension other than the first.
     pub fn is_contiguous(&self) -> bool {
         self.part.rows.count == 1
     }
 
-    /// The tensor's bytes: contiguous and without a copy, even across segments.
+    /// Returns the tensor's bytes, which are contiguous and not copied, even if they span
+    /// segments.
     ///
     /// # Errors
     /// Those of [`Segment::bytes`]; [`Error::NotContiguous`] if the tensor is not contiguous.
@@ -354,13 +357,13 @@ impl Tensor {
     pub fn to_vec(&self) -> Result<Vec<u8>> {
         let mut copy = Vec::new();
         let hull = self.file_range();
-        // One view of the whole range suffices if the bytes between the rows were read as well.
+        // If the bytes between the rows were read as well, one view of the whole range is enough.
         let all = self.file.slice(hull.clone());
         for row in self.part.rows.iter() {
             let at = |offset: u64| to_usize(offset - hull.start);
             match &all {
                 Ok(all) => {
-                    copy.extend_from_slice(all.get(at(row.start)..at(row.end)).expect("a row is within the hull of all rows"));
+                    copy.extend_from_slice(all.get(at(row.start)..at(row.end)).expect("a row must be within the hull"));
                 }
                 Err(Error::NotLoaded { .. }) => copy.extend_from_slice(&self.file.slice(row)?),
                 Err(error) => return Err(error.clone()),
@@ -399,7 +402,7 @@ impl Tensor {
             return Vec::new();
         }
         let touched =
-            segments_of_range(&self.file.segments, &wanted).expect("the segments of a returned tensor hold all of its rows");
+            segments_of_range(&self.file.segments, &wanted).expect("the segments of a returned tensor must hold all of its rows");
         let segments = touched.iter().filter_map(|segment| {
             let held = segment.file_range();
             let range = wanted.start.max(held.start)..wanted.end.min(held.end);
@@ -420,6 +423,6 @@ impl Tensor {
     /// The tensor's entry in the file's header. For a rank's part, this is the whole tensor's
     /// entry.
     pub(crate) fn info(&self) -> &TensorInfo {
-        self.tensors.map.get_index(self.position).expect("a tensor's position is in its map")
+        self.tensors.map.get_index(self.position).expect("a tensor's position must be in its map")
     }
 }

@@ -1,4 +1,4 @@
-//! Loads as the caller sees them. [`Source`] and [`LoadRequest`] say what to load. The caller can
+//! The caller's view of a load. [`Source`] and [`LoadRequest`] say what to load. The caller can
 //! consume a load as a whole, with access to single tensors while it is running ([`Load`],
 //! [`image::Image`]), segment by segment ([`Segments`]), or tensor by tensor ([`Tensors`]).
 //!

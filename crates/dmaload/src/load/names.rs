@@ -30,8 +30,8 @@ pub(super) type NamedFile = (Arc<PathBuf>, Option<Arc<FileTensors>>);
 pub(super) struct Names {
     files: Vec<NamedFile>,
     indices: Vec<FolderIndex>,
-    /// The loaded tensors, sorted by name. Each is a file's number and a position in that file's
-    /// map.
+    /// The loaded tensors, sorted by name. Each entry is a file's number and a position in that
+    /// file's map.
     sorted: Vec<(u32, u32)>,
 }
 

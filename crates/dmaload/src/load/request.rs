@@ -37,9 +37,10 @@ use crate::options::load::LoadOptions;
 /// # }
 /// ```
 ///
-/// None of these blocks: files are opened and read on the loader's threads, and the load returns
-/// all errors. A load runs whether or not it is polled; only a stream that is far ahead waits for
-/// its consumer. Loads work on any runtime, and without one.
+/// None of these ways blocks the caller's thread. Files are opened and read on the loader's
+/// threads, and the load returns all errors. A load runs whether or not it is polled; only a
+/// stream that has read far ahead waits for its consumer. Loads work on any runtime, and without
+/// one.
 #[derive(Debug)]
 #[must_use = "nothing is loaded until the request is awaited, started or consumed"]
 pub struct LoadRequest {

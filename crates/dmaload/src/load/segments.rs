@@ -16,15 +16,15 @@ use crate::memory::segment::Segment;
 use crate::options::load::LoadOptions;
 use crate::telemetry::report::Report;
 
-/// A stream of a load's segments. Each segment is handed over once and not kept, so a consumer
-/// that drops segments after use can load files that are larger than memory. Created by
+/// A stream of a load's segments. Each segment is delivered once and not kept, so a consumer that
+/// drops segments after use can load files that are larger than memory. Created by
 /// [`LoadRequest::segments`](crate::LoadRequest::segments).
 ///
 /// The load runs ahead of its consumer by at most the loader's window plus one segment (less if
 /// memory is short), and then waits until the next segment is taken. After the last segment, a
 /// `Segments` holds only the report and the tensor maps, and no file, memory or address range.
 ///
-/// Dropping the `Segments` cancels the load. Segments already handed over stay valid.
+/// Dropping the `Segments` cancels the load. Segments that were already returned stay valid.
 #[derive(Debug)]
 #[must_use = "dropping a load cancels it"]
 pub struct Segments {
@@ -44,8 +44,8 @@ impl Segments {
 
     /// Returns the next segment, in order; `None` after the last one.
     ///
-    /// A change to a file during the load is detected at the end of the file: before its last
-    /// segment is returned, but after its first ones.
+    /// A change to a file during the load is detected only when the end of the file is reached. By
+    /// then, all of the file's segments except the last may have been returned.
     ///
     /// Cancel-safe: dropping the future never loses a segment.
     ///
@@ -67,8 +67,8 @@ impl Segments {
         self.feed.progress()
     }
 
-    /// Why this load's tensors can't be delivered one by one within the loader's memory limit;
-    /// `None` if they can.
+    /// Returns why this load's tensors can't be delivered one by one within the loader's memory
+    /// limit, or `None` if they can.
     pub(super) fn tensor_over_limit(&self) -> Option<Error> {
         self.feed.tensor_over_limit()
     }
@@ -98,7 +98,7 @@ impl Segments {
                 Err(panicked) => return Poll::Ready(Some(Err(panicked))),
             };
             match event {
-                // A consumer of segments learns about the files from the segments.
+                // Each segment names its file, so the list of files is not needed.
                 Event::Planned(_) => {}
                 Event::Segment(segment) => {
                     self.feed.consumed(&segment);

@@ -1,4 +1,4 @@
-//! What to load: paths, or an open file.
+//! What to load: files given by their paths, or an open file.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -27,7 +27,7 @@ use crate::files::source::Input;
 /// loader.load(["a.safetensors", "b.safetensors"]).await?;
 /// loader.load(std::fs::File::open("model.gguf")?).await?;
 /// loader.load(Source::paths(std::env::args_os().skip(1))).await?;
-/// // The model in this byte range of an application's package.
+/// // Loads the model from this byte range of an application's package.
 /// loader.load(Source::from("app.pkg").range(4096..1 << 30)).await?;
 /// # Ok(())
 /// # }
@@ -59,9 +59,9 @@ impl Source {
     /// uncompressed in an application's package or another container.
     ///
     /// The range need not begin or end at a block boundary: its first and last block are read in
-    /// full. A range can't be verified or observed. The load fails with [`Error::Config`] if
-    /// the source is not exactly one path or file, and with [`Error::Selection`] if the range
-    /// reaches past the end of the file.
+    /// full. A load of a range can't be verified, and can't have an observer. The load fails with
+    /// [`Error::Config`] if the source is not exactly one path or file, and with
+    /// [`Error::Selection`] if the range reaches past the end of the file.
     #[must_use]
     pub fn range(mut self, range: Range<u64>) -> Self {
         self.range = Some(range);

@@ -42,7 +42,7 @@ pub struct Tensors {
     ended: bool,
 }
 
-/// A file with tensors that are not queued yet.
+/// A file that still has tensors to queue.
 #[derive(Debug)]
 struct Pending {
     index: usize,
@@ -142,7 +142,7 @@ impl Tensors {
 
     /// Adds a segment and queues the tensors that it completes.
     fn add(&mut self, segment: Segment) {
-        // A file of raw bytes has no tensors.
+        // A file of raw bytes has no tensors, so its segments are skipped.
         let Some(tensors) = segment.file_tensors().cloned() else { return };
         let index = segment.file_index();
         if self.done.contains(&index) {
@@ -161,7 +161,7 @@ impl Tensors {
             self.files.push(Pending { index, about, tensors, next: 0, segments: Vec::new() });
             self.files.len() - 1
         });
-        let file = self.files.get_mut(at).expect("found or pushed above");
+        let file = self.files.get_mut(at).expect("the file must have been found or pushed above");
         file.segments.push(segment);
         file.queue_complete(&mut self.ready);
         if file.is_done() {
@@ -170,7 +170,8 @@ impl Tensors {
         }
     }
 
-    /// Handles the end of the load: only tensors without bytes are left.
+    /// Handles the end of the load. Only tensors without bytes can be left, and they are queued
+    /// now.
     fn finish(&mut self) {
         self.ended = true;
         for file in &mut self.files {
@@ -200,9 +201,9 @@ impl Pending {
             ready.push_back(tensor);
             self.next += 1;
         }
-        // Within a request class, tensors are in file order, so a segment that ends before the
-        // next tensor begins holds no part of a later one. Tensors in other classes are in
-        // separate spans, which are read later.
+        // Within a request class (see `FileTensors::class_of`), tensors are in file order, so a
+        // segment that ends before the next tensor begins holds no part of a later one. Tensors in
+        // other classes are in separate spans, which are read later.
         let class = |number: usize| self.tensors.class_of(number);
         let goes_on = self.next == before || class(self.next - 1) == class(self.next);
         let next = self.next_start().filter(|_| goes_on);

@@ -14,11 +14,11 @@ macro_rules! dtypes {
     ) => {
         /// The element type of a tensor.
         ///
-        /// The set and the spelling are those of the `safetensors` crate 0.8, plus the quantized
-        /// types of ggml, which are stored in blocks of elements that share scales. All types are
-        /// little-endian.
+        /// The types and their names are those of the `safetensors` crate 0.8, plus ggml's
+        /// quantized types, which are stored in blocks of elements that share scales. All types
+        /// are little-endian.
         ///
-        /// Converts to and from its name as spelled by `safetensors` or ggml:
+        /// A type converts to and from its name, as spelled by `safetensors` or ggml:
         ///
         /// ```
         /// use dmaload::model::DType;

@@ -193,7 +193,7 @@ pub enum ModelError {
     /// A number in `shape` or `data_offsets` is negative, not an integer, or does not fit into 64
     /// bits (in a shape, into `usize`).
     #[error(
-        "tensor {}, \"{key}\": {} found, expected an integer from 0 to {max} without fraction or exponent",
+        "tensor {}, \"{key}\": found {}, expected an integer from 0 to {max} without a fraction or exponent",
         quote(.tensor), printable::text(.found), max = max_number(.key)
     )]
     BadNumber {
@@ -392,7 +392,7 @@ pub enum ModelError {
     },
 
     /// A file that is named like a model is empty.
-    #[error("the file is empty: its download did not begin, or nothing could be written")]
+    #[error("the file is empty: the download has not started, or nothing could be written")]
     Empty,
 
     /// The parts of a split GGUF model contradict each other, or one contradicts its name.
@@ -411,8 +411,8 @@ pub enum ModelError {
         reason: String,
     },
 
-    /// The index lists a file outside its folder, or a name that no file can have.
-    #[error("the index lists the file {}, which is not within the index's folder or not the name of a file", quote(.name))]
+    /// The index lists a file outside the index's folder, or a name that no file can have.
+    #[error("the index lists the file {}, which is not within the index's folder or not a valid file name", quote(.name))]
     IndexLeavesFolder {
         /// The file's name.
         name: String,
@@ -491,8 +491,8 @@ impl ModelError {
     }
 }
 
-/// Returns whether a GGUF version was written in big-endian byte order. It is then too large for a
-/// version number, but small after its bytes are swapped.
+/// Returns whether a GGUF version was written in big-endian byte order. Such a number is too large
+/// for a version, but becomes small when its bytes are swapped.
 fn is_big_endian(version: u32) -> bool {
     version > 0xffff && version.swap_bytes() <= 0xffff
 }

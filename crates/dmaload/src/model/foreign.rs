@@ -11,7 +11,8 @@ use dmabuf::printable;
 use super::gguf::is_gguf;
 use super::limits::HEADER_LIMIT_BYTES;
 
-/// How many bytes from the beginning of a file to pass to [`recognize`], or all of a shorter file.
+/// How many bytes from the beginning of a file to pass to [`recognize`]. A shorter file is passed
+/// as a whole.
 pub(crate) const LOOKED_AT_BYTES: usize = 4096;
 
 /// Maximum number of characters to quote in a message.
@@ -53,7 +54,7 @@ pub enum ForeignFile {
     Safetensors,
     /// A safetensors file whose header length was written in the wrong byte order.
     BigEndianSafetensors,
-    /// A model of llama.cpp from before GGUF.
+    /// A llama.cpp model in one of the formats that preceded GGUF.
     LegacyGgml,
     /// A compressed file or an archive.
     Archive {
@@ -62,7 +63,7 @@ pub enum ForeignFile {
     },
     /// A file of arrays in another format.
     OtherFormat {
-        /// The name of the format with its article, such as `a gzip file`.
+        /// The name of the format with its article, such as `an HDF5 file`.
         format: &'static str,
     },
 }
@@ -85,12 +86,12 @@ impl ForeignFile {
             ForeignFile::Zeros => {
                 "the download is incomplete (its space was preallocated): finish it, or download the file again"
             }
-            ForeignFile::Gguf => "load it as GGUF (the format gguf); the format auto does so if its name ends in .gguf",
+            ForeignFile::Gguf => "load it as GGUF (the format gguf); the format auto does so if the file's name ends in .gguf",
             ForeignFile::Safetensors => {
-                "load it as safetensors (the format safetensors); the format auto does so if its name ends in .safetensors"
+                "load it as safetensors (the format safetensors); the format auto does so if the file's name ends in .safetensors"
             }
             ForeignFile::BigEndianSafetensors => {
-                "a big-endian machine wrote it, in violation of the format: write it again on a little-endian one"
+                "it was written on a big-endian machine, which violates the format: write it again on a little-endian one"
             }
             ForeignFile::LegacyGgml => "convert it to GGUF with the tools of llama.cpp",
             ForeignFile::Archive { .. } => "unpack it first",
@@ -116,7 +117,7 @@ impl fmt::Display for ForeignFile {
             ForeignFile::BigEndianSafetensors => {
                 f.write_str("a safetensors file with its header length in big-endian byte order")
             }
-            ForeignFile::LegacyGgml => f.write_str("a ggml file from before GGUF"),
+            ForeignFile::LegacyGgml => f.write_str("a ggml file in a format older than GGUF"),
             ForeignFile::Archive { format } => write!(f, "{format}"),
             ForeignFile::OtherFormat { format } => write!(f, "{format}"),
         }
@@ -159,7 +160,7 @@ fn recognize_magic(start: &[u8]) -> Option<ForeignFile> {
     match start {
         _ if is_gguf(start) => Some(ForeignFile::Gguf),
         [b'P', b'K', 3, 4, ..] | [b'P', b'K', 5, 6, ..] => Some(ForeignFile::Zip),
-        // The opcode PROTO, versions 2 to 5.
+        // The pickle opcode PROTO, followed by the protocol version.
         [0x80, 2..=5, ..] => Some(ForeignFile::Pickle),
         [b'l', b'm', b'g', b'g', ..] | [b't', b'j', b'g', b'g', ..] | [b'f', b'm', b'g', b'g', ..] => {
             Some(ForeignFile::LegacyGgml)
@@ -178,8 +179,8 @@ fn recognize_magic(start: &[u8]) -> Option<ForeignFile> {
 }
 
 /// Recognizes pages and messages by their first words, even if they are in Latin-1 or UTF-16 or
-/// contain control characters. The first words are ASCII, so in UTF-16 every second byte is one of
-/// their characters.
+/// contain control characters. The first words are ASCII, so in UTF-16 they can be read from every
+/// second byte.
 fn recognize_markup(start: &[u8]) -> Option<ForeignFile> {
     let text: Vec<u8> = match start {
         [0xff, 0xfe, rest @ ..] | [0xfe, 0xff, 0, rest @ ..] | [0, rest @ ..] => rest.iter().step_by(2).copied().collect(),
@@ -270,7 +271,7 @@ mod tests {
             (b"GGUF\x03\0\0\0", "a GGUF file"),
             (&big_endian, "a safetensors file with its header length in big-endian byte order"),
             (&little_endian, "a safetensors file"),
-            (b"tjgg\x03\0\0\0", "a ggml file from before GGUF"),
+            (b"tjgg\x03\0\0\0", "a ggml file in a format older than GGUF"),
             (b"\x1f\x8b\x08", "a gzip file"),
             (&tar, "a tar archive"),
             (b"\x89HDF\r\n", "an HDF5 file"),

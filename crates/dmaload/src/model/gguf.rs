@@ -4,8 +4,8 @@
 //! Based on `docs/gguf.md` of <https://github.com/ggml-org/ggml>. Where that document is silent,
 //! this module follows `gguf_init_from_file` in the same project. Like that function, this module
 //! refuses duplicate keys and names, tensors that are not consecutive, and rows that are not a
-//! whole number of blocks. Unlike it, this module accepts nested arrays, long names, and tensors
-//! of up to eight dimensions.
+//! whole number of blocks. Unlike `gguf_init_from_file`, this module accepts nested arrays, long
+//! names, and tensors of up to eight dimensions.
 //!
 //! The length of the header is not known in advance, so [`parse`] takes the beginning of the file
 //! and can request more of it. Memory and time are bounded by the header's length, which is at
@@ -37,7 +37,7 @@ const DEFAULT_ALIGNMENT: u64 = 32;
 pub enum Parsed {
     /// The tensors and the metadata.
     Complete(TensorMap),
-    /// The header continues: more bytes of the file are needed.
+    /// The header is longer than `start`, so more bytes of the file are needed.
     More {
         /// The minimum length of `start` for the next call. That call may request even more.
         bytes: u64,
@@ -123,7 +123,7 @@ fn read_tensor(cursor: &mut Cursor<'_>, alignment: u64) -> Result<TensorInfo, St
             format!("tensor {} has rows of {row} elements, but {dtype} is stored in blocks of {block_elements}", quote(&name));
         return Err(cursor.fault(at, why));
     }
-    // Zeros are left out of the product: otherwise they would hide an overflow of the other
+    // Zeros are left out of the product, because they would hide an overflow in the other
     // dimensions.
     let others = shape.iter().filter(|&&dim| dim > 0).try_fold(1_u64, |product, &dim| product.checked_mul(dim as u64));
     let elements = others.map(|others| if shape.contains(&0) { 0 } else { others });

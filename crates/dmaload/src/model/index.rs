@@ -1,4 +1,4 @@
-//! Parses the index that model hubs provide with a model that is split into several safetensors
+//! Parses the index that model hubs provide for a model that is split into several safetensors
 //! files: `model.safetensors.index.json`.
 //!
 //! ```json
@@ -27,7 +27,7 @@ pub enum Named {
     Safetensors,
     /// An index of files in another format, such as `pytorch_model.bin.index.json`.
     Other,
-    /// An index with a generic name, such as `model.index.fp16.json`. The name does not tell the
+    /// An index with a generic name, such as `model.index.fp16.json`. The name does not reveal the
     /// format of the indexed files.
     Unsaid,
 }
@@ -49,7 +49,7 @@ pub fn named(name: &str) -> Option<Named> {
     }
 }
 
-/// The maximum length of an index in bytes, which is also that of headers.
+/// The maximum length of an index in bytes, the same as for headers.
 pub const LIMIT_BYTES: u64 = super::limits::HEADER_LIMIT_BYTES;
 
 /// A parsed index, which maps tensors to files.
@@ -57,8 +57,8 @@ pub const LIMIT_BYTES: u64 = super::limits::HEADER_LIMIT_BYTES;
 pub struct Index {
     /// The files with their tensors, sorted by file name.
     shards: Vec<IndexShard>,
-    /// One entry for each tensor, sorted by the tensor's name: the position of its file in
-    /// `shards`, and its own position in that file's `tensors`.
+    /// One entry for each tensor, sorted by the tensor's name: the position in `shards` of the
+    /// file that contains the tensor, and the tensor's position in that file's `tensors`.
     by_tensor: Vec<(u32, u32)>,
 }
 
@@ -74,8 +74,8 @@ impl Index {
     /// # Errors
     /// [`ModelError::Index`] if the JSON is invalid or lists a tensor twice.
     /// [`ModelError::IndexLeavesFolder`] if a file name leads out of the index's folder or can't
-    /// be the name of a file. Symbolic links are not checked and may lead anywhere: model caches
-    /// rely on that.
+    /// be the name of a file. Symbolic links are not checked and may lead anywhere, because model
+    /// caches rely on that.
     pub fn parse(json: &[u8]) -> Result<Self, ModelError> {
         let WeightMap(pairs) = serde_json::from_slice::<Document>(json)
             .map_err(|error| ModelError::Index { offset: offset_of(json, &error), reason: shorten(error.to_string()) })?

@@ -4,5 +4,5 @@
 pub const HEADER_LIMIT_BYTES: u64 = 100_000_000;
 
 /// The maximum number of dimensions of a tensor in a safetensors file. The format sets no limit;
-/// this one is far above what models use.
+/// this limit is far higher than any model needs.
 pub const RANK_LIMIT: usize = 255;

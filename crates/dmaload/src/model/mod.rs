@@ -5,8 +5,8 @@
 //! and where.
 //!
 //! The tensors of a parsed header do not overlap, and each has exactly the bytes that its type and
-//! shape require. In a safetensors file, they cover all of the data. A GGUF file may also contain
-//! padding between tensors, and any bytes after the last one.
+//! shape require. In a safetensors file, the tensors cover all of the data. A GGUF file may also
+//! contain padding between tensors, and any bytes after the last one.
 //!
 //! Memory and time are bounded by the actual length of the header, whatever counts and sizes it
 //! declares.

@@ -1,6 +1,6 @@
 //! Looks up tensors and keys by name.
 
-/// An index of a list: the positions of its items, sorted by the items' names.
+/// The positions of a list's items, sorted by the items' names.
 ///
 /// Compared to a hash map, this needs no second copy of the names, gives a hostile header no hash
 /// collisions to exploit, and finds duplicates as neighbors.

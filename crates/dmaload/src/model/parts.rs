@@ -12,7 +12,7 @@ pub(crate) struct PartName<'a> {
     count_digits: &'a str,
     /// Everything after the count: `.safetensors`, `.fp16.safetensors`.
     end: &'a str,
-    /// The number of the part, counted from 1 or, by some writers, from 0.
+    /// The number of the part. Some writers count from 0 rather than 1.
     pub(crate) number: u32,
     pub(crate) count: u32,
 }

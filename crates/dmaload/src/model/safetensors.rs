@@ -120,8 +120,8 @@ fn check_start(first: &[u8], file_bytes: u64, named: bool) -> Result<u64, ModelE
 
 /// Reads the length of the JSON header in bytes from the first 8 bytes of a file.
 ///
-/// `file_bytes` is the length of the file. It is safe to allocate as many bytes as the result
-/// says: the header is within the file, and no longer than [`HEADER_LIMIT_BYTES`].
+/// `file_bytes` is the length of the file. It is safe to allocate a buffer of the returned size,
+/// because the header is within the file and no longer than [`HEADER_LIMIT_BYTES`].
 ///
 /// # Errors
 ///
@@ -133,7 +133,8 @@ pub fn parse_prefix(first8: [u8; 8], file_bytes: u64) -> Result<u64, ModelError>
     Ok(header_bytes)
 }
 
-/// Returns the number of bytes after a header of this length, if it is valid and within the file.
+/// Checks that a header's length is valid and that the header is within the file. Returns the
+/// number of bytes after the header.
 fn data_bytes(header_bytes: u64, file_bytes: u64) -> Result<u64, ModelError> {
     if header_bytes < HEADER_MIN_BYTES {
         return Err(ModelError::HeaderTooSmall { header_bytes });

@@ -1,5 +1,5 @@
-//! A cursor over the beginning of a file. Reading past the end of the available bytes reports how
-//! many are needed.
+//! A cursor over the beginning of a file. An attempt to read past the end of the available bytes
+//! reports how many bytes are needed.
 
 use std::ops::Range;
 
@@ -10,7 +10,7 @@ use crate::support::convert::to_usize;
 /// Why reading stopped.
 #[derive(Debug)]
 pub(super) enum Stop {
-    /// More of the file is needed: this many bytes, counted from its start.
+    /// More of the file is needed. The number is the minimum length of its beginning, in bytes.
     More(u64),
     Fault(ModelError),
 }
@@ -36,7 +36,7 @@ impl<'a> Cursor<'a> {
     }
 
     pub(super) fn already_read(&self, range: Range<u64>) -> &'a [u8] {
-        self.start.get(to_usize(range.start)..to_usize(range.end)).expect("the cursor has passed this range")
+        self.start.get(to_usize(range.start)..to_usize(range.end)).expect("the cursor must have passed this range")
     }
 
     pub(super) fn fault(&self, offset: u64, reason: impl Into<String>) -> Stop {

@@ -1,5 +1,5 @@
-//! Keys and values of a GGUF file. They stay encoded as in the file and are decoded on access, so
-//! a hostile array occupies no more memory than its encoded form.
+//! The keys and values in a GGUF file. They stay encoded as in the file and are decoded on access,
+//! so a hostile array occupies no more memory than its encoded form.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -26,7 +26,7 @@ struct KeyValue {
     value: Range<u32>,
 }
 
-/// The type of a value: `gguf_metadata_value_type` of the specification, in the same order.
+/// The type of a value: `gguf_metadata_value_type` in the specification, in the same order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     U8,
@@ -90,7 +90,7 @@ pub enum Value<'a> {
     I32(i32),
     F32(f32),
     Bool(bool),
-    /// Invalid UTF-8 is replaced.
+    /// A string, in which invalid UTF-8 is replaced with U+FFFD.
     String(Cow<'a, str>),
     Array(Array<'a>),
     U64(u64),

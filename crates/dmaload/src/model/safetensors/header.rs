@@ -1,4 +1,4 @@
-//! Parses the JSON of a header.
+//! Parses the JSON in a safetensors header.
 //!
 //! `serde_json` does the tokenizing. The visitors here see each key as it is read, so a duplicate
 //! cannot silently replace an earlier key. They check each tensor as soon as its entry ends. A
@@ -56,7 +56,7 @@ pub(super) fn read(json: &str, data_begin: u64, data_bytes: u64) -> Result<Conte
     Ok(Contents { tensors: reader.tensors, metadata })
 }
 
-/// The state of parsing one header, and the visitor of its outermost object.
+/// The visitor for a header's outermost object, which also holds the parser's state.
 struct Reader {
     data_begin: u64,
     data_bytes: u64,
@@ -254,7 +254,7 @@ impl Visitor<'_> for PushString<'_> {
     }
 }
 
-/// The complete entry of a tensor in the header.
+/// A tensor's complete entry in the header.
 struct TensorEntry {
     dtype: DType,
     shape: Vec<usize>,
@@ -298,7 +298,7 @@ fn bits(dtype: DType, shape: &[usize]) -> Option<u64> {
     elements.checked_mul(element_bits as u64)
 }
 
-/// Reads the entry of one tensor.
+/// Reads a tensor's entry.
 struct EntrySeed<'a> {
     reader: &'a mut Reader,
     tensor: &'a str,

@@ -15,17 +15,17 @@ fn refused(json: impl AsRef<[u8]>) -> ModelError {
     parse_with(json, 16).expect_err("a faulty header should be refused")
 }
 
-/// A header with the single tensor "t" and this entry.
+/// Returns a header whose only tensor is "t", with this entry.
 fn one(entry: &str) -> String {
     format!(r#"{{"t":{{{entry}}}}}"#)
 }
 
-/// A header with the single tensor "t" of this type, shape and offsets.
+/// Returns a header whose only tensor is "t", with this type, shape and offsets.
 fn tensor(dtype: &str, shape: &str, offsets: &str) -> String {
     one(&format!(r#""dtype":"{dtype}","shape":{shape},"data_offsets":{offsets}"#))
 }
 
-/// A header with U8 tensors that have these names and offsets.
+/// Returns a header that lists U8 tensors with these names and offsets.
 fn bytes(tensors: &[(&str, u64, u64)]) -> String {
     let entries: Vec<_> = tensors
         .iter()

@@ -56,8 +56,8 @@ impl<'de> Visitor<'de> for Skipped {
     }
 }
 
-/// Reads a string, and borrows it from the header if it contains no escapes. Error messages use
-/// the field to say what was expected.
+/// Reads a string. If the string contains no escapes, it is borrowed from the header. Error
+/// messages use the field to say what was expected.
 pub(super) struct Text(pub(super) &'static str);
 
 impl<'de> DeserializeSeed<'de> for Text {
@@ -113,7 +113,7 @@ impl Visitor<'_> for NumberVisitor {
         Ok(Number::Other(negative.to_string()))
     }
 
-    // serde_json also passes integers here that do not fit into 64 bits.
+    // serde_json also calls this method for integers that do not fit into 64 bits.
     fn visit_f64<E: Error>(self, float: f64) -> Result<Number, E> {
         Ok(Number::Other(format!("{float:?}")))
     }
