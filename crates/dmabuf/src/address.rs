@@ -59,12 +59,12 @@ impl AddressRange {
         Ok(Arc::new(AddressRange { base, bytes, taken: Mutex::default(), lost: Mutex::default() }))
     }
 
-    /// The first address.
+    /// Returns the first address.
     pub fn base(&self) -> NonNull<u8> {
         self.base
     }
 
-    /// The length in bytes, a multiple of the page size.
+    /// Returns the length in bytes, a multiple of the page size.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
@@ -135,7 +135,7 @@ impl AddressRange {
     }
 
     fn lost(&self) -> MutexGuard<'_, BTreeMap<usize, usize>> {
-        // As in `taken`.
+        // The map is consistent even if a lock holder panicked: see `taken`.
         self.lost.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -232,19 +232,19 @@ impl Mapping {
         self.kind
     }
 
-    /// The first address, page-aligned.
+    /// Returns the first address, which is page-aligned.
     pub fn address(&self) -> NonNull<u8> {
         // SAFETY: `AddressRange::map` and `Mapping::move_to` checked that the mapping lies in the
         // range, which is a single reservation.
         unsafe { self.range.base.add(self.at) }
     }
 
-    /// The length in bytes, a multiple of the page size.
+    /// Returns the length in bytes, a multiple of the page size.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// The range that contains this mapping.
+    /// Returns the range that contains this mapping.
     pub fn range(&self) -> &Arc<AddressRange> {
         &self.range
     }
@@ -413,7 +413,7 @@ mod tests {
     }
 
     /// If the kernel unmapped the addresses before it refused the mapping, another thread may have
-    /// mapped memory there.
+    /// mapped memory there, which dropping the range must not unmap.
     #[test]
     fn drop_spares_addresses_that_may_hold_a_foreign_mapping() {
         let sealed = Memfd::create("test", PAGE).unwrap();

@@ -74,7 +74,7 @@ impl DmaBuf {
         Ok(dma_buf)
     }
 
-    /// The size in bytes, a multiple of the page size.
+    /// Returns the size in bytes, a multiple of the page size.
     pub fn bytes(&self) -> usize {
         self.bytes
     }

@@ -100,7 +100,7 @@ impl DmaHeap {
         }
     }
 
-    /// The name of the heap.
+    /// Returns the name of the heap.
     pub fn name(&self) -> &str {
         &self.name
     }

@@ -3,7 +3,7 @@
 //! ```text
 //!   AddressRange   one reserved (PROT_NONE) range of addresses, aligned to 2 MiB
 //!    └─ Mapping    a part of the range, backed by a Memory: a memfd, a dma-buf or private pages
-//!        └─ populate()   allocates and maps its pages, by default of 2 MiB where possible
+//!        └─ populate()   allocates and maps its pages, by default 2 MiB pages where possible
 //!   PrivateMapping  parts of memfds, mapped copy-on-write
 //!
 //!   Udmabuf ── create(memfd) ──┐

@@ -47,9 +47,9 @@ impl Memfd {
         Ok(Memfd { fd, bytes, foreign: false })
     }
 
-    /// Wraps a memfd from another process, for reading. It must be sealed against shrinking and
-    /// against further writes. `F_SEAL_FUTURE_WRITE` does not affect existing mappings: a process
-    /// that mapped the memfd writable before it was sealed can still write to it.
+    /// Wraps a memfd from another process, for reading. The memfd must be sealed against shrinking
+    /// and against further writes. `F_SEAL_FUTURE_WRITE` does not affect existing mappings: a
+    /// process that mapped the memfd writable before it was sealed can still write to it.
     ///
     /// # Errors
     /// EINVAL when the file does not support seals or is empty; EPERM when it lacks these seals.

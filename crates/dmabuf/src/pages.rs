@@ -121,8 +121,8 @@ pub(crate) fn scan(addresses: Range<usize>) -> Option<PageCount> {
     Some(count)
 }
 
-/// Measures how much of a mapped range is on huge pages, if that takes only microseconds. This
-/// requires `PAGEMAP_SCAN`. Returns `None` before Linux 6.7 or without `/proc/self/pagemap`.
+/// Measures how much of a mapped range is on huge pages, using only `PAGEMAP_SCAN`, which takes
+/// microseconds. Returns `None` before Linux 6.7 or without `/proc/self/pagemap`.
 pub fn count_pages(addresses: Range<usize>) -> Option<PageCount> {
     scan(addresses)
 }

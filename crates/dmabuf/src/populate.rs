@@ -29,8 +29,9 @@ pub enum Pages {
     Auto,
     /// Small pages only.
     Small,
-    /// 2 MiB pages for every whole 2 MiB extent, or an error. Before Linux 6.7 or without procfs,
-    /// the result cannot be checked, so missing huge pages are not an error.
+    /// 2 MiB pages for every aligned 2 MiB extent. If that is impossible, populating fails. Before
+    /// Linux 6.7 or without procfs, the result cannot be checked, so missing huge pages are not an
+    /// error.
     Huge,
 }
 
@@ -104,7 +105,7 @@ impl Mapping {
         let whole = extents.len() as u64;
         let short = pages != Pages::Small && pages_seen.is_some_and(|seen| seen.huge_bytes < whole);
         if short && pages == Pages::Huge {
-            return Err(Error::from_call("put 2 MiB pages under memory", part.len(), refused.unwrap_or(Errno::NOTSUP)));
+            return Err(Error::from_call("use 2 MiB pages for memory", part.len(), refused.unwrap_or(Errno::NOTSUP)));
         }
         let refused = short.then(|| crate::Errno::from_rustix(refused.unwrap_or(Errno::NOTSUP)));
         Ok(Populated { pages: pages_seen, refused })

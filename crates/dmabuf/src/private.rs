@@ -12,7 +12,7 @@ use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap, mmap_anonymous, mprot
 use crate::address::{reserve_hole, trim};
 use crate::{Error, Memfd, page_bytes};
 
-/// A readable and writable copy-on-write mapping of parts of memfds, which lie side by side.
+/// A readable and writable copy-on-write mapping that places parts of memfds side by side.
 ///
 /// A write changes only the bytes seen through this mapping, not the memfd or its other mappings.
 /// The first write to a page allocates a private copy of the page. A memfd that is sealed against
@@ -127,12 +127,12 @@ impl PrivateMapping {
         trim(at(lost.end), this.bytes - lost.end);
     }
 
-    /// The first address, page-aligned.
+    /// Returns the first address, which is page-aligned.
     pub fn address(&self) -> NonNull<u8> {
         self.address
     }
 
-    /// The length in bytes, a multiple of the page size.
+    /// Returns the length in bytes, a multiple of the page size.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
@@ -181,7 +181,7 @@ mod tests {
         assert_eq!((read_byte(&ours, page), read_byte(&theirs, page)), (99, 12));
         let mut seen = [0];
         rustix::io::pread(&first, &mut seen, 2 * page as u64).unwrap();
-        assert_eq!(seen, [12], "the memfd is unchanged");
+        assert_eq!(seen, [12], "the memfd must be unchanged");
     }
 
     #[test]
@@ -231,7 +231,7 @@ mod tests {
         let mut status = 0;
         // SAFETY: this test started the child, and `status` is valid for writes.
         assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
-        assert_eq!((status, read_byte(&mapping, 0)), (0, 1), "the parent does not see the child's write");
+        assert_eq!((status, read_byte(&mapping, 0)), (0, 1), "the parent must not see the child's write");
     }
 
     #[test]
@@ -243,7 +243,7 @@ mod tests {
             let start = unsafe { mmap_anonymous(std::ptr::null_mut(), 3 * page, ProtFlags::empty(), reserved) }.unwrap();
             let places = [0, 1, 2].map(|number| start.wrapping_byte_add(number * page));
             let mapping = PrivateMapping { address: NonNull::new(start.cast()).unwrap(), bytes: 3 * page };
-            assert!(!reserve_hole(places[1], page), "the addresses are mapped");
+            assert!(!reserve_hole(places[1], page), "mapped addresses must not be reserved again");
             mapping.unmap_around(page..2 * page);
             let after_unmap = places.map(is_reserved);
             // The addresses are free, unless another thread has just taken them.

@@ -1,8 +1,8 @@
 //! Errors from failed operations on files. They name the action, the file and the errno, so that a
 //! person can act on them.
 //!
-//! Manuals, kernel sources and search engines use the name of an errno. The text next to the name
-//! depends on the C library and its locale.
+//! The name of an errno is shown because manuals, kernel sources and search engines use it. The
+//! text next to it depends on the C library and its locale.
 
 use std::fmt;
 use std::io;

@@ -81,7 +81,7 @@ impl Table {
         Self { header, rows: Vec::new(), total: None, width: None }
     }
 
-    /// Shortens the names in the first column, in the middle, so that lines fit into `width`
+    /// Cuts out the middle of long names in the first column, so that lines fit into `width`
     /// characters. No name is shortened to fewer than 32 characters, so lines can still be wider.
     /// With `None`, nothing is shortened: a program that reads from a pipe needs whole names.
     #[must_use]
@@ -103,7 +103,7 @@ impl Table {
 
     fn cells(&self, cells: impl IntoIterator<Item = impl Into<String>>) -> Vec<String> {
         let mut cells: Vec<String> = cells.into_iter().map(|cell| printable(&cell.into())).collect();
-        debug_assert!(cells.len() <= self.header.len(), "a row has at most one cell for each column");
+        debug_assert!(cells.len() <= self.header.len(), "a row must not have more cells than there are columns");
         cells.resize(self.header.len(), String::new());
         cells
     }

@@ -126,7 +126,8 @@ const _: () = {
 /// Accepts the futures that a multi-threaded executor accepts as tasks.
 fn spawned<F: Future<Output: Send> + Send + 'static>(_future: F) {}
 
-/// Accepts the futures that such a task can await. They need not be `'static`.
+/// Accepts the futures that a task on a multi-threaded executor can await. They need not be
+/// `'static`.
 fn awaited<F: Future<Output: Send> + Send>(_future: F) {}
 
 /// Compiled but never called.

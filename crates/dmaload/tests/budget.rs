@@ -115,7 +115,7 @@ async fn slow_consumer_delays_only_its_own_stream() {
     let _alone = ALONE.lock().await;
     let folder = folder();
     let (path, expected) = write_large_file(folder.path(), "model.bin", 256);
-    // Small files, several of which share an allocation.
+    // Several of these small files share an allocation.
     let small: Vec<_> = (0..300).map(|n| file(folder.path(), &format!("{n}"), &random_bytes(900_000 + n, n as u64))).collect();
     for heap in ["memfd", "anon"] {
         let builder = Loader::builder().window_bytes(WINDOW).load_options(LoadOptions::new().segment_bytes(SEGMENT));
@@ -133,7 +133,7 @@ async fn slow_consumer_delays_only_its_own_stream() {
                 (before, same) = if now == before { (now, same + 1) } else { (now, 0) };
             }
             let most = WINDOW + 2 * SEGMENT;
-            assert!(before <= most, "{heap}: {before} bytes were read for a consumer that took {} bytes", first.len());
+            assert!(before <= most, "{heap}: {before} bytes were read for a consumer that received {} bytes", first.len());
             assert!(before >= WINDOW / 2, "{heap}: only {before} bytes were read ahead of the consumer");
             stopped.push((segments, first));
         }
@@ -287,7 +287,7 @@ async fn streams_share_a_limit_with_ten_stopped_streams() {
         );
         assert!(slowest <= 3 * mean, "the slowest stream took {slowest} µs, the mean is {mean} µs");
         assert!(seen - before <= limit && counted <= limit, "{seen} bytes were resident, {counted} bytes counted");
-        // The stopped streams resume after the segment that they took.
+        // The stopped streams resume after the segment that they have already yielded.
         for (mut segments, first) in stopped {
             let mut digest = Sha256::new();
             digest.update(first.bytes().unwrap());
@@ -347,7 +347,7 @@ async fn tensor_streams_never_wait_for_their_own_memory() {
     let streams: Vec<_> = (0..40)
         .map(|number| {
             let options = loader.load_options();
-            // Half of the streams request the tensors in an order that is not the file's.
+            // Half of the streams request the tensors in a different order from the file's.
             let options = if number % 2 == 0 { options } else { options.tensors(["t11", "t3", "*"]) };
             tokio::spawn(loader.load(&path).options(options).tensors().collect_names())
         })

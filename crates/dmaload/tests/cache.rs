@@ -25,7 +25,7 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 const MIB: u64 = 1 << 20;
 
 /// Reads exactly these ranges of a file into the page cache and evicts the rest of the file.
-/// Returns a reason if that fails.
+/// Returns the reason if that fails.
 fn cache_only(path: &Path, ranges: &[Range<u64>]) -> Result<(), String> {
     let file = File::open(path).unwrap();
     let cached = || probe::cached_bytes(&file).map_err(|errno| format!("cachestat: {errno}"));
@@ -113,7 +113,7 @@ async fn check_partly_cached_file(what: &str, at: &Path) {
                 }
                 eprintln!("{how}: attempt {attempt} copied {cached_bytes} bytes from the cache, not {expected_bytes}");
             }
-            let image = image.expect("at least one attempt");
+            let image = image.expect("the loop makes at least one attempt");
             let report = image.report();
             assert_eq!(report.cached_bytes, expected_bytes, "{how}");
             assert_eq!(report.cache_bytes_per_second().is_some(), expected_bytes > 0, "{how}");
@@ -260,7 +260,7 @@ async fn check_store_during_load(what: &str, at: &Path) {
         store(2);
         heap.open();
         let error = load.finish().await.err().map(|error| error.to_string());
-        let error = error.unwrap_or_else(|| panic!("{what}, {how}: the load missed the store"));
+        let error = error.unwrap_or_else(|| panic!("{what}, {how}: the load did not notice the store"));
         assert!(error.contains("it was modified"), "{what}, {how}: {error}");
         // SAFETY: `store`, the only user of the mapping, is not called again.
         unsafe { munmap(mapped, 8 << 20) }.unwrap();

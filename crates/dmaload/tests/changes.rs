@@ -86,7 +86,7 @@ async fn change_during_range_load(
         options = options.range(range);
     }
     let mut load = loader.load(&path).options(options).start();
-    load.next().await.expect("the first segment arrives before the last one").unwrap();
+    load.next().await.expect("the load should yield its first segment").unwrap();
     change(&path);
     heap.0.open();
     load.finish().await
@@ -135,7 +135,7 @@ fn rewrite(path: &Path, bytes: &[u8]) {
     fs::OpenOptions::new().write(true).open(path).unwrap().write_all_at(bytes, 0).unwrap();
 }
 
-/// A load of a range does not read the header, so it does not learn the model's length from it.
+/// A load of a range does not read the header, so it does not learn the model's length.
 #[tokio::test]
 async fn loading_a_range_of_a_growing_model_fails() {
     let whole = 0..safetensors().len() as u64;
@@ -226,7 +226,7 @@ async fn last_segment_of_a_changed_file_is_withheld() {
     };
     assert!(matches!(error, Error::Changed { .. }), "{error}");
     assert_eq!(received, SEGMENTS - 1);
-    assert!(segments.next().await.is_none(), "an error ends the stream");
+    assert!(segments.next().await.is_none(), "an error must end the stream");
 }
 
 /// Hooks that fail one call to `allocate` and one call to `populate`, each after the given number
@@ -303,15 +303,19 @@ async fn shutdown_fails_running_loads_even_if_a_heap_hangs() {
     let heap = GatedHeap::default();
     let loader = heap.builder().shutdown_timeout(std::time::Duration::from_millis(200)).build().unwrap();
     let mut load = loader.load(&path).start();
-    let segment = load.next().await.expect("the first segment arrives before the last one").unwrap();
+    let segment = load.next().await.expect("the load should yield its first segment").unwrap();
     while heap.0.calls.load(Ordering::Relaxed) < SEGMENTS {
         tokio::time::sleep(std::time::Duration::from_millis(1)).await;
     }
     let left = loader.shutdown().await.unwrap_err();
-    assert_eq!((left.bytes, left.threads), (0, 1), "no read is in flight, so no memory is leaked; the worker hangs in the heap");
+    assert_eq!(
+        (left.bytes, left.threads),
+        (0, 1),
+        "no memory should be leaked, because no read is in flight; only the worker should hang, in the heap"
+    );
     // Segments that were ready before the shutdown are yielded before the error.
     let error = loop {
-        if let Err(error) = load.next().await.expect("the load fails before yielding all segments") {
+        if let Err(error) = load.next().await.expect("the load should fail before yielding all segments") {
             break error;
         }
     };
@@ -343,7 +347,7 @@ async fn shutdown_without_a_waiting_thread_reports_leaks() {
     let left = loader.shutdown();
     tokio::time::sleep(std::time::Duration::from_secs(1)).await;
     let left = left.await.unwrap_err();
-    assert_eq!((left.bytes, left.threads), (0, 2), "the worker hangs in the heap, and the teller waits for it");
+    assert_eq!((left.bytes, left.threads), (0, 2), "the worker should hang in the heap, and the teller should wait for it");
     assert_eq!(load.finish().await.unwrap_err(), Error::ShutDown);
     heap.0.open();
 }

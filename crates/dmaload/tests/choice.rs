@@ -1,5 +1,5 @@
-//! Tests for the choice between direct and staged reads. Unless its options settle the choice, a
-//! loader measures both in large loads, and uses the faster one.
+//! Tests for the choice between direct and staged reads. In large loads, a loader measures the
+//! speed of both and uses the faster kind, unless the load's options settle the choice.
 #![allow(clippy::print_stdout, reason = "measurements are printed")]
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
@@ -18,7 +18,7 @@ use dmaload::{Cache, Image, LoadOptions, Loader, Prefer, Route, TraceKind, Way};
 use rustix::fs::{Advice, fadvise};
 
 const MIB: usize = 1 << 20;
-/// The size of the smallest load that measures, in bytes.
+/// The size in bytes of the smallest load that measures both kinds of reads.
 const LARGE: usize = 512 * MIB;
 
 /// Writes a file of 1 MiB blocks that are equal except for the block number at their start.
@@ -51,7 +51,7 @@ fn options(loader: &Loader) -> LoadOptions {
 }
 
 /// Loads the file and checks its bytes and the report. Returns the route of the load and, if the
-/// load measured, the way that it chose.
+/// load measured both kinds of reads, the one that it chose.
 async fn load(loader: &Loader, path: &Path, options: LoadOptions, block: &[u8], what: &str) -> (Option<Way>, Route) {
     let image = loader.load(path).options(options).await.unwrap();
     assert_large(&image, block, what);
@@ -62,14 +62,15 @@ async fn load(loader: &Loader, path: &Path, options: LoadOptions, block: &[u8], 
     for rate in [direct, staged] {
         assert!(rate > 1e6 && rate < 1e12, "{what}: {rate} bytes per second");
     }
-    // The way that is expected to be slower wins only if it is more than 3 % faster, so the choice
-    // is asserted only if the rates differ by more than 4 %.
+    // The kind of read that is expected to be slower is chosen only if it is measured to be more
+    // than 3 % faster. The choice is therefore asserted only if the rates differ by more than 4 %.
     if direct > 1.04 * staged {
         assert_eq!(measured.chosen, Way::Direct, "{what}");
     } else if staged > 1.04 * direct {
         assert_eq!(measured.chosen, Way::Staged, "{what}");
     }
-    // The measurement stages some bytes, and the report shows the lowest route that any byte took.
+    // The measurement stages some bytes, and the report shows the slowest route by which any byte
+    // was read.
     assert_eq!(report.route, Route::Bounce, "{what}");
     // Staging for a measurement is not a fallback: no request was refused.
     assert!(report.fallbacks.iter().all(|fallback| fallback.to != Route::Bounce), "{what}: {:?}", report.fallbacks);
@@ -86,7 +87,7 @@ async fn both_ways_are_measured_and_the_faster_one_is_taken() {
         let builder = if heap == "memfd" { builder.heap(MemfdHeap { pages }) } else { builder.heap(AnonHeap { pages }) };
         let loader = builder.build().unwrap();
         let mut known = None;
-        // The first three loads measure; the fourth uses the way that the third chose.
+        // The first three loads measure; the fourth uses the kind of read that the third chose.
         for number in 0..4 {
             // Staged reads are not a fallback, so a strict load may use them.
             let options = options(&loader).strict(number == 1);
@@ -101,9 +102,9 @@ async fn both_ways_are_measured_and_the_faster_one_is_taken() {
     }
 }
 
-/// Hooks that slow down calls that populate at most 2 MiB. Copiers populate an extent per call,
-/// which is never larger. For direct reads, a worker populates a whole batch per call. Only staged
-/// reads are slowed down, so direct reads win.
+/// Hooks that slow down calls that populate at most 2 MiB. Copiers populate one extent per call,
+/// which is at most 2 MiB. For direct reads, a worker populates a whole batch per call. Only
+/// staged reads are slowed down, so direct reads win.
 #[derive(Debug)]
 struct SlowExtents;
 
@@ -128,7 +129,7 @@ async fn rest_of_a_load_takes_the_chosen_way_after_a_trial() {
     let image = loader.load(&path).options(options(&loader).trace(true)).await.unwrap();
     assert_large(&image, &block, "direct reads are faster");
     let report = image.report();
-    let measured = report.measured.expect("a load of 512 MiB is measured");
+    let measured = report.measured.expect("a load of 512 MiB should be measured");
     assert_eq!((measured.chosen, measured.buffered_bytes_per_second), (Way::Direct, None), "{measured:?}");
     let copied: u64 = report.trace.iter().filter(|event| event.kind == TraceKind::Copy).map(|event| event.bytes).sum();
     // The trial copies 96 MiB. At most one window of 128 MiB more was prepared for staging before
@@ -151,7 +152,7 @@ async fn fixed_or_small_loads_are_not_measured() {
             let (measured, route) = load(&loader, &path, options(&loader).route(fixed), &block, "fixed").await;
             assert_eq!((measured, route), (None, fixed), "{pages:?}");
         }
-        // Without a measurement, the load uses the way that is expected to be faster.
+        // Without a measurement, the load uses the kind of read that is expected to be faster.
         let image = loader.load(&small).options(options(&loader)).await.unwrap();
         assert_eq!(image.report().measured, None);
         assert_eq!(image.report().route == Route::Bounce, pages == Pages::Small, "{pages:?}: {}", image.report().route);

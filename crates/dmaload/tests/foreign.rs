@@ -30,7 +30,7 @@ static THREADS: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 
 fn note_thread() {
     let name = std::thread::current().name().unwrap_or("unnamed").to_owned();
-    assert_ne!(name, "dmaload-ring", "the caller's code never runs on the ring thread");
+    assert_ne!(name, "dmaload-ring", "the caller's code must not run on the ring thread");
     THREADS.lock().unwrap().insert(name);
 }
 
@@ -243,7 +243,10 @@ fn waker_that_panics_fails_only_its_own_wait() {
         let mut segments = loader.load(&path).segments();
         let kept = loader.load(&path).start();
         let mut finish = loader.load(&path).into_future();
-        assert!(Pin::new(&mut load).poll_next(&mut Context::from_waker(&of_next)).is_pending(), "the heap blocks the load");
+        assert!(
+            Pin::new(&mut load).poll_next(&mut Context::from_waker(&of_next)).is_pending(),
+            "the load must wait for the heap"
+        );
         assert!(Pin::new(&mut segments).poll_next(&mut Context::from_waker(&of_segments)).is_pending());
         assert!(finish.as_mut().poll(&mut Context::from_waker(&of_finish)).is_pending());
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_time().build().unwrap();
@@ -306,7 +309,7 @@ fn waker_that_panics_fails_only_its_own_wait() {
             assert_same(&image.files()[0].bytes().unwrap(), &expected, route.name());
         }
         for waker in wakers {
-            assert_eq!(waker.0.load(Ordering::SeqCst), 1, "{route}: each waker is called once");
+            assert_eq!(waker.0.load(Ordering::SeqCst), 1, "{route}: each waker must be called exactly once");
         }
         assert_eq!(load_all(&loader, &path, loader.load_options()).unwrap(), expected.len() as u64, "the next load");
     }

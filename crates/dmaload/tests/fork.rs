@@ -1,7 +1,7 @@
 //! Tests for processes that fork during a load. After a fork, parent and child share private pages
 //! copy-on-write, and a device's write can then reach only the child's copy (see the notes on
-//! `O_DIRECT` in open(2)). Private memory is therefore excluded from forks until it is handed
-//! over.
+//! `O_DIRECT` in open(2)). Private memory is therefore excluded from forks until it is delivered
+//! to the caller.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(unsafe_code, reason = "the tests fork processes")]
 
@@ -53,8 +53,8 @@ fn child_sees(byte: &u8, expected: u8) -> Ended {
     wait_for(spawn_child(|| i32::from(unsafe { std::ptr::read_volatile(byte) } != expected)))
 }
 
-/// An observer that forks a child for each call, to test whether a child can see bytes that were
-/// not handed over yet.
+/// An observer that forks a child for each call, to test whether a child can see bytes that have
+/// not been delivered to the caller yet.
 #[derive(Default)]
 struct ForkingObserver {
     calls: AtomicUsize,
@@ -89,13 +89,13 @@ async fn child_sees_private_memory_only_once_it_is_handed_over() {
             assert_eq!(
                 observer.seen.load(Ordering::Relaxed),
                 !private,
-                "a child sees bytes during a load unless they are private"
+                "a child must see bytes during a load if, and only if, they are not in private memory"
             );
             let view = image.files()[0].bytes().unwrap();
             assert_eq!(
                 child_sees(&view[SEGMENT + 1], bytes[SEGMENT + 1]),
                 Ended::Exited(0),
-                "a child sees the bytes after they were handed over"
+                "a child must see the bytes after they were delivered to the caller"
             );
             drop(view);
             drop(image);

@@ -100,8 +100,8 @@ async fn memory_that_cannot_be_sealed_fails_its_load() {
             let error = segments
                 .next()
                 .await
-                .expect("the load fails before yielding all segments")
-                .expect_err("memory that others can write to is not handed out");
+                .expect("the load should fail before yielding all segments")
+                .expect_err("memory that others can write to must not be handed out");
             let text = error.to_string();
             assert!(text.contains("keeping: cannot seal a memfd against writes") && text.contains("EPERM"), "{round}: {text}");
             assert!(segments.next().await.is_none());

@@ -234,7 +234,7 @@ fn parse_safetensors(file: &[u8]) -> bool {
     });
     assert_bounded(file.len(), memory, time);
     let Some(map) = map else { return false };
-    let theirs = SafeTensors::deserialize(file).expect("the safetensors crate accepts every file that we accept");
+    let theirs = SafeTensors::deserialize(file).expect("the safetensors crate should accept every file that we accept");
     assert_eq!(map.len(), theirs.len());
     for tensor in map.iter() {
         let range = &tensor.file_range;

@@ -119,7 +119,7 @@ async fn drop_loads_at_random_moments(files: &Files) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         let threads = holdings().threads;
-        assert_eq!(workers(&threads), wanted, "dropped loads do not change the number of workers: {threads:?}");
+        assert_eq!(workers(&threads), wanted, "dropped loads must not change the number of workers: {threads:?}");
         loader.shutdown().await.unwrap();
     }
 }
@@ -155,7 +155,7 @@ async fn drop_a_loader_during_a_load(files: &Files) {
     let load = loader.load(&files.large).start();
     drop(loader);
     let image = load.await.unwrap();
-    assert_eq!(image.report().bytes, 96 << 20, "the load keeps the threads alive");
+    assert_eq!(image.report().bytes, 96 << 20, "the load must read all bytes, even after its loader is dropped");
 }
 
 /// Waits until the process holds the expected numbers of descriptors and mappings.

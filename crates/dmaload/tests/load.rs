@@ -167,7 +167,7 @@ async fn many_files_in_one_load_keep_their_order() {
 async fn window_smaller_than_a_segment_is_refused() {
     let Err(error) = Loader::builder().load_options(LoadOptions::new().segment_bytes(64 << 20)).window_bytes(32 << 20).build()
     else {
-        panic!("the loader was built")
+        panic!("a window smaller than a segment was accepted")
     };
     assert!(matches!(&error, Error::Config(text) if text.contains("smaller than a segment")), "{error}");
     let loader = Loader::new().unwrap();
@@ -241,7 +241,7 @@ async fn load_whose_planning_panics_frees_its_place() {
     let loader = Loader::builder().max_open_loads(1).heap(heap).build().unwrap();
     let load = async || {
         let load = loader.load(&path).into_future();
-        tokio::time::timeout(std::time::Duration::from_secs(20), load).await.expect("a failed load does not count as open")
+        tokio::time::timeout(std::time::Duration::from_secs(20), load).await.expect("a failed load must not count as open")
     };
     for _ in 0..3 {
         let failed = load().await;

@@ -140,8 +140,8 @@ async fn segments_wait_for_a_slow_observer_in_bounded_memory() {
     }
 }
 
-/// An observer that rejects the bytes of the call that includes offset `at`. If `panics` is set,
-/// it panics in that call instead.
+/// An observer that rejects the call whose bytes include offset `at`. If `panics` is set, it
+/// panics in that call instead.
 struct Judge {
     at: u64,
     panics: bool,

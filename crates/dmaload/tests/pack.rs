@@ -1,4 +1,4 @@
-//! Tests for the small files of a load, which share memory. Each file has the right bytes in the
+//! Tests for the small files in a load, which share memory. Each file has the right bytes in the
 //! right place, and none is handed out before all files in the same memory have been checked.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
@@ -13,7 +13,7 @@ use common::{ROUTES, assert_same, file, folder, random_bytes};
 use dmaload::heap::{AnonHeap, Pages};
 use dmaload::{Error, Image, Layout, LoadOptions, Loader, Observer, Rejection, Segment};
 
-/// Files of up to a quarter of this size, which is 2 MiB, are packed as small files.
+/// Files of up to 2 MiB, a quarter of this size, are packed as small files.
 const SEGMENT: u64 = 8 << 20;
 
 fn loader() -> Loader {
@@ -77,7 +77,7 @@ async fn small_files_share_memory_and_load_by_every_route() {
     assert_eq!(apart.report().memories, apart.report().segments);
     let single = loader.load(&paths).options(loader.load_options().layout(Layout::Single)).await.unwrap();
     assert_files(&single, &contents, "single");
-    assert_eq!(single.report().memories, 51, "one allocation for each non-empty file");
+    assert_eq!(single.report().memories, 51, "each non-empty file must have its own allocation");
 }
 
 #[tokio::test]
@@ -91,7 +91,7 @@ async fn shared_memfd_holds_each_file_with_a_zero_tail() {
         let range = segment.file_range();
         let range = usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap();
         assert_same(&memory[..segment.len()], &contents[segment.file_index()][range], &format!("{segment:?}"));
-        assert!(memory[segment.len()..].iter().all(|&byte| byte == 0), "the tail of {segment:?} is zero");
+        assert!(memory[segment.len()..].iter().all(|&byte| byte == 0), "the tail of {segment:?} must be zero");
     }
 }
 

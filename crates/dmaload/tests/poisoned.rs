@@ -58,14 +58,14 @@ async fn broken_ring_fails_its_loads_and_later_loads_work() {
     heap.open();
     for mut load in loads {
         let error = loop {
-            match load.next().await.expect("the load fails before yielding all segments") {
+            match load.next().await.expect("the load should fail before yielding all segments") {
                 Ok(segment) => assert_same(&segment.bytes().unwrap(), &bytes[..][to_usize(segment.file_range())], "a segment"),
                 Err(error) => break error,
             }
         };
         assert_eq!(error, Error::Ring { errno: Errno::EIO });
         assert!(error.to_string().contains("EIO"), "{error}");
-        assert_eq!(load.finish().await.unwrap_err(), error, "a load keeps reporting its first error");
+        assert_eq!(load.finish().await.unwrap_err(), error, "a load must keep reporting its first error");
     }
     // The new ring is refused as well, which is an ordinary fallback.
     let image = loader.load(&path).await.unwrap();

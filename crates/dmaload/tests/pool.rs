@@ -59,7 +59,7 @@ async fn pooled_memory_exposes_only_the_bytes_of_its_new_load() {
                 assert_pooled(&loader, memory, &what).await;
                 let image = load(&loader, &paths[1], options).await;
                 assert_eq!(image.report().reused_bytes, memory, "{what}");
-                assert_eq!(image.report().pages.huge_bytes, huge, "{what}: memory keeps its huge pages when it is reused");
+                assert_eq!(image.report().pages.huge_bytes, huge, "{what}: memory must keep its huge pages when it is reused");
                 assert_eq!(loader.pooled_bytes(), 0, "{what}");
                 assert_same(&image.files()[0].bytes().unwrap(), &second, &what);
                 drop(image);
@@ -135,8 +135,8 @@ async fn memory_stays_out_of_the_pool_while_it_is_viewed() {
         let first = load.next().await.unwrap().unwrap();
         drop((load, first));
     }
-    // The pool may now hold complete segments that no consumer took. A new load still exposes only
-    // its own bytes.
+    // The pool may now hold complete segments that no consumer received. A new load still exposes
+    // only its own bytes.
     let image = load(&loader, &path, loader.load_options()).await;
     assert_same(&image.files()[0].bytes().unwrap(), &bytes, "after dropped loads");
 }
@@ -157,5 +157,5 @@ async fn pool_stays_within_its_limit_and_is_empty_after_shutdown() {
     assert_eq!(other.pooled_bytes(), 0);
     let without = Loader::new().unwrap();
     drop(load(&without, &path, without.load_options()).await);
-    assert_eq!(without.pooled_bytes(), 0, "there is no pool by default");
+    assert_eq!(without.pooled_bytes(), 0, "a loader must not have a pool by default");
 }

@@ -51,12 +51,12 @@ async fn private_memory_of_an_anonymous_tensor_is_not_a_copy() {
         let memory = tensor.private_memory().unwrap();
         assert_same(&read(&memory), expected, tensor.name());
         let address = tensor.parts().first().map(|part| part.segment.cpu_access().unwrap().address().addr().get() + part.offset);
-        assert_eq!(Some(memory.address().addr().get()), address, "private memory is the segment's memory, not a copy");
+        assert_eq!(Some(memory.address().addr().get()), address, "private memory must be the segment's memory, not a copy");
         let refused = tensor.bytes().unwrap_err();
         assert!(matches!(refused, Error::HandedOut { .. }), "{refused}");
         overwrite(&memory, 0xAB);
         let second = tensor.private_memory().unwrap();
-        assert_eq!(second.address(), memory.address(), "both calls return the same memory");
+        assert_eq!(second.address(), memory.address(), "both calls must return the same memory");
         kept.push(memory);
     }
     assert_eq!(kept.len(), TENSORS);

@@ -91,7 +91,7 @@ fn loader_outlives_the_runtime_of_its_load() {
         drop(first);
         assert!(
             runtime().block_on(task).is_err() || threads.is_some(),
-            "a single-threaded runtime cannot have finished the task"
+            "the task must not have finished on a single-threaded runtime"
         );
         let image = runtime().block_on(async {
             load.next().await.unwrap().unwrap();
@@ -122,7 +122,7 @@ async fn documented_cancel_safety_holds() {
             Ok(None) => break,
         }
     }
-    assert!(cancelled > 0, "at least one `next` is cancelled");
+    assert!(cancelled > 0, "at least one `next` should be cancelled");
     assert_same(&seen, &bytes, &format!("after {cancelled} cancellations"));
     // A shutdown continues without its future.
     let other = loader.clone();

@@ -39,7 +39,7 @@ fn parse_file(file: &[u8]) -> Result<TensorMap, ModelError> {
         Sniff::Broken { error } => return Err(error),
         Sniff::Not { why } => panic!("a file named .safetensors was read as raw bytes: {why}"),
     };
-    let first8 = file[..8].try_into().expect("a sniffed header has a length prefix");
+    let first8 = file[..8].try_into().expect("a sniffed header should have a length prefix");
     assert_eq!(parse_prefix(first8, file_bytes), Ok(header_bytes));
     parse(&file[8..8 + usize::try_from(header_bytes).unwrap()], file_bytes)
 }
@@ -50,7 +50,7 @@ fn check_agreement(map: &TensorMap, file: &[u8]) -> Result<(), TestCaseError> {
         SafeTensors::deserialize(file).map_err(|error| TestCaseError::fail(format!("the crate refuses this file: {error}")))?;
     prop_assert_eq!(map.len(), oracle.len());
     for (name, view) in oracle.iter() {
-        let info = map.get(name).expect("the parser finds every tensor that the crate finds");
+        let info = map.get(name).expect("the parser should find every tensor that the crate finds");
         // The address of a tensor's slice shows where in the file the crate found the tensor.
         let begin = (view.data().as_ptr() as usize - file.as_ptr() as usize) as u64;
         prop_assert_eq!(&info.name, name);
@@ -91,8 +91,8 @@ enum Verdict {
     OnlyWeRefuse,
 }
 
-/// Reads a file with the parser and the crate. Fails if the parser is looser than the crate, or
-/// stricter without a known reason.
+/// Reads a file with the parser and the crate. Fails if the parser is less strict than the crate,
+/// or stricter without a known reason.
 fn compare(file: &[u8]) -> Result<Verdict, TestCaseError> {
     match parse_file(file) {
         Ok(map) => check_agreement(&map, file).map(|()| Verdict::BothAccept),
@@ -126,7 +126,7 @@ impl Tensor {
 /// names from the error for an unknown dtype.
 fn oracle_dtypes() -> Vec<Dtype> {
     let error = serde_json::from_str::<Dtype>("\"none\"").unwrap_err().to_string();
-    let (_, expected) = error.split_once("expected one of").expect("the error lists the variants");
+    let (_, expected) = error.split_once("expected one of").expect("the error should list the variants");
     let names = expected.split('`').skip(1).step_by(2);
     names.map(|name| serde_json::from_str(&format!("\"{name}\"")).unwrap()).collect()
 }
@@ -261,7 +261,7 @@ fn dtypes_match_those_of_the_crate() {
     for dtype in theirs {
         // This is the name that the crate writes into headers and reads from them.
         let name: String = serde_json::from_value(serde_json::to_value(dtype).unwrap()).unwrap();
-        let ours: DType = name.parse().expect("the parser knows every dtype of the crate");
+        let ours: DType = name.parse().expect("the parser should know every dtype of the crate");
         assert_eq!(DType::try_from(name.as_str()), Ok(ours));
         assert_eq!((ours.name(), ours.to_string()), (name.as_str(), dtype.to_string()));
         assert_eq!(serde_json::from_str::<Dtype>(&format!("\"{ours}\"")).unwrap(), dtype);

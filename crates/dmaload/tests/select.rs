@@ -74,7 +74,7 @@ async fn only_selected_tensors_are_read() {
         assert_eq!(report.wanted_bytes, wanted);
         assert!(report.bytes >= wanted && report.bytes < file_bytes - 1_000_000, "{} of {file_bytes}", report.bytes);
         let read: u64 = image.segments().iter().map(|segment| segment.len() as u64).sum();
-        assert_eq!(read, report.bytes, "the report counts the bytes of the segments");
+        assert_eq!(read, report.bytes, "the report must count the bytes of all segments");
         let Err(Error::NotLoaded { range, .. }) = image.tensor("layers.0.q") else {
             panic!("a tensor that was not selected is not reported as `NotLoaded`")
         };
@@ -123,7 +123,7 @@ async fn tensors_arrive_complete_in_the_requested_order() {
             assert_eq!(names.iter().position(|name| name == "embed"), Some(3), "{names:?}");
             all.sort_by_key(|name| by_file.iter().position(|other| other == name));
         }
-        assert_eq!(all, by_file, "each tensor is yielded exactly once");
+        assert_eq!(all, by_file, "each tensor must be yielded exactly once");
     }
     // Requesting a tensor by name does not remove segments from a load.
     let mut load = loader.load(&path).start();
@@ -244,7 +244,7 @@ async fn layout_tensors_keeps_a_tensor_in_one_segment() {
         let image = loader.load(&path).options(loader.load_options().importer(small)).await.unwrap();
         assert_tensors(&image, &path, &route.to_string());
         let straddlers: Vec<_> = image.tensors().filter(|tensor| tensor.parts().len() > 1).map(|t| t.name().to_owned()).collect();
-        assert_eq!(straddlers, ["embed"], "only the tensor of 3.2 MB exceeds a segment of 2 MiB");
+        assert_eq!(straddlers, ["embed"], "only the tensor of 3.2 MB should be split across segments of 2 MiB");
         loader.shutdown().await.unwrap();
     }
     let loader = Loader::builder().load_options(LoadOptions::new().layout(Layout::Tensors)).build().unwrap();
@@ -379,7 +379,7 @@ async fn gguf_tensors_load_whole_selected_or_sharded() {
         let data = write_gguf(&parts[0], ["q", "n"], blocks);
         write_gguf(&parts[1], ["q2", "n2"], blocks);
         let image = loader.load(&parts[0]).await.unwrap();
-        assert_eq!(image.files().len(), 2, "the other part is loaded as well");
+        assert_eq!(image.files().len(), 2, "the other part must be loaded as well");
         let q = image.tensor("q").unwrap();
         assert_eq!((q.dtype(), q.shape()), (DType::Q8_0, &[32 * blocks][..]));
         assert_same(&q.bytes().unwrap(), &data[0], "q");

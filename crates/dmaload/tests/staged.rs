@@ -442,7 +442,7 @@ async fn load_dropped_while_populating_leaks_nothing() {
         assert_same(&image.files()[0].bytes().unwrap(), &bytes, "the next load");
         drop(image);
         let memory = loader.clone();
-        loader.shutdown().await.expect("no memory is leaked");
+        loader.shutdown().await.expect("no memory should be leaked");
         // Another thread frees the memory, so wait for up to 5 s.
         for _ in 0..500 {
             if memory.memory_bytes() > 0 {

@@ -180,7 +180,7 @@ fn the_hanging_server() {
 
 static REPLACED: AtomicUsize = AtomicUsize::new(0);
 
-/// A subscriber that counts the events that report a replaced worker, in [`REPLACED`].
+/// A subscriber that counts, in [`REPLACED`], the events that report a replaced worker.
 struct Counts;
 
 impl Subscriber for Counts {
@@ -286,7 +286,7 @@ impl Plain {
             let load = loader.load(&self.files).start();
             let image = tokio::time::timeout(SOON, load).await;
             let image =
-                image.unwrap_or_else(|_| panic!("{what}: load {round} waits for a server: {:?}", loader_threads())).unwrap();
+                image.unwrap_or_else(|_| panic!("{what}: load {round} is waiting for a server: {:?}", loader_threads())).unwrap();
             assert_image(&image, &self.bytes, what);
         }
     }

@@ -77,7 +77,7 @@ async fn manifest_has_the_checksums_of_its_chunks() {
 async fn load_until_error(loader: &Loader, path: &Path, options: LoadOptions) -> (u64, Error) {
     let (mut handed_out, mut segments) = (0, loader.load(path).options(options).segments());
     loop {
-        match segments.next().await.expect("the load fails before yielding all segments") {
+        match segments.next().await.expect("the load should fail before yielding all segments") {
             Ok(segment) => handed_out = segment.file_range().end,
             Err(error) => return (handed_out, error),
         }
@@ -149,8 +149,8 @@ async fn wrong_length_or_unlisted_file_fails_before_any_read() {
     let [a, b] = ["a", "b"].map(|name| file(folder.path(), name, &random_bytes(SEGMENT + 1, 5)));
     let loader = loader();
     let manifest = manifest_of(&loader, std::slice::from_ref(&a), Algorithm::Xxh3).await;
-    // If the load has one file and the manifest has one entry, the file may have a different name
-    // from the entry's.
+    // If the load has one file and the manifest has one entry, the file's name may differ from the
+    // name in the entry.
     loader.load(&b).options(loader.load_options().verify(manifest.clone())).await.unwrap();
     let read_bytes = loader.metrics().read_bytes;
     assert_eq!(read_bytes, 2 * (SEGMENT as u64 + 1));
@@ -159,7 +159,7 @@ async fn wrong_length_or_unlisted_file_fails_before_any_read() {
     std::fs::OpenOptions::new().write(true).open(&a).unwrap().set_len(SEGMENT as u64).unwrap();
     let error = loader.load(&a).options(loader.load_options().verify(manifest)).await.unwrap_err();
     assert_eq!(error, Error::WrongLength { path: a, bytes: SEGMENT as u64, expected_bytes: SEGMENT as u64 + 1 });
-    assert_eq!(loader.metrics().read_bytes, read_bytes, "refused loads read nothing");
+    assert_eq!(loader.metrics().read_bytes, read_bytes, "refused loads must read nothing");
 }
 
 #[tokio::test]

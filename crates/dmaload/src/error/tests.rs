@@ -155,7 +155,7 @@ fn refused_memory_names_the_limit() {
     for step in ["reserve addresses", "map memory", "move a mapping", "allocate a staging buffer"] {
         assert!(hint_for("memfd", step, Errno::ENOMEM).contains("ulimit -v"), "{step}");
     }
-    for step in ["populate memory", "put 2 MiB pages under memory", "allocate a dma-buf"] {
+    for step in ["populate memory", "use 2 MiB pages for memory", "allocate a dma-buf"] {
         let hint = hint_for("memfd", step, Errno::ENOMEM);
         assert!(hint.contains("memory.max") && !hint.contains("ulimit -v"), "{step}: {hint}");
     }

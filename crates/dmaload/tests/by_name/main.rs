@@ -1,4 +1,4 @@
-//! Tests for requests of tensors by name. A tensor is available as soon as its bytes are loaded,
+//! Tests for requesting tensors by name. A tensor is available as soon as its bytes are loaded,
 //! even if the rest of the load is held back.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
@@ -120,7 +120,7 @@ async fn load_is_finished_once_its_last_segment_arrives() {
     let load = Loader::new().unwrap().load(&path).options(options().observer(gate.clone())).start();
     in_time("the first tensor", load.tensor("t0")).await.unwrap();
     tokio::time::sleep(QUIET_TIME).await;
-    assert!(!load.is_finished(), "a load is not finished while its last segment is held back");
+    assert!(!load.is_finished(), "a load must not be finished while its last segment is held back");
     gate.open();
     let finished = async {
         while !load.is_finished() {
@@ -130,7 +130,7 @@ async fn load_is_finished_once_its_last_segment_arrives() {
     in_time("the end of the load", finished).await;
     let mut load = Box::pin(load.finish());
     let image = poll(load.as_mut(), Waker::noop());
-    assert!(matches!(image, Poll::Ready(Ok(_))), "a finished load returns its image at the first poll");
+    assert!(matches!(image, Poll::Ready(Ok(_))), "a finished load must return its image at the first poll");
     // A failed load is finished, too.
     let load = Loader::new().unwrap().load(folder.path().join("missing")).start();
     let finished = async {
@@ -195,7 +195,7 @@ async fn tensor_shard_waits_for_its_middle_rows() {
     let a1 = in_time("a one-dimensional tensor", load.tensor("a1")).await.unwrap();
     in_time("the other one-dimensional tensor", load.tensor("a2")).await.unwrap();
     assert!(a1.file().tensor("b").is_none() && a1.file().tensors().all(|tensor| tensor.name() == "a1"));
-    assert!(is_pending(load.tensor("b")).await, "memory for the middle rows is not allocated yet");
+    assert!(is_pending(load.tensor("b")).await, "`b` must not arrive before memory for its middle rows is allocated");
     gate.open();
     let b = in_time("all rows", load.tensor("b")).await.unwrap();
     let expected: Vec<u8> = data[1000..8_193_000].chunks(2048).flat_map(|row| row[..1024].to_vec()).collect();
@@ -217,8 +217,8 @@ async fn tensor_arrives_before_the_load_ends() {
             check(&in_time("a tensor", load.tensor(&format!("t{number}"))).await.unwrap(), number, &bytes);
         }
         let name = format!("t{last}");
-        assert!(is_pending(load.tensor(&name)).await, "{route}: the last segment is held back");
-        assert!(is_pending(load.tensor("t10")).await, "{route}: t10 also needs the last segment");
+        assert!(is_pending(load.tensor(&name)).await, "{route}: {name} must not arrive while the last segment is held back");
+        assert!(is_pending(load.tensor("t10")).await, "{route}: t10 must not arrive, because it needs the last segment, too");
         // The header has been read, so unknown names are an error at once.
         for unknown in ["t12", "", "T0"] {
             let error = in_time("an error", load.tensor(unknown)).await.unwrap_err();
@@ -304,10 +304,10 @@ async fn index_resolves_a_tensor_before_all_headers_are_read() {
     file(folder.path(), "model.safetensors.index.json", format!(r#"{{"weight_map":{{{entries}}}}}"#).as_bytes());
     let gate = Gate::before(1, 0);
     let load = Loader::new().unwrap().load(folder.path()).options(options().observer(gate.clone())).start();
-    check(&in_time("a tensor of the first file", load.tensor("t5")).await.unwrap(), 5, &first);
+    check(&in_time("a tensor in the first file", load.tensor("t5")).await.unwrap(), 5, &first);
     assert!(is_pending(load.tensor("t6")).await && is_pending(load.tensor("none")).await);
     gate.open();
-    let tensor = in_time("a tensor of the second file", load.tensor("t6")).await.unwrap();
+    let tensor = in_time("a tensor in the second file", load.tensor("t6")).await.unwrap();
     assert_eq!((tensor.bytes().unwrap().len(), tensor.file().path()), (64, folder.path().join(b).as_path()));
     assert!(matches!(in_time("an error", load.tensor("none")).await, Err(Error::NoSuchTensor(_))));
     let image = load.await.unwrap();
@@ -377,7 +377,7 @@ fn threads_wait_for_tensors_without_a_runtime() {
     // The header has been read, so the unknown name fails at once.
     let (number, missing) = receiver.recv_timeout(PATIENCE).unwrap();
     assert_eq!((number, missing.unwrap_err()), (TENSORS, Error::NoSuchTensor(format!("t{TENSORS}"))));
-    assert!(receiver.recv_timeout(QUIET_TIME).is_err(), "no tensor is complete yet");
+    assert!(receiver.recv_timeout(QUIET_TIME).is_err(), "a tensor arrived while its bytes were held back");
     gate.open();
     for _ in 0..TENSORS {
         let (number, tensor) = receiver.recv_timeout(PATIENCE).unwrap();
@@ -396,7 +396,7 @@ async fn load_starts_only_when_its_request_is_consumed() {
     drop(request.start());
     assert_eq!(loader.metrics().loads_started, 1);
     let future = loader.load(&path).into_future();
-    assert_eq!(loader.metrics().loads_started, 2, "the load starts before the first poll");
+    assert_eq!(loader.metrics().loads_started, 2, "the load must start before the first poll");
     in_time("the image", future).await.unwrap();
     let refused = loader.load(dmaload::Source::from([&path, &path]).range(0..8)).await.unwrap_err();
     assert!(matches!(refused, Error::Config(_)), "{refused}");

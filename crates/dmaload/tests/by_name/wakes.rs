@@ -150,7 +150,7 @@ fn segment_wakes_only_tasks_whose_tensor_it_completes() {
             break;
         }
     }
-    assert!(bytes.len() as u64 > 9 * SEGMENT, "the model has many segments");
+    assert!(bytes.len() as u64 > 9 * SEGMENT, "the model must have many segments");
     for (number, task) in tasks.iter().enumerate() {
         let tensor = task.tensor.as_ref().unwrap();
         assert_same(&tensor.bytes().unwrap(), &bytes[data_start + number * BYTES..][..BYTES], tensor.name());

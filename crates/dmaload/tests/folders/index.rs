@@ -6,8 +6,8 @@ use dmaload::{Error, Format, Layout, Result};
 use crate::common::{self, folder};
 use crate::{A, B, INDEX, index, loaders, names, st, value_of, write_files};
 
-/// Returns test cases. Each has the files in a folder, several of which contain a tensor `w`, the
-/// value of the `w` that the index selects, and the names of all tensors.
+/// Returns test cases. Each has the files in a folder, the value of the tensor `w` that the index
+/// selects, and the names of all tensors. Several of the files contain a tensor `w`.
 fn overlays() -> Vec<(Vec<(&'static str, Vec<u8>)>, u8, &'static [&'static str])> {
     let (over, sub) = ("model-overlay-00001.safetensors", "sub/a.safetensors");
     vec![
@@ -55,7 +55,7 @@ async fn index_decides_between_two_tensors_of_one_name() {
                     assert_eq!(value_of(image, other), 9, "{other}");
                 }
                 let own = image.files().iter().filter_map(|file| file.tensor("w")).count();
-                assert_eq!(own, 1, "only the file that the index names has a tensor `w`");
+                assert_eq!(own, 1, "only the file that the index names for `w` must provide this tensor");
             }
             let load = loader.load(folder.path()).start();
             for name in all.iter().rev() {
@@ -79,7 +79,7 @@ async fn index_decides_between_two_tensors_of_one_name() {
                     seen.push(tensor.name().to_owned());
                 }
                 seen.sort();
-                assert_eq!(seen, expected, "each tensor is yielded exactly once");
+                assert_eq!(seen, expected, "each tensor must be yielded exactly once");
             }
         }
     }
@@ -181,8 +181,8 @@ async fn selection_needs_only_the_files_its_index_names() {
             assert_eq!((value_of(&by_name, "c.w"), by_name.files().len()), (3, 1));
             assert!(loader.load(folder.path()).options(loader.load_options().tensors(["*.w"])).await.is_err());
             assert!(loader.load(folder.path()).await.is_err());
-            // A tensor that the index does not list may be in any file, so all files are read. The
-            // second file must therefore not be the one that is not a model.
+            // A tensor that the index does not list may be in any file, so all files are read.
+            // These checks are therefore skipped if the second file is not a model.
             if number < 2 {
                 let extra = loader.load(folder.path()).options(loader.load_options().tensors(["extra"])).await.unwrap();
                 assert_eq!(value_of(&extra, "extra"), 4);

@@ -52,7 +52,7 @@ fn gguf(keys: &[(&str, u16)], tensors: &[(&str, u8)]) -> Vec<u8> {
     bytes
 }
 
-/// Returns one part of a split GGUF model. Its `number` is counted from 0. Its metadata claims
+/// Returns one part of a split GGUF model. `number` is counted from 0. The part's metadata claims
 /// that the model has `count` parts and `all` tensors.
 fn part(number: u16, count: u16, all: u16, tensors: &[(&str, u8)]) -> Vec<u8> {
     gguf(&[("split.no", number), ("split.count", count), ("split.tensors.count", all)], tensors)
@@ -125,13 +125,13 @@ async fn unindexed_tensor_in_two_files_is_an_error() {
                 let error = loader.load(folder.path()).options(options.clone()).await.unwrap_err();
                 assert!(matches!(&error, Error::DuplicateTensor { tensor: found, .. } if found == tensor), "{error}");
                 let load = loader.load(folder.path()).options(options).start();
-                assert_eq!(load.tensor(tensor).await.unwrap_err(), error, "neither tensor is returned");
+                assert_eq!(load.tensor(tensor).await.unwrap_err(), error, "neither tensor must be returned");
                 assert!(both.iter().all(|name| error.to_string().contains(name)), "{error}");
             }
         }
         let inspected = dmaload::inspect_model(folder.path(), Format::Auto).await.unwrap_err();
         assert!(matches!(inspected, Error::DuplicateTensor { .. }), "{inspected}");
-        // Each file on its own loads as a model.
+        // Each of these files can be loaded on its own.
         if tensor == "a" {
             for (name, _) in &files {
                 assert_eq!(loaders()[0].load(folder.path().join(name)).await.unwrap().tensors().count(), 1);
@@ -162,7 +162,7 @@ async fn files_listed_by_path_may_share_tensor_names() {
                 let (by_name, both) = (load.tensor("b").await.unwrap(), load.tensor("w").await);
                 assert_eq!(by_name.bytes().unwrap(), vec![3; 64]);
                 let image = load.await.unwrap();
-                assert_eq!(value_of(&image, "b"), 3, "only one file contains a tensor with this name");
+                assert_eq!(value_of(&image, "b"), 3, "the only tensor with this name must be returned");
                 let error = image.tensor("w").unwrap_err();
                 assert_eq!(both.unwrap_err(), error);
                 assert!(matches!(&error, Error::AmbiguousTensor { paths: found, .. } if found.len() == asked.len()), "{error}");
@@ -196,7 +196,7 @@ async fn safetensors_file_loads_alone_but_gguf_part_does_not() {
         let alone = loader.load(&part_alone).options(loader.load_options().as_one_file(true)).await.unwrap();
         assert_eq!(names(&alone), ["c"]);
         let error = loader.load(folder.path().join("x-00001-of-00002.gguf")).await.unwrap_err();
-        assert!(matches!(error, Error::File { .. }), "a wrong path is not reported as a missing part: {error}");
+        assert!(matches!(error, Error::File { .. }), "a wrong path must not be reported as a missing part: {error}");
     }
 }
 

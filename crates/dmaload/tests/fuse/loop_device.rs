@@ -77,8 +77,8 @@ fn attach(file: &Path) -> Result<String, String> {
     Ok(String::from_utf8(output.stdout).unwrap().trim().to_owned())
 }
 
-/// The file system is local but its device is not: if the loop device's queue is full, a read
-/// blocks inside `io_uring_enter`.
+/// The file system is local, but the storage behind its loop device is not. If the device's queue
+/// is full, a read blocks inside `io_uring_enter`.
 #[tokio::test]
 async fn silent_loop_device_does_not_stop_other_file_systems() {
     if !may_mount() {
@@ -117,7 +117,7 @@ async fn silent_loop_device_does_not_stop_other_file_systems() {
             assert!(ended.is_err(), "{route}: the server answered");
         }
         let ended = tokio::time::timeout(Duration::from_secs(20), loader.load(&plain)).await;
-        let image = ended.unwrap_or_else(|_| panic!("{route}: another load waits for the silent device")).unwrap();
+        let image = ended.unwrap_or_else(|_| panic!("{route}: another load is waiting for the silent device")).unwrap();
         assert_same(&image.files()[0].bytes().unwrap(), &first, &route.to_string());
         loader.shutdown().await.unwrap_err();
     }

@@ -66,7 +66,7 @@ async fn refused_first_direct_read_steps_down() {
         assert_eq!(read_refused, route.is_direct(), "{route}: {:?}", report.fallbacks);
         let strict = loader.load(&mounted.path).options(loader.load_options().route(route).strict(true)).await;
         match strict {
-            Ok(_) => assert_eq!(route, Route::Buffered, "every other route is refused"),
+            Ok(_) => assert_eq!(route, Route::Buffered, "every other route must be refused"),
             Err(error) => {
                 assert!(matches!(error, Error::Refused { errno: Errno::EINVAL | Errno::EOPNOTSUPP, .. }), "{route}: {error}");
             }
@@ -128,7 +128,7 @@ async fn more_threads_read_from_a_distant_server() {
     let small = Mounted::with_bytes(SEGMENT, Manners::AnswersFromAfar(Duration::from_millis(10))).unwrap();
     let image = loader.load(&small.path).await.unwrap();
     assert_same(&image.files()[0].bytes().unwrap(), &small.bytes, "small");
-    assert_eq!(small.reads.most.load(Ordering::SeqCst), 4, "the server has not been measured yet");
+    assert_eq!(small.reads.most.load(Ordering::SeqCst), 4, "only four threads should read before the server has been measured");
     for _ in 0..2 {
         let image = loader.load(&mounted.path).await.unwrap();
         assert_same(&image.files()[0].bytes().unwrap(), &mounted.bytes, "large");
@@ -195,8 +195,8 @@ async fn read_error_names_the_file_and_the_offset() {
     }
 }
 
-/// Lazily pulled container images are mounted this way. Threads read them, because after a short
-/// answer from the FUSE server a ring could return the same bytes twice.
+/// Lazily pulled container images are mounted this way. Threads read the files, because a ring
+/// could return the same bytes twice after a short answer from the FUSE server.
 #[tokio::test]
 async fn overlay_over_fuse_loads_the_same_bytes_by_every_route() {
     for most in [100_001, 65_535, 12_288] {
@@ -262,13 +262,14 @@ async fn rewrite_is_noticed_despite_cached_attributes() {
 #[tokio::test]
 async fn earlier_rewrite_is_not_a_change_despite_cached_attributes() {
     for route in ROUTES {
-        // The attributes of a small file are read before it is opened, those of a large one after.
+        // The attributes of a small file are read before it is opened, those of a large one
+        // afterwards.
         for bytes in [BYTES, 70_000] {
             let Some(mounted) = Mounted::with_bytes(bytes, Manners::IsRewrittenAt(usize::MAX)) else { return };
             let cached = std::fs::metadata(&mounted.path).unwrap().modified().unwrap();
             mounted.rewritten.store(true, Ordering::SeqCst);
             let modified = std::fs::metadata(&mounted.path).unwrap().modified().unwrap();
-            assert_eq!(modified, cached, "the kernel still reports cached attributes");
+            assert_eq!(modified, cached, "the kernel should still report cached attributes");
             let loader = loader().load_options(options().route(route)).build().unwrap();
             let image = loader.load(&mounted.path).await.unwrap();
             assert_same(&image.files()[0].bytes().unwrap(), &mounted.other_bytes, &format!("{route}, {bytes} bytes"));

@@ -1,4 +1,4 @@
-//! Tests for servers that do not answer. Each server runs in its own process.
+//! Tests for silent servers, which do not answer. Each server runs in its own process.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -90,8 +90,9 @@ async fn shutdown_with_a_silent_server_ends_and_reports_leaks() {
         let last = if route == Route::Bounce { pieces } else { pieces - 1 };
         let expected = [pieces * SEGMENT, last * SEGMENT + 4096].map(|bytes| (bytes + staged) as u64);
         assert!(expected.contains(&leaked.bytes), "{route}: {leaked}");
-        let ended =
-            tokio::time::timeout(Duration::from_secs(5), load.finish()).await.expect("a load ends when its loader shuts down");
+        let ended = tokio::time::timeout(Duration::from_secs(5), load.finish())
+            .await
+            .expect("a load should fail when its loader shuts down");
         assert!(matches!(ended, Err(Error::ShutDown)), "{route}: {ended:?}");
     }
 }
@@ -122,7 +123,8 @@ async fn silent_file_system_does_not_stop_other_file_systems() {
     }
 }
 
-/// A file system has a single share, no matter how many loads from it wait for a silent server.
+/// Each file system has one share of the loader's resources, no matter how many of its loads wait
+/// for a silent server.
 #[tokio::test]
 async fn many_silent_loads_do_not_stop_other_file_systems() {
     if !may_mount() {
@@ -158,7 +160,7 @@ async fn many_silent_loads_do_not_stop_other_file_systems() {
             let image = ended.unwrap_or_else(|_| panic!("{what}: a load waits for the silent servers")).unwrap();
             assert_same(&image.files()[0].bytes().unwrap(), &bytes, &what);
         }
-        // Dropped loads with reads in flight do not stop others either.
+        // Dropped loads with reads in flight do not stop other loads, either.
         silent.truncate(1);
         for path in &plain {
             let ended = tokio::time::timeout(Duration::from_secs(20), loader.load(path)).await;
@@ -169,8 +171,8 @@ async fn many_silent_loads_do_not_stop_other_file_systems() {
     }
 }
 
-/// Silent loads use up `max_open_loads`. After 5 to 10 s without data, they no longer count as
-/// open while another load waits.
+/// Loads from a silent server use up `max_open_loads`. After 5 to 10 s without data, they no
+/// longer count as open while another load waits.
 #[tokio::test]
 async fn silent_loads_do_not_keep_all_open_load_places() {
     if !may_mount() {
@@ -183,7 +185,7 @@ async fn silent_loads_do_not_keep_all_open_load_places() {
     let loader = loader().max_open_loads(20).shutdown_timeout(Duration::from_millis(300)).build().unwrap();
     let silent: Vec<_> = (0..20).map(|_| loader.load(&server.path).start()).collect();
     let ended = tokio::time::timeout(Duration::from_secs(40), loader.load(&plain)).await;
-    let image = ended.expect("silent loads do not count as open").unwrap();
+    let image = ended.expect("loads from a silent server should not count as open").unwrap();
     assert_same(&image.files()[0].bytes().unwrap(), &bytes, "a load next to silent loads");
     // Dropped loads with reads in flight do not count as open, either.
     drop(silent);
@@ -218,7 +220,7 @@ async fn dropped_silent_load_cancels_reads_that_have_not_started() {
     wait_for(1..=4).await;
     let leaked = loader.shutdown().await.unwrap_err();
     assert_eq!(leaked.threads, 4, "{leaked}");
-    assert!(leaked.bytes <= SEGMENT as u64, "only the piece that the four reads belong to is leaked: {leaked}");
+    assert!(leaked.bytes <= SEGMENT as u64, "only the piece that the four reads belong to should be leaked: {leaked}");
 }
 
 /// The final check of a file requests its attributes from the server. This can block a worker
@@ -246,7 +248,7 @@ async fn server_silent_about_attributes_holds_one_worker() {
         let image = ended.expect("another load waits for the silent server").unwrap();
         assert_same(&image.files()[0].bytes().unwrap(), &bytes, "another load");
         let leaked = loader.shutdown().await.unwrap_err();
-        assert_eq!((leaked.bytes, leaked.threads), (0, 1), "no read is in flight, and one worker hangs");
+        assert_eq!((leaked.bytes, leaked.threads), (0, 1), "no memory should be leaked, and only one worker should hang");
         assert!(matches!(load.finish().await, Err(Error::ShutDown)));
     }
 }

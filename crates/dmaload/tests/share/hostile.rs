@@ -123,9 +123,12 @@ fn hostile_clients_do_not_stall_other_users() {
                     }
                 }
             }
-            println!("{hostility:?} by user {hostile}: {} kept, the slowest honest client took {slowest:?}", kept.len());
+            println!(
+                "{hostility:?} by user {hostile}: {} connections kept, the slowest honest client took {slowest:?}",
+                kept.len()
+            );
             if slowest > Duration::from_secs(1) {
-                wrong.push(format!("{hostility:?} by user {hostile}: the slowest took {slowest:?}"));
+                wrong.push(format!("{hostility:?} by user {hostile}: the slowest honest client took {slowest:?}"));
             }
             let during = serving.descriptors();
             // A server that may open 128 descriptors accepts at most 64 connections (a half) from
@@ -251,7 +254,7 @@ fn clients_that_stop_responding_are_disconnected_in_time() {
         scope.spawn(|| {
             let started = Instant::now();
             let client = as_user(BOB, || connect_to(&socket));
-            assert_eq!(recv(&client, &mut [0; 64][..], RecvFlags::empty()).unwrap().0, 0, "a silent client is disconnected");
+            assert_eq!(recv(&client, &mut [0; 64][..], RecvFlags::empty()).unwrap().0, 0, "a silent client must be disconnected");
             assert!(in_time(started), "{:?}", started.elapsed());
         });
         scope.spawn(|| {

@@ -163,7 +163,7 @@ async fn stale_socket_is_replaced_and_other_files_stay() {
     let socket = folder.path().join("socket");
     // The socket of another program is kept while the program listens, and replaced afterwards.
     let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
-    assert!(Server::bind(&socket, ServerOptions::default()).is_err(), "the socket of a running program is not replaced");
+    assert!(Server::bind(&socket, ServerOptions::default()).is_err(), "the socket of a running program must not be replaced");
     drop(listener);
     drop(Server::bind(&socket, ServerOptions::default()).unwrap());
     let raw = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
@@ -326,7 +326,7 @@ async fn hoarding_clients_delay_others_only_until_they_leave() {
     // Other clients of this user wait until these clients close their connections. Clients of
     // other users would not have to wait.
     let waiting = tokio::time::timeout(Duration::from_millis(300), attach(&socket, default_options())).await;
-    assert!(waiting.is_err(), "the user already has as many receivers as allowed");
+    assert!(waiting.is_err(), "the client must wait, because its user has as many receivers as allowed");
     drop(hoards);
     assert_same_image(&image, &attach(&socket, default_options()).await.unwrap().image);
 }

@@ -83,7 +83,7 @@ impl Role<'_> {
         child
     }
 
-    /// Runs the process and returns the last line with a digest or an error that it prints.
+    /// Runs the process and returns the last line it prints that starts with `digest` or `error`.
     pub(crate) fn outcome(&self, socket: &Path) -> String {
         let output = self.start(socket).wait_with_output().unwrap();
         let text = String::from_utf8_lossy(&output.stdout).into_owned();

@@ -39,12 +39,12 @@ async fn other_users_are_refused_unless_they_are_allowed() {
     let closed = place.path().join("closed");
     let server = Server::bind(&closed, ServerOptions::default()).unwrap();
     server.publish("model", image.clone()).unwrap();
-    assert_eq!(run_as(65534, &closed), "", "only the owner can connect");
+    assert_eq!(run_as(65534, &closed), "", "only the owner should be able to connect");
     let open = place.path().join("open");
     let server = Server::bind(&open, ServerOptions::default().allow_user(65533)).unwrap();
     server.publish("model", image).unwrap();
-    assert_eq!(run_as(65534, &open), "3 0", "the user is refused and receives no descriptors");
-    assert_eq!(run_as(65533, &open), "0 1", "the user is allowed");
+    assert_eq!(run_as(65534, &open), "3 0", "the user should be refused and receive no descriptors");
+    assert_eq!(run_as(65533, &open), "0 1", "the user should be allowed to attach");
     assert_eq!(fs::metadata(&closed).unwrap().permissions().mode() & 0o777, 0o600);
 }
 
@@ -64,7 +64,7 @@ fn connection_error_suggests_a_remedy() {
     }
 }
 
-/// In a user namespace, the kernel reports the peer's user by its id in that namespace. All
+/// In a user namespace, the kernel reports the id that the peer's user has in that namespace. All
 /// unmapped users have the overflow id, 65534.
 #[test]
 fn clients_trust_their_own_user_and_those_they_name() {
