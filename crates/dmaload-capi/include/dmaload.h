@@ -21,7 +21,7 @@
 
 /*
  For `dmaload_options.flags`: fail if the best way to read the file is refused, instead of
- falling back to the next one and recording that in the report.
+ falling back to a slower one and recording that in the report.
  */
 #define DMALOAD_STRICT 2
 
@@ -64,7 +64,7 @@
 #define DMALOAD_FINISHED 2
 
 /*
- A load, which `dmaload_start` creates and `dmaload_free` frees.
+ A load. It is created by `dmaload_start` and freed by `dmaload_free`.
  */
 struct dmaload_load;
 
@@ -137,7 +137,7 @@ struct dmaload_report {
      */
     uint64_t cpu_ns;
     /*
-     Number of bytes of the memory that are on 2 MiB pages; 0 if the kernel does not report page
+     Number of bytes of memory that are on 2 MiB pages; 0 if the kernel does not report page
      sizes.
      */
     uint64_t huge_page_bytes;
@@ -146,8 +146,8 @@ struct dmaload_report {
      */
     uint64_t segments;
     /*
-     Number of times that the load had to fall back to another way of reading; `text` describes
-     each of them.
+     Number of times that the load had to fall back to a slower way of reading; `text` describes
+     each fallback.
      */
     uint64_t fallbacks;
     /*

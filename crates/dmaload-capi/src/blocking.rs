@@ -109,7 +109,7 @@ pub(crate) unsafe fn collect_segments(started: Started, control: Control<'_>) ->
     Ok((all, Finished::new(report, cpu_before)))
 }
 
-/// Shuts down a loader that is not shared, after its load, and waits for its threads.
+/// Shuts down a loader after its only load, and waits for its threads.
 pub(crate) fn shut_down(loader: Loader) {
     // The load has finished, so no memory can leak and the result can be ignored.
     let _ = block_on(loader.shutdown());

@@ -170,8 +170,8 @@ mod tests {
     #[test]
     fn errno_of_every_variant_is_pinned() {
         let source = include_str!("../../dmaload/src/error.rs");
-        let body = source.split_once("pub enum Error {\n").expect("the source defines the enum").1;
-        let body = body.split_once("\n}\n").expect("the enum ends").0;
+        let body = source.split_once("pub enum Error {\n").expect("the source should define the enum").1;
+        let body = body.split_once("\n}\n").expect("the enum should end with a brace").0;
         let variant_on = |line: &'static str| {
             let name = line.strip_prefix("    ")?.split(|c: char| !c.is_alphanumeric()).next()?;
             name.starts_with(|c: char| c.is_uppercase()).then_some(name)

@@ -1,4 +1,4 @@
-//! Loads for event loops, which have an eventfd that is readable while a result is available.
+//! Loads for event loops. Each load has an eventfd that is readable while a result is available.
 
 use std::fmt;
 use std::ops::Range;
@@ -39,7 +39,7 @@ impl Wake for Event {
     }
 }
 
-/// A load, which `dmaload_start` creates and `dmaload_free` frees.
+/// A load. It is created by `dmaload_start` and freed by `dmaload_free`.
 #[allow(non_camel_case_types, reason = "the header uses this name")]
 pub struct dmaload_load {
     event: Arc<Event>,
@@ -164,7 +164,7 @@ impl dmaload_load {
         match &*self.state() {
             State::Finished { report } => Ok(report.as_ref().clone()),
             State::Failed(failure) => Err(failure.clone()),
-            State::Going { .. } => Err(Failure::new(Errno::INPROGRESS, "the load is not finished")),
+            State::Going { .. } => Err(Failure::new(Errno::INPROGRESS, "the load has not finished")),
         }
     }
 

@@ -14,7 +14,7 @@ use crate::failure::{Failure, Result};
 use crate::sized;
 use crate::types::{DMALOAD_DMA_BUF, DMALOAD_MEMFD, dmaload_progress, dmaload_report, dmaload_segment};
 
-/// A segment whose descriptor has not been handed to C yet.
+/// A segment whose descriptor has not been passed to C yet.
 #[derive(Debug)]
 pub(crate) struct OwnedSegment {
     fd: OwnedFd,

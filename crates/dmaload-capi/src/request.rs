@@ -161,7 +161,7 @@ fn options_for_window(window: u64) -> Result<LoadOptions> {
 /// Returns the loader for a load, and whether that loader was created for this load alone.
 ///
 /// # Safety
-/// The pointers in `options` are as the header requires.
+/// The pointers in `options` are valid as the header requires.
 pub(crate) unsafe fn loader_for(options: &dmaload_options) -> Result<(Loader, bool)> {
     // SAFETY: `options.loader` is null, or a loader that was not freed, as the caller guarantees.
     let Some(shared) = (unsafe { options.loader.as_ref() }) else {
@@ -199,8 +199,8 @@ pub(crate) fn start(loader: &Loader, file: OwnedFd, file_bytes: u64, options: &d
         other => return Err(Failure::invalid(format!("invalid priority {other}: use -1, 0 or 1"))),
     };
     let part = requested_range(file_bytes, options.file_offset, options.file_bytes)?;
-    // If the whole file was requested, no range is set, so that bytes are also loaded that the
-    // file gains before the load opens it.
+    // If the whole file was requested, no range is set. If the file then grows before the load
+    // opens it, the new bytes are loaded, too.
     let (part, wanted) = if part == (0..file_bytes) { (None, 0..u64::MAX) } else { (Some(part.clone()), part) };
     let strict = options.flags & DMALOAD_STRICT != 0;
     // Every file is loaded as raw bytes, regardless of its format.

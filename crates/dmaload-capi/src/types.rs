@@ -7,7 +7,7 @@ use std::ffi::{c_char, c_int, c_void};
 /// For `dmaload_options.flags`: allocate from the heap that `heap_fd` refers to.
 pub const DMALOAD_HEAP_FD: u64 = 1;
 /// For `dmaload_options.flags`: fail if the best way to read the file is refused, instead of
-/// falling back to the next one and recording that in the report.
+/// falling back to a slower one and recording that in the report.
 pub const DMALOAD_STRICT: u64 = 2;
 
 /// For `dmaload_options.layout`: divide the file into segments of `segment_bytes`, each of which
@@ -95,13 +95,13 @@ pub struct dmaload_report {
     pub copying_ns: u64,
     /// CPU time of the process during the load.
     pub cpu_ns: u64,
-    /// Number of bytes of the memory that are on 2 MiB pages; 0 if the kernel does not report page
+    /// Number of bytes of memory that are on 2 MiB pages; 0 if the kernel does not report page
     /// sizes.
     pub huge_page_bytes: u64,
     /// Number of segments.
     pub segments: u64,
-    /// Number of times that the load had to fall back to another way of reading; `text` describes
-    /// each of them.
+    /// Number of times that the load had to fall back to a slower way of reading; `text` describes
+    /// each fallback.
     pub fallbacks: u64,
     /// A line with the heap and the route, a line for each fallback with its reason, and other
     /// notes. Truncated to 1023 bytes, and terminated by a zero.

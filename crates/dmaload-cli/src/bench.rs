@@ -35,7 +35,7 @@ pub(crate) struct Arguments {
     /// Create a file of random weights of this size, and remove it afterwards.
     #[arg(long, value_parser = parse::bytes)]
     pub(crate) size: Option<u64>,
-    /// The folder in which to create files; by default, one on a disk, not in memory.
+    /// The folder in which to create files; by default, a folder on a disk, not in memory.
     #[arg(long)]
     pub(crate) dir: Option<PathBuf>,
     /// The modes to compare, separated by commas; normal and limit are always included [default:

@@ -12,8 +12,8 @@ use crate::manifests::Against;
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// A file, which is written unchanged, even if it is one of several files of a model; or a
-    /// folder, to write all files of its model.
+    /// The file to write, unchanged even if it belongs to a multi-file model; or a folder, to
+    /// write all files of the model in it.
     #[arg(value_name = "MODEL")]
     pub(crate) path: PathBuf,
     /// Write only the bytes of this tensor, and read little else. If a multi-file model has an

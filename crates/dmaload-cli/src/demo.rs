@@ -32,7 +32,7 @@ pub(crate) struct Arguments {
     /// The size of the model.
     #[arg(long, default_value = "1GiB", value_parser = parse::bytes)]
     pub(crate) size: u64,
-    /// The folder in which to create the model; by default, one on a disk, not in memory.
+    /// The folder in which to create the model; by default, a folder on a disk, not in memory.
     #[arg(long)]
     pub(crate) dir: Option<PathBuf>,
     /// The number of rounds, each with one conventional load and one with dmaload; medians are
@@ -86,7 +86,8 @@ fn engine_round(path: &Path) -> Result<(Image, Used)> {
     Ok((image, Used::since(cpu_before)))
 }
 
-/// Touches `len` bytes of memory, as many as a load needs, and returns them to the kernel.
+/// Allocates and touches `len` bytes of memory, and then returns them to the kernel. The module's
+/// documentation says why.
 fn warm_memory(len: u64) -> Result<()> {
     let len = usize::try_from(len)?;
     drop(MmapOptions::new().len(len).populate().map_anon()?);

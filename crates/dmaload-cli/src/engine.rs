@@ -11,8 +11,8 @@ use dmaload::{Cache, Error, Format, Layout, LoadOptions, Loader, LoaderBuilder, 
 
 use crate::{errors, parse};
 
-/// The maximum number of open loads under a memory limit. The library divides the limit by this
-/// number to bound the size of a segment.
+/// The maximum number of open loads if `--memory-limit` is set. The library divides the limit by
+/// this number to bound the size of a segment.
 const MEMORY_PARTS: usize = 4;
 
 /// Options for a loader and its loads.
@@ -46,9 +46,9 @@ pub(crate) struct EngineArguments {
     /// Maximum memory that is allocated but not yet filled: at least a segment [default: 128MiB].
     #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
     pub(crate) window: Option<u64>,
-    /// Maximum memory that segments may occupy at once, whether being filled or in use: a load
-    /// that needs more fails before it reads, and `cat` stays within the limit [default: no
-    /// limit].
+    /// Maximum memory that segments may occupy at once, including those that are still being
+    /// filled. A load that needs more fails before it reads anything; `cat` stays within the limit
+    /// [default: no limit].
     #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
     pub(crate) memory_limit: Option<u64>,
     /// The size of one read: a multiple of 64 KiB [default: 2MiB].
@@ -66,8 +66,8 @@ pub(crate) struct EngineArguments {
     /// on network file systems, buffered reads; it measures them during large loads.
     #[arg(long, default_value = "auto")]
     pub(crate) route: RouteChoice,
-    /// What to optimize for if no route is set: speed; or cpu, which takes less CPU time, with
-    /// direct reads and without copies.
+    /// What to optimize for if no route is set: speed, or cpu, which saves CPU time by using
+    /// direct reads without copies.
     #[arg(long, default_value = "speed", value_name = "speed|cpu")]
     pub(crate) prefer: Prefer,
     /// Fail if the starting route is refused, instead of falling back to another.
@@ -80,12 +80,13 @@ pub(crate) struct EngineArguments {
     /// How to interpret the files' bytes: auto, safetensors, gguf, raw.
     #[arg(long, default_value = "auto")]
     pub(crate) format: Format,
-    /// If files of a model are missing, load the others instead of failing.
+    /// If some files of a model are missing, load the files that exist instead of failing.
     #[arg(long)]
     pub(crate) allow_missing: bool,
 }
 
-/// Parses `--heap`. The library's `dma-buf` is the flag `--dma-buf` here.
+/// Parses `--heap`. Rejects `dma-buf`, which the library accepts as the name of a heap, because
+/// the command has the flag `--dma-buf` for it.
 pub(crate) fn heap_choice(name: &str) -> std::result::Result<HeapChoice, String> {
     match name.parse() {
         Err(_) | Ok(HeapChoice::DmaBuf) => {

@@ -1,5 +1,5 @@
-//! Formats errors for the command line, with their causes, hints and the files that they concern.
-//! Flags replace the names of library functions and options.
+//! Formats errors for the command line: adds causes, hints and file names, and replaces the names
+//! of library functions and options with flags.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -88,8 +88,8 @@ pub(crate) fn escape(message: &str) -> impl fmt::Display {
     })
 }
 
-/// Adds the names of the files being loaded to a library error that names no file, such as one
-/// about memory.
+/// Adds the name of the first file being loaded, and the number of further files, to a library
+/// error that names no file, such as an allocation failure.
 pub(crate) fn with_files(error: dmaload::Error, paths: &[PathBuf]) -> anyhow::Error {
     let concerns_machine = matches!(
         error.kind(),

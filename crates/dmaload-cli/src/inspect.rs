@@ -1,4 +1,4 @@
-//! `dmaload inspect`: shows the headers of a file or of all files of a model.
+//! `dmaload inspect`: shows the headers of a file or of all files in a model.
 
 use std::io::Write;
 use std::path::PathBuf;

@@ -1,7 +1,8 @@
-//! The command `dmaload`, which loads model files, in the form of a function.
+//! The command `dmaload`, which loads model files.
 //!
-//! The program `dmaload` and `python -m dmaload` both call [`run`]. This crate is not meant as a
-//! library: it takes arguments and returns an exit status, both documented in docs/cli.md.
+//! The program `dmaload` and `python -m dmaload` both call [`run`], which takes the command line's
+//! arguments and returns an exit status. Both are documented in docs/cli.md. This crate is not
+//! meant to be used as a library.
 
 mod args;
 mod attach;
@@ -42,7 +43,7 @@ use status::{FAILURE, SUCCESS, USAGE};
 /// Runs the command with these arguments, the first of which is the program's name, and returns
 /// its exit status. A running `serve` does not return: SIGINT or SIGTERM ends the process.
 ///
-/// `program` is the command that starts this program again, for the child processes of `bench`;
+/// `program` is the command with which `bench` starts this program again in its child processes.
 /// `None` means the executable of this process.
 pub fn run(arguments: impl IntoIterator<Item = OsString>, program: Option<Vec<OsString>>) -> u8 {
     let command_line: Vec<OsString> = arguments.into_iter().collect();
@@ -104,7 +105,8 @@ fn report(message: &str, hint: Option<&str>, status: u8, wants_json: bool) {
     }
 }
 
-/// Prints help and version, which are not errors, or reports wrong usage.
+/// Handles an error from clap: prints the help or version that the user asked for, or reports
+/// wrong usage.
 fn report_usage(error: &clap::Error, command_line: &[OsString]) -> u8 {
     if !error.use_stderr() {
         return match error.print() {

@@ -85,7 +85,7 @@ pub(crate) struct Arguments {
     pub(crate) exec: Vec<OsString>,
 }
 
-/// The rank, or where to read it.
+/// The value of `--rank`: the rank itself, or where to read it from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Rank {
     Number(u32),

@@ -1,4 +1,4 @@
-//! Records and reads manifests and checksums that files are verified against.
+//! Records manifests, and reads the manifests and checksums that files are verified against.
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -21,7 +21,7 @@ pub(crate) async fn record_manifest(
     while let Some(segment) = segments.next().await {
         drop(segment?);
     }
-    let report = segments.report().expect("a stream that has ended without an error has a report");
+    let report = segments.report().expect("a stream that has ended without an error should have a report");
     Ok(recorder.manifest(report))
 }
 

@@ -1,8 +1,8 @@
 //! The command's standard output: text, or one JSON object.
 //!
-//! All output except help goes through [`stdout`], so that errors such as a full disk behind a
-//! redirection name "standard output". The lint `clippy::disallowed_methods` forbids other access
-//! to standard output. JSON written there goes through [`json`] or [`escape`].
+//! Everything except help is printed through [`stdout`], which adds "standard output" to errors
+//! such as a full disk. The lint `clippy::disallowed_methods` forbids other access to standard
+//! output. Printed JSON must be escaped with [`json`] or [`escape`].
 
 use std::io::{self, StdoutLock, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,7 +16,7 @@ use serde_json::Value;
 #[error("cannot write to standard output: {}", Named(.0))]
 struct OutputError(io::Error);
 
-/// Standard output, with errors that name it.
+/// Standard output. Adds "standard output" to errors from writing.
 #[derive(Debug)]
 pub(crate) struct Stdout(StdoutLock<'static>);
 
@@ -26,8 +26,8 @@ pub(crate) fn stdout() -> Stdout {
     Stdout(io::stdout().lock())
 }
 
-/// Adds "standard output" to an error. Keeps the kind, by which [`crate::errors::is_closed_pipe`]
-/// recognizes a closed pipe.
+/// Adds "standard output" to an error. Keeps the error's kind, because
+/// [`crate::errors::is_closed_pipe`] recognizes a closed pipe by it.
 fn name_error(error: io::Error) -> io::Error {
     io::Error::new(error.kind(), OutputError(error))
 }

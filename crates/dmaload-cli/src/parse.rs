@@ -2,7 +2,7 @@
 
 use bytesize::ByteSize;
 
-/// Parses `START..END`, two sizes as [`bytes`] parses them.
+/// Parses `START..END`. Both are parsed by [`bytes`].
 pub(crate) fn range(text: &str) -> Result<(u64, u64), String> {
     let parsed = text.split_once("..").and_then(|(start, end)| Some((bytes(start).ok()?, bytes(end).ok()?)));
     parsed.filter(|(start, end)| start < end).ok_or_else(|| format!("invalid byte range {text:?}: write it like 1MiB..2MiB"))

@@ -9,7 +9,7 @@ use dmaload_bench::scratch::ScratchFile;
 use dmaload_bench::synth::Model;
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// Returns whether standard error is not a terminal, so that a progress bar would not be visible.
+/// Returns whether standard error is not a terminal. If so, no progress bar is shown.
 pub(crate) fn is_quiet() -> bool {
     !std::io::stderr().is_terminal()
 }

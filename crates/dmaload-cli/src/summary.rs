@@ -31,8 +31,8 @@ fn memory(report: &Report) -> String {
     format!("{}, {} ({}{shared})", report.heap, report.layout, counted(report.segments, "segment"))
 }
 
-/// Returns whether this process read the bytes. Those of an attached image were read by another
-/// process.
+/// Returns whether this process read the bytes. The bytes of an attached image were read by
+/// another process.
 fn were_read(report: &Report) -> bool {
     report.bytes == 0 || !report.reading.is_zero() || !report.from_cache.is_zero()
 }
@@ -42,7 +42,7 @@ pub(crate) fn summary(image: &Image, digests: &[Option<Digest>], used: Used) -> 
     summary_with(image, digests, used, &[])
 }
 
-/// Like [`summary`], with the command's own notes.
+/// Like [`summary`], but adds notes from the command itself to those in the report.
 pub(crate) fn summary_with(image: &Image, digests: &[Option<Digest>], used: Used, notes: &[String]) -> String {
     let report = image.report();
     let in_time = format!("{} in {}", bytes(report.bytes), duration(report.total));
@@ -145,7 +145,7 @@ pub(crate) fn to_json(image: &Image, digests: &[Option<Digest>], used: Used) -> 
     to_json_with(image, digests, used, &[])
 }
 
-/// Like [`to_json`], with the command's own notes.
+/// Like [`to_json`], but adds notes from the command itself to those in the report.
 pub(crate) fn to_json_with(image: &Image, digests: &[Option<Digest>], used: Used, notes: &[String]) -> Value {
     let report = image.report();
     let files = report.files.iter().zip(digests).map(|(file, digest)| {

@@ -2,8 +2,8 @@
 //!
 //! Uses the Trace Event Format: an object with `traceEvents`. Most events are complete events
 //! (`"ph": "X"`) with times in microseconds; metadata events (`"ph": "M"`) name the rows. Events
-//! of one kind that overlap are shown in different rows, so each kind has as many rows as it had
-//! events at the same time.
+//! of one kind that overlap are shown in different rows, so the number of rows of a kind is the
+//! largest number of its events that overlapped.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -42,8 +42,8 @@ fn complete_event(report: &Report, event: &TraceEvent, row: usize) -> Value {
     })
 }
 
-/// Returns the thread ID that represents a row, because the viewer shows a row for each thread.
-/// All rows of one kind have adjacent IDs.
+/// Returns the thread ID for a row, because the viewer shows one row per thread. All rows of one
+/// kind have adjacent IDs.
 fn thread_id(kind: TraceKind, row: usize) -> usize {
     let kind = [
         TraceKind::Allocate,

@@ -75,7 +75,7 @@ fn every_mode_is_measured_and_the_numbers_of_one_round_agree() {
         assert_eq!(mode["failures"], serde_json::json!([]));
     }
     assert!(number(&mode(&json, "direct_io")["overlap"]["median"]) > 0.0);
-    assert_ne!(mode(&json, "normal")["pages"], "2m", "the baseline is on 2 MiB pages");
+    assert_ne!(mode(&json, "normal")["pages"], "2m", "the baseline should not be on 2 MiB pages");
 }
 
 #[test]
@@ -254,7 +254,7 @@ fn modes_run_while_a_hog_occupies_memory() {
 #[test]
 fn interrupted_bench_leaves_no_file_process_or_group() {
     let folder = folder();
-    // Only root can create a memory cgroup; other users test with a hog, which needs no group.
+    // Only root can create a memory cgroup. Without root, this test uses a hog, which needs none.
     let pressure = if is_root() { "cgroup:512MiB,clean" } else { "hog:64MiB" };
     let mut bench = dmaload(["bench", "--size", "128MiB", "--rounds", "1000", "--pressure", pressure, "--dir"]);
     let bench = bench.arg(folder.path()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();

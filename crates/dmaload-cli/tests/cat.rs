@@ -76,9 +76,9 @@ fn cat_with_a_slow_reader_uses_a_bounded_amount_of_memory() {
     let path = common::large_file(folder.path(), "model.bin", (480 * MIB) as u64);
     let expected = std::fs::read(&path).unwrap();
     let small = ["--segment-size", "8MiB", "--window", "32MiB"];
-    // Cases: the options, and how many MiB of memory the load itself may occupy. Without a memory
-    // limit, these are the window, the segment that is being written and the next one. The route
-    // bounce adds its staging.
+    // Each case has options, and the number of MiB of memory that the load itself may occupy.
+    // Without a memory limit, this is room for the window, the segment that is being written and
+    // the next one. The route bounce also needs its staging buffers.
     let cases: [(&[&str], usize); 7] = [
         (&[], 128 + 2 * 64),
         (&small, 32 + 2 * 8),

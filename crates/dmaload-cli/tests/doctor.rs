@@ -34,9 +34,9 @@ fn trial_without_descriptors_leaves_loads_unknown() {
         assert!(!text.contains(" load would fail"), "{limit}: {done}");
         unknown += usize::from(text.contains("load doctor can't tell"));
     }
-    assert!(unknown > 0, "no limit was too low for the trial");
-    // Doctor never reports that a working load would fail, and always reports that loading a
-    // damaged model would.
+    assert!(unknown > 0, "at least one limit should be too low for the trial");
+    // Doctor never reports that a working load would fail. It always reports that loading a
+    // damaged model would fail.
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 5000);
     let broken = common::file(folder.path(), "lfs.safetensors", b"version https://git-lfs.github.com/spec/v1\nsize 5\n");
@@ -234,7 +234,8 @@ fn small_memlock_limit_is_reported_with_its_consequences() {
         }
         let memlock = &json["memlock"];
         assert_eq!((memlock["soft_bytes"].as_u64(), memlock["cap_ipc_lock"].as_bool()), (Some(bytes), Some(false)));
-        // Other tests of the same user can lock memory at the same time.
+        // Other tests running as the same user may have memory locked at the same time, so the
+        // value can be below the limit.
         let registrable = memlock["registrable_bytes"].as_u64().unwrap();
         assert!(registrable <= bytes && registrable.is_multiple_of(64 << 10), "{json:#}");
         assert_eq!(json["io_uring"]["features"]["register_16_mib"]["errno"], "ENOMEM");
@@ -383,8 +384,8 @@ fn unreadable_folder_is_an_error() {
     }
 }
 
-/// A user who can write to the folder replaces the scratch file with a link, whose target must not
-/// be written to.
+/// A user who can write to the folder replaces the scratch file with a link. Doctor must not write
+/// to the link's target.
 #[test]
 fn scratch_file_is_written_through_its_own_descriptor() {
     use std::os::unix::fs::symlink;

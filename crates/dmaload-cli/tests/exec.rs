@@ -43,7 +43,7 @@ fn program_reads_the_segments_from_its_descriptors() {
     let padded = (5 * MIB + 7).next_multiple_of(4096);
     assert_eq!(memory.len(), padded + 3 * MIB);
     assert!(memory[..sizes[0]] == random_bytes(sizes[0], sizes[0] as u64), "the first file has wrong bytes");
-    assert!(memory[sizes[0]..padded].iter().all(|&byte| byte == 0), "the tail of the first file is not zero");
+    assert!(memory[sizes[0]..padded].iter().all(|&byte| byte == 0), "the memory after the first file should be zero");
     assert!(memory[padded..] == random_bytes(sizes[2], sizes[2] as u64), "the third file has wrong bytes");
 }
 
@@ -68,7 +68,7 @@ fn small_files_share_a_descriptor_unless_not_packed() {
     for (number, &offset) in offset.iter().enumerate() {
         let (part, bytes) = (&memory[usize::try_from(offset).unwrap()..][..8192], 5000 + number);
         assert!(part[..bytes] == random_bytes(bytes, bytes as u64), "file {number} has wrong bytes");
-        assert!(part[bytes..].iter().all(|&byte| byte == 0), "the tail of file {number} is not zero");
+        assert!(part[bytes..].iter().all(|&byte| byte == 0), "the memory after file {number} should be zero");
     }
     let (fds, fd, offset, memory) = loaded(&["--no-pack"]);
     assert_eq!((&*fds, &*fd, &*offset, memory.len()), (&b"3"[..], &[3, 4, 5][..], &[0, 0, 0][..], 8192));

@@ -7,7 +7,7 @@
 #![allow(
     clippy::unwrap_used,
     clippy::print_stdout,
-    reason = "a setup error should fail the test, and the routes taken are printed"
+    reason = "a setup error should fail the test, and the routes used are printed"
 )]
 
 mod common;
@@ -32,12 +32,12 @@ fn create_files(folder: &Path) -> Vec<PathBuf> {
     SIZES.iter().map(|&size| random_file(folder, &format!("{size}.bin"), size)).collect()
 }
 
-/// Words in the reason given for the fallback of a file that io_uring does not read.
+/// A part of the fallback's reason if io_uring does not read a file because of its file system.
 const BY_THREADS: &str = "with io_uring from a file system";
 
-/// Loads each cached file with the default options. A load copies the file from the page cache
-/// only if every change to cached bytes also changes the file's modification time, which
-/// `is_witness` says.
+/// Loads each cached file with the default options. A load copies a file from the page cache only
+/// on file systems where every change to cached bytes also updates the file's modification time.
+/// `is_witness` says whether this is such a file system.
 fn check_cached(what: &str, files: &[PathBuf], is_witness: bool) {
     for (path, size) in files.iter().zip(SIZES).filter(|&(_, size)| size > 0) {
         let digest = sha256sum(path);
@@ -79,7 +79,7 @@ fn check(what: &str, files: &[PathBuf], is_local: bool) {
             let doctor = run(common::dmaload(["doctor", "--json"]).arg(path)).succeeds().json();
             assert_eq!(doctor["load"]["route"], last["route"], "{what}: {}", doctor["load"]);
         }
-        // A strict load takes the requested route or fails.
+        // A strict load uses the requested route or fails.
         let mut strict = common::dmaload(["load", "--json", "--strict", "--route", route]);
         let strict = run(strict.arg(path));
         if last["fallbacks"].as_array().unwrap().is_empty() {
@@ -99,10 +99,14 @@ fn assert_every_step_is_reported(first: &str, json: &Value, what: &str) {
         if first == "bounce" && to < place("bounce") {
             continue;
         }
-        assert!(from == at && to > from, "{what}: the steps are not consecutive: {}", json["fallbacks"]);
+        assert!(
+            from == at && to > from,
+            "{what}: each fallback should start from the route of the previous one: {}",
+            json["fallbacks"]
+        );
         at = to;
     }
-    assert_eq!(json["route"], ROUTES[at], "{what}: the route is not that of the last step: {}", json["fallbacks"]);
+    assert_eq!(json["route"], ROUTES[at], "{what}: the route should be that of the last fallback: {}", json["fallbacks"]);
 }
 
 fn check_mounted(what: &str, mounted: Result<Mounted, String>) {

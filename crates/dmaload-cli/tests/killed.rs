@@ -35,7 +35,7 @@ fn killed_load_leaves_nothing_behind() {
         let mut child = command.args(arguments).arg(&path).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         let deadline = Instant::now() + Duration::from_secs(60);
         while allocated_bytes(child.id()) < 100 * MIB as u64 {
-            assert!(child.try_wait().unwrap().is_none(), "{arguments:?}: the load ended before it was killed");
+            assert!(child.try_wait().unwrap().is_none(), "{arguments:?}: the load finished before it was killed");
             assert!(Instant::now() < deadline, "{arguments:?}: the load should have allocated 100 MiB by now");
             sleep(Duration::from_millis(1));
         }

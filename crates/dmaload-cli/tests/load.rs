@@ -20,7 +20,7 @@ fn shapes() -> impl Iterator<Item = (&'static str, &'static str)> {
 }
 
 /// Loads files of all sizes through this route only, into all combinations of heap and layout.
-/// Asserts that each has the digest that coreutils computes.
+/// Asserts that each loaded file has the digest that coreutils computes.
 fn check_every_size_and_shape(route: &str) {
     let folder = folder();
     if let Some(reason) = common::unavailable(route, folder.path()) {
@@ -32,7 +32,7 @@ fn check_every_size_and_shape(route: &str) {
         for (heap, layout) in shapes() {
             let wanted = ["--strict", "--route", route, "--heap", heap, "--layout", layout];
             let json = load_json(&path, &[&wanted[..], &SMALL_SEGMENTS, &SHA256].concat());
-            assert_eq!(digest_of(&json), expected, "{size} bytes by {route} into {heap}, {layout}: {json:#}");
+            assert_eq!(digest_of(&json), expected, "{size} bytes through {route} into {heap}, {layout}: {json:#}");
             assert_report(&json, size, route, heap, layout);
         }
     }
@@ -340,13 +340,13 @@ fn trace_accounts_for_every_byte_of_each_route() {
         assert_eq!(bytes("copy"), if route == "bounce" { size as u64 } else { 0 }, "{route}");
         assert_eq!(of_kind("register").len(), if route == "uring-fixed-direct" { 5 } else { 0 }, "{route}");
         let segments: Vec<_> = of_kind("hand over").iter().map(|event| event["args"]["segment"].as_u64().unwrap()).collect();
-        assert_eq!(segments, [0, 1, 2, 3, 4], "{route}: the segments are not in order");
+        assert_eq!(segments, [0, 1, 2, 3, 4], "{route}: the segments should be in order");
         let total = json["seconds"].as_f64().unwrap() * 1e6;
         for event in &events {
             let (start, length) = (event["ts"].as_f64().unwrap(), event["dur"].as_f64().unwrap());
             assert!(start >= 0.0 && length >= 0.0 && start + length <= total, "{route}: {event} ends after {total}");
         }
-        // No segment is handed over before all of it was read.
+        // No segment is delivered to the caller before all of it has been read.
         for segment in 0..5 {
             let of_segment =
                 |kind: &str| of_kind(kind).into_iter().filter(|event| event["args"]["segment"] == segment).collect::<Vec<_>>();

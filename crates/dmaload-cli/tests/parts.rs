@@ -1,5 +1,5 @@
-//! Tests for partial loads: selected tensors, byte ranges, and a rank's shard, which may be given
-//! by the variables of a launcher. Also tests loads of a model's folder.
+//! Tests for partial loads: selected tensors, byte ranges and shards. A shard can be selected with
+//! the environment variables that launchers set. Also tests loading a model's folder.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -196,7 +196,7 @@ fn layout_tensors_cuts_between_tensors() {
     let segments = json["segments"].as_array().unwrap();
     assert_eq!(segments.len(), 2);
     let end = segments[0]["file_offset"].as_u64().unwrap() + segments[0]["bytes"].as_u64().unwrap();
-    assert!(segments[1]["file_offset"].as_u64().unwrap() < end, "the block at the cut is not in both segments");
+    assert!(segments[1]["file_offset"].as_u64().unwrap() < end, "the block at the cut should be in both segments");
     let json = run(load().args(["--layout", "tensors", "--align", "4KiB"]).arg(&path)).succeeds().json();
     assert_eq!(json["copied_bytes"], 3_000_000);
     assert!(json["segments"].as_array().unwrap().iter().all(|segment| segment["memory_offset"].as_u64().unwrap() % 4096 == 0));

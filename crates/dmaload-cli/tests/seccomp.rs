@@ -1,6 +1,6 @@
 //! Tests for sandboxes. Containers often refuse io_uring with a seccomp filter, so these tests
-//! refuse its calls with several errnos. A load must use the next route, report the fallback, and
-//! load the right bytes; a strict load must fail.
+//! refuse its system calls with several errnos. A load must fall back to a slower route, report
+//! the fallback, and load the right bytes. A strict load must fail.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -37,22 +37,21 @@ fn refused_io_uring_steps_down_and_loads_the_same_bytes() {
             assert_eq!(fallback["errno"], name);
             assert!(fallback["reason"].as_str().unwrap().contains(reason), "{fallback}");
             run(&mut refusing(load(&["--strict"]), calls, errno)).fails(1, &["model.bin", "uring-fixed-direct", name, "strict"]);
-            // The route bounce is kept, but its reads into staging step down.
+            // The route bounce is kept, but its reads into staging fall back to a slower route.
             let bounced = run(&mut refusing(load(&["--route", "bounce"]), calls, errno)).succeeds().json();
             assert_eq!((digest_of(&bounced), &bounced["route"]), (sha256sum(&path).as_str(), &"bounce".into()));
             let step = &bounced["fallbacks"][0];
             assert_eq!((&step["to"], &step["errno"]), (&route.into(), &name.into()), "{bounced:#}");
             run(&mut refusing(load(&["--route", "bounce", "--strict"]), calls, errno))
                 .fails(1, &["model.bin", "bounce", name, "strict"]);
-            // The next route needs none of the refused calls.
+            // The slower route needs none of the refused calls.
             let lower = run(&mut refusing(load(&["--route", route, "--strict"]), calls, errno)).succeeds().json();
             assert_eq!((lower["route"].as_str(), lower["fallbacks"].as_array().map(Vec::len)), (Some(route), Some(0)));
         }
     }
 }
 
-/// This differs from the error of a heap that refuses memory, which names the file: see
-/// `errors/limits.rs`.
+/// The error for a failed allocation, in contrast, names the file: see `errors/limits.rs`.
 #[test]
 fn loader_that_cannot_start_names_no_file() {
     let folder = folder();

@@ -83,7 +83,7 @@ static void check_segment(const struct dmaload_segment *segment)
     CHECK(memory != MAP_FAILED);
     CHECK(segment->file_offset + segment->bytes <= BYTES && segment->bytes <= segment->memory_bytes);
     CHECK(memcmp(memory + segment->memory_offset, original + segment->file_offset, segment->bytes) == 0);
-    /* If only a range was loaded, the last block also has the bytes that follow the range. */
+    /* If only a range was loaded, the last block also contains the bytes that follow it. */
     uint64_t end = segment->file_offset + segment->bytes, rest = BYTES - end < 4096 ? BYTES - end : 4096;
     for (uint64_t at = segment->bytes + rest; at < segment->memory_bytes; at++)
         CHECK(memory[segment->memory_offset + at] == 0);
@@ -107,7 +107,7 @@ static void check_load(const struct dmaload_options *options, uint64_t from, uin
         at += segments[number].bytes;
     }
     CHECK(at == from + bytes);
-    /* A descriptor that the caller has taken stays open. */
+    /* A descriptor that the caller has taken over stays open. */
     int taken = segments[0].fd;
     segments[0].fd = -1;
     dmaload_segments_free(segments, count);

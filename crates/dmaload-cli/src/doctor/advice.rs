@@ -1,11 +1,11 @@
-//! What would help most: a ranked list, derived from the facts.
+//! Ranks the changes to the machine that would make loads possible or faster.
 //!
 //! The ranks follow measurements of a 1 GiB file with 2 cores and a disk that reads 1.8 GB/s. A
 //! load through the page cache takes up to twice as long as a direct one, and fills the cache. A
 //! load into 4 KiB pages takes nearly twice as long as one into 2 MiB pages. Four threads that
-//! `pread` keep up with io_uring on such a disk, but fall behind on faster disks. Registered
-//! memory gains nothing measurable on 2 MiB pages. dma-bufs do not make loads faster, so advice
-//! about them comes last.
+//! `pread` keep up with io_uring on such a disk, but fall behind on faster disks. Registering
+//! memory makes no measurable difference on 2 MiB pages. dma-bufs do not make loads faster, so
+//! advice about them comes last.
 
 use std::path::Path;
 
@@ -21,20 +21,17 @@ use super::verdict::{direct_refused, memlock_suffices, path_file, too_large};
 
 /// Maximum number of entries to show.
 pub(crate) const SHOWN: usize = 3;
-/// Doctor advises to free memory if less than this is available: twice the default window, so that
-/// a load leaves half of it to other processes.
+/// Doctor advises freeing memory if less than this is available. It is twice the default window,
+/// so that a load leaves half of it to other processes.
 const LITTLE_MEMORY_BYTES: u64 = 256 << 20;
-/// The size of a realistic model, used if no file is given.
+/// The size of a realistic model. Advised limits have room for it if no file is given.
 const MODEL_BYTES: u64 = 1 << 30;
 
-/// One change to the machine.
+/// A change to the machine, a command that makes it or helps to make it, and what it gains.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Advice {
-    /// What to change.
     pub(crate) change: String,
-    /// The command that changes it.
     pub(crate) command: String,
-    /// What the change gains.
     pub(crate) gain: String,
 }
 
@@ -66,7 +63,7 @@ fn memory(facts: &Facts) -> Option<Advice> {
     Some(Advice::new(
         change,
         command,
-        "a load that works; one that does not fit is refused, so that the OOM killer is not invoked",
+        "a load that works; loads that do not fit in memory are refused, so that the OOM killer is not invoked",
     ))
 }
 

@@ -1,4 +1,4 @@
-//! What refuses io_uring, derived from the errno and the circumstances.
+//! Infers what refuses io_uring from the errno and the circumstances.
 
 use std::fmt;
 
@@ -10,8 +10,8 @@ pub(crate) struct Circumstances {
     /// `kernel.io_uring_disabled`: 0 allows io_uring, 1 allows it for privileged users and a
     /// group, 2 forbids it; `None` before Linux 6.6, or without procfs.
     pub(crate) sysctl: Option<u32>,
-    /// Whether the value 1 allows io_uring for this process: it has CAP_SYS_ADMIN, or is a member
-    /// of `kernel.io_uring_group`.
+    /// Whether `kernel.io_uring_disabled=1` still allows io_uring for this process, because it has
+    /// CAP_SYS_ADMIN or is a member of `kernel.io_uring_group`.
     pub(crate) privileged: bool,
     /// Whether a seccomp filter applies to this process.
     pub(crate) seccomp: bool,

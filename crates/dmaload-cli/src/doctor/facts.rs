@@ -15,7 +15,7 @@ use super::system::{self, HugePages, Memlock, Modules, Status};
 use super::trial::Trial;
 use crate::errors;
 
-/// Everything that is shown, or that the verdict and the advice are derived from.
+/// Everything that doctor shows, or derives its verdict and advice from.
 #[derive(Debug, Clone)]
 pub(crate) struct Facts {
     pub(crate) kernel: String,
@@ -45,8 +45,8 @@ pub(crate) struct PathFacts {
     pub(crate) mount: Option<Mount>,
     /// The results of probing the file; `None` for a folder.
     pub(crate) file: Option<probe::File>,
-    /// How many bytes a load would read from all files of the model; or why, according to their
-    /// headers, the load would fail.
+    /// The number of bytes that a load would read from all files in the model. If the files'
+    /// headers show that the load would fail, the reason.
     pub(crate) load: Result<u64, String>,
 }
 
@@ -122,7 +122,7 @@ impl PathFacts {
         Ok(PathFacts { path: path.to_owned(), mount, file, load })
     }
 
-    /// The folder itself, or the folder that contains the file.
+    /// Returns the path if it is a folder, or otherwise the folder that contains the file.
     fn folder(&self) -> &Path {
         match (&self.file, self.path.parent()) {
             (None, _) => &self.path,

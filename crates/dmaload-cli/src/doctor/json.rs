@@ -1,4 +1,4 @@
-//! The facts as JSON: one object.
+//! Formats the facts as one JSON object.
 
 use dmaload::probe::IoUring;
 use dmaload::{Errno, Way};

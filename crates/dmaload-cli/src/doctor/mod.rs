@@ -7,7 +7,7 @@
 //!   cause    what refuses io_uring (pure)                └───► screen, json
 //! ```
 //!
-//! Whatever can be tried is tried, with real loads. System files are read only to explain
+//! Doctor tries everything that it can with real loads. It reads system files only to explain
 //! refusals, and to find limits, modules and file systems.
 
 mod advice;
@@ -31,8 +31,7 @@ use facts::Facts;
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// The file, or the folder of a model, whose load to test; by default, only the machine is
-    /// tested.
+    /// The file or model folder to test; by default, only the machine is tested.
     pub(crate) path: Option<PathBuf>,
     /// Print one JSON object to standard output, and nothing else.
     #[arg(long)]

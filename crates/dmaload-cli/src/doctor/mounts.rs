@@ -12,13 +12,14 @@ pub(crate) struct Mount {
     pub(crate) file_system: String,
 }
 
-/// Returns the mount that contains a path (absolute, without symbolic links) on the device with
-/// this number.
+/// Returns the mount that contains `path`, which must be absolute and without symbolic links.
+/// `device` is the device number of the file at this path.
 ///
-/// Among mounts above the path, the longest mount point wins, and among equal ones the last, which
-/// hides the others. A mount on the given device is preferred over all others, because a mount can
-/// hide mounts with longer paths. A mount on another device is accepted, too: on some file systems
-/// (btrfs), each subvolume has a device number that no mount has.
+/// Of the mounts above the path, returns the one with the longest mount point. If several have the
+/// same mount point, returns the last, which hides the others. A mount on the given device is
+/// preferred over all others, because a mount can hide mounts with longer paths. A mount on
+/// another device is accepted, too: on some file systems (btrfs), each subvolume has a device
+/// number that no mount has.
 pub(crate) fn find(mountinfo: &str, path: &Path, device: (u32, u32)) -> Option<Mount> {
     let device = format!("{}:{}", device.0, device.1);
     let mounts = mountinfo.lines().filter_map(parse).filter(|(_, mount)| path.starts_with(&mount.point));

@@ -46,13 +46,13 @@ pub(crate) fn screen(facts: &Facts) -> String {
     format!("{}{}", rows.0, shown.map(|(index, advice)| Numbered(index + 1, advice).to_string()).collect::<String>())
 }
 
-/// Formats a number of bytes without decimals if they are zeros, because limits and page sizes are
-/// round: `2 MiB`.
+/// Formats a number of bytes, and omits decimals that are zeros: `2 MiB`, not `2.00 MiB`. Limits
+/// and page sizes are usually round.
 fn size(count: u64) -> String {
     bytes(count).replace(".00 ", " ").replace(".0 ", " ")
 }
 
-/// Rows of names and values, whose values wrap onto further lines.
+/// A table of names and values that wraps long values.
 struct WrappedPairs(Pairs);
 
 impl WrappedPairs {
@@ -82,7 +82,7 @@ fn wrapped(text: &str, width: usize) -> Vec<String> {
     lines
 }
 
-/// A numbered change with its command. The command is not wrapped, so that it can be copied.
+/// A numbered piece of advice. Its command is not wrapped, so that it can be copied.
 struct Numbered<'a>(usize, &'a Advice);
 
 impl fmt::Display for Numbered<'_> {

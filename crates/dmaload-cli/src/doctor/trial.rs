@@ -29,7 +29,7 @@ pub(crate) const DMA_HEAP: &str = "dma-heap";
 /// The results of the trial loads.
 #[derive(Debug, Clone)]
 pub(crate) struct Trial {
-    /// The folder of the trial file, or why no folder could be used.
+    /// The folder that contains the trial file, or why no folder could be used.
     pub(crate) folder: Result<PathBuf, String>,
     /// Why the trial file is not in the requested folder; `None` if it is, or if no folder was
     /// requested.
@@ -62,7 +62,7 @@ pub(crate) struct Loaded {
     pub(crate) steps: Vec<Step>,
 }
 
-/// A step down the ladder.
+/// A fallback from one route to the next, slower one.
 #[derive(Debug, Clone)]
 pub(crate) struct Step {
     pub(crate) from: Route,
@@ -114,7 +114,8 @@ impl Trial {
     }
 }
 
-/// Returns random bytes that differ in each run, so no lower layer can have cached them.
+/// Returns random bytes that differ in each run, so that no layer of the storage can have cached
+/// them.
 fn random_bytes(len: u64) -> Vec<u8> {
     let seeds = RandomState::new();
     (0..len / 8).flat_map(|word| seeds.hash_one(word).to_ne_bytes()).collect()
@@ -131,8 +132,8 @@ fn write_content(scratch: ScratchFile, content: &[u8]) -> Result<ScratchFile> {
     Ok(scratch)
 }
 
-/// Writes a memfd, which needs no folder and exists as long as its descriptor. It can't show
-/// whether direct reads work.
+/// Writes a memfd, which needs no folder and exists as long as its descriptor is open. It can't
+/// show whether direct reads work.
 fn write_memfd(content: &[u8]) -> Result<(File, PathBuf)> {
     let mut file = File::from(rustix::fs::memfd_create("dmaload-doctor", rustix::fs::MemfdFlags::CLOEXEC)?);
     file.write_all(content)?;

@@ -1,4 +1,4 @@
-//! What a load would do, derived from the facts.
+//! Derives from the facts what a load would do.
 
 use dmaload::{Attempt, Errno, LoadOptions, LoaderBuilder, Route, Way, probe};
 use dmaload_text::bytes;
@@ -12,8 +12,7 @@ const REGISTERED_BYTES_MAX: u64 = LoaderBuilder::WINDOW_BYTES;
 /// The default segment size; each segment is a memfd.
 const SEGMENT_BYTES: u64 = LoadOptions::SEGMENT_BYTES;
 
-/// The beginning of each reason that says that doctor could not determine whether a load would
-/// work.
+/// A reason begins with these words if doctor could not determine whether a load would work.
 pub(crate) const UNKNOWN: &str = "doctor can't tell";
 
 /// Returns whether a load would work, for JSON; `None` if doctor could not determine it.
@@ -30,10 +29,10 @@ pub(crate) fn works<T>(verdict: &Result<T, String>) -> Option<bool> {
 pub(crate) struct Expected {
     pub(crate) route: Route,
     pub(crate) page_bytes: Option<u64>,
-    /// Why the route differs from that of the trial file.
+    /// Why the route differs from the one that the trial used.
     pub(crate) because: Option<String>,
-    /// The ways that the load measures on successive ranges of the file, to choose the fastest;
-    /// empty if the load does not measure.
+    /// The ways of reading that the load measures on successive ranges of the file to choose the
+    /// fastest. Empty if the load does not measure.
     pub(crate) measured: Vec<Way>,
 }
 
@@ -80,8 +79,8 @@ fn on_heap(facts: &Facts, heap: &str) -> Result<Expected, String> {
     if let Some((wanted, memory)) = too_large(facts) {
         return Err(format!("{} do not fit into the {} available ({})", bytes(wanted), bytes(memory.bytes), memory.limit));
     }
-    // A dma-heap populates its memory during the allocation, so memory is always ready before its
-    // reads, and the load does not measure.
+    // A dma-heap populates memory while allocating it, so memory is always populated before it is
+    // read into, and the load does not measure.
     let is_allocated_at_once = heap.starts_with("dma-heap");
     Ok(Expected { measured: if is_allocated_at_once { Vec::new() } else { measured(facts) }, ..expected(facts, loaded) })
 }
@@ -106,8 +105,8 @@ fn expected(facts: &Facts, loaded: &Loaded) -> Expected {
     Expected { route, page_bytes: loaded.page_bytes.map(|bytes| pages_of(facts, bytes)), because, measured: Vec::new() }
 }
 
-/// Returns the page size that the path's memory would have. It is that of the trial
-/// (`page_bytes`), except that memory smaller than a huge page is on small pages.
+/// Returns the page size that a load of the path would get. This is `page_bytes`, the page size of
+/// the trial, unless the file is smaller than such a page.
 fn pages_of(facts: &Facts, page_bytes: u64) -> u64 {
     let small = dmabuf::page_bytes() as u64;
     let is_smaller = path_file(facts).is_some_and(|file| file.bytes.next_multiple_of(small) < page_bytes);

@@ -83,7 +83,7 @@ fn model_with_more_files_than_descriptors_can_be_loaded() {
 }
 
 /// For every selection, and with each layout that has several segments, the advice is to raise the
-/// limit, and it names no option of the command.
+/// limit. It must not name an option of the command.
 #[test]
 fn advice_on_few_descriptors_is_the_same_for_every_load() {
     let folder = folder();
@@ -130,8 +130,8 @@ fn single_segment_needs_few_descriptors() {
     run(&mut limited(&command, "-n 16")).succeeds();
 }
 
-/// The limits range from one that has room only for the program to one that has room for
-/// everything except the file.
+/// The smallest limit leaves room only for the program, and the largest for everything except the
+/// file.
 #[test]
 fn address_space_limit_is_reported_without_a_panic() {
     const KIB: u64 = 1 << 10;
@@ -171,7 +171,7 @@ fn load_explains_its_failure_at_any_address_space_limit() {
         assert!(["ENOMEM", "EAGAIN"].iter().any(|errno| done.stderr.contains(errno)), "{done}");
         reported = true;
     }
-    assert!(reported, "no load reported the limit");
+    assert!(reported, "at least one load should report the limit");
 }
 
 /// The file is 4 TiB long, more than the memory of any machine that runs this test.
@@ -238,7 +238,7 @@ fn assert_memlock_is_reported(mut lenient: Command, mut strict: Command, path: &
     assert_eq!(common::digest_of(&json), sha256sum(path), "{json:#}");
     assert_eq!(json["route"], "uring-direct", "{json:#}");
     let fallbacks = json["fallbacks"].as_array().unwrap();
-    let [step] = fallbacks.as_slice() else { panic!("expected one step: {json:#}") };
+    let [step] = fallbacks.as_slice() else { panic!("expected one fallback: {json:#}") };
     let expected = [("from", "uring-fixed-direct"), ("to", "uring-direct"), ("errno", "ENOMEM")];
     assert!(expected.iter().all(|&(key, value)| step[key] == value), "{step:#}");
     let reason = step["reason"].as_str().unwrap();
@@ -246,8 +246,8 @@ fn assert_memlock_is_reported(mut lenient: Command, mut strict: Command, path: &
     run(&mut strict).fails(1, &[text(path), "uring-fixed-direct", "ENOMEM", "strict", "ulimit -l"]);
 }
 
-/// The route bounce registers its staging buffers. If the limit is too small for them, the load
-/// steps down, and a strict load fails.
+/// The route bounce registers its staging buffers. If the limit is too small for them, the reads
+/// into staging fall back to a slower route, and a strict load fails.
 #[test]
 fn staging_beyond_the_memlock_limit_fails_a_strict_load() {
     let folder = folder();
@@ -267,14 +267,14 @@ fn staging_beyond_the_memlock_limit_fails_a_strict_load() {
     let json = run(&mut lenient).succeeds().json();
     assert_eq!((&json["route"], common::digest_of(&json)), (&"bounce".into(), sha256sum(&path).as_str()), "{json:#}");
     let fallbacks = json["fallbacks"].as_array().unwrap();
-    let [step] = fallbacks.as_slice() else { panic!("expected one step: {json:#}") };
+    let [step] = fallbacks.as_slice() else { panic!("expected one fallback: {json:#}") };
     assert_eq!((&step["to"], &step["errno"]), (&"uring-direct".into(), &"ENOMEM".into()), "{json:#}");
     assert!(step["reason"].as_str().unwrap().contains("staging"), "{json:#}");
     run(&mut strict).fails(1, &[text(&path), "bounce", "staging", "ENOMEM", "ulimit -l"]);
 }
 
-/// The limit does not apply to root, so the load must use the best route. This shows that the
-/// loads in the tests above step down because of the limit.
+/// The limit does not apply to root, so the load must use the best route. This shows that it is
+/// the limit that makes the loads in the tests above fall back to slower routes.
 #[test]
 fn memlock_limit_does_not_affect_the_route_of_root() {
     let folder = folder();
