@@ -22,10 +22,10 @@
 //! # Copies
 //!
 //! - With burn-ndarray, **filling a module copies nothing**: the module's tensors use the loaded
-//!   memory through `Bytes::from_shared`. A segment's memory is freed with the last tensor in it.
-//!   burn-ndarray 0.21 does not write to this memory. Instead, most of its operations copy such a
-//!   tensor first, every time they run. A model that runs many times may therefore be faster if
-//!   burn's own `SafetensorsStore` fills it.
+//!   memory through `Bytes::from_shared`. A segment's memory is freed when the last tensor in it
+//!   is dropped. burn-ndarray 0.21 does not write to this memory. Instead, most of its operations
+//!   copy such a tensor first, every time they run. A model that runs many times may therefore be
+//!   faster if burn's own `SafetensorsStore` fills it.
 //! - All other backends copy from the loaded memory to their own.
 //! - A model in PyTorch's layout needs `PyTorchToBurnAdapter` ([`LoadStore::with_adapter`]), which
 //!   transposes, and therefore copies, the weights of linear layers.

@@ -34,8 +34,8 @@ impl LoadStore {
     /// before this function returns.
     ///
     /// # Errors
-    /// Those of [`dmaload::inspect_load_blocking`]. Later errors are reported when a module is
-    /// filled, and by [`Self::finish`].
+    /// Returns the errors of [`dmaload::inspect_load_blocking`]. Later errors are reported when a
+    /// module is filled, and by [`Self::finish`].
     pub fn load(loader: &Loader, path: impl Into<PathBuf>) -> dmaload::Result<Self> {
         Self::load_with(loader, path, loader.load_options())
     }
@@ -47,7 +47,7 @@ impl LoadStore {
     /// message of [`dmaload::Error::OverLimit`], because the load holds the whole model.
     ///
     /// # Errors
-    /// Those of [`Self::load`].
+    /// Returns the same errors as [`Self::load`].
     pub fn load_with(loader: &Loader, path: impl Into<PathBuf>, options: LoadOptions) -> dmaload::Result<Self> {
         let path = path.into();
         let files = inspect_load_blocking([&path], &options)?;
@@ -65,8 +65,9 @@ impl LoadStore {
         self
     }
 
-    /// If `true`, the module's tensors that are missing from the model stay unchanged. If `false`,
-    /// which is the default, filling the module then fails with [`Error::Missing`].
+    /// If `true`, tensors of the module that are missing from the model stay unchanged. If
+    /// `false`, which is the default, filling a module that has such tensors fails with
+    /// [`Error::Missing`].
     #[must_use]
     pub fn allow_partial(mut self, allow: bool) -> Self {
         self.allows_partial = allow;
@@ -80,7 +81,7 @@ impl LoadStore {
     /// module that uses only some of a file's tensors needs this call to learn of a change.
     ///
     /// # Errors
-    /// The error of the load, or [`Error::InUse`] if a snapshot still exists elsewhere.
+    /// Returns the error of the load, or [`Error::InUse`] if a snapshot still exists elsewhere.
     pub fn finish(self) -> Result<Report, Error> {
         drop(self.snapshots);
         let load = Arc::into_inner(self.load).ok_or(Error::InUse)?;
@@ -182,8 +183,8 @@ fn snapshot(load: &Arc<Load>, tensor: &TensorInfo) -> TensorSnapshot {
             let dtype = dtype.ok_or_else(|| TensorSnapshotError::DataError(unknown.clone()))?;
             let io_error = |error: dmaload::Error| TensorSnapshotError::IoError(error.to_string());
             let tensor = load.tensor_blocking(&name).map_err(io_error)?;
-            // burn trusts shape and type, so it would read past the end of a rank's shard, or of a
-            // tensor from a file that replaced the inspected one.
+            // burn trusts the snapshot's shape and type. It would read past the end of a rank's
+            // shard, or of a smaller tensor from a file that has replaced the inspected one.
             if tensor.shape() != &shape[..] || burn_type(tensor.dtype()) != Some(dtype) {
                 let message = format!(
                     "cannot load tensor {name:?}: {:?} of {} was loaded, but the file's header has {shape:?} of {dtype:?}",
@@ -203,7 +204,8 @@ fn snapshot(load: &Arc<Load>, tensor: &TensorInfo) -> TensorSnapshot {
         }
     };
     let path = tensor.name.split('.').map(str::to_owned).collect();
-    // burn needs a type before it requests the data; the closure refuses unknown types.
+    // burn needs a type before it requests the data. If burn lacks the tensor's type, `U8` is a
+    // placeholder, and the closure returns an error.
     TensorSnapshot::from_closure(Rc::new(data), dtype.unwrap_or(DType::U8), shape.into(), path, Vec::new(), ParamId::new())
 }
 

@@ -84,7 +84,7 @@ fn module_equals_that_of_burns_own_store() {
     theirs.load_from(&mut SafetensorsStore::from_file(&path)).unwrap();
     for from_pytorch in [false, true] {
         let mut ours = Model::<Cpu>::new(&DEVICE);
-        assert_ne!(outputs(&ours), outputs(&theirs), "the models were initialized with different random numbers");
+        assert_ne!(outputs(&ours), outputs(&theirs), "the models must start with different weights");
         let mut store = LoadStore::load(&loader(), &path).unwrap();
         if from_pytorch {
             // In PyTorch's layout, linear layers are transposed and norms have other names.
@@ -148,7 +148,7 @@ impl IntoAddress for NdArrayTensor {
     }
 }
 
-/// An observer that holds back the bytes of a load from an offset on, until `is_open` is set.
+/// An observer that holds back the bytes of a load from a given offset on, until `is_open` is set.
 #[derive(Debug)]
 struct Gate {
     offset: u64,
@@ -193,13 +193,13 @@ fn snapshots_return_data_while_the_rest_is_read() {
             sender.send((name, data.bytes.to_vec())).unwrap();
         }
         let kept = store.get_snapshot("a").unwrap().unwrap().clone();
-        assert!(matches!(store.finish(), Err(Error::InUse)), "a snapshot still refers to the load");
+        assert!(matches!(store.finish(), Err(Error::InUse)), "finishing must fail while a snapshot refers to the load");
         drop(kept);
     });
     let expected = std::fs::read(folder.path().join("two.safetensors")).unwrap();
     let data = expected.len() - (6 << 20);
     assert!(receiver.recv_timeout(PATIENCE).unwrap() == ("a", expected[data..data + (3 << 20)].to_vec()));
-    assert!(receiver.recv_timeout(Duration::from_millis(200)).is_err(), "the gate holds back the rest");
+    assert!(receiver.recv_timeout(Duration::from_millis(200)).is_err(), "the gate must hold back the rest");
     *gate.is_open.lock().unwrap() = true;
     gate.opened.notify_all();
     assert!(receiver.recv_timeout(PATIENCE).unwrap() == ("b", expected[data + (3 << 20)..].to_vec()));

@@ -47,10 +47,10 @@ pub(crate) enum Missing {
     Unusable(String),
     /// The load failed before the tensor arrived.
     Failed(Error),
-    /// Tensors that arrived before the requested one, and are still held, fill the loader's memory
-    /// limit.
+    /// Tensors that arrived before the requested one are still held, and use up the loader's
+    /// memory limit.
     HeldUp(Error),
-    /// The load has ended without the tensor.
+    /// The load has finished without yielding the tensor.
     NotLoaded,
 }
 
@@ -93,7 +93,7 @@ impl<T: Clone + Send + 'static> Arrivals<T> {
     /// the load ends.
     ///
     /// # Errors
-    /// The reason why the tensor is not available.
+    /// Returns the reason why the tensor is not available.
     pub(crate) fn wait(&self, name: &str) -> std::result::Result<T, Missing> {
         let mut state = self.shared.lock();
         loop {
@@ -111,7 +111,7 @@ impl<T: Clone + Send + 'static> Arrivals<T> {
     /// Returns the report. Blocks the caller's thread until the load ends.
     ///
     /// # Errors
-    /// The error of the load.
+    /// Returns the error of the load.
     pub(crate) fn finish(&self) -> Result<Report> {
         let mut state = self.shared.lock();
         loop {
@@ -144,7 +144,7 @@ impl<T> Shared<T> {
 
     fn add(&self, name: &str, tensor: std::result::Result<T, String>) {
         let before = self.lock().tensors.insert(name.to_owned(), tensor);
-        assert!(before.is_none(), "a load yields each tensor only once: {name}");
+        assert!(before.is_none(), "a load must yield each tensor only once: {name}");
         self.changed.notify_all();
     }
 
@@ -181,7 +181,7 @@ fn take_all<T>(
             Poll::Pending => thread::park(),
             Poll::Ready(Some(Ok(tensor))) => shared.add(tensor.name(), convert(&tensor)),
             Poll::Ready(Some(Err(error))) => return Err(error),
-            Poll::Ready(None) => return Ok(tensors.report().expect("a stream that has ended has its report").clone()),
+            Poll::Ready(None) => return Ok(tensors.report().expect("a stream that has ended should have a report").clone()),
         }
     }
 }

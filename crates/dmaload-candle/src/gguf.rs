@@ -47,8 +47,9 @@ impl QTensors {
     /// Starts to load a GGUF model. The model's headers are read before this function returns.
     ///
     /// # Errors
-    /// Those of [`dmaload::inspect_load_blocking`], and [`dmaload::Error::Start`] if no thread can
-    /// be started. Later errors are reported by the requested tensors and by [`Self::finish`].
+    /// Returns the errors of [`dmaload::inspect_load_blocking`], and [`dmaload::Error::Start`] if
+    /// no thread can be started. Later errors are reported by the requested tensors and by
+    /// [`Self::finish`].
     pub fn load(loader: &Loader, path: impl Into<PathBuf>, device: &Device) -> dmaload::Result<Self> {
         Self::load_with(loader, path, loader.load_options(), device)
     }
@@ -56,7 +57,7 @@ impl QTensors {
     /// Like [`Self::load`], but takes options, such as the order of [`LoadOptions::tensors`].
     ///
     /// # Errors
-    /// Those of [`Self::load`].
+    /// Returns the same errors as [`Self::load`].
     pub fn load_with(loader: &Loader, path: impl Into<PathBuf>, options: LoadOptions, device: &Device) -> dmaload::Result<Self> {
         let paths = [path.into()];
         let named = headers::read(&paths, &options)?;
@@ -71,9 +72,9 @@ impl QTensors {
     /// loaded.
     ///
     /// # Errors
-    /// `CannotFindTensor` if the model does not have the tensor or the load's options leave it
-    /// out, which is reported without waiting; `Msg` if candle does not have the tensor's type, if
-    /// the tensor has no elements, or if the load failed.
+    /// Returns `CannotFindTensor`, without waiting, if the model does not have the tensor or if
+    /// the load's options leave it out. Returns `Msg` if candle does not have the tensor's type,
+    /// if the tensor has no elements, or if the load failed.
     pub fn get(&self, name: &str) -> candle_core::Result<Arc<QTensor>> {
         if !self.contains(name) {
             return Err(Error::CannotFindTensor { path: name.to_owned() }.bt());
@@ -95,22 +96,22 @@ impl QTensors {
     /// [`Weights::finish`](crate::Weights::finish).
     ///
     /// # Errors
-    /// The error of the load.
+    /// Returns the error of the load.
     pub fn finish(self) -> dmaload::Result<Report> {
         self.0.arrivals.finish()
     }
 }
 
-/// Copies a tensor's blocks to the device. They are copied only here.
+/// Copies a tensor's blocks to the device. This is the only copy.
 fn convert(tensor: &Tensor, device: &Device) -> candle_core::Result<QTensor> {
     let dtype = block_type(tensor.dtype())?;
     let bytes = tensor.bytes().map_err(Error::wrap)?;
-    // candle asserts the alignment of the address (see below), even of a tensor without elements.
+    // candle asserts that the address is aligned (see below), even for a tensor without elements.
     if bytes.is_empty() {
         candle_core::bail!("it has no elements")
     }
-    // candle asserts this alignment of the address. In memory, files begin at multiples of a page,
-    // and GGUF aligns tensors to 32 bytes by default, and to at least 8.
+    // candle asserts that the address has this alignment. In memory, files begin at multiples of a
+    // page, and GGUF aligns tensors to 32 bytes by default, and to at least 8.
     if !bytes.as_ptr().addr().is_multiple_of(align_of::<f32>()) {
         candle_core::bail!("its bytes, at offset {} of the file, are not aligned to 4 bytes in memory", tensor.file_range().start)
     }
@@ -158,10 +159,10 @@ fn block_type(dtype: dmaload::model::DType) -> candle_core::Result<GgmlDType> {
 ///
 /// Reading from a tensor blocks until the tensor's last byte is loaded. Once the tensor has been
 /// read to its end, the reader drops its memory. candle makes two copies of each tensor, of which
-/// it keeps one. The load is ahead of the model by at most the window and a segment.
+/// it keeps one. The load reads ahead of the model by at most the window and one segment.
 ///
 /// If the model requests a tensor before its turn, the reader keeps all tensors that arrive before
-/// that tensor. If these tensors fill the loader's memory limit, the read fails with the message
+/// that tensor. If these tensors use up the loader's memory limit, the read fails with the message
 /// of [`dmaload::Error::HeldUp`]. To prevent this, raise the limit, or load the tensors in the
 /// model's order ([`LoadOptions::tensors`]). If [`LoadOptions::shard`] loads only a part of a
 /// tensor, reading this tensor is an error.
@@ -216,14 +217,14 @@ impl GgufReader {
     /// model, because candle reads one file.
     ///
     /// # Errors
-    /// If the file cannot be opened or read, or is not in GGUF format. A [`dmaload::Error`] is
-    /// wrapped in an [`io::Error`].
+    /// Fails if the file cannot be opened or read, or is not in GGUF format. A [`dmaload::Error`]
+    /// is wrapped in an [`io::Error`].
     pub fn open(loader: &Loader, path: impl AsRef<Path>, options: LoadOptions) -> io::Result<Self> {
         let path = path.as_ref().to_owned();
         let file = File::open(&path)?;
         let identity = Identity::new(&file.metadata()?);
         let inspected = inspect_blocking(&path, Format::Gguf).map_err(io::Error::other)?;
-        let map = inspected.tensors.expect("a GGUF file has a map of its tensors");
+        let map = inspected.tensors.expect("a GGUF file should have a map of its tensors");
         let header_bytes = usize::try_from(map.header_bytes()).map_err(io::Error::other)?;
         let mut header = vec![0; header_bytes];
         file.read_exact_at(&mut header, 0)?;
@@ -258,7 +259,7 @@ impl GgufReader {
     /// [`Weights::finish`](crate::Weights::finish).
     ///
     /// # Errors
-    /// The error of the load.
+    /// Returns the error of the load.
     pub fn finish(mut self) -> dmaload::Result<Report> {
         self.held.clear();
         if let Some(error) = self.failed {
@@ -268,7 +269,7 @@ impl GgufReader {
         while let Some(tensor) = self.load.next_while_holding_blocking() {
             tensor?;
         }
-        Ok(self.load.report().expect("a stream that has ended has its report").clone())
+        Ok(self.load.report().expect("a stream that has ended should have a report").clone())
     }
 
     /// Finds the tensor at this position if it has not been read to its end yet. Also returns the

@@ -12,8 +12,8 @@ pub(crate) type Named = HashMap<String, TensorInfo>;
 /// Reads only the headers of the files that a load of these paths would read.
 ///
 /// # Errors
-/// Those of [`inspect_load_blocking`], and [`Error::AmbiguousTensor`] if two files have a tensor
-/// with the same name.
+/// Returns the errors of [`inspect_load_blocking`], and [`Error::AmbiguousTensor`] if two files
+/// have a tensor with the same name.
 pub(crate) fn read(paths: &[PathBuf], options: &LoadOptions) -> Result<Named> {
     let files = inspect_load_blocking(paths, options)?;
     let mut named: HashMap<String, (TensorInfo, &Path)> = HashMap::new();

@@ -28,7 +28,7 @@
 //!
 //! candle's CPU tensors own their memory as a `Vec`, so each tensor is copied once, and again if
 //! it is converted to another type. After the copy, dmaload's memory for the tensor is dropped.
-//! The load is ahead of the copies by at most the window and a segment.
+//! The load reads ahead of the copies by at most the window and one segment.
 //!
 //! The peak memory is the sum of the model, the window ([`dmaload::LoaderBuilder::window_bytes`],
 //! 128 MiB by default), two segments of 64 MiB, and staging (16 to 72 MiB, depending on the number

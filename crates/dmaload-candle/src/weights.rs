@@ -38,8 +38,9 @@ impl Weights {
     /// returns.
     ///
     /// # Errors
-    /// Those of [`dmaload::inspect_load_blocking`], and [`dmaload::Error::Start`] if no thread can
-    /// be started. Later errors are reported by the requested tensors and by [`Self::finish`].
+    /// Returns the errors of [`dmaload::inspect_load_blocking`], and [`dmaload::Error::Start`] if
+    /// no thread can be started. Later errors are reported by the requested tensors and by
+    /// [`Self::finish`].
     pub fn load(loader: &Loader, path: impl Into<PathBuf>, dtype: DType, device: &Device) -> dmaload::Result<Self> {
         Self::load_with(loader, [path], loader.load_options(), dtype, device)
     }
@@ -50,8 +51,8 @@ impl Weights {
     /// the model.
     ///
     /// # Errors
-    /// Those of [`Self::load`], and [`dmaload::Error::AmbiguousTensor`] if two of the files have a
-    /// tensor with the same name.
+    /// Returns the errors of [`Self::load`], and [`dmaload::Error::AmbiguousTensor`] if two of the
+    /// files have a tensor with the same name.
     pub fn load_with<P: Into<PathBuf>>(
         loader: &Loader,
         paths: impl IntoIterator<Item = P>,
@@ -83,7 +84,7 @@ impl Weights {
     /// model that uses only some of a file's tensors needs this call to learn of a change.
     ///
     /// # Errors
-    /// The error of the load.
+    /// Returns the error of the load.
     pub fn finish(self) -> dmaload::Result<Report> {
         self.0.arrivals.finish()
     }

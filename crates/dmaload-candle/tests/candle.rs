@@ -92,7 +92,7 @@ fn loader() -> Loader {
     Loader::builder().load_options(options).build().unwrap()
 }
 
-/// An observer that holds back the bytes of a load from an offset on, until [`Gate::open`].
+/// An observer that holds back the bytes of a load from a given offset on, until [`Gate::open`].
 #[derive(Debug)]
 struct Gate {
     offset: u64,
@@ -220,7 +220,7 @@ fn tensors_arrive_while_the_rest_is_read() {
             last
         }
     });
-    assert!(receiver.recv_timeout(Duration::from_millis(200)).is_err(), "the gate holds back the tensor's bytes");
+    assert!(receiver.recv_timeout(Duration::from_millis(200)).is_err(), "the gate must hold back the tensor's bytes");
     gate.open();
     receiver.recv_timeout(PATIENCE).unwrap();
     let last = waiting.join().unwrap();
@@ -319,7 +319,7 @@ fn dropped_weights_cancel_the_load_and_free_its_memory() {
     vb.get((500, 600), "a").unwrap();
     drop(weights);
     thread::sleep(Duration::from_millis(50));
-    assert_eq!(loader.metrics().loads_dropped, 0, "the VarBuilder keeps the load alive");
+    assert_eq!(loader.metrics().loads_dropped, 0, "the VarBuilder must keep the load alive");
     drop(vb);
     let wait_until = |is_reached: &dyn Fn() -> bool| {
         let begin = Instant::now();

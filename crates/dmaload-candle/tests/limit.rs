@@ -88,14 +88,15 @@ fn reader_that_exceeds_the_limit_gets_an_error() {
         reader.finish().unwrap();
         texts
     });
-    assert_eq!(texts.len(), 2, "the error is returned each time");
+    assert_eq!(texts.len(), 2, "each read must return the error");
     for text in texts {
         assert!(text.contains("cannot load tensor") && text.contains("the loader's limit of 12582912"), "{text}");
         assert!(text.contains("raise the limit, or request tensors in the order"), "{text}");
     }
 }
 
-/// candle copies the tensors, so the load never waits for the model, whatever the model's order.
+/// candle copies the tensors, so the load never waits for the model, regardless of the order in
+/// which it requests them.
 #[test]
 fn weights_can_be_requested_in_any_order_within_the_limit() {
     let folder = folder();

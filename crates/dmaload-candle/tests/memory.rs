@@ -1,4 +1,4 @@
-//! Measures how much memory it takes to build a model. This test has a process of its own, since
+//! Measures how much memory it takes to build a model. This test runs in a separate process, since
 //! it measures the memory of the whole process.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
@@ -47,6 +47,12 @@ fn peak_memory_is_the_model_and_the_window() {
     // CPUs), and 16 MiB for candle and the loader themselves.
     let allowed = model + window + 2 * segment + 16 * MIB + 16 * MIB;
     eprintln!("peak {} MiB for a model of {} MiB", peak / MIB, model / MIB);
-    assert!(peak >= model && peak <= allowed, "the peak is {} MiB, not {} to {} MiB", peak / MIB, model / MIB, allowed / MIB);
+    assert!(
+        peak >= model && peak <= allowed,
+        "the peak is {} MiB, but must be between {} and {} MiB",
+        peak / MIB,
+        model / MIB,
+        allowed / MIB
+    );
     assert_eq!(tensors.len(), TENSORS);
 }

@@ -206,22 +206,22 @@ fn capsule(
 /// # Safety
 /// [`export`] must have created the structure, which must not be used afterwards.
 unsafe extern "C" fn delete_versioned(managed: *mut Versioned) {
-    // SAFETY: the caller guarantees that `export` created the structure, by `Box::into_raw`, and
-    // that it is not used afterwards, so it is freed once.
+    // SAFETY: the caller guarantees that `export` created the structure with `Box::into_raw`, and
+    // that the structure is not used afterwards. It is therefore freed only once.
     let managed = unsafe { Box::from_raw(managed) };
-    // SAFETY: `export` created the context by `Box::into_raw`, too. Only the structure, which was
-    // just taken over, owns it.
+    // SAFETY: `export` also created the context with `Box::into_raw`. Only the structure owned the
+    // context, and the structure is being freed.
     drop(unsafe { Box::from_raw(managed.context.cast::<Context>()) });
 }
 
 /// # Safety
 /// The same as for [`delete_versioned`].
 unsafe extern "C" fn delete_unversioned(managed: *mut Unversioned) {
-    // SAFETY: the caller guarantees that `export` created the structure, by `Box::into_raw`, and
-    // that it is not used afterwards, so it is freed once.
+    // SAFETY: the caller guarantees that `export` created the structure with `Box::into_raw`, and
+    // that the structure is not used afterwards. It is therefore freed only once.
     let managed = unsafe { Box::from_raw(managed) };
-    // SAFETY: `export` created the context by `Box::into_raw`, too. Only the structure, which was
-    // just taken over, owns it.
+    // SAFETY: `export` also created the context with `Box::into_raw`. Only the structure owned the
+    // context, and the structure is being freed.
     drop(unsafe { Box::from_raw(managed.context.cast::<Context>()) });
 }
 

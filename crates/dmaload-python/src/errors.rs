@@ -63,7 +63,7 @@ impl Failure {
         Failure { class, ..Failure::from(error) }
     }
 
-    /// Creates the exception, or returns the error that was raised instead.
+    /// Creates the exception. If this fails, returns the error that was raised instead.
     pub(crate) fn into_exception(self, py: Python<'_>) -> PyErr {
         let make = || {
             let Failure { class, message, errno, filename, hint, offset } = self;

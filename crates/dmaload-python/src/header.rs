@@ -100,6 +100,6 @@ pub(crate) fn start_read(py: Python<'_>, fd: i32, described: Described) -> PyRes
 
 async fn part_of(load: Load, part: impl FnOnce(ImageFile) -> Part) -> Answer {
     let image = load.await?;
-    let file = image.files().first().expect("the image of one file has a file").clone();
+    let file = image.files().first().expect("the image of one file should contain that file").clone();
     Ok(Outcome::Part(part(file)))
 }

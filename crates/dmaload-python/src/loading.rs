@@ -41,7 +41,7 @@ enum Origin {
     Load(Load),
     Stream(Tensors),
     Future(Work),
-    /// The operation has ended or was closed.
+    /// The operation has finished or was closed.
     Nothing,
 }
 
@@ -97,7 +97,8 @@ impl State {
             }
         };
         let Poll::Ready(answer) = answer else { return false };
-        // A stream continues after a tensor; all other operations have one result.
+        // A stream continues after it has yielded a tensor. All other operations have a single
+        // result.
         let goes_on = matches!((&self.source, &answer), (Origin::Stream(_), Ok(Outcome::Tensor(_))));
         let source = if goes_on { None } else { Some(std::mem::replace(&mut self.source, Origin::Nothing)) };
         self.ready = Some(match (source, answer) {
@@ -184,7 +185,7 @@ impl Loading {
     }
 
     /// Returns the number of bytes read and the number of bytes to read. Both are 0 until the load
-    /// has been planned, and always for operations other than loads and streams.
+    /// has been planned. They stay 0 for operations other than loads and streams.
     fn progress(&self, py: Python<'_>) -> PyResult<(u64, u64)> {
         guarded(py, || {
             let state = self.state()?;
@@ -200,7 +201,7 @@ impl Loading {
         })
     }
 
-    /// Cancels the operation if it has not ended. Does nothing in a forked child.
+    /// Cancels the operation if it is still running. Does nothing in a forked child.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         guarded(py, || {
             if let Ok(state) = self.state() {

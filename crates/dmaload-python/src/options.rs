@@ -11,8 +11,8 @@ use pyo3::prelude::*;
 use crate::errors::Failure;
 use crate::process::{Process, build};
 
-/// The maximum number of open loads of a loader with a memory limit. Such a loader runs a single
-/// load, so the number only limits the size of segments: the library divides the memory limit by
+/// The maximum number of open loads for a loader with a memory limit. Such a loader runs a single
+/// load, so this number affects only the size of segments: the library divides the memory limit by
 /// it. The largest segment is thus a quarter of the limit, but at least 2 MiB.
 const MEMORY_PARTS: usize = 4;
 
@@ -35,7 +35,7 @@ impl Keywords {
     /// Returns the loader and the load's options.
     ///
     /// # Errors
-    /// If an option is invalid, a manifest cannot be read, or no loader can be started.
+    /// Fails if an option is invalid, a manifest cannot be read, or no loader can be started.
     pub(crate) fn resolve(self) -> Result<(Loader, LoadOptions), Failure> {
         let mut options = LoadOptions::new().allow_missing(self.allow_missing);
         if let Some(tensors) = self.tensors {

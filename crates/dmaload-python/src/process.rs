@@ -152,7 +152,7 @@ impl<T> Owned<T> {
     /// Returns the value, for operations that need the threads of the process that created it.
     ///
     /// # Errors
-    /// `ForkedError` in a forked child.
+    /// Returns `ForkedError` in a forked child.
     pub(crate) fn in_its_process(&self, what: &str) -> Result<&T, Failure> {
         if self.process.is_current() {
             return Ok(&self.value);

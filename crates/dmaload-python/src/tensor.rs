@@ -104,9 +104,9 @@ impl Tensor {
             (Some(gathered), _) => Memory::Copied(gathered),
             (None, Source::Tensor(tensor)) => Memory::Private(tensor.private_memory().map_err(of_export)?),
             (None, Source::Part(file, range)) => Memory::Private(file.private_memory(range.clone()).map_err(of_export)?),
-            (None, Source::Memory) => unreachable!("such tensors are created with their memory"),
+            (None, Source::Memory) => unreachable!("a tensor with `Source::Memory` should be created with its memory"),
         };
-        assert_eq!(made.len(), self.bytes, "a tensor's memory has the size that its type and shape imply");
+        assert_eq!(made.len(), self.bytes, "a tensor's memory must have the size that its type and shape imply");
         Ok(Arc::clone(memory.insert(Arc::new(Owned::new(made)))))
     }
 
@@ -146,10 +146,10 @@ fn gathered(tensor: &dmaload::Tensor) -> Result<Copied, Failure> {
         for part in tensor.parts() {
             let (row, behind) = rest.split_at_mut(part.len);
             let copied = part.segment.cpu_access()?.read_at(row, part.offset);
-            assert_eq!(copied, part.len, "a part lies within its segment");
+            assert_eq!(copied, part.len, "a part must lie within its segment");
             rest = behind;
         }
-        assert!(rest.is_empty(), "the parts add up to the whole tensor");
+        assert!(rest.is_empty(), "the parts must add up to the whole tensor");
         Ok(())
     })
 }
@@ -164,7 +164,7 @@ struct Shown {
 
 /// Converts a length to the interpreter's type.
 fn signed(length: usize) -> Py_ssize_t {
-    Py_ssize_t::try_from(length).expect("memory is not longer than isize::MAX")
+    Py_ssize_t::try_from(length).expect("memory should not be longer than isize::MAX bytes")
 }
 
 #[pymethods]

@@ -103,7 +103,7 @@ class SlowFile:
 
 @pytest.fixture
 def slow_file(tmp_path):
-    """Returns a function that creates a file whose bytes are held back from an offset on."""
+    """Returns a function that creates a file whose bytes are held back from a given offset on."""
     if os.geteuid() != 0 or not os.path.exists("/dev/fuse"):
         pytest.skip("mounting a file system needs root and /dev/fuse")
     servers = []

@@ -1,4 +1,4 @@
-"""Writes model files without a library, so no library reads files that it has written itself."""
+"""Writes model files without a library, so that no library is tested only on its own output."""
 
 import json
 import os

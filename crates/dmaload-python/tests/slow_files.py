@@ -1,5 +1,5 @@
-"""Serves a FUSE file system with one file, `model.safetensors`, whose bytes are held back from an
-offset on: `slow_files.py MOUNT_POINT SOURCE HELD_FROM`, as root.
+"""Serves a FUSE file system with one file, `model.safetensors`, whose bytes are held back from a
+given offset on: `slow_files.py MOUNT_POINT SOURCE HELD_FROM`. Requires root.
 
 The program prints `mounted` when the file system is mounted, and `held` when it first holds back a
 read. After a line on standard input, it answers all held reads and all later ones. When standard

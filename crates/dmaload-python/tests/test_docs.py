@@ -29,7 +29,7 @@ PYTHON, TORCH = snippets("python"), snippets("python torch")
 
 
 def prints(text):
-    """Returns the expected output, which the page has in comments after calls of `print`."""
+    """Returns the expected output, which the page has in comments after calls to `print`."""
     return re.findall(r"print\(.*\)  # (.*)$", text, re.MULTILINE)
 
 

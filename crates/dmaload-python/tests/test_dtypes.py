@@ -1,4 +1,4 @@
-"""Checks each type of the format bit by bit, after each way of converting a tensor."""
+"""Checks each type of the format bit by bit, for each way of converting a tensor."""
 
 import ctypes
 import struct
@@ -209,7 +209,7 @@ def test_dlpack_describes_the_tensor(everything):
         capsule = found.__dlpack__(max_version=(1, 0))
         versioned = Versioned.from_address(pointer_of(capsule, b"dltensor_versioned"))
         assert versioned.major == 1
-        assert not versioned.flags & READ_ONLY, "private memory is writable"
+        assert not versioned.flags & READ_ONLY, "private memory must be writable"
         check_dlpack(found, expected, versioned.tensor)
         # Importers older than DLPack 1 pass no version.
         old = found.__dlpack__()

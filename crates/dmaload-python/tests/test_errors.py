@@ -27,7 +27,7 @@ def check(error):
     """Checks the properties that every exception of the package must have."""
     assert isinstance(error, dmaload.Error), repr(error)
     assert type(error) in every_exception(), "programs must be able to catch it by name"
-    assert isinstance(error, Exception), "pyo3's PanicException is not an Exception"
+    assert isinstance(error, Exception), "it must not be pyo3's PanicException"
     assert error.errno is None or error.errno in errno.errorcode
     assert error.filename is None or isinstance(error.filename, str)
     assert error.hint is None or isinstance(error.hint, str)

@@ -34,7 +34,7 @@ def test_each_object_outlives_its_source(model, programs, heap):
         CHECK
         + f"""
     image = dmaload.load(path, heap="{heap}", memory_limit=1 << 30)
-    # The image outlives its loader, which belongs to this load alone.
+    # The image outlives its loader, which no other load uses.
     gc.collect()
     found = image["w"]
     del image

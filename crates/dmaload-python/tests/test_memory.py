@@ -278,7 +278,7 @@ def test_five_hundred_loads_leak_nothing(disk, programs):
 
 
 def test_reused_memory_shows_no_old_bytes(tmp_path):
-    """A load may reuse memory that an earlier load has freed, but shows none of its bytes."""
+    """A load may reuse memory that an earlier load has freed, but must not show its old bytes."""
     first = write(tmp_path / "a.safetensors", {"w": tensor("U8", (3 << 20,), 1)})
     for number in range(20):
         assert dmaload.load(first)["w"].numpy()[-1] == tensor("U8", (3 << 20,), 1).data[-1]

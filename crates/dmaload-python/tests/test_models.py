@@ -194,7 +194,7 @@ def test_reports_and_formats_match_the_command(tmp_path, command):
     for key in ("bytes", "wanted_bytes", "heap", "layout"):
         assert found[key] == expected[key], key
     raw = dmaload.load(path, format="raw")
-    assert list(raw) == [], "raw files have no tensors"
+    assert list(raw) == [], "a raw file must have no tensors"
     assert raw.report()["bytes"] == path.stat().st_size
     with pytest.raises(dmaload.Error):
         dmaload.load(path, format="gguf")

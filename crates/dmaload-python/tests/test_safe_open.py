@@ -123,7 +123,7 @@ def test_closed_file_cannot_be_read(model):
         with pytest.raises((dmaload.Error, ValueError)):
             use()
     del part
-    assert kept.shape == (8, 5, 6), "tensors that were read stay valid"
+    assert kept.shape == (8, 5, 6), "tensors that were read must stay valid"
 
 
 def test_unknown_names_are_refused(model):

@@ -295,7 +295,7 @@ FORKED = """
             assert bytes(memoryview(dmaload.load(ready, heap=heap)["w"]).cast("B")) == expected
         with dmaload.safe_open(ready, framework="numpy") as file:
             assert file.get_tensor("w").tobytes() == expected
-        # Not os._exit: finalizing the interpreter must not hang or crash in a forked child either.
+        # Do not use os._exit: finalizing the interpreter in a forked child must work, too.
         sys.exit(7)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert status == 7, status

@@ -1,4 +1,5 @@
-//! Downloads packages from Debian's archive. An [`Archive`] is one suite of it, such as `trixie`.
+//! Downloads packages from Debian's archive. Each [`Archive`] represents one of its suites, such
+//! as `trixie`.
 //!
 //! Each suite has its own folder for apt's lists. Packages therefore never come from another
 //! suite, regardless of which suites this machine is configured to install from.
@@ -21,11 +22,11 @@ use crate::run;
 
 /// Package lists older than this are fetched again. Debian updates its archive every 6 hours.
 const LISTS_AGE_MAX: Duration = Duration::from_secs(6 * 3600);
-/// The keyring that verifies all suites, including suites newer than this machine's release.
+/// The keyring with which apt verifies every suite, including suites newer than this machine's
+/// release.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 const SECURITY: &str = "-security";
 
-/// One suite of the archive.
 #[derive(Debug, Clone)]
 pub(crate) struct Archive {
     suite: String,
@@ -33,8 +34,8 @@ pub(crate) struct Archive {
 }
 
 impl Archive {
-    /// Opens a suite, whose files are in a folder below `folder`. Fetches its package lists if
-    /// they are missing or old.
+    /// Opens a suite. Its files are kept below `folder`, in a folder with the suite's name.
+    /// Fetches its package lists if they are missing or old.
     ///
     /// If there are old lists and new ones cannot be fetched, prints a warning and uses the old
     /// ones.
@@ -144,7 +145,8 @@ impl Archive {
     }
 }
 
-/// Finds the mirror from which this machine gets suites of the same kind (security or not).
+/// Finds the mirror that apt is configured to use for suites of the same kind: for security
+/// suites, or for all others.
 fn configured_mirror(suite: &str) -> Result<String> {
     let format = "$(REPO_URI) $(RELEASE)";
     let targets = run::output(Command::new("apt-get").args(["indextargets", "--format", format, "Created-By: Packages"]))?;

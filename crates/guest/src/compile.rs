@@ -145,7 +145,7 @@ impl Artifact {
     }
 }
 
-/// Parses the executables that cargo's JSON messages report.
+/// Extracts the executables from cargo's JSON messages.
 fn parse_artifacts(messages: &str) -> Vec<Artifact> {
     messages.lines().filter_map(|line| parse_artifact(&serde_json::from_str(line).ok()?)).collect()
 }
@@ -162,7 +162,7 @@ fn parse_artifact(message: &Value) -> Option<Artifact> {
     })
 }
 
-/// Parses the name of a package from its id, for example `…/guest#dmaload-guest@0.1.0`. The id has
+/// Extracts a package's name from its id, for example `…/guest#dmaload-guest@0.1.0`. The id has
 /// the form `…/dmaload#0.1.0` if the package has the same name as its folder.
 fn parse_package_name(id: &str) -> &str {
     let (path, fragment) = id.rsplit_once('#').unwrap_or((id, ""));

@@ -37,7 +37,7 @@ impl CpioArchive {
 
     fn add_entry(&mut self, path: &str, mode: u32, contents: &[u8], device: (u32, u32)) {
         self.entries += 1;
-        let len = u32::try_from(contents.len()).expect("file length overflows newc's 4 GiB");
+        let len = u32::try_from(contents.len()).expect("a file must be shorter than 4 GiB, the limit of newc");
         let name_len = u32::try_from(path.len() + 1).expect("path length overflow");
         let links = 1;
         // Inode, mode, user, group, links, time, length, the file system's device (major, minor),

@@ -34,7 +34,7 @@ pub(crate) struct Disks {
     pub(crate) bad_sector: u64,
     /// The bad sector's offset in `bad.bin`, in bytes.
     pub(crate) bad_offset: u64,
-    /// The disk with a Vulkan driver, if a suite needs one.
+    /// The image of the disk with a Vulkan driver. `None` if no suite needs it.
     pub(crate) vulkan: Option<PathBuf>,
 }
 
@@ -69,7 +69,7 @@ pub(crate) fn make(folder: &Path) -> Result<Disks> {
 
 fn make_sparse_file(path: &Path, len: u64) -> Result<()> {
     let file = File::create(path).with_context(|| format!("cannot make {}", path.display()))?;
-    file.set_len(len).with_context(|| format!("cannot make {} {len} bytes long", path.display()))
+    file.set_len(len).with_context(|| format!("cannot set the length of {} to {len} bytes", path.display()))
 }
 
 fn make_file_system(image: &Path, contents: Option<&Path>) -> Result<()> {

@@ -82,8 +82,8 @@ while read -r name program seconds_max arguments; do
     # Kills processes that the suite has left running. The signal is not sent to this script,
     # because it is process 1.
     kill -9 -1
-    # Waits until the suite's stderr has been written, because changing a terminal's settings
-    # drains its output first.
+    # Changing a terminal's settings first waits for its pending output. When this command returns,
+    # the suite's stderr has therefore been written.
     stty -F /dev/ttyS0 -echo
     echo
     echo "@@end $name status=$status seconds=$(($(uptime_seconds) - begin))"

@@ -15,7 +15,7 @@ use crate::modules::Module;
 use crate::run;
 use crate::suites::{Suite, VULKAN};
 
-/// What one boot runs, and on which kernel.
+/// Describes one boot: the kernel, its modules, and the suites to run.
 #[derive(Debug)]
 pub(crate) struct Plan<'a> {
     pub(crate) kernel: &'a Kernel,

@@ -68,7 +68,8 @@ const CLOUD: [Wanted; 8] = [
     required("virtio_pci", ""),
     required("virtio_blk", ""),
     required("nvme", ""),
-    // ext4 requests this module by an alias, and nothing in the guest resolves aliases.
+    // ext4 requests this module through an alias. Nothing in the guest resolves aliases, so the
+    // module must be listed here.
     optional("crc32c_generic"),
     required("ext4", ""),
     optional("udmabuf"),
@@ -93,9 +94,9 @@ const FULL: [Wanted; 10] = [
 
 const OLD: &[&str] = &["bookworm-security", "bookworm"];
 const LONG_TERM: &[&str] = &["bookworm-security", "trixie-security", "trixie"];
-/// `trixie-backports` keeps earlier releases. Testing (`forky`) has only the newest one.
+/// `trixie-backports` keeps earlier releases, whereas testing (`forky`) has only the newest one.
 const RECENT: &[&str] = &["trixie-backports", "forky"];
-/// The first releases of a line are in `experimental` before they reach `trixie-backports`.
+/// The first releases of a new line appear in `experimental` before they reach `trixie-backports`.
 const NEXT: &[&str] = &["trixie-backports", "experimental"];
 
 const fn kernel(id: &'static str, line: Line, flavor: Flavor, suites: &'static [&'static str]) -> Kernel {

@@ -29,7 +29,8 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-/// The environment variable that holds the kernel's id, such as `6.12-full`. Set in guests only.
+/// The environment variable that holds the kernel's id, such as `6.12-full`. It is set only in
+/// guests.
 pub const KERNEL: &str = "DMALOAD_GUEST_KERNEL";
 /// The environment variable that names the file to which [`record_row`] appends.
 pub const ROWS: &str = "DMALOAD_GUEST_ROWS";
@@ -46,8 +47,8 @@ const BAD_SEED: u64 = 7;
 /// A kernel's release line. For example, all releases of Linux 6.12 are in the line `(6, 12)`.
 pub type Line = (u32, u32);
 
-/// Returns whether Debian's kernels of this release line have devices that create dma-bufs. They
-/// do since Linux 6.12.
+/// Returns whether Debian's kernels of this release line have devices that create dma-bufs. This
+/// is the case since Linux 6.12.
 #[must_use]
 pub const fn line_makes_dma_bufs(line: Line) -> bool {
     line.0 > 6 || (line.0 == 6 && line.1 >= 12)
@@ -72,14 +73,14 @@ pub fn kernel_id() -> String {
     })
 }
 
-/// Returns the kernel's release line. Suites derive from it how the kernel should behave.
+/// Returns the kernel's release line. Suites use it to decide how the kernel should behave.
 ///
 /// # Panics
 ///
 /// Panics outside a guest, or if the kernel's id does not begin with a release line.
 #[must_use]
 pub fn kernel_line() -> Line {
-    parse_line(&kernel_id()).unwrap_or_else(|| panic!("the kernel's id is not LINE-FLAVOR: {}", kernel_id()))
+    parse_line(&kernel_id()).unwrap_or_else(|| panic!("the kernel's id must have the form LINE-FLAVOR, but is {}", kernel_id()))
 }
 
 fn parse_line(id: &str) -> Option<Line> {
@@ -174,7 +175,8 @@ pub struct BadDisk {
 }
 
 impl BadDisk {
-    /// Returns the disk behind the nvme driver, which reports a medium error as `ENODATA`.
+    /// Returns the disk that uses the nvme driver. This driver reports a medium error as
+    /// `ENODATA`.
     ///
     /// # Panics
     ///
@@ -184,7 +186,8 @@ impl BadDisk {
         Self::mounted_at("/bad-nvme", libc::ENODATA)
     }
 
-    /// Returns the disk behind the virtio-blk driver, which reports a medium error as `EIO`.
+    /// Returns the disk that uses the virtio-blk driver. This driver reports a medium error as
+    /// `EIO`.
     ///
     /// # Panics
     ///
@@ -196,7 +199,8 @@ impl BadDisk {
 
     fn mounted_at(folder: &str, errno: i32) -> Self {
         let offset = env::var(BAD_OFFSET).ok().and_then(|value| value.parse().ok());
-        let offset = offset.unwrap_or_else(|| panic!("{BAD_OFFSET} is not set to a number: this guest has no bad disks"));
+        let offset =
+            offset.unwrap_or_else(|| panic!("{BAD_OFFSET} is not set to a number: this guest has no disks with a bad sector"));
         Self { file: Path::new(folder).join("bad.bin"), offset, errno }
     }
 }

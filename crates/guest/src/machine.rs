@@ -53,7 +53,7 @@ impl Outcome {
     }
 }
 
-/// The kernel, files and disks of one boot.
+/// The kernel, files and disks for one boot.
 #[derive(Debug)]
 pub(crate) struct Parts<'a> {
     pub(crate) kernel: &'a Kernel,
@@ -166,7 +166,7 @@ fn escape_commas(path: &Path) -> String {
 struct Machine(Child);
 
 impl Machine {
-    /// Waits until QEMU, which has closed its output, exits. Returns a description of how it
+    /// Waits for QEMU to exit after it has closed its output. Returns a description of how it
     /// exited.
     fn describe_end(&mut self) -> String {
         let status = self.0.wait().map_or_else(|error| error.to_string(), |status| status.to_string());

@@ -63,7 +63,7 @@ struct Options {
     /// Runs only this suite; can be repeated.
     #[arg(long, value_name = "SUITE")]
     only: Vec<String>,
-    /// Runs only tests whose names contain this.
+    /// Runs only tests whose names contain this text.
     #[arg(long, value_name = "NAME")]
     filter: Option<String>,
     /// Fills the tables in this Markdown file with the rows that this run records. Does nothing if

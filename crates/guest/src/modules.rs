@@ -1,9 +1,9 @@
 //! Unpacks what a guest needs from a kernel's packages: the image, the modules and the
 //! configuration. The result is kept beside the packages, because unpacking is slow.
 //!
-//! Debian's packages don't contain an index of the modules' dependencies. `depmod` would have to
-//! decompress thousands of modules of a full kernel to make one. Instead, `modinfo` reads the
-//! dependencies of only those modules that are needed.
+//! Debian's packages don't contain an index of the modules' dependencies. To create one, `depmod`
+//! would have to decompress the thousands of modules of a full kernel. Instead, `modinfo` reads
+//! the dependencies of only those modules that are needed.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -199,7 +199,7 @@ fn parse_softdep(field: &str) -> Vec<String> {
     names
 }
 
-/// The modules of a kernel.
+/// A kernel's built-in modules, and the dependencies of its other modules.
 struct Known<'a> {
     built_in: &'a [String],
     /// Returns a module's dependencies, or `None` if the module does not exist.

@@ -1,4 +1,4 @@
-//! Formats the report on a run, `target/guest/report.md`.
+//! Formats a run's report, which is written to `target/guest/report.md`.
 
 use crate::boot::Boot;
 use crate::rows::{self, Row};

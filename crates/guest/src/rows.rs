@@ -1,4 +1,4 @@
-//! Formats facts that suites recorded about their kernels as Markdown tables.
+//! Fills Markdown tables with the facts that suites have recorded about their kernels.
 //!
 //! ```text
 //! <!-- rows heaps: Kernel | Heap | Sealed -->
@@ -8,9 +8,9 @@
 //! <!-- end heaps -->
 //! ```
 //!
-//! Kernels with equal facts share a row. The lines between the two comments are replaced. If the
-//! document has no table for a recorded row, this is an error, so that the document shows all
-//! recorded facts. A table for which no rows were recorded is an error too.
+//! Kernels with equal facts share a row. The lines between the two comments are replaced. It is an
+//! error if the document has no table for a recorded row, because the document would then omit a
+//! fact. It is also an error if no rows were recorded for a table.
 
 use anyhow::{Context, Result, bail};
 

@@ -33,7 +33,7 @@ pub(crate) fn find(program: &str) -> Option<PathBuf> {
     folders.map(|folder| folder.join(program)).find(|candidate| candidate.is_file())
 }
 
-/// Returns a command that runs a program, which is searched for in the same places as by [`find`].
+/// Returns a command that runs a program. Looks for the program with [`find`].
 pub(crate) fn tool(program: &str) -> Command {
     Command::new(find(program).unwrap_or_else(|| program.into()))
 }

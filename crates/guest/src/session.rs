@@ -118,7 +118,7 @@ fn collect_rows<'a>(boots: &'a [Boot<'a>], name: impl Fn(&'a Boot<'a>) -> &'a st
     rows.collect()
 }
 
-/// Returns a file's text as it is, and with its tables filled from `all`.
+/// Returns a file's current text, and the same text with its tables filled from `all`.
 fn read_and_fill(file: &Path, all: &[Row]) -> Result<(String, String)> {
     let text = fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
     let filled = rows::fill_tables(&text, all).with_context(|| format!("cannot fill the tables of {}", file.display()))?;
@@ -278,8 +278,9 @@ fn in_parallel<T: Send>(jobs: usize, count: usize, work: impl Fn(usize) -> T + S
     all.into_iter().map(|(_, result)| result).collect()
 }
 
-/// Fetches and unpacks kernels. Two of them can turn out to have the same release line and flavor,
-/// if one replaces a line that the archive no longer has. Only the first is then kept.
+/// Fetches and unpacks kernels. If the archive no longer has a kernel's release line, a later line
+/// is used instead. Two kernels may then turn out to be the same, and only the first of them is
+/// kept.
 fn unpack(kernels: &[&'static Kernel], folder: &Path) -> Result<Vec<Booted>> {
     let (kept, lists) = (folder.join("kernels"), folder.join("apt"));
     // Download one kernel at a time, because downloads share the network.
@@ -300,7 +301,7 @@ fn distinct_boots(fetched: Vec<(&'static Kernel, Fetched)>) -> Vec<(&'static Ker
             progress::print(&format!("guest: {} is no longer in the archive: booting {id} instead", kernel.id));
         }
         if distinct.iter().any(|(_, _, known)| *known == id) {
-            progress::print(&format!("guest: {id} was chosen more than once, and is booted only once"));
+            progress::print(&format!("guest: {id} was chosen more than once, but is booted only once"));
         } else {
             distinct.push((kernel, fetched, id));
         }
@@ -334,7 +335,7 @@ fn choose_suites(options: &Options, booted: &[Booted]) -> Result<Vec<&'static Su
     let suites = SUITES.iter().filter(chosen).collect::<Vec<_>>();
     if suites.is_empty() {
         bail!(
-            "none of the chosen suites runs on a chosen kernel; `cargo run -p dmaload-guest -- list` lists the suites of each kernel"
+            "none of the chosen suites runs on any chosen kernel; `cargo run -p dmaload-guest -- list` lists the suites of each kernel"
         );
     }
     Ok(suites)

@@ -262,7 +262,7 @@ impl SuiteRun {
             Some((status, _)) => problems.push(format!("{name}: exited with status {status}{during}")),
         }
         if self.end.is_some_and(|(status, _)| status == 0 || status == 101) && self.counted != Some(self.tests.len()) {
-            let counted = self.counted.map_or("nothing".to_owned(), |counted| counted.to_string());
+            let counted = self.counted.map_or("unknown".to_owned(), |counted| counted.to_string());
             problems
                 .push(format!("{name}: tests in libtest's summary: {counted}, verdicts that were parsed: {}", self.tests.len()));
         }

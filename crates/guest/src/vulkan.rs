@@ -22,7 +22,7 @@ const SUITE: &str = "trixie";
 const PACKAGES: [&str; 2] = ["mesa-vulkan-drivers", "libvulkan1"];
 /// The driver to keep. The package's other drivers are for real devices.
 const DRIVER: &str = "libvulkan_lvp.so";
-/// The image's length in bytes, with room for the unpacked packages and the example.
+/// The length of the image in bytes. The unpacked packages and the example must fit into it.
 const IMAGE_LEN: u64 = 512 << 20;
 
 /// Makes the image `vulkan.img` in `scratch`. The unpacked packages and the built example are kept

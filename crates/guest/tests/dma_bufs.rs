@@ -1,6 +1,6 @@
-//! Tests that dma-bufs contain the file's bytes: for every heap, layout, route and size, and after
-//! they were shared, handed out or inherited. The tests map the dma-bufs themselves to read these
-//! bytes.
+//! Tests that dma-bufs contain the file's bytes, for every heap, layout, route and size. Other
+//! tests share the dma-bufs, hand them out, or let another process inherit them. To read the
+//! bytes, the tests map the dma-bufs.
 #![allow(clippy::unwrap_used, reason = "a failure here should fail the test")]
 
 mod common;
@@ -26,7 +26,7 @@ fn sizes() -> [usize; 9] {
 }
 
 /// Returns the route that a load is expected to take if it requests the route `requested`. The
-/// kernel refuses direct reads into the system heap, so loads step down to `bounce`.
+/// kernel refuses direct reads into the system heap, so such loads fall back to `bounce`.
 fn expected_route(heap: &str, requested: Route) -> Route {
     if heap == "dma-heap:system" && requested < Route::Bounce { Route::Bounce } else { requested }
 }
@@ -209,7 +209,7 @@ fn segment_with_views_is_not_handed_out_and_vice_versa() {
         assert!(matches!(image.files()[0].bytes(), Err(Error::HandedOut { .. })), "{name}");
         let mut seen = vec![0; 100];
         let access = segment.cpu_access().unwrap();
-        assert_eq!(access.read_at(&mut seen, SEGMENT - 49), 50, "{name}: the read stops at the segment's end");
+        assert_eq!(access.read_at(&mut seen, SEGMENT - 49), 50, "{name}: the read must stop at the segment's end");
         assert_same(&seen[..50], &original()[SEGMENT - 49..SEGMENT + 1], name);
         drop(access);
         shut_down(loader);
@@ -225,7 +225,7 @@ fn memfd_of_a_udmabuf_refuses_writes_and_holes() {
     assert_eq!(rustix::io::pwrite(memfd, b"x", 0), Err(rustix::io::Errno::PERM));
     let hole = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
     assert_eq!(rustix::fs::fallocate(memfd, hole, 0, 4096), Err(rustix::io::Errno::PERM));
-    assert_dma_bufs(image.segments(), &original()[..SEGMENT], "after the attempts");
+    assert_dma_bufs(image.segments(), &original()[..SEGMENT], "after the refused changes");
     shut_down(loader);
 }
 
@@ -340,7 +340,10 @@ fn small_files_that_share_a_dma_buf_are_handed_out_together() {
                 for segment in image.segments() {
                     let part = &seen[segment.memory_offset()..][..segment.memory_bytes()];
                     assert_same(&part[..segment.len()], &original()[..segment.len()], &format!("{what}, {segment:?}"));
-                    assert!(part[segment.len()..].iter().all(|&byte| byte == 0), "{what}: the tail of {segment:?}");
+                    assert!(
+                        part[segment.len()..].iter().all(|&byte| byte == 0),
+                        "{what}: the bytes after {segment:?} must be zero"
+                    );
                 }
             });
             let error = second.bytes().unwrap_err();
@@ -373,7 +376,7 @@ fn program_started_by_exec_inherits_the_dma_bufs() {
         record_row("handing", &[heap, "dmaload load --exec", "the program maps its descriptors", "equal"]);
     }
     let output = run_dmaload(&["load", path.to_str().unwrap(), "--quiet", "--dma-buf", "--exec", "sh", "-c", "exit 37"]);
-    assert_eq!(output.status.code(), Some(37), "dmaload exits with the program's status");
+    assert_eq!(output.status.code(), Some(37), "dmaload must exit with the program's status");
 }
 
 fn check_inherited_dma_bufs() {

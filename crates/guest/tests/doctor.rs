@@ -8,7 +8,7 @@ use dmaload_guest::{has_udmabuf_bug, makes_dma_bufs, record_row, run_dmaload};
 use serde_json::Value;
 
 fn doctor(arguments: &[&str]) -> Value {
-    // The path of a file, because a load would refuse a folder that contains no model.
+    // Pass a file, because a load would refuse a folder that contains no model.
     let place = file(4097);
     let mut all = vec!["doctor", "--json", place.to_str().unwrap()];
     all.extend(arguments);

@@ -1,6 +1,6 @@
-//! Tests for loads into dma-bufs that fail: without permission, with an unknown heap, with too
-//! little memory, or because of a bad sector. Errors must say what failed, and everything must be
-//! released.
+//! Tests for loads into dma-bufs that fail because of missing permissions, an unknown heap, too
+//! little memory or a bad sector. Errors must say what failed, and all memory and descriptors must
+//! be released.
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
 #![allow(clippy::unwrap_used, reason = "a failure here should fail the test")]
 
@@ -46,7 +46,7 @@ fn devices_without_permission_are_reported_with_their_mode() {
         &as_nobody(&["--dma-buf"]),
         &["no heap on this machine provides dma-bufs", "udmabuf: ", "dma-heap:system: ", "EACCES", "doctor"],
     );
-    assert!(as_nobody(&[]).status.success(), "a memfd needs no permission");
+    assert!(as_nobody(&[]).status.success(), "a load into a memfd must not need permission for a device");
 }
 
 #[test]
@@ -136,9 +136,9 @@ fn drop_loads(name: &str) {
     shut_down(loader);
 }
 
-/// Loads a file with a bad sector into every heap by every route. Asserts that the load fails with
-/// an error that names the offset of the failed read, that the segments before the bad sector are
-/// right, and that the next load succeeds.
+/// Loads a file with a bad sector into every heap through every route. Asserts that the load fails
+/// with an error that names the offset of the failed read, that the segments before the bad sector
+/// have the right bytes, and that the next load succeeds.
 fn assert_bad_sector_fails_the_load(disk: &BadDisk, how: &str) {
     let (expected, bad) = (bad_bytes(), disk.offset);
     for name in ["memfd", "udmabuf", "dma-heap:system"] {
@@ -161,7 +161,7 @@ fn assert_bad_sector_fails_the_load(disk: &BadDisk, how: &str) {
                             let range = segment.file_range();
                             assert!(
                                 range.end <= bad || bad + SECTOR as u64 <= range.start,
-                                "{what}: the bad sector is in {range:?}"
+                                "{what}: the bad sector must not be in {range:?}"
                             );
                             let range = usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap();
                             assert_same(&segment.bytes().unwrap(), &expected[range], &what);
@@ -178,7 +178,7 @@ fn assert_bad_sector_fails_the_load(disk: &BadDisk, how: &str) {
             assert_eq!((path, *reported), (&disk.file, errno), "{what}: {error}");
             assert!((*offset..offset + bytes).contains(&bad), "{what}: {error}");
             assert!(error.hint().unwrap().contains("storage"), "{what}");
-            // Segments are yielded in order, so there was none after the bad sector.
+            // Segments are yielded in order, so none after the bad sector may have been yielded.
             assert!(seen <= bad / (2 << 20), "{what}: {seen} segments");
             let image = load(&loader, &file(4 * MIB), loader.load_options().cache(Cache::Bypass)).unwrap();
             for (segment, part) in image.segments().iter().zip(original()[..4 * MIB].chunks(2 * MIB)) {

@@ -20,8 +20,8 @@ use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_sea
 
 const HUGE: usize = 2 * MIB;
 
-/// Records an answer, and asserts that it is the known one. This is `after` on release line
-/// `since` and later ones, and `before` on earlier ones.
+/// Records an answer, and asserts that it is the known one. The known answer is `after` for the
+/// release line `since` and later ones, and `before` for earlier ones.
 #[track_caller]
 fn assert_answer(what: &str, answer: &str, since: Line, before: &str, after: &str) {
     assert_known(what, answer, if kernel_line() >= since { after } else { before });
@@ -53,7 +53,8 @@ struct Mapped {
 impl Mapped {
     fn reserve(bytes: usize) -> Self {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        // SAFETY: without an address, the kernel replaces no mapping.
+        // SAFETY: no address is requested, so the kernel chooses a free range and replaces no
+        // mapping.
         let start = unsafe { libc::mmap(ptr::null_mut(), bytes, libc::PROT_NONE, flags, -1, 0) };
         assert_ne!(start, libc::MAP_FAILED);
         Mapped { start: start.cast(), bytes }
@@ -111,7 +112,7 @@ fn registered_buffers_may_exceed_1_gib_since_7_2() {
     let mapped = Mapped::reserve(count * HUGE);
     (0..count).for_each(|index| mapped.map_at(&memory, index * HUGE, HUGE));
     let ring = IoUring::new(8).unwrap();
-    // SAFETY: the mapping outlives the ring, which reads nothing.
+    // SAFETY: the mapping outlives the ring, and the ring performs no reads.
     let register = |bytes| unsafe { ring.submitter().register_buffers(&[mapped.iovec(0, bytes)]) };
     register(1 << 30).unwrap();
     ring.submitter().unregister_buffers().unwrap();

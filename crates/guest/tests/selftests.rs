@@ -1,6 +1,7 @@
 //! Repeats the kernel's own selftests for dma-heaps and udmabuf, through our API if possible. They
-//! cover allocation, zeroed memory on reuse, older and newer structures, bad flags and sizes,
-//! coherence, and leaks. Another test checks which mappings refuse direct reads.
+//! cover allocation, zeroed memory on reuse, older and newer versions of the ioctl's structure,
+//! bad flags and sizes, coherence, and leaks. Another test checks which mappings refuse direct
+//! reads.
 #![allow(clippy::unwrap_used, reason = "a failure here should fail the test")]
 #![allow(unsafe_code, reason = "writes to mappings, and makes requests that our API rules out")]
 
@@ -187,7 +188,7 @@ fn assert_part_is_coherent(pages: Pages) {
     below.populate(&memory, 0..bytes, pages).unwrap();
     let start = below.address().addr().get();
     let huge = dmabuf::huge_bytes_in(start..start + bytes).huge_bytes;
-    assert_eq!(huge, if pages == Pages::Small { 0 } else { bytes as u64 }, "the page size is the requested one");
+    assert_eq!(huge, if pages == Pages::Small { 0 } else { bytes as u64 }, "the page size must be the requested one");
     let page = page_bytes();
     for (number, at) in (0..bytes).step_by(page).enumerate() {
         // SAFETY: `at` is within the mapping.
@@ -196,7 +197,8 @@ fn assert_part_is_coherent(pages: Pages) {
         // uses the mapping.
         unsafe { page.cast::<u64>().write(number as u64) };
     }
-    // A whole huge page, small pages within one, and small pages across the boundary between two.
+    // A whole huge page, small pages within a huge page, and small pages across the boundary
+    // between two huge pages.
     let parts = [(2 * HUGE_PAGE_BYTES, HUGE_PAGE_BYTES), (5 * page, 3 * page), (HUGE_PAGE_BYTES - page, 2 * page)];
     for (offset, len) in parts {
         let dma_buf = Memory::DmaBuf(device.create(Part { memfd, offset: offset as u64, bytes: len }).unwrap());
@@ -208,7 +210,7 @@ fn assert_part_is_coherent(pages: Pages) {
         fill(&above, 0x5A);
         assert!(bytes_of(&below)[offset..offset + len].iter().all(|&byte| byte == 0x5A), "{pages:?}");
     }
-    assert_eq!(bytes_of(&below)[0], 0, "bytes outside of the parts are unchanged");
+    assert_eq!(bytes_of(&below)[0], 0, "bytes outside of the parts must be unchanged");
 }
 
 #[test]
@@ -257,7 +259,7 @@ fn try_mapping(mapping: &Mapping) -> (Result<(), Errno>, Result<(), Errno>) {
     let ring = io_uring::IoUring::new(8).unwrap();
     ring.submitter().register_buffers_sparse(1).unwrap();
     let vector = libc::iovec { iov_base: mapping.address().as_ptr().cast(), iov_len: mapping.bytes() };
-    // SAFETY: the mapping outlives the ring, which reads nothing.
+    // SAFETY: the mapping outlives the ring, and the ring performs no reads.
     let registered = unsafe { ring.submitter().register_buffers_update(0, &[vector], None) };
     let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::DIRECT;
     let source = rustix::fs::open(file(MIB), flags, rustix::fs::Mode::empty()).unwrap();
@@ -270,8 +272,8 @@ fn try_mapping(mapping: &Mapping) -> (Result<(), Errno>, Result<(), Errno>) {
     (registered.map_err(|error| Errno::from_io_error(&error).unwrap()), read.map(|_| ()))
 }
 
-/// The ladder of routes depends on these answers, so this test fails on a kernel that answers
-/// differently.
+/// The order in which routes are tried depends on these answers, so this test fails on a kernel
+/// that answers differently.
 #[test]
 fn refusals_of_each_mapping_are_the_known_ones() {
     let memfd = Memory::Memfd(Memfd::create("test", MIB).unwrap());

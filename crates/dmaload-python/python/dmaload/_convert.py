@@ -69,7 +69,7 @@ def _numpy_dtype(name: str) -> Any:
 
 
 def _byte_shape(tensor: Tensor) -> tuple[int, ...]:
-    """Returns the shape of a tensor as an array of bytes, whose last dimension is in bytes.
+    """Returns the shape that a tensor has as an array of bytes. The last dimension is in bytes.
 
     A scalar, or a tensor whose rows are not whole blocks, becomes one-dimensional.
     """
@@ -97,7 +97,7 @@ def to_numpy(tensor: Tensor) -> numpy.ndarray[Any, Any]:
 
 
 def _unpacked(tensor: Tensor, bits: int) -> numpy.ndarray[Any, Any]:
-    """Unpacks elements smaller than a byte into a byte each. The first one has the lowest bits."""
+    """Unpacks elements smaller than a byte into one byte each, starting with the lowest bits."""
     import numpy
 
     packed = numpy.frombuffer(tensor, numpy.uint8)

@@ -1,6 +1,6 @@
 """The exceptions: one subclass of :class:`Error` for each kind of error.
 
-If Python has an exception for the kind, the class is also a subclass of that exception:
+If Python has a built-in exception for that kind, the class is also a subclass of it:
 ``except FileNotFoundError`` catches a missing file.
 """
 
@@ -12,7 +12,8 @@ import os as _os
 class Error(Exception):
     """The base class of all exceptions in this package.
 
-    The message says what failed, on which file and where in it, and names the errno. Attributes:
+    The message says what failed. If they are known, it also names the file, the position in the
+    file, and the errno. Attributes:
 
     - ``errno``: the kernel's error, as in the module ``errno``, or ``None``.
     - ``filename``: the affected file, folder, device or socket, or ``None``.
@@ -154,7 +155,7 @@ class PanickedError(Error, RuntimeError):
 
 
 class ShutDownError(Error, RuntimeError):
-    """The loader was shut down before the load ended."""
+    """The loader was shut down before the load finished."""
 
 
 class ClosedError(Error, ValueError):

@@ -64,7 +64,7 @@ def _keywords(
         # and the shares would contain no tensors.
         shard = (numbers[0], numbers[1], numbers[2] if len(numbers) == 3 else 0)
     if memory_limit is not None and not 0 <= memory_limit < 1 << 64:
-        raise ConfigError(f"memory_limit must be a number of bytes from 0 to 2**64 - 1, not {memory_limit}")
+        raise ConfigError(f"memory_limit must be between 0 and 2**64 - 1 bytes, but is {memory_limit}")
     return {
         "tensors": None if tensors is None else list(tensors),
         "shard": shard,
@@ -100,8 +100,8 @@ class _EventLoop:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.hub = _native.Hub()
-        # `leave` cannot ask for the running loop: an abandoned coroutine may end while another
-        # loop, or none, is running.
+        # `leave` cannot ask for the running loop: an abandoned coroutine may be closed while
+        # another loop, or no loop, is running.
         self._loop = weakref.ref(loop)
         self._waiting: dict[int, asyncio.Future[None]] = {}
         self._next = 0
@@ -196,7 +196,7 @@ def load(
     - ``format``: ``auto``, ``safetensors``, ``gguf`` or ``raw``.
     - ``heap``: ``anon``; ``memfd`` for memory that other processes can map; ``dma-buf``,
       ``udmabuf`` or ``dma-heap:NAME`` for dma-bufs.
-    - ``route``: the route to start at, or ``auto``.
+    - ``route``: the first route to try, or ``auto``.
     - ``cache``: ``auto`` copies cached bytes from the page cache, ``bypass`` reads all bytes from
       storage.
     - ``allow_missing``: load the files that exist, even if other files of the model are missing.
@@ -236,10 +236,10 @@ async def load_async(
 class Stream(Iterator["tuple[str, Tensor]"]):
     """Iterates over the names and tensors of a load as they arrive. Created by :func:`stream`.
 
-    A stream does not keep the tensors that it has yielded. It is ahead of its consumer by at most
-    the window and a segment (by default 128 MiB and 64 MiB). Closing it, or leaving its ``with``
-    block, cancels the load, but yielded tensors stay valid. Several threads can read from one
-    stream; each tensor goes to one of them.
+    A stream does not keep the tensors that it has yielded. It reads ahead of its consumer by at
+    most the window and one segment (by default 128 MiB and 64 MiB). Closing it, or leaving its
+    ``with`` block, cancels the load, but yielded tensors stay valid. Several threads can read from
+    one stream; each tensor goes to one of them.
     """
 
     def __init__(self, loading: _native.Loading, progress: Progress | None) -> None:
@@ -260,7 +260,7 @@ class Stream(Iterator["tuple[str, Tensor]"]):
         return self._loading.progress()
 
     def close(self) -> None:
-        """Cancels the load if it has not ended. Later reads raise :class:`ClosedError`."""
+        """Cancels the load if it is still running. Later reads raise :class:`ClosedError`."""
         self._loading.close()
 
     def __enter__(self) -> Stream:

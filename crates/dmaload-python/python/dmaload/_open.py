@@ -27,7 +27,8 @@ from ._native import Tensor
 
 Index: TypeAlias = "int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]"
 
-# Up to this size, reading through the page cache takes less time than starting a load.
+# Tensors of up to this size, in bytes, are read through the page cache. This takes less time than
+# starting a load.
 _SMALL_BYTES = 256 << 10
 
 # The exceptions to raise if `os.open` fails. `load` raises the same ones.
@@ -136,7 +137,7 @@ class safe_open:  # noqa: N801, the name that safetensors uses
 
     Opening reads only the headers. ``get_tensor`` reads only that tensor, and a slice reads only
     the rows from the first to the last one that it selects. The files stay open, so these reads
-    still work after a file was replaced. If a file was written to, they raise
+    still work after a file has been replaced. If a file has been written to, they raise
     :class:`ChangedError`.
 
         with dmaload.safe_open("model.safetensors", framework="np") as model:
@@ -334,7 +335,7 @@ class SafeSlice:
             try:
                 position = item.__index__()  # type: ignore[union-attr]
             except AttributeError:
-                message = f'tensor "{name}": an index consists of integers, slices and an ellipsis, not {item!r}'
+                message = f'tensor "{name}": an index can contain only integers, slices and an ellipsis, not {item!r}'
                 raise InvalidInputError(message) from None
             if not -length <= position < length:
                 message = (

@@ -107,7 +107,7 @@ pub fn assert_dma_bufs(segments: &[Segment], expected: &[u8], what: &str) {
         with_mapping(segment.hand_out_owned_dma_buf().unwrap(), |seen| {
             assert_eq!(seen.len(), segment.memory_bytes(), "{what}: the dma-buf's length");
             assert_same(&seen[..len], &expected[at..at + len], what);
-            assert!(seen[len..].iter().all(|&byte| byte == 0), "{what}: the tail is not zero");
+            assert!(seen[len..].iter().all(|&byte| byte == 0), "{what}: the bytes after the segment must be zero");
         });
         at += len;
     }
@@ -261,9 +261,9 @@ impl Folios {
         };
         for page in address / PAGE..(address + bytes) / PAGE {
             let entry = word(&pagemap, page as u64);
-            assert!(entry >> 63 == 1, "a page is not present");
+            assert!(entry >> 63 == 1, "every page must be present");
             let frame = entry & ((1 << 55) - 1);
-            assert_ne!(frame, 0, "page frame numbers require root");
+            assert_ne!(frame, 0, "reading page frame numbers requires root");
             let flags = word(&flags, frame);
             let is_compound = flags & (HEAD | TAIL) != 0;
             self.pages += usize::from(!is_compound);
@@ -281,7 +281,7 @@ impl Folios {
 pub fn fault_in(memfd: &OwnedFd, bytes: usize) -> Folios {
     use std::os::fd::AsRawFd;
     let (align, flags) = (dmabuf::HUGE_PAGE_BYTES, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
-    // SAFETY: without an address, the kernel replaces no mapping.
+    // SAFETY: no address is requested, so the kernel chooses a free range and replaces no mapping.
     let reserved = unsafe { libc::mmap(std::ptr::null_mut(), bytes + align, libc::PROT_NONE, flags, -1, 0) };
     assert_ne!(reserved, libc::MAP_FAILED);
     let start = reserved.map_addr(|address| address.next_multiple_of(align));

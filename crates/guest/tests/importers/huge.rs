@@ -15,8 +15,8 @@ use crate::common::{Folios, MIB, PAGE, ThpSettings, create_udmabuf, disk, fault_
 use crate::vivid::Loopback;
 use crate::{HUGE, Way, cache_first_bytes, count_folios, load_and_pass, ways, wrong_pages};
 
-/// The size in pixels of a frame that covers a whole dma-buf, which consists of two folios of 2
-/// MiB and of small pages for the remaining 2,026,496 bytes.
+/// The size in pixels of a frame that covers a whole dma-buf. The dma-buf consists of two folios
+/// of 2 MiB, and of small pages for the remaining 2,026,496 bytes.
 const FRAME: (u32, u32) = (1920, 1080);
 const LEN: usize = 1920 * 1080 * 3;
 const HUGE_FOLIOS: usize = LEN / HUGE;
@@ -24,7 +24,7 @@ const SMALL_PAGES: usize = (LEN % HUGE).div_ceil(PAGE);
 
 fn open_loopback() -> Loopback {
     let loopback = Loopback::with_frames_of(FRAME.0, FRAME.1).unwrap();
-    assert_eq!(loopback.frame_bytes(), LEN, "a frame has the length of the file");
+    assert_eq!(loopback.frame_bytes(), LEN, "a frame must be as long as the file");
     loopback
 }
 
@@ -43,7 +43,7 @@ fn importers_see_every_page_of_every_folio() {
         assert_eq!((wrong_pages(&frame), count_folios(&image)), (vec![], EXPECTED), "{name}");
         let report = image.report();
         assert_eq!((report.page_size_bytes(), report.notes.as_slice()), (HUGE, &[] as &[String]), "{name}");
-        // Chunks that are cached in part are read from storage.
+        // Chunks that are only partly cached are read from storage.
         let expected = if cached == LEN { LEN } else { cached / HUGE * HUGE };
         assert_eq!(report.cached_bytes, expected as u64, "{name}");
         assert!(route.is_none_or(|route| report.route == route), "{name}: {}", report.route);
@@ -71,7 +71,7 @@ fn importers_see_the_latest_load_in_memory_of_the_pool() {
         assert!(image.report().reused_bytes > 0, "no memory was reused");
         let segment = &image.segments()[0];
         let frame = loopback.pass(segment.hand_out_dma_buf().unwrap(), segment.memory_bytes()).unwrap();
-        assert!(frame == other, "the frame is not the latest load's");
+        assert!(frame == other, "the frame must show the bytes of the latest load");
         assert_eq!(count_folios(&image), EXPECTED);
     }
     shut_down(loader);
@@ -173,7 +173,7 @@ fn count_read_requests() -> u64 {
 }
 
 /// Demonstrates the benefit of huge pages by counting folios and read requests, because times on
-/// an emulated machine mean nothing.
+/// an emulated machine are meaningless.
 #[test]
 fn huge_pages_take_fewer_folios_and_no_more_requests() {
     let len = 64 * MIB;
@@ -191,8 +191,8 @@ fn huge_pages_take_fewer_folios_and_no_more_requests() {
             let folios = count_folios(&image);
             (folios.pages + folios.compound, requests)
         };
-        // The file system may read metadata during a load, which adds requests. The lowest of
-        // several counts is therefore taken.
+        // The file system may read metadata during a load, which adds requests. The test therefore
+        // uses the lowest of several counts.
         let (folios, requests) = (0..5).map(|_| count_load()).min().unwrap();
         seen.push((folios, requests));
         record_row("counts", &[name, "64 MiB", &folios.to_string(), &requests.to_string()]);

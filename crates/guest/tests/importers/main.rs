@@ -5,7 +5,7 @@
 //! **vgem** imports the dma-buf through PRIME, as a GPU driver does.
 //!
 //! The module `every` runs on all kernels with importers. In addition, `small` runs on kernels
-//! whose importers see wrong bytes on huge pages, and `huge` runs on the others (see
+//! whose importers see wrong bytes on huge pages, and `huge` runs on the other kernels (see
 //! `src/suites.rs`).
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
 #![allow(clippy::unwrap_used, reason = "a failure here should fail the test")]
@@ -29,8 +29,8 @@ use rustix::fs::{Advice, fadvise};
 use vivid::Loopback;
 
 const HUGE: usize = 2 * MIB;
-/// The length of the file to load, in bytes. It exceeds a frame and four huge pages, and is not a
-/// multiple of the page size.
+/// The length of the file to load, in bytes. The file is larger than a frame and larger than four
+/// huge pages, and its length is not a multiple of the page size.
 const LEN: usize = 9 * MIB + 777;
 
 /// Loads a file of `len` bytes into one dma-buf, passes the dma-buf through vivid and attaches it
@@ -70,7 +70,7 @@ fn count_folios(image: &Image) -> Folios {
     seen
 }
 
-/// A way of filling a udmabuf: by a certain route, from the page cache, or both.
+/// A way of filling a udmabuf: through a certain route, from the page cache, or both.
 struct Way {
     name: &'static str,
     options: fn(LoadOptions) -> LoadOptions,
@@ -86,9 +86,9 @@ impl Way {
     }
 }
 
-/// Returns every way. If a way sets a route, the load is strict, so that it fails instead of
-/// falling back to another route. `default` is the route that the loader is expected to choose by
-/// default.
+/// Returns every way of filling a udmabuf. If a way sets a route, the load is strict, so that it
+/// fails instead of falling back to another route. `default` is the route that the loader is
+/// expected to choose by default.
 const fn ways(default: Route) -> [Way; 9] {
     const fn by_route(name: &'static str, options: fn(LoadOptions) -> LoadOptions, route: Route) -> Way {
         Way { name, options, cached_halves: 0, route: Some(route) }

@@ -1,6 +1,6 @@
 //! Tests for kernels whose importers see wrong bytes in a udmabuf on huge pages. On these kernels,
-//! the heap must not use huge pages, regardless of how memory is filled and of the settings of
-//! transparent huge pages.
+//! the heap must not use huge pages, regardless of how memory is filled and how transparent huge
+//! pages are configured.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -115,8 +115,8 @@ fn no_way_of_filling_a_udmabuf_lets_huge_pages_in() {
         let (image, frame) = load_and_pass(&mut loopback, heap, LEN, options);
         assert_eq!((wrong_pages(&frame), count_folios(&image).compound_pages), (vec![], 0), "{name}");
         let parts = requests.assert_cover(&image, name);
-        // Before reads by a ring and direct reads, the whole piece is populated at once. Threads
-        // that copy, or that read through the page cache, populate extents as they need them.
+        // Before ring reads and direct reads, the whole piece is populated at once. Threads that
+        // copy, or that read through the page cache, populate extents as they need them.
         let by_extents = route.is_none_or(|route| matches!(route, Route::Bounce | Route::Buffered));
         assert_eq!(parts > 1, by_extents, "{name}: {parts}");
         let report = image.report();
@@ -143,9 +143,9 @@ fn load_that_measures_both_ways_lets_no_huge_pages_in() {
     let image = block_on(async { loader.load(vec![&path; COUNT]).await }).unwrap();
     let report = image.report();
     assert!(report.measured.is_some() && report.cached_bytes == 0, "{report:?}");
-    requests.assert_cover(&image, "both ways");
+    requests.assert_cover(&image, "direct and staged reads");
     for segments in image.segments().chunks(image.segments().len() / COUNT) {
-        assert_dma_bufs(segments, &original()[..64 * MIB], "both ways");
+        assert_dma_bufs(segments, &original()[..64 * MIB], "direct and staged reads");
     }
     assert_eq!(count_folios(&image).compound_pages, 0);
     shut_down(loader);

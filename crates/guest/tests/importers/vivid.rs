@@ -83,9 +83,9 @@ impl Loopback {
     /// Returns the first [`frame_bytes`](Self::frame_bytes) bytes of a dma-buf of `buffer_bytes`
     /// bytes, as vivid sees them.
     ///
-    /// Accepts a frame once two in a row are equal. Without a looped picture, vivid fills every
-    /// frame with fresh noise, so equal frames come from the output. The dma-buf must not change
-    /// during the call.
+    /// Returns a frame as soon as two successive frames are equal. As long as the picture is not
+    /// looped, vivid fills every frame with new noise, so equal frames must come from the output.
+    /// The dma-buf must not change during the call.
     pub(crate) fn pass(&mut self, dma_buf: BorrowedFd<'_>, buffer_bytes: usize) -> io::Result<Vec<u8>> {
         let length =
             u32::try_from(buffer_bytes).map_err(|_| vivid_error(ErrorKind::InvalidInput, "the dma-buf has 4 GiB or more"))?;
@@ -99,7 +99,8 @@ impl Loopback {
         }
         let fd = u32::try_from(dma_buf.as_raw_fd()).map_err(|_| Error::from_raw_os_error(libc::EBADF))?;
 
-        // The output starts before the capture, so that the first captured frame can be looped.
+        // Start the output before the capture, so that even the first captured frame can come from
+        // the output.
         let output = Queue::new(&self.output, OUTPUT, MEMORY_DMABUF, OUTPUT_BUFFERS)?;
         for index in 0..output.count {
             let mut buffer = output.buffer(index);

@@ -27,14 +27,15 @@ enum Setting {
 }
 
 /// Chooses a setting by the control's name, because the numbers and kinds of vivid's controls
-/// differ between kernels. Does not choose a setting for the controls with "Inject" in their
-/// names, which are buttons that break the device on purpose.
+/// differ between kernels. Returns no setting for the controls with "Inject" in their names,
+/// because they are buttons that break the device on purpose.
 fn choose_setting(name: &str, instance: &str) -> Option<Setting> {
     Some(match name {
-        // The loopback: a switch on older kernels, a choice of partner on newer ones.
+        // Controls that turn the loopback on. Older kernels have a switch. On newer ones, the
+        // input is connected to an output.
         "Loop Video" => Setting::Value(1),
         _ if name.starts_with("HDMI") && name.ends_with("Connected To") && name.contains(instance) => Setting::Link,
-        // Overlays on the picture.
+        // Controls that draw over the picture.
         "OSD Text Mode" => Setting::Item("None"),
         "Show Border" | "Show Square" => Setting::Value(0),
         _ if name.starts_with("Insert ") => Setting::Value(0),
@@ -70,7 +71,7 @@ pub(super) fn set_controls(node: &File, instance: &str) -> io::Result<bool> {
         };
         let is_link = matches!(setting, Setting::Link) || name == "Loop Video";
         if is_link && linked {
-            // An output can have only one partner.
+            // An output can be connected to only one input.
             continue;
         }
         let value = match setting {
@@ -103,10 +104,10 @@ fn set_control(node: &File, id: u32, value: i32) -> io::Result<()> {
 
 /// Checks that the link keeps the value that was just set, and sets it again if vivid resets it.
 ///
-/// On kernels where the link is a choice of partner, setting it queues a work item that updates
-/// the menu. If the work item runs before the control has its new value, vivid assumes that the
-/// chosen output is linked to another input, and resets the control to the test pattern. This
-/// happened in 2 of 300 tries on Linux 7.2.
+/// On kernels where the input is connected to an output, setting this link queues a work item that
+/// updates the menu. If the work item runs before the control has its new value, vivid assumes
+/// that the chosen output is linked to another input, and resets the control to the test pattern.
+/// This happened in 2 of 300 tries on Linux 7.2.
 fn keep_link(node: &File, id: u32, value: i32) -> io::Result<()> {
     for _ in 0..LINK_TRIES {
         thread::sleep(LINK_SETTLE_TIME);

@@ -74,7 +74,7 @@ impl<'a> Queue<'a> {
         let mut last: Option<Vec<u8>> = None;
         loop {
             if !wait_until_readable(self.node, deadline)? {
-                let why = format!("no two successive frames were equal for {} s; frames captured: {seen}", LIMIT.as_secs());
+                let why = format!("no two successive frames were equal within {} s; frames captured: {seen}", LIMIT.as_secs());
                 return Err(vivid_error(ErrorKind::TimedOut, &why));
             }
             let mut buffer = self.buffer(0);
@@ -140,7 +140,8 @@ struct Mapping {
 impl Mapping {
     fn new(node: &File, offset: u32, length: usize) -> io::Result<Self> {
         let (read, shared, fd) = (libc::PROT_READ, libc::MAP_SHARED, node.as_raw_fd());
-        // SAFETY: without an address, the kernel picks a free range and replaces no mapping.
+        // SAFETY: no address is requested, so the kernel chooses a free range and replaces no
+        // mapping.
         let start = unsafe { libc::mmap(ptr::null_mut(), length, read, shared, fd, libc::off_t::from(offset)) };
         if start == libc::MAP_FAILED {
             return name_step("mapping a capture buffer", Err(Error::last_os_error()));

@@ -140,8 +140,8 @@ pub(super) struct Control {
 }
 const _: () = assert!(size_of::<Control>() == 8);
 
-/// The timings of a video signal. Only the picture's size and scan are read. The other fields are
-/// passed unchanged from one node to the other.
+/// The timings of a video signal. Only the picture's size, and whether it is interlaced, are read.
+/// The other fields are passed unchanged from one node to the other.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 pub(super) struct DvTimings {
