@@ -112,7 +112,7 @@ loom:
 valgrind *ARGS:
     .ci/valgrind {{ARGS}}
 
-# Runs random loads, cancellations and failures, and checks that no resources leak.
+# Runs random loads, some of which fail or are cancelled, and checks that no resources leak.
 [group('deep tests')]
 soak *ARGS:
     cargo bench -p dmaload-benches --bench soak -- {{ARGS}}
@@ -165,7 +165,7 @@ capi-header:
 llama:
     .ci/llama
 
-# Checks that building for another system fails with a message that says that Linux is required.
+# Checks that building for another system fails with a message that Linux is required.
 [group('other programs')]
 other-systems:
     .ci/other-systems

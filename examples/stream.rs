@@ -1,5 +1,5 @@
-//! Processes each segment while the rest of the file is still being read, and then drops it, as a
-//! program would do that uploads a model to a device.
+//! Processes each segment while the rest of the file is still being read, and then drops it. A
+//! program that uploads a model to a device would do the same.
 
 use dmaload::{LoadOptions, Loader};
 

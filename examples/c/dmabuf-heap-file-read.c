@@ -9,7 +9,7 @@
  *        normal_io        allocate, read the file through the page cache
  *        direct_io        dmaload
  *        direct_io_check  dmaload, then compare every byte with the file
- *        bench            dmaload, as a program that `dmaload bench --peer` measures
+ *        bench            dmaload, when `dmaload bench --peer` runs this program
  *
  * All modes but bench first evict the file from the page cache.
  *

@@ -36,9 +36,9 @@ fn run(command: &mut Command) -> String {
 #[test]
 fn readme_shows_the_hello_example_verbatim() {
     let readme = include_str!("../../README.md");
-    let (_, hello) = include_str!("../hello.rs").split_once("use ").expect("hello.rs has code after its comment");
-    let (_, block) = readme.split_once("```rust\nuse ").expect("the README has a Rust block");
-    let (block, _) = block.split_once("```").expect("the Rust block is closed");
+    let (_, hello) = include_str!("../hello.rs").split_once("use ").expect("hello.rs should have code after its comment");
+    let (_, block) = readme.split_once("```rust\nuse ").expect("the README should have a Rust block");
+    let (block, _) = block.split_once("```").expect("the Rust block should be closed");
     assert_eq!(block, hello);
 }
 

@@ -44,7 +44,7 @@ fn lavapipe_imports_a_loaded_file_and_sums_it() {
         let (said, error) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
         assert!(output.status.success(), "{heap}: {said}{error}");
         assert!(
-            said.contains("llvmpipe") && said.contains(&format!("{len} bytes as in the file, {heap}")),
+            said.contains("llvmpipe") && said.contains(&format!("{len} bytes equal to the file's, {heap}")),
             "{heap}: {said}{error}"
         );
         record_row("vulkan", &[heap, &format_sizes(&[len]), "imported; a compute shader's copy and sum equal the file's"]);

@@ -295,6 +295,6 @@ mod tests {
 
     #[test]
     fn shader_compiles_to_spir_v() {
-        assert_eq!(compile_shader().unwrap()[0], 0x0723_0203, "SPIR-V starts with its magic number");
+        assert_eq!(compile_shader().unwrap()[0], 0x0723_0203, "SPIR-V must start with its magic number");
     }
 }

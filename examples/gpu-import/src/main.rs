@@ -32,7 +32,7 @@ async fn main() -> Result<()> {
     let entry = match unsafe { Entry::load() } {
         Ok(entry) => entry,
         Err(error) => {
-            println!("skipped: no Vulkan loader: {error}");
+            println!("skipped: cannot load the Vulkan library: {error}");
             return Ok(());
         }
     };
@@ -62,6 +62,6 @@ async fn main() -> Result<()> {
         gpu.release(buffer);
     }
     let (report, segments) = (image.report(), image.segments().len());
-    println!("{}: {segments} segments imported, {} bytes as in the file, {}", gpu.name, report.bytes, report.heap);
+    println!("{}: {segments} segments imported, {} bytes equal to the file's, {}", gpu.name, report.bytes, report.heap);
     Ok(())
 }
