@@ -16,7 +16,8 @@ pub(crate) struct Arguments {
 pub(crate) enum Command {
     /// Loads files into memory and prints a report.
     ///
-    /// Exit status: 0 success, 1 a load failed, 2 wrong usage; with --exec, that of the command.
+    /// Exit status: 0 on success, 1 if a load failed, 2 on a usage error; with --exec, that of the
+    /// command.
     Load(load::Arguments),
     /// Loads a file, or one tensor, and writes it from memory to standard output.
     Cat(cat::Arguments),
@@ -31,15 +32,15 @@ pub(crate) enum Command {
     Attach(attach::Arguments),
     /// Tests how loads work on this machine, and shows what would help most.
     ///
-    /// Exit status: 0 if a load would work, 1 if not, 2 wrong usage.
+    /// Exit status: 0 if a load would work, 1 if not, 2 on a usage error.
     Doctor(doctor::Arguments),
     /// Creates a synthetic model, loads it cold, verifies it, and compares the time with
     /// allocate + mmap + memcpy.
     Demo(demo::Arguments),
     /// Compares ways of loading a file cold, with each run in its own process.
     ///
-    /// Exit status: 0 success, 1 a mode failed (without --pressure) or loaded wrong bytes, 2 wrong
-    /// usage.
+    /// Exit status: 0 on success, 1 if a mode failed (without --pressure) or loaded wrong bytes, 2
+    /// on a usage error.
     Bench(bench::Arguments),
     /// A child process of `bench`.
     #[command(subcommand, hide = true)]

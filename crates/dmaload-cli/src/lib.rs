@@ -106,7 +106,7 @@ fn report(message: &str, hint: Option<&str>, status: u8, wants_json: bool) {
 }
 
 /// Handles an error from clap: prints the help or version that the user asked for, or reports
-/// wrong usage.
+/// a usage error.
 fn report_usage(error: &clap::Error, command_line: &[OsString]) -> u8 {
     if !error.use_stderr() {
         return match error.print() {

@@ -1,5 +1,5 @@
 //! Tests for error messages. They name what can't be loaded, the errno, and what to do. The exit
-//! status is 1 for a failed load and 2 for wrong usage. Standard output stays empty or, with
+//! status is 1 for a failed load and 2 for a usage error. Standard output stays empty or, with
 //! `--json`, gets one object. The command never panics or hangs.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 

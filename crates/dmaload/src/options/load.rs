@@ -184,9 +184,9 @@ impl LoadOptions {
     }
 
     /// Sets whether consecutive small files share memory. Small files are those of up to a quarter
-    /// of a segment. Each begins at a multiple of at least the page size. A thousand small files
-    /// then need only a few allocations and descriptors, and can have huge pages. The dma-buf or
-    /// memfd of such a file contains all files that share it. Has no effect with
+    /// of a segment. Each file is still aligned to at least a page. This way, a thousand small
+    /// files need only a few allocations and descriptors, and can be backed by huge pages. The
+    /// dma-buf or memfd of such a file contains all files that share it. Has no effect with
     /// [`Layout::Single`], or if the [importer](Self::importer) requires an alignment of more than
     /// a page. Default: true.
     #[must_use]
@@ -336,7 +336,7 @@ pub(crate) struct Select {
 }
 
 impl Select {
-    /// Returns whether any selection is set, so that less than whole files may be read.
+    /// Returns whether any selection is set, in which case files may be read only in part.
     pub(crate) fn is_partial(&self) -> bool {
         *self != Select::default()
     }

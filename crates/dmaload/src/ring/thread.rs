@@ -32,7 +32,7 @@ pub(crate) struct RingLimits {
     /// The initial size of staging.
     pub(crate) staging: StagingBudget,
     pub(crate) copiers: Pace,
-    /// Whether staging grows with the number of copiers.
+    /// Whether the amount of staging memory grows with the number of copiers.
     pub(crate) staging_grows: bool,
 }
 

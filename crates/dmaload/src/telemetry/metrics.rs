@@ -32,8 +32,8 @@ pub struct Metrics {
     pub memory_bytes: u64,
     /// Bytes of memory that the pool holds now.
     pub pooled_bytes: u64,
-    /// How long reads waited from the arrival of their piece on the ring thread until their
-    /// submission to the kernel. Most of this is spent waiting for a place in the queue.
+    /// How long reads waited before they were submitted to the kernel, counted from when memory
+    /// for them was ready. Most of this is spent waiting for a place in the queue.
     pub before_kernel: Latency,
     /// How long reads took, from submission until their completion was received.
     pub in_kernel: Latency,

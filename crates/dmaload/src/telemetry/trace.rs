@@ -18,8 +18,8 @@ pub enum TraceKind {
     FromCache,
     /// An observer was called with bytes of the load.
     Observe,
-    /// A full allocation was finished: bytes were moved to their places, and the allocation was
-    /// exported as a dma-buf if the heap supports that.
+    /// A full allocation was finished: bytes that belong elsewhere in it were moved there, and it
+    /// was exported as a dma-buf if the heap supports that.
     Export,
     /// A segment was delivered to the caller. Takes no time.
     HandOver,

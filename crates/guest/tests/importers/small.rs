@@ -78,7 +78,7 @@ impl HeapHooks for PopulateRequests {
     }
 
     fn after_populate(&self, _: Range<usize>, result: Result<&Populated, &dmabuf::Error>) {
-        // The heap checks the page sizes, and must not have found a huge page.
+        // The heap checks which page sizes the memory has. None of the pages should be huge.
         assert_eq!(result.unwrap().pages.map(|pages| pages.huge_bytes), Some(0));
     }
 }

@@ -17,10 +17,10 @@ use crate::support::id::LoadId;
 /// the load, which would otherwise retry forever if every read were interrupted.
 const INTERRUPTIONS: u32 = 64;
 
-/// Maximum number of reads of a chunk that return less than a block, without progress. After one
-/// more such read, either the file ends within that block, or the file system can't return more
-/// through direct reads. The driver then falls back to buffered reads or, if the load is strict,
-/// fails the load.
+/// Maximum number of consecutive reads of a chunk that return less than a block. Such a read is
+/// repeated from the start of the block. After one more such read, either the file ends within
+/// that block, or the file system can't return more through direct reads. The driver then falls
+/// back to buffered reads or, if the load is strict, fails the load.
 const PARTS_OF_A_BLOCK: u32 = 16;
 
 impl<K: Kernel, B: PieceMemory> Driver<K, B> {
