@@ -167,7 +167,7 @@ async fn ranks_together_load_the_whole_model() {
             let options =
                 loader.load_options().tensors(["layers.0.*", "embed"]).shard(Shard { rank, world_size: 3, dim: Some(dim) });
             let image = loader.load(&path).options(options).await.unwrap();
-            assert!(image.report().notes.iter().any(|note| note.contains(&format!("part {rank} of 3"))));
+            assert!(image.report().notes.iter().any(|note| note.contains(&format!("rank {rank} of 3"))));
             for tensor in image.tensors() {
                 let copy = tensor.to_vec().unwrap();
                 match tensor.bytes() {
