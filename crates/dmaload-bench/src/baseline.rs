@@ -55,7 +55,7 @@ pub fn load_cold(path: &Path) -> Result<Normal, BaselineError> {
 /// Loads the file, whether or not it is cached.
 ///
 /// # Errors
-/// If the file is empty or a call fails.
+/// If the file is empty or a system call fails.
 pub fn load(path: &Path) -> Result<Normal, BaselineError> {
     let started = Instant::now();
     let file = File::open(path).at("open", path)?;

@@ -381,7 +381,7 @@ fn rank_gets_its_shard_along_any_dimension() {
     }
 }
 
-/// Writes a GGUF file with candle. It has a tensor for each of these types, named after the type.
+/// Uses candle to write a GGUF file with a tensor for each type in `types`, named after the type.
 fn write_quantized(folder: &Path, types: &[GgmlDType]) -> PathBuf {
     let source = Tensor::from_raw_buffer(&random_bytes(512 * 1024, 5), DType::U32, &[256, 512], &CPU).unwrap();
     let source = (source.to_dtype(DType::F32).unwrap() / f64::from(u32::MAX)).unwrap();

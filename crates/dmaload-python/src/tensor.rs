@@ -74,8 +74,9 @@ impl Tensor {
         Tensor { name, dtype, shape, bytes, source: Owned::new(Source::Memory), memory }
     }
 
-    /// Returns the library's tensor, whose segments may have descriptors. Returns `None` for
-    /// ranges of files (`Image.file`, `start_read`) and for tensors that `read_small` has read.
+    /// Returns the underlying `dmaload::Tensor`, whose segments may be dma-bufs or memfds. Returns
+    /// `None` for ranges of files (`Image.file`, `start_read`) and for tensors that `read_small`
+    /// has read.
     pub(crate) fn loaded(&self) -> Option<&dmaload::Tensor> {
         match &*self.source {
             Source::Tensor(tensor) => Some(tensor),

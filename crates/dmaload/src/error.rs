@@ -164,7 +164,7 @@ pub enum Error {
     /// The file is shorter than the length that its file system reported when the load began.
     #[error("{}: ends before offset {offset} (route {route}), but was {planned_bytes} bytes long when the load began", printable::path(.path))]
     Ended {
-        /// The file.
+        /// Path of the file that ended early.
         path: PathBuf,
         /// Offset at which no more bytes could be read. This is the end of the file, or beyond it.
         offset: u64,

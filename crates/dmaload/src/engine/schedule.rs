@@ -57,7 +57,7 @@ pub(crate) enum Job<L> {
 /// The resources that a batch takes: those of its permit, and bytes of the memory budget.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Need {
-    /// Bytes of the window.
+    /// How many bytes of the window the batch takes.
     pub(crate) bytes: u64,
     /// How many of the batch's pieces belong to small files.
     pub(crate) files: u64,

@@ -180,7 +180,8 @@ pub(crate) struct Choosing {
 }
 
 impl Choosing {
-    /// Returns the choice to read the whole load in this way.
+    /// Returns a choice that is already settled: the whole load is read in this way, and nothing
+    /// is measured.
     pub(crate) fn fixed(way: Way) -> Self {
         Choosing { starts: Vec::new(), trial: None, known: Some(way), expected: way }
     }

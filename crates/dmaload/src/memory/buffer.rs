@@ -36,8 +36,8 @@ pub(crate) trait PieceMemory: Buffer {
 /// Receives bytes from threads. The bytes are copied from staging or from the page cache, or are
 /// read without a ring.
 ///
-/// If the piece is not populated yet, its sink populates each extent just before bytes are written
-/// there, so the new pages are still in the CPU cache.
+/// If the piece is not populated yet, its sink populates each extent on request, or at the latest
+/// just before bytes are written there, so the new pages are still in the CPU cache.
 pub(crate) trait Sink: Debug + Send + Sync {
     /// Calls `write` for consecutive parts of the `bytes` bytes at `offset`, and returns how many
     /// bytes were written. If `write` returns less than a part's length, no further parts are
@@ -49,12 +49,14 @@ pub(crate) trait Sink: Debug + Send + Sync {
     ///
     /// # Safety
     /// This sink and `offset` must come from [`PieceMemory::place`], and the piece must have room
-    /// for `bytes` bytes there. Nothing else may read or write these bytes during the call.
+    /// for `bytes` bytes there. Nothing else may read or write these bytes during the call, except
+    /// through [`Self::populate`].
     #[allow(unsafe_code)]
     unsafe fn fill_with(&self, offset: usize, bytes: usize, write: &mut Write<'_>) -> Result<usize, Fault>;
 
-    /// Populates the extents that contain the `bytes` bytes at `offset`, unless they are
-    /// populated already. May be called while others write to the same place.
+    /// Populates the extents that contain the `bytes` bytes at `offset`, unless they are populated
+    /// already, or another thread is populating them. May be called while others write to the same
+    /// place.
     ///
     /// # Errors
     /// [`Fault::Memory`] if memory can't be allocated; the sink keeps the details.

@@ -131,10 +131,11 @@ pub(crate) trait Kernel {
     #[allow(unsafe_code)]
     unsafe fn copy(&mut self, copy: StagedCopy);
 
-    /// Has another thread populate memory, once no copy is waiting for a thread. The place's
-    /// buffer must stay allocated until the request completes. Completes like a read; the only
-    /// possible error is [`Fault::Memory`]. Once a copy to the same place is started, the request
-    /// may complete without having populated anything, because the copy populates the memory, too.
+    /// Has another thread populate memory, usually once no copy is waiting for a thread. The
+    /// place's buffer must stay allocated until the request completes. Other operations may use
+    /// the same place in the meantime. Completes like a read; the only possible error is
+    /// [`Fault::Memory`]. Once a copy to the same place is started, the request may complete
+    /// without having populated anything, because the copy populates the memory, too.
     fn populate(&mut self, request: PopulateRequest);
 
     /// Sets how many threads may copy at the same time.

@@ -1,5 +1,5 @@
-//! Remembers which routes were refused because of the heap's memory or because of a file system,
-//! so later loads need not try them again.
+//! Remembers which routes don't work with the heap's memory or with a file system, so later loads
+//! need not try them again.
 
 use std::collections::HashMap;
 use std::time::Duration;

@@ -194,7 +194,8 @@ impl Pace {
         std::mem::replace(&mut self.threads, threads) != threads
     }
 
-    /// Records that a queued job will not run. The job is not measured.
+    /// Records that a queued job will not run, or that a job is done whose bytes do not count. The
+    /// threads were busy with it, but it is not counted as one of the epoch's jobs.
     pub(crate) fn withdraw(&mut self, now: Duration) {
         self.count(now);
         self.jobs = self.jobs.checked_sub(1).expect("a job that is withdrawn should have begun");

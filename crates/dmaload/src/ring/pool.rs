@@ -1,5 +1,5 @@
 //! Threads for work that must not block the ring thread: reads by `pread(2)`, copies from staging
-//! and from the page cache, and observations.
+//! and from the page cache, requests to populate memory, and observations.
 //!
 //! Threads start on demand and end after the pool is dropped. They are not joined, because a
 //! thread that waits for a dead disk would make the caller hang, too. The driver owns the memory
@@ -34,6 +34,10 @@ const MOUNTS: usize = 64;
 /// time, this is also how many loads can be observed at the same time.
 pub(crate) const OBSERVERS: usize = 2;
 
+/// Maximum number of other jobs that are started before the first queued request to populate
+/// memory: a few times as many as a load has copies in flight.
+const PASSED_OVER_MAX: usize = 16;
+
 #[derive(Debug)]
 enum PoolJob {
     Read(Arc<OpenFile>, Read),
@@ -51,6 +55,8 @@ unsafe impl Send for PoolJob {}
 #[derive(Debug)]
 struct Queues {
     jobs: VecDeque<PoolJob>,
+    /// How many other jobs were started since a request to populate memory was queued first.
+    passed_over: usize,
     /// Threads that are reading, counted for each load and each file system.
     reading: Holders<LoadId>,
     /// How many threads may read from a file system for one load, by the file system's number.
@@ -73,6 +79,7 @@ impl Queues {
     fn new(busy_max: usize) -> Self {
         Queues {
             jobs: VecDeque::new(),
+            passed_over: 0,
             reading: Holders::new(),
             paces: HashMap::new(),
             since: Instant::now(),
@@ -95,9 +102,18 @@ impl Queues {
             PoolJob::Read(file, read) => self.may_read(&self.reading, file, read, threads),
             PoolJob::Copy(_) | PoolJob::Populate(_) | PoolJob::Cached(..) | PoolJob::Observe(_) => true,
         };
-        // Copies free staging, so memory is populated only if no copy is waiting.
-        let is_urgent = |job: &PoolJob| !matches!(job, PoolJob::Populate(_)) && may_start(job);
-        let at = self.jobs.iter().position(is_urgent).or_else(|| self.jobs.iter().position(may_start));
+        // Copies free staging, so they go before requests to populate memory. But a request must
+        // not wait for long, because its piece can't be finished before it, and its copy, which
+        // would make it unnecessary, never comes if the read fails.
+        let request = self.jobs.iter().position(|job| matches!(job, PoolJob::Populate(_)));
+        let other = self.jobs.iter().position(|job| !matches!(job, PoolJob::Populate(_)) && may_start(job));
+        let at = if request.is_some() && other.is_some() && self.passed_over < PASSED_OVER_MAX {
+            self.passed_over += 1;
+            other
+        } else {
+            self.passed_over = 0;
+            request.or(other)
+        };
         let job = at.and_then(|at| self.jobs.remove(at));
         if let Some(PoolJob::Read(file, read)) = &job {
             self.reading.take(&read.load, file.identity.mount(), 1);
@@ -144,17 +160,14 @@ impl Queues {
         self.jobs.push_back(job);
     }
 
-    /// Completes the queued request to populate this place, if there is one, because the copy that
-    /// is about to be queued populates the place anyway. If the request stayed queued while copies
-    /// keep the threads busy, it would wait for all of them, and the piece could not be finished
-    /// until then.
+    /// Completes the queued requests to populate this place, because the copy that is about to be
+    /// queued populates the place anyway.
     fn withdraw_populating(&mut self, place: &Place) {
         let is_same = |job: &PoolJob| {
             matches!(job, PoolJob::Populate(PopulateRequest { place: other, .. })
                 if other.offset == place.offset && Arc::ptr_eq(&other.sink, &place.sink))
         };
-        let job = self.jobs.iter().position(is_same).and_then(|at| self.jobs.remove(at));
-        if let Some(PoolJob::Populate(request)) = job {
+        while let Some(PoolJob::Populate(request)) = self.jobs.iter().position(is_same).and_then(|at| self.jobs.remove(at)) {
             self.done.push(Completion { token: request.token, result: Ok(0) });
         }
     }

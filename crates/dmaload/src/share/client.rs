@@ -81,11 +81,11 @@ impl AttachOptions {
 
 /// Attaches to an image that the server at this socket shares.
 ///
-/// A new thread receives and maps the image. Dropping the future does not stop that thread, but
-/// the image is then dropped.
+/// A new thread receives and maps the image. Dropping the future does not stop that thread, which
+/// then finishes and drops the image.
 ///
 /// # Errors
-/// [`Error::Share`].
+/// [`Error::Share`] if the image can't be received or mapped.
 pub async fn attach(socket: impl AsRef<Path>, options: AttachOptions) -> Result<Attached> {
     let socket = socket.as_ref().to_owned();
     let (sender, receiver) = oneshot::channel();

@@ -55,6 +55,30 @@ impl<T: Clone> OnceValue<T> {
         }
     }
 
+    /// Creates the value, unless it is ready or another thread is creating it. Does not wait for
+    /// that thread.
+    ///
+    /// # Errors
+    /// Those of `make`.
+    pub(crate) fn make_if_empty<E>(&self, make: impl FnOnce() -> Result<T, E>) -> Result<(), E> {
+        let mut state = self.state();
+        if !matches!(&*state, ValueState::Empty) {
+            return Ok(());
+        }
+        *state = ValueState::Making;
+        drop(state);
+        self.make(make).map(drop)
+    }
+
+    /// Creates the value. The state must be `Making`, and only this thread may have set it.
+    fn make<E>(&self, make: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
+        // If `make` fails or panics, dropping `making` lets one of the waiting threads try.
+        let mut making = Making { owner: self, value: None };
+        let value = make()?;
+        making.value = Some(value.clone());
+        Ok(value)
+    }
+
     /// Returns a clone of the value. If there is no value yet, this thread creates it while others
     /// wait. If that fails, one of the waiting threads tries next.
     ///
@@ -71,11 +95,7 @@ impl<T: Clone> OnceValue<T> {
         }
         *state = ValueState::Making;
         drop(state);
-        // If `make` fails or panics, dropping `making` lets one of the waiting threads try.
-        let mut making = Making { owner: self, value: None };
-        let value = make()?;
-        making.value = Some(value.clone());
-        Ok(value)
+        self.make(make)
     }
 }
 
@@ -121,6 +141,32 @@ mod tests {
                 assert_eq!(shared.0.get(), None);
             });
         }
+    }
+
+    #[test]
+    fn value_made_ahead_is_made_once() {
+        model(move || {
+            let shared = Arc::new((OnceValue::<usize>::default(), AtomicUsize::new(0)));
+            let make = |shared: &(OnceValue<usize>, AtomicUsize)| Ok::<_, ()>(shared.1.fetch_add(1, Ordering::Relaxed));
+            let other = {
+                let shared = Arc::clone(&shared);
+                spawn(move || shared.0.make_if_empty(|| make(&shared)))
+            };
+            assert_eq!(shared.0.get_or_make(|| make(&shared)), Ok(0));
+            assert_eq!(other.join().unwrap(), Ok(()));
+            assert_eq!(shared.1.load(Ordering::Relaxed), 1);
+        });
+    }
+
+    #[test]
+    #[cfg(not(dmaload_loom))]
+    fn value_that_another_thread_makes_is_not_waited_for() {
+        let shared = OnceValue::<usize>::default();
+        let made = shared.get_or_make(|| {
+            shared.make_if_empty(|| -> Result<usize, ()> { panic!("it should not be made twice") })?;
+            Ok::<_, ()>(7)
+        });
+        assert_eq!(made, Ok(7));
     }
 
     #[test]

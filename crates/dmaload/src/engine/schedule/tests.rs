@@ -263,7 +263,7 @@ fn load_of_many_files_is_not_starved_by_its_file_system() {
         assert_eq!(scheduler.next(), Some(Job::Open(load)));
         scheduler.opened(load, LoadNeeds { batches, ..LoadNeeds::default() });
         if load == 2 {
-            // Loads 1 and 2 hold as many files as they may.
+            // Loads 1 and 2 now hold as many files as they are allowed to.
             assert!(drain(&mut scheduler).len() > 16);
         }
     }

@@ -17,10 +17,10 @@ use crate::support::id::LoadId;
 /// the load, which would otherwise retry forever if every read were interrupted.
 const INTERRUPTIONS: u32 = 64;
 
-/// Maximum number of consecutive reads of a chunk that return less than a block. Such a read is
-/// repeated from the start of the block. After one more such read, either the file ends within
-/// that block, or the file system can't return more through direct reads. The driver then falls
-/// back to buffered reads or, if the load is strict, fails the load.
+/// Maximum number of consecutive reads of a chunk that may return less than a block. After each of
+/// them, the read is repeated from the start of that block. After one more, the driver assumes
+/// that the file ends within the block, or that the file system can't return more through direct
+/// reads. It then falls back to buffered reads or, if the load is strict, fails the load.
 const PARTS_OF_A_BLOCK: u32 = 16;
 
 impl<K: Kernel, B: PieceMemory> Driver<K, B> {
@@ -129,7 +129,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         }
         let mount = entry.file.mount;
         let file_index = match attempt {
-            // The memory can't be pinned, whichever file is read into it.
+            // EFAULT means that the memory can't be pinned, regardless of the file.
             Attempt::Read if errno == Errno::FAULT => None,
             Attempt::SetUpRing | Attempt::RegisterBuffer | Attempt::RegisterStaging => None,
             Attempt::OpenDirect

@@ -85,24 +85,31 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
 
     /// Has a copier populate memory while its bytes are being read into staging, unless all of the
     /// piece's pages are present. A copier is often idle then, and copies free their slots sooner
-    /// if the pages are already present. If there are at least two copies for each copier, no
-    /// copier will be idle soon, so nothing is requested. The piece is finished only once the
-    /// request has completed.
+    /// if the pages are already present. If there are at least two copies for each copier, or more
+    /// copiers than at first, no copier will be idle soon, so nothing is requested. The piece is
+    /// finished only once the request has completed.
     fn start_populating(&mut self, piece: Token, range: Range<u64>) {
         let entry = self.pieces.get_mut(piece).expect(PIECE);
-        if entry.buffer.is_populated() || self.pace.jobs() >= 2 * self.pace.threads() {
+        // The pace counts requests as jobs, too.
+        let copies = self.pace.jobs().saturating_sub(self.populating);
+        let copiers = self.pace.threads();
+        if entry.buffer.is_populated() || copiers > FIRST || copies >= 2 * copiers {
             return;
         }
         let (place, bytes) = (entry.buffer.place(to_usize(range.start)), range.end - range.start);
         entry.in_flight += 1;
         entry.chunks_left += 1;
         self.populating += 1;
+        // Copiers that populate are busy.
+        self.pace.begin(self.kernel.now());
         let token = self.reads.insert(Operation::Populate { piece, bytes });
         self.kernel.populate(PopulateRequest { token, place, bytes: to_usize(bytes) });
     }
 
     pub(super) fn complete_populating(&mut self, piece: Token, bytes: u64, result: Result<usize, Fault>) {
         self.populating -= 1;
+        // The bytes count once they are copied.
+        self.pace.withdraw(self.kernel.now());
         let entry = self.pieces.get_mut(piece).expect(PIECE);
         entry.in_flight -= 1;
         entry.chunks_left -= 1;

@@ -2,6 +2,7 @@ use super::*;
 use crate::memory::buffer::{Sink, Write};
 use crate::ring::slots::Slots;
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 #[derive(Debug)]
 struct ArraySink(Mutex<[u8; 64]>);
@@ -187,11 +188,13 @@ fn panic_of_a_pool_thread_is_reported() {
 #[derive(Debug, Default)]
 struct CountingSink {
     gate: CopyGate,
+    copies: AtomicUsize,
     populated: Mutex<Vec<usize>>,
 }
 
 impl Sink for CountingSink {
     unsafe fn fill_with(&self, offset: usize, bytes: usize, write: &mut Write<'_>) -> Result<usize, Fault> {
+        self.copies.fetch_add(1, Ordering::SeqCst);
         // SAFETY: the caller upholds the same contract.
         unsafe { self.gate.fill_with(offset, bytes, write) }
     }
@@ -233,7 +236,9 @@ fn copies_go_before_populating_and_make_it_unnecessary() {
         "a request should complete at once if a copy populates the same place"
     );
     sink.gate.release(1);
-    sink.gate.wait_until_held(1);
+    while sink.copies.load(Ordering::SeqCst) < 2 {
+        thread::yield_now();
+    }
     assert!(sink.populated.lock().unwrap().is_empty(), "the second copy should run before the other request");
     sink.gate.release(1);
     while done.len() < 4 {
@@ -242,6 +247,35 @@ fn copies_go_before_populating_and_make_it_unnecessary() {
     }
     assert_eq!((done[3].token, done[3].result), (needed, Ok(0)));
     assert_eq!(*sink.populated.lock().unwrap(), [128]);
+}
+
+/// The copy that a request was made for may never come, if its read fails.
+#[test]
+fn requests_to_populate_wait_for_a_bounded_number_of_copies() {
+    let wake = Arc::new(Wake::new().unwrap());
+    let mut pool = ThreadPool::new(Arc::clone(&wake), "test", 1);
+    let sink = Arc::new(CountingSink::default());
+    let from = [7_u8; 64];
+    let mut slots = Slots::new();
+    let place = |offset| Place { sink: Arc::clone(&sink) as Arc<dyn Sink>, offset };
+    let mut copy = |pool: &mut ThreadPool| {
+        let copy = StagedCopy { token: slots.insert(()), from: NonNull::from(&from).cast(), to: place(0), bytes: 64 };
+        // SAFETY: both places outlive all copies, and the sink writes nothing.
+        unsafe { pool.copy(copy) };
+    };
+    copy(&mut pool);
+    sink.gate.wait_until_held(1);
+    pool.populate(PopulateRequest { token: Slots::new().insert(()), place: place(64), bytes: 64 });
+    (0..2 * PASSED_OVER_MAX).for_each(|_| copy(&mut pool));
+    for copies in 1..=2 * PASSED_OVER_MAX {
+        sink.gate.release(1);
+        while sink.copies.load(Ordering::SeqCst) <= copies {
+            thread::yield_now();
+        }
+        let populated = !sink.populated.lock().unwrap().is_empty();
+        assert_eq!(populated, copies > PASSED_OVER_MAX, "after {copies} copies");
+    }
+    sink.gate.release(1);
 }
 
 #[test]

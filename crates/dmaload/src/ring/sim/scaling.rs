@@ -24,13 +24,13 @@
 //!
 //! The ring thread takes [`CALL`] for each read and copy that it issues or completes, and
 //! [`REGISTER`] to register a piece or a staging slot. A request to populate memory takes it
-//! [`REQUEST`]. Such requests change nothing else here: copiers take the same time whether they
-//! populate memory ahead of a copy or with it.
+//! [`REQUEST`]. A copier that meets a request while no copy is waiting zeroes the memory, and the
+//! copy then takes one pass less.
 #![allow(unsafe_code)]
 
 use std::alloc::{Layout as Allocation, alloc, dealloc};
 use std::cell::RefCell;
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::ptr::NonNull;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -119,6 +119,14 @@ struct CpuTask {
 enum Work {
     Batch(LoadId, usize),
     Copy(Token),
+    Populate(Token),
+}
+
+/// Identifies a place in memory: the address of its sink, and its offset.
+type PlaceKey = (usize, usize);
+
+fn key(place: &Place) -> PlaceKey {
+    (Arc::as_ptr(&place.sink).addr(), place.offset)
 }
 
 #[derive(Debug)]
@@ -139,14 +147,18 @@ struct FlowMachine {
     now: f64,
     tasks: Vec<CpuTask>,
     transfers: Vec<Transfer>,
-    copies: VecDeque<(Token, usize)>,
+    copies: VecDeque<(Token, PlaceKey, usize)>,
+    /// Queued requests to populate memory.
+    requests: VecDeque<(Token, PlaceKey, usize)>,
+    /// Places that are populated, or being populated, ahead of their copies.
+    populated: HashSet<PlaceKey>,
     copiers: usize,
     most_copying: usize,
     /// The time until which the ring thread is busy.
     ring_until: f64,
     completions: Vec<Completion>,
     /// The completions of requests to populate memory.
-    requests: Vec<Completion>,
+    completed_requests: Vec<Completion>,
     batches: Vec<(LoadId, usize)>,
 }
 
@@ -157,16 +169,27 @@ impl FlowMachine {
     }
 
     fn copying(&self) -> usize {
-        self.tasks.iter().filter(|task| matches!(task.work, Work::Copy(_))).count()
+        self.tasks.iter().filter(|task| matches!(task.work, Work::Copy(_) | Work::Populate(_))).count()
     }
 
     fn start_copies(&mut self) {
-        while self.copying() < self.copiers
-            && let Some((token, bytes)) = self.copies.pop_front()
-        {
-            let (passes, traffic) = (self.path.passes(), self.path.traffic());
+        // Zeroing is one of the passes. If the memory leaves the cache before the copy, zeroing
+        // also writes to the bus.
+        let (passes, traffic) = (self.path.passes(), self.path.traffic());
+        let zeroing = (1.0, if self.path == Path::StagedOutOfCache { 1.0 } else { 0.0 });
+        while self.copying() < self.copiers {
+            let (work, bytes, (passes, traffic)) = if let Some((token, key, bytes)) = self.copies.pop_front() {
+                let is_populated = self.populated.remove(&key);
+                let left = if is_populated { (passes - zeroing.0, traffic - zeroing.1) } else { (passes, traffic) };
+                (Work::Copy(token), bytes, left)
+            } else if let Some((token, key, bytes)) = self.requests.pop_front() {
+                self.populated.insert(key);
+                (Work::Populate(token), bytes, zeroing)
+            } else {
+                return;
+            };
             let from = self.ring_until.max(self.now);
-            self.tasks.push(CpuTask { work: Work::Copy(token), from, left: bytes as f64, bytes: bytes as u64, passes, traffic });
+            self.tasks.push(CpuTask { work, from, left: bytes as f64, bytes: bytes as u64, passes, traffic });
             self.most_copying = self.most_copying.max(self.copying());
         }
     }
@@ -207,6 +230,7 @@ impl FlowMachine {
                     let result = Ok(usize::try_from(task.bytes).unwrap());
                     self.completions.push(Completion { token, result });
                 }
+                Work::Populate(token) => self.completed_requests.push(Completion { token, result: Ok(0) }),
             }
         }
         for transfer in self.transfers.extract_if(.., |transfer| transfer.left < 0.01) {
@@ -222,6 +246,8 @@ struct Untouched {
     address: NonNull<u8>,
     bytes: usize,
     populated: bool,
+    /// Identifies the memory, with an offset.
+    sink: Arc<Nowhere>,
 }
 
 impl Untouched {
@@ -229,7 +255,7 @@ impl Untouched {
         let layout = Allocation::from_size_align(bytes, 4096).unwrap();
         // SAFETY: the layout's size is not zero, because a piece or a staging slot is never empty.
         let address = NonNull::new(unsafe { alloc(layout) }).expect("the test should have enough memory");
-        Untouched { address, bytes, populated }
+        Untouched { address, bytes, populated, sink: Arc::new(Nowhere) }
     }
 }
 
@@ -261,7 +287,7 @@ impl PieceMemory for Untouched {
     }
 
     fn place(&self, offset: usize) -> Place {
-        Place { sink: Arc::new(Nowhere), offset }
+        Place { sink: Arc::clone(&self.sink) as Arc<dyn Sink>, offset }
     }
 }
 
@@ -326,14 +352,20 @@ impl Kernel for FlowKernel {
     unsafe fn copy(&mut self, copy: StagedCopy) {
         let mut machine = self.0.borrow_mut();
         machine.occupy_ring(CALL);
-        machine.copies.push_back((copy.token, copy.bytes));
+        let key = key(&copy.to);
+        if let Some(at) = machine.requests.iter().position(|&(_, other, _)| other == key) {
+            let (token, ..) = machine.requests.remove(at).expect("the position was just found");
+            machine.completed_requests.push(Completion { token, result: Ok(0) });
+        }
+        machine.copies.push_back((copy.token, key, copy.bytes));
         machine.start_copies();
     }
 
     fn populate(&mut self, request: PopulateRequest) {
         let mut machine = self.0.borrow_mut();
         machine.occupy_ring(REQUEST);
-        machine.requests.push(Completion { token: request.token, result: Ok(0) });
+        machine.requests.push_back((request.token, key(&request.place), request.bytes));
+        machine.start_copies();
     }
 
     fn set_copiers(&mut self, threads: usize) {
@@ -363,7 +395,7 @@ impl Kernel for FlowKernel {
         let calls = machine.completions.len() as f64;
         machine.occupy_ring(calls * CALL);
         into.append(&mut machine.completions);
-        into.append(&mut machine.requests);
+        into.append(&mut machine.completed_requests);
     }
 }
 
@@ -390,11 +422,13 @@ fn load(path: Path, device: f64, cores: usize, loads: usize) -> Outcome {
         tasks: Vec::new(),
         transfers: Vec::new(),
         copies: VecDeque::new(),
+        requests: VecDeque::new(),
+        populated: HashSet::new(),
         copiers: FIRST,
         most_copying: 0,
         ring_until: 0.0,
         completions: Vec::new(),
-        requests: Vec::new(),
+        completed_requests: Vec::new(),
         batches: Vec::new(),
     }));
     let settings = Settings::for_cores(cores);
