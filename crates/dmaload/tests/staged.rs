@@ -1,4 +1,5 @@
-//! Tests that copiers in staged loads populate each extent of memory once, before they write to it.
+//! Tests that copiers in staged loads populate each extent of memory once, before they write to
+//! it.
 #![allow(clippy::print_stderr, reason = "skipped tests are reported")]
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
