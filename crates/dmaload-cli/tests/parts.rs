@@ -85,7 +85,7 @@ fn rank_from_a_launcher_loads_its_shard() {
     };
     let json = run(launched("1", "4").args(["--shard-dim", "0"]).arg(&path)).succeeds().json();
     assert_eq!((numbers(&json), &json["notes"]), (numbers(&explicit), &explicit["notes"]));
-    assert!(explicit["notes"].to_string().contains("part 1 of 4 of each tensor along dimension 0"), "{}", explicit["notes"]);
+    assert!(explicit["notes"].to_string().contains("rank 1 of 4 has read its share of each tensor"), "{}", explicit["notes"]);
     let even: u64 = (0..3).map(|rank| numbers(&run(launched(&rank.to_string(), "3").arg(&path)).succeeds().json()).1).sum();
     assert_eq!(even, std::fs::metadata(&path).unwrap().len());
     // --world-size overrides the launcher's variable.
