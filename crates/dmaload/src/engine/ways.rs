@@ -26,7 +26,7 @@ const PHASE_BYTES: u64 = 96 << 20;
 /// Used instead of [`PHASE_BYTES`] if memory consists of small pages. Direct reads then have to
 /// wait until memory is populated, and are rarely faster, so less of the load is spent on
 /// measuring them.
-const SMALL_PAGES_PHASE_BYTES: u64 = 48 << 20;
+const SMALL_PAGES_PHASE_BYTES: u64 = 32 << 20;
 /// A way is chosen instead of the expected one only if its rate is more than this many times as
 /// high.
 const MARGIN: f64 = 1.03;

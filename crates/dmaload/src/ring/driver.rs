@@ -42,7 +42,7 @@ use std::sync::atomic::Ordering;
 
 use rustix::io::Errno;
 
-use entry::{InFlight, LoadEntry, Operation, PieceEntry, Step, Unobserved, split_into_chunks};
+use entry::{Chunk, InFlight, LoadEntry, Operation, PieceEntry, Step, Unobserved, split_into_chunks};
 
 use super::kernel::{Completion, Kernel};
 use super::known::Known;
@@ -235,7 +235,14 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
             }
         } else {
             let entry = self.pieces.get_mut(token).expect(PIECE);
-            load.chunks.extend(split_into_chunks(token, entry, chunk_bytes));
+            let chunks = split_into_chunks(token, entry, chunk_bytes);
+            // Two threads prepare batches, and a batch whose memory has to be populated takes
+            // longer to prepare than the batches after it that are read into staging.
+            let mut is_later = |chunk: &Chunk| self.pieces.get_mut(chunk.piece).expect(PIECE).number > number;
+            let later = load.chunks.iter().rev().take_while(|chunk| is_later(chunk)).count();
+            let later = load.chunks.split_off(load.chunks.len() - later);
+            load.chunks.extend(chunks);
+            load.chunks.extend(later);
         }
         if let Some(errno) = refused {
             // Without a ring, all routes that use it are refused, so a single step leads to the

@@ -231,3 +231,44 @@ fn allocator_stays_within_the_window() {
         assert_eq!(most_ahead, most);
     }
 }
+
+/// Batches are prepared by several threads, so pieces may be enqueued out of order.
+#[test]
+fn queued_pieces_are_read_in_file_order() {
+    let memory: Rc<RefCell<Memory>> = Rc::default();
+    let clock: Rc<Cell<Duration>> = Rc::default();
+    let shape = Shape { layout: Layout::Segmented, segment_bytes: BLOCK, batch_bytes: BLOCK, packed: false, batch_files: 64 };
+    let plan = Plan::new(&[BLOCK], &[Span::whole(0, 5 * BLOCK)], shape);
+    let file = SimFile { number: 1, bytes: 5 * BLOCK, faults: Rc::new(FileFaults::default()) };
+    let id = LoadId(0);
+    // With a depth of 1, reads are issued one at a time.
+    let mut driver: Driver<_, SimBuffer> = Driver::new(SimKernel::new(1, Faults::none(), &memory, &clock, MS), 1, STAGING);
+    driver.begin(LoadSpec { id, pieces: 5, chunk_bytes: BLOCK, strict: true, trace: false, observation: None });
+    for number in [2, 0, 4, 3, 1] {
+        let spec = FileSpec {
+            handle: file.clone(),
+            index: 0,
+            route: Route::UringDirect,
+            staged_by: Route::UringFixedDirect,
+            mount: 0,
+            alignment_bytes: BLOCK,
+            in_memory: false,
+            cached: CachedChunks::default(),
+        };
+        driver.enqueue_piece(id, number, plan.pieces[number], spec, SimBuffer::new(id, BLOCK, &memory));
+    }
+    let mut full = Vec::new();
+    while full.len() < 5 {
+        driver.issue();
+        driver.turn(false).unwrap();
+        let due = driver.kernel().next_due().expect("a read should be in flight");
+        clock.set(due);
+        driver.kernel().complete_due();
+        driver.turn(false).unwrap();
+        full.extend(driver.take_outputs().into_iter().filter_map(|output| match output {
+            Output::PieceFull { piece, .. } => Some(piece),
+            Output::Event { .. } => None,
+        }));
+    }
+    assert_eq!(full, [0, 1, 2, 3, 4]);
+}
