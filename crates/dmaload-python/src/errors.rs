@@ -126,6 +126,13 @@ fn class_of(kind: ErrorKind) -> &'static str {
     }
 }
 
+/// Panics with this message. Only development builds have this function, for a test.
+#[cfg(debug_assertions)]
+#[pyfunction]
+pub(crate) fn panic_on_purpose(py: Python<'_>, message: String) -> PyResult<()> {
+    guarded(py, || panic!("{message}"))
+}
+
 /// Runs the body of a function that Python calls, and converts failures and panics to exceptions.
 pub(crate) fn guarded<T>(py: Python<'_>, body: impl FnOnce() -> Result<T, Raised>) -> PyResult<T> {
     match catch_unwind(AssertUnwindSafe(body)) {

@@ -3,11 +3,11 @@
 
 use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use dmaload::heap::HeapChoice;
 use dmaload::model::DType;
-use dmaload::{Format, ImageFile, Load, LoadOptions, Source, inspect_model};
+use dmaload::{Errno, Error, Format, ImageFile, Load, LoadOptions, Route, Source, inspect_model};
 use pyo3::prelude::*;
 
 use crate::errors::{Failure, Raised, guarded};
@@ -36,16 +36,20 @@ fn dtype(name: &str) -> Result<DType, Failure> {
     name.parse().map_err(|error: dmaload::model::ParseDTypeError| Failure::config(error.to_string()))
 }
 
+/// Raises the error that a load raises if it cannot open a file.
+#[pyfunction]
+pub(crate) fn raise_open_error(py: Python<'_>, path: PathBuf, errno: i32) -> PyResult<()> {
+    guarded(py, || Err(Error::File { path, operation: "open", errno: Errno::from_raw_os_error(errno) }.into()))
+}
+
 /// Duplicates the descriptor of a file that Python has opened.
-fn duplicate(fd: i32) -> Result<OwnedFd, Failure> {
-    let failed = |errno: i32, reason: String| {
-        Failure::new("IoError", format!("cannot duplicate the descriptor of the file: {reason}")).about(errno, "")
-    };
+fn duplicate(fd: i32, path: &Path) -> Result<OwnedFd, Failure> {
+    let failed = |errno| Error::File { path: path.to_owned(), operation: "duplicate its descriptor", errno };
     if fd < 0 {
-        let errno = rustix::io::Errno::BADF;
-        return Err(failed(errno.raw_os_error(), errno.to_string()));
+        return Err(failed(Errno::EBADF).into());
     }
-    borrowed(fd).try_clone_to_owned().map_err(|error| failed(error.raw_os_error().unwrap_or(0), error.to_string()))
+    let duplicated = borrowed(fd).try_clone_to_owned();
+    duplicated.map_err(|error| failed(Errno::from_io_error(&error).unwrap_or(Errno::EIO)).into())
 }
 
 #[allow(unsafe_code)]
@@ -59,35 +63,36 @@ fn borrowed<'a>(fd: i32) -> BorrowedFd<'a> {
 /// Reads a small tensor from an open file, through the page cache, into newly allocated memory.
 /// For such a tensor, a load would take longer, and would create a mapping.
 #[pyfunction]
-pub(crate) fn read_small(py: Python<'_>, fd: i32, described: Described) -> PyResult<Tensor> {
+pub(crate) fn read_small(py: Python<'_>, path: PathBuf, fd: i32, described: Described) -> PyResult<Tensor> {
     guarded(py, || {
         let (name, dtype_name, shape, start, end) = described;
         let dtype = dtype(&dtype_name)?;
         let bytes = usize::try_from(end.saturating_sub(start)).map_err(|error| Failure::config(error.to_string()))?;
-        let file = File::from(duplicate(fd)?);
-        let memory = detached(py, || Copied::filled(bytes, |buffer| read_exactly(&file, buffer, start, &name)))?;
+        let file = File::from(duplicate(fd, &path)?);
+        let memory = detached(py, || Copied::filled(bytes, |buffer| read_exactly(&file, &path, buffer, start)))?;
         Ok(Tensor::of_memory(name, dtype, shape, Memory::Copied(memory)))
     })
 }
 
-fn read_exactly(file: &File, buffer: &mut [u8], start: u64, name: &str) -> Result<(), Failure> {
+/// Reads the bytes at offset `start` of a file. Fails with the errors of a load through the page
+/// cache.
+fn read_exactly(file: &File, path: &Path, buffer: &mut [u8], start: u64) -> Result<(), Failure> {
     use std::os::unix::fs::FileExt;
-    file.read_exact_at(buffer, start).map_err(|error| match error.raw_os_error() {
-        Some(errno) => {
-            let message = format!("cannot read tensor {name:?} (bytes: {}) at offset {start}: {error}", buffer.len());
-            Failure::new("IoError", message).about(errno, "")
-        }
-        None => Failure::new("ChangedError", format!("cannot read tensor {name:?}: the file ends before the tensor's last byte")),
-    })
+    let (path, bytes, route) = (path.to_owned(), buffer.len() as u64, Route::Buffered);
+    let Err(error) = file.read_exact_at(buffer, start) else { return Ok(()) };
+    Err(Failure::from(match Errno::from_io_error(&error) {
+        Some(errno) => Error::Read { path, offset: start, bytes, route, errno },
+        None => Error::Changed { path, change: "it shrank" },
+    }))
 }
 
 /// Starts to load a tensor from an open file.
 #[pyfunction]
-pub(crate) fn start_read(py: Python<'_>, fd: i32, described: Described) -> PyResult<Loading> {
+pub(crate) fn start_read(py: Python<'_>, path: PathBuf, fd: i32, described: Described) -> PyResult<Loading> {
     guarded(py, || {
         let (name, dtype_name, shape, start, end) = described;
         let dtype = dtype(&dtype_name)?;
-        let file = duplicate(fd)?;
+        let file = duplicate(fd, &path)?;
         let options = LoadOptions::new().format(Format::Raw).range(start..end);
         let load = detached(py, || {
             let loader = Process::current().loader(&HeapChoice::Anon)?;

@@ -42,7 +42,10 @@ mod _native {
     #[pymodule_export]
     use crate::dma_buf::{DmaBuf, dma_bufs};
     #[pymodule_export]
-    use crate::header::{read_header, read_small, start_read};
+    use crate::header::{raise_open_error, read_header, read_small, start_read};
+    #[cfg(debug_assertions)]
+    #[pymodule_export]
+    use crate::errors::panic_on_purpose;
     #[pymodule_export]
     use crate::image::Image;
     #[pymodule_export]

@@ -145,6 +145,17 @@ CODES = {
     "I64": (0, 64),
     "U64": (1, 64),
 }
+# Types that DLPack has since version 1.1.
+SMALL_CODES = {
+    "F8_E4M3": (10, 8),
+    "F8_E4M3FNUZ": (11, 8),
+    "F8_E5M2": (12, 8),
+    "F8_E5M2FNUZ": (13, 8),
+    "F8_E8M0": (14, 8),
+    "F6_E2M3": (15, 6),
+    "F6_E3M2": (16, 6),
+    "F4": (17, 4),
+}
 READ_ONLY = 1
 
 
@@ -185,7 +196,7 @@ def pointer_of(capsule, name):
 def check_dlpack(found, expected, dl):
     assert (dl.device_type, dl.device_id) == (1, 0)
     assert tuple(dl.shape[: dl.ndim]) == expected.shape
-    code, bits = CODES[expected.dtype]
+    code, bits = (CODES | SMALL_CODES)[expected.dtype]
     assert (dl.dtype.code, dl.dtype.bits, dl.dtype.lanes) == (code, bits, 1)
     if expected.data:
         assert ctypes.string_at(dl.data + dl.byte_offset, len(expected.data)) == expected.data
@@ -214,6 +225,27 @@ def test_dlpack_describes_the_tensor(everything):
         # Importers older than DLPack 1 pass no version.
         old = found.__dlpack__()
         check_dlpack(found, expected, DLTensor.from_address(pointer_of(old, b"dltensor")))
+
+
+def test_dlpack_1_1_describes_floats_of_fewer_than_16_bits(everything):
+    path, tensors = everything
+    image = dmaload.load(path)
+    seen = set()
+    for name, expected in tensors.items():
+        if expected.dtype not in SMALL_CODES:
+            continue
+        found = image[name]
+        capsule = found.__dlpack__(max_version=(1, 1))
+        versioned = Versioned.from_address(pointer_of(capsule, b"dltensor_versioned"))
+        assert (versioned.major, versioned.minor) == (1, 1)
+        check_dlpack(found, expected, versioned.tensor)
+        # An older consumer would misread the type.
+        for keywords in ({}, {"max_version": (1, 0)}, {"max_version": (0, 8)}):
+            with pytest.raises(dmaload.ExportError, match=expected.dtype):
+                found.__dlpack__(**keywords)
+        seen.add(expected.dtype)
+    assert seen == set(SMALL_CODES)
+    assert set(BITS) == set(CODES) | set(SMALL_CODES)
 
 
 def test_dlpack_refuses_unsupported_exports(tmp_path):

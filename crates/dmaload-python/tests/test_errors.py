@@ -8,10 +8,12 @@ import random
 import re
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
 import dmaload
+from conftest import REPOSITORY
 from files import Expected, header, large, sharded, tensor, write
 
 
@@ -106,7 +108,27 @@ def test_file_that_vanished_raises_the_error_of_a_load(tmp_path, name):
         expected.errno,
         expected.filename,
     )
-    assert str(found) == str(expected)
+    assert (str(found), found.hint) == (str(expected), expected.hint)
+
+
+def test_reads_of_small_tensors_raise_errors_of_the_library(tmp_path):
+    path = write(tmp_path / "m.safetensors", {"w": tensor("U8", (64,))})
+    described = ("w", "U8", [64], 8, 72)
+    with path.open("rb") as file:
+        file_number = file.fileno()
+        cut = raised(lambda: dmaload._native.read_small(path, file_number, (*described[:3], 1000, 1064)))
+    assert (type(cut), cut.filename) == (dmaload.ChangedError, str(path))
+    assert "shrank" in str(cut)
+    folder = os.open(tmp_path, os.O_RDONLY)
+    try:
+        refused = raised(lambda: dmaload._native.read_small(path, folder, described))
+    finally:
+        os.close(folder)
+    assert (refused.errno, refused.filename, refused.offset) == (errno.EISDIR, str(path), 8)
+    for closed in (-1, folder):
+        for read in (dmaload._native.read_small, dmaload._native.start_read):
+            refused = raised(lambda read=read, closed=closed: read(path, closed, described))
+            assert (refused.errno, refused.filename) == (errno.EBADF, str(path))
 
 
 def test_corpus_inputs_load_or_fail_as_in_the_command(tmp_path, corpus, command):
@@ -207,6 +229,90 @@ def test_each_kind_of_error_has_its_exception(tmp_path):
     }
     found = {kind: type(raised(use)) for kind, use in kinds.items()}
     assert len(set(found.values())) == len(kinds), found
+
+
+def test_every_kind_of_the_library_has_a_class():
+    """A kind without a class would be raised as the base class, which says nothing."""
+    kinds = (REPOSITORY / "crates/dmaload/src/error/kind.rs").read_text()
+    body = re.search(r"pub enum ErrorKind \{(.*?)\n\}", kinds, re.DOTALL)[1]
+    names = re.findall(r"^    (\w+),$", body, re.MULTILINE)
+    assert len(names) > 15
+    converted = (REPOSITORY / "crates/dmaload-python/src/errors.rs").read_text()
+    for name in names:
+        assert f'ErrorKind::{name} => "{name}Error"' in converted, name
+        assert issubclass(getattr(dmaload, f"{name}Error"), dmaload.Error)
+    # Every class that the native module names exists.
+    sources = (REPOSITORY / "crates/dmaload-python/src").glob("*.rs")
+    named = {name for source in sources for name in re.findall(r'"(\w+Error)"', source.read_text())}
+    assert named <= {each.__name__ for each in every_exception()}
+
+
+def test_panic_becomes_an_exception():
+    with pytest.raises(dmaload.PanickedError) as caught:
+        dmaload._native.panic_on_purpose("the reason")
+    assert str(caught.value) == "dmaload panicked: the reason"
+    assert isinstance(caught.value, RuntimeError)
+
+
+def test_programs_for_safetensors_catch_the_error(tmp_path):
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(b"no model")
+    with pytest.raises(dmaload.SafetensorError):
+        dmaload.safe_open(path, framework="numpy")
+
+
+def test_too_little_address_space_is_a_memory_error(tmp_path, programs):
+    path = tmp_path / "m.raw"
+    path.touch()
+    os.truncate(path, 1 << 30)
+    out = programs.succeed(
+        """
+    import re, resource, sys
+    import dmaload
+    dmaload.load(sys.argv[2])
+    with open("/proc/self/status") as file:
+        used = int(re.search(r"VmSize:\\s+(\\d+)", file.read())[1]) << 10
+    resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), resource.RLIM_INFINITY))
+    try:
+        dmaload.load(sys.argv[1], format="raw")
+    except MemoryError as error:
+        print(type(error).__name__, "ENOMEM" in str(error), "ulimit -v" in error.hint)
+    """,
+        path,
+        write(tmp_path / "small.safetensors", {"w": tensor("U8", (64,))}),
+    )
+    assert out == "OutOfMemoryError True True\n"
+
+
+def test_file_of_too_many_pieces_is_too_large():
+    # A file system on a disk refuses such lengths.
+    with tempfile.NamedTemporaryFile(dir="/dev/shm", suffix=".raw") as file:
+        os.truncate(file.name, 1 << 46)
+        error = raised(lambda: next(dmaload.stream(file.name, format="raw")))
+    assert type(error) is dmaload.TooLargeError
+    assert error.hint
+
+
+def test_file_that_a_manifest_lacks(tmp_path, command):
+    path = write(tmp_path / "m.safetensors", {"w": tensor("U8", (64,))})
+    other = write(tmp_path / "other.safetensors", {"w": tensor("U8", (64,))})
+    manifest = tmp_path / "manifest.json"
+    manifest.write_bytes(subprocess.check_output([command, "manifest", path]))
+    dmaload.load(path, verify=manifest)
+    error = raised(lambda: dmaload.load(other, verify=manifest))
+    assert type(error) is dmaload.NotInManifestError
+    assert error.filename == str(other)
+    with pytest.raises(LookupError):
+        dmaload.load(other, verify=manifest)
+
+
+def test_memory_without_a_dma_buf_is_refused(tmp_path):
+    path = write(tmp_path / "m.safetensors", {"w": tensor("U8", (64,))})
+    error = raised(lambda: dmaload.dma_buf(dmaload.load(path)["w"]))
+    assert isinstance(error, dmaload.DeviceError)
+    with dmaload.safe_open(path, framework="numpy"):
+        small = raised(lambda: dmaload.dma_buf(dmaload.load(path).file()))
+    assert type(small) is dmaload.UnsupportedError
 
 
 def test_missing_tensor_is_a_key_error(tmp_path):

@@ -1,7 +1,9 @@
 """Tests for memory: writing to a tensor must neither crash nor change anything else."""
 
+import asyncio
 import hashlib
 import os
+import socket as socket_module
 import subprocess
 import sys
 import time
@@ -87,6 +89,39 @@ def test_attached_tensors_equal_the_served_ones(served):
     assert sorted(image) == sorted(tensors)
     for name, expected in tensors.items():
         assert memoryview(image[name]).tobytes() == expected.data
+
+
+def test_attach_async_does_not_block_the_event_loop(served):
+    socket, tensors = served
+
+    async def attach_both():
+        return await asyncio.gather(*(dmaload.share.attach_async(socket) for _ in range(2)))
+
+    for image in asyncio.run(attach_both()):
+        assert sorted(image) == sorted(tensors)
+        for name, expected in tensors.items():
+            assert memoryview(image[name]).tobytes() == expected.data
+    with pytest.raises(dmaload.ShareError):
+        asyncio.run(dmaload.share.attach_async(socket.with_name("no-socket")))
+
+
+def test_attach_async_waits_for_a_silent_server_in_the_background(tmp_path):
+    """A server that accepts the connection but never answers must not stop the event loop."""
+    path = tmp_path / "silent.sock"
+    with socket_module.socket(socket_module.AF_UNIX, socket_module.SOCK_SEQPACKET) as server:
+        server.bind(str(path))
+        server.listen()
+
+        async def attach():
+            task = asyncio.create_task(dmaload.share.attach_async(path))
+            for _ in range(20):
+                await asyncio.sleep(0.01)
+            assert not task.done()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+        asyncio.run(attach())
 
 
 def test_writes_to_attached_memory_are_private(served, programs):

@@ -1,6 +1,8 @@
 """Tests with whole models: folders with an index, GGUF, a real model, and random files."""
 
+import copy
 import json
+import pickle
 import subprocess
 from collections.abc import Mapping
 
@@ -70,6 +72,16 @@ def test_shards_of_all_ranks_form_the_tensor(tmp_path):
     parts = [dmaload.load(path, shard=(rank, 4, 0))["w"].numpy() for rank in range(4)]
     assert [len(part) for part in parts] == [3, 3, 3, 4]
     assert numpy.concatenate(parts).tobytes() == whole.tobytes()
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_shards_along_inner_dimensions_form_the_tensor(tmp_path, dim):
+    expected = tensor("F32", (3, 10, 7))
+    path = write(tmp_path / "model.safetensors", {"w": expected})
+    whole = numpy.frombuffer(expected.data, numpy.float32).reshape(expected.shape)
+    parts = [dmaload.load(path, shard=(rank, 3, dim))["w"].numpy() for rank in range(3)]
+    assert all(0 < part.shape[dim] < expected.shape[dim] for part in parts)
+    assert numpy.concatenate(parts, axis=dim).tobytes() == whole.tobytes()
 
 
 def test_metadata_equals_the_headers(tmp_path):
@@ -172,12 +184,27 @@ def test_gguf_equals_that_of_the_reference_package(tmp_path):
         assert found.dtype == expected.tensor_type.name
         assert found.shape == tuple(int(dim) for dim in reversed(expected.shape))
         assert memoryview(found).tobytes() == expected.data.tobytes(), expected.name
-        assert arrays[expected.name].tobytes() == expected.data.tobytes(), expected.name
+        array = arrays[expected.name]
+        assert array.tobytes() == expected.data.tobytes(), expected.name
+        if array.dtype == numpy.uint8:
+            assert array.ggml_type == expected.tensor_type.name
     keys = image.metadata()
     for name, field in oracle.fields.items():
         if not name.startswith("GGUF."):
             expected = field.contents()
             assert keys[name] == (expected.tolist() if hasattr(expected, "tolist") else expected)
+
+
+def test_arrays_of_blocks_keep_their_type(tmp_path):
+    path = tmp_path / "model.gguf"
+    write_gguf(path)
+    array = dmaload.numpy.load_file(path)["t.Q4_K"]
+    for same in (array, array[1:3], copy.copy(array), pickle.loads(pickle.dumps(array))):
+        assert (same.dtype, same.ggml_type) == (numpy.uint8, "Q4_K")
+    assert pickle.loads(pickle.dumps(array)).tobytes() == array.tobytes()
+    with dmaload.safe_open(path, framework="numpy") as file:
+        assert file.get_tensor("t.Q4_K").ggml_type == "Q4_K"
+        assert not hasattr(file.get_tensor("t.F32"), "ggml_type")
 
 
 def test_image_is_a_mapping(tmp_path):

@@ -6,14 +6,16 @@ import subprocess
 import time
 from pathlib import Path
 
+import gguf
 import pytest
 import safetensors.torch
 import torch
 from safetensors import safe_open
 
 import dmaload
-from files import BITS, large, sharded, tensor, write
+from files import BITS, large, random_file, sharded, tensor, write
 from test_docs import TORCH, place, run  # noqa: F401
+from test_models import write_gguf
 from test_safe_open import SLICES
 
 TYPES = [name for name in BITS if name not in ("F6_E2M3", "F6_E3M2")]
@@ -160,6 +162,45 @@ def test_model_of_three_shards_loads(tmp_path):
     assert {name: bits(each) for name, each in state.items()} == {
         name: each.data for name, each in tensors.items()
     }
+
+
+def test_two_hundred_random_files_equal_safetensors(tmp_path):
+    compared = 0
+    for seed in range(200):
+        path = tmp_path / "m.safetensors"
+        tensors, _ = random_file(path, seed)
+        own = dmaload.torch.load_file(path)
+        assert {name: bits(each) for name, each in own.items()} == {
+            name: each.data for name, each in tensors.items()
+        }
+        with safe_open(path, "pt") as oracle, dmaload.safe_open(path, framework="pt") as file:
+            for name, each in tensors.items():
+                if each.dtype not in TYPES:
+                    # safetensors refuses these types for torch.
+                    continue
+                expected = oracle.get_tensor(name)
+                for found in (own[name], file.get_tensor(name)):
+                    assert (found.dtype, found.shape) == (expected.dtype, expected.shape), name
+                    assert bits(found) == bits(expected), name
+                compared += 1
+    assert compared > 1000
+
+
+def test_gguf_blocks_equal_those_of_the_reference_package(tmp_path):
+    path = tmp_path / "model.gguf"
+    write_gguf(path)
+    own = dmaload.torch.load_file(path)
+    oracle = {each.name: each for each in gguf.GGUFReader(path).tensors}
+    assert sorted(own) == sorted(oracle)
+    blocks = 0
+    with dmaload.safe_open(path, framework="pt") as file:
+        for name, expected in oracle.items():
+            for found in (own[name], file.get_tensor(name)):
+                assert bits(found) == expected.data.tobytes(), name
+                if found.dtype == torch.uint8:
+                    assert found.ggml_type == expected.tensor_type.name
+                    blocks += 1
+    assert blocks > 20
 
 
 class Loads(torch.utils.data.Dataset):

@@ -56,6 +56,9 @@ from ._open import SafeSlice, safe_open
 
 __version__: str = _native.VERSION
 
+# The name that programs written for safetensors catch.
+SafetensorError = Error
+
 __all__ = [
     "AmbiguousError",
     "ChangedError",
@@ -82,6 +85,7 @@ __all__ = [
     "PermissionDeniedError",
     "PlacementError",
     "SafeSlice",
+    "SafetensorError",
     "ShareError",
     "ShutDownError",
     "Stream",

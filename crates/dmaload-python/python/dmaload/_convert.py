@@ -87,13 +87,20 @@ def to_numpy(tensor: Tensor) -> numpy.ndarray[Any, Any]:
     if tensor.nbytes == 0:
         # Request the buffer, so memory that cannot be exported raises an error here too.
         memoryview(tensor).release()
-        shape = tensor.shape if dtype is not None else _byte_shape(tensor)
-        return numpy.empty(shape, numpy.uint8 if dtype is None else dtype)
+        return _blocks(tensor, numpy.empty(0, numpy.uint8)) if dtype is None else numpy.empty(tensor.shape, dtype)
     if dtype is None:
-        return numpy.frombuffer(tensor, numpy.uint8).reshape(_byte_shape(tensor))
+        return _blocks(tensor, numpy.frombuffer(tensor, numpy.uint8))
     if tensor.dtype in _SUB_BYTE:
         return _unpacked(tensor, _SUB_BYTE[tensor.dtype]).view(dtype).reshape(tensor.shape)
     return numpy.frombuffer(tensor, dtype).reshape(tensor.shape)
+
+
+def _blocks(tensor: Tensor, data: numpy.ndarray[Any, Any]) -> numpy.ndarray[Any, Any]:
+    from ._blocks import Blocks
+
+    made = data.reshape(_byte_shape(tensor)).view(Blocks)
+    made.ggml_type = tensor.dtype
+    return made
 
 
 def _unpacked(tensor: Tensor, bits: int) -> numpy.ndarray[Any, Any]:
@@ -133,9 +140,21 @@ def to_torch(tensor: Tensor) -> torch.Tensor:
             shape = (*shape[:-1], shape[-1] // 2)
     if tensor.nbytes == 0:
         memoryview(tensor).release()
-        return torch.empty(shape, dtype=dtype)
-    made = torch.frombuffer(tensor, dtype=torch.uint8)
-    if dtype.itemsize > 1 and made.data_ptr() % min(dtype.itemsize, 8):
-        # torch requires aligned elements.
-        made = made.clone()
-    return made.view(dtype).reshape(shape)
+        made = torch.empty(0, dtype=torch.uint8)
+    else:
+        made = torch.frombuffer(tensor, dtype=torch.uint8)
+        if dtype.itemsize > 1 and made.data_ptr() % min(dtype.itemsize, 8):
+            # torch requires aligned elements.
+            made = made.clone()
+    made = made.view(dtype).reshape(shape)
+    if tensor.dtype not in _TORCH and tensor.dtype not in _SUB_BYTE:
+        made.ggml_type = tensor.dtype  # type: ignore[attr-defined]
+    return made
+
+
+def moved(tensor: torch.Tensor, device: Any) -> torch.Tensor:
+    """Moves a tensor to a device. Unlike torch, keeps the type of blocks."""
+    made = tensor.to(device)
+    if hasattr(tensor, "ggml_type"):
+        made.ggml_type = tensor.ggml_type  # type: ignore[attr-defined]
+    return made

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import weakref
@@ -10,16 +9,12 @@ from types import EllipsisType
 from typing import Any, NamedTuple, TypeAlias
 
 from . import _native
-from ._convert import to_numpy, to_torch
+from ._convert import moved, to_numpy, to_torch
 from ._errors import (
     ChangedError,
     ClosedError,
     ConfigError,
-    Error,
     InvalidInputError,
-    IoError,
-    NotFoundError,
-    PermissionDeniedError,
     TensorNotFoundError,
 )
 from ._load import Path, load, wait
@@ -30,14 +25,6 @@ Index: TypeAlias = "int | slice | EllipsisType | tuple[int | slice | EllipsisTyp
 # Tensors of up to this size, in bytes, are read through the page cache. This takes less time than
 # starting a load.
 _SMALL_BYTES = 256 << 10
-
-# The exceptions to raise if `os.open` fails. `load` raises the same ones.
-_OPEN_ERRORS: dict[int | None, type[Error]] = {
-    errno.ENOENT: NotFoundError,
-    errno.ENOTDIR: NotFoundError,
-    errno.EACCES: PermissionDeniedError,
-    errno.EPERM: PermissionDeniedError,
-}
 
 _FRAMEWORKS = {"pt": "pt", "torch": "pt", "pytorch": "pt", "np": "np", "numpy": "np"}
 
@@ -78,9 +65,7 @@ def _open(path: str) -> _File:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
     except OSError as error:
-        name = errno.errorcode.get(error.errno or 0, f"errno {error.errno}")
-        message = f"{path}: cannot open: {name} ({error.strerror})"
-        raise _OPEN_ERRORS.get(error.errno, IoError)(message, error.errno, path) from error
+        _native.raise_open_error(path, error.errno or 0)
     return _File(path, descriptor, _Identity.of(os.fstat(descriptor)))
 
 
@@ -244,9 +229,9 @@ class safe_open:  # noqa: N801, the name that safetensors uses
         file = self._files[entry.file]
         described = (entry.name, entry.dtype, list(shape), start, end)
         if end - start <= _SMALL_BYTES:
-            tensor = _native.read_small(file.descriptor, described)
+            tensor = _native.read_small(file.path, file.descriptor, described)
         else:
-            tensor = wait(_native.start_read(file.descriptor, described))
+            tensor = wait(_native.start_read(file.path, file.descriptor, described))
         # Check this after the read, so a change during the read is detected.
         if _Identity.of(os.fstat(file.descriptor)) != file.identity:
             raise self._changed(file)
@@ -256,7 +241,7 @@ class safe_open:  # noqa: N801, the name that safetensors uses
         if self._framework == "np":
             return to_numpy(tensor)
         made = to_torch(tensor)
-        return made if str(self._device) == "cpu" else made.to(self._device)
+        return made if str(self._device) == "cpu" else moved(made, self._device)
 
 
 class SafeSlice:

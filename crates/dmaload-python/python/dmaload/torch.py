@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Unpack
 
 from . import _load
+from ._convert import moved
 from ._load import Options, Paths, Progress
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ def load_file(
 
     On the CPU, tensors share the loaded memory, which is private and writable. Tensors that are
     not aligned in the file are copied. For other devices, each tensor is copied.
+    GGUF blocks become ``uint8``, and the last dimension is in bytes; the attribute ``ggml_type`` of
+    such a tensor is the type of its blocks.
 
     ``progress`` and ``options`` are those of :func:`dmaload.load`.
     """
@@ -27,4 +30,4 @@ def load_file(
         tensors = {name: tensor.torch() for name, tensor in image.items()}
     if str(device) == "cpu":
         return tensors
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
+    return {name: moved(tensor, device) for name, tensor in tensors.items()}
