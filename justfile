@@ -1,4 +1,4 @@
-# Every recipe of this project. `just` shows the common ones, `just --list` all of them.
+# Every recipe of this project. `just` lists the common ones, `just --list` lists every recipe.
 # Needs just 1.27.
 
 # The prefix of `install`: `just PREFIX=/opt/dmaload install`.
@@ -117,7 +117,7 @@ valgrind *ARGS:
 soak *ARGS:
     cargo bench -p dmaload-benches --bench soak -- {{ARGS}}
 
-# Tests on stock kernels with real dma-bufs in QEMU: `just guest-test --kernel 7.2-full`.
+# Runs tests on stock kernels with real dma-bufs in QEMU: `just guest-test --kernel 7.2-full`.
 [group('guests')]
 guest-test *ARGS:
     cargo run -p dmaload-guest -- test --jobs 2 {{ARGS}}

@@ -131,8 +131,8 @@ if not receive("prepare"):
 if name == "wheel":
     import dmaload
 
-    # A service creates its loader only once. A small first load creates it here, so this time is
-    # not measured.
+    # A service creates its loader only once, so this is not measured: a small first load creates
+    # the loader in advance.
     with tempfile.NamedTemporaryFile() as first:
         first.write(bytes(1 << 20))
         first.flush()

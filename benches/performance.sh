@@ -27,7 +27,7 @@ measure() {
     [[ $name == *$filter* ]] || return 0
     grep -qx "<!-- begin:$name -->" "$page"
     echo "$name: dmaload bench $*"
-    # Under memory pressure, a mode that fails is also a result. The bench itself then fails, and
+    # Under memory pressure, the failure of a mode is also a result: the bench itself fails, and
     # ends this script, only if wrong bytes were loaded.
     "$dmaload" bench "$@" --md >"$out/$name.md"
     { echo "\`dmaload bench ${*/#docs\//docs/}\`"; echo; cat "$out/$name.md"; } >"$out/$name"
@@ -48,15 +48,15 @@ small() {
     [[ $1 == *$filter* ]] || return 0
     {
         printf '`cargo %s`\n\n```text\n' "${*:2}"
-        # Drop the lines of the test harness.
+        # Drop the lines that the test harness prints.
         cargo --quiet --locked "${@:2}" | grep -vE '^(running |test |\.?$)'
         echo '```'
     } >"$out/$1"
     insert "$1" "$out/$1"
 }
 
-# COUNT MIN-KIB MAX-KIB: creates a folder of COUNT files of random bytes, and prints its path. The
-# lengths of the files are the same in each run.
+# COUNT MIN-KIB MAX-KIB: creates a folder with COUNT files of random bytes, and prints its path.
+# The lengths of the files are the same in each run.
 files() {
     local folder=$out/files-$1
     mkdir -p "$folder"
@@ -121,23 +121,23 @@ if [[ $filter == peers ]]; then
     exit
 fi
 
-# Profiles the engine's threads during loads on 2 MiB and 4 KiB pages.
+# Profiles the engine's threads during direct and staged loads on 2 MiB and 4 KiB pages.
 profile() {
     [[ profile == *$filter* ]] || return 0
-    local pages arguments
+    local way arguments
     : >"$out/profile"
-    for pages in 2m 4k; do
-        arguments=(--size 1GiB --route uring-direct --pages $pages --modes direct_io --rounds 5)
+    for way in "uring-direct --pages 2m" "uring-direct --pages 4k" "bounce --pages 2m" "bounce --pages 4k"; do
+        arguments=(--size 1GiB --route $way --modes direct_io --rounds 5)
         echo "profile: dmaload bench ${arguments[*]}"
         perf record --quiet --freq 4000 --output "$out/perf.data" "$dmaload" bench "${arguments[@]}" --json >"$out/profile.json"
         {
             printf '`perf record dmaload bench %s`: %.2f s of CPU time per GiB, of which\n\n| share | function |\n|--:|---|\n' \
                 "${arguments[*]}" "$(python3 -c 'import json, sys; print([mode["cpu_seconds_per_gib"] for mode in json.load(sys.stdin)["modes"] if mode["name"] == "direct_io"][0])' <"$out/profile.json")"
-            # `--comms` selects entries, not samples: sorted by function alone, an entry would mix
-            # samples of all threads. Therefore perf sorts by thread and function, and awk adds up
-            # the shares of each function.
+            # `--comms` selects entries, not samples. If perf sorted by function alone, each entry
+            # would mix samples from all threads. Therefore perf sorts by thread and function, and
+            # awk adds up the shares of each function.
             perf report --input "$out/perf.data" --no-children --stdio --percentage relative --sort comm,symbol \
-                --comms dmaload-alloc-0,dmaload-alloc-1,dmaload-ring,dmaload-reap 2>/dev/null |
+                --comms dmaload-alloc-0,dmaload-alloc-1,dmaload-copy-0,dmaload-copy-1,dmaload-ring,dmaload-reap 2>/dev/null |
                 awk '/^ +[0-9.]+%/ { share[$4] += $1 } END { for (name in share) if (share[name] >= 2) printf "| %.1f %% | `%s` |\n", share[name], name }' |
                 sort -t'|' -k2 -rn
             echo

@@ -14,7 +14,7 @@ use dmaload::{LoadOptions, Loader, Report};
 use dmaload_testing::random_bytes;
 
 const FILE_BYTES: usize = 512 << 20;
-/// The size of each segment and of each piece. With a single allocator thread, a batch has 16 MiB,
+/// The size of each segment and of each piece. With a single allocator thread, batches are 16 MiB,
 /// regardless of the number of processors, so each piece is a whole segment.
 const SEGMENT_BYTES: usize = 16 << 20;
 const ROUNDS: usize = 5;

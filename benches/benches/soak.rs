@@ -274,7 +274,7 @@ async fn act(random: &mut Random, loader: &Loader, world: &World, task: u64, cou
     Ok(())
 }
 
-/// Removes all entries from a manifest except that of one file.
+/// Removes all entries from a manifest except the one for this file.
 fn reduce_manifest(json: &str, number: u64) -> Result<String> {
     let mut value: serde_json::Value = serde_json::from_str(json)?;
     let name = format!("{number}.bin");
@@ -339,8 +339,8 @@ impl Holdings {
     }
 }
 
-/// Waits up to 10 s until the holdings have not grown since `before`, if given. Returns the
-/// current holdings.
+/// If `before` is given, waits up to 10 s until the process no longer holds more than it did then.
+/// Returns the current holdings.
 async fn wait_until_settled(before: Option<&Holdings>) -> Result<Holdings> {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
@@ -404,7 +404,7 @@ async fn soak() -> Result<()> {
             counts.add(&task.await??);
         }
         let held = wait_until_settled(before.as_ref()).await?;
-        // Print about ten rows in all, and one at the end or when the holdings have grown.
+        // Prints about ten rows in total, plus one at the end and one if the holdings have grown.
         let is_due = rows.is_multiple_of((minutes * 60 / PERIOD.as_secs() / 10).max(1));
         let grown = before.is_some_and(|before| held.has_grown_since(&before));
         if is_due || grown || Instant::now() >= end {

@@ -1,6 +1,6 @@
 /*
- * Reads a file into a dma-buf in one of the ways that were compared by a kernel patch series of
- * 2024 (DMA_HEAP_IOCTL_ALLOC_AND_READ). Prints the time that allocating and reading take:
+ * Reads a file into a dma-buf in one of the ways that a 2024 kernel patch series compared
+ * (DMA_HEAP_IOCTL_ALLOC_AND_READ). Prints the time that allocating and reading take:
  *
  *     dmabuf-heap-file-read HEAP MODE FILE
  *

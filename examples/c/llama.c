@@ -5,7 +5,7 @@
  *     llama [--compare] MODEL.gguf
  *
  * llama.cpp asks for the data of each tensor while dmaload is still reading the file. With
- * --compare, llama.cpp's own loader loads the file too, and the logits must be equal bit by bit.
+ * --compare, llama.cpp's own loader loads the file too, and the logits must be bit-identical.
  *
  *     cc llama.c -o llama $(pkg-config --cflags --libs dmaload llama)
  *
@@ -97,10 +97,10 @@ static int is_llama(const struct gguf_context *metadata)
 }
 
 /*
- * Sets a tensor that the file lacks. llama.cpp also creates the optional tensors of the
- * architecture that the file lacks, with type F32. Factors are set to 1 and biases to 0, so that
- * they have no effect. Biases are set only for the architecture "llama", where all of them are
- * optional. For any other tensor, this fails.
+ * Sets a tensor that the file lacks. llama.cpp creates all optional tensors of the architecture,
+ * with type F32 if the file lacks them. Factors are set to 1 and biases to 0, so that they have no
+ * effect. Biases are set only for the architecture "llama", where all of them are optional. For
+ * any other tensor, this fails.
  */
 static void set_missing_tensor(struct source *source, struct ggml_tensor *tensor)
 {
@@ -210,7 +210,7 @@ static struct llama_model *create_model(struct source *source, FILE *file)
         llama_model_init_from_user(source->metadata, set_tensor, source, llama_model_default_params());
     if (!model)
         fail(source, "llama.cpp cannot create the model");
-    /* Whether the file has changed is certain only when the load has ended, so wait for that. */
+    /* Only after the load has ended is it certain that the file did not change, so wait for it. */
     while (!source->error[0] && map_next_segment(source))
         ;
     if (source->error[0] && model) {

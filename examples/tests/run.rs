@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 fn example(name: &str) -> Command {
     let tests = std::env::current_exe().unwrap();
     let path = tests.parent().and_then(Path::parent).unwrap().join("examples").join(name);
-    assert!(path.exists(), "{} is not built: run cargo test without --test, which builds the examples", path.display());
+    assert!(path.exists(), "{} is not built: run cargo test without --test, so that it builds the examples", path.display());
     Command::new(path)
 }
 

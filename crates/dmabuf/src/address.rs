@@ -129,8 +129,8 @@ impl AddressRange {
     }
 
     fn taken(&self) -> MutexGuard<'_, BTreeMap<usize, usize>> {
-        // Each lock holder makes at most one insert or remove, so the map is consistent even if a
-        // holder panicked.
+        // Each lock holder performs at most one insertion or removal, so the map is consistent
+        // even if a holder panicked.
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -163,7 +163,7 @@ impl Drop for AddressRange {
 /// The kernel's error does not distinguish the two cases.
 pub(crate) fn reserve_hole(address: *mut c_void, bytes: usize) -> bool {
     // SAFETY: MAP_FIXED_NOREPLACE never replaces a mapping. Kernels before Linux 4.17 ignore the
-    // flag and take the address as a hint, which replaces nothing either.
+    // flag and treat the address as a hint, which does not replace a mapping either.
     let reserved = unsafe { mmap_anonymous(address, bytes, ProtFlags::empty(), reserved_flags() | MapFlags::FIXED_NOREPLACE) };
     match reserved {
         Ok(at) if at == address => true,
@@ -197,7 +197,7 @@ pub struct NotMoved {
 }
 
 /// A part of an [`AddressRange`] that is backed by memory. Dropping a mapping unmaps it. For large
-/// mappings of small pages, that takes milliseconds, so don't drop them on an async thread.
+/// mappings on small pages, this takes milliseconds, so don't drop them on an async thread.
 #[derive(Debug)]
 pub struct Mapping {
     range: Arc<AddressRange>,
@@ -281,14 +281,14 @@ impl Mapping {
     /// Moves the mapping and its page tables to offset `at` of `range`, which can be the range
     /// that contains it.
     ///
-    /// The pages stay present and are not touched, so the move takes microseconds; mapping and
-    /// populating anew takes milliseconds. The call is `mremap(2)` with `MREMAP_DONTUNMAP`, which
+    /// The pages stay present and are not touched, so the move takes microseconds; a new mapping
+    /// would take milliseconds to populate. The call is `mremap(2)` with `MREMAP_DONTUNMAP`, which
     /// leaves no hole that an unrelated mapping could take. It requires Linux 5.7, or 5.13 for
     /// memfds.
     ///
     /// # Errors
     /// EINVAL when `at` is not a multiple of the page size, when the mapping would reach past the
-    /// end of `range`, before the Linux versions above, and for mappings by page frame number
+    /// end of `range`, on older kernels than those above, and for mappings by page frame number
     /// (`VM_PFNMAP`), such as those of dma-heaps; EEXIST when something is already mapped there,
     /// such as the mapping itself; otherwise the errno of `mremap(2)`, such as ENOMEM.
     pub fn move_to(self, range: &Arc<AddressRange>, at: usize) -> Result<Mapping, NotMoved> {

@@ -8,11 +8,11 @@ use rustix::fs::{FileType, fstat, major, minor};
 
 /// The device that creates dma-bufs from memfds.
 pub(crate) const UDMABUF: &str = "/dev/udmabuf";
-/// The folder of the dma-heap devices.
+/// The folder that contains the dma-heap devices.
 pub(crate) const HEAPS: &str = "/dev/dma_heap";
 
-/// Returns the sorted names of this machine's dma-heaps, or an empty list if the folder cannot be
-/// read.
+/// Returns the names of this machine's dma-heaps in sorted order, or an empty list if their folder
+/// cannot be read.
 pub(crate) fn heap_names() -> Vec<String> {
     let entries = std::fs::read_dir(HEAPS).into_iter().flatten().flatten();
     let mut names: Vec<_> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();

@@ -1,4 +1,4 @@
-//! dma-bufs: memory with a file descriptor that drivers import.
+//! dma-bufs: memory that drivers can import through a file descriptor.
 #![allow(unsafe_code)]
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -79,7 +79,7 @@ impl DmaBuf {
         self.bytes
     }
 
-    /// Begins a CPU access to the bytes, which synchronizes caches that are not coherent with
+    /// Begins a CPU access to the bytes. This synchronizes caches that are not coherent with
     /// devices. The access ends when the guard is dropped.
     ///
     /// # Errors
@@ -111,7 +111,7 @@ impl DmaBuf {
             // SAFETY: the opcode is DMA_BUF_IOCTL_SYNC (asserted above), which reads one `struct
             // dma_buf_sync`.
             let request = unsafe { Setter::<DMA_BUF_IOCTL_SYNC, Sync>::new(Sync { flags }) };
-            // SAFETY: as above; the ioctl writes to no memory of this process.
+            // SAFETY: as above; the ioctl does not write to this process's memory.
             match unsafe { ioctl(&self.fd, request) } {
                 // The ioctl's documentation requires callers to retry on these errors.
                 Err(Errno::INTR | Errno::AGAIN) => {}

@@ -55,11 +55,11 @@ pub struct DmaHeap {
 }
 
 impl DmaHeap {
-    /// The folder of the dma-heap devices.
+    /// The folder that contains the dma-heap devices.
     pub const FOLDER: &str = device::HEAPS;
 
-    /// Returns the sorted names of this machine's heaps, or an empty list if the folder cannot be
-    /// read.
+    /// Returns the names of this machine's heaps in sorted order, or an empty list if their folder
+    /// cannot be read.
     pub fn names() -> Vec<String> {
         device::heap_names()
     }
@@ -105,12 +105,12 @@ impl DmaHeap {
         &self.name
     }
 
-    /// Allocates a dma-buf of `bytes` bytes, rounded up to whole pages. The pages are zeroed, and
-    /// all are present on return.
+    /// Allocates a dma-buf of `bytes` bytes, rounded up to whole pages. On return, all pages are
+    /// present and zeroed.
     ///
-    /// **A request for more memory than the machine has wakes the OOM killer instead of failing**
-    /// (observed with the system heap of Linux 6.12). Check `MemAvailable` and the memory cgroup
-    /// first; this method does not.
+    /// **A request for more memory than the machine has invokes the OOM killer instead of
+    /// failing** (observed with the heap `system` on Linux 6.12). Check `MemAvailable` and the
+    /// memory cgroup first; this method does not.
     ///
     /// # Errors
     /// EINVAL for 0 bytes, ENOMEM when memory runs out, EMFILE when the process has too many open

@@ -5,8 +5,8 @@ use std::io;
 
 /// A kernel error number.
 ///
-/// The constants are named as in errno(3). [`fmt::Display`] prints what [`io::Error`] prints;
-/// [`Errno::describe`] gives the name in place of the number, as this crate's error messages do:
+/// The constants are named as in errno(3). [`fmt::Display`] prints the same text as [`io::Error`];
+/// [`Errno::describe`] returns the name in place of the number, as in this crate's error messages:
 ///
 /// ```
 /// use dmabuf::Errno;
@@ -60,7 +60,7 @@ impl Errno {
         Errno(number)
     }
 
-    /// Returns the error as a number.
+    /// Returns the error number.
     pub const fn raw_os_error(self) -> i32 {
         self.0
     }

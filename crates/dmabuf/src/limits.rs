@@ -19,8 +19,8 @@ pub enum Limit {
 }
 
 impl Limit {
-    /// Returns the soft limit. Returns `None` if the resource is unlimited, or if neither the
-    /// kernel nor procfs reports the limit.
+    /// Returns the soft limit, or `None` if the resource is unlimited, or if neither the system
+    /// call nor procfs reports the limit.
     #[must_use]
     pub fn current(self) -> Option<u64> {
         let resource = match self {

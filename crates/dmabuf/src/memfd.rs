@@ -1,4 +1,4 @@
-//! Memfds, which are memory with a file descriptor. Creating one requires neither a device nor
+//! Memfds, which are anonymous files in memory. Creating one requires neither a device nor
 //! privileges.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -107,8 +107,8 @@ impl Memfd {
         rustix::fs::fcntl_get_seals(&self.fd).is_ok_and(|seals| seals.intersects(against_writes))
     }
 
-    /// Returns whether this kernel supports `F_SEAL_FUTURE_WRITE` (Linux 5.1 or later), determined
-    /// by trying it on a scratch memfd. If that memfd cannot be created, the result is `true`.
+    /// Returns whether this kernel supports `F_SEAL_FUTURE_WRITE` (Linux 5.1 or later), by trying
+    /// it on a scratch memfd. If that memfd cannot be created, the result is `true`.
     pub fn kernel_seals_writes() -> bool {
         static KNOWN: OnceLock<bool> = OnceLock::new();
         *KNOWN.get_or_init(|| {

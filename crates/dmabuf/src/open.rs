@@ -17,7 +17,7 @@ pub struct DeviceError {
     pub path: PathBuf,
     /// The kernel's errno, or the errno that describes why this crate refused the device.
     pub errno: Errno,
-    /// More details, such as the device's mode and owner, or a list of the existing heaps.
+    /// Further details, such as the device's mode and owner, or the names of the existing heaps.
     pub about: Option<String>,
 }
 

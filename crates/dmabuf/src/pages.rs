@@ -22,7 +22,7 @@ pub fn page_bytes() -> usize {
     rustix::param::page_size()
 }
 
-/// How much of a populated range was inspected, and how much of that is on huge pages.
+/// How much of a populated range was inspected, and how much of that part is on huge pages.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct PageCount {
     /// Number of bytes inspected; 0 if the kernel offers no way to inspect them.
@@ -72,8 +72,9 @@ const _: () = assert!(size_of::<ScanArgument>() == 96 && size_of::<PageRegion>()
 
 struct Scan<'a>(&'a mut ScanArgument);
 
-// SAFETY: the opcode is PAGEMAP_SCAN (_IOWR('f', 16, struct pm_scan_arg)), the pointer is to such
-// a struct, and the kernel writes only to it and to the regions that `vec` and `vec_len` describe.
+// SAFETY: the opcode is PAGEMAP_SCAN (_IOWR('f', 16, struct pm_scan_arg)), the pointer points to
+// such a struct, and the kernel writes only to the struct and to the regions that its `vec` and
+// `vec_len` describe.
 unsafe impl Ioctl for Scan<'_> {
     type Output = usize;
     const IS_MUTATING: bool = true;
@@ -138,9 +139,9 @@ pub fn huge_bytes_in(addresses: Range<usize>) -> PageCount {
         .unwrap_or_default()
 }
 
-/// Sums the smaps entries that overlap the range. An entry may extend beyond the range, because
-/// smaps shows adjacent mappings of one file as one. Each number in an entry is therefore capped
-/// at the length of the overlap.
+/// Adds up the smaps entries that overlap the range. An entry may extend beyond the range, because
+/// the kernel merges adjacent mappings of a file into one entry. Each number in an entry is
+/// therefore capped at the length of the overlap.
 fn parse_smaps(smaps: &str, addresses: &Range<usize>) -> PageCount {
     let mut count = PageCount::default();
     let mut inside = 0;

@@ -4,8 +4,9 @@
 //! of block requests), so 2 MiB pages are worth some effort. `MADV_COLLAPSE` (Linux 6.1 or later,
 //! mm/khugepaged.c) replaces the pages of an aligned 2 MiB extent with one huge page, for any
 //! user, even with the sysfs switches at `never`. It needs at least one present page in the
-//! extent. Its return value is unreliable (stock 6.1 and 6.12 return EINVAL even after collapsing
-//! everything), so the result is read from the page tables (`PAGEMAP_SCAN`, Linux 6.7 or later).
+//! extent. Its return value is unreliable (stock Linux 6.1 and 6.12 return EINVAL even after
+//! collapsing everything), so the result is read from the page tables (`PAGEMAP_SCAN`, Linux 6.7
+//! or later).
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
@@ -112,8 +113,8 @@ impl Mapping {
     }
 }
 
-/// Returns whether this kernel supports `MADV_POPULATE_WRITE` (Linux 5.14 or later), determined by
-/// trying it on a scratch page.
+/// Returns whether this kernel supports `MADV_POPULATE_WRITE` (Linux 5.14 or later), by trying it
+/// on a scratch page.
 fn kernel_populates() -> bool {
     static KNOWN: OnceLock<bool> = OnceLock::new();
     *KNOWN.get_or_init(|| {
@@ -168,8 +169,8 @@ impl Area<'_> {
                     memfd.allocate(extent as u64, page_bytes() as u64);
                 }
             }
-            // Faulting in one page of an extent yields a huge page if the kernel allows that. If
-            // not, the extent now has the one present page that collapsing requires.
+            // Faulting in one page of an extent yields a huge page if the kernel allows that.
+            // Otherwise, the extent now has the one present page that collapsing requires.
             Memory::Anonymous | Memory::DmaBuf(_) => {
                 for extent in extents.clone().step_by(HUGE_PAGE_BYTES) {
                     let _ = self.advise(extent..extent + page_bytes(), Advice::LinuxPopulateWrite);
@@ -196,8 +197,8 @@ impl Area<'_> {
         refused
     }
 
-    /// If the area is on a memfd, allocates its small pages in one call, which is cheaper than a
-    /// fault for each page.
+    /// If a memfd backs the area, allocates its small pages in one call, which is cheaper than one
+    /// page fault per page.
     fn allocate_small(&self) {
         if let Memory::Memfd(memfd) = self.memory {
             memfd.allocate(self.part.start as u64, self.part.len() as u64);
@@ -229,7 +230,7 @@ impl Area<'_> {
     }
 
     /// Makes every page present and writable, like `MADV_POPULATE_WRITE`. Atomically adding 0 to a
-    /// byte dirties its page and keeps the byte.
+    /// byte dirties its page and leaves the byte unchanged.
     fn touch(&self) {
         assert_ne!(self.mapping.kind(), Kind::ReadOnly, "writing to a read-only mapping would kill the process");
         for at in self.part.clone().step_by(page_bytes()) {

@@ -82,7 +82,7 @@ impl fmt::Display for Printable<'_> {
     }
 }
 
-/// Displays a value with escapes. Use this for values whose own [`fmt::Display`] may quote
+/// Displays a value with escapes. Use this for values whose [`fmt::Display`] output may contain
 /// untrusted text.
 pub fn shown(anything: impl fmt::Display) -> impl fmt::Display {
     fmt::from_fn(move |f| write!(Escaping(f), "{anything}"))

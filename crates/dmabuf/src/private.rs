@@ -19,9 +19,9 @@ use crate::{Error, Memfd, page_bytes};
 /// writes can be mapped this way. If a memfd is not sealed, later writes by others can appear in
 /// pages that have no private copy yet.
 ///
-/// On Linux 5.1 to 5.4, all parts are copied instead if a memfd is sealed against writes. On these
-/// kernels, a fork would not treat the mapping as copy-on-write, so parent and child would see
-/// each other's writes.
+/// On Linux 5.1 to 5.4, all parts are copied instead if any memfd is sealed against writes. On
+/// these kernels, a fork would not treat the mapping as copy-on-write, so parent and child would
+/// see each other's writes.
 ///
 /// Dropping the mapping unmaps the addresses and frees the private copies.
 #[derive(Debug)]
@@ -82,9 +82,9 @@ impl PrivateMapping {
         }
     }
 
-    /// Makes the pages writable. The parts are first mapped without write access, because kernels
-    /// that would not treat the mapping as copy-on-write refuse this `mprotect(2)`, but would
-    /// accept a writable `mmap(2)`.
+    /// Makes the pages writable. The parts are mapped without write access first, because kernels
+    /// that do not treat the mapping as copy-on-write accept a writable `mmap(2)`, but refuse this
+    /// `mprotect(2)`.
     fn make_writable(&self) -> Result<(), Errno> {
         // SAFETY: only this value owns the addresses, and no reference to their bytes exists.
         unsafe { mprotect(self.address.as_ptr().cast(), self.bytes, MprotectFlags::READ | MprotectFlags::WRITE) }

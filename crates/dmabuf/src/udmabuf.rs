@@ -29,7 +29,7 @@ const _: () = assert!(size_of::<Create>() == 24 && UDMABUF_CREATE == 0x4018_7542
 const UDMABUF_FLAGS_CLOEXEC: u32 = 1;
 
 // SAFETY: the opcode is UDMABUF_CREATE, and the pointer points to the struct that this ioctl
-// reads. The ioctl writes to no memory of this process.
+// reads. The ioctl does not write to this process's memory.
 unsafe impl Ioctl for Create {
     /// The new descriptor, which the ioctl returns.
     type Output = RawFd;
@@ -62,8 +62,8 @@ pub struct Part<'a> {
 /// The limits of this kernel's udmabuf driver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct UdmabufLimits {
-    /// Maximum size of one dma-buf in bytes, from the driver's parameter `size_limit_mb`, which is
-    /// in MiB; `None` if unlimited or unknown.
+    /// Maximum size of one dma-buf in bytes, converted from the driver's parameter `size_limit_mb`
+    /// (in MiB); `None` if unlimited or unknown.
     pub size_bytes: Option<u64>,
     /// Maximum number of ranges in one dma-buf, from the driver's parameter `list_limit`; `None`
     /// if unlimited or unknown. [`Udmabuf::create`] uses one range.
@@ -79,7 +79,7 @@ pub struct Udmabuf {
 impl Udmabuf {
     /// The path of the device.
     pub const PATH: &str = device::UDMABUF;
-    /// The folder with the driver's limits. Everyone can read them, and root can change them.
+    /// The folder with the driver's limits, which everyone can read and root can change.
     pub const PARAMETERS: &str = "/sys/module/udmabuf/parameters";
 
     /// Opens the device.
@@ -120,8 +120,8 @@ impl Udmabuf {
     /// above [`UdmabufLimits::size_bytes`], when the range reaches past the memfd's end, or when
     /// the memfd is sealed against writes; EBADFD when the file is not a memfd.
     ///
-    /// This method refuses memfds with `F_SEAL_FUTURE_WRITE` itself, because a udmabuf is writable
-    /// and kernels before Linux 6.13 ignore that seal unless the fix was backported.
+    /// This method itself refuses memfds with `F_SEAL_FUTURE_WRITE`, because a udmabuf is
+    /// writable, and kernels before Linux 6.13 ignore that seal unless the fix was backported.
     pub fn create(&self, part: Part<'_>) -> Result<DmaBuf, Error> {
         refuse_sealed(&part)?;
         let create = Create {

@@ -1,7 +1,7 @@
 //! The baseline, which loads a file as a simple program would: it allocates memory, maps the file,
 //! and copies the bytes.
 //!
-//! The kernel patch series of 2024 for `DMA_HEAP_IOCTL_ALLOC_AND_READ` used the same baseline, but
+//! The 2024 kernel patch series for `DMA_HEAP_IOCTL_ALLOC_AND_READ` used the same baseline, but
 //! with a dma-buf in place of the memfd. This one allocates shareable memory of the file's size,
 //! maps the file through the page cache, and copies it with one `memcpy`, which faults in the
 //! pages of the file mapping and of the new memory. It is neither tuned nor deliberately slowed
@@ -42,8 +42,8 @@ pub enum BaselineError {
     Empty(PathBuf),
 }
 
-/// Makes the file cold, then loads it. [`Normal::elapsed`] does not include the time for making it
-/// cold.
+/// Makes the file cold, then loads it. [`Normal::elapsed`] does not include the time that making
+/// the file cold takes.
 ///
 /// # Errors
 /// If the file can't be made cold or loaded.

@@ -1,5 +1,5 @@
-//! The child process that measures one run ([`Load`]). On the command `prepare`, the process gets
-//! ready. On the command `go`, it performs the run and writes the result as a line of JSON.
+//! The child process that measures one run ([`Load`]). When it receives the command `prepare`, the
+//! process gets ready. On `go`, it performs the run and writes the result as a line of JSON.
 //! [`fill`] and [`hog`] are the child processes that create memory pressure.
 //!
 //! Each run has a separate process, so the CPU time, peak memory and leftovers of one mode do not
@@ -20,8 +20,8 @@ use crate::ways::{self, WrongBytes};
 
 pub use crate::pressure::{fill, hog};
 
-/// The usual locked memory limit for ordinary users, which is the kernel's default since Linux
-/// 5.16.
+/// The usual locked memory limit for ordinary users, which has been the kernel's default since
+/// Linux 5.16.
 const ORDINARY_MEMLOCK_BYTES: u64 = 8 << 20;
 pub(crate) const PREPARE: &str = "prepare";
 pub(crate) const GO: &str = "go";
@@ -119,7 +119,8 @@ fn to_json(run: &Run) -> Value {
     })
 }
 
-/// Parses a line with the result or the error of a run, as [`Load::run`] and peers write it.
+/// Parses a line with the result or the error of a run, in the format that [`Load::run`] and peers
+/// write.
 /// Returns `None` for any other line, such as `{"ready":true}`.
 pub(crate) fn parse_line(line: &str) -> Option<Result<Run, Failure>> {
     let value: Value = serde_json::from_str(line).ok()?;

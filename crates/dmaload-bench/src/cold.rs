@@ -19,12 +19,12 @@ use rustix::fs::Advice;
 
 use crate::mapping;
 
-/// Maximum number of evictions. Pages that are under writeback, or in another CPU's batch, can be
-/// dropped only a moment later.
+/// Maximum number of evictions. Pages that are under writeback, or in another CPU's batch, cannot
+/// be dropped until a moment later.
 const ATTEMPTS: u32 = 4;
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// How the cached part of a file was determined.
+/// How the number of cached bytes was determined.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Method {
     /// `cachestat(2)`, on Linux 6.5 or later.

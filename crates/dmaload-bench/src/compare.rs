@@ -34,7 +34,7 @@ pub(crate) enum Difference {
 /// Compares a whole file with memory.
 ///
 /// # Errors
-/// The first difference, or the error of reading the file.
+/// The first difference, or the error from reading the file.
 pub(crate) fn compare(mut file: impl Read, memory: &[u8]) -> Result<(), Difference> {
     let mut block = vec![0; BLOCK];
     let mut done = 0;

@@ -7,11 +7,11 @@ use std::time::Duration;
 use dmaload::{Report, TraceEvent, TraceKind};
 use serde_json::{Value, json};
 
-/// Consecutive points of a curve, except the last one, are at least 1/256 of the curve's total
-/// apart, because a chart can't show more detail.
+/// The maximum resolution of a curve. Consecutive points are at least 1/256 of the total bytes
+/// apart, except for the last point, because a chart can't show more detail.
 const POINTS: u64 = 256;
 
-/// A step of a curve: a time in seconds, and the total number of bytes after that time.
+/// A step of a curve: a time in seconds, and the total number of bytes from that time on.
 pub(crate) type Point = (f64, u64);
 
 /// The two curves of a load.
@@ -37,7 +37,7 @@ impl Curves {
         self.allocated.iter().map(|&(second, bytes)| bytes.saturating_sub(filled_at(second))).max().unwrap_or(0)
     }
 
-    /// Converts the curves to JSON, for the line in which a run reports its result.
+    /// Converts the curves to JSON, for the line that reports the result of a run.
     pub(crate) fn to_json(&self) -> Value {
         json!({ "allocated": self.allocated, "filled": self.filled })
     }
@@ -94,7 +94,8 @@ fn filling_events(events: &[Event]) -> Vec<&Event> {
     filling
 }
 
-/// Sums up the bytes at the end of each event, and drops points that are too close together.
+/// Adds up the bytes of the events in the order in which the events end, and drops points that are
+/// too close together.
 fn curve<'a>(events: impl IntoIterator<Item = &'a Event>) -> Vec<Point> {
     let mut ends: Vec<_> = events.into_iter().map(|event| (event.end, event.bytes)).collect();
     ends.sort_unstable();

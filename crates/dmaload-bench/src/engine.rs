@@ -20,7 +20,7 @@ pub trait Engine {
     /// other.
     fn loader(&self) -> dmaload::Result<Loader>;
 
-    /// Creates a strict loader that starts at this route, and fails instead of falling back to a
+    /// Creates a strict loader that starts with this route, and fails instead of falling back to a
     /// slower one.
     ///
     /// # Errors

@@ -1,8 +1,8 @@
 //! Warms the machine's memory before each run, and looks up the readahead of a file's disk.
 //!
 //! A virtual machine may return free memory to its host. Getting it back takes seconds per GiB, so
-//! the first run after a pause would measure the host. To prevent this, the bench touches and
-//! frees as much memory as any mode needs before each run.
+//! the first run after a pause would measure the host. To prevent this, the bench touches and then
+//! frees memory before each run: as much as any mode needs.
 
 use std::fs;
 use std::io;
@@ -21,7 +21,7 @@ fn meminfo_bytes(key: &str) -> u64 {
     kib.unwrap_or(0).saturating_mul(1024)
 }
 
-/// Returns the memory that can be allocated, including reclaimable page cache.
+/// Returns how much memory can be allocated, including reclaimable page cache.
 pub(crate) fn available_bytes() -> u64 {
     meminfo_bytes("MemAvailable")
 }

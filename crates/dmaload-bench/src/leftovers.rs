@@ -1,8 +1,8 @@
 //! Kills the bench's processes and removes its cgroups when the bench is interrupted.
 //!
-//! Processes are identified by pidfds (`pidfd_open(2)`), which never refer to another process
-//! with a reused ID. On kernels before 5.3, which lack pidfds, the processes exit on their own
-//! when their standard input ends.
+//! Processes are identified by pidfds (`pidfd_open(2)`), which never refer to another process,
+//! even if the ID is reused. On kernels before 5.3, which lack pidfds, the processes exit on their
+//! own when their standard input ends.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -20,7 +20,7 @@ use crate::scratch;
 
 /// The processes and groups that currently exist.
 static ALIVE: Mutex<Alive> = Mutex::new(Alive { processes: BTreeMap::new(), groups: BTreeSet::new() });
-/// How many times to try to remove a group, with a [`PAUSE`] in between, which is 2 s in total.
+/// How many times to try to remove a group. With a [`PAUSE`] after each attempt, this is 2 s.
 /// The kernel refuses to remove a group until shortly after the last process in it has exited.
 const TRIES: u32 = 100;
 const PAUSE: Duration = Duration::from_millis(20);

@@ -6,21 +6,21 @@
 //! ```
 //!
 //! What one mode leaves behind (page cache, fragmentation, peak memory) must not affect another
-//! mode. Each run is therefore a new process. Before it, the file is verified to be cold or, if
-//! [`Settings::warm`] is set, to be cached.
+//! mode. Each run is therefore a new process. Before each run, the file is verified to be cold or,
+//! if [`Settings::warm`] is set, to be cached.
 //!
 //! The modes take turns in each round, so other load on the machine affects all of them alike.
-//! Ratios are computed within a round; the median of each ratio is reported.
+//! Ratios are computed within each round, and their medians are reported.
 //!
 //! The child processes run the same program as the [`Bench`]. They are started through
 //! `/proc/self/exe` (unless [`run_children_by`] sets another command) with `bench-child` as the
 //! first argument. The program must then call [`child::Load::run`], [`child::fill`] or
 //! [`child::hog`]. The program also implements [`Engine`], which creates the loaders to measure.
 //!
-//! The other public modules are useful for any measurement: [`synth`] generates models whose every
-//! byte is known, [`scratch`] keeps files on a disk and removes them on a signal, [`cold`] evicts
-//! files from the page cache, [`baseline`] loads files as a simple program would, and [`usage`]
-//! reports the resources that this process has used.
+//! The other public modules are useful for any measurement: [`synth`] generates models in which
+//! every byte is known, [`scratch`] keeps files on a disk and removes them on a signal, [`cold`]
+//! evicts files from the page cache, [`baseline`] loads files as a simple program would, and
+//! [`usage`] reports the resources that this process has used.
 //!
 //! Requires `/proc`; cgroups require root.
 
@@ -92,7 +92,7 @@ pub struct Settings {
     /// Whether the files are read into the page cache before each run. Otherwise, they are evicted
     /// from it.
     pub warm: bool,
-    /// The user as which all modes except `limit` run. Setting it requires root.
+    /// The user that all modes except `limit` run as. Setting it requires root.
     pub user: Option<u32>,
     /// The arguments that these settings were parsed from, which are passed to child processes.
     pub arguments: Vec<OsString>,

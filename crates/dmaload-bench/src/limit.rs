@@ -1,9 +1,9 @@
 //! Measures the device limit with a loop that keeps many direct reads in flight. The loop shares
 //! no code with the engine.
 //!
-//! `fio --ioengine=io_uring --direct=1 --fixedbufs` does the same. To measure the limit, each slot
-//! of the ring repeatedly reads into its own buffer ([`Into::Slots`]). In the reading phase of
-//! `no-overlap`, every read has its own place in memory ([`Into::Places`]).
+//! `fio --ioengine=io_uring --direct=1 --fixedbufs` reads in the same way. To measure the limit,
+//! each slot of the ring repeatedly reads into its own buffer ([`Into::Slots`]). In the reading
+//! phase of `no-overlap`, every read has its own place in memory ([`Into::Places`]).
 //!
 //! The total size of the buffers affects the speed of a virtual disk: the disk's host copies into
 //! the guest's memory, and buffers that stay in the CPU cache are filled faster. The reads are
@@ -44,7 +44,7 @@ pub(crate) const DESTINATIONS: [Destination; 4] = [
 ];
 /// The largest destination. `no-overlap` uses the same chunk size and number of reads in flight.
 pub(crate) const LARGEST: Destination = Destination { chunk_bytes: 4 << 20, depth: 16 };
-/// The largest alignment in bytes that `O_DIRECT` usually requires of offsets, lengths and
+/// The largest alignment in bytes that `O_DIRECT` usually requires for offsets, lengths and
 /// addresses.
 const ALIGNMENT: usize = 4096;
 
@@ -289,7 +289,7 @@ mod tests {
                 assert!(sys::bytes(&region)[chunk.at..][..chunk.bytes] == *expected, "{chunk:?}");
             }
         }
-        // A file that is shorter than planned is an error.
+        // A file that is shorter than the plan assumes is an error.
         let (chunks, bytes) = plan(&[lengths[0], 50_000], PART_BYTES, LARGEST.chunk_bytes);
         let mut reader = Reader::new(LARGEST.depth as u32, Region::populated(&heap, bytes).unwrap()).unwrap();
         let error = read_all(&mut reader, &open, &paths, &chunks, Into::Places).unwrap_err();

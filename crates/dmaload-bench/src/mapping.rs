@@ -28,8 +28,8 @@ pub(crate) fn map_memory(memory: &File) -> io::Result<MmapMut> {
 pub(crate) fn mincore(mapping: &Mmap) -> io::Result<u64> {
     let page = rustix::param::page_size();
     let mut pages = vec![0_u8; mapping.len().div_ceil(page)];
-    // SAFETY: the range is a live mapping that begins on a page, and the vector has a byte for
-    // each of its pages.
+    // SAFETY: the range is a live mapping that begins at a page boundary, and the vector has a
+    // byte for each of its pages.
     let status = unsafe { libc::mincore(mapping.as_ptr().cast_mut().cast(), mapping.len(), pages.as_mut_ptr()) };
     if status == -1 {
         return Err(io::Error::last_os_error());

@@ -10,7 +10,7 @@ use dmaload::heap::Heap;
 /// The maximum size of a region's parts, equal to the engine's default segment size.
 pub(crate) const PART_BYTES: usize = 64 << 20;
 
-/// A contiguous address range. It is mapped from one or more allocations, which are its parts.
+/// A contiguous address range, backed by one or more allocations, which are its parts.
 #[derive(Debug)]
 pub(crate) struct Region {
     /// The parts in address order. Their mappings keep the address range reserved.
@@ -29,8 +29,8 @@ pub(crate) struct Place {
 }
 
 impl Region {
-    /// Allocates `bytes`, rounded up to whole pages. The memory is unpopulated if the heap allows
-    /// that.
+    /// Allocates `bytes` bytes, rounded up to whole pages. The memory is not populated yet,
+    /// unless the heap does that when it allocates.
     ///
     /// # Errors
     /// The kernel's error.

@@ -29,7 +29,7 @@ pub enum Mode {
     NoOverlap,
     /// The engine, loading into the pooled memory of an earlier load that was dropped.
     Reuse,
-    /// Like `reuse`, while another load of the same files is held, as in a service that swaps
+    /// Like `reuse`, but while another load of the same files is held, as in a service that swaps
     /// models.
     Swap,
     /// The engine, with a separate load for each file, all at once.
@@ -112,8 +112,8 @@ impl Mode {
         Mode::ALL.into_iter().filter(wanted).collect()
     }
 
-    /// Returns the order of the modes in a round. The order is rotated by one mode in each round,
-    /// so that each round begins with a different mode.
+    /// Returns the order of the modes in a round. The order is rotated by one mode from round to
+    /// round, so that each round begins with a different mode.
     pub fn rotated(modes: &[Mode], round: usize) -> Vec<Mode> {
         let mut modes = modes.to_vec();
         let by = round % modes.len().max(1);

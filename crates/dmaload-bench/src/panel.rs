@@ -18,7 +18,7 @@ const FILLED: &str = "#2471a3";
 
 /// Draws the curves of a load of `file_bytes` bytes that took `seconds`.
 pub(crate) fn draw(svg: &mut String, curves: &Curves, seconds: f64, file_bytes: u64) {
-    // Memory is allocated in whole pages, so more bytes may be allocated than the file has.
+    // Memory is allocated in whole pages, so the allocated memory may be larger than the file.
     let most = curves.allocated.last().map_or(0, |point| point.1).max(file_bytes).max(1) as f64;
     let scale = Scale { left: LEFT, most: seconds };
     let place = |&(second, bytes): &Point| (scale.x(second.min(seconds)), FLOOR - (FLOOR - TOP) * bytes as f64 / most);

@@ -23,8 +23,8 @@ const BLOCK: usize = 1 << 20;
 /// A kind of memory pressure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pressure {
-    /// Each run is in a memory cgroup with this limit in bytes, optionally filled with page cache
-    /// before the run.
+    /// Each run takes place in a memory cgroup with this limit in bytes. The cgroup can be filled
+    /// with page cache before the run.
     Cgroup(u64, Option<Cache>),
     /// Another process occupies this many bytes of memory.
     Hog(u64),
@@ -143,8 +143,8 @@ impl Applied {
         Ok(())
     }
 
-    /// Writes back and evicts the pages of the cache file that a run has left in the page cache.
-    /// Otherwise dirty pages would be written back during the next run.
+    /// Writes back and evicts those pages of the cache file that are still in the page cache after
+    /// a run. Otherwise, dirty pages would be written back during the next run.
     ///
     /// # Errors
     /// If the pages can't be written back or evicted.
@@ -164,8 +164,8 @@ fn start_hog(bytes: u64) -> Result<Worker> {
     Ok(hog)
 }
 
-/// Occupies memory until standard input ends. Called by the child process
-/// `bench-child hog BYTES`.
+/// Occupies memory until standard input ends. The child process `bench-child hog BYTES` calls
+/// this function.
 ///
 /// # Errors
 /// If there is not enough memory.
@@ -178,8 +178,8 @@ pub fn hog(bytes: u64, output: &mut dyn Write) -> Result<()> {
     Ok(())
 }
 
-/// Waits for a line, then fills the page cache. Called by the child process
-/// `bench-child fill BYTES PATH [--dirty]`.
+/// Waits for a line, then fills the page cache. The child process
+/// `bench-child fill BYTES PATH [--dirty]` calls this function.
 ///
 /// The kernel charges a cached page to the cgroup of the process that first reads or writes it.
 /// The parent therefore moves this process into the cgroup before it sends the line.
@@ -204,8 +204,8 @@ fn report_ready(output: &mut dyn Write) -> Result<()> {
     Ok(output.flush()?)
 }
 
-/// Writes bytes that lower layers can neither compress nor deduplicate. The bytes are a random
-/// block that is repeated, with a different number in each sector of 512 bytes.
+/// Writes bytes that lower layers can neither compress nor deduplicate: a random block that is
+/// repeated, with a different number in each 512-byte sector.
 fn write_noise(mut file: &File, bytes: u64) -> io::Result<()> {
     let mut block = MmapOptions::new().len(BLOCK).map_anon()?;
     let mut state = 0x9E37_79B9_7F4A_7C15_u64;

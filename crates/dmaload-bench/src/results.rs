@@ -99,7 +99,7 @@ impl ModeRuns {
         median(self.successes().filter_map(|run| Some(run.peak_extra_bytes? as f64))).map(|bytes| bytes.round() as u64)
     }
 
-    /// Returns the notes of all runs, without repetitions.
+    /// Returns the notes of all runs, without duplicates.
     pub(crate) fn notes(&self) -> Vec<&str> {
         let mut notes: Vec<&str> = Vec::new();
         for note in self.successes().flat_map(|run| &run.notes) {
@@ -119,7 +119,8 @@ pub struct Results {
     pub(crate) file_bytes: u64,
     /// A description of the pressure.
     pub(crate) pressure: Option<String>,
-    /// The user that all modes except `limit` ran as, if not the user who started the command.
+    /// The user that all modes except `limit` ran as, if different from the user who started the
+    /// command.
     pub(crate) user: Option<u32>,
     /// Whether the files were in the page cache before each run.
     pub(crate) warm: bool,
@@ -170,9 +171,9 @@ impl Results {
         }))
     }
 
-    /// Computes how well a mode overlaps allocating and reading. The result is the longer of
-    /// `no-overlap`'s two times for allocating and reading in the same round, divided by the
-    /// mode's time.
+    /// Computes how well a mode overlaps allocating and reading. In each round, the longer of the
+    /// two times that `no-overlap` takes, for allocating and for reading, is divided by the mode's
+    /// time.
     pub(crate) fn overlap(&self, mode: Mode) -> Option<Spread> {
         let (apart, mode) = (self.runs_of(Mode::NoOverlap)?, self.runs_of(mode)?);
         let pairs = apart.runs.iter().zip(&mode.runs);
@@ -191,9 +192,9 @@ impl Results {
         Some(self.file_bytes as f64 / self.runs_of(Mode::Limit)?.seconds()?.median)
     }
 
-    /// Returns the page size of the first mode that has results among `direct_io`,
-    /// `direct_io_check`, `pread-direct`, `no-overlap` and `normal`. If it varied between runs,
-    /// returns the smallest.
+    /// Returns the page size of the first of the modes `direct_io`, `direct_io_check`,
+    /// `pread-direct`, `no-overlap` and `normal` that has results. If the page size varied between
+    /// runs, returns the smallest.
     pub(crate) fn page_size_bytes(&self) -> Option<u64> {
         let modes = [Mode::DirectIo, Mode::DirectIoCheck, Mode::PreadDirect, Mode::NoOverlap, Mode::Normal];
         modes.into_iter().find_map(|mode| self.runs_of(mode)?.page_bytes()).map(|(smallest, _)| smallest)
@@ -237,8 +238,8 @@ pub(super) mod tests {
 
     #[test]
     fn ratios_are_paired_within_a_round() {
-        // The machine was twice as slow in the second round, so the ratio of medians would not be
-        // the ratio of any round.
+        // The machine was half as fast in the second round, so the ratio of the medians is not the
+        // ratio of any round.
         let measured = results(vec![
             (Mode::Normal, vec![run(2.0), run(4.0), run(8.0)]),
             (Mode::DirectIo, vec![run(1.0), run(2.0), run(1.0)]),

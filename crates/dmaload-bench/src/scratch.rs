@@ -1,12 +1,12 @@
 //! A large temporary file on a disk with enough free space. It is removed on drop and on a signal.
 //!
-//! - **On a disk.** `/tmp` is often a tmpfs. Reading from there measures memory, `O_DIRECT` is
+//! - **On a disk.** `/tmp` is often a tmpfs. Reading from it would measure memory, `O_DIRECT` is
 //!   refused or emulated, and a few GiB may invoke the OOM killer. The file system of each folder
 //!   is therefore checked first.
-//! - **Enough space.** A demo must not fill up a file system: free space is checked before the
-//!   first byte is written, and a tenth of it stays free.
+//! - **With enough space.** A demo must not fill up a file system. The free space is therefore
+//!   checked before the first byte is written, and a tenth of it stays free.
 //! - **With a name.** A nameless file (`O_TMPFILE`) would need no cleanup, but loaders choose the
-//!   format by the file's extension, and other programs receive the same path. The file therefore
+//!   format by the file's extension, and other programs need a path. The file therefore
 //!   has a name, and a signal thread removes it on SIGHUP, SIGINT or SIGTERM. A process that is
 //!   terminated differently, for example by SIGKILL, may leave it behind. The name `dmaload-PID-…`
 //!   makes it easy to find.
@@ -98,7 +98,7 @@ impl fmt::Display for Reasons<'_> {
 
 impl ScratchFile {
     /// Creates an empty scratch file on a disk with room for `length` bytes. The file is created
-    /// in `folder` or, without one, in the first suitable folder of `$TMPDIR` (or `/tmp`),
+    /// in `folder` or, if none is given, in the first suitable folder among `$TMPDIR` (or `/tmp`),
     /// `/var/tmp` and the current folder. Its name ends with `suffix`, such as
     /// `"demo.safetensors"`.
     ///
@@ -219,9 +219,9 @@ fn remove_on_signals() {
     });
 }
 
-/// Returns the signals that ask a process to end, except those that this process ignores. `nohup`,
-/// and shells that start background jobs, let a process ignore signals on purpose; a handler would
-/// undo that.
+/// Returns the signals that ask a process to exit, except those that this process ignores.
+/// `nohup`, and shells that start background jobs, make a process ignore signals on purpose; a
+/// handler would undo that.
 fn handled_signals() -> impl Iterator<Item = i32> {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

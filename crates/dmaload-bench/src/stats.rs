@@ -21,7 +21,7 @@ impl Spread {
     }
 }
 
-/// Returns the median alone, or `None` if there are no values.
+/// Returns only the median, or `None` if there are no values.
 pub(crate) fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
     Spread::from_values(values).map(|spread| spread.median)
 }

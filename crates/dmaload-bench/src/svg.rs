@@ -18,7 +18,7 @@ impl Scale {
         self.left + (WIDTH - self.left - RIGHT) * seconds / self.most
     }
 
-    /// Returns the distance between ticks in seconds: 1, 2 or 5 times a power of ten.
+    /// Returns the distance between ticks, in seconds: 1, 2 or 5 times a power of ten.
     fn step(&self) -> f64 {
         let rough = self.most / TICKS;
         let power = 10_f64.powf(rough.log10().floor());

@@ -1,5 +1,5 @@
-//! A model for experiments: a valid safetensors file of any size, laid out like a Llama, with
-//! random weights.
+//! A model for experiments: a valid safetensors file of any size, laid out like a Llama
+//! model, with random weights.
 //!
 //! Its bytes depend only on its length, a seed, and the offset:
 //!
@@ -14,7 +14,7 @@
 //! blocks or returns stale page cache, reading the file again for comparison could repeat the
 //! mistake.
 //!
-//! No weight is zero, infinite or NaN. So unfilled memory can't be mistaken for a weight, and real
+//! No weight is zero, infinite or NaN, so unfilled memory can't be mistaken for a weight, and real
 //! code can compute with the weights. Random bits also prevent lower layers from deduplicating the
 //! file, or compressing it much.
 
@@ -180,8 +180,8 @@ impl Model {
         Some(Self { bytes, seed, tensors, header })
     }
 
-    /// Writes the model to an empty file, and flushes it to storage. `path` is only used in
-    /// errors; `progress` receives the number of bytes written so far.
+    /// Writes the model to an empty file, and flushes it to storage. `path` is used only in error
+    /// messages; `progress` receives the number of bytes written so far.
     ///
     /// # Errors
     /// If the file can't be written or flushed.
@@ -295,8 +295,8 @@ fn fill_words(words: &mut [u8], word: impl Fn(u64) -> u64) {
     }
 }
 
-/// Returns the number at position `index` of the generator `WyRand`. The generator's state is a
-/// counter, so one multiplication yields the state at any position.
+/// Returns the number at position `index` in the sequence of the generator `WyRand`. Its state is
+/// a counter, so one multiplication yields the state at any position.
 ///
 /// One widening multiplication per word gives several GB/s on one core. This generator is good
 /// enough, because equal words in a file only have to be unlikely.
@@ -320,7 +320,7 @@ fn compare(expected: &[u8], found: &[u8]) -> Result<(), usize> {
     }
 }
 
-/// The dimensions of a Llama model, scaled so that models of any size have a reasonable number of
+/// The dimensions of a Llama model, chosen so that a model of any size has a reasonable number of
 /// layers.
 #[derive(Debug, Clone, Copy)]
 struct Dimensions {
@@ -359,8 +359,8 @@ impl Dimensions {
         bytes.saturating_sub(around) / layer
     }
 
-    /// Returns all tensors except the last ones, which fill the rest of the file. Their offsets
-    /// are not set yet.
+    /// Returns all tensors except the last ones, which fill the rest of the file. The offsets are
+    /// not set yet.
     fn tensors(self, layers: u64) -> Vec<Tensor> {
         let mut tensors = vec![tensor("model.embed_tokens.weight", Dtype::Bf16, &[self.vocabulary, self.hidden])];
         tensors.extend((0..layers).flat_map(|layer| self.layer(layer)));
@@ -523,7 +523,7 @@ mod tests {
         }
     }
 
-    /// A file that was written by one version must still verify with the next version.
+    /// A file that one version has written must still pass verification by the next version.
     #[test]
     fn generated_content_is_stable() {
         use dmaload::verify::{Algorithm, digest};

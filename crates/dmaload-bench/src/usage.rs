@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
 
-/// Returns the user and system CPU time that all threads of this process have used.
+/// Returns the user and system CPU time that this process has used, across all threads.
 #[must_use]
 pub fn cpu_time() -> Duration {
     clock_gettime(ClockId::ProcessCPUTime).try_into().unwrap_or_default()

@@ -1,8 +1,9 @@
 //! Prepares and runs each mode once.
 //!
 //! Preparation covers what a process needs only once, no matter how much it loads: the engine's
-//! threads and ring, the pool's memory, a manifest, and the limit's buffers. Timing begins just
-//! before files are opened or memory is allocated, and ends when the last byte is in memory.
+//! threads and ring, the memory in the pool, a manifest, and the buffers that `limit` reads into.
+//! Timing begins just before files are opened or memory is allocated, and ends when the last byte
+//! is in memory.
 
 use std::fs::{self, File};
 use std::hint::black_box;
@@ -174,7 +175,7 @@ fn run_normal(files: &Files) -> Result<Run> {
     let watch = Stopwatch::start();
     let loaded: Vec<_> = files.paths.iter().map(|path| baseline::load(path)).collect::<Result<_, _>>()?;
     let run = watch.stop(files);
-    // The sum excludes the time for unmapping the files.
+    // This sum excludes the time that unmapping the files takes.
     let seconds = loaded.iter().map(|loaded| loaded.elapsed.as_secs_f64()).sum();
     let page_bytes = loaded.first().map_or(run.page_bytes, |loaded| page_bytes_of_slice(&loaded.memory));
     Ok(Run { seconds, page_bytes, ..run })
@@ -210,7 +211,7 @@ fn run_engine(loader: &Loader, files: &Files, options: LoadOptions, check: bool)
     }
     let report = image.report();
     let mut notes = vec![format!("by {}", report.route)];
-    notes.extend(report.pages_refused.map(|errno| format!("2 MiB pages: {}", errno.describe())));
+    notes.extend(report.pages_refused.map(|errno| format!("some memory is not on 2 MiB pages: {}", errno.describe())));
     if report.reused_bytes > 0 {
         notes.push(format!("{} in pooled memory", dmaload_text::bytes(report.reused_bytes)));
     }

@@ -87,7 +87,7 @@ impl Worker {
     /// Receives the next line.
     ///
     /// # Errors
-    /// If the process has ended without writing a line. The error says how it ended.
+    /// If the process exits without writing a line. The error says how it ended.
     pub(crate) fn receive_line(&mut self) -> Result<String> {
         let mut line = String::new();
         // No further line will arrive after a read error or the end of the data.
@@ -104,7 +104,7 @@ impl Worker {
 impl Drop for Worker {
     fn drop(&mut self) {
         drop(self.stdin.take());
-        // The process is no longer needed. If it hangs and is not killed, `wait` would never
+        // The process is no longer needed. If it hung and were not killed, `wait` would never
         // return.
         let _ = self.child.kill();
         let _ = self.child.wait();

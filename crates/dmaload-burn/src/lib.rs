@@ -16,8 +16,8 @@
 //! }
 //! ```
 //!
-//! The load runs while the module is filled: each tensor is available as soon as its last byte is
-//! loaded.
+//! The load runs while the module is being filled: each tensor is available as soon as its last
+//! byte is loaded.
 //!
 //! # Copies
 //!
@@ -34,12 +34,12 @@
 //! # Limits
 //!
 //! - If the file's element type differs from the module's, burn 0.21 keeps the file's type, and
-//!   panics if its backend lacks that type (F16 with burn-ndarray) or if an operation gets tensors
-//!   of both types. `HalfPrecisionAdapter` only converts between F16 and F32.
+//!   panics if its backend lacks that type (F16 with burn-ndarray) or if an operation receives
+//!   tensors of both types. `HalfPrecisionAdapter` only converts between F16 and F32.
 //! - With a backend that copies, the file stays in memory alongside the model until
 //!   [`LoadStore::finish`]: burn requests tensors through closures that may be called twice.
 //! - burn does not support F8, F6, F4, complex numbers, or GGUF blocks; its own quantized types
-//!   are different. Requesting a tensor of these types is an error.
+//!   are different. Requesting a tensor of one of these types is an error.
 //! - Saving with [`burn_store::ModuleStore::collect_from`] is an error. Use burn's
 //!   `SafetensorsStore`.
 

@@ -1,4 +1,4 @@
-//! [`LoadStore`], which provides snapshots of the tensors of a load in progress.
+//! [`LoadStore`], which provides snapshots of the tensors in a load that is still running.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -17,8 +17,8 @@ use dmaload::model::TensorInfo;
 use dmaload::{Load, LoadOptions, Loader, Report, inspect_load_blocking};
 
 /// Implements burn's `ModuleStore` for a model that is being loaded. Dropping the store cancels
-/// the load unless a snapshot still exists elsewhere. Tensors that were already returned stay
-/// valid.
+/// the load, unless a clone of a snapshot still exists elsewhere. Tensors that were already
+/// returned stay valid.
 ///
 /// Do not use the store on a worker of an async runtime: filling a module blocks until the
 /// module's tensors are loaded.
@@ -30,8 +30,8 @@ pub struct LoadStore {
 }
 
 impl LoadStore {
-    /// Starts to load a model: a file, a folder, or an index file. The model's headers are read
-    /// before this function returns.
+    /// Starts loading a model from a file, a folder, or an index file. The model's headers are
+    /// read before this function returns.
     ///
     /// # Errors
     /// Returns the errors of [`dmaload::inspect_load_blocking`]. Later errors are reported when a
@@ -40,7 +40,8 @@ impl LoadStore {
         Self::load_with(loader, path, loader.load_options())
     }
 
-    /// Like [`Self::load`], but takes options, such as the order of [`LoadOptions::tensors`].
+    /// Like [`Self::load`], but takes options, such as an order for the tensors
+    /// ([`LoadOptions::tensors`]).
     ///
     /// If [`LoadOptions::shard`] loads only a part of a tensor, requesting this tensor is an
     /// error. If the model exceeds the loader's memory limit, requesting a tensor fails with the
@@ -77,8 +78,8 @@ impl LoadStore {
     /// Waits for the rest of the load, then releases it. Tensors that were already returned stay
     /// valid.
     ///
-    /// A change to a file during its load is detected only when the whole file has been read. A
-    /// module that uses only some of a file's tensors needs this call to learn of a change.
+    /// A change to a file during its load is detected only when the whole file has been read. If a
+    /// module uses only some of a file's tensors, this call is needed to detect a change.
     ///
     /// # Errors
     /// Returns the error of the load, or [`Error::InUse`] if a snapshot still exists elsewhere.
@@ -183,8 +184,9 @@ fn snapshot(load: &Arc<Load>, tensor: &TensorInfo) -> TensorSnapshot {
             let dtype = dtype.ok_or_else(|| TensorSnapshotError::DataError(unknown.clone()))?;
             let io_error = |error: dmaload::Error| TensorSnapshotError::IoError(error.to_string());
             let tensor = load.tensor_blocking(&name).map_err(io_error)?;
-            // burn trusts the snapshot's shape and type. It would read past the end of a rank's
-            // shard, or of a smaller tensor from a file that has replaced the inspected one.
+            // burn trusts the snapshot's shape and type. Without this check, it would read past
+            // the end of a rank's shard, or of a smaller tensor if another file has replaced the
+            // inspected one.
             if tensor.shape() != &shape[..] || burn_type(tensor.dtype()) != Some(dtype) {
                 let message = format!(
                     "cannot load tensor {name:?}: {:?} of {} was loaded, but the file's header has {shape:?} of {dtype:?}",
@@ -194,7 +196,7 @@ fn snapshot(load: &Arc<Load>, tensor: &TensorInfo) -> TensorSnapshot {
                 return Err(TensorSnapshotError::DataError(message));
             }
             let bytes = tensor.bytes().map_err(io_error)?;
-            // A `bool` with a value other than 0 and 1 is undefined behavior.
+            // A `bool` with a value other than 0 or 1 is undefined behavior.
             if matches!(dtype, DType::Bool(_)) && bytes.iter().any(|&byte| byte > 1) {
                 let message = format!("cannot load tensor {name:?}: it has values other than 0 and 1");
                 return Err(TensorSnapshotError::DataError(message));
@@ -204,8 +206,8 @@ fn snapshot(load: &Arc<Load>, tensor: &TensorInfo) -> TensorSnapshot {
         }
     };
     let path = tensor.name.split('.').map(str::to_owned).collect();
-    // burn needs a type before it requests the data. If burn lacks the tensor's type, `U8` is a
-    // placeholder, and the closure returns an error.
+    // burn needs a type before it requests the data. If burn lacks the tensor's type, `U8` serves
+    // as a placeholder, and the closure returns an error.
     TensorSnapshot::from_closure(Rc::new(data), dtype.unwrap_or(DType::U8), shape.into(), path, Vec::new(), ParamId::new())
 }
 

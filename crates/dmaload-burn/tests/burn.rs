@@ -1,4 +1,5 @@
-//! Compares modules filled from a load with those that burn's own safetensors store fills.
+//! Compares modules that are filled from a load with modules that burn's own safetensors store
+//! fills.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 use std::path::{Path, PathBuf};
@@ -87,7 +88,7 @@ fn module_equals_that_of_burns_own_store() {
         assert_ne!(outputs(&ours), outputs(&theirs), "the models must start with different weights");
         let mut store = LoadStore::load(&loader(), &path).unwrap();
         if from_pytorch {
-            // In PyTorch's layout, linear layers are transposed and norms have other names.
+            // In PyTorch's layout, linear layers are transposed, and norms have different names.
             store = store.with_adapter(PyTorchToBurnAdapter).allow_partial(true);
             let mut own = SafetensorsStore::from_file(&path).with_from_adapter(PyTorchToBurnAdapter).allow_partial(true);
             theirs.load_from(&mut own).unwrap();
@@ -165,7 +166,7 @@ impl Observer for Gate {
     }
 }
 
-/// Writes a file with two tensors, `a` and `b`. `a` arrives before `b`.
+/// Writes a file with two tensors, `a` and `b`, of which `a` comes first.
 fn write_two_tensors(folder: &Path) -> PathBuf {
     let bytes = 3 << 20;
     let header = format!(
@@ -241,7 +242,8 @@ fn headers_follow_the_load_options() {
     some.get_snapshot("b").unwrap().unwrap().to_data().unwrap();
 }
 
-/// A load that keeps all its segments reserves its memory before it starts, so it fails at once.
+/// A load that keeps all its segments reserves its memory before it starts, so it fails
+/// immediately.
 #[test]
 fn model_that_exceeds_the_limit_is_an_error() {
     let folder = folder();
@@ -260,7 +262,8 @@ fn model_that_exceeds_the_limit_is_an_error() {
     }
 }
 
-/// burn reads as many bytes as the header's shape implies, even if fewer were loaded.
+/// Without a refusal, burn would read as many bytes as the shape in the header implies, even
+/// though fewer were loaded.
 #[test]
 fn ranks_shard_is_refused() {
     let folder = folder();

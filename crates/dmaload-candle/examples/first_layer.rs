@@ -9,7 +9,7 @@
 //! tied embeddings and 24 layers in F32, 1.4 GB in total. Each run is a separate process, and the
 //! file is evicted from the page cache before the run. The clock starts before anything is opened
 //! and stops after a forward pass with eight tokens. For the first layer, the same model is built
-//! and run with only one layer, which requires its embedding, its norm and layer 0. The two
+//! and run with a single layer, which requires only its embedding, its norm and layer 0. The two
 //! loaders take turns, and their order alternates from pair to pair. Prints the median time of
 //! each loader, and the median of the ratios within a pair.
 
@@ -53,8 +53,8 @@ fn config(layers: usize) -> Config {
     }
 }
 
-/// Returns the names and shapes of the model's tensors, sorted by name as in files from model
-/// hubs.
+/// Returns the names and shapes of the model's tensors, sorted by name, as they are in files from
+/// model hubs.
 fn tensors() -> Vec<(String, Vec<usize>)> {
     let mut tensors =
         vec![("model.embed_tokens.weight".to_owned(), vec![VOCABULARY, HIDDEN]), ("model.norm.weight".to_owned(), vec![HIDDEN])];
@@ -119,7 +119,7 @@ fn run(who: &str, layers: usize, path: &Path) -> Result<()> {
     let logits = model.forward(&tokens, 0, &mut cache)?;
     let sum = logits.sum_all()?.to_scalar::<f32>()?;
     println!("{} {:08x}", begin.elapsed().as_secs_f64(), sum.to_bits());
-    // With only the first layer, the run does not wait for the rest of the load.
+    // A run of only the first layer does not wait for the rest of the load.
     if let Some(weights) = weights.filter(|_| layers == LAYERS) {
         weights.finish()?;
     }
@@ -140,7 +140,7 @@ fn measure(who: &str, layers: usize, path: &Path) -> Result<(f64, String)> {
     fadvise(File::open(path)?, 0, None, Advice::DontNeed)?;
     let arguments: [OsString; 4] = ["--run".into(), who.into(), layers.to_string().into(), path.into()];
     let output = Command::new(std::env::current_exe()?).args(arguments).stderr(Stdio::inherit()).output()?;
-    ensure!(output.status.success(), "the run of {who} failed: {}", output.status);
+    ensure!(output.status.success(), "the run with {who} failed: {}", output.status);
     let printed = String::from_utf8(output.stdout)?;
     let (seconds, sum) = printed.trim().split_once(' ').context("the run did not print its seconds and its sum")?;
     Ok((seconds.parse()?, sum.to_owned()))
@@ -175,7 +175,7 @@ fn main() -> Result<()> {
                 seconds[usize::from(who == "candle")] = taken;
                 sums.push(sum);
             }
-            ensure!(sums[0] == sums[1], "the loaders led to different logits: {sums:?}");
+            ensure!(sums[0] == sums[1], "the two loaders produced different logits: {sums:?}");
             ours.push(seconds[0]);
             theirs.push(seconds[1]);
             ratios.push(seconds[1] / seconds[0]);

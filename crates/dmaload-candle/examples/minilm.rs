@@ -1,5 +1,5 @@
 //! Runs MiniLM (a BERT with six layers) twice: with weights that dmaload loads, and with weights
-//! that candle's own loader loads. The two embeddings must be equal bit by bit.
+//! that candle's own loader loads. The two embeddings must be equal bit for bit.
 //!
 //! `just candle` downloads the model and runs this example.
 
@@ -46,6 +46,6 @@ fn main() -> Result<()> {
     let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
     ensure!(bits(&ours) == bits(&theirs), "the embeddings differ: {:?} and {:?}", &ours[..4], &theirs[..4]);
     ensure!(ours.len() == 384 && ours.iter().any(|&value| value != 0.0), "the embedding is empty");
-    println!("{} numbers, equal bit by bit: {:?} …", ours.len(), &ours[..4]);
+    println!("{} numbers, equal bit for bit: {:?} …", ours.len(), &ours[..4]);
     Ok(())
 }

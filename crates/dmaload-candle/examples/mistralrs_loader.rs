@@ -1,7 +1,7 @@
 //! Replaces mistral.rs's function for loading weights with one that uses dmaload.
 //!
 //! mistral.rs (in `utils/varbuilder_utils.rs`) starts a thread for each file, copies every tensor
-//! out of a mapping, and waits in a loop until all threads have ended. The function in this
+//! out of a mapping, and waits in a loop until all threads have exited. The function in this
 //! example has the same signature, but returns once the headers are read. The tensors then arrive
 //! while mistral.rs builds its model.
 //!
@@ -24,8 +24,8 @@ use regex::Regex;
 
 type ShardedVarBuilder = VarBuilder<'static>;
 
-/// The device on which mistral.rs wants a tensor. This example ignores it: mistral.rs passes the
-/// device again when it requests the tensor, and the tensor is then moved there.
+/// The device on which mistral.rs wants a tensor. This example ignores it, because mistral.rs
+/// passes the device again when it requests the tensor, which is then moved there.
 enum DeviceForLoadTensor {
     Base,
     #[allow(dead_code, reason = "mistral.rs has it for models on several devices")]
@@ -75,13 +75,14 @@ fn key(name: &str, adapter: Option<usize>) -> Option<String> {
     Some(key)
 }
 
-/// Returns the process's only loader, so all models share its memory limit, threads and queue.
+/// Returns the process's only loader, so that all models share its memory limit, threads and
+/// queue.
 fn loader() -> Result<&'static Loader> {
     static LOADER: OnceLock<dmaload::Result<Loader>> = OnceLock::new();
     LOADER.get_or_init(Loader::new).as_ref().map_err(|error| Error::wrap(error.clone()))
 }
 
-/// Tensors of several loads, under the names by which mistral.rs requests them.
+/// Tensors from several loads, under the names by which mistral.rs requests them.
 #[derive(Default)]
 struct Renamed {
     loads: Vec<Weights>,

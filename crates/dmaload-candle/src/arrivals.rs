@@ -4,7 +4,7 @@
 //!   dmaload::Tensors ──► a thread: convert, drop the original ──► a map by name ──► callers
 //! ```
 //!
-//! The thread ends with the load. Dropping the [`Arrivals`] cancels the load.
+//! The thread exits when the load ends. Dropping the [`Arrivals`] cancels the load.
 
 use std::any::Any;
 use std::collections::HashMap;
@@ -21,7 +21,7 @@ use dmaload::{Errno, Error, LoadRequest, Report, Result, Tensor, Tensors};
 /// The thread's name. The kernel keeps at most 15 bytes of it.
 const THREAD: &str = "dmaload-candle";
 
-/// The arrived tensors of a load, by name.
+/// The tensors that have arrived from a load, by name.
 pub(crate) struct Arrivals<T> {
     shared: Arc<Shared<T>>,
     thread: Thread,
@@ -34,8 +34,8 @@ struct Shared<T> {
 }
 
 struct State<T> {
-    /// The tensors that have arrived, by name. An error is the reason why a tensor could not be
-    /// converted.
+    /// The tensors that have arrived, by name. For a tensor that could not be converted, the error
+    /// is the reason.
     tensors: HashMap<String, std::result::Result<T, String>>,
     end: Option<Result<Report>>,
 }
@@ -66,7 +66,7 @@ impl fmt::Display for Missing {
 }
 
 impl<T: Clone + Send + 'static> Arrivals<T> {
-    /// Starts the load, on a new thread.
+    /// Starts the load on a new thread.
     ///
     /// # Errors
     /// [`Error::Start`] if the thread cannot be started.
@@ -174,8 +174,7 @@ fn take_all<T>(
         if shared.is_cancelled.load(Ordering::Acquire) {
             return Err(Error::ShutDown);
         }
-        // The future is dropped after each poll. This loses no tensor, and the waker stays
-        // registered.
+        // Dropping the future after each poll loses no tensor, and the waker stays registered.
         let next = pin!(tensors.next()).poll(&mut context);
         match next {
             Poll::Pending => thread::park(),

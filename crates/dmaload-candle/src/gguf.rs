@@ -16,8 +16,8 @@ use crate::arrivals::{Arrivals, Missing};
 use crate::headers::{self, Named};
 use crate::weights::unavailable;
 
-/// Provides the tensors of a GGUF model by name, as candle's `QTensor`s, while they are read.
-/// Cheap to clone.
+/// Provides the tensors of a GGUF model by name, as candle's `QTensor`s, while the model is still
+/// being read. Cheap to clone.
 ///
 /// Each tensor is copied once, and is available as soon as its last byte is loaded. Requesting a
 /// tensor blocks the thread until then. The files of a split model are loaded as one model.
@@ -44,7 +44,7 @@ struct GgufState {
 }
 
 impl QTensors {
-    /// Starts to load a GGUF model. The model's headers are read before this function returns.
+    /// Starts loading a GGUF model. The model's headers are read before this function returns.
     ///
     /// # Errors
     /// Returns the errors of [`dmaload::inspect_load_blocking`], and [`dmaload::Error::Start`] if
@@ -54,7 +54,8 @@ impl QTensors {
         Self::load_with(loader, path, loader.load_options(), device)
     }
 
-    /// Like [`Self::load`], but takes options, such as the order of [`LoadOptions::tensors`].
+    /// Like [`Self::load`], but takes options, such as an order for the tensors
+    /// ([`LoadOptions::tensors`]).
     ///
     /// # Errors
     /// Returns the same errors as [`Self::load`].
@@ -110,8 +111,8 @@ fn convert(tensor: &Tensor, device: &Device) -> candle_core::Result<QTensor> {
     if bytes.is_empty() {
         candle_core::bail!("it has no elements")
     }
-    // candle asserts that the address has this alignment. In memory, files begin at multiples of a
-    // page, and GGUF aligns tensors to 32 bytes by default, and to at least 8.
+    // candle asserts that the address has this alignment. In memory, files begin at multiples of
+    // the page size, and GGUF aligns tensors to 32 bytes by default, and to at least 8.
     if !bytes.as_ptr().addr().is_multiple_of(align_of::<f32>()) {
         candle_core::bail!("its bytes, at offset {} of the file, are not aligned to 4 bytes in memory", tensor.file_range().start)
     }
@@ -158,8 +159,8 @@ fn block_type(dtype: dmaload::model::DType) -> candle_core::Result<GgmlDType> {
 /// ```
 ///
 /// Reading from a tensor blocks until the tensor's last byte is loaded. Once the tensor has been
-/// read to its end, the reader drops its memory. candle makes two copies of each tensor, of which
-/// it keeps one. The load reads ahead of the model by at most the window and one segment.
+/// read to its end, the reader drops the tensor's memory. candle makes two copies of each tensor,
+/// and keeps one of them. The load reads ahead of the model by at most the window and one segment.
 ///
 /// If the model requests a tensor before its turn, the reader keeps all tensors that arrive before
 /// that tensor. If these tensors use up the loader's memory limit, the read fails with the message
@@ -213,8 +214,8 @@ impl Identity {
 }
 
 impl GgufReader {
-    /// Opens a file and starts to load it. Loads only this file, even if it is a part of a split
-    /// model, because candle reads one file.
+    /// Opens a file and starts loading it. Loads only this file, even if it is a part of a split
+    /// model, because candle reads a single file.
     ///
     /// # Errors
     /// Fails if the file cannot be opened or read, or is not in GGUF format. A [`dmaload::Error`]

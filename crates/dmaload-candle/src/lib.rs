@@ -2,7 +2,7 @@
 //!
 //! candle's own loader maps the file and copies each tensor when the model requests it, so
 //! building waits for page faults. In this crate, a thread converts each tensor to a candle tensor
-//! as soon as its last byte is loaded, while the rest is read and the model is being built:
+//! as soon as its last byte is loaded, while the rest is being read and the model is being built:
 //!
 //! ```no_run
 //! use candle_core::{DType, Device};
@@ -37,8 +37,8 @@
 //!
 //! # Order
 //!
-//! Tensors arrive in file order. A model that first requests the file's last tensor waits for the
-//! whole file. If the order in which the model requests its tensors is known, set it:
+//! Tensors arrive in file order. A model whose first request is for the file's last tensor waits
+//! for the whole file. If you know the order in which the model requests its tensors, set it:
 //!
 //! ```no_run
 //! # use candle_core::{DType, Device};
@@ -53,11 +53,11 @@
 //! # Limits
 //!
 //! - Tensors are copied: `CpuStorage` consists of `Vec`s, which must come from Rust's allocator.
-//! - A quantized `VarBuilder` cannot be filled while the file is read: the fields of
+//! - A quantized `VarBuilder` cannot be filled while the file is being read: the fields of
 //!   `candle_transformers::quantized_var_builder::VarBuilder` (0.11) are private, and its two
-//!   constructors take a path or the bytes of the whole file. An image provides these bytes
-//!   without a copy, so `VarBuilder::from_gguf_buffer(&image.files()[0].bytes()?, &device)` works,
-//!   but both the file and the model are in memory until it returns.
+//!   constructors take a path or the bytes of the whole file. A [`dmaload::Image`] provides these
+//!   bytes without a copy, so `VarBuilder::from_gguf_buffer(&image.files()[0].bytes()?, &device)`
+//!   works, but both the file and the model are in memory until it returns.
 //! - Requesting a tensor whose type candle does not have, such as `BOOL` or `IQ4_XS`, is an error.
 
 mod arrivals;

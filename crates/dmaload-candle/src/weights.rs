@@ -11,7 +11,8 @@ use dmaload::{LoadOptions, Loader, Report};
 use crate::arrivals::{Arrivals, Missing};
 use crate::headers::{self, Named};
 
-/// Provides the weights of a model, as candle's tensors, while they are read. Cheap to clone.
+/// Provides the weights of a model, as candle's tensors, while the model is still being read.
+/// Cheap to clone.
 ///
 /// Each tensor is available as soon as its last byte is loaded. Requesting a tensor blocks the
 /// thread until then. Requests that need no conversion return the same memory each time. Tensors
@@ -31,7 +32,7 @@ struct Inner {
 }
 
 impl Weights {
-    /// Starts to load a model: a file, a folder, or an index file.
+    /// Starts loading a model from a file, a folder, or an index file.
     ///
     /// The model's headers are read on the caller's thread before this function returns. `dtype`
     /// and `device` are the type and the device of the `VarBuilder` that [`Self::var_builder`]
@@ -45,7 +46,7 @@ impl Weights {
         Self::load_with(loader, [path], loader.load_options(), dtype, device)
     }
 
-    /// Like [`Self::load`], but takes options, and several files that form a model.
+    /// Like [`Self::load`], but takes options, and accepts several files that form one model.
     ///
     /// A tensor that the options leave out ([`LoadOptions::tensors`]) is treated as absent from
     /// the model.
@@ -80,8 +81,8 @@ impl Weights {
 
     /// Waits for the rest of the load, and drops this clone.
     ///
-    /// A change to a file during its load is detected only when the whole file has been read. A
-    /// model that uses only some of a file's tensors needs this call to learn of a change.
+    /// A change to a file during its load is detected only when the whole file has been read. If a
+    /// model uses only some of a file's tensors, this call is needed to detect a change.
     ///
     /// # Errors
     /// Returns the error of the load.
@@ -121,8 +122,8 @@ pub(crate) fn unavailable(name: &str, missing: &Missing) -> Error {
 /// Copies a tensor to the device.
 ///
 /// If `dtype` can represent all values of the tensor's type, the tensor is converted immediately,
-/// so it is not kept in two types. Otherwise the original type is kept: the conversion could lose
-/// values, which the model may need if it requests the tensor in a third type.
+/// so it is not kept in two types. Otherwise the original type is kept, because a conversion could
+/// lose information that the model needs if it requests the tensor in a third type.
 fn convert(tensor: &dmaload::Tensor, dtype: DType, device: &Device) -> Result<Tensor> {
     // A rank's shard along a dimension other than the first is not contiguous.
     let bytes =

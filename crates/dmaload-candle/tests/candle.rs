@@ -72,12 +72,12 @@ fn bits(tensor: &Tensor) -> (DType, Vec<usize>, Vec<u8>) {
         DType::F64 => of!(f64),
         // F8 is compared by its values, each of which has only one bit pattern.
         DType::F8E4M3 => return bits(&tensor.to_dtype(DType::F32).unwrap()),
-        other => panic!("{other:?} has no values on the CPU"),
+        other => panic!("candle cannot return {other:?} values on the CPU"),
     };
     (tensor.dtype(), tensor.dims().to_vec(), values)
 }
 
-/// Loads the tensors of a file with candle's own loader.
+/// Loads the tensors in a file with candle's own loader.
 fn load_by_candle(path: &Path, dtype: DType) -> VarBuilder<'static> {
     VarBuilder::from_buffered_safetensors(std::fs::read(path).unwrap(), dtype, &CPU).unwrap()
 }
@@ -145,7 +145,7 @@ fn every_type_equals_that_of_candles_loader() {
         ("scalar", "F32", &[], 32),
         ("empty", "F32", &[0, 4], 32),
     ];
-    // Tensors of odd lengths leave most later ones unaligned for their type.
+    // Tensors of odd lengths leave most later tensors misaligned for their type.
     let path = write_model(folder.path(), "types.safetensors", &types, 7);
     for dtype in [DType::F32, DType::BF16, DType::F64] {
         let weights = Weights::load(&loader(), &path, dtype, &CPU).unwrap();
@@ -199,7 +199,7 @@ fn tensors_arrive_while_the_rest_is_read() {
     let options = loader.load_options().observer(gate.clone());
     let weights = Weights::load_with(&loader, [&path], options, DType::F32, &CPU).unwrap();
     let vb = weights.var_builder();
-    // Requests for arrived tensors and for missing names do not wait for the rest.
+    // Requests for tensors that have arrived, and for unknown names, do not wait for the rest.
     let early = in_time("the first tensor", {
         let vb = vb.clone();
         move || {
@@ -278,7 +278,7 @@ fn headers_follow_the_load_options() {
         assert_eq!(names, expected);
         weights.var_builder().get((700, 300), "1.w").unwrap();
     }
-    // The name of this file does not match the format in the options.
+    // The options specify a format that does not match the name of this file.
     let quantized = write_quantized(folder.path(), &[GgmlDType::Q4_0]);
     let options = loader.load_options().format(Format::Safetensors);
     let refused = QTensors::load_with(&loader, &quantized, options, &CPU).unwrap_err();
@@ -302,7 +302,7 @@ fn failed_load_fails_waiting_callers() {
     let failed = in_time("the failure", move || vb.get((500, 600), "f").unwrap_err().to_string());
     assert!(failed.starts_with(r#"cannot load tensor "f": "#) && failed.contains("layers.safetensors"), "{failed}");
     assert_eq!(weights.finish().unwrap_err().kind(), ErrorKind::Changed);
-    // A file that cannot be opened fails the call.
+    // If the file cannot be opened, the call itself fails.
     let missing = Weights::load(&loader, folder.path().join("none"), DType::F32, &CPU).unwrap_err();
     assert_eq!(missing.kind(), ErrorKind::NotFound);
 }
@@ -466,7 +466,7 @@ fn reader_returns_every_byte_in_any_order() {
     let loader = loader();
     let mut reader = GgufReader::open(&loader, &path, loader.load_options()).unwrap();
     let mut all = Vec::new();
-    // Read the file from start to end twice, then backwards, then beyond its end.
+    // Read the file from start to end twice, then backward, then beyond its end.
     for _ in 0..2 {
         all.clear();
         reader.rewind().unwrap();
@@ -482,14 +482,14 @@ fn reader_returns_every_byte_in_any_order() {
     assert_eq!(reader.seek(SeekFrom::End(7)).unwrap(), expected.len() as u64 + 7);
     assert_eq!(reader.read(&mut [0; 9]).unwrap(), 0);
     assert!(reader.seek(SeekFrom::Current(i64::MIN)).is_err());
-    // Tensors that were already read are read again from the file, which fails if it has changed.
+    // Tensors that were already read are read again from the file. This fails if it has changed.
     std::fs::write(&path, [&expected[..], &[0]].concat()).unwrap();
     reader.seek(SeekFrom::End(-9)).unwrap();
     let changed = reader.read(&mut [0; 9]).unwrap_err().to_string();
     assert!(changed.contains("it has changed since it was opened"), "{changed}");
 }
 
-/// Writes a llama with two small layers in Q4_0.
+/// Writes a Llama model with two small layers in Q4_0.
 fn write_llama(folder: &Path) -> PathBuf {
     let (embedding, heads, feed, vocabulary) = (64_usize, 4_u32, 128, 96);
     let norm = |name: String| (name, vec![embedding], GgmlDType::F32);

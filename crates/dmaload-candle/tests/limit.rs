@@ -43,7 +43,7 @@ fn write_many_tensors(folder: &Path) -> PathBuf {
     file(folder, "many.gguf", bytes.get_ref())
 }
 
-/// Makes a loader whose limit of 12 MiB is smaller than the file of 20 MiB.
+/// Makes a loader whose 12 MiB limit is smaller than the 20 MiB file.
 fn limited_loader() -> Loader {
     let options = LoadOptions::new().segment_bytes(2 << 20);
     Loader::builder().memory_limit_bytes(12 << 20).window_bytes(4 << 20).load_options(options).build().unwrap()
@@ -60,7 +60,8 @@ fn reader_that_exceeds_the_limit_gets_an_error() {
         let mut names: Vec<String> = (0..40).map(|number| format!("t{number}")).collect();
         names.sort_by_key(|name| content.tensor_infos[name].offset);
         let mut texts = Vec::new();
-        // The first load delivers the tensors in file order, the second as its options require.
+        // The first load delivers the tensors in file order, the second in the order that its
+        // options specify.
         for options in [LoadOptions::new(), LoadOptions::new().tensors(["t39", "*"])] {
             let options = options.segment_bytes(2 << 20);
             let is_in_file_order = texts.is_empty();
@@ -76,19 +77,20 @@ fn reader_that_exceeds_the_limit_gets_an_error() {
             if !is_in_file_order {
                 same("t39").unwrap();
             }
-            // Held tensors are dropped once they are read, which frees memory for the others.
+            // The reader drops each tensor that it holds once it has been read, which frees memory
+            // for the others.
             for name in &names {
                 same(name).unwrap();
             }
             reader.finish().unwrap();
         }
-        // Held tensors do not block `finish`.
+        // Tensors that the reader still holds do not block `finish`.
         let mut reader = GgufReader::open(&loader, &path, loader.load_options()).unwrap();
         content.tensor(&mut reader, names.last().unwrap(), &CPU).unwrap_err();
         reader.finish().unwrap();
         texts
     });
-    assert_eq!(texts.len(), 2, "each read must return the error");
+    assert_eq!(texts.len(), 2, "each read should return an error");
     for text in texts {
         assert!(text.contains("cannot load tensor") && text.contains("the loader's limit of 12582912"), "{text}");
         assert!(text.contains("raise the limit, or request tensors in the order"), "{text}");
@@ -96,13 +98,13 @@ fn reader_that_exceeds_the_limit_gets_an_error() {
 }
 
 /// candle copies the tensors, so the load never waits for the model, regardless of the order in
-/// which it requests them.
+/// which the model requests them.
 #[test]
 fn weights_can_be_requested_in_any_order_within_the_limit() {
     let folder = folder();
     let path = file(folder.path(), "model.safetensors", &safetensors_of(12, 1_000_000, 1));
     let quantized = write_many_tensors(folder.path());
-    in_time("the last tensor first", move || {
+    in_time("requests for the last tensor first", move || {
         let loader = limited_loader();
         let weights = Weights::load(&loader, &path, DType::F32, &CPU).unwrap();
         let tensors = QTensors::load(&loader, &quantized, &CPU).unwrap();

@@ -11,7 +11,7 @@ const MIB: u64 = 1 << 20;
 const TENSORS: usize = 32;
 const ROWS: usize = 1024;
 
-/// Returns the number in a line of `/proc/self/status`, in bytes.
+/// Returns a value from `/proc/self/status`, in bytes.
 fn status(key: &str) -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':')).unwrap();
@@ -37,7 +37,7 @@ fn peak_memory_is_the_model_and_the_window() {
     let before = status("VmRSS");
     let weights = Weights::load(&loader, &path, DType::F32, &Device::Cpu).unwrap();
     let vb = weights.var_builder();
-    // Request the tensors in the worst order, the last one first.
+    // Request the tensors in the worst order, last to first.
     let tensors: Vec<_> = (0..TENSORS).rev().map(|number| vb.get((ROWS, ROWS), &format!("t{number}")).unwrap()).collect();
     drop(vb);
     weights.finish().unwrap();

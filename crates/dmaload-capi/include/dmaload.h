@@ -54,7 +54,7 @@
 #define DMALOAD_PENDING 0
 
 /*
- Returned by `dmaload_poll`: the next segment has been stored.
+ Returned by `dmaload_poll`: the next segment has been stored in `segment`.
  */
 #define DMALOAD_SEGMENT 1
 
@@ -137,8 +137,7 @@ struct dmaload_report {
      */
     uint64_t cpu_ns;
     /*
-     Number of bytes of memory that are on 2 MiB pages; 0 if the kernel does not report page
-     sizes.
+     Amount of memory on 2 MiB pages, in bytes; 0 if the kernel does not report page sizes.
      */
     uint64_t huge_page_bytes;
     /*
@@ -152,7 +151,7 @@ struct dmaload_report {
     uint64_t fallbacks;
     /*
      A line with the heap and the route, a line for each fallback with its reason, and other
-     notes. Truncated to 1023 bytes, and terminated by a zero.
+     notes. Truncated to 1023 bytes, and always NUL-terminated.
      */
     char text[1024];
 };
@@ -163,9 +162,9 @@ struct dmaload_report {
  */
 struct dmaload_options {
     /*
-     `sizeof(struct dmaload_options)`. A smaller struct is from an older version: its missing
-     fields have their defaults. A larger struct is from a newer version: the call fails with
-     -E2BIG unless all fields that the library does not know are zero.
+     `sizeof(struct dmaload_options)`. A smaller struct is from an older version: the fields
+     that it lacks have their defaults. A larger struct is from a newer version: the call fails
+     with -E2BIG unless all fields that the library does not know are zero.
      */
     uint64_t size;
     /*
@@ -193,8 +192,8 @@ struct dmaload_options {
      */
     uint64_t segment_bytes;
     /*
-     Maximum number of bytes that are allocated but not yet filled, over all loads of the
-     loader; at least 2 MiB. 0 means 128 MiB.
+     Maximum number of bytes that are allocated but not yet filled, across all of the loader's
+     loads; at least 2 MiB. 0 means 128 MiB.
      */
     uint64_t window_bytes;
     /*
@@ -206,7 +205,7 @@ struct dmaload_options {
      */
     uint64_t file_bytes;
     /*
-     Maximum number of reads in flight, over all loads of the loader; 0 means 44.
+     Maximum number of reads in flight, across all of the loader's loads; 0 means 44.
      */
     uint32_t queue_depth;
     /*
@@ -215,8 +214,8 @@ struct dmaload_options {
     int32_t priority;
     /*
      A loader that shares memory, threads and limits among loads; NULL creates one for this load
-     alone. If set, `heap`, `heap_fd`, `window_bytes` and `queue_depth` are those of the loader
-     and must be 0 here.
+     alone. If set, the loader determines `heap`, `heap_fd`, `window_bytes` and `queue_depth`,
+     which must be 0 here.
      */
     const struct dmaload_loader *loader;
     /*
@@ -321,12 +320,12 @@ const char *dmaload_last_error(void);
  invoked); -ESTALE if the file changed during the load; -EIO and other errors from the kernel.
  `dmaload_last_error` returns the message.
 
- This function differs from the ioctl in the kernel patch series of 2024. There, the batch size
+ This function differs from the ioctl in the 2024 kernel patch series. There, the batch size
  triggers reads; here, it limits how much is allocated ahead of the reads. A dma-heap's memory
  is a single allocation, which can't overlap with reading. It usually can't be pinned, so data
- is read into staging buffers and copied from there, both in parallel. A udmabuf can be read
- into directly while the rest of it is being allocated. The dma-buf is always opened for reading
- and writing.
+ is read into staging buffers and copied from there; reading and copying overlap. A udmabuf can
+ be read into directly while the rest of it is being allocated. The dma-buf is always opened for
+ reading and writing.
 
  Thread-safe. Blocks until the file is loaded or the load fails. Starts threads, which exit on
  their own soon after the call returns; until then, they may hold duplicates of the descriptors.
@@ -362,7 +361,7 @@ int dmaload_load_file(int file_fd,
 
 /*
  Closes the descriptors in an array of segments and frees the array. Descriptors that the caller
- has taken over, and set to -1 in the array, are skipped. Does nothing for NULL.
+ has taken over and replaced with -1 in the array are skipped. Does nothing for NULL.
 
  # Safety
  `segments` must be NULL, or have been returned by `dmaload_load_file` with this count and not
@@ -371,9 +370,10 @@ int dmaload_load_file(int file_fd,
 void dmaload_segments_free(struct dmaload_segment *segments, size_t count);
 
 /*
- Creates a loader, whose loads share memory, threads and limits. Of `options`, which may be
- NULL, it uses only the heap, `window_bytes` and `queue_depth`. Returns 0 and stores the loader
- in `loader`, or returns a negative errno. The loader must be freed with `dmaload_loader_free`.
+ Creates a loader, whose loads share memory, threads and limits. Uses only the heap,
+ `window_bytes` and `queue_depth` of `options`, which may be NULL. Returns 0 and stores the
+ loader in `loader`, or returns a negative errno. The loader must be freed with
+ `dmaload_loader_free`.
 
  # Safety
  Each pointer, including those in `options`, must be NULL or valid for the use described here.
@@ -428,8 +428,8 @@ int dmaload_event_fd(const struct dmaload_load *load);
 int dmaload_poll(struct dmaload_load *load, struct dmaload_segment *segment);
 
 /*
- Stores the progress of a load. All of its fields are 0 once `dmaload_poll` has returned
- `DMALOAD_FINISHED` or a failure, or the load was cancelled. Returns 0 or -EFAULT.
+ Stores the progress of a load. All fields are 0 once `dmaload_poll` has returned
+ `DMALOAD_FINISHED` or a failure, or once the load has been cancelled. Returns 0 or -EFAULT.
 
  # Safety
  `load` must have been returned by `dmaload_start` and not been freed, and `progress` must be

@@ -69,8 +69,8 @@ impl<'a> Control<'a> {
         }
         let Some(call) = self.0.progress else { return Ok(()) };
         let progress = outcome::progress(segments.progress());
-        // SAFETY: `call` and `user` are the caller's function and the argument for it, which the
-        // caller guarantees to be valid. `progress` lives until the call returns.
+        // SAFETY: `call` and `user` are the caller's function and its argument, which the caller
+        // guarantees to be valid. `progress` lives until the call returns.
         match unsafe { call(self.0.user, &raw const progress) } {
             0 => Ok(()),
             other => Err(Failure::cancelled(&format!("the load was cancelled: its progress function returned {other}"))),

@@ -57,8 +57,8 @@ fn errno_of(error: &Error) -> Errno {
         ErrorKind::Unsupported => Errno::OPNOTSUPP,
         ErrorKind::ShutDown => Errno::CANCELED,
         ErrorKind::Panicked => Errno::NOTRECOVERABLE,
-        // These kinds are corrupt data, errors that always have an errno (handled above), and
-        // errors about models, views and shared images, which the C interface does not use.
+        // The remaining kinds are corrupt data, errors that always have an errno (handled above),
+        // and errors about models, views and shared images, which the C interface does not use.
         _ => Errno::IO,
     }
 }
@@ -76,7 +76,7 @@ pub(crate) fn answer(body: impl FnOnce() -> Result<c_int>) -> c_int {
         Err(_) => Failure::new(Errno::NOTRECOVERABLE, "dmaload panicked: this is a bug in dmaload"),
     };
     let text = CString::new(failure.text.replace('\0', " ")).unwrap_or_default();
-    // A thread that is running its destructors can't store a message.
+    // A thread whose thread-local variables are being destroyed can't store a message.
     let _ = LAST.try_with(|last| last.replace(text));
     -failure.errno.raw_os_error()
 }
@@ -165,8 +165,8 @@ mod tests {
         }
     }
 
-    /// The compiler does not notice a variant that is missing from `pinned`, so this test reads
-    /// the source of the library's error.
+    /// The compiler does not detect a variant that is missing from `pinned`, so this test reads
+    /// the source code of the library's `Error`.
     #[test]
     fn errno_of_every_variant_is_pinned() {
         let source = include_str!("../../dmaload/src/error.rs");

@@ -77,12 +77,12 @@ pub extern "C" fn dmaload_last_error() -> *const c_char {
 /// invoked); -ESTALE if the file changed during the load; -EIO and other errors from the kernel.
 /// `dmaload_last_error` returns the message.
 ///
-/// This function differs from the ioctl in the kernel patch series of 2024. There, the batch size
+/// This function differs from the ioctl in the 2024 kernel patch series. There, the batch size
 /// triggers reads; here, it limits how much is allocated ahead of the reads. A dma-heap's memory
 /// is a single allocation, which can't overlap with reading. It usually can't be pinned, so data
-/// is read into staging buffers and copied from there, both in parallel. A udmabuf can be read
-/// into directly while the rest of it is being allocated. The dma-buf is always opened for reading
-/// and writing.
+/// is read into staging buffers and copied from there; reading and copying overlap. A udmabuf can
+/// be read into directly while the rest of it is being allocated. The dma-buf is always opened for
+/// reading and writing.
 ///
 /// Thread-safe. Blocks until the file is loaded or the load fails. Starts threads, which exit on
 /// their own soon after the call returns; until then, they may hold duplicates of the descriptors.
@@ -169,7 +169,7 @@ pub unsafe extern "C" fn dmaload_load_file(
 }
 
 /// Closes the descriptors in an array of segments and frees the array. Descriptors that the caller
-/// has taken over, and set to -1 in the array, are skipped. Does nothing for NULL.
+/// has taken over and replaced with -1 in the array are skipped. Does nothing for NULL.
 ///
 /// # Safety
 /// `segments` must be NULL, or have been returned by `dmaload_load_file` with this count and not
@@ -184,9 +184,10 @@ pub unsafe extern "C" fn dmaload_segments_free(segments: *mut dmaload_segment, c
     });
 }
 
-/// Creates a loader, whose loads share memory, threads and limits. Of `options`, which may be
-/// NULL, it uses only the heap, `window_bytes` and `queue_depth`. Returns 0 and stores the loader
-/// in `loader`, or returns a negative errno. The loader must be freed with `dmaload_loader_free`.
+/// Creates a loader, whose loads share memory, threads and limits. Uses only the heap,
+/// `window_bytes` and `queue_depth` of `options`, which may be NULL. Returns 0 and stores the
+/// loader in `loader`, or returns a negative errno. The loader must be freed with
+/// `dmaload_loader_free`.
 ///
 /// # Safety
 /// Each pointer, including those in `options`, must be NULL or valid for the use described here.
@@ -289,8 +290,8 @@ pub unsafe extern "C" fn dmaload_poll(load: *mut dmaload_load, segment: *mut dma
     })
 }
 
-/// Stores the progress of a load. All of its fields are 0 once `dmaload_poll` has returned
-/// `DMALOAD_FINISHED` or a failure, or the load was cancelled. Returns 0 or -EFAULT.
+/// Stores the progress of a load. All fields are 0 once `dmaload_poll` has returned
+/// `DMALOAD_FINISHED` or a failure, or once the load has been cancelled. Returns 0 or -EFAULT.
 ///
 /// # Safety
 /// `load` must have been returned by `dmaload_start` and not been freed, and `progress` must be

@@ -23,7 +23,8 @@ struct Event(OwnedFd);
 
 impl Event {
     fn set(&self) {
-        // Fails only if the counter is at its maximum; then the eventfd is readable anyway.
+        // Fails only if the counter is at its maximum, in which case the eventfd is already
+        // readable.
         let _ = rustix::io::write(&self.0, &1_u64.to_ne_bytes());
     }
 
@@ -178,8 +179,8 @@ impl dmaload_load {
             None
         };
         drop(state);
-        // Drop the load after releasing the lock: it may be the last owner of its loader, and
-        // other calls on this load must not wait until the loader is torn down.
+        // Drop the load only after releasing the lock. The load may be the last owner of its
+        // loader, and other calls on this load must not wait while the loader shuts down.
         drop(cancelled);
     }
 }

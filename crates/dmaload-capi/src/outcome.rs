@@ -23,8 +23,8 @@ pub(crate) struct OwnedSegment {
 
 impl OwnedSegment {
     /// Describes the requested bytes of a segment, and gets a descriptor of its memory. The
-    /// segment can contain more bytes than requested, because whole blocks are read. It can be
-    /// dropped afterwards: the descriptor keeps the memory alive.
+    /// segment can contain more bytes than requested, because whole blocks are read. The segment
+    /// can be dropped afterwards: the descriptor keeps the memory alive.
     pub(crate) fn new(segment: &Segment, wanted: &Range<u64>) -> Result<Self> {
         let (fd, kind) = if segment.has_dma_buf() {
             (segment.hand_out_owned_dma_buf()?, DMALOAD_DMA_BUF)
@@ -83,7 +83,7 @@ pub(crate) fn progress(progress: Progress) -> dmaload_progress {
     dmaload_progress { planned_bytes, allocated_bytes, read_bytes }
 }
 
-/// Writes as much of a report as the caller's version of the struct contains.
+/// Writes as much of a report as the caller's version of the struct has room for.
 ///
 /// # Safety
 /// As for [`sized::write`].
@@ -121,7 +121,7 @@ fn describe_report(report: &Report) -> String {
     lines.join("\n")
 }
 
-/// Stores the segments in an array and passes its ownership to C.
+/// Stores the segments in an array and passes ownership of the array to C.
 ///
 /// # Safety
 /// Both pointers are valid for writes.
@@ -151,7 +151,7 @@ pub(crate) unsafe fn free_array(segments: *mut dmaload_segment, count: usize) {
 
 fn close(fd: c_int) {
     // SAFETY: `close` takes a number and touches no memory. The array owns the descriptor: a
-    // caller that takes it sets its `fd` to -1, as the header requires.
+    // caller that takes it sets the segment's `fd` to -1, as the header requires.
     unsafe { libc::close(fd) };
 }
 

@@ -90,7 +90,8 @@ unsafe fn heap_named(name: *const c_char) -> Result<Arc<dyn Heap>> {
         // SAFETY: `name` is a valid C string, as the caller guarantees.
         let name = unsafe { CStr::from_ptr(name) }.to_string_lossy();
         match name.parse() {
-            // The header offers neither `auto` nor `anon`, whose segments have no descriptor.
+            // The header offers neither `auto` nor `anon`: segments on the heap `anon` have no
+            // descriptor.
             Err(_) | Ok(HeapChoice::Auto | HeapChoice::Anon) => {
                 return Err(Failure::invalid(format!("unknown heap {name:?}: use memfd, udmabuf, dma-heap:NAME or dma-buf")));
             }

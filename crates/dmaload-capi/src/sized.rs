@@ -1,5 +1,5 @@
 //! Structs that may get more fields in later versions. Each begins with a `uint64_t` that holds
-//! its size in bytes in the version that the calling program was compiled with.
+//! the size, in bytes, of the version that the calling program was compiled with.
 //!
 //! This works like the kernel's `copy_struct_from_user` (include/linux/uaccess.h).
 #![allow(unsafe_code)]
@@ -19,8 +19,8 @@ pub(crate) unsafe trait Sized64: Copy {
     const NAME: &str;
 }
 
-// SAFETY: `repr(C)`, begins with `size: u64`, and consists of numbers and nullable pointers and
-// functions.
+// SAFETY: `repr(C)`, begins with `size: u64`, and consists of numbers, nullable pointers and
+// nullable functions.
 unsafe impl Sized64 for dmaload_options {
     const NAME: &str = "struct dmaload_options";
 }

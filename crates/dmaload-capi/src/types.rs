@@ -25,7 +25,7 @@ pub const DMALOAD_DMA_BUF: u32 = 1;
 /// Returned by `dmaload_poll`: no segment is available yet. Wait until the load's eventfd is
 /// readable.
 pub const DMALOAD_PENDING: c_int = 0;
-/// Returned by `dmaload_poll`: the next segment has been stored.
+/// Returned by `dmaload_poll`: the next segment has been stored in `segment`.
 pub const DMALOAD_SEGMENT: c_int = 1;
 /// Returned by `dmaload_poll`: the load has finished, and all segments have been returned.
 pub const DMALOAD_FINISHED: c_int = 2;
@@ -95,8 +95,7 @@ pub struct dmaload_report {
     pub copying_ns: u64,
     /// CPU time of the process during the load.
     pub cpu_ns: u64,
-    /// Number of bytes of memory that are on 2 MiB pages; 0 if the kernel does not report page
-    /// sizes.
+    /// Amount of memory on 2 MiB pages, in bytes; 0 if the kernel does not report page sizes.
     pub huge_page_bytes: u64,
     /// Number of segments.
     pub segments: u64,
@@ -104,7 +103,7 @@ pub struct dmaload_report {
     /// each fallback.
     pub fallbacks: u64,
     /// A line with the heap and the route, a line for each fallback with its reason, and other
-    /// notes. Truncated to 1023 bytes, and terminated by a zero.
+    /// notes. Truncated to 1023 bytes, and always NUL-terminated.
     pub text: [c_char; 1024],
 }
 
@@ -113,9 +112,9 @@ pub struct dmaload_report {
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct dmaload_options {
-    /// `sizeof(struct dmaload_options)`. A smaller struct is from an older version: its missing
-    /// fields have their defaults. A larger struct is from a newer version: the call fails with
-    /// -E2BIG unless all fields that the library does not know are zero.
+    /// `sizeof(struct dmaload_options)`. A smaller struct is from an older version: the fields
+    /// that it lacks have their defaults. A larger struct is from a newer version: the call fails
+    /// with -E2BIG unless all fields that the library does not know are zero.
     pub size: u64,
     /// A combination of `DMALOAD_HEAP_FD` and `DMALOAD_STRICT`, or 0.
     pub flags: u64,
@@ -131,20 +130,20 @@ pub struct dmaload_options {
     /// maximum is small, and more if the limit on open files is low. Used for `DMALOAD_SEGMENTED`
     /// only.
     pub segment_bytes: u64,
-    /// Maximum number of bytes that are allocated but not yet filled, over all loads of the
-    /// loader; at least 2 MiB. 0 means 128 MiB.
+    /// Maximum number of bytes that are allocated but not yet filled, across all of the loader's
+    /// loads; at least 2 MiB. 0 means 128 MiB.
     pub window_bytes: u64,
     /// Offset in the file of the first byte to load.
     pub file_offset: u64,
     /// Number of bytes to load; 0 means everything from `file_offset` on.
     pub file_bytes: u64,
-    /// Maximum number of reads in flight, over all loads of the loader; 0 means 44.
+    /// Maximum number of reads in flight, across all of the loader's loads; 0 means 44.
     pub queue_depth: u32,
     /// Priority among the loader's loads: 1 is served first, then 0 (normal), then -1.
     pub priority: i32,
     /// A loader that shares memory, threads and limits among loads; NULL creates one for this load
-    /// alone. If set, `heap`, `heap_fd`, `window_bytes` and `queue_depth` are those of the loader
-    /// and must be 0 here.
+    /// alone. If set, the loader determines `heap`, `heap_fd`, `window_bytes` and `queue_depth`,
+    /// which must be 0 here.
     pub loader: *const dmaload_loader,
     /// Called with the load's progress; may be NULL. Must be NULL for `dmaload_start`, which has
     /// `dmaload_load_progress` instead.

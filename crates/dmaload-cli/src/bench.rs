@@ -46,7 +46,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "MODES", value_delimiter = ',')]
     pub(crate) modes: Vec<Mode>,
     /// Another program to compare with, run by the shell with the paths as arguments; may be
-    /// repeated: see docs/cli.md.
+    /// repeated (see docs/cli.md).
     #[arg(long = "peer", value_name = "NAME=COMMAND", value_parser = Mode::peer)]
     pub(crate) peers: Vec<Mode>,
     /// How many times to measure each mode; medians are reported.
@@ -129,7 +129,7 @@ pub(crate) fn run(arguments: &Arguments, command_line: &[OsString]) -> Result<u8
     Ok(if results.failed() { crate::status::FAILURE } else { crate::status::SUCCESS })
 }
 
-/// Runs a child process of the bench.
+/// Does the work of a child process of `bench`.
 pub(crate) fn run_child(arguments: Child) -> Result<()> {
     let mut stdout = output::stdout();
     match arguments {

@@ -50,7 +50,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let mut normal = Vec::new();
     let mut last = None;
     for _ in 0..arguments.rounds {
-        // The next round needs the memory of the last image.
+        // The next round needs the memory of the previous image.
         drop(last.take());
         warm_memory(model.bytes)?;
         normal.push(normal_round(&model, file.path(), normal.is_empty())?);
@@ -86,8 +86,8 @@ fn engine_round(path: &Path) -> Result<(Image, Used)> {
     Ok((image, Used::since(cpu_before)))
 }
 
-/// Allocates and touches `len` bytes of memory, and then returns them to the kernel. The module's
-/// documentation says why.
+/// Allocates and touches `len` bytes of memory, and then returns them to the kernel. The module
+/// documentation explains why.
 fn warm_memory(len: u64) -> Result<()> {
     let len = usize::try_from(len)?;
     drop(MmapOptions::new().len(len).populate().map_anon()?);

@@ -22,7 +22,7 @@ pub(crate) struct EngineArguments {
     #[arg(long, default_value = "auto", value_parser = heap_choice)]
     pub(crate) heap: HeapChoice,
     /// Require dma-bufs. With --heap auto, allocate them from udmabuf or, if that is unavailable,
-    /// from the dma-heap system.
+    /// from the dma-heap named system.
     #[arg(long)]
     pub(crate) dma_buf: bool,
     /// The page size: auto uses 2 MiB pages where available, 2m fails without them.

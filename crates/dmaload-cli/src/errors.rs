@@ -55,11 +55,11 @@ pub(crate) fn hint(error: &dmaload::Error) -> Option<String> {
 /// segments or already streams.
 const IN_FLAGS: [(&str, &str); 14] = [
     ("(allow_missing)", "(--allow-missing)"),
-    ("(the format raw)", "(--format raw)"),
-    ("(the format safetensors)", "(--format safetensors)"),
-    ("(the format gguf)", "(--format gguf)"),
-    ("the format auto does so", "--format auto does so"),
-    ("the heap anon", "--heap anon"),
+    ("(format `raw`)", "(--format raw)"),
+    ("(format `safetensors`)", "(--format safetensors)"),
+    ("(format `gguf`)", "(--format gguf)"),
+    ("the `auto` format does this", "--format auto does this"),
+    ("the anon heap", "--heap anon"),
     ("allow pages of any size", "load with --pages auto"),
     ("load in smaller segments", "load with a smaller --segment-size"),
     ("create a new one", "create a new one (dmaload manifest)"),
@@ -71,12 +71,12 @@ const IN_FLAGS: [(&str, &str); 14] = [
     ),
     ("use larger segments, or load only a part", "use a larger --segment-size, or load less of the model (--range, --tensors)"),
     (
-        "see what each heap needs; if a dma-buf is not required, the heap memfd allocates",
+        "see what each heap needs; if a dma-buf is not required, the memfd heap allocates",
         "`dmaload doctor` shows what each heap needs; if a dma-buf is not required, --heap memfd allocates",
     ),
 ];
 
-/// Escapes the control and invisible characters of a message, except line breaks. Names should
+/// Escapes the control and invisible characters in a message, except line breaks. Names should
 /// already have been escaped when they were inserted; this catches any that were not.
 pub(crate) fn escape(message: &str) -> impl fmt::Display {
     fmt::from_fn(move |f| {

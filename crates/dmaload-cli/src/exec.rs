@@ -17,8 +17,8 @@ use serde_json::{Value, json};
 
 /// The first descriptor after standard input, output and error.
 const FIRST_FD: i32 = 3;
-/// The kernel's MAX_ARG_STRLEN with pages of 4 KiB: the maximum length of an environment string,
-/// including its name and the terminating zero.
+/// The kernel's MAX_ARG_STRLEN with 4 KiB pages: the maximum length of an environment string,
+/// including its name and the terminating NUL.
 const STRING_BYTES_MAX: usize = 128 << 10;
 
 /// Runs a program that inherits the descriptors of all segments, waits for it, and returns its

@@ -43,7 +43,7 @@ use status::{FAILURE, SUCCESS, USAGE};
 /// Runs the command with these arguments, the first of which is the program's name, and returns
 /// its exit status. A running `serve` does not return: SIGINT or SIGTERM ends the process.
 ///
-/// `program` is the command with which `bench` starts this program again in its child processes.
+/// `program` is the command that `bench` runs to start this program again in child processes.
 /// `None` means the executable of this process.
 pub fn run(arguments: impl IntoIterator<Item = OsString>, program: Option<Vec<OsString>>) -> u8 {
     let command_line: Vec<OsString> = arguments.into_iter().collect();
@@ -123,7 +123,7 @@ fn report_usage(error: &clap::Error, command_line: &[OsString]) -> u8 {
     let shown = hostile.fold(text.clone(), |text, argument| text.replace(&argument, &printable::text(&argument).to_string()));
     let shown = errors::escape(&shown).to_string();
     if shown == text {
-        // On a terminal, clap prints the text in colors.
+        // On a terminal, clap prints the text in color.
         let _ = error.print();
     } else {
         let _ = write!(std::io::stderr(), "{shown}");

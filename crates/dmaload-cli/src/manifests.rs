@@ -81,7 +81,7 @@ fn split_loosely(text: &str) -> Option<(String, &str)> {
 }
 
 /// Returns the digits of a checksum without a `NAME:`. The text consists of the digits alone, or
-/// is a line of SHA256SUMS in the format of coreutils or BSD.
+/// is a line of a SHA256SUMS file in the format of coreutils or BSD.
 fn bare_digits(text: &str) -> Option<&str> {
     let first = match text.strip_prefix("SHA256 (") {
         Some(line) => line.rsplit_once(") = ")?.1,

@@ -63,7 +63,8 @@ pub(crate) fn write_json(object: &Value) -> io::Result<()> {
     stdout.flush()
 }
 
-/// Writes the object of an error, unless the run has already begun to write its only object.
+/// Writes the object that describes an error, unless the run has already begun to write its only
+/// object.
 pub(crate) fn write_json_error(object: &Value) -> io::Result<()> {
     if OBJECT_WRITTEN.load(Ordering::Relaxed) { Ok(()) } else { write_json(object) }
 }

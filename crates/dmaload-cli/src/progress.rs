@@ -14,7 +14,7 @@ pub(crate) fn is_quiet() -> bool {
     !std::io::stderr().is_terminal()
 }
 
-/// Waits for a load, with a bar on the terminal unless `quiet`.
+/// Waits for a load, and shows a progress bar on the terminal unless `quiet`.
 pub(crate) async fn finish(mut load: Load, quiet: bool) -> dmaload::Result<Image> {
     if quiet {
         return load.await;
@@ -39,7 +39,7 @@ pub(crate) async fn finish(mut load: Load, quiet: bool) -> dmaload::Result<Image
     load.finish().await
 }
 
-/// Creates a bar that shows the rate and the remaining time.
+/// Creates a progress bar that shows the rate and the remaining time.
 fn progress_bar(what: &'static str) -> ProgressBar {
     let style = ProgressStyle::with_template(
         "{msg:10} [{bar:32}] {binary_bytes}/{binary_total_bytes}  {binary_bytes_per_sec}  {eta} left",
@@ -51,7 +51,7 @@ fn progress_bar(what: &'static str) -> ProgressBar {
     bar
 }
 
-/// Writes a generated model, with a bar on the terminal.
+/// Writes a generated model, and shows a progress bar if standard error is a terminal.
 pub(crate) fn write_model(model: &Model, file: &ScratchFile) -> Result<()> {
     let bar = if std::io::stderr().is_terminal() { progress_bar("writing") } else { indicatif::ProgressBar::hidden() };
     bar.set_length(model.bytes);

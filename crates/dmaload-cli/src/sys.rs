@@ -15,7 +15,7 @@ pub(crate) fn stdout_was_closed() -> bool {
 /// Runs before the runtime: the C library calls the functions in this section before it calls
 /// `main`.
 // SAFETY: the section holds pointers to functions that are called once each, with arguments that
-// they may ignore; this one makes a system call and a store, and does not need the runtime.
+// they may ignore; this one makes a system call and stores a value, and does not need the runtime.
 #[unsafe(link_section = ".init_array")]
 #[used]
 static CHECK_STDOUT: extern "C" fn() = {

@@ -2,8 +2,8 @@
 //!
 //! Uses the Trace Event Format: an object with `traceEvents`. Most events are complete events
 //! (`"ph": "X"`) with times in microseconds; metadata events (`"ph": "M"`) name the rows. Events
-//! of one kind that overlap are shown in different rows, so the number of rows of a kind is the
-//! largest number of its events that overlapped.
+//! of one kind that overlap are shown in different rows, so the number of rows for a kind is the
+//! largest number of its events that were in progress at the same time.
 
 use std::collections::BTreeMap;
 use std::time::Duration;

@@ -165,7 +165,7 @@ fn other_users_get_the_usual_locked_memory_limit() {
     assert_eq!(json["user"], NOBODY);
     let notes = mode(&json, "direct_io")["notes"].to_string();
     assert!(!notes.contains("uring-fixed-direct"), "80 MiB can't all be registered under a limit of 8 MiB: {notes}");
-    // The device's limit does not depend on the user.
+    // Even with --user, the mode limit is measured as root.
     assert_eq!(mode(&json, "limit")["failures"], serde_json::json!([]));
     // If the user can't read the file, each mode fails, and the results say why.
     common::allow(&file, 0o600);

@@ -77,8 +77,8 @@ fn cat_with_a_slow_reader_uses_a_bounded_amount_of_memory() {
     let expected = std::fs::read(&path).unwrap();
     let small = ["--segment-size", "8MiB", "--window", "32MiB"];
     // Each case has options, and the number of MiB of memory that the load itself may occupy.
-    // Without a memory limit, this is room for the window, the segment that is being written and
-    // the next one. The route bounce also needs its staging buffers.
+    // Without a memory limit, this covers the window, the segment that is being written and the
+    // next one. The route bounce also needs its staging buffers.
     let cases: [(&[&str], usize); 7] = [
         (&[], 128 + 2 * 64),
         (&small, 32 + 2 * 8),
@@ -92,7 +92,7 @@ fn cat_with_a_slow_reader_uses_a_bounded_amount_of_memory() {
         let cat = dmaload(["cat"]).args(options).arg(&path).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let (resident, written, done) = read_slowly(cat);
         done.succeeds();
-        assert!(written == expected, "{options:?}: the bytes, or their number ({}), are wrong", written.len());
+        assert!(written == expected, "{options:?}: the output ({} bytes) differs from the file", written.len());
         println!("{options:?}: {} MiB resident, at most {} allowed", resident / MIB, most_mib + OWN / MIB);
         assert!(resident <= most_mib * MIB + OWN, "{options:?}: {} MiB were resident", resident / MIB);
     }

@@ -123,7 +123,7 @@ fn concurrent_loads_above_the_limit_fail_and_are_not_killed() {
         }
     }
     println!("{succeeded} loads succeeded, {failed} failed");
-    assert!(succeeded > 0, "some load should succeed, because loads that fail make room for others");
+    assert!(succeeded > 0, "at least one load should succeed, because loads that fail make room for others");
 }
 
 #[test]
@@ -144,7 +144,7 @@ fn cat_with_a_slow_reader_fits_a_small_group() {
         std::thread::sleep(Duration::from_secs(2));
         stdout.read_to_end(&mut written).unwrap();
         finish(format!("cat {options:?}"), cat).succeeds();
-        assert!(written == fs::read(&path).unwrap(), "{options:?}: the bytes, or their number ({}), are wrong", written.len());
+        assert!(written == fs::read(&path).unwrap(), "{options:?}: the output ({} bytes) differs from the file", written.len());
         assert_eq!(group.count_kills(), 0);
     }
 }

@@ -277,7 +277,8 @@ fn small_pages_are_reported_with_a_remedy() {
 fn folder_in_memory_is_recognized_by_its_file_system() {
     let Ok(folder) = tempfile::tempdir_in("/dev/shm") else { return skip("no /dev/shm") };
     let path = random_file(folder.path(), "model.bin", 5 * MIB);
-    // The folder contains no model: doctor reports its file system, and that a load would fail.
+    // The folder contains no model, so doctor reports that a load would fail, but still reports
+    // the file system.
     for (path_to_try, status) in [(folder.path(), 1), (&path, 0)] {
         let json = run(&mut doctor(Some(path_to_try))).exits(status).json();
         let about = &json["path"];
@@ -359,7 +360,8 @@ fn doctor_does_not_panic_without_a_writable_folder() {
     command.env("TMPDIR", "/sys").current_dir("/sys");
     match as_nobody(command) {
         Ok(command) => {
-            // Every user can write to /var/tmp, so a limit prevents writing there.
+            // Every user can write to /var/tmp, so a file size limit of 0 prevents doctor from
+            // writing there.
             let done = run(common::limited(&command, "-f 0")
                 .uid(common::NOBODY)
                 .gid(common::NOBODY)
@@ -494,7 +496,7 @@ fn doctor_and_load_agree_on_every_file() {
             }
         }
     }
-    assert!(failed > 15, "{failed}");
+    assert!(failed > 15, "only {failed} files failed to load");
     let screen = run(dmaload(["doctor"]).arg(folder.path().join("lfs.safetensors"))).exits(1).text();
     let screen: Vec<_> = screen.split_whitespace().collect();
     assert!(screen.join(" ").contains("would fail") && screen.join(" ").contains("git lfs pull"), "{screen:?}");

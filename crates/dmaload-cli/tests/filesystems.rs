@@ -32,7 +32,7 @@ fn create_files(folder: &Path) -> Vec<PathBuf> {
     SIZES.iter().map(|&size| random_file(folder, &format!("{size}.bin"), size)).collect()
 }
 
-/// A part of the fallback's reason if io_uring does not read a file because of its file system.
+/// Part of the reason that a fallback reports if io_uring is not used because of the file system.
 const BY_THREADS: &str = "with io_uring from a file system";
 
 /// Loads each cached file with the default options. A load copies a file from the page cache only

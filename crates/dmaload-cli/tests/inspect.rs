@@ -93,7 +93,7 @@ fn inspect_reads_only_the_header() {
     large.write_all(header.as_bytes()).unwrap();
     large.set_len(8 + header.len() as u64 + data).unwrap();
 
-    // The shell's own reads are a few KiB; `rchar` includes children that were waited for.
+    // The shell itself reads only a few KiB; `rchar` includes children that were waited for.
     let script = "ulimit -v 1048576; before=$(awk '/rchar/{print $2}' /proc/$$/io); \"$0\" inspect \"$1\" >/dev/null || exit 1; \
                   after=$(awk '/rchar/{print $2}' /proc/$$/io); echo $((after - before))";
     let mut shell = std::process::Command::new("sh");

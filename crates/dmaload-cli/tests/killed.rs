@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use common::{MIB, digest_of, dmaload, folder, large_file, load_json, sha256sum};
 
-/// Returns how many bytes of shared memory, including memfds, there are on the whole machine.
+/// Returns the amount of shared memory on the whole machine, including memfds, in bytes.
 fn shared_memory_bytes() -> u64 {
     dmaload_testing::meminfo_bytes("Shmem")
 }
@@ -44,7 +44,11 @@ fn killed_load_leaves_nothing_behind() {
         assert_eq!(status.signal(), Some(9), "{arguments:?}: {status}");
         // The kernel tears rings down in the background.
         while shared_memory_bytes() > before + 64 * MIB as u64 {
-            assert!(Instant::now() < deadline, "{arguments:?}: {} bytes are left", shared_memory_bytes() - before);
+            assert!(
+                Instant::now() < deadline,
+                "{arguments:?}: {} bytes of shared memory are left",
+                shared_memory_bytes() - before
+            );
             sleep(Duration::from_millis(10));
         }
         let left: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();

@@ -14,7 +14,7 @@ const SEGMENT: usize = 2 * MIB;
 const SIZES: [usize; 11] = [0, 1, 511, 512, 4095, 4096, 4097, SEGMENT - 1, SEGMENT, SEGMENT + 1, 5 * SEGMENT + 1];
 const SHA256: [&str; 2] = ["--digest", "sha256"];
 
-/// Returns the tested combinations of a heap and a layout.
+/// Returns the combinations of heap and layout to test.
 fn shapes() -> impl Iterator<Item = (&'static str, &'static str)> {
     ["memfd", "anon"].into_iter().flat_map(|heap| ["segmented", "single"].map(|layout| (heap, layout)))
 }
@@ -116,8 +116,8 @@ fn digest_of_a_3_gib_file_equals_sha256sum() {
     assert_eq!(json["bytes"], SIZE, "{json:#}");
 }
 
-/// The settings include chunk sizes that do not divide the segment size, and a queue that holds a
-/// single read.
+/// The settings include chunk sizes that do not divide the segment size evenly, and a queue that
+/// holds a single read.
 #[test]
 fn chunk_size_and_queue_depth_do_not_affect_the_bytes() {
     let folder = folder();

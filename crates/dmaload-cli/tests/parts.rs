@@ -138,7 +138,7 @@ fn report_notes_split_tensors_and_empty_shards() {
     let folder = folder();
     let path = model(folder.path(), "m.safetensors", ["a", "b", "c"]);
     let notes = |arguments: &[&str]| run(load().args(arguments).arg(&path)).succeeds().json()["notes"].to_string();
-    // Of two shards, both contain bytes of `b`. Of four shards, the second contains the end of one
+    // With two shards, both contain bytes of `b`. With four, the second contains the end of one
     // tensor and the beginning of another.
     for (rank, world_size, split) in
         [("0", "2", "tensor \\\"b\\\" is split"), ("1", "2", "tensor \\\"b\\\" is split"), ("1", "4", "2 tensors")]

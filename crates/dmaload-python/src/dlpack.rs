@@ -19,10 +19,11 @@ use crate::layout::Elements;
 use crate::memory::Memory;
 use crate::process::{Owned, detached};
 
-/// `kDLCPU`, and the device's number.
+/// The device type `kDLCPU`, and the device number.
 pub(crate) const CPU: (i32, i32) = (1, 0);
 
-/// The DLPack version to export. It is the first one with codes for floats of fewer than 16 bits.
+/// The DLPack version to export. It is the first version with codes for floats that have fewer
+/// than 16 bits.
 const VERSION: (u32, u32) = (1, 1);
 
 const VERSIONED: &CStr = c"dltensor_versioned";
@@ -83,7 +84,8 @@ struct Context {
 }
 
 /// Returns the type's code, bits and lanes, and the oldest DLPack version that the consumer must
-/// accept (0.0: any version). Returns `None` for types that DLPack lacks: ggml's blocks.
+/// accept (0.0 means any version). Returns `None` for the types that DLPack lacks, which are
+/// ggml's blocks.
 fn data_type(dtype: DType) -> Option<(DataType, (u32, u32))> {
     let (before, now) = ((0, 0), VERSION);
     let (code, bits, since) = match dtype {

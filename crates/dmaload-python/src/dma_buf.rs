@@ -11,9 +11,9 @@ use crate::tensor::Tensor;
 
 /// A descriptor of a dma-buf, and the range of a tensor's bytes in it.
 ///
-/// The object owns the descriptor. `close()`, the end of a `with` block and the object's
-/// destruction close it. The dma-buf lives as long as a descriptor, an import or a mapping of it
-/// exists.
+/// The object owns the descriptor. The descriptor is closed by `close()`, at the end of a `with`
+/// block, and when the object is destroyed. The dma-buf lives as long as a descriptor, an import
+/// or a mapping of it exists.
 #[pyclass(frozen, module = "dmaload")]
 #[derive(Debug)]
 pub(crate) struct DmaBuf {

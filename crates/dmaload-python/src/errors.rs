@@ -53,8 +53,7 @@ impl Failure {
         Failure { errno: Some(errno), filename: Some(filename.into()), ..self }
     }
 
-    /// Converts an error of the library that prevents an export through DLPack or the buffer
-    /// protocol.
+    /// Converts a library error that prevents an export through DLPack or the buffer protocol.
     pub(crate) fn of_export(error: &Error) -> Self {
         let class = match error.kind() {
             ErrorKind::Unsupported | ErrorKind::InUse | ErrorKind::Placement => "ExportError",
@@ -126,7 +125,7 @@ fn class_of(kind: ErrorKind) -> &'static str {
     }
 }
 
-/// Panics with this message. Only development builds have this function, for a test.
+/// Panics with this message. Exists only in builds with debug assertions, for a test.
 #[cfg(debug_assertions)]
 #[pyfunction]
 pub(crate) fn panic_on_purpose(py: Python<'_>, message: String) -> PyResult<()> {
@@ -143,7 +142,7 @@ pub(crate) fn guarded<T>(py: Python<'_>, body: impl FnOnce() -> Result<T, Raised
     }
 }
 
-/// The error of a function that Python calls.
+/// Why a function that Python called has failed.
 #[derive(Debug)]
 pub(crate) enum Raised {
     Failure(Failure),

@@ -1,5 +1,5 @@
-//! The functions behind `dmaload.safe_open`. They read headers, and single tensors from files
-//! whose headers are already known.
+//! The functions behind `dmaload.safe_open`. They read headers, and they read single tensors from
+//! files whose headers are already known.
 
 use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -16,7 +16,7 @@ use crate::memory::{Copied, Memory};
 use crate::process::{Process, detached};
 use crate::tensor::{Part, Tensor};
 
-/// Starts to read the headers of a model's files.
+/// Starts reading the headers of a model's files.
 #[pyfunction]
 pub(crate) fn read_header(py: Python<'_>, path: PathBuf, format: Option<String>) -> PyResult<Loading> {
     guarded(py, || {
@@ -29,14 +29,15 @@ async fn headers(path: PathBuf, format: Format) -> Answer {
     Ok(Outcome::Headers(inspect_model(path, format).await?))
 }
 
-/// A tensor's name, type, shape, and start and end in the file, according to the file's header.
+/// A tensor's name, type and shape, and its start and end offsets in the file, as given by the
+/// file's header.
 type Described = (String, String, Vec<usize>, u64, u64);
 
 fn dtype(name: &str) -> Result<DType, Failure> {
     name.parse().map_err(|error: dmaload::model::ParseDTypeError| Failure::config(error.to_string()))
 }
 
-/// Raises the error that a load raises if it cannot open a file.
+/// Raises the same error as a load that cannot open a file.
 #[pyfunction]
 pub(crate) fn raise_open_error(py: Python<'_>, path: PathBuf, errno: i32) -> PyResult<()> {
     guarded(py, || Err(Error::File { path, operation: "open", errno: Errno::from_raw_os_error(errno) }.into()))
@@ -55,8 +56,7 @@ fn duplicate(fd: i32, path: &Path) -> Result<OwnedFd, Failure> {
 #[allow(unsafe_code)]
 fn borrowed<'a>(fd: i32) -> BorrowedFd<'a> {
     // SAFETY: `fd` is not -1, because `duplicate` refuses negative numbers, and the package keeps
-    // the file open during the call. If the number is not an open file, the system call that uses
-    // it fails.
+    // the file open during the call. If `fd` is not open, the system call that uses it fails.
     unsafe { BorrowedFd::borrow_raw(fd) }
 }
 
@@ -74,8 +74,8 @@ pub(crate) fn read_small(py: Python<'_>, path: PathBuf, fd: i32, described: Desc
     })
 }
 
-/// Reads the bytes at offset `start` of a file. Fails with the errors of a load through the page
-/// cache.
+/// Fills the buffer with the bytes at offset `start` of a file. Fails with the same errors as a
+/// load through the page cache.
 fn read_exactly(file: &File, path: &Path, buffer: &mut [u8], start: u64) -> Result<(), Failure> {
     use std::os::unix::fs::FileExt;
     let (path, bytes, route) = (path.to_owned(), buffer.len() as u64, Route::Buffered);
@@ -86,7 +86,7 @@ fn read_exactly(file: &File, path: &Path, buffer: &mut [u8], start: u64) -> Resu
     }))
 }
 
-/// Starts to load a tensor from an open file.
+/// Starts loading a tensor from an open file.
 #[pyfunction]
 pub(crate) fn start_read(py: Python<'_>, path: PathBuf, fd: i32, described: Described) -> PyResult<Loading> {
     guarded(py, || {

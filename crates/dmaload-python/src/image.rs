@@ -25,7 +25,7 @@ pub(crate) struct Image {
     /// The names of the tensors, in file order or in the requested order.
     names: Vec<String>,
     /// The tensors that were looked up. Looking up a name again returns the same object, so all
-    /// arrays of a tensor share its memory.
+    /// arrays made from a tensor share its memory.
     tensors: Py<PyDict>,
 }
 
@@ -111,8 +111,8 @@ impl Image {
         })
     }
 
-    /// Returns the metadata of the files: strings in safetensors, values of all types in GGUF. If
-    /// several files have the same key, the value is that of the first of these files.
+    /// Returns the metadata of the files: strings in safetensors, values of any type in GGUF. If
+    /// several files have the same key, the value from the first of them is returned.
     fn metadata<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         guarded(py, || {
             let all = PyDict::new(py);
@@ -149,7 +149,7 @@ impl Image {
         })
     }
 
-    /// Returns the report of the load as a dictionary. Its keys are those of the command's JSON.
+    /// Returns the load's report as a dictionary, with the same keys as the command's JSON output.
     fn report<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         guarded(py, || Ok(report(py, self.image()?.report())?))
     }

@@ -16,8 +16,8 @@ impl Elements {
         Elements { shape: shape.to_vec(), bytes: dtype.element_bytes().unwrap_or(1) }
     }
 
-    /// Describes a tensor as an array of bytes, whose last dimension is in bytes. If rows are not
-    /// whole blocks, or the tensor is a scalar, the array has only one dimension.
+    /// Describes a tensor as an array of bytes, with the last dimension in bytes. If a row is not
+    /// a whole number of blocks, or the tensor is a scalar, the array has only one dimension.
     pub(crate) fn as_bytes(dtype: DType, shape: &[usize]) -> Self {
         let (block, block_bytes) = (dtype.block_elements(), dtype.block_bytes());
         let shape = match shape.split_last() {
@@ -44,8 +44,8 @@ impl Elements {
     }
 }
 
-/// Returns the size of a tensor in bytes. The file's header must have been checked, because the
-/// number of elements could overflow otherwise.
+/// Returns the size of a tensor in bytes. The file's header must have been checked; otherwise, the
+/// number of elements could overflow.
 pub(crate) fn bytes_of(dtype: DType, shape: &[usize]) -> usize {
     if shape.contains(&0) {
         return 0;

@@ -41,11 +41,11 @@ mod _native {
     use crate::command::run_command;
     #[pymodule_export]
     use crate::dma_buf::{DmaBuf, dma_bufs};
-    #[pymodule_export]
-    use crate::header::{raise_open_error, read_header, read_small, start_read};
     #[cfg(debug_assertions)]
     #[pymodule_export]
     use crate::errors::panic_on_purpose;
+    #[pymodule_export]
+    use crate::header::{raise_open_error, read_header, read_small, start_read};
     #[pymodule_export]
     use crate::image::Image;
     #[pymodule_export]

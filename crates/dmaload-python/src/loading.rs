@@ -1,4 +1,4 @@
-//! Operations in progress, which are loads, streams of tensors, and other futures of the library.
+//! Operations in progress: loads, streams of tensors, and other library futures.
 
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -34,7 +34,7 @@ pub(crate) enum Outcome {
 /// The result of an operation, or the reason why it failed.
 pub(crate) type Answer = Result<Outcome, Failure>;
 
-/// A future of the library.
+/// A library future, boxed.
 pub(crate) type Work = Pin<Box<dyn Future<Output = Answer> + Send>>;
 
 enum Origin {
@@ -127,7 +127,7 @@ impl State {
     fn image(load: Load, context: &mut Context<'_>) -> Answer {
         match load.into_future().as_mut().poll(context) {
             Poll::Ready(image) => Ok(Outcome::Image(image?)),
-            Poll::Pending => unreachable!("the load has yielded its last segment, so its image is ready"),
+            Poll::Pending => unreachable!("the image should be ready once the load has yielded its last segment"),
         }
     }
 }
@@ -143,9 +143,9 @@ impl Loading {
                 let deadline = Instant::now() + patience;
                 let parked = Parked::new();
                 let waker = Waker::from(parked.clone());
-                // Sleeps without the lock, so another thread can take results, cancel the load, or
-                // read the progress. If two threads wait, only the last one to poll is woken; the
-                // other one polls again after `seconds`.
+                // Sleep without holding the lock, so another thread can take results, cancel the
+                // load, or read the progress. If two threads wait, only the last one to poll is
+                // woken; the other one polls again after `seconds`.
                 while !lock(state).poll(&waker) {
                     if !parked.sleep_until(deadline) {
                         return false;
@@ -216,7 +216,7 @@ impl Loading {
     }
 }
 
-/// Starts to load an image.
+/// Starts loading an image.
 #[pyfunction]
 pub(crate) fn start_load(py: Python<'_>, paths: Vec<PathBuf>, keywords: Keywords) -> PyResult<Loading> {
     guarded(py, || {
@@ -240,7 +240,7 @@ pub(crate) fn start_stream(py: Python<'_>, paths: Vec<PathBuf>, keywords: Keywor
     })
 }
 
-/// Starts to attach to an image that another process shares.
+/// Starts attaching to an image that another process shares.
 #[pyfunction]
 pub(crate) fn start_attach(py: Python<'_>, socket: PathBuf, name: Option<String>, trusted_users: Vec<u32>) -> PyResult<Loading> {
     guarded(py, || {

@@ -1,4 +1,4 @@
-//! Memory that Python may write to: private memory of the library, or a copy.
+//! Memory that Python may write to: private memory from the library, or a copy.
 //!
 //! The memory is represented by its address. Once Python can access it, no Rust reference to its
 //! bytes exists.
@@ -41,7 +41,7 @@ impl Memory {
     /// bytes.
     pub(crate) fn copy(&self) -> Result<Memory, Failure> {
         let copy = Copied::new(self.len())?;
-        // SAFETY: both regions are mapped and have `self.len()` bytes, only this function has the
+        // SAFETY: both regions are mapped and `self.len()` bytes long, only this function has the
         // copy's address, and no reference to the bytes of either exists.
         unsafe { copy.address.as_ptr().copy_from_nonoverlapping(self.address().as_ptr(), self.len()) };
         Ok(Memory::Copied(copy))
@@ -75,7 +75,8 @@ impl Copied {
     /// Allocates memory, and passes it to `fill`, which writes its bytes.
     pub(crate) fn filled(bytes: usize, fill: impl FnOnce(&mut [u8]) -> Result<(), Failure>) -> Result<Self, Failure> {
         let copy = Copied::new(bytes)?;
-        // SAFETY: the memory has `bytes` zeroed bytes, and only this function has its address.
+        // SAFETY: the memory consists of `bytes` zeroed bytes, and only this function has its
+        // address.
         fill(unsafe { std::slice::from_raw_parts_mut(copy.address.as_ptr(), bytes) })?;
         Ok(copy)
     }

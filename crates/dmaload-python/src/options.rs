@@ -1,4 +1,4 @@
-//! Converts the keywords of `dmaload.load` to the library's options.
+//! Converts the keyword arguments of `dmaload.load` to the library's options.
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -16,7 +16,7 @@ use crate::process::{Process, build};
 /// it. The largest segment is thus a quarter of the limit, but at least 2 MiB.
 const MEMORY_PARTS: usize = 4;
 
-/// The keywords of `dmaload.load`, with converted types.
+/// The keyword arguments of `dmaload.load`, converted to Rust types.
 #[derive(Debug, FromPyObject)]
 #[pyo3(from_item_all)]
 pub(crate) struct Keywords {

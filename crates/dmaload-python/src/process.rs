@@ -2,7 +2,7 @@
 //!
 //! A forked child has its parent's memory but only one thread, and locks may be held by threads
 //! that do not exist in the child. Therefore the child gets its own state, and neither waits for
-//! nor drops objects of the parent ([`Owned`]).
+//! nor drops its parent's objects ([`Owned`]).
 //!
 //! Before Python 3.14, an exiting interpreter terminates the threads that attach to it. This must
 //! not happen to a thread that has Rust frames on its stack. Therefore each thread passes a gate
@@ -28,7 +28,7 @@ use crate::errors::Failure;
 #[derive(Debug)]
 pub(crate) struct Process {
     id: u32,
-    /// A loader for each heap that was used so far, with the heap's name.
+    /// A loader for each heap that has been used so far, with the heap's name.
     loaders: Mutex<Vec<(String, Loader)>>,
     gate: Mutex<Gate>,
     passed: Condvar,
@@ -107,7 +107,8 @@ impl Process {
         self.passed.notify_all();
     }
 
-    /// Keeps other threads from attaching, and waits for those that have passed the gate.
+    /// Keeps other threads from attaching, and waits until those that have already passed the gate
+    /// are attached.
     fn close(&self) {
         let mut gate = lock(&self.gate);
         gate.exiting = Some(thread::current().id());

@@ -225,8 +225,8 @@ impl Tensor {
     ///
     /// If `max_version` is 1.0 or later, the capsule contains the versioned structure of DLPack
     /// 1.1 (`dltensor_versioned`), otherwise the unversioned one (`dltensor`). With `copy=True`,
-    /// the memory is copied. Elements that are not aligned to their size are always copied, which
-    /// is an error with `copy=False`. GGUF blocks become bytes.
+    /// the memory is copied. Elements that are not aligned to their size must be copied, so
+    /// `copy=False` is an error for them. GGUF blocks become bytes.
     #[pyo3(signature = (*, stream=None, max_version=None, dl_device=None, copy=None))]
     fn __dlpack__(
         &self,
@@ -256,8 +256,8 @@ impl Tensor {
     /// Only the interpreter may call this method, with a buffer to fill.
     unsafe fn __getbuffer__(slf: Bound<'_, Self>, view: *mut Py_buffer, flags: c_int) -> PyResult<()> {
         let py = slf.py();
-        // SAFETY: the interpreter passes a valid, writable view. Without an owner, the view holds
-        // no reference if this function fails.
+        // SAFETY: the interpreter passes a valid, writable view. The owner is cleared first, so
+        // the view holds no reference if this function fails.
         unsafe { (*view).obj = ptr::null_mut() };
         guarded(py, || {
             let this = slf.get();
@@ -300,8 +300,8 @@ impl Tensor {
                 internal: Box::into_raw(shown).cast::<c_void>(),
                 obj: slf.clone().into_ptr(),
             };
-            // SAFETY: the interpreter passes a valid, writable view; its old content needs no
-            // drop.
+            // SAFETY: the interpreter passes a valid, writable view, whose previous contents need
+            // not be dropped.
             unsafe { view.write(filled) };
             Ok::<_, Raised>(())
         })

@@ -54,7 +54,7 @@ impl Wake for Parked {
     }
 }
 
-/// Wakes tasks of an event loop. A descriptor becomes readable when a future is woken, and
+/// Wakes tasks in an event loop. A descriptor becomes readable when a future is woken, and
 /// [`Hub::drain`] returns the keys of the woken futures.
 #[pyclass(frozen, module = "dmaload._native")]
 #[derive(Debug)]
@@ -92,10 +92,10 @@ impl Hub {
         self.0.event.as_raw_fd()
     }
 
-    /// Returns the keys of the futures that were woken since the last call, and makes the
-    /// descriptor unreadable.
+    /// Returns the keys of the futures that were woken since the last call, and resets the
+    /// descriptor, so it is no longer readable.
     fn drain(&self) -> Vec<u64> {
-        // Read before the list is taken: later wakes make the descriptor readable again.
+        // Read the eventfd before taking the list, so that later wakes make it readable again.
         let _ = rustix::io::read(&self.0.event, &mut [0_u8; 8]);
         std::mem::take(&mut lock(&self.0.woken))
     }
@@ -113,7 +113,7 @@ impl Wake for HubWaker {
 
     fn wake_by_ref(self: &Arc<Self>) {
         lock(&self.hub.woken).push(self.key);
-        // Fails only if the counter is full; then the descriptor is readable anyway.
+        // Fails only if the counter is at its maximum. The descriptor is already readable then.
         let _ = rustix::io::write(&self.hub.event, &1_u64.to_ne_bytes());
     }
 }

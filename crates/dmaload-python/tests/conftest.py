@@ -42,7 +42,7 @@ class Programs:
         return [sys.executable, "-X", "dev", "-W", "error", path, *map(str, arguments)]
 
     def run(self, text, *arguments, timeout=60, **keywords):
-        """Runs a program until it ends. Fails after the timeout."""
+        """Runs a program to completion. Fails if it takes longer than the timeout."""
         done = subprocess.run(
             self.command(text, *arguments),
             capture_output=True,
@@ -88,7 +88,7 @@ def programs(tmp_path):
 
 
 class SlowFile:
-    """A file on its own file system, which holds back some of the bytes."""
+    """A file on its own file system, which holds back some of the file's bytes."""
 
     def __init__(self, server, path):
         self.server, self.path = server, path

@@ -1,4 +1,4 @@
-"""Runs the Python snippets of docs/python.md, and compares their output with their comments."""
+"""Runs the Python snippets in docs/python.md, and compares their output with their comments."""
 
 import re
 import subprocess
@@ -29,7 +29,7 @@ PYTHON, TORCH = snippets("python"), snippets("python torch")
 
 
 def prints(text):
-    """Returns the expected output, which the page has in comments after calls to `print`."""
+    """Returns the expected output, which the page shows in comments after calls to `print`."""
     return re.findall(r"print\(.*\)  # (.*)$", text, re.MULTILINE)
 
 

@@ -1,4 +1,4 @@
-"""Checks each type of the format bit by bit, for each way of converting a tensor."""
+"""Checks each of the format's types bit for bit, with each way of converting a tensor."""
 
 import ctypes
 import struct
@@ -15,7 +15,7 @@ SHAPES = [(), (0,), (3, 0, 5), (1,), (7,), (5, 3), (2, 3, 4, 5)]
 
 
 def shapes(dtype):
-    """Returns shapes whose tensors have whole bytes and, for small types, whole blocks of four."""
+    """Returns shapes whose tensors fill whole bytes and, for small types, whole blocks of four."""
     return SHAPES if BITS[dtype] >= 8 else [(0,), (3, 0, 8), (8,), (5, 8), (2, 3, 4)]
 
 
@@ -145,7 +145,7 @@ CODES = {
     "I64": (0, 64),
     "U64": (1, 64),
 }
-# Types that DLPack has since version 1.1.
+# Types that DLPack has had since version 1.1.
 SMALL_CODES = {
     "F8_E4M3": (10, 8),
     "F8_E4M3FNUZ": (11, 8),

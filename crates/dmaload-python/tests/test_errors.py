@@ -18,7 +18,7 @@ from files import Expected, header, large, sharded, tensor, write
 
 
 def every_exception():
-    """Returns the exceptions of the package."""
+    """Returns the package's exceptions."""
     everything = vars(dmaload).values()
     return {
         each for each in everything if inspect.isclass(each) and issubclass(each, dmaload.Error)
@@ -26,7 +26,7 @@ def every_exception():
 
 
 def check(error):
-    """Checks the properties that every exception of the package must have."""
+    """Checks the properties that each of the package's exceptions must have."""
     assert isinstance(error, dmaload.Error), repr(error)
     assert type(error) in every_exception(), "programs must be able to catch it by name"
     assert isinstance(error, Exception), "it must not be pyo3's PanicException"
@@ -285,7 +285,7 @@ def test_too_little_address_space_is_a_memory_error(tmp_path, programs):
 
 
 def test_file_of_too_many_pieces_is_too_large():
-    # A file system on a disk refuses such lengths.
+    # Disk file systems refuse files of this length.
     with tempfile.NamedTemporaryFile(dir="/dev/shm", suffix=".raw") as file:
         os.truncate(file.name, 1 << 46)
         error = raised(lambda: next(dmaload.stream(file.name, format="raw")))
@@ -415,7 +415,7 @@ def test_invalid_values_are_refused(tmp_path, keywords):
 
 
 def test_damage_is_detected_or_harmless(tmp_path):
-    """A file with a damaged header raises an exception of the package, or still loads."""
+    """A file with a damaged header raises one of the package's exceptions, or still loads."""
     good = write(
         tmp_path / "good.safetensors",
         {"w": tensor("F32", (4, 4)), "v": Expected("U8", (16,), bytes(16))},

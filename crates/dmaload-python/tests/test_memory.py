@@ -106,7 +106,7 @@ def test_attach_async_does_not_block_the_event_loop(served):
 
 
 def test_attach_async_waits_for_a_silent_server_in_the_background(tmp_path):
-    """A server that accepts the connection but never answers must not stop the event loop."""
+    """A server that accepts the connection but never answers must not block the event loop."""
     path = tmp_path / "silent.sock"
     with socket_module.socket(socket_module.AF_UNIX, socket_module.SOCK_SEQPACKET) as server:
         server.bind(str(path))
@@ -237,7 +237,7 @@ def test_memory_is_freed_with_the_last_tensor(disk, programs):
     del last
     capsule = array.base
     assert array[0, 0] == array[0, 0]
-    # The array keeps the second of two segments, which has 32 MiB. A thread frees the first one.
+    # The array keeps the second of two segments, which is 32 MiB. A thread frees the first one.
     assert settles_below(before + 64), resident_mib() - before
     assert resident_mib() - before >= 1, resident_mib() - before
     del array, capsule
@@ -309,11 +309,11 @@ def test_five_hundred_loads_leak_nothing(disk, programs):
     # The last loads, of 2 MiB each, may not have released their memory and descriptors yet.
     assert kib < 8192, f"{kib} more KiB are resident"
     assert descriptors <= 8 and threads <= 8 and maps <= 40, (descriptors, threads, maps)
-    assert traced < 64 << 10, f"Python has {traced} more bytes"
+    assert traced < 64 << 10, f"Python has allocated {traced} more bytes"
 
 
 def test_reused_memory_shows_no_old_bytes(tmp_path):
-    """A load may reuse memory that an earlier load has freed, but must not show its old bytes."""
+    """A load may reuse memory that an earlier load freed, but must not expose its old bytes."""
     first = write(tmp_path / "a.safetensors", {"w": tensor("U8", (3 << 20,), 1)})
     for number in range(20):
         assert dmaload.load(first)["w"].numpy()[-1] == tensor("U8", (3 << 20,), 1).data[-1]
@@ -355,6 +355,6 @@ def test_child_forked_while_rows_are_gathered_has_the_tensor(tmp_path, programs)
         thread.join()
         print(os.waitpid(child, 0)[1])
     """.replace("ROWS", str(rows))
-    # Python warns about forks of processes with several threads.
+    # Python warns when a process with several threads forks.
     text = "    import warnings\n    warnings.simplefilter('ignore')\n" + text
     assert programs.succeed(text, path, timeout=200) == "0\n" * 4

@@ -89,7 +89,7 @@ def test_stubs_match_the_native_module():
     from dmaload import _native
 
     stubs = ast.parse((Path(dmaload.__file__).parent / "_native.pyi").read_text()).body
-    # The class may not have these methods under the names that the stub gives them.
+    # The native class may lack these methods, or have them under other names than the stub.
     hidden = {"__buffer__", "__enter__", "__exit__", "__init__"}
 
     def check(thing, stub):

@@ -171,7 +171,7 @@ def test_slice_reads_only_its_bytes(disk):
     assert rows < 1 << 20, f"{rows} bytes were read from storage for 160 KiB of rows"
     assert 1 << 20 <= one < 3 << 20, f"{one} bytes were read from storage for a tensor of 1 MiB"
     many, _ = cost(lambda: dmaload.safe_open(path, framework="numpy").get_tensor("t32"), path)
-    assert many < 4 << 20, f"{many} bytes were read from storage for 1 MiB of a file of 64 MiB"
+    assert many < 4 << 20, f"{many} bytes were read from storage for 1 MiB of a 64 MiB file"
     assert len(tensors) == 64
 
 

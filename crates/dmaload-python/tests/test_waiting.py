@@ -33,7 +33,7 @@ ALL_WAITS = [(way, 1 << 20) for way in WAITS] + [(way, 0) for way in HEADER_WAIT
 def test_other_threads_run_during_a_wait(tmp_path, programs, slow_file, way, held_from):
     path, _ = large(tmp_path / "large.safetensors", 4)
     slow = slow_file(path, held_from)
-    # The counter runs only while the waiting thread has released the interpreter's lock.
+    # The counter runs only while the waiting thread has released the GIL.
     text = f"""
     import sys, threading, time
     import dmaload
@@ -276,7 +276,7 @@ FORKED = """
     streams = [dmaload.stream(slow), dmaload.stream(slow)]
     print("begun", flush=True)
     sys.stdin.readline()
-    # Python 3.12 and later warn about forks of processes with threads, which this test needs.
+    # Python 3.12 and later warn when a process with threads forks, as this test must do.
     import warnings
     warnings.simplefilter("ignore")
     child = os.fork()

@@ -1,8 +1,8 @@
 //! Test helpers shared by several crates: seeded random bytes, safetensors files, files outside
 //! the page cache, mounted file systems, FUSE servers in separate processes, and seccomp filters.
 //!
-//! For tests only. Errors panic, which fails the calling test, unless a function documents that it
-//! returns them.
+//! For tests only. Errors cause a panic, which fails the calling test, unless a function documents
+//! that it returns them.
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc, reason = "a setup error should fail the test")]
 
 mod random;

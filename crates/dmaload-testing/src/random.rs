@@ -1,6 +1,6 @@
 //! Random numbers and bytes, reproducible from a seed.
 
-/// A generator of random numbers (xorshift64*).
+/// A random number generator (xorshift64*).
 #[derive(Debug, Clone)]
 pub struct Random(u64);
 

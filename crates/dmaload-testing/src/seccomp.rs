@@ -1,5 +1,5 @@
-//! Makes system calls fail or hang with seccomp filters. Containers and services use such filters
-//! to refuse calls.
+//! Uses seccomp filters to make system calls fail or hang. Containers and services use such
+//! filters to refuse calls.
 //!
 //! Filters cannot be removed. A test that filters its whole process therefore needs its own
 //! binary.

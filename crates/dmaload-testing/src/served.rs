@@ -12,8 +12,8 @@ const SERVED_FOLDER: &str = "DMALOAD_TEST_SERVED_FOLDER";
 /// How long a server may take to mount its file system.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A FUSE mount whose server runs in another process. That process runs this test program again,
-/// with a single ignored test.
+/// A FUSE mount whose server runs in another process. That process executes this test program
+/// again, but runs only a single ignored test.
 ///
 /// A call that waits for a server in its own process could keep that process alive forever.
 /// Dropping this value kills the server, which fails every call that waits for it, and unmounts

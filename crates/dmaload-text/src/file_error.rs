@@ -16,8 +16,8 @@ use dmabuf::{Errno, printable};
 pub struct FileError {
     action: &'static str,
     path: PathBuf,
-    // The message includes the cause. It is not the `source()` as well, because a program that
-    // prints the chain of sources would then print it twice.
+    // The message includes the cause, so `source()` does not return it: a program that prints the
+    // chain of sources would print it twice.
     cause: io::Error,
 }
 

@@ -1,5 +1,4 @@
-//! Aligned pairs and tables. Characters in cells that a terminal would interpret or hide are
-//! escaped.
+//! Aligned pairs and tables. Any characters that a terminal would interpret or hide are escaped.
 
 use std::fmt;
 
@@ -153,7 +152,7 @@ fn printable(text: &str) -> String {
     printable::text(text).to_string()
 }
 
-/// Returns the width of a text in characters. This is correct for tensor names and our own text,
+/// Returns the width of `text` in characters. This is correct for tensor names and our own text,
 /// but would misalign double-width characters.
 fn columns(text: &str) -> usize {
     text.chars().count()
@@ -163,8 +162,9 @@ fn spaces(count: usize) -> String {
     " ".repeat(count)
 }
 
-/// Shortens a text to `width` characters by replacing its middle with `…`. Both ends of a tensor's
-/// name matter: it begins with the part of the model and ends with the weight.
+/// Shortens `text` to `width` characters by replacing its middle with `…`. Both ends of a tensor's
+/// name matter: the beginning says which part of the model the tensor belongs to, and the end says
+/// which weight it is.
 fn shorten(text: &str, width: usize) -> String {
     let length = columns(text);
     if length <= width {

@@ -18,8 +18,8 @@ use crate::route::{Attempt, Route};
 pub use kind::ErrorKind;
 pub use size_limit::SizeLimit;
 
-/// The amount of memory that loads leave available. Without this reserve, the machine or the
-/// cgroup could be right at its limit after a load.
+/// The amount of memory that loads leave available. Without this reserve, a load could leave the
+/// machine or the cgroup right at its limit.
 pub(crate) const MARGIN_BYTES: u64 = 32 << 20;
 
 /// An error from building a loader, from a load, or from using loaded memory.
@@ -114,7 +114,7 @@ pub enum Error {
         errno: Errno,
     },
     /// The load's observer rejected these bytes ([`crate::Observer`]), or no thread could be
-    /// started to run it.
+    /// started to run the observer.
     #[error("{}: {bytes} bytes at offset {offset} were rejected: {}", printable::path(.path), printable::text(.reason))]
     Rejected {
         /// The file.
@@ -248,14 +248,14 @@ pub enum Error {
         /// What needs this much memory.
         why: &'static str,
     },
-    /// The consumer waits for the next tensor, but the tensors that it already holds fill the
+    /// The consumer waits for the next tensor, but the tensors that it already holds use up the
     /// load's share of the loader's memory limit ([`crate::LoaderBuilder::memory_limit_bytes`]),
     /// so the load cannot continue. Returned by [`crate::Tensors::next_while_holding_blocking`].
     #[error(
-        "cannot allocate {wanted_bytes} more bytes: the {held_bytes} bytes that the consumer of the load holds fill its share of the loader's limit of {limit_bytes} bytes"
+        "cannot allocate {wanted_bytes} more bytes: the {held_bytes} bytes that the load's consumer holds use up the load's share of the loader's limit of {limit_bytes} bytes"
     )]
     HeldUp {
-        /// Memory, in bytes, of the tensors that were returned and are not dropped yet.
+        /// Memory, in bytes, of the tensors that were returned and have not been dropped yet.
         held_bytes: u64,
         /// Size of the next allocation.
         wanted_bytes: u64,
@@ -270,7 +270,7 @@ pub enum Error {
         bytes: u64,
         /// The size of a segment.
         segment_bytes: u64,
-        /// The number of pieces that results.
+        /// The resulting number of pieces.
         pieces: u64,
         /// The maximum number of pieces.
         most_pieces: u64,
@@ -460,7 +460,7 @@ pub enum Error {
     /// The loader was shut down before the load was finished.
     #[error("the loader was shut down")]
     ShutDown,
-    /// io_uring failed, and with it every running load of the loader. Later loads use a new ring.
+    /// io_uring failed, and so did all of the loader's running loads. Later loads use a new ring.
     #[error("the ring failed: {}; memory that its reads may still write to is leaked on purpose", .errno.describe())]
     Ring {
         /// The kernel's error.

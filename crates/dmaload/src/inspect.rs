@@ -1,8 +1,8 @@
 //! Inspects files without loading them. Little more than their headers is read, through the page
 //! cache.
 //!
-//! A file's server may never answer, so each call of an async function here starts a thread for
-//! its reads. The thread exits when the reads are done. No async runtime is needed.
+//! A file's server may never answer, so each call to one of the async functions here starts a
+//! thread for its reads. The thread exits when the reads are done. No async runtime is needed.
 
 use std::path::{Path, PathBuf};
 use std::{io, thread};
@@ -102,7 +102,7 @@ pub fn inspect_model_blocking(path: impl AsRef<Path>, format: Format) -> Result<
 }
 
 /// Inspects the files that a load of these paths with these options would read. Adapters use this
-/// function to learn a model's tensors before its load delivers them.
+/// function to find out which tensors a model has before its load delivers them.
 ///
 /// Paths have the same meaning as for [`Loader::load`](crate::Loader::load). The following options
 /// matter: [`LoadOptions::format`], [`LoadOptions::allow_missing`], [`LoadOptions::as_one_file`],
@@ -154,8 +154,8 @@ fn inspect_all(inputs: &[Input], choice: Choice<'_>) -> Result<Vec<Inspected>> {
     Ok(files)
 }
 
-/// The name of the threads that read. It has 15 bytes, the maximum length of a thread's name in
-/// Linux.
+/// The name of the threads that read. It is 15 bytes long, the maximum length of a thread's name
+/// on Linux.
 const THREAD: &str = "dmaload-inspect";
 
 /// Runs `read` on a new thread and waits for the result without blocking.

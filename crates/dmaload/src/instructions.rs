@@ -6,8 +6,8 @@
 //! cargo test --release -p dmaload --lib instructions::bench -- --ignored --exact --nocapture
 //! ```
 //!
-//! Prints times and, if valgrind is installed, instruction counts from callgrind, which don't
-//! depend on how busy the machine is.
+//! Prints times and, if valgrind is installed, callgrind's instruction counts, which don't depend
+//! on how busy the machine is.
 #![allow(clippy::print_stdout, reason = "prints its measurements")]
 #![allow(clippy::unwrap_used, reason = "a failure here should fail the benchmark")]
 
@@ -34,8 +34,8 @@ const TIMES: &str = "DMALOAD_INSTRUCTIONS_TIMES";
 
 struct Case {
     name: &'static str,
-    /// What the work consists of, such as tensors. The benchmark prints the instructions for each
-    /// of them.
+    /// What the work is counted in, such as tensors. The benchmark prints the number of
+    /// instructions for each one.
     unit: &'static str,
     units: usize,
     work: Box<dyn Fn()>,

@@ -33,7 +33,7 @@
 //! | name files, folders, open files, or part of a file | [`Source`] |
 //! | choose tensors, a shard, a layout or a route | [`LoadOptions`] |
 //! | get the whole model | [`Image`], by awaiting what [`Loader::load`] returns |
-//! | get single tensors by name while the rest is read | [`Load`] |
+//! | get single tensors by name while the rest is being read | [`Load`] |
 //! | stream a model, even one larger than memory | [`Segments`] or [`Tensors`] |
 //! | read only the headers | [`inspect()`], [`inspect_model`] |
 //! | get dma-bufs | [`LoaderBuilder::dma_buf`], [`Segment::hand_out_dma_buf`] |

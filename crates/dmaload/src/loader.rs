@@ -84,8 +84,8 @@ impl Loader {
         self.guard.metrics()
     }
 
-    /// Returns how many bytes of memory segments occupy now, whether they are being filled, held
-    /// by consumers, waiting to be freed, or kept in the pool. This is what
+    /// Returns how many bytes of memory are currently occupied by segments, whether these are
+    /// being filled, held by consumers, waiting to be freed, or kept in the pool. This is what
     /// [`LoaderBuilder::memory_limit_bytes`] limits.
     pub fn memory_bytes(&self) -> u64 {
         self.guard.memory_bytes()
@@ -106,7 +106,7 @@ impl Loader {
     /// [`Leaked`] if reads are still in flight at the deadline
     /// ([`LoaderBuilder::shutdown_timeout`]), in which case the memory they may write to is never
     /// freed. Also [`Leaked`] if a thread has not exited shortly after the deadline. A new thread
-    /// waits for the deadline; if it can't be started, the deadline passes at once.
+    /// waits for the deadline; if that thread can't be started, the deadline is treated as passed.
     pub fn shutdown(self) -> impl Future<Output = Result<(), Leaked>> + Send + 'static {
         self.guard.shutdown()
     }
@@ -125,12 +125,12 @@ impl Loader {
 ///
 /// - A larger window lets more loads run at full speed side by side. The size of a segment must
 ///   not exceed the window.
-/// - More staging allows more staged reads in flight and occupies more of the CPU cache.
-/// - A deeper queue keeps high-latency storage busy, and makes other users of the disk wait
+/// - More staging allows more staged reads in flight, but occupies more of the CPU cache.
+/// - A deeper queue keeps high-latency storage busy, but makes other users of the disk wait
 ///   longer.
-/// - A pool lets later loads reuse memory instead of allocating it, and withholds that memory from
+/// - A pool lets later loads reuse memory instead of allocating it, but withholds that memory from
 ///   other processes until memory runs short.
-/// - Under a memory limit, loads wait for each other and segments are smaller.
+/// - Under a memory limit, loads may wait for each other, and segments are smaller by default.
 #[derive(Debug, Clone)]
 #[must_use]
 pub struct LoaderBuilder {
@@ -147,7 +147,7 @@ impl LoaderBuilder {
     /// 64 MiB with the default chunk size.
     pub const QUEUE_DEPTH: usize = settings::QUEUE_DEPTH;
     /// The default amount of staging that a loader starts with. A load that runs alone may use 12
-    /// MiB of it; the rest is left to loads from other file systems. Staging grows by 4 MiB for
+    /// MiB of it; the rest is left for loads from other file systems. Staging grows by 4 MiB for
     /// each copier thread after the first two: see [`Self::staging_bytes`].
     pub const STAGING_BYTES: u64 = settings::STAGING_BYTES;
 
@@ -166,7 +166,7 @@ impl LoaderBuilder {
 
     /// Sets the maximum number of bytes that may be allocated but not yet filled, over all loads;
     /// at least one segment. If at least four pieces fit into the window, a single load uses at
-    /// most three quarters of it. A piece has up to 16 MiB, or on a dma-heap the size of a
+    /// most three quarters of it. A piece is at most 16 MiB long or, on a dma-heap, as long as a
     /// segment. Default: [`Self::WINDOW_BYTES`], 128 MiB.
     pub fn window_bytes(mut self, bytes: u64) -> Self {
         self.settings.window_bytes = bytes;
@@ -183,7 +183,7 @@ impl LoaderBuilder {
 
     /// Sets the maximum amount of memory for the staging buffers of
     /// [`Route::Bounce`](crate::Route::Bounce), from 2 MiB to 1 GiB. It is allocated as loads need
-    /// it, and kept. If staging has 8 MiB or more, a single load uses at most three quarters of
+    /// it, and kept. If staging is at least 8 MiB, a single load uses at most three quarters of
     /// it. Default: [`Self::STAGING_BYTES`], 16 MiB, plus 4 MiB for each copier thread after the
     /// first two: up to 72 MiB on a machine with 16 or more CPUs, and 16 MiB on one with at most
     /// two. An explicit size stays fixed.
@@ -258,9 +258,9 @@ impl LoaderBuilder {
     }
 
     /// Sets the maximum number of loads that have files open at once; at least one. Further loads
-    /// wait in arrival order. The limit does not apply to a load while opening its files waits for
-    /// a server that does not answer. Nor does it apply to up to 64 loads from file systems that
-    /// have delivered nothing for 5 to 10 s while other loads wait. Default: 64.
+    /// wait in arrival order. The limit does not apply to a load that is still opening its files
+    /// and waits for a server that does not answer. Nor does it apply to up to 64 loads from file
+    /// systems that have delivered nothing for 5 to 10 s while other loads wait. Default: 64.
     pub fn max_open_loads(mut self, loads: usize) -> Self {
         self.settings.max_open_loads = loads.max(1);
         self

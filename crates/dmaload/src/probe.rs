@@ -46,7 +46,7 @@ pub struct File {
     /// as [`Attempt::RingOnFuse`], and the errno that a load reports (see [`Attempt::hint`]).
     /// `None` if io_uring may read the file.
     pub ring_refused: Option<(Attempt, Errno)>,
-    /// Whether io_uring may read the file through the page cache even though it may not read it
+    /// Whether io_uring may read the file through the page cache even though it must not read it
     /// directly. If so, a load that measures which way of reading is fastest also measures this
     /// one ([`crate::Way::Buffered`]), unless the load is strict.
     pub buffered_by_ring: bool,
@@ -83,7 +83,7 @@ impl File {
 /// # Errors
 /// [`crate::Error::File`] if it can't be opened; [`crate::Error::NotAFile`] if it is not a regular
 /// file; [`crate::Error::NoLength`] if it has contents even though its reported length is 0;
-/// [`crate::Error::Read`] if that can't be determined.
+/// [`crate::Error::Read`] if its reported length is 0 and it can't be read.
 pub fn file(path: impl AsRef<Path>) -> Result<File> {
     let file = OpenFile::open(path.as_ref())?;
     let block = to_usize(file.alignment_bytes);
@@ -117,12 +117,12 @@ pub fn file(path: impl AsRef<Path>) -> Result<File> {
 ///
 /// # Errors
 /// ENOSYS before Linux 6.5. On newer kernels, EPERM if the caller neither owns the file nor may
-/// write to it. EOPNOTSUPP for files that have no such page cache.
+/// write to it. EOPNOTSUPP for files that `cachestat(2)` does not support.
 pub fn cached_bytes(file: impl AsFd) -> Result<u64, Errno> {
     crate::files::residency::cached_bytes(file).map_err(errno::from_rustix)
 }
 
-/// How much memory may be allocated before the OOM killer kills a process.
+/// How much memory can be allocated before the OOM killer kills a process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MemoryAvailable {
     /// The number of bytes.
@@ -131,8 +131,8 @@ pub struct MemoryAvailable {
     pub limit: String,
 }
 
-/// Returns how much a load may allocate now, or `None` if that is unknown because there is no
-/// procfs.
+/// Returns how much memory a load can allocate now, or `None` if that is unknown because there is
+/// no procfs.
 pub fn memory_available() -> Option<MemoryAvailable> {
     headroom().map(|headroom| MemoryAvailable { bytes: headroom.available_bytes, limit: headroom.limit })
 }

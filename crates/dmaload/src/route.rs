@@ -68,7 +68,7 @@ impl Route {
         matches!(self, Route::UringFixedDirect | Route::UringDirect | Route::UringBuffered)
     }
 
-    /// Returns the equivalent route on threads.
+    /// Returns the equivalent route that uses threads instead of a ring.
     pub(crate) fn without_ring(self) -> Route {
         match self {
             Route::UringFixedDirect | Route::UringDirect => Route::PreadDirect,
@@ -152,8 +152,8 @@ pub enum Attempt {
     /// tried, because a server that does not answer could delay every other read. The exception is
     /// [`Route::UringBuffered`], which reads from NFS and SMB.
     RingOnOther,
-    /// Reading with io_uring from a block device that may stop answering, because a network or a
-    /// process is behind it (nbd, rbd, drbd, ublk, a loop device whose file isn't on a local file
+    /// Reading with io_uring from a block device that may stop answering, because it depends on a
+    /// network or a process (nbd, rbd, drbd, ublk, a loop device whose file isn't on a local file
     /// system), or from one whose backing can't be determined. This is never tried, because such a
     /// read may block the ring thread and with it every other read.
     RingOnDevice,
@@ -179,12 +179,12 @@ impl Attempt {
             (Attempt::SetUpRing, Errno::ENOSYS) => Some(
                 "this kernel has no io_uring, or a seccomp profile hides it: use Linux 5.6 or later, and a profile that allows io_uring",
             ),
-            (Attempt::SetUpRing, Errno::ENOMEM) => Some("the locked memory limit is too small for a ring: raise it (ulimit -l)"),
+            (Attempt::SetUpRing, Errno::ENOMEM) => Some("the locked memory limit is too low for a ring: raise it (ulimit -l)"),
             (Attempt::OpenDirect | Attempt::Read, Errno::EINVAL | Errno::EOPNOTSUPP) => {
                 Some("this file system does not support O_DIRECT for this file: keep models on one that does (ext4, xfs, btrfs)")
             }
             (Attempt::RegisterBuffer | Attempt::RegisterStaging, Errno::ENOMEM) => {
-                Some("the locked memory limit is too small: raise it (ulimit -l, LimitMEMLOCK=), or grant CAP_IPC_LOCK")
+                Some("the locked memory limit is too low: raise it (ulimit -l, LimitMEMLOCK=), or grant CAP_IPC_LOCK")
             }
             (Attempt::RegisterBuffer | Attempt::Read, Errno::EFAULT) => Some(
                 "the kernel can't pin this heap's mappings, so reads go through staging buffers: use memfd or udmabuf to avoid that",
@@ -244,8 +244,8 @@ impl fmt::Display for Attempt {
 ///
 /// EINVAL and EOPNOTSUPP come from file systems that lack `O_DIRECT` or need a stricter alignment
 /// than they report. EFAULT comes from memory that can't be pinned, and the other refusals come
-/// from security modules and limits. Errors of the medium (EIO, ENODATA, ESTALE, ...) occur on
-/// every route.
+/// from security modules and limits. Storage errors (EIO, ENODATA, ESTALE, ...) occur on every
+/// route.
 pub(crate) fn is_refusal(errno: Errno) -> bool {
     matches!(
         errno,

@@ -29,8 +29,8 @@ fn resident_shared_bytes() -> u64 {
     line.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() * 1024
 }
 
-/// A thread that samples memory every 2 ms and records the peaks that the kernel and the loader
-/// report.
+/// A thread that samples memory usage every 2 ms and records the peaks that the kernel and the
+/// loader report.
 struct Watch {
     stop: Arc<AtomicBool>,
     thread: Option<std::thread::JoinHandle<(u64, u64)>>,
@@ -186,7 +186,8 @@ async fn kept_loads_wait_for_each_other_without_deadlock() {
     let path = file(folder.path(), "model.bin", &bytes);
     let loader = Loader::builder().memory_limit_bytes(32 * MIB).build().unwrap();
     let first = loader.load(&path).await.unwrap();
-    // Only one of the two fits into the limit: the second waits until the first image is dropped.
+    // Only one of the two loads fits within the limit: the second waits until the first image is
+    // dropped.
     let mut second = loader.load(&path).start();
     let waiting = tokio::time::timeout(Duration::from_millis(200), second.next()).await;
     assert!(waiting.is_err(), "{waiting:?}");

@@ -58,7 +58,7 @@ async fn load(loader: &Loader, path: &Path, options: LoadOptions) -> Image {
     loader.load(path).options(options).await.unwrap()
 }
 
-/// How often a test repeats a load that did not copy all cached bytes from the page cache.
+/// How many times a test tries a load until it copies all cached bytes from the page cache.
 const TRIES: usize = 5;
 
 /// Runs on mounted file systems of known types, because loads use the page cache only on some
@@ -241,7 +241,7 @@ async fn check_store_during_load(what: &str, at: &Path) {
         let flags = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: this creates a new mapping at an address that the kernel chooses.
         let mapped = unsafe { mmap(std::ptr::null_mut(), 8 << 20, flags, MapFlags::SHARED, &open, 0) }.unwrap();
-        // SAFETY: 1 MiB is within the mapping of 8 MiB.
+        // SAFETY: an offset of 1 MiB is within the 8 MiB mapping.
         let place = unsafe { mapped.cast::<u8>().add(1 << 20) };
         // SAFETY: `place` is mapped writable, and only this thread accesses it.
         let store = |byte: u8| unsafe { place.write_volatile(byte) };

@@ -176,7 +176,7 @@ async fn shrinking_file_fails_and_reports_where_it_ended() {
                 Err(Error::Ended { offset, planned_bytes, .. }) => {
                     assert!(offset >= left as u64 && planned_bytes == model().len() as u64, "{offset} {planned_bytes}");
                 }
-                // If no read ends early, the check at the end of the load reports the change.
+                // If no read is short, the check at the end of the load reports the change.
                 Err(Error::Changed { change, .. }) => assert_eq!(change, "it shrank"),
                 other => panic!("{route}, {left} bytes left: {other:?}"),
             }
@@ -340,7 +340,7 @@ async fn shutdown_without_a_waiting_thread_reports_leaks() {
     while heap.0.calls.load(Ordering::Relaxed) < SEGMENTS || loader.metrics().read_bytes < all_but_one {
         tokio::time::sleep(std::time::Duration::from_millis(1)).await;
     }
-    // The filter applies to this thread only, which the test harness started for this test.
+    // The filter applies only to this thread, which the test harness started for this test.
     let [clone, clone3] = [libc::SYS_clone, libc::SYS_clone3].map(|call| u32::try_from(call).unwrap());
     seccomp::refuse(Scope::Thread, &[clone, clone3], libc::EAGAIN);
     assert!(std::thread::Builder::new().spawn(|| ()).is_err());
@@ -416,7 +416,7 @@ async fn rewritten_small_model_is_reported_as_changed_not_damaged() {
         let error = load.finish().await.unwrap_err();
         assert!(matches!(error, Error::Changed { .. } | Error::Ended { .. }), "{} bytes: {error}", torn.len());
         if !torn.is_empty() {
-            // Loaded without a concurrent writer, the same bytes are a damaged model.
+            // Loaded without a concurrent writer, the same bytes are reported as a damaged model.
             let error = Loader::new().unwrap().load(&path).await.unwrap_err();
             assert!(matches!(error, Error::Model { .. }), "{error}");
         }

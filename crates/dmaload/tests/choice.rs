@@ -21,7 +21,7 @@ const MIB: usize = 1 << 20;
 /// The size in bytes of the smallest load that measures both kinds of reads.
 const LARGE: usize = 512 * MIB;
 
-/// Writes a file of 1 MiB blocks that are equal except for the block number at their start.
+/// Writes a file of 1 MiB blocks that differ only in the block number at their start.
 fn write_large_file(folder: &Path, block: &[u8]) -> PathBuf {
     let path = folder.join("large.bin");
     let mut file = File::create(&path).unwrap();
@@ -39,7 +39,7 @@ fn assert_large(image: &Image, block: &[u8], what: &str) {
     assert_eq!(bytes.len(), LARGE, "{what}");
     for (number, found) in bytes.chunks(MIB).enumerate() {
         let found_number = usize::from_le_bytes(found[..8].try_into().unwrap());
-        assert_eq!(found_number, number, "{what}: block {found_number} is in the place of block {number}");
+        assert_eq!(found_number, number, "{what}: found block {found_number} in place of block {number}");
         assert_same(&found[8..], &block[8..], &format!("{what}, block {number}"));
     }
 }
@@ -69,8 +69,8 @@ async fn load(loader: &Loader, path: &Path, options: LoadOptions, block: &[u8], 
     } else if staged > 1.04 * direct {
         assert_eq!(measured.chosen, Way::Staged, "{what}");
     }
-    // The measurement stages some bytes, and the report shows the slowest route by which any byte
-    // was read.
+    // The measurement stages some bytes, and the report shows the least preferred route by which
+    // any byte was read.
     assert_eq!(report.route, Route::Bounce, "{what}");
     // Staging for a measurement is not a fallback: no request was refused.
     assert!(report.fallbacks.iter().all(|fallback| fallback.to != Route::Bounce), "{what}: {:?}", report.fallbacks);
@@ -102,9 +102,9 @@ async fn both_ways_are_measured_and_the_faster_one_is_taken() {
     }
 }
 
-/// Hooks that slow down calls that populate at most 2 MiB. Copiers populate one extent per call,
-/// which is at most 2 MiB. For direct reads, a worker populates a whole batch per call. Only
-/// staged reads are slowed down, so direct reads win.
+/// Hooks that slow down calls that populate at most 2 MiB. A copier populates one extent of at
+/// most 2 MiB per call; for direct reads, a worker populates a whole batch per call. The hooks
+/// therefore slow down only staged reads, so direct reads win.
 #[derive(Debug)]
 struct SlowExtents;
 
@@ -132,8 +132,8 @@ async fn rest_of_a_load_takes_the_chosen_way_after_a_trial() {
     let measured = report.measured.expect("a load of 512 MiB should be measured");
     assert_eq!((measured.chosen, measured.buffered_bytes_per_second), (Way::Direct, None), "{measured:?}");
     let copied: u64 = report.trace.iter().filter(|event| event.kind == TraceKind::Copy).map(|event| event.bytes).sum();
-    // The trial copies 96 MiB. At most one window of 128 MiB more was prepared for staging before
-    // the result of the trial was known.
+    // The trial copies 96 MiB. At most one more window, which is 128 MiB, was prepared for staging
+    // before the result of the trial was known.
     assert!((96 << 20..=(96 + 128) << 20).contains(&copied), "{copied} bytes were copied");
 }
 

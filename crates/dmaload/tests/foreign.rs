@@ -1,4 +1,4 @@
-//! Tests for the caller's code that runs on the loader's threads, such as wakers that poll, and
+//! Tests for the caller's code that runs on the loader's threads, including wakers that poll and
 //! code that panics. The loader never calls such code on the ring thread or while it holds a lock.
 //! A panic fails only the load that the code belongs to, with an error that names the code. A
 //! panic in a waker fails only the future that was polled with that waker, and a panic in a
@@ -266,8 +266,8 @@ fn waker_that_panics_fails_only_its_own_wait() {
             gate.open();
             for waker in &wakers {
                 wait_until_woken(&waker.0);
-                // The panic is recorded before the load drops the waker; this test owns two
-                // clones.
+                // The panic is recorded before the load drops its clone of the waker, so wait
+                // until only this test's two clones remain.
                 while Arc::strong_count(waker) > 2 {
                     std::thread::sleep(Duration::from_millis(1));
                 }

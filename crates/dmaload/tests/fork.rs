@@ -26,8 +26,8 @@ enum Ended {
 /// Forks a child, which runs only `act` and exits with the code that `act` returns. `act` must not
 /// take a lock or allocate. Returns the child's process ID.
 fn spawn_child(act: impl FnOnce() -> i32) -> i32 {
-    // SAFETY: the child calls only `act` and `_exit`. The callers below only read memory or sleep
-    // in `act`, which is async-signal-safe.
+    // SAFETY: the child calls only `act` and `_exit`. In `act`, the callers below only read memory
+    // or sleep, both of which are async-signal-safe.
     let pid = unsafe { libc::fork() };
     if pid == 0 {
         let code = act();

@@ -38,8 +38,8 @@ impl Keeping {
     }
 }
 
-// SAFETY: the heap violates the contract by keeping descriptors that can write. The tests check
-// that the loader seals the memory, or fails, before it hands out bytes.
+// SAFETY: the heap violates the contract by keeping writable descriptors. The tests check that the
+// loader seals the memory, or fails, before it hands out bytes.
 unsafe impl Heap for Keeping {
     fn name(&self) -> Cow<'_, str> {
         "keeping".into()
@@ -106,7 +106,7 @@ async fn memory_that_cannot_be_sealed_fails_its_load() {
             assert!(text.contains("keeping: cannot seal a memfd against writes") && text.contains("EPERM"), "{round}: {text}");
             assert!(segments.next().await.is_none());
         }
-        // The kept descriptor can still write, so handing out this memory would be unsound.
+        // The kept descriptor still allows writes, so handing out this memory would be unsound.
         assert_eq!(rustix::io::pwrite(&heap.kept.lock().unwrap()[0], b"other weights", 0), Ok(13));
         loader.shutdown().await.unwrap();
     }
@@ -144,7 +144,7 @@ unsafe impl Heap for Presealed {
     }
 }
 
-/// Hooks that add up the bytes that calls allocate and populate.
+/// Hooks that add up the bytes that are allocated and populated.
 #[derive(Debug, Default)]
 struct Counting {
     allocated: AtomicUsize,

@@ -73,7 +73,7 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// Calls a function and returns its result, its peak memory in bytes and its duration.
+/// Calls a function and returns its result, its peak memory usage in bytes, and its duration.
 fn measure<T>(call: impl FnOnce() -> T) -> (T, usize, Duration) {
     let before = NOW.get();
     MOST.set(before);
@@ -204,8 +204,8 @@ fn for_each_input(kind: &str, mut parse: impl FnMut(&[u8]) -> bool) {
         }
     }
     println!("{kind}: {count} damaged inputs (seed {seed}) and {} stored ones, {accepted} accepted", corpus.len());
-    // If nearly all inputs are refused, only the first checks were tested. If none is refused, the
-    // inputs were not damaged.
+    // If nearly all inputs are refused, only the first checks were tested. If none are refused,
+    // the inputs were not damaged.
     assert!(accepted > count / 200 && accepted < count, "{accepted} of {count} accepted");
 }
 

@@ -126,8 +126,8 @@ fn dropped_inspection_leaves_no_thread() {
         let mut inspecting = pin!(inspect(&path, Format::Auto));
         let mut context = Context::from_waker(Waker::noop());
         assert!(inspecting.as_mut().poll(&mut context).is_pending());
-        // A thread sets its own name, a moment after it starts.
-        wait_until(|| count_inspecting_threads() == 1, "no thread reads the file");
+        // A thread sets its name shortly after it starts.
+        wait_until(|| count_inspecting_threads() == 1, "no thread is reading the file");
     }
     wait_until(|| count_inspecting_threads() == 0, "the thread is still running after the drop");
 }

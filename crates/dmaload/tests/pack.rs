@@ -13,15 +13,15 @@ use common::{ROUTES, assert_same, file, folder, random_bytes};
 use dmaload::heap::{AnonHeap, Pages};
 use dmaload::{Error, Image, Layout, LoadOptions, Loader, Observer, Rejection, Segment};
 
-/// Files of up to 2 MiB, a quarter of this size, are packed as small files.
+/// Files of up to a quarter of this size, which is 2 MiB, are packed as small files.
 const SEGMENT: u64 = 8 << 20;
 
 fn loader() -> Loader {
     Loader::builder().load_options(LoadOptions::new().segment_bytes(SEGMENT)).build().unwrap()
 }
 
-/// Returns file contents whose lengths are around a page and around the limit for small files.
-/// Some are larger, and some are empty.
+/// Returns file contents of various lengths. Some lengths are close to the page size, some are
+/// close to the limit for small files, and some are zero.
 fn contents() -> Vec<Vec<u8>> {
     let mut lengths = vec![1, 4095, 4096, 4097, 0, 2 << 20, (2 << 20) + 1, 700_001, 0, 1_999_999, 9 << 20, 3, 5];
     lengths.extend((0..40).map(|number| 65_536 + number * 9973));
@@ -119,7 +119,7 @@ async fn shared_memory_lives_as_long_as_any_of_its_segments() {
     }
 }
 
-/// A descriptor exposes all files in its memory, so none is handed out if one of them changed.
+/// A descriptor exposes all files in its memory, so none is handed out if one of them has changed.
 #[tokio::test]
 async fn changed_small_file_withholds_all_that_share_its_memory() {
     let folder = folder();

@@ -67,7 +67,7 @@ async fn broken_ring_fails_its_loads_and_later_loads_work() {
         assert!(error.to_string().contains("EIO"), "{error}");
         assert_eq!(load.finish().await.unwrap_err(), error, "a load must keep reporting its first error");
     }
-    // The new ring is refused as well, which is an ordinary fallback.
+    // Setting up a new ring fails as well, so the load falls back as usual.
     let image = loader.load(&path).await.unwrap();
     assert_same(&image.files()[0].bytes().unwrap(), &bytes, "after the ring failed");
     let report = image.report();

@@ -1,4 +1,4 @@
-//! Compares every tensor of a published model, byte by byte, with what the `safetensors` crate
+//! Compares every tensor of a published model, byte for byte, with what the `safetensors` crate
 //! reads from the same file.
 //!
 //! `just real-model` fetches the model and runs this test, which is skipped unless
@@ -36,5 +36,5 @@ async fn real_model_tensors_match_the_safetensors_crate() {
             }
         }
     }
-    println!("{} tensors, {} bytes: equal by every route in every layout", oracle.len(), bytes.len());
+    println!("{} tensors, {} bytes: identical for every route and layout", oracle.len(), bytes.len());
 }

@@ -24,7 +24,7 @@ fn write_large_file(folder: &Path, mib: u64) -> PathBuf {
     path
 }
 
-/// A ticker on a runtime's only thread keeps ticking while a file of 1 GiB is loaded, a stream is
+/// A ticker on a runtime's only thread keeps ticking while a 1 GiB file is loaded, a stream is
 /// dropped after its first segment, and the loader shuts down.
 #[test]
 fn single_threaded_runtime_keeps_ticking_during_loads() {
@@ -124,7 +124,7 @@ async fn documented_cancel_safety_holds() {
     }
     assert!(cancelled > 0, "at least one `next` should be cancelled");
     assert_same(&seen, &bytes, &format!("after {cancelled} cancellations"));
-    // A shutdown continues without its future.
+    // A shutdown continues after its future is dropped.
     let other = loader.clone();
     drop(loader.shutdown());
     let ended = tokio::time::timeout(Duration::from_secs(10), other.load(&path).into_future()).await.unwrap();

@@ -1,6 +1,6 @@
 //! Compares the parser with the `safetensors` crate, which the format's authors maintain.
 //!
-//! The parser reads every valid file like the crate does, whether or not the crate wrote the file.
+//! The parser reads every valid file as the crate does, whether or not the crate wrote the file.
 //! It accepts no damaged file that the crate refuses. If both accept a damaged file, they read the
 //! same tensors and metadata. [`stricter_on_purpose`] lists where the parser is stricter, and why.
 
@@ -74,8 +74,8 @@ fn stricter_on_purpose(error: &ModelError) -> bool {
     match error {
         // The crate's README forbids duplicates, but the crate lets the last one win.
         ModelError::DuplicateTensor { .. } | ModelError::DuplicateMetadataKey { .. } => true,
-        // The crate's derived deserializer accepts even an array for a struct and an object for an
-        // enum.
+        // The crate's derived deserializer also accepts an array for a struct, and an object for
+        // an enum.
         ModelError::WrongType { key, .. } => matches!(key, None | Some("dtype")),
         // `RANK_LIMIT` is far above what models use. The crate has no limit.
         ModelError::RankTooLarge { .. } => true,
@@ -83,7 +83,7 @@ fn stricter_on_purpose(error: &ModelError) -> bool {
     }
 }
 
-/// Which of the parser and the crate accept a file.
+/// Whether the parser and the crate accept a file.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 enum Verdict {
     BothAccept,

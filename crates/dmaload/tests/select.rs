@@ -244,7 +244,7 @@ async fn layout_tensors_keeps_a_tensor_in_one_segment() {
         let image = loader.load(&path).options(loader.load_options().importer(small)).await.unwrap();
         assert_tensors(&image, &path, &route.to_string());
         let straddlers: Vec<_> = image.tensors().filter(|tensor| tensor.parts().len() > 1).map(|t| t.name().to_owned()).collect();
-        assert_eq!(straddlers, ["embed"], "only the tensor of 3.2 MB should be split across segments of 2 MiB");
+        assert_eq!(straddlers, ["embed"], "only the 3.2 MB tensor should be split across 2 MiB segments");
         loader.shutdown().await.unwrap();
     }
     let loader = Loader::builder().load_options(LoadOptions::new().layout(Layout::Tensors)).build().unwrap();
@@ -514,7 +514,8 @@ async fn tensors_are_aligned_for_an_importer() {
             loader.shutdown().await.unwrap();
         }
     }
-    // A tensor that is larger than the importer's largest segment cannot be copied into a segment.
+    // A tensor that is larger than the largest segment that the importer accepts cannot be copied
+    // into a segment.
     let loader = loader().load_options(options().layout(Layout::Tensors)).build().unwrap();
     let importer = ImporterLimits { alignment_bytes: 4096, max_segment_bytes: SEGMENT as u64, ..ImporterLimits::default() };
     let error = loader.load(&path).options(loader.load_options().importer(importer)).await.unwrap_err();

@@ -1,8 +1,8 @@
 //! Tests that a file's length alone does not cost memory, because a sparse file can be terabytes
-//! long and contain nothing. Plans and allocations are bounded, and loads that do not fit into
+//! long and contain no data. Plans and allocations are bounded, and loads that do not fit into
 //! memory are refused before they are planned.
 //!
-//! One test measures the memory of its whole process, so these tests have their own file.
+//! One test measures the memory usage of its whole process, so these tests have their own file.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(clippy::print_stdout, reason = "measurements are printed")]
 
@@ -18,7 +18,7 @@ use dmaload::{Error, Layout, LoadOptions, Loader};
 const MIB: u64 = 1 << 20;
 const TIB: u64 = 1 << 40;
 
-/// Returns the peak of resident memory since the previous call, in bytes, and resets it.
+/// Returns the peak resident memory since the previous call, in bytes, and resets it.
 fn take_peak_bytes() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
@@ -78,7 +78,7 @@ async fn sparse_files_of_terabytes_take_bounded_memory() {
                         while loader.memory_bytes() > 0 {
                             assert!(
                                 Instant::now() < deadline,
-                                "{what}: {} bytes of the previous load are not freed",
+                                "{what}: {} bytes of the previous load have not been freed",
                                 loader.memory_bytes()
                             );
                             tokio::time::sleep(Duration::from_millis(2)).await;

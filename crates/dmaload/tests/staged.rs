@@ -63,7 +63,10 @@ impl Recorder {
             parts.sort_by_key(|part| part.start);
             let mut end = 0;
             for part in parts {
-                assert_eq!(part.start, end, "{what}: a gap or an overlap in the populated ranges of {mapped_bytes} bytes");
+                assert_eq!(
+                    part.start, end,
+                    "{what}: a gap or an overlap in the populated ranges of an allocation of {mapped_bytes} bytes"
+                );
                 end = part.end;
             }
             assert_eq!(end, mapped_bytes, "{what}: the end of an allocation was not populated");
@@ -95,7 +98,7 @@ impl HeapHooks for Recorder {
         let thread = std::thread::current().name().unwrap_or_default().to_owned();
         assert!(thread.starts_with(self.thread_prefix), "thread {thread} populated {part:?}");
         assert!(!part.is_empty() && part.end <= mapped.len(), "{part:?} of {} bytes", mapped.len());
-        // Workers can populate more than an extent at once, ahead of direct reads.
+        // Workers can populate more than an extent at once, before direct reads.
         if self.thread_prefix != ANY {
             assert!(part.len() <= self.extent_bytes, "{part:?} is larger than an extent");
             let (first, last) = (part.start / self.extent_bytes, (part.end - 1) / self.extent_bytes);
@@ -123,8 +126,8 @@ impl HeapHooks for Recorder {
     }
 }
 
-/// Returns file contents whose lengths are around a page, an extent and the limit for small files.
-/// Some of them have several segments.
+/// Returns file contents of various lengths. Some lengths are close to the size of a page or an
+/// extent, or to the limit for small files, and some files have several segments.
 fn contents() -> Vec<Vec<u8>> {
     let mut lengths = vec![3, 0, 2 * MIB + 1, 4096, 21 * MIB + 4097, 2 * MIB, 512 << 10, (512 << 10) + 5, 17 * MIB];
     lengths.extend([700_000; 50]);
@@ -178,8 +181,8 @@ async fn each_extent_is_populated_once_before_it_is_written() {
     }
 }
 
-/// A copier populates memory ahead of a copy if it has time before the bytes arrive. On a busy
-/// machine, it may not, so several loads are tried.
+/// A copier populates memory in advance if it has time before the bytes arrive. On a busy machine,
+/// it may not have time, so the test tries several loads.
 #[tokio::test]
 async fn memory_is_populated_while_its_bytes_are_read() {
     let folder = folder();

@@ -63,7 +63,7 @@ struct Server {
 type Answer = Box<dyn FnOnce() + Send>;
 
 impl Server {
-    /// Calls `answer`, or holds it back if `hangs` is set and answers are not released yet.
+    /// Calls `answer`, or holds it back if `hangs` is set and answers have not been released yet.
     fn answer(&self, hangs: bool, answer: impl FnOnce() + Send + 'static) {
         match &mut *self.held.lock().unwrap() {
             Some(held) if hangs => held.push(Box::new(answer)),
@@ -127,8 +127,8 @@ fn random_file_bytes() -> Vec<u8> {
     random_bytes(LARGE, 5)
 }
 
-/// A server that runs in its own process. When the process exits, requests that wait for the
-/// server fail.
+/// A server that runs in its own process. When the process exits, requests that are waiting for
+/// the server fail.
 struct Hanging {
     served: ServedFolder,
     /// The server answers once this file exists.
@@ -213,8 +213,8 @@ impl Visit for Counts {
     }
 }
 
-/// Waits until no other test runs, because each test counts the threads of the process. Returns
-/// `None` if this process cannot mount.
+/// Waits until no other test is running, because each test counts the threads of the process.
+/// Returns `None` if this process cannot mount.
 async fn run_alone() -> Option<tokio::sync::MutexGuard<'static, ()>> {
     static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
     if !rustix::process::geteuid().is_root() || !Path::new("/dev/fuse").exists() {
@@ -304,7 +304,8 @@ fn assert_image(image: &Image, bytes: &[u8], what: &str) {
 const KINDS: [(Hangs, &[&str]); 8] = [
     (Hangs::Lookup, &["large-0", "large-1"]),
     (Hangs::Lookup, &["small-0", "small-1"]),
-    // Large files are opened during planning, small ones just before their memory is allocated.
+    // Large files are opened during planning, and small ones just before their memory is
+    // allocated.
     (Hangs::Open, &["large-0", "large-1"]),
     (Hangs::Open, &["small-0", "small-1", "small-2"]),
     (Hangs::Attributes, &["large-0", "large-1", "large-2"]),
@@ -320,7 +321,7 @@ fn start_load(loader: &Loader, hanging: &Hanging, names: &[&str]) -> Load {
 /// Receives segments until none arrives within 50 ms. Panics if the load finishes or fails.
 async fn assert_waits(load: &mut Load, what: &str) {
     while let Ok(segment) = tokio::time::timeout(Duration::from_millis(50), load.next()).await {
-        assert!(segment.is_some_and(|segment| segment.is_ok()), "{what}: the load does not wait for the server");
+        assert!(segment.is_some_and(|segment| segment.is_ok()), "{what}: the load is not waiting for the server");
     }
 }
 
@@ -437,8 +438,8 @@ async fn shutdown_counts_each_hanging_worker() {
         wait_until(|| REPLACED.swap(0, Ordering::SeqCst) > 0, &what);
         plain.load(&loader, &what).await;
         let leaked = loader.shutdown().await.unwrap_err();
-        // The loader stops counting a thread just before the thread exits, so for a moment more
-        // threads can run than the loader reported.
+        // The loader stops counting a thread just before the thread exits, so for a moment, more
+        // threads can be running than the loader reported.
         wait_for_threads(leaked.threads, &what);
         assert_eq!((leaked.bytes, leaked.threads), (0, count_workers()), "{what}: {:?}", loader_threads());
         // The load occupies at most the workers that it used when it began to hang, and one more

@@ -1,6 +1,6 @@
-//! Tests a `tracing` subscriber that calls back into the loader, drops loads, or panics. The
-//! loader never calls it on the ring thread or while it holds a lock. Subscribers are global to a
-//! process, so this file has one test, which runs in its own process.
+//! Tests that a `tracing` subscriber may call back into the loader, drop loads, and panic. The
+//! loader never calls the subscriber on the ring thread or while it holds a lock. Subscribers are
+//! global to a process, so this file has one test, which runs in its own process.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -24,7 +24,7 @@ static PANICS: AtomicBool = AtomicBool::new(false);
 static THREADS: Mutex<BTreeMap<String, usize>> = Mutex::new(BTreeMap::new());
 static CALLS: AtomicU64 = AtomicU64::new(0);
 /// Whether the loader's metrics contradicted each other. The test checks this at its end, because
-/// the loader catches panics of the subscriber.
+/// the loader catches panics in the subscriber.
 static CONTRADICTION: AtomicBool = AtomicBool::new(false);
 
 thread_local! {

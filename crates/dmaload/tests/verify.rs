@@ -98,7 +98,7 @@ async fn flipped_bit_is_located_before_it_is_handed_out() {
                 flip_bit(&path, at);
                 let options = loader.load_options().route(route).verify(manifest.clone());
                 let (handed_out, error) = load_until_error(&loader, &path, options).await;
-                assert!(handed_out <= at, "{algorithm} {route}: the wrong byte {at} was handed out");
+                assert!(handed_out <= at, "{algorithm} {route}: the corrupt byte at {at} was handed out");
                 let Error::Corrupt { offset, bytes: long, expected, found, tensors, path: named } = &error else {
                     panic!("{error}")
                 };

@@ -34,8 +34,8 @@ pub(crate) struct Archive {
 }
 
 impl Archive {
-    /// Opens a suite. Its files are kept below `folder`, in a folder with the suite's name.
-    /// Fetches its package lists if they are missing or old.
+    /// Opens a suite. Its files are kept in a subfolder of `folder` with the suite's name. Fetches
+    /// its package lists if they are missing or old.
     ///
     /// If there are old lists and new ones cannot be fetched, prints a warning and uses the old
     /// ones.
@@ -145,8 +145,8 @@ impl Archive {
     }
 }
 
-/// Finds the mirror that apt is configured to use for suites of the same kind: for security
-/// suites, or for all others.
+/// Finds the mirror that apt is configured to use for suites of this kind, which are either
+/// security suites or all others.
 fn configured_mirror(suite: &str) -> Result<String> {
     let format = "$(REPO_URI) $(RELEASE)";
     let targets = run::output(Command::new("apt-get").args(["indextargets", "--format", format, "Created-By: Packages"]))?;

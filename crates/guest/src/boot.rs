@@ -18,8 +18,8 @@ impl Boot<'_> {
         self.outcome.as_ref().map_or(&[], |outcome| &outcome.transcript.suites)
     }
 
-    /// Returns commands that rerun the failed tests. If a suite failed without a failed test, the
-    /// command reruns the whole suite.
+    /// Returns commands that rerun the failed tests. If a suite failed although none of its tests
+    /// did, its command reruns the whole suite.
     pub(crate) fn replays(&self) -> Vec<String> {
         let mut commands = Vec::new();
         for suite in self.suites().iter().filter(|suite| suite.failed(self.plan.filter.is_some())) {

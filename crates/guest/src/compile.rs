@@ -1,5 +1,5 @@
-//! Builds statically linked executables: the command, the suites and the C programs. Cargo's
-//! messages contain the paths of the executables that it built.
+//! Builds statically linked executables: the command, the suites and the C programs. The paths of
+//! the executables are taken from cargo's messages.
 //!
 //! Uses a separate target folder. If builds with different flags shared a folder, each of them
 //! would rebuild the workspace.

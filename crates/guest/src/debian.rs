@@ -104,7 +104,7 @@ fn download(release: &Release, archive: &Archive, folder: &Path) -> Result<()> {
 
 /// Removes this kernel's other releases from the cache.
 fn remove_others(folder: &Path) -> Result<()> {
-    let parent = folder.parent().context("cannot find the folder of releases")?;
+    let parent = folder.parent().context("cannot find the folder that contains the releases")?;
     for entry in fs::read_dir(parent)? {
         let path = entry?.path();
         if path != folder && path.is_dir() {

@@ -83,7 +83,7 @@ pub(crate) fn pack(plan: &Plan<'_>, built: &Built, disks: &Disks) -> Result<Vec<
 }
 
 /// Formats a line for each disk: its serial number, its mount point and its mount options. The
-/// guest finds the disk by the serial number.
+/// guest finds the disk by its serial number.
 fn disk_lines(plan: &Plan<'_>) -> String {
     let mut lines = String::from("disk /disk rw\n");
     if plan.has_vulkan() {

@@ -47,15 +47,15 @@ const BAD_SEED: u64 = 7;
 /// A kernel's release line. For example, all releases of Linux 6.12 are in the line `(6, 12)`.
 pub type Line = (u32, u32);
 
-/// Returns whether Debian's kernels of this release line have devices that create dma-bufs. This
-/// is the case since Linux 6.12.
+/// Returns whether Debian's kernels of this release line have devices that create dma-bufs. They
+/// have had such devices since Linux 6.12.
 #[must_use]
 pub const fn line_makes_dma_bufs(line: Line) -> bool {
     line.0 > 6 || (line.0 == 6 && line.1 >= 12)
 }
 
 /// Returns whether kernels of this release line have the udmabuf bug: drivers that map a udmabuf
-/// on huge pages see wrong bytes. The bug exists in Linux 6.11 to 6.15.
+/// backed by huge pages see wrong bytes. The bug exists in Linux 6.11 to 6.15.
 #[must_use]
 pub const fn line_has_udmabuf_bug(line: Line) -> bool {
     line.0 == 6 && line.1 >= 11 && line.1 < 16
@@ -73,7 +73,8 @@ pub fn kernel_id() -> String {
     })
 }
 
-/// Returns the kernel's release line. Suites use it to decide how the kernel should behave.
+/// Returns the kernel's release line. Suites use it to decide what behavior to expect from the
+/// kernel.
 ///
 /// # Panics
 ///
@@ -130,7 +131,7 @@ pub fn has_bad_disks() -> bool {
 ///
 /// # Panics
 ///
-/// Panics outside a guest, if `table` or a cell contains `|` or a line end, or if the row cannot
+/// Panics outside a guest, if `table` or a cell contains `|` or a line break, or if the row cannot
 /// be written.
 #[track_caller]
 pub fn record_row(table: &str, cells: &[&str]) {
@@ -145,7 +146,7 @@ pub fn record_row(table: &str, cells: &[&str]) {
 fn format_row(table: &str, cells: &[&str]) -> String {
     let parts = std::iter::once(&table).chain(cells).copied().collect::<Vec<_>>();
     for part in &parts {
-        assert!(!part.contains(['|', '\n', '\r']), "a table's name and its cells cannot contain | or a line end: {part:?}");
+        assert!(!part.contains(['|', '\n', '\r']), "a table's name and its cells cannot contain | or a line break: {part:?}");
     }
     parts.join(" | ") + "\n"
 }

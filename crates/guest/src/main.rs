@@ -16,7 +16,7 @@
 //! ```
 //!
 //! Requires cargo, a C compiler, and apt with a Debian mirror. KVM is not needed, because QEMU
-//! emulates the processor. Emulation is slow, so the suites test correctness, and not speed.
+//! emulates the processor. Emulation is slow, so the suites test correctness, not speed.
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
 
 mod archive;
@@ -45,7 +45,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-/// Boots stock kernels in QEMU and runs dmaload's tests inside.
+/// Boots stock kernels in QEMU and runs dmaload's tests on them.
 #[derive(Debug, Parser)]
 #[command(name = "guest", version)]
 enum Arguments {

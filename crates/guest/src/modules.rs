@@ -109,8 +109,8 @@ impl Tree {
         Ok(Tree { boot: root.join("boot"), modules, files, built_in })
     }
 
-    /// Finds a file such as `vmlinuz`. It is either in the folder of the modules, or in `/boot`,
-    /// where its name ends with the kernel's release.
+    /// Finds a file such as `vmlinuz`. It is either in the modules' folder, or in `/boot`, where
+    /// its name ends with the kernel's release.
     fn find_file(&self, part: &str) -> Result<PathBuf> {
         let beside = self.modules.join(part);
         if beside.exists() {

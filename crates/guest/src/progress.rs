@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 
-/// Prints `text` while holding the lock of stdout, so that lines from concurrent guests don't
+/// Prints `text` while holding the stdout lock, so that lines from concurrent guests don't
 /// interleave. Ignores errors such as a closed pipe, because the exit status also reports the
 /// outcome.
 pub(crate) fn print(text: &str) {

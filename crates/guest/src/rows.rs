@@ -8,9 +8,9 @@
 //! <!-- end heaps -->
 //! ```
 //!
-//! Kernels with equal facts share a row. The lines between the two comments are replaced. It is an
-//! error if the document has no table for a recorded row, because the document would then omit a
-//! fact. It is also an error if no rows were recorded for a table.
+//! Kernels with the same facts share a row. The lines between the two comments are replaced. It is
+//! an error if the document has no table for a recorded row, because the document would then omit
+//! a fact. It is also an error if no rows were recorded for a table.
 
 use anyhow::{Context, Result, bail};
 
@@ -65,7 +65,7 @@ pub(crate) fn format_table(head: &[&str], rows: &[&Row]) -> String {
     text
 }
 
-/// Lists the lines that only one of two texts contains. Prefixes those in `old` with `-`, and
+/// Lists the lines that occur in only one of the two texts. Prefixes those in `old` with `-`, and
 /// those in `new` with `+`.
 pub(crate) fn list_differences(old: &str, new: &str) -> Vec<String> {
     let lacks = |text: &str, line: &str| !text.lines().any(|other| other == line);
@@ -109,7 +109,7 @@ pub(crate) fn fill_tables(text: &str, rows: &[Row]) -> Result<String> {
 fn parse_heading(line: &str) -> Result<Option<(&str, Vec<&str>)>> {
     let Some(rest) = line.trim().strip_prefix("<!-- rows ") else { return Ok(None) };
     let parts = rest.strip_suffix("-->").and_then(|rest| rest.split_once(':'));
-    let (table, head) = parts.with_context(|| format!("invalid table heading, not `<!-- rows NAME: Kernel | … -->`: {line}"))?;
+    let (table, head) = parts.with_context(|| format!("a table heading must be `<!-- rows NAME: Kernel | … -->`: {line}"))?;
     Ok(Some((table.trim(), head.split('|').map(str::trim).collect())))
 }
 

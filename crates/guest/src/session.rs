@@ -90,7 +90,7 @@ fn finish(options: &Options, mut boots: Vec<Boot<'_>>, folder: &Path, begin: Ins
     }
     let all = collect_rows(&boots, |boot| &boot.plan.id);
     if ran == 0 {
-        problems.push("no test ran; `cargo run -p dmaload-guest -- list` lists the suites of each kernel".to_owned());
+        problems.push("no test ran; `cargo run -p dmaload-guest -- list` lists the suites for each kernel".to_owned());
     }
     fs::write(folder.join("report.md"), report::format_report(&boots, &all)).context("cannot write the report")?;
     if problems.is_empty() {
@@ -121,7 +121,7 @@ fn collect_rows<'a>(boots: &'a [Boot<'a>], name: impl Fn(&'a Boot<'a>) -> &'a st
 /// Returns a file's current text, and the same text with its tables filled from `all`.
 fn read_and_fill(file: &Path, all: &[Row]) -> Result<(String, String)> {
     let text = fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
-    let filled = rows::fill_tables(&text, all).with_context(|| format!("cannot fill the tables of {}", file.display()))?;
+    let filled = rows::fill_tables(&text, all).with_context(|| format!("cannot fill the tables in {}", file.display()))?;
     Ok((text, filled))
 }
 
@@ -238,7 +238,7 @@ impl<'a> Work<'a> {
     }
 }
 
-/// Returns a suite's output without the lines of passed tests, which were already printed.
+/// Returns a suite's output without the lines for passed tests, which were already printed.
 fn without_passed_tests(run: &SuiteRun) -> String {
     let printed = |line: &str| line.trim().is_empty() || (line.starts_with("test ") && line.ends_with(" ... ok"));
     run.output.iter().map(String::as_str).filter(|line| !printed(line)).collect::<Vec<_>>().join("\n")
@@ -279,8 +279,7 @@ fn in_parallel<T: Send>(jobs: usize, count: usize, work: impl Fn(usize) -> T + S
 }
 
 /// Fetches and unpacks kernels. If the archive no longer has a kernel's release line, a later line
-/// is used instead. Two kernels may then turn out to be the same, and only the first of them is
-/// kept.
+/// is used instead. If two kernels then turn out to be the same, only the first of them is kept.
 fn unpack(kernels: &[&'static Kernel], folder: &Path) -> Result<Vec<Booted>> {
     let (kept, lists) = (folder.join("kernels"), folder.join("apt"));
     // Download one kernel at a time, because downloads share the network.
@@ -335,7 +334,7 @@ fn choose_suites(options: &Options, booted: &[Booted]) -> Result<Vec<&'static Su
     let suites = SUITES.iter().filter(chosen).collect::<Vec<_>>();
     if suites.is_empty() {
         bail!(
-            "none of the chosen suites runs on any chosen kernel; `cargo run -p dmaload-guest -- list` lists the suites of each kernel"
+            "none of the chosen suites runs on any chosen kernel; `cargo run -p dmaload-guest -- list` lists the suites for each kernel"
         );
     }
     Ok(suites)

@@ -56,7 +56,8 @@ fn has_importers(kernel: &Kernel, line: Line) -> bool {
     kernel.flavor == Flavor::Full && line_makes_dma_bufs(line)
 }
 
-/// Returns whether the kernel has importers that see wrong bytes in a udmabuf on huge pages.
+/// Returns whether the kernel has importers that see wrong bytes in a udmabuf backed by huge
+/// pages.
 fn has_udmabuf_bug(kernel: &Kernel, line: Line) -> bool {
     has_importers(kernel, line) && line_has_udmabuf_bug(line)
 }
@@ -69,7 +70,7 @@ fn has_bad_disks(kernel: &Kernel, line: Line) -> bool {
     kernel.bad_disks && line_makes_dma_bufs(line)
 }
 
-/// Selects the oldest and the newest default kernel, because their system calls differ most. Also
+/// Selects the oldest and newest default kernels, because their system calls differ most. Also
 /// selects kernels that are later than the newest default kernel.
 fn oldest_or_newest(_: &Kernel, line: Line) -> bool {
     !line_makes_dma_bufs(line) || line >= (7, 2)

@@ -8,7 +8,7 @@
 //! test io_uring_works ... ok
 //! test result: ok. 1 passed; 0 failed; 0 ignored; …
 //! @@end smoke status=0 seconds=1
-//! @@rows           followed by the lines of dmaload_guest::record_row
+//! @@rows           followed by the lines that dmaload_guest::record_row wrote
 //! @@kernel         followed by warnings from the kernel
 //! @@done
 //! ```
@@ -62,7 +62,7 @@ pub(crate) struct SuiteRun {
     counted: Option<usize>,
 }
 
-/// An event that a caller can report while the guest runs.
+/// An event that a caller can report while the guest is running.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Event {
     Ready,
@@ -197,7 +197,7 @@ impl Transcript {
 }
 
 impl SuiteRun {
-    /// Returns the number of tests that have started, without ignored tests.
+    /// Returns the number of tests that have started, not counting ignored tests.
     pub(crate) fn ran(&self) -> usize {
         let ended = self.tests.iter().filter(|(_, verdict)| *verdict != Verdict::Ignored).count();
         ended + usize::from(self.pending.is_some())

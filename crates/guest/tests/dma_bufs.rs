@@ -419,9 +419,9 @@ fn allocate_descriptor(source: &str, bytes: usize) -> Result<OwnedFd, Errno> {
 #[test]
 fn vendors_dma_bufs_by_descriptor_equal_the_file() {
     for source in ["udmabuf", "system"] {
-        // SAFETY: each dma-buf has new memory. Nothing else has mapped or opened this memory,
-        // because `allocate_descriptor` closes the memfd of a udmabuf before it returns. udmabuf
-        // and the system heap keep the pages of a dma-buf as long as it exists.
+        // SAFETY: each dma-buf is backed by new memory. Nothing else has mapped or opened this
+        // memory, because `allocate_descriptor` closes the memfd of a udmabuf before it returns.
+        // udmabuf and the system heap keep the pages of a dma-buf as long as it exists.
         #[allow(unsafe_code)]
         let heap = unsafe { FromDescriptors::new(format!("vendor-{source}"), move |bytes| allocate_descriptor(source, bytes)) };
         let loader = Loader::builder()
@@ -473,7 +473,7 @@ fn invalid_vendor_dma_buf_fails_the_load_and_names_the_heap() {
     }
 }
 
-/// On kernels without the udmabuf bug, the same requests succeed.
+/// On kernels without the udmabuf bug, requests for huge pages succeed.
 #[test]
 fn huge_pages_are_refused_if_importers_see_wrong_bytes() {
     assert_eq!(dmabuf::Udmabuf::huge_pages_show_wrong_bytes(), has_udmabuf_bug());

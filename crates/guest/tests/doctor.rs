@@ -32,7 +32,7 @@ fn doctor_names_the_heap_that_works_and_its_route() {
     let udmabuf = heap(&found, "udmabuf");
     assert_eq!(udmabuf["usable"], makes_dma_bufs());
     if makes_dma_bufs() {
-        // On small pages, staged reads are faster. The loader chooses them, and does not report a
+        // On small pages, staged reads are faster, so the loader chooses them and reports no
         // fallback.
         let (route, page) = if has_udmabuf_bug() { ("bounce", 4096) } else { ("uring-fixed-direct", 2 << 20) };
         assert_eq!((&udmabuf["route"], &udmabuf["page_size_bytes"]), (&route.into(), &page.into()), "{found:#}");

@@ -168,7 +168,7 @@ fn assert_bad_sector_fails_the_load(disk: &BadDisk, how: &str) {
                             seen += 1;
                         }
                         Some(Err(error)) => return (seen, error),
-                        None => panic!("{what}: a load over a bad sector succeeded"),
+                        None => panic!("{what}: the load of a file with a bad sector succeeded"),
                     }
                 }
             });
@@ -343,7 +343,7 @@ fn dma_buf_of_the_system_heap_takes_its_size_and_is_freed() {
     });
 }
 
-/// Each of two loads fits into memory, but both together do not.
+/// Either of two loads fits into memory alone, but the two together do not.
 #[test]
 fn concurrent_loads_do_not_invoke_the_oom_killer() {
     let before = count_oom_kills();
@@ -404,8 +404,7 @@ fn fill_memory() {
 }
 
 /// Segment sizes are usually multiples of 2 MiB, but if udmabuf's size limit is 1 MiB, segments
-/// have a size of 1 MiB. If the limit is 0, a load into udmabufs fails, and `--dma-buf` uses the
-/// system heap.
+/// are 1 MiB. If the limit is 0, a load into udmabufs fails, and `--dma-buf` uses the system heap.
 #[test]
 fn low_size_limit_leads_to_smaller_segments_or_another_heap() {
     let path = file(4 * MIB);

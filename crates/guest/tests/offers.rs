@@ -1,5 +1,5 @@
 //! Checks which features a kernel offers. Each answer becomes a row in docs/kernels.md. Each test
-//! also knows which answer to expect, so it fails on a kernel that answers differently.
+//! also asserts the expected answer, so it fails on a kernel that answers differently.
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
 #![allow(clippy::unwrap_used, reason = "a failure here should fail the test")]
 #![allow(unsafe_code, reason = "makes requests and mappings that our API does not offer")]
@@ -131,7 +131,8 @@ fn fixed_reads_take_vectors_since_6_15() {
     unsafe { ring.submitter().register_buffers(&[mapped.iovec(0, HUGE)]) }.unwrap();
     let (source, parts) = (open_direct(), [mapped.iovec(0, PAGE), mapped.iovec(8 * PAGE, PAGE)]);
     let request = opcode::ReadvFixed::new(types::Fd(source.as_raw_fd()), parts.as_ptr(), 2, 0).build();
-    // SAFETY: file, parts and memory outlive the completion, which is awaited below.
+    // SAFETY: the file, the parts and the memory outlive the read, whose completion is awaited
+    // below.
     unsafe { ring.submission().push(&request) }.unwrap();
     ring.submit_and_wait(1).unwrap();
     let result = ring.completion().next().unwrap().result();
@@ -174,7 +175,7 @@ fn buffered_reads_can_bypass_the_cache_since_6_14() {
     let source = fs::File::open(file(MIB)).unwrap();
     let mut seen = vec![0_u8; PAGE];
     let part = libc::iovec { iov_base: seen.as_mut_ptr().cast(), iov_len: PAGE };
-    // SAFETY: `seen` has that many bytes, and outlives the call.
+    // SAFETY: `seen` is `PAGE` bytes long, and outlives the call.
     let read = unsafe { libc::preadv2(source.as_raw_fd(), &raw const part, 1, 0, RWF_DONTCACHE) };
     let read = if read < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
     assert_answer("RWF_DONTCACHE on ext4", &describe(read), (6, 14), "EOPNOTSUPP", "ok");

@@ -1,7 +1,7 @@
-//! Repeats the kernel's own selftests for dma-heaps and udmabuf, through our API if possible. They
-//! cover allocation, zeroed memory on reuse, older and newer versions of the ioctl's structure,
-//! bad flags and sizes, coherence, and leaks. Another test checks which mappings refuse direct
-//! reads.
+//! Repeats the kernel's own selftests for dma-heaps and udmabuf, through our API where possible.
+//! They cover allocation, zeroed memory on reuse, older and newer versions of the ioctl's
+//! structure, bad flags and sizes, coherence, and leaks. Another test checks which mappings refuse
+//! direct reads.
 #![allow(clippy::unwrap_used, reason = "a failure here should fail the test")]
 #![allow(unsafe_code, reason = "writes to mappings, and makes requests that our API rules out")]
 

@@ -1,7 +1,6 @@
 //! Tests that a Vulkan driver can import a loaded file. The driver is Mesa's lavapipe, which runs
-//! on the processor and can import dma-bufs if the kernel has `/dev/udmabuf`.
-//! `examples/gpu-import` uses this driver to copy and sum each segment, and compares both results
-//! with the file.
+//! on the CPU and can import dma-bufs if the kernel has `/dev/udmabuf`. `examples/gpu-import` uses
+//! this driver to copy and sum each segment, and compares both results with the file.
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
 #![allow(clippy::unwrap_used, reason = "a failure here should fail the test")]
 

@@ -159,7 +159,7 @@ impl Gpu {
         bytes
     }
 
-    /// Computes the sum of `sum.wgsl` over a buffer, on the GPU.
+    /// Sums a buffer on the GPU, with the shader `sum.wgsl`.
     pub(crate) fn sum(&self, words: &Buffer) -> Result<u32> {
         let sums = self.make_visible(u64::from(LANES) * 4, vk::BufferUsageFlags::STORAGE_BUFFER)?;
         let code = compile_shader()?;

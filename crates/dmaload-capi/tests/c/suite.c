@@ -83,7 +83,7 @@ static void check_segment(const struct dmaload_segment *segment)
     CHECK(memory != MAP_FAILED);
     CHECK(segment->file_offset + segment->bytes <= BYTES && segment->bytes <= segment->memory_bytes);
     CHECK(memcmp(memory + segment->memory_offset, original + segment->file_offset, segment->bytes) == 0);
-    /* If only a range was loaded, the last block also contains the bytes that follow it. */
+    /* If only a range was loaded, the last block also contains the bytes after the range. */
     uint64_t end = segment->file_offset + segment->bytes, rest = BYTES - end < 4096 ? BYTES - end : 4096;
     for (uint64_t at = segment->bytes + rest; at < segment->memory_bytes; at++)
         CHECK(memory[segment->memory_offset + at] == 0);
@@ -458,7 +458,7 @@ static void eventfd_signals_each_event(void)
     expect(dmaload_load_report(load, &report), ECANCELED, "cancelled");
     CHECK(dmaload_load_progress(load, &progress) == 0 && progress.planned_bytes == 0);
     dmaload_free(load);
-    /* A load can be freed while it runs, after one segment was returned. */
+    /* A load can be freed while it runs, after one segment has been returned. */
     CHECK(dmaload_start(fd, &options, &load) == 0);
     CHECK(is_readable(load, 60000) && dmaload_poll(load, &segment) == DMALOAD_SEGMENT);
     dmaload_free(load);
@@ -492,7 +492,7 @@ static void file_that_shrinks_fails_the_load(void)
             close(segment.fd);
         }
     } while (answer == DMALOAD_PENDING || answer == DMALOAD_SEGMENT);
-    /* The load inspected the file either before it shrank, or after. */
+    /* The load inspected the file either before or after it shrank. */
     CHECK(answer == -ESTALE || (answer == DMALOAD_FINISHED && got == 1));
     dmaload_free(load);
     close(fd);

@@ -1,11 +1,11 @@
 //! Ranks the changes to the machine that would make loads possible or faster.
 //!
-//! The ranks follow measurements of a 1 GiB file with 2 cores and a disk that reads 1.8 GB/s. A
-//! load through the page cache takes up to twice as long as a direct one, and fills the cache. A
-//! load into 4 KiB pages takes nearly twice as long as one into 2 MiB pages. Four threads that
-//! `pread` keep up with io_uring on such a disk, but fall behind on faster disks. Registering
-//! memory makes no measurable difference on 2 MiB pages. dma-bufs do not make loads faster, so
-//! advice about them comes last.
+//! The ranking is based on measurements of a 1 GiB file on a machine with 2 cores and a disk that
+//! reads 1.8 GB/s. A load through the page cache takes up to twice as long as a direct one, and
+//! fills the cache. A load into 4 KiB pages takes nearly twice as long as one into 2 MiB pages.
+//! Four threads that `pread` keep up with io_uring on such a disk, but fall behind on faster
+//! disks. Registering memory makes no measurable difference on 2 MiB pages. dma-bufs do not make
+//! loads faster, so advice about them comes last.
 
 use std::path::Path;
 
@@ -24,10 +24,11 @@ pub(crate) const SHOWN: usize = 3;
 /// Doctor advises freeing memory if less than this is available. It is twice the default window,
 /// so that a load leaves half of it to other processes.
 const LITTLE_MEMORY_BYTES: u64 = 256 << 20;
-/// The size of a realistic model. Advised limits have room for it if no file is given.
+/// The size of a realistic model. If no file is given, the advised limits leave room for such a
+/// model.
 const MODEL_BYTES: u64 = 1 << 30;
 
-/// A change to the machine, a command that makes it or helps to make it, and what it gains.
+/// A change to the machine, a command that makes the change or helps to make it, and the gain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Advice {
     pub(crate) change: String,
@@ -52,7 +53,7 @@ fn memory(facts: &Facts) -> Option<Advice> {
     let change = match too_large(facts) {
         Some((wanted, _)) => format!("free {} of memory, or raise the limit ({})", bytes(wanted - memory.bytes), memory.limit),
         None if memory.bytes < LITTLE_MEMORY_BYTES => {
-            format!("free memory: only {} are available ({})", bytes(memory.bytes), memory.limit)
+            format!("free memory: only {} is available ({})", bytes(memory.bytes), memory.limit)
         }
         None => return None,
     };
@@ -210,7 +211,7 @@ fn permission(facts: &Facts) -> Option<Advice> {
         .min_by_key(|(path, _)| (path.as_path() != Path::new(Udmabuf::PATH), !path.ends_with("system")))?;
     let path = printable::path(&path);
     Some(Advice::new(
-        format!("give this user access to {path} ({}; permanently: a udev rule)", errno.describe()),
+        format!("give this user access to {path} ({}; to make this permanent, add a udev rule)", errno.describe()),
         format!("sudo setfacl -m u:$USER:rw {path}"),
         "load --dma-buf works: drivers can import the memory",
     ))
@@ -230,13 +231,13 @@ fn device(facts: &Facts) -> Option<Advice> {
     let lacks_udmabuf = facts.modules.known && !facts.modules.udmabuf;
     if lacks_udmabuf && facts.modules.system_heap && !others {
         let gain = "load --dma-buf works, with one copy, and drivers can import the memory";
-        return Some(Advice::new("load the module of the dma-heap system", "sudo modprobe system_heap", gain));
+        return Some(Advice::new("load the module of the dma-heap named system", "sudo modprobe system_heap", gain));
     }
     let (change, command) = if lacks_udmabuf {
         ("boot a kernel with CONFIG_UDMABUF, or CONFIG_DMABUF_HEAPS_SYSTEM", "uname -r")
     } else {
         (
-            "load the module udmabuf (if there is none: boot a kernel with CONFIG_UDMABUF or CONFIG_DMABUF_HEAPS_SYSTEM)",
+            "load the module udmabuf (if there is none, boot a kernel with CONFIG_UDMABUF or CONFIG_DMABUF_HEAPS_SYSTEM)",
             "sudo modprobe udmabuf",
         )
     };

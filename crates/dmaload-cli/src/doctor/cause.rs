@@ -1,4 +1,4 @@
-//! Infers what refuses io_uring from the errno and the circumstances.
+//! Infers from the errno and the circumstances what refuses io_uring.
 
 use std::fmt;
 

@@ -38,14 +38,14 @@ pub(crate) struct Facts {
     pub(crate) modules: Modules,
 }
 
-/// The path that the user asks about.
+/// The facts about the path that the user named.
 #[derive(Debug, Clone)]
 pub(crate) struct PathFacts {
     pub(crate) path: PathBuf,
     pub(crate) mount: Option<Mount>,
     /// The results of probing the file; `None` for a folder.
     pub(crate) file: Option<probe::File>,
-    /// The number of bytes that a load would read from all files in the model. If the files'
+    /// The number of bytes that a load would read from all files in the model or, if the files'
     /// headers show that the load would fail, the reason.
     pub(crate) load: Result<u64, String>,
 }
@@ -143,7 +143,7 @@ impl DmaBuf {
 
 #[cfg(test)]
 impl Facts {
-    /// The facts of a machine on which nothing can be improved.
+    /// The facts about a machine on which nothing can be improved.
     pub(crate) fn best() -> Self {
         use super::trial::{HeapTrial, Loaded};
         let heap = |name: &str| HeapTrial {

@@ -99,8 +99,8 @@ fn heap(heap: &HeapTrial) -> Value {
     })
 }
 
-/// Describes the path. For a folder, shows the results of the trial file, if it could be written
-/// to this folder.
+/// Describes the path. For a folder, shows the results of probing the trial file, if that file
+/// could be written to this folder.
 fn path(facts: &Facts, path: &PathFacts) -> Value {
     let beside = facts.trial.file.as_ref().filter(|_| facts.trial.elsewhere.is_none());
     let file = path.file.as_ref().or(beside);

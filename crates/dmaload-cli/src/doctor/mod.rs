@@ -7,8 +7,8 @@
 //!   cause    what refuses io_uring (pure)                └───► screen, json
 //! ```
 //!
-//! Doctor tries everything that it can with real loads. It reads system files only to explain
-//! refusals, and to find limits, modules and file systems.
+//! Doctor tests everything that it can with real loads. It reads system files only to explain
+//! refusals and to find limits, modules and file systems.
 
 mod advice;
 mod cause;

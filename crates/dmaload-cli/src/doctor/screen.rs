@@ -15,7 +15,7 @@ use super::verdict::{self, Expected};
 
 const WIDTH: usize = 80;
 /// The width of the column of row names and the gap after it, in characters. A longer name, such
-/// as that of a dma-heap, moves all values to the right.
+/// as that of a dma-heap, shifts all values to the right.
 const INDENT: usize = 14;
 
 pub(crate) fn screen(facts: &Facts) -> String {

@@ -69,8 +69,8 @@ impl Modules {
     }
 }
 
-/// The contents of `/proc/self/status`, and the capabilities from `capget(2)`, for use without
-/// procfs.
+/// The contents of `/proc/self/status` and, for use without procfs, the capabilities from
+/// `capget(2)`.
 pub(crate) struct Status {
     text: String,
     /// The effective capabilities that `capget(2)` returns. Used only without procfs.
@@ -100,8 +100,8 @@ impl Status {
         Memlock { soft_bytes: limit.current, hard_bytes: limit.maximum, cap_ipc_lock: self.has(CAP_IPC_LOCK) }
     }
 
-    /// Returns the number of bytes that the address space limit leaves; `None` without a limit, or
-    /// if the current use is unknown.
+    /// Returns how many bytes of address space the limit leaves; `None` without a limit, or if the
+    /// current usage is unknown.
     pub(crate) fn address_room(&self) -> Option<u64> {
         let limit = Limit::AddressSpace.current()?;
         let used: u64 = self.field("VmSize")?.strip_suffix(" kB")?.trim().parse().ok()?;

@@ -19,8 +19,8 @@ use crate::engine::block_on;
 use crate::errors;
 use crate::progress::finish;
 
-/// The length of the trial file, unless the file size limit is smaller. 4 MiB fill two huge pages,
-/// and fit under an ordinary user's locked memory limit of 8 MiB.
+/// The length of the trial file, unless the file size limit is smaller. 4 MiB fills two huge
+/// pages, and fits under an ordinary user's locked memory limit of 8 MiB.
 const BYTES_MAX: u64 = 4 << 20;
 /// The name of the row that reports the absence of dma-heaps, and the prefix of the names of all
 /// dma-heaps.
@@ -132,8 +132,8 @@ fn write_content(scratch: ScratchFile, content: &[u8]) -> Result<ScratchFile> {
     Ok(scratch)
 }
 
-/// Writes a memfd, which needs no folder and exists as long as its descriptor is open. It can't
-/// show whether direct reads work.
+/// Writes a memfd, which needs no folder and exists as long as its descriptor is open. A memfd
+/// can't show whether direct reads work.
 fn write_memfd(content: &[u8]) -> Result<(File, PathBuf)> {
     let mut file = File::from(rustix::fs::memfd_create("dmaload-doctor", rustix::fs::MemfdFlags::CLOEXEC)?);
     file.write_all(content)?;

@@ -74,10 +74,10 @@ fn on_heap(facts: &Facts, heap: &str) -> Result<Expected, String> {
         && wanted > room
     {
         let (wanted, room) = (bytes(wanted), bytes(room));
-        return Err(format!("{wanted} do not fit into the {room} that the address space limit (ulimit -v) leaves"));
+        return Err(format!("{wanted} does not fit into the {room} that the address space limit (ulimit -v) leaves"));
     }
     if let Some((wanted, memory)) = too_large(facts) {
-        return Err(format!("{} do not fit into the {} available ({})", bytes(wanted), bytes(memory.bytes), memory.limit));
+        return Err(format!("{} does not fit into the {} available ({})", bytes(wanted), bytes(memory.bytes), memory.limit));
     }
     // A dma-heap populates memory while allocating it, so memory is always populated before it is
     // read into, and the load does not measure.
@@ -100,7 +100,7 @@ fn expected(facts: &Facts, loaded: &Loaded) -> Expected {
         because = Some("direct reads of a file in memory are copies, and several threads copy faster than one ring".to_owned());
     } else if route == Route::UringFixedDirect && !memlock_suffices(facts) {
         route = Route::UringDirect;
-        because = Some("the locked memory limit is too small for uring-fixed-direct".to_owned());
+        because = Some("the locked memory limit is too low for uring-fixed-direct".to_owned());
     }
     Expected { route, page_bytes: loaded.page_bytes.map(|bytes| pages_of(facts, bytes)), because, measured: Vec::new() }
 }
@@ -196,7 +196,7 @@ mod tests {
         assert_eq!(route(probe::File { ring_refused: ON_FUSE, open_direct: Err(Errno::EINVAL), ..FILE }), Ok(Route::Buffered));
         assert_eq!(route(probe::File { in_memory: true, ..FILE }), Ok(Route::PreadDirect));
         assert!(route(probe::File { first_read: Err(Errno::EIO), ..FILE }).unwrap_err().contains("EIO"));
-        assert!(route(probe::File { bytes: 1 << 50, ..FILE }).unwrap_err().contains("do not fit"));
+        assert!(route(probe::File { bytes: 1 << 50, ..FILE }).unwrap_err().contains("does not fit"));
     }
 
     #[test]

@@ -21,7 +21,7 @@ pub const ROUTES: [&str; 6] = ["uring-fixed-direct", "uring-direct", "pread-dire
 pub const SMALL_SEGMENTS: [&str; 4] = ["--segment-size", "2MiB", "--window", "4MiB"];
 /// The ID of a user without privileges.
 pub const NOBODY: u32 = 65534;
-/// A program that runs longer is considered hung.
+/// A program that runs longer than this is considered hung.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Returns the folder for files that must be on a disk, not in memory, so that `O_DIRECT` reads
@@ -32,7 +32,7 @@ pub fn base() -> &'static Path {
     base
 }
 
-/// Creates a folder for one test, which every user can enter and which is removed on drop.
+/// Creates a folder for one test. Every user can enter the folder, and it is removed on drop.
 pub fn folder() -> tempfile::TempDir {
     let folder = tempfile::tempdir_in(base()).unwrap();
     allow(folder.path(), 0o755);
@@ -52,8 +52,8 @@ pub fn random_file(folder: &Path, name: &str, len: usize) -> PathBuf {
     file(folder, name, &random_bytes(len, len as u64))
 }
 
-/// Writes a large file quickly. It repeats a MiB of random bytes, and writes a different number to
-/// every sector, so that no two sectors are equal.
+/// Writes a large file quickly. The file repeats 1 MiB of random bytes, but every sector begins
+/// with a different number, so no two sectors are equal.
 pub fn large_file(folder: &Path, name: &str, len: u64) -> PathBuf {
     const SECTOR: u64 = 512;
     let path = folder.join(name);
@@ -82,8 +82,8 @@ pub fn dmaload<S: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item = S>
     command
 }
 
-/// Returns a command that runs the given command under a limit of the shell's `ulimit`, such as
-/// `-n 12`.
+/// Returns a command that runs the given command under a limit set by the shell's `ulimit`, such
+/// as `-n 12`.
 pub fn limited(command: &Command, ulimit: &str) -> Command {
     let mut shell = Command::new("sh");
     shell.args(["-c", &format!("ulimit {ulimit} && exec \"$@\""), "sh"]).arg(command.get_program()).args(command.get_args());
@@ -91,7 +91,7 @@ pub fn limited(command: &Command, ulimit: &str) -> Command {
     shell
 }
 
-/// Makes a command run as a user without privileges; the error says why that is impossible.
+/// Makes a command run as an unprivileged user. If this is impossible, the error says why.
 pub fn as_nobody(mut command: Command) -> Result<Command, &'static str> {
     if !is_root() {
         return Err("only root can run a program as another user");
@@ -139,7 +139,7 @@ pub fn finish(command: String, child: Child) -> Done {
     drop(ended);
     let stderr = String::from_utf8_lossy(&stderr).into_owned();
     let done = Done { command, code: status.code(), signal: status.signal(), stdout, stderr };
-    assert!(!watchdog.join().unwrap(), "the program hangs: {done}");
+    assert!(!watchdog.join().unwrap(), "the program hung: {done}");
     done
 }
 
@@ -181,7 +181,7 @@ impl Done {
         self
     }
 
-    /// Asserts exit status 0, and nothing on standard error.
+    /// Asserts that the exit status is 0 and that standard error is empty.
     #[track_caller]
     pub fn succeeds(self) -> Self {
         assert_eq!(self.stderr, "", "standard error of {self}");

@@ -21,7 +21,7 @@ fn advice_on_a_wrong_format_names_another_format() {
     let folder = folder();
     let path = safetensors(folder.path(), "m.safetensors", br#"{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}"#, 4);
     let done = run(dmaload(["load", "--format", "gguf"]).arg(&path))
-        .fails(1, &["a safetensors file", "(--format safetensors)", "--format auto does so if"]);
+        .fails(1, &["a safetensors file", "(--format safetensors)", "--format auto does this if"]);
     assert!(!done.stderr.contains("give it a name"), "{done}");
 }
 
@@ -30,8 +30,8 @@ pub(crate) fn header(entry: &str) -> Vec<u8> {
     format!(r#"{{"w":{entry}}}"#).into_bytes()
 }
 
-/// Invalid headers for 16 bytes of data. Each has a description, the header, and words that the
-/// error contains.
+/// Invalid headers for 16 bytes of data. Each entry consists of a description, the header, and
+/// words that the error contains.
 fn invalid_headers() -> Vec<(&'static str, Vec<u8>, &'static str)> {
     let good = r#"{"dtype":"U8","shape":[16],"data_offsets":[0,16]}"#;
     let two = |second: &str| format!(r#"{{"a":{{"dtype":"U8","shape":[8],"data_offsets":[0,8]}},"b":{second}}}"#).into_bytes();
@@ -97,8 +97,8 @@ fn file_with_an_invalid_header_length_loads_only_as_raw() {
     assert_loads_as_raw(&short);
 }
 
-/// Files that are named like models but do not contain a valid model. Each has a name, the bytes,
-/// words of the diagnosis, and words of the advice.
+/// Files that are named like models but do not contain a valid model. Each entry consists of a
+/// name, the contents, words from the diagnosis, and words from the advice.
 fn files_named_like_models() -> Vec<(&'static str, Vec<u8>, &'static str, &'static str)> {
     let safetensors = |length: [u8; 8]| [&length[..], br#"{"w":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}  ab"#].concat();
     let gguf = |version: u32, to_bytes: fn(u32) -> [u8; 4]| [b"GGUF", &to_bytes(version)[..], &[0; 64]].concat();

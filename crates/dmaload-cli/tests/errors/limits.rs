@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::common::{self, MIB, as_nobody, dmaload, file, folder, is_root, limited, random_file, run, sha256sum, skip};
 use crate::{load, text};
 
-/// Makes a command run as a user without privileges, which the current user may already be.
+/// Makes a command run as an unprivileged user. Does nothing unless the current user is root.
 pub(crate) fn unprivileged(command: Command) -> Result<Command, &'static str> {
     if is_root() { as_nobody(command) } else { Ok(command) }
 }
@@ -22,8 +22,8 @@ fn sparse_file(folder: &Path, bytes: u64) -> std::path::PathBuf {
     path
 }
 
-/// With 4 to 6 descriptors, the file can't be opened. With 7 to 16, there are too few for the
-/// memory of all segments.
+/// With 4 to 6 descriptors, the file can't be opened. With 7 to 16, there are too few for all of
+/// the segments.
 #[test]
 fn open_file_limit_is_named_wherever_it_is_hit() {
     let folder = folder();
@@ -52,7 +52,7 @@ fn memory_limit_applies_to_each_command_that_loads() {
     run(load(&path).args(["--memory-limit", "1MiB"])).fails(2, &["1048576"]);
 }
 
-/// Files are opened only when they are read and closed once they are checked, and small files
+/// Each file is opened only when it is read and closed once it has been checked, and small files
 /// share allocations.
 #[test]
 fn model_with_more_files_than_descriptors_can_be_loaded() {
@@ -83,7 +83,7 @@ fn model_with_more_files_than_descriptors_can_be_loaded() {
 }
 
 /// For every selection, and with each layout that has several segments, the advice is to raise the
-/// limit. It must not name an option of the command.
+/// limit. The advice must not name an option of the command.
 #[test]
 fn advice_on_few_descriptors_is_the_same_for_every_load() {
     let folder = folder();
@@ -273,8 +273,8 @@ fn staging_beyond_the_memlock_limit_fails_a_strict_load() {
     run(&mut strict).fails(1, &[text(&path), "bounce", "staging", "ENOMEM", "ulimit -l"]);
 }
 
-/// The limit does not apply to root, so the load must use the best route. This shows that it is
-/// the limit that makes the loads in the tests above fall back to slower routes.
+/// The limit does not apply to root, so the load must use the best route. This shows that the
+/// limit causes the fallbacks in the tests above.
 #[test]
 fn memlock_limit_does_not_affect_the_route_of_root() {
     let folder = folder();
@@ -300,7 +300,7 @@ fn file_size_limit_is_named() {
     run(&mut limited(&anon, "-f 1000")).succeeds();
 }
 
-/// Small files share memory, and only a limited number of them is open at a time.
+/// Small files share memory, and only a limited number of them are open at a time.
 #[test]
 fn thousands_of_files_need_few_descriptors() {
     let folder = folder();

@@ -1,6 +1,6 @@
-//! Tests for error messages. They name what can't be loaded, the errno, and what to do. The exit
-//! status is 1 for a failed load and 2 for a usage error. Standard output stays empty or, with
-//! `--json`, gets one object. The command never panics or hangs.
+//! Tests for error messages. Each message names what can't be loaded and the errno, and says what
+//! to do. The exit status is 1 for a failed load and 2 for a usage error. Standard output stays
+//! empty or, with `--json`, contains one object. The command never panics or hangs.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 #[path = "../common/mod.rs"]
@@ -26,7 +26,8 @@ fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// Asserts that `load`, `cat` and `inspect` fail with the path and these words.
+/// Asserts that `load`, `cat` and `inspect` fail, and that their errors contain the path and these
+/// words.
 #[track_caller]
 fn every_command_fails(path: &Path, words: &[&str]) {
     for arguments in [&["load", "--json"][..], &["load"], &["load", "--quiet"], &["cat"], &["inspect"], &["inspect", "--json"]] {

@@ -80,8 +80,8 @@ fn with_json_each_error_is_one_object_on_standard_output() {
         assert_eq!(json.as_object().unwrap().len(), 3, "{json:#}");
         assert!(json["error"].as_str().is_some_and(|error| !error.is_empty()), "{json:#}");
     }
-    // The load has already written its object, so an error of the program that it runs is reported
-    // only on standard error.
+    // The load has already written its object, so a failure to run the program is reported only on
+    // standard error.
     let done = run(load(&path).args(["--exec", missing])).exits(1);
     assert_eq!(done.json()["bytes"], 5000, "{done}");
     assert!(done.stderr.contains("ENOENT"), "{done}");
@@ -100,8 +100,8 @@ fn a_full_standard_output_is_an_error() {
     }
 }
 
-/// The Rust runtime opens /dev/null in place of a closed standard output, where output would be
-/// lost silently.
+/// The Rust runtime replaces a closed standard output with /dev/null, where output would be lost
+/// silently.
 #[test]
 fn a_closed_standard_output_is_an_error() {
     let folder = folder();

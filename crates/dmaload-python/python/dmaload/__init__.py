@@ -7,10 +7,9 @@
 
 ``load`` returns an :class:`Image`, a mapping from names to tensors; ``stream`` yields tensors as
 they arrive. Both have asyncio versions. ``safe_open``, ``dmaload.torch.load_file`` and
-``dmaload.numpy.load_file`` replace the functions with the same names in ``safetensors``. Files
-must be in safetensors or GGUF format. Files in any other format can be loaded with
-``format="raw"``, but then have no tensors. A model can be a single file, several files, or a
-folder.
+``dmaload.numpy.load_file`` replace the functions with the same names in ``safetensors``. Models
+can be in safetensors or GGUF format. Files in other formats can be loaded with ``format="raw"``,
+but have no tensors. A model can be a single file, several files, or a folder.
 
 Tensors are writable, and writes are visible only in this process. Arrays share a tensor's memory
 and keep it alive.

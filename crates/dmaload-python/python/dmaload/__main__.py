@@ -11,7 +11,7 @@ from . import _native
 
 def main() -> int:
     """Runs the command with this process's arguments, and exits with the command's status."""
-    # Let Ctrl-C end the command like any other program, instead of raising an exception.
+    # Let Ctrl-C end the command as it ends any other program, instead of raising an exception.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     status = _native.run_command(["dmaload", *sys.argv[1:]], [sys.executable, "-m", "dmaload"])
     sys.stdout.flush()

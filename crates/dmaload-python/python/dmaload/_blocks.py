@@ -8,7 +8,7 @@ import numpy
 
 
 class Blocks(numpy.ndarray[Any, Any]):
-    """The bytes of blocks of ggml, as an array of ``uint8``. Slices keep the type.
+    """The bytes of ggml blocks, as an array of ``uint8``. Slices keep the type.
 
     - ``ggml_type``: the type of the blocks, such as ``Q4_K``.
     """
@@ -19,7 +19,7 @@ class Blocks(numpy.ndarray[Any, Any]):
         self.ggml_type = getattr(source, "ggml_type", None)
 
     def __reduce__(self) -> Any:
-        # The method of the base class saves no attributes.
+        # The base class's method saves no attributes.
         made, arguments, state = super().__reduce__()
         return made, arguments, (*state, self.ggml_type)
 

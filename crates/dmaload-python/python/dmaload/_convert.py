@@ -85,7 +85,7 @@ def to_numpy(tensor: Tensor) -> numpy.ndarray[Any, Any]:
 
     dtype = _numpy_dtype(tensor.dtype)
     if tensor.nbytes == 0:
-        # Request the buffer, so memory that cannot be exported raises an error here too.
+        # Request the buffer, so that memory that cannot be exported raises an error here, too.
         memoryview(tensor).release()
         return _blocks(tensor, numpy.empty(0, numpy.uint8)) if dtype is None else numpy.empty(tensor.shape, dtype)
     if dtype is None:

@@ -12,8 +12,8 @@ import os as _os
 class Error(Exception):
     """The base class of all exceptions in this package.
 
-    The message says what failed. If they are known, it also names the file, the position in the
-    file, and the errno. Attributes:
+    The message says what failed, and names the file, the position in the file, and the errno if
+    they are known. Attributes:
 
     - ``errno``: the kernel's error, as in the module ``errno``, or ``None``.
     - ``filename``: the affected file, folder, device or socket, or ``None``.
@@ -127,7 +127,7 @@ class TooLargeError(Error):
 
 
 class DeviceError(Error, OSError):
-    """Dma-bufs are not available: a device is missing, or may not be opened."""
+    """Dma-bufs are not available: a device is missing or cannot be opened."""
 
 
 class UnsupportedError(Error):
@@ -135,7 +135,7 @@ class UnsupportedError(Error):
 
 
 class ExportError(UnsupportedError, BufferError):
-    """DLPack or the buffer protocol cannot export the memory, or not in the requested way."""
+    """DLPack or the buffer protocol cannot export the memory in the requested way, or at all."""
 
 
 class PlacementError(Error):

@@ -79,7 +79,10 @@ def _keywords(
 
 
 def wait(loading: _native.Loading, progress: Progress | None = None) -> Any:
-    """Blocks until a result is available. An exception, such as Ctrl-C, cancels the operation."""
+    """Blocks until a result is available.
+
+    An exception, such as ``KeyboardInterrupt``, cancels the operation.
+    """
     try:
         while True:
             has_come = loading.wait(_TICK)
@@ -276,11 +279,11 @@ def stream(
     progress: Progress | None = None,
     **options: Unpack[Options],
 ) -> Stream:
-    """Yields the names and tensors of a model as they arrive, while later tensors are read.
+    """Yields the names and tensors of a model as they arrive.
 
-    Tensors arrive in file order, or in the order of ``tensors``. With ``memory_limit``, a consumer
-    that drops used tensors can stream models larger than memory. The other options are those of
-    :func:`load`.
+    While a tensor is being used, later tensors are still being read. Tensors arrive in file order,
+    or in the order of ``tensors``. With ``memory_limit``, a consumer that drops used tensors can
+    stream models larger than memory. The other options are those of :func:`load`.
     """
     keywords = _keywords(**options)
     return Stream(_native.start_stream(_paths(paths), keywords), progress)

@@ -30,7 +30,7 @@ _FRAMEWORKS = {"pt": "pt", "torch": "pt", "pytorch": "pt", "np": "np", "numpy": 
 
 
 class _Entry(NamedTuple):
-    """A tensor, as the header of the file with the index ``file`` describes it."""
+    """A tensor, as described in the header of the file with the index ``file``."""
 
     file: int
     name: str
@@ -100,8 +100,8 @@ def _opened(path: str, format: str | None) -> tuple[list[dict[str, Any]], list[_
         headers = _headers(path, format)
         if [header["path"] for header in headers] == [file.path for file in files] and all(map(_is_same, files)):
             return headers, files
-        # Either the path does not name the model's only file, or that file has just changed. So
-        # open the files that the headers name, and read the headers again.
+        # Either the path does not name the model's only file, or that file has just changed. Open
+        # the files that the headers name, and read the headers again.
         _close(files)
         files.extend(_open(header["path"]) for header in headers)
         if _headers(path, format) == headers and all(map(_is_same, files)):
@@ -146,7 +146,7 @@ class safe_open:  # noqa: N801, the name that safetensors uses
         self._framework = _FRAMEWORKS[framework]
         self._device = device
         if self._framework == "np" and str(device) != "cpu":
-            raise ConfigError(f"NumPy has no device {device!r}: its arrays are on the cpu")
+            raise ConfigError(f"NumPy does not support device {device!r}: its arrays are on the cpu")
         self._path, self._format = os.fsdecode(os.fspath(filename)), format
         self._headers, self._files = _opened(self._path, format)
         self._finalizer = weakref.finalize(self, _close, self._files)
@@ -176,7 +176,7 @@ class safe_open:  # noqa: N801, the name that safetensors uses
     def metadata(self) -> dict[str, Any] | None:
         """Returns the metadata of the files, or ``None`` if there is none.
 
-        If several files have the same key, the value is that of the first of these files.
+        If several files have the same key, the value comes from the first of these files.
         """
         self._check_open()
         merged: dict[str, Any] = {}
@@ -232,7 +232,7 @@ class safe_open:  # noqa: N801, the name that safetensors uses
             tensor = _native.read_small(file.path, file.descriptor, described)
         else:
             tensor = wait(_native.start_read(file.path, file.descriptor, described))
-        # Check this after the read, so a change during the read is detected.
+        # Check this after the read, so that a change during the read is detected.
         if _Identity.of(os.fstat(file.descriptor)) != file.identity:
             raise self._changed(file)
         return tensor

@@ -20,8 +20,8 @@ def load_file(
 
     The arrays share the loaded memory, which is private and writable. ``BF16``, ``F8_…`` and
     smaller types use ``ml_dtypes``; types smaller than a byte are unpacked into a copy. GGUF
-    blocks become ``uint8``, and the last dimension is in bytes; the attribute ``ggml_type`` of such
-    an array is the type of its blocks.
+    blocks become ``uint8``: the last dimension is in bytes, and the array's attribute
+    ``ggml_type`` is the type of the blocks.
 
     ``progress`` and ``options`` are those of :func:`dmaload.load`.
     """

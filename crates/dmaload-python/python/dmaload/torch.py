@@ -21,8 +21,8 @@ def load_file(
 
     On the CPU, tensors share the loaded memory, which is private and writable. Tensors that are
     not aligned in the file are copied. For other devices, each tensor is copied.
-    GGUF blocks become ``uint8``, and the last dimension is in bytes; the attribute ``ggml_type`` of
-    such a tensor is the type of its blocks.
+    GGUF blocks become ``uint8``: the last dimension is in bytes, and the tensor's attribute
+    ``ggml_type`` is the type of the blocks.
 
     ``progress`` and ``options`` are those of :func:`dmaload.load`.
     """

@@ -97,7 +97,7 @@ impl Engine {
                 Way::Direct | Way::Buffered => route,
             };
             if route == Route::UringBuffered {
-                // Settling may wait for a writer or a writeback, and the ring thread must not
+                // Settling may wait for a writer or for writeback, and the ring thread must not
                 // block, so the ranges that it reads are settled here. (Threads settle a range
                 // themselves before they read it.) A failure is ignored: the bytes are then read
                 // without having been settled.
@@ -122,8 +122,8 @@ impl Engine {
 
     /// Gets the batch's memory and populates it. If `populates_late` is set, memory that has no
     /// pages yet is not populated here, but returned with a sink that will populate it. Memory
-    /// from the pool already has its pages, and so does memory from a heap that populates memory
-    /// when it allocates it.
+    /// from the pool already has its pages, and so does memory from a heap that populates it on
+    /// allocation.
     fn memory_for(
         self: &Arc<Self>,
         load: &Arc<LoadShared>,

@@ -98,7 +98,7 @@ pub(crate) struct HeapFacts {
     pub(crate) exports: bool,
     pub(crate) allocates_at_once: bool,
     pub(crate) uncached: bool,
-    /// The page size that the heap populates with.
+    /// The size of the pages with which the heap populates memory.
     pub(crate) pages: Pages,
     /// Whether this crate provides the heap.
     pub(crate) own: bool,

@@ -36,7 +36,7 @@ fn files_within(limit: u64) -> u64 {
 }
 
 /// Returns how many allocations may hold a descriptor. They get three quarters of the descriptors
-/// that are neither set aside for files nor open now. The remaining quarter is left for
+/// that are neither set aside for files nor already open. The remaining quarter is left for
 /// descriptors that the process opens later.
 fn memories_within(limit: u64, open: u64) -> u64 {
     limit.saturating_sub(2 * files_within(limit)).saturating_sub(open) / 4 * 3

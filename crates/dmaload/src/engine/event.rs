@@ -27,7 +27,7 @@ pub(crate) struct Finished {
     pub(crate) files: Vec<LoadFile>,
 }
 
-/// Describes one file of a load to the consumer.
+/// Describes one of a load's files to the consumer.
 #[derive(Debug, Clone)]
 pub(crate) struct LoadFile {
     pub(crate) path: Arc<PathBuf>,
@@ -38,7 +38,7 @@ pub(crate) struct LoadFile {
     /// Whether `tensors` is final. The headers of small files are read with their other bytes, so
     /// their tensors become known only with their first segment.
     pub(crate) is_known: bool,
-    /// Whether the load reads any byte of the file.
+    /// Whether the load reads any bytes of the file.
     pub(crate) has_segments: bool,
     /// If an index lists the file: the folder that contains the index, and the index itself.
     pub(crate) index: Option<(PathBuf, Arc<Index>)>,

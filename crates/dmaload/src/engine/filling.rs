@@ -117,7 +117,7 @@ impl Filling {
         let before = self
             .uncounted_bytes
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| Some(left.saturating_sub(memory_bytes)));
-        let bytes = before.expect("the closure never returns `None`").min(memory_bytes);
+        let bytes = before.expect("the closure should never return `None`").min(memory_bytes);
         let about = Allocated { bytes, memory_bytes, ..self.about };
         load.end_allocating(&about, start, populated.as_ref().ok().map(|populated| (populated, false)));
         populated.map(drop)

@@ -32,7 +32,7 @@ use crate::support::foreign;
 use crate::support::id::LoadId;
 use crate::telemetry::metrics::Metrics;
 
-/// Keeps an engine running. Loaders and loads share one guard, and the engine's threads end after
+/// Keeps an engine running. Loaders and loads share one guard, and the engine's threads exit after
 /// it is dropped.
 #[derive(Debug)]
 pub(crate) struct Guard {
@@ -101,7 +101,7 @@ impl Guard {
             settings,
         });
         engine.reaper.set_pool_bytes(engine.settings.pool_bytes);
-        // From here on, dropping the guard ends the threads that were started.
+        // From here on, dropping the guard stops the threads that were started.
         let guard = Arc::new(Guard { engine: Arc::clone(&engine), heap: heap.clone(), settings: all_settings });
         let own = Arc::clone(&engine);
         thread::Builder::new().name("dmaload-tell".to_owned()).spawn(move || own.run_teller()).map_err(no_thread)?;
@@ -208,8 +208,9 @@ impl Guard {
         self.engine.jobs.defer_drop(DropKey::Files(load.id), load);
     }
 
-    /// Ends all loads and threads. At the deadline, the memory of reads that are still in flight
-    /// is leaked. The shutdown begins with the call, not when the future is first polled.
+    /// Ends all loads and stops all threads. At the deadline, the memory of reads that are still
+    /// in flight is leaked. The shutdown begins with the call, not when the future is first
+    /// polled.
     pub(crate) fn shutdown(&self) -> impl Future<Output = Result<(), Leaked>> + Send + use<> {
         let engine = Arc::clone(&self.engine);
         engine.close();

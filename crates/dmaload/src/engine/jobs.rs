@@ -1,15 +1,15 @@
 //! The job queue: the scheduler and its loads under one lock, and the workers that wait for jobs.
 //!
-//! A change that may make a job available wakes one worker. A worker that got a job wakes the next
-//! one, because more jobs may have become available. `just loom` runs the tests in `tests` with
-//! every interleaving of their threads that has at most three preemptions.
+//! A change that may make a job available wakes one worker. A worker that gets a job wakes the
+//! next one, because more jobs may have become available. `just loom` runs the tests in `tests`
+//! with every interleaving of their threads that has at most three preemptions.
 //!
 //! Workers also drop the files and memory of loads that have ended. Closing a file may block, so
 //! at most one worker at a time closes a load's files.
 //!
 //! Another thread runs [`Jobs::watch`]. It finds workers that have waited too long for files (see
-//! [`super::workers`]). While loads wait for others to end, it also finds file systems that have
-//! stopped responding. The code calls these *silent*.
+//! [`super::workers`]). While loads are waiting for others to end, it also finds file systems that
+//! have stopped responding, which the code calls *silent*.
 
 use std::any::Any;
 use std::collections::{HashMap, VecDeque};
@@ -23,9 +23,10 @@ use crate::support::foreign;
 use crate::support::id::LoadId;
 use crate::support::sync::{Condvar, Mutex, MutexGuard};
 
-/// How often to check for file systems that have stopped responding, while loads wait for others
-/// to end. A file system has stopped responding if its loads hold permits and return none between
-/// two checks. In that time, even a server that delivers only 4 MiB/s completes a batch of 16 MiB.
+/// How often to check for file systems that have stopped responding, while loads are waiting for
+/// others to end. A file system has stopped responding if its loads hold permits and return none
+/// between two checks. In that time, even a server that delivers only 4 MiB/s completes a 16 MiB
+/// batch.
 const SILENCE_CHECK_INTERVAL: Duration = Duration::from_secs(5);
 
 /// The job queue; see the module documentation. `T` is a load.
@@ -57,7 +58,7 @@ struct Schedule<T> {
     refusing: bool,
     /// Whether no more jobs are handed out.
     closing: bool,
-    /// Whether workers may end: the ring thread has ended, or a shutdown no longer waits for it.
+    /// Whether workers may exit: the ring thread has exited, or a shutdown no longer waits for it.
     finished: bool,
     drop_queue: DropQueue,
     workers: Workers,
@@ -68,8 +69,8 @@ struct Schedule<T> {
     allocating: HashMap<WorkerId, u64>,
     /// Whether the pace allows one more worker, which has not been hired yet.
     growing: bool,
-    /// Whether the watching thread sleeps until a worker has to wait for a file, or a load has to
-    /// wait for other loads to end.
+    /// Whether the watching thread is sleeping until a worker has to wait for a file, or a load
+    /// has to wait for other loads to end.
     watch_sleeps: bool,
     silence_checked_at: Instant,
 }
@@ -210,7 +211,7 @@ impl<T: Clone> Jobs<T> {
         let mut schedule = self.schedule();
         schedule.scheduler.give_back(&load, need);
         // If the permit's file system had stopped responding, its loads now count as open again.
-        // Loads that wait to be opened may then have to wait for open ones to end.
+        // Loads that are waiting to be opened may then have to wait until open ones end.
         self.wake_watch_for_places(&mut schedule);
         drop(schedule);
         self.changed.notify_one();
@@ -275,7 +276,7 @@ impl<T: Clone> Jobs<T> {
         schedule.loads.values().cloned().collect()
     }
 
-    /// Drops the values that workers did not drop before they ended. A group that a worker is
+    /// Drops the values that workers did not drop before they exited. A group that a worker is
     /// still dropping is left to that worker.
     pub(super) fn drop_deferred(&self) {
         loop {
@@ -296,8 +297,8 @@ impl<T: Clone> Jobs<T> {
         self.changed.notify_all();
     }
 
-    /// Lets the workers end once nothing is left to drop. Returns `false` if a previous call
-    /// already did.
+    /// Lets the workers exit once nothing is left to drop. Returns `false` if a previous call
+    /// already did so.
     pub(super) fn finish(&self) -> bool {
         let first = !std::mem::replace(&mut self.schedule().finished, true);
         self.changed.notify_all();
@@ -305,7 +306,7 @@ impl<T: Clone> Jobs<T> {
         first
     }
 
-    /// Whether the workers may end.
+    /// Whether the workers may exit.
     pub(super) fn is_finished(&self) -> bool {
         self.schedule().finished
     }
@@ -353,8 +354,8 @@ impl<T: Clone> Jobs<T> {
         }
     }
 
-    /// Waits until workers become stalled or substitutes for them are missing. Returns `None` once
-    /// workers may end.
+    /// Waits until workers become stalled or substitutes for them are needed. Returns `None` once
+    /// workers may exit.
     pub(super) fn watch(&self) -> Option<WatchReport> {
         let mut schedule = self.schedule();
         while !schedule.finished {
@@ -433,8 +434,8 @@ impl<T: Clone> Jobs<T> {
         wanted.then(|| schedule.workers.hire())
     }
 
-    /// Waits for a job. Returns `None` when the worker should end, because no more jobs will come
-    /// or too many workers exist.
+    /// Waits for a job. Returns `None` when the worker should exit, because there will be no more
+    /// jobs or there are too many workers.
     pub(super) fn next(&self, worker: WorkerId) -> Option<(Job<LoadId>, T)> {
         let mut schedule = self.schedule();
         schedule.end_task(worker);

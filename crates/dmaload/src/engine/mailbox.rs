@@ -29,8 +29,8 @@ pub(super) enum Message<E> {
     Stalled { loads: Vec<LoadId>, is_exhausted: bool },
     /// No thread could be started to replace a stalled worker.
     NoSubstitute { error: io::Error },
-    /// The ring thread has ended: normally, or by a panic with the message `panic`. `engine` is
-    /// the ring thread's reference to the engine, which the teller drops.
+    /// The ring thread has exited, either normally or because it panicked with the message
+    /// `panic`. `engine` is the ring thread's reference to the engine, which the teller drops.
     RingEnded { engine: Arc<E>, panic: Option<String> },
     /// Makes the teller panic, as a broken invariant would.
     #[cfg(test)]
@@ -40,8 +40,8 @@ pub(super) enum Message<E> {
 #[derive(Debug)]
 struct MailboxState<E> {
     messages: VecDeque<Message<E>>,
-    /// Whether new messages are refused. The teller ends once it has handled the messages that are
-    /// already queued.
+    /// Whether new messages are refused. The teller exits once it has handled the messages that
+    /// are already queued.
     closed: bool,
     ended: bool,
 }
@@ -74,7 +74,7 @@ impl<E> Mailbox<E> {
         }
         drop(queue);
         self.changed.notify_all();
-        // Drop rejected messages without the lock.
+        // Drop rejected messages without holding the lock.
         drop(messages);
     }
 

@@ -7,8 +7,8 @@
 //!   ring thread                  pieces in ──► reads ──► pieces full┘ ──► teller ──► segments
 //! ```
 //!
-//! Lock order: a load's lock may be held while the job queue's lock is taken, because dropping
-//! memory returns its charge to the budget. The reverse is not allowed.
+//! Lock order: a thread that holds a load's lock may take the job queue's lock, as happens when
+//! dropped memory returns its charge to the budget. The reverse is not allowed.
 //!
 //! The caller's code (heaps, verifiers, observers, wakers, subscribers of `tracing`, and their
 //! drops) runs only while none of our locks is held, and never on the ring thread. Panics in it
@@ -23,7 +23,7 @@
 //!
 //! Shutdown: the engine closes when its [`Guard`] is dropped, on request, or after the ring thread
 //! or the teller has panicked. Loads that are still running fail. The ring thread finishes its
-//! reads and ends, and then the workers end. The teller ends last, once it has informed the
+//! reads and exits, and then the workers exit. The teller exits last, once it has informed the
 //! consumers. When the deadline passes, the memory of reads that are still in flight is leaked,
 //! and threads that hang are left behind ([`Leaked`]).
 
@@ -80,7 +80,8 @@ use crate::telemetry::metrics::LoadCounters;
 #[derive(Debug)]
 pub(crate) struct Engine {
     /// The settings, without the verifier and the observer of the default load options. Those are
-    /// the caller's code, which not every thread may drop, but any thread may drop the engine.
+    /// the caller's code, which some of our threads must not drop, whereas any of them may drop
+    /// the engine.
     settings: Settings,
     facts: HeapFacts,
     /// The origin of the ring thread's clock.
@@ -94,11 +95,11 @@ pub(crate) struct Engine {
     choices: Mutex<Choices>,
     threads: Arc<Threads>,
     leaked_bytes: AtomicU64,
-    /// How many threads the ring thread left behind when it ended.
+    /// How many threads the ring thread left behind when it exited.
     left_threads: AtomicUsize,
     counters: Arc<LoadCounters>,
-    /// An eventfd that tells the thread that watches memory pressure to end. `None` if there is no
-    /// pool, or if the eventfd could not be created.
+    /// An eventfd that tells the thread that watches memory pressure to exit. `None` if there is
+    /// no pool, or if the eventfd could not be created.
     stop_watch: Option<OwnedFd>,
 }
 
@@ -217,7 +218,7 @@ impl Engine {
         self.broken.get().cloned().unwrap_or(Error::ShutDown)
     }
 
-    /// Refuses new loads and fails the running ones. The threads end when the last read has
+    /// Refuses new loads and fails the running ones. The threads exit when the last read has
     /// completed.
     fn close(&self) {
         let loads = self.jobs.refuse_loads();
@@ -244,13 +245,13 @@ impl Engine {
         let mut threads = self.threads.wait(self.settings.shutdown_timeout);
         if threads > 0 {
             self.ring.give_up();
-            // Give the ring thread a moment to end. A worker that hangs in the kernel is left
+            // Give the ring thread a moment to exit. A worker that hangs in the kernel is left
             // behind.
             threads = self.threads.wait(Duration::from_secs(1));
         }
         let mut held_bytes = 0;
         if threads > 0 && self.jobs.finish() {
-            // The ring thread hangs and keeps its pieces. The workers may end without it.
+            // The ring thread hangs and keeps its pieces. The workers may exit before it does.
             held_bytes = self.jobs.window_taken_bytes();
             threads = self.threads.wait(Duration::from_millis(100));
         }
@@ -260,7 +261,7 @@ impl Engine {
         self.report_left(held_bytes, threads)
     }
 
-    /// Returns what a shutdown leaves behind, but does not wait for threads to end. Used if the
+    /// Returns what a shutdown leaves behind, without waiting for threads to exit. Used if the
     /// thread that would wait could not be started.
     fn left_now(&self) -> Result<(), Leaked> {
         let threads = self.threads.wait(Duration::ZERO);

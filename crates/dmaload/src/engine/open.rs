@@ -49,8 +49,8 @@ impl Engine {
         let largest_bytes = plan.memories.iter().map(|memory| memory.bytes).max().unwrap_or(0);
         let reserved_bytes = if load.keep { memory_bytes } else { largest_bytes };
         let limit_bytes = self.settings.memory_limit_bytes;
-        // A consumer that streams tensors holds all allocations of a tensor until the tensor's
-        // last byte is read.
+        // A consumer that streams tensors holds all allocations that contain a tensor until the
+        // tensor's last byte is read.
         let tensor_bytes = if load.keep { 0 } else { largest_tensor(&plan, &files) };
         let reserved_bytes = if tensor_bytes <= limit_bytes { reserved_bytes.max(tensor_bytes) } else { reserved_bytes };
         if tensor_bytes > limit_bytes {
@@ -127,7 +127,8 @@ impl Engine {
     }
 
     /// Returns how much memory a stream may allocate ahead of its consumer: a full window plus a
-    /// segment that waits for its last reads, or half of the available memory if that is less.
+    /// segment that is waiting for its last reads, or half of the available memory if that is
+    /// less.
     fn ahead_bytes(&self, largest_bytes: u64) -> u64 {
         let usual = self.settings.window_bytes.saturating_add(largest_bytes);
         headroom().map_or(usual, |seen| usual.min(seen.available_bytes / 2))

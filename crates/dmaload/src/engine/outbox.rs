@@ -1,12 +1,12 @@
 //! Queues the events of a load for its consumers, in order, and keeps the wakers of the tasks that
-//! wait for them.
+//! are waiting for them.
 //!
 //! Any number of waiters may wait, each with one [`Interest`]. An event wakes only the waiters
 //! that it can satisfy. Whichever waiter is polled takes the events on behalf of all waiters, so a
 //! waiter that is alive but no longer polled does not hold up the others.
 //!
-//! Wakers are the caller's code: they are cloned, called and dropped without the lock. If one
-//! panics, only its own waiter gets an error, and only once. No event is lost: the next wait
+//! Wakers are the caller's code: they are cloned, called and dropped without holding the lock. If
+//! one panics, only its own waiter gets an error, and only once. No event is lost: the next wait
 //! continues where the failed one ended.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -163,7 +163,7 @@ impl Waiter {
         Waiter { outbox: Arc::clone(outbox), number, interest: None, panic: Arc::default() }
     }
 
-    /// Begins a new wait. Panics of earlier wakers belong to abandoned waits and are discarded.
+    /// Begins a new wait. Panics in earlier wakers belong to abandoned waits and are discarded.
     pub(crate) fn begin(&mut self) {
         self.unregister();
         self.panic = Arc::default();

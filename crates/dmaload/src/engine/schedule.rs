@@ -6,7 +6,7 @@
 //! Loads take turns, one batch each, so a large load can't starve a small one. If a batch does not
 //! fit into the window, or exceeds a share of it (see [`crate::memory::window`]), its load has to
 //! wait. Small loads can't starve a large one either, because not every load may overtake one that
-//! waits:
+//! is waiting:
 //!
 //! - If the waiting load already holds bytes of the window, any load may overtake it.
 //! - If it holds none, but other loads from its file system do, only loads from other file systems
@@ -133,7 +133,7 @@ impl<L> LoadTurn<L> {
 }
 
 /// The maximum number of loads that do not count as open because their file systems have stopped
-/// responding. It is bounded because each of these loads has open files.
+/// responding. There is a limit because each of these loads has open files.
 const MOST_SILENT: usize = 64;
 
 /// Decides which job is next; see the module documentation.
@@ -262,7 +262,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         loads.len().min(MOST_SILENT)
     }
 
-    /// Whether loads wait to be opened because the maximum number of loads is open.
+    /// Whether loads are waiting to be opened because the maximum number of loads is already open.
     pub(crate) fn lacks_places(&self) -> bool {
         !self.waiting.is_empty() && self.counted_open() >= self.max_open
     }
@@ -292,8 +292,8 @@ impl<L: Clone + PartialEq> Scheduler<L> {
 
     /// Admits loads in order, while their reservations fit.
     fn admit(&mut self) {
-        // File systems from which a load waits for memory that other loads from the same file
-        // system have reserved. No further load from that file system overtakes the waiting one.
+        // File systems that have a load waiting for memory reserved by other loads from the same
+        // file system. No further load from that file system overtakes the waiting one.
         let mut waited_for = Vec::new();
         for priority in Priority::DOWN {
             for turn in self.turns.iter_mut().filter(|turn| !turn.admitted && turn.demand.priority == priority) {
@@ -320,8 +320,8 @@ impl<L: Clone + PartialEq> Scheduler<L> {
     /// Takes the next batch, from the load whose turn it is.
     fn next_batch(&mut self) -> Option<Job<L>> {
         let mut short = None;
-        // File systems from which a load waits for permits that other loads from the same file
-        // system hold. No further load from that file system overtakes the waiting one.
+        // File systems that have a load waiting for permits held by other loads from the same file
+        // system. No further load from that file system overtakes the waiting one.
         let mut waited_for = Vec::new();
         for priority in Priority::DOWN {
             let mut at = 0;
@@ -385,7 +385,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         }
     }
 
-    /// Records that none of this load's jobs is stalled any more.
+    /// Records that none of this load's jobs are stalled any longer.
     pub(crate) fn resume(&mut self, load: &L) {
         self.stalled.retain(|other| other != load);
         self.stalled_opening.retain(|other| other != load);
@@ -424,7 +424,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
 
     /// Records that the consumer of a load has taken a segment of this much memory.
     pub(crate) fn consumed(&mut self, load: &L, bytes: u64) {
-        // A load whose last batch was handed out has no turn any more.
+        // A load whose last batch was handed out no longer has a turn.
         if let Some(turn) = self.turns.iter_mut().find(|turn| turn.load == *load) {
             turn.ahead = turn.ahead.checked_sub(bytes).expect("a consumer should take only allocated memory");
         }
@@ -470,7 +470,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         self.making_room = false;
     }
 
-    /// Records that memory that a load held is now in the pool.
+    /// Records that memory formerly held by a load is now in the pool.
     pub(crate) fn pooled(&mut self, load: &L, bytes: u64) {
         self.budget.pool(load, bytes);
         self.making_room = false;

@@ -19,7 +19,7 @@ pub(crate) const WINDOW_BYTES: u64 = 128 << 20;
 /// the default size, 32 reads are 64 MiB.
 pub(crate) const QUEUE_DEPTH: usize = 44;
 /// Default initial size of staging. Staging that does not fit into the processor's cache is a
-/// third slower. Even on a machine with 260 MiB of L3 cache, 32 MiB were slower than 16 MiB.
+/// third slower. Even on a machine with 260 MiB of L3 cache, 32 MiB was slower than 16 MiB.
 pub(crate) const STAGING_BYTES: u64 = 16 << 20;
 /// The size of a staging slot. It is the size of a huge page and of a default chunk, and several
 /// slots fit into a processor's cache.
@@ -90,7 +90,8 @@ impl Settings {
 
     /// Returns the maximum size of a batch, the unit that an allocator populates in one call.
     /// Batches are smaller if more than [`FIRST`] allocators may run at the same time, because the
-    /// batches that they are populating take up the window, which must leave room for reads.
+    /// batches that they are populating take up space in the window, which must also have room for
+    /// reads.
     pub(crate) fn batch_bytes(&self) -> u64 {
         if self.allocators().max_threads() > FIRST { BATCH_BYTES * 3 / 8 } else { BATCH_BYTES }
     }

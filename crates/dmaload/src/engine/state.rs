@@ -83,8 +83,8 @@ pub(crate) struct LoadShared {
 
 #[derive(Debug)]
 struct LoadState {
-    /// `None` once the load has delivered its end or was dropped. Dropping the last reference
-    /// wakes the consumers.
+    /// `None` once the load has delivered its final event or was dropped. Dropping the last
+    /// reference wakes the consumers.
     events: Option<Arc<Announcer>>,
     /// Why the load failed, until the error is delivered to the consumer.
     failed: Option<Error>,
@@ -123,7 +123,7 @@ struct FileState {
     route: Route,
 }
 
-/// What is left of a load that has ended, to be dropped by a worker. Dropping them closes files,
+/// What is left of a load that has ended, to be dropped by a worker. Dropping it closes files,
 /// which may wait for their servers.
 #[derive(Debug)]
 #[must_use]
@@ -157,12 +157,12 @@ pub(crate) struct RemainingFiles {
 struct MemoryState {
     cell: Arc<OnceValue<Arc<Backing>>>,
     pieces_left: usize,
-    /// How many files that end in this allocation are not checked yet.
+    /// How many files that end in this allocation have not been checked yet.
     unchecked: usize,
     /// Whether the allocation still has to be finished: its tensors have to be moved, or it has to
     /// be exported as a dma-buf.
     unfinished: bool,
-    /// When the most recent piece of this allocation was filled.
+    /// When a piece of this allocation was last filled.
     full_at: Option<Instant>,
     /// The tracing span of the allocation's segments. It lasts from the allocation of the first
     /// batch until the last segment is handed over.
@@ -277,7 +277,7 @@ impl LoadShared {
         debug_assert!(set.is_ok(), "a load must be planned only once");
     }
 
-    /// The files of the load; empty until they are known.
+    /// The load's files; empty until they are known.
     pub(crate) fn sources(&self) -> &[SourceFile] {
         self.sources.get().map_or(&[], |sources| sources)
     }
@@ -290,14 +290,14 @@ impl LoadShared {
         &self.heap
     }
 
-    /// Whether the bytes of the load are observed in staging. If so, every read must go through
+    /// Whether the load's bytes are observed in staging. If so, every read must go through
     /// staging.
     pub(crate) fn is_observed_in_staging(&self) -> bool {
         self.observation.as_ref().is_some_and(|observation| observation.staged)
     }
 
-    /// Returns the initial route for reads of this load: the requested route, by default the best
-    /// one. If bytes are observed in staging, the initial route is bounce or a lower one.
+    /// Returns the initial route for reads of this load: the requested route or, by default, the
+    /// best one. If bytes are observed in staging, the initial route is bounce or a lower one.
     pub(crate) fn starting_route(&self) -> Route {
         let requested = self.options.route.unwrap_or(Route::UringFixedDirect);
         if self.is_observed_in_staging() { requested.max(Route::Bounce) } else { requested }
@@ -319,8 +319,7 @@ impl LoadShared {
     ) -> (usize, Vec<Need>) {
         let mut state = self.state();
         if state.is_over() {
-            // The load has ended in the meantime, so it must not acquire files or addresses any
-            // more.
+            // The load has ended in the meantime, so it must no longer acquire files or addresses.
             return (0, Vec::new());
         }
         self.counters.fallbacks.fetch_add(fallbacks.len() as u64, Ordering::Relaxed);
@@ -378,7 +377,7 @@ impl LoadShared {
     }
 
     /// Stops measuring which way of reading is the fastest. Called if some bytes come from the
-    /// page cache, because the times of batches then say nothing about storage.
+    /// page cache, because the time that a batch takes then says nothing about storage.
     pub(crate) fn cannot_measure(&self) {
         self.choosing().stop_measuring();
     }
@@ -394,8 +393,8 @@ impl LoadShared {
         self.choosing().record_queued(batch, self.started.elapsed());
     }
 
-    /// Records that a piece is full. If this piece completes the measurement, returns the measured
-    /// file system (its mount) and the result.
+    /// Records that a piece is full. If this piece completes the measurement, returns the mount of
+    /// the measured file system, and the result.
     pub(crate) fn measure(&self, piece: usize) -> Option<(u64, Measured)> {
         let (batch, bytes, mount) = {
             let state = self.state();
@@ -468,7 +467,7 @@ impl LoadShared {
         let span = foreign::call(|| tracing::debug_span!(parent: parent, "segment", load = self.id.0, segment, segments, bytes));
         // A panic in a subscriber must not affect the load.
         let mut span = span.map_or_else(|_| no_span(), Foreign::new);
-        // If two workers race, the span of the second one is dropped here, after the lock was
+        // If two workers race, the span of the second one is dropped here, after the lock has been
         // released.
         if let Some(memory) = self.state().memories.get_mut(number).filter(|memory| memory.span.is_none()) {
             std::mem::swap(&mut memory.span, &mut span);
@@ -538,8 +537,8 @@ impl LoadShared {
         self.take_remains(&mut state)
     }
 
-    /// Takes the remains of the load if it has delivered its end or was dropped. Returns `None`
-    /// before that.
+    /// Takes the remains of the load if it has delivered its final event or was dropped. Returns
+    /// `None` before that.
     pub(crate) fn take_remains_if_over(&self) -> Option<DeferredDrop> {
         let mut state = self.state();
         state.events.is_none().then(|| self.take_remains(&mut state))

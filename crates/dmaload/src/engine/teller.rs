@@ -28,7 +28,7 @@ impl Engine {
                 let ring_ended = matches!(message, Message::RingEnded { .. });
                 let Err(message) = foreign::call(|| self.handle(message)) else { continue };
                 // A broken invariant: no load may wait for a thread whose state is unknown, so all
-                // loads fail. This thread continues, to deliver their ends. It closes the engine
+                // loads fail. This thread continues, to deliver their errors. It closes the engine
                 // only once, because the code that panicked may panic again for each load.
                 if !std::mem::replace(&mut broke, true) {
                     let error = bug_error("the teller thread", message);
@@ -42,7 +42,7 @@ impl Engine {
                 }
             }
         }
-        // All workers have ended by now, except those that hang.
+        // All workers have exited by now, except those that hang.
         self.jobs.drop_deferred();
         self.mailbox.end();
     }
@@ -86,7 +86,7 @@ impl Engine {
                 // Loads remain only after a panic or a missed deadline. They must not wait
                 // forever.
                 self.close();
-                // Workers empty the drop queue before they end.
+                // Workers empty the drop queue before they exit.
                 self.jobs.finish();
                 // This is not the last reference: the teller holds another one.
                 drop(engine);
@@ -155,8 +155,8 @@ impl Engine {
         }
     }
 
-    /// Delivers all segments and other events that are ready to be delivered to a load's consumer.
-    /// Only the teller does this, to keep the order.
+    /// Delivers to a load's consumer all segments and other events that are ready. Only the teller
+    /// does this, to keep the order.
     fn deliver(&self, load: &Arc<LoadShared>) {
         let mut remains = Vec::new();
         let delivered = foreign::call(|| load.deliver(&mut remains));
@@ -188,7 +188,7 @@ impl Engine {
 
 impl Events<PieceBuffer<WindowPermit>> for Engine {
     fn on_outputs(&self, outputs: Vec<Output<PieceBuffer<WindowPermit>>>) {
-        // Return the permits first: the allocators may proceed while the teller handles outputs.
+        // Return the permits first, so allocators can proceed while the teller handles outputs.
         let messages: Vec<_> = outputs.into_iter().map(|output| Message::Ring(output.map_buffer(drop))).collect();
         self.mailbox.push(messages);
     }

@@ -45,7 +45,7 @@ fn ring_thread_panic_fails_all_loads_with_its_message() {
     assert_panic_fails_all_loads("the ring thread", |engine| engine.ring.panic());
 }
 
-/// The teller must continue after its panic, because it delivers the ends of loads.
+/// The teller must continue after its panic, because it delivers the loads' errors.
 #[test]
 fn teller_panic_fails_all_loads_with_its_message() {
     assert_panic_fails_all_loads("the teller thread", |engine| engine.mailbox.push([Message::Panic]));

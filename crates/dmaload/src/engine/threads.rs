@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::mailbox::Mailbox;
 
 /// Counts the threads that are still running: the ring thread, the workers, and the threads that
-/// watch the workers and memory pressure. The teller is not counted, because it ends after all of
+/// watch the workers and memory pressure. The teller is not counted, because it exits after all of
 /// them.
 #[derive(Debug, Default)]
 pub(super) struct Threads {
@@ -24,12 +24,12 @@ impl Threads {
         *self.count() += 1;
     }
 
-    /// Records that a thread has ended or could not be started. After the last one, the teller
-    /// delivers the remaining messages and ends.
+    /// Records that a thread is about to exit or could not be started. After the last one, the
+    /// teller delivers the remaining messages and exits.
     pub(super) fn end<E>(&self, mailbox: &Mailbox<E>) {
         let left = {
             let mut count = self.count();
-            *count = count.checked_sub(1).expect("a thread should be counted down only once");
+            *count = count.checked_sub(1).expect("each thread should be subtracted only once");
             *count
         };
         self.changed.notify_all();
@@ -53,7 +53,7 @@ impl Threads {
 pub struct Leaked {
     /// How many bytes were leaked.
     pub bytes: u64,
-    /// How many threads hang in the kernel or in the caller's code (such as a heap or a waker).
-    /// Each ends once the call that it hangs in returns.
+    /// How many threads are stuck in the kernel or in the caller's code (such as a heap or a
+    /// waker). Each exits once the call that it is stuck in returns.
     pub threads: usize,
 }

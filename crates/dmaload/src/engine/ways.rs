@@ -1,4 +1,4 @@
-//! Chooses between direct, staged and buffered reads by measuring each on a part of a load.
+//! Chooses between direct, staged and buffered reads by measuring each on part of a load.
 //!
 //! On a virtual disk, the host copies the data into the destination of a read, and reading into
 //! staging that stays in the processor's cache is a third faster. A physical drive writes to
@@ -38,7 +38,8 @@ const MEASURE_EVERY: u64 = 32;
 /// The ways in which a load may be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Ways {
-    /// The way that is expected to be the fastest. It is used as long as nothing was measured.
+    /// The way that is expected to be the fastest. It is used as long as nothing has been
+    /// measured.
     pub(crate) expected: Way,
     /// Whether [`Way::Buffered`] is allowed.
     pub(crate) buffered: bool,
@@ -70,8 +71,8 @@ struct Phase {
     full_bytes: u64,
     /// When its first batch was queued for reading.
     queued_at: Option<Duration>,
-    /// When the last of the earlier phases ended, and how many bytes of this phase were filled by
-    /// then.
+    /// When the last of the earlier phases ended, and how many bytes of this phase had been filled
+    /// by then.
     alone: Option<(Duration, u64)>,
     ended: Option<Duration>,
 }
@@ -274,8 +275,8 @@ impl Choices {
     /// Returns the ways for loads from a file system, including the one expected to be the
     /// fastest.
     ///
-    /// On small pages, staged reads are expected to be the fastest, because they do not wait until
-    /// memory is populated, which is slow. On large pages, direct reads are expected to be the
+    /// On small pages, staged reads are expected to be the fastest, because they need not wait for
+    /// memory to be populated, which is slow. On large pages, direct reads are expected to be the
     /// fastest, because they save the copy. A server that may answer slowly needs more reads in
     /// flight than staging has room for, so direct reads are expected to be the fastest from such
     /// a server, too.

@@ -1,5 +1,5 @@
-//! The worker threads, which run the scheduled jobs, and the thread that replaces workers that
-//! wait for a server.
+//! The worker threads, which run the scheduled jobs, and the thread that replaces workers that are
+//! waiting for a server.
 
 use std::io;
 use std::sync::Arc;
@@ -61,8 +61,8 @@ impl Engine {
                 // The thread that runs `watch` tries again.
                 foreign::emit(|| tracing::debug!(%error, "cannot start another worker"));
             }
-            // Keeps files that the caller passed as descriptors open until the job is done, even
-            // if the load ends in the meantime.
+            // Until the job is done, keeps open any files that the caller passed as descriptors,
+            // even if the load ends in the meantime.
             let open = load.inputs();
             let is_open = matches!(job, Job::Open(_));
             let done = foreign::call(|| match job {
@@ -134,11 +134,11 @@ impl Engine {
         let Some((backing, moves)) = load.full_memory(number) else { return };
         let start = Instant::now();
         for slot in &moves {
-            // SAFETY: an allocation is finished only once its `pieces_left` is 0: the driver has
-            // returned all of its pieces, so it is filled and nothing else writes to it. Nothing
-            // reads it: `is_ready` is false until `record_finished_memory`, so it has no segments
-            // yet; and only the layout `tensors` moves bytes, which has no small files for `check`
-            // to read from memory.
+            // SAFETY: an allocation is finished only once its `pieces_left` is 0. By then, the
+            // driver has returned all of its pieces, so it is filled and nothing else writes to
+            // it. Nothing else reads it either. It has no segments yet, because `is_ready` is
+            // false until `record_finished_memory`. `check` reads only small files from memory,
+            // and the layout `tensors`, the only one that moves bytes, has none.
             unsafe { backing.move_down(slot) };
         }
         let export = |memory: &Memory| {

@@ -1,15 +1,15 @@
-//! Keeps track of the worker threads and of what they wait for. This is pure bookkeeping, under
-//! the lock of [`super::jobs`].
+//! Keeps track of the worker threads and of what they are waiting for. This is pure bookkeeping,
+//! protected by the lock of [`super::jobs`].
 //!
-//! A worker that opens, checks or closes a file waits for that file's server (FUSE, a network file
-//! system), which may never answer. A worker that has waited longer than [`STALLED_AFTER`]
+//! A worker that opens, checks or closes a file may have to wait for a server (of a FUSE or
+//! network file system) that never answers. A worker that has waited longer than [`STALLED_AFTER`]
 //! ([`NEXT_STALLED_AFTER`] while another is stalled) is *stalled*: it no longer counts toward the
 //! target number of workers, so another one takes its place, up to [`MOST_SUBSTITUTES`]. When a
-//! stalled worker resumes, a surplus one ends.
+//! stalled worker resumes, a surplus one exits.
 //!
-//! Until the server has answered, the load of a stalled worker gets no further jobs that may wait
-//! for files. Thus a load whose server hangs ties up the workers that already wait for it, but no
-//! others.
+//! Until the server has answered, a stalled worker's load gets no further jobs that may wait for
+//! files. Thus a load whose server hangs ties up the workers that are already waiting for it, but
+//! no others.
 //!
 //! Each file that a worker opens for a batch counts as progress, so a worker is not stalled just
 //! because its batch has many files.
@@ -20,20 +20,20 @@ use std::time::{Duration, Instant};
 use crate::support::id::LoadId;
 
 /// How long a worker may wait for a file before it counts as stalled. A local file system answers
-/// within milliseconds, even if its disk is busy. If a worker is wrongly considered stalled, this
-/// costs an extra thread, and delays the load's other jobs that need files until the worker makes
+/// within milliseconds, even if its disk is busy. Mistaking a slow worker for a stalled one costs
+/// an extra thread and delays the load's other jobs that need files until the worker makes
 /// progress.
 pub(super) const STALLED_AFTER: Duration = Duration::from_secs(1);
 
-/// Used instead of [`STALLED_AFTER`] while some worker is stalled. Other workers may wait for the
-/// same unresponsive server, one after the other, and have to be found quickly.
+/// Used instead of [`STALLED_AFTER`] while some worker is stalled. Other workers may get stuck on
+/// the same unresponsive server one after another, and must be detected quickly.
 const NEXT_STALLED_AFTER: Duration = Duration::from_millis(100);
 
 /// How long to wait before trying again to start a worker.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
 
-/// The maximum number of workers that replace stalled ones. It is bounded because each thread
-/// needs a stack, and equals the default limit of open loads.
+/// The maximum number of workers that replace stalled ones. The number is limited because each
+/// thread needs a stack. It equals the default limit on open loads.
 pub(super) const MOST_SUBSTITUTES: usize = 64;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -64,7 +64,7 @@ struct Worker {
 /// The workers of a loader; see the module documentation.
 #[derive(Debug)]
 pub(super) struct Workers {
-    /// The target number of workers, besides those that are stalled.
+    /// The target number of workers, not counting stalled ones.
     wanted: usize,
     hired: u64,
     workers: HashMap<WorkerId, Worker>,
@@ -75,7 +75,7 @@ impl Workers {
         Workers { wanted, hired: 0, workers: HashMap::new() }
     }
 
-    /// Sets the target number of workers, besides those that are stalled.
+    /// Sets the target number of workers, not counting stalled ones.
     pub(super) fn want(&mut self, wanted: usize) {
         self.wanted = wanted;
     }
@@ -84,7 +84,7 @@ impl Workers {
         self.workers.get_mut(&id).expect("a worker should exist until it leaves")
     }
 
-    /// Whether a worker is working for this load, and so may hold memory of it.
+    /// Whether a worker is working for this load, and so may hold some of its memory.
     pub(super) fn is_any_working_for(&self, load: LoadId) -> bool {
         self.workers.values().any(|worker| worker.task.is_some_and(|task| task.load == load))
     }
@@ -111,28 +111,28 @@ impl Workers {
         self.stalled() >= self.wanted + MOST_SUBSTITUTES
     }
 
-    /// Whether a worker that is not stalled should end.
+    /// Whether a worker that is not stalled should exit.
     pub(super) fn is_overstaffed(&self) -> bool {
         self.workers.len() > self.wanted + self.stalled()
     }
 
-    /// Removes a worker that ends or could not be started.
+    /// Removes a worker that exits or could not be started.
     pub(super) fn leave(&mut self, id: WorkerId) {
         let worker = self.workers.remove(&id).expect("a worker should leave only once");
         assert!(worker.task.is_none(), "a worker must not leave while it has a task");
     }
 
-    /// Begins a task. `at_files_since` says since when the task has been waiting for a file;
-    /// `None` if it does not begin with one.
+    /// Begins a task. `at_files_since` is when it began to wait for a file; `None` if it does not
+    /// begin with such a wait.
     pub(super) fn begin(&mut self, id: WorkerId, task: Task, at_files_since: Option<Instant>) {
         let worker = self.worker(id);
         assert!(worker.task.is_none(), "a worker must have only one task at a time");
         *worker = Worker { task: Some(task), at_files_since, stalled: false };
     }
 
-    /// Records that a worker made progress. `at_files_since` says since when it may have been
-    /// waiting for its next file; `None` if it is done with files. Returns its load if this was
-    /// the last stalled worker of the load.
+    /// Records that a worker made progress. `at_files_since` is when it may have begun to wait for
+    /// its next file; `None` if it is done with files. Returns its load if this was the load's
+    /// last stalled worker.
     #[must_use]
     pub(super) fn proceed(&mut self, id: WorkerId, at_files_since: Option<Instant>) -> Option<LoadId> {
         let worker = self.worker(id);
@@ -142,7 +142,7 @@ impl Workers {
         self.resumed(was_stalled.then_some(task))
     }
 
-    /// Ends a worker's task. Returns its load if this was the last stalled worker of the load.
+    /// Ends a worker's task. Returns its load if this was the load's last stalled worker.
     #[must_use]
     pub(super) fn end(&mut self, id: WorkerId) -> Option<LoadId> {
         let ended = std::mem::take(self.worker(id));
@@ -210,9 +210,9 @@ mod tests {
         workers.hire();
         assert_eq!(workers.next_check(late), None, "the stalled workers were already found");
         workers.begin(third, task(8), Some(late));
-        assert_eq!(workers.next_check(late), Some(NEXT_STALLED_AFTER), "a server does not answer, so patience is shorter");
+        assert_eq!(workers.next_check(late), Some(NEXT_STALLED_AFTER), "while a worker is stalled, others should stall sooner");
         assert_eq!(workers.end(third), None);
-        assert_eq!(workers.end(first), None, "the second worker is still stalled with this load");
+        assert_eq!(workers.end(first), None, "the load's second worker is still stalled");
         assert!(workers.is_overstaffed());
         workers.leave(first);
         assert!(!workers.is_overstaffed());

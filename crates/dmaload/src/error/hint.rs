@@ -42,7 +42,7 @@ impl Error {
                 "check the path"
             }
             Error::File { errno: Errno::ELOOP, .. } => {
-                "the path follows too many symbolic links, probably in a circle: fix the links"
+                "the path follows too many symbolic links, probably in a loop: fix the links"
             }
             Error::File { errno: Errno::EACCES | Errno::EPERM, .. } => "check the permissions of the file and its folders",
             // Opening a socket by its path fails with ENXIO.
@@ -67,7 +67,7 @@ impl Error {
                  suspect this machine's storage or memory"
             }
             Error::NotInManifest { .. } => {
-                "a manifest identifies files by the ends of their paths: compare its \"path\"s, or create a new one"
+                "a manifest identifies files by the ends of their paths: compare its \"path\" entries, or create a new one"
             }
             Error::Ended { path, .. } => {
                 return Some(format!(
@@ -93,7 +93,7 @@ impl Error {
                 return Some(format!("raise it as root: {}; or load in smaller segments", printable::text(&raise)));
             }
             Error::NoDmaBuf { .. } => {
-                "see what each heap needs; if a dma-buf is not required, the heap memfd allocates memory that other processes can map"
+                "see what each heap needs; if a dma-buf is not required, the memfd heap allocates memory that other processes can map"
             }
             Error::OutOfMemory { .. } => "free memory, raise the limit, or stream the file and drop its segments as they arrive",
             Error::TooManyPieces { .. } => "use larger segments, or load only a part",
@@ -115,8 +115,8 @@ impl Error {
 const OPEN_FILES: &str = "the limit on open files has been reached: raise it (ulimit -n)";
 const ALL_OPEN_FILES: &str = "the machine's limit on open files has been reached: raise it (sysctl fs.file-max)";
 
-/// The usual address space of a process on x86-64, in bytes. (On AArch64, it is usually 2^48
-/// bytes.)
+/// The usual size of a process's address space on x86-64, in bytes. (On AArch64, it is usually
+/// 2^48 bytes.)
 const ALL_ADDRESSES: usize = 1 << 47;
 
 /// Suggests what to do about a memory error. The step that failed shows what ran out. ENOMEM from
@@ -134,11 +134,11 @@ fn memory_hint(heap: &str, refusal: &HeapError) -> Option<&'static str> {
             "no memory is free: check the limit of this process's memory cgroup (memory.max), and the machine's free memory"
         }
         Errno::EPERM | Errno::EACCES | Errno::ENOSYS if refusal.operation.contains("memfd") => {
-            "memfds are refused here, for example by a container's seccomp profile: the heap anon does not need them"
+            "memfds are refused here, for example by a container's seccomp profile: the anon heap does not need them"
         }
-        Errno::EFBIG => "the file size limit also applies to memfds: raise it (ulimit -f), or use the heap anon",
+        Errno::EFBIG => "the file size limit also applies to memfds: raise it (ulimit -f), or use the anon heap",
         Errno::EOPNOTSUPP => {
-            "2 MiB pages are not available: see shmem_enabled (for the heap anon, enabled) in /sys/kernel/mm/transparent_hugepage, or allow pages of any size"
+            "2 MiB pages are not available: see shmem_enabled (for the anon heap, enabled) in /sys/kernel/mm/transparent_hugepage, or allow pages of any size"
         }
         _ => return None,
     })

@@ -56,8 +56,8 @@ pub enum ErrorKind {
     /// The bytes differ from what was expected, or an observer rejected them. Don't use them;
     /// download the file again.
     Corrupt,
-    /// The machine, its memory cgroup, or the process's address space is too small. Free memory
-    /// and try again, or stream the load.
+    /// The machine or the memory cgroup has too little free memory, or the process has too little
+    /// address space. Free memory and try again, or stream the load.
     OutOfMemory,
     /// The load needs more memory at once than its loader may use
     /// ([`crate::LoaderBuilder::memory_limit_bytes`]), or its consumer holds too much of it
@@ -67,7 +67,7 @@ pub enum ErrorKind {
     /// A segment would be larger than its heap allows, or the load would consist of too many
     /// pieces. Change the segment size, load only a part, or raise the limit.
     TooLarge,
-    /// No dma-buf is available: a device is missing or can't be opened, for example without
+    /// No dma-buf is available: a device is missing or can't be opened, for example for lack of
     /// permission. [`Error::hint`] says what is needed; memfds ([`crate::heap::MemfdHeap`]) need
     /// no device.
     Device,

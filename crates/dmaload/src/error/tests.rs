@@ -177,9 +177,9 @@ struct Answers {
     has_source: bool,
 }
 
-/// Returns the number of an error's variant, and the expected answers for each error from
-/// [`errors`]. When a variant is added to [`Error`], this function does not compile until it
-/// handles the variant, and the test below fails until [`errors`] contains it.
+/// Returns the number of an error's variant, and what its accessors should return if the error
+/// comes from [`errors`]. When a variant is added to [`Error`], this function does not compile
+/// until it handles the variant, and the test below fails until [`errors`] contains it.
 fn expected(error: &Error) -> (usize, Answers) {
     let without_path = |kind| Answers { kind, errno: None, has_path: false, offset: None, has_source: false };
     let on_file = |kind| Answers { has_path: true, ..without_path(kind) };
@@ -249,7 +249,7 @@ fn every_variant_has_kind_errno_path_and_offset() {
         assert_eq!(answers, expected, "{error:?}");
     }
     let missing: Vec<_> = (0..VARIANTS).filter(|&number| !seen[number]).collect();
-    assert!(missing.is_empty(), "`errors` lacks variants number {missing:?}");
+    assert!(missing.is_empty(), "`errors` lacks the variants with the numbers {missing:?}");
 }
 
 #[test]

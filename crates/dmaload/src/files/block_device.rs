@@ -1,16 +1,16 @@
 //! Determines from sysfs whether a block device may stop responding.
 //!
-//! A direct read of a file on ext4 ends up in its device's queue. When all requests of that queue
-//! are in flight, the kernel waits for one of them (`blk_mq_get_tag`) inside `io_uring_enter`, and
-//! the ring thread waits with it. A local disk completes each request or fails it, but a loop
-//! device over a file on FUSE waits for that file's server.
+//! A direct read of a file on ext4 ends up in the queue of the underlying device. When all
+//! requests of that queue are in flight, the kernel waits inside `io_uring_enter` until one of
+//! them completes (`blk_mq_get_tag`), which blocks the ring thread. A local disk completes each
+//! request or fails it, but a loop device over a file on FUSE waits for that file's server.
 //!
 //! Requires sysfs at `/sys`. A device that sysfs doesn't list is not trusted.
 //!
 //! Results are not cached, because a loop device's number can be reused for another file.
 //!
 //! Resolving a disk takes a few system calls that never wait for a device. A loop device's file,
-//! however, can be on a server that hangs, so only threads that may block should do this.
+//! however, can be on a server that hangs, so only threads that may block should resolve devices.
 
 use std::ffi::OsString;
 use std::io;
@@ -50,7 +50,7 @@ impl BlockDevices<'_> {
     /// Checks that neither the device nor any device below it may stop responding.
     ///
     /// # Errors
-    /// EOPNOTSUPP if one may stop responding; another error if that can't be determined.
+    /// EOPNOTSUPP if one of them may stop responding; another error if that can't be determined.
     pub(super) fn check(&self, device: DeviceNumber) -> Result<(), Errno> {
         self.check_below(device, MOST_LEVELS, &mut { MOST_DEVICES })
     }

@@ -328,8 +328,8 @@ fn check_missing(
     Ok(())
 }
 
-/// If the caller named a single path, and other files were found with it, returns the position of
-/// that path in `sources`.
+/// If the caller named a single file, and other files were found along with it, returns the
+/// position of the named file in `sources`.
 pub(crate) fn named_among(inputs: &[Input], sources: &[SourceFile]) -> Option<usize> {
     let [Input::Path(path)] = inputs else { return None };
     let named: &PathBuf = path;

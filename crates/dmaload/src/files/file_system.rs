@@ -10,10 +10,10 @@
 //! all others, which costs little.
 //!
 //! Buffered reads ([`crate::Route::UringBuffered`]) from network file systems are also allowed,
-//! because neither problem occurs there. A short answer is reported as a short read. Each read
-//! goes straight to its own kernel thread (`IOSQE_ASYNC`), and there are as many of these threads
-//! as reads in flight, so no other read waits for it. FUSE, and anything that may be FUSE, is
-//! never allowed.
+//! because neither problem occurs there. If a server returns fewer bytes than requested, the
+//! kernel reports a short read. Each read goes straight to its own kernel thread (`IOSQE_ASYNC`),
+//! and there are as many of these threads as reads in flight, so no read waits for another. FUSE,
+//! and anything that may be FUSE, is never allowed.
 //!
 //! The `f_type` of `fstatfs(2)` alone proves nothing, because 9p reports whatever its server says.
 //! Each allowed file system needs a second proof that only the kernel's own code can provide.
@@ -166,13 +166,14 @@ fn device_of_file(path: &Path) -> Result<Option<DeviceNumber>, Errno> {
     }
 }
 
-/// Whether every change to bytes that were copied from the page cache shows in the file's
+/// Whether every change to bytes that were copied from the page cache shows up in the file's
 /// modification time.
 ///
-/// Two kinds of writers are easy to miss. One stores through a mapping. For this kind, the kernel
-/// must notify the file system of the first store after each writeback. The other is inside a long
-/// `write(2)`, which sets the time only once, before it writes its first byte. For this kind,
-/// reads, or another call that readers can make, must wait until the `write(2)` returns.
+/// Two kinds of writers are easy to miss. The first kind stores bytes through a mapping. To detect
+/// these stores, the kernel must notify the file system of the first store after each writeback.
+/// The second kind is in the middle of a long `write(2)`, which sets the time only once, before it
+/// writes its first byte. To detect such a writer, reads, or another call that readers can make,
+/// must wait until the `write(2)` returns.
 ///
 /// Only file systems on which both were tested are listed, plus those that can't be written to.
 /// Tmpfs is not listed, because it notices only the first store through a mapping. FUSE and

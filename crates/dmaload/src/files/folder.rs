@@ -53,7 +53,7 @@ impl Folder {
             if name.starts_with('.') {
                 continue;
             }
-            // A subfolder is never a model's file, whatever its extension.
+            // A subfolder is never one of a model's files, whatever its extension.
             if is_folder(&entry) {
                 continue;
             }
@@ -225,12 +225,12 @@ impl Folder {
 }
 
 /// Maximum number of files to open in a folder without a model to see whether they look like
-/// models. The result only improves an error message, which must not take long.
+/// models. The result only improves an error message, so finding it must not take long.
 const SNIFFED: usize = 64;
 /// Maximum number of missing files to list for one numbered sequence.
 const MISSING_LISTED: usize = 10_000;
 /// Maximum depth to which subfolders are searched for models. Like the number of subfolders, it is
-/// limited because the search only improves an error message, which must not take long.
+/// limited because the search only improves an error message and must not take long.
 const DEPTH: usize = 5;
 /// Maximum number of subfolders that are searched for models.
 const FOLDERS: usize = 256;

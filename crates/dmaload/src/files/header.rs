@@ -122,7 +122,7 @@ const SNIFFED_BYTES: usize = 9;
 /// How many bytes of a GGUF file to read first. Most headers without a vocabulary are shorter.
 const GGUF_FIRST_BYTES: u64 = 256 << 10;
 
-/// Whether to read a file as GGUF, because of its contents, its name or the requested format.
+/// Whether to read a file as GGUF, based on its contents, its name and the requested format.
 fn is_gguf(name: &Path, start: &[u8], format: Format) -> bool {
     let named = is_named(name, "gguf");
     format == Format::Gguf || format == Format::Auto && (gguf::is_gguf(start) || named)

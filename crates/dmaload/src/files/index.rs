@@ -32,7 +32,7 @@ pub(super) fn read_generic_index(path: &Path) -> Result<Option<Index>> {
 }
 
 fn read_json(path: &Path) -> Result<(Arc<OpenFile>, Vec<u8>)> {
-    // `open` refuses everything that is not a regular file, such as a FIFO or an endless device.
+    // `open` refuses everything that is not a regular file, such as a FIFO or a device.
     let file = OpenFile::open(path)?;
     let bytes = file.identity.bytes;
     if bytes > index::LIMIT_BYTES {

@@ -1,4 +1,4 @@
-//! Finds missing files of a model, and explains why they are missing.
+//! Finds files that are missing from a model, and explains why they are missing.
 
 use std::collections::HashSet;
 use std::fs;

@@ -4,10 +4,10 @@
 //! files, [`header`] reads the files' headers, and [`whole`] checks that the files form complete
 //! models.
 //!
-//! Only this module and its submodules open model files by path. Each call may wait for a server
-//! that does not respond, so the ring thread never opens files. Only workers and the threads that
-//! inspect, probe or observe files open them. A file is closed when the last reference to its
-//! [`OpenFile`](source::OpenFile) is dropped.
+//! Only this module and its submodules open model files by path. Each attempt may wait for a
+//! server that does not respond, so the ring thread never opens files. Only workers and the
+//! threads that inspect, probe or observe files open them. A file is closed when the last
+//! reference to its [`OpenFile`](source::OpenFile) is dropped.
 //!
 //! If `O_DIRECT` is refused, the load takes another route. If `statx(2)` is refused, attributes
 //! may be stale, and nothing is copied from the page cache. Without procfs, a file is reopened by

@@ -12,14 +12,14 @@ use rustix::io::Errno;
 /// The libc crate defines it for only a few architectures.
 const SYS_CACHESTAT: libc::c_long = 451;
 
-/// `struct cachestat_range` of `linux/mman.h`; a length of 0 means the whole file.
+/// `struct cachestat_range` from `linux/mman.h`; a length of 0 means the whole file.
 #[repr(C)]
 struct CachestatRange {
     offset: u64,
     length: u64,
 }
 
-/// `struct cachestat` of `linux/mman.h`, in pages.
+/// `struct cachestat` from `linux/mman.h`, in pages.
 #[repr(C)]
 #[derive(Default)]
 struct Answer {

@@ -184,14 +184,14 @@ struct Attributes {
 }
 
 /// Makes network and FUSE file systems query their servers. Otherwise they may answer from a cache
-/// that is minutes old, and a file that is rewritten during its load seems unchanged. The first
+/// that is minutes old, and a file that is rewritten during its load may seem unchanged. The first
 /// call needs the flag, too; otherwise a change before the load would seem to happen during it.
 /// Local file systems ignore the flag.
 const QUERY_SERVER: AtFlags = AtFlags::STATX_FORCE_SYNC;
 
 impl Attributes {
-    /// All attributes, so one call for each file suffices: a load may inspect thousands of files
-    /// before it can plan.
+    /// All attributes that a load needs, so one call for each file suffices: a load may inspect
+    /// thousands of files before it can plan.
     const WANTED: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::DIOALIGN);
 
     fn at_path(path: &Path) -> rustix::io::Result<Self> {
@@ -391,8 +391,8 @@ impl OpenFile {
 
     /// Reads exactly `buffer.len()` bytes through the page cache.
     pub(crate) fn read_exact(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
-        // If settling fails, these bytes are as reliable as any buffered read, and `cached` copies
-        // nothing from the cache.
+        // If settling fails, these bytes are as reliable as those of any buffered read, and
+        // `cached` copies nothing from the cache.
         let _ = self.settle(&(offset..offset + buffer.len() as u64));
         let mut done = 0;
         while done < buffer.len() {

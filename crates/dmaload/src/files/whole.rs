@@ -215,7 +215,7 @@ fn check_tensor_counts(parts: &BTreeMap<u64, &ModelPart<'_>>) -> Result<Option<S
     let other = stated.find(|&(_, own)| own != all);
     Ok(other.map(|(part, own)| {
         let (part, stating) = (file_name(part.path), file_name(stating.path));
-        format!("split.tensors.count is {own} in {part}, but {all} in {stating}, which is the actual number")
+        format!("split.tensors.count is {own} in {part}, but {all} in {stating}; the actual number of tensors is {all}")
     }))
 }
 

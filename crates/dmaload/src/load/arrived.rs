@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::files::source::SourceFile;
 use crate::memory::segment::Segment;
 
-/// The files, segments and end of a load, as far as the events that carry them have arrived.
+/// What has arrived of a load so far: its list of files, its segments, and its end.
 #[derive(Debug, Default)]
 pub(super) struct Arrived {
     segments: Vec<Segment>,

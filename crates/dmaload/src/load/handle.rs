@@ -92,7 +92,7 @@ impl Load {
     /// rows (see [`Tensor::is_contiguous`]).
     ///
     /// The names of a file's tensors are known once its header is read; a small file is read as a
-    /// whole, so its names arrive with its bytes.
+    /// whole, so the names of its tensors arrive with its bytes.
     ///
     /// If there are several files, the model's index decides which one contains the tensor. If the
     /// model has no index, or its index does not list the name, the tensor is returned only after
@@ -100,9 +100,9 @@ impl Load {
     /// name. Whether a multi-file model is complete may be known only at the end of the load. If
     /// it is incomplete, the load fails, even if tensors were already returned.
     ///
-    /// As with segments, a change to a file during the load is detected when the file has been
-    /// read. A tensor may be returned before that, and the load may fail afterwards. Once the load
-    /// has failed, this method returns the load's error, too.
+    /// As with segments, a change to a file during the load is detected only once the file has
+    /// been read. A tensor may be returned before that, and the load may fail afterwards. Once the
+    /// load has failed, this method returns the load's error, too.
     ///
     /// Any number of tasks and threads may wait at once, even for the same tensor. A future that
     /// is not polled does not hold up the others.

@@ -29,7 +29,7 @@ pub struct Image {
     indices: Arc<[FolderIndex]>,
 }
 
-/// One file of an image.
+/// One file in an image.
 #[derive(Debug, Clone)]
 pub struct ImageFile {
     path: Arc<PathBuf>,
@@ -38,7 +38,7 @@ pub struct ImageFile {
     part: Range<u64>,
     segments: Arc<[Segment]>,
     tensors: Option<Arc<FileTensors>>,
-    /// Whether `segments` may lack some of the file's segments. This is the case if the file
+    /// Whether `segments` may lack some of the file's segments. This is the case if this value
     /// belongs to a tensor that was returned before the load ended, or that released the other
     /// segments.
     is_partial: bool,
@@ -85,7 +85,7 @@ impl Image {
     /// # Errors
     /// [`Error::NoSuchTensor`] for an unknown name; [`Error::NotLoaded`] or [`Error::NotSelected`]
     /// for a tensor that was not requested; [`Error::AmbiguousTensor`] if several files that the
-    /// caller listed contain it: use [`ImageFile::tensor`] to look it up in one.
+    /// caller listed contain it: use [`ImageFile::tensor`] to look it up in one of them.
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
         let names = self.names.get_or_init(|| {
             let files = self.files.iter().map(|file| (Arc::clone(&file.path), file.tensors.clone()));
@@ -130,8 +130,8 @@ impl ImageFile {
         &self.path
     }
 
-    /// The length in bytes of the file, or of the range of it that contains the model, even if
-    /// only parts of it were loaded.
+    /// The length in bytes of the file, or of the part of it that contains the model. This
+    /// includes bytes that were not loaded.
     pub fn len(&self) -> u64 {
         self.part.end - self.part.start
     }
@@ -151,7 +151,7 @@ impl ImageFile {
         self.tensors.as_deref().map(|tensors| &*tensors.map)
     }
 
-    /// Returns all bytes of the file, or of its range that contains the model, including the
+    /// Returns all bytes of the file, or of the part of it that contains the model, including the
     /// header. The bytes are contiguous and not copied.
     ///
     /// # Errors
@@ -169,9 +169,9 @@ impl ImageFile {
     /// [`Error::NotLoaded`] under the same conditions as [`Self::bytes`]; [`Error::Viewed`] while
     /// there are views of anonymous memory; [`Error::NoDescriptor`] for a dma-buf;
     /// [`Error::Memory`] if a memfd cannot be mapped again. If the range spans several segments,
-    /// [`Error::Viewed`] can be returned after some of these segments were handed out: their views
-    /// are permanently revoked, but nothing is written to them. Once all views are dropped,
-    /// another call succeeds.
+    /// [`Error::Viewed`] can be returned after some of these segments were handed out: they can
+    /// never be viewed again, but nothing is written to them. Once all views are dropped, another
+    /// call succeeds.
     pub fn private_memory(&self, range: Range<u64>) -> Result<PrivateMemory> {
         PrivateMemory::from_segments(&self.path, &self.segments, range)
     }
@@ -234,9 +234,9 @@ fn overlapping(segments: &[Segment], range: &Range<u64>) -> Vec<Segment> {
     segments.iter().filter(holds).cloned().collect()
 }
 
-/// Returns the offset of the tensor's byte that is expected to arrive last, among those that are
-/// missing from these segments of its file. Returns `None` if all bytes of the tensor have
-/// arrived, or if the tensor was not selected.
+/// Of the tensor's bytes that are missing from these segments of its file, finds the one that is
+/// expected to arrive last, and returns its offset in the file. Returns `None` if all bytes of the
+/// tensor have arrived, or if the tensor was not selected.
 pub(super) fn missing_byte(file: &LoadFile, segments: &[Segment], position: usize) -> Option<u64> {
     let part = file.tensors.as_ref()?.part_at(position)?;
     // A row's segments arrive in order, so the segment with its last byte completes the row.

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::model::index::Index;
 use crate::plan::tensors::FileTensors;
 
-/// A model's index that was used to find its files, and the folder that contains it.
+/// A model's index that was used to find its files, and the folder that contains the index.
 pub(super) type FolderIndex = (PathBuf, Arc<Index>);
 
 /// Returns the indices that were used to find these files, without duplicates.

@@ -22,7 +22,7 @@ use crate::telemetry::report::Report;
 ///
 /// The load runs ahead of its consumer by at most the loader's window plus one segment (less if
 /// memory is short), and then waits until the next segment is taken. After the last segment, a
-/// `Segments` holds only the report and the tensor maps, and no file, memory or address range.
+/// `Segments` holds only the report and the tensor maps, but no file, memory or address range.
 ///
 /// Dropping the `Segments` cancels the load. Segments that were already returned stay valid.
 #[derive(Debug)]

@@ -17,7 +17,7 @@ use crate::files::source::Input;
 /// [`LoadOptions::as_one_file`](crate::LoadOptions::as_one_file)). Several paths form one load,
 /// with the files in the given order.
 ///
-/// Anything that names a file converts into a `Source`:
+/// Paths, lists of paths, and open files convert into a `Source`:
 ///
 /// ```no_run
 /// use dmaload::Source;

@@ -17,8 +17,8 @@ use crate::plan::tensors::FileTensors;
 use crate::support::park;
 use crate::telemetry::report::Report;
 
-/// How often a waiting consumer checks whether the load, in turn, waits for the consumer to drop
-/// tensors. The arrival of a tensor ends the wait immediately.
+/// How often a waiting consumer checks whether the load, in turn, is waiting for the consumer to
+/// drop tensors. The arrival of a tensor ends the wait immediately.
 const HELD_UP_CHECK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// A stream of a load's tensors, in file order or in the order in which they were requested
@@ -74,7 +74,7 @@ impl Tensors {
     /// drop tensors while they wait, such as one that keeps tensors until they are requested by
     /// name.
     ///
-    /// If the returned tensors fill the loader's memory limit, [`Self::next`] waits, because
+    /// If the returned tensors use up the loader's memory limit, [`Self::next`] waits, because
     /// another task can drop them. This method returns [`crate::Error::HeldUp`] instead, because
     /// the wait would never end. The load does not fail: once some tensors have been dropped,
     /// another call returns the next one. Without a memory limit, this error never occurs.

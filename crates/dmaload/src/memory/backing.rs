@@ -153,7 +153,7 @@ impl Backing {
             return Ok(dma_buf.end_cpu_access(Access::ReadWrite)?);
         }
         if let Some(dma_buf) = holding.exported.get() {
-            // The memory was exported in an earlier use, and still has the same pages.
+            // The memory was exported during an earlier use, and still has the same pages.
             return Ok(dma_buf.cpu_access(Access::ReadWrite)?.end()?);
         }
         let dma_buf = export(&holding.memory)?;

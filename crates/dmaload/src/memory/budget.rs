@@ -8,9 +8,9 @@
 //! own consumer drops something, and a consumer that stops taking segments delays only its own
 //! load.
 //!
-//! A load may exceed its reservation under two conditions. It may hold at most half of the limit
-//! divided by the number of admitted loads, and the other half must stay free for the reservations
-//! of later loads.
+//! A load may exceed its reservation under two conditions. It may hold at most an equal share of
+//! half the limit (that half divided by the number of admitted loads), and the other half must
+//! stay free for the reservations of later loads.
 //!
 //! A kept load holds its memory forever if its file system stops responding. The kept loads from
 //! one file system together therefore get at most three quarters of the limit, unless a single one
@@ -58,8 +58,8 @@ impl<L> Account<L> {
 pub(crate) enum Admitted {
     Yes,
     /// The load is kept, and other kept loads from its file system hold or reserve memory. Its
-    /// reservation would exceed the share of the file system, or does not fit. Loads from that
-    /// file system must not overtake this one; loads from other file systems may.
+    /// reservation would exceed the file system's share, or does not fit. Loads from that file
+    /// system must not overtake this one; loads from other file systems may.
     FileSystemAtShare,
     /// The reservation does not fit. Either the load is a stream, or no other kept load from its
     /// file system holds or reserves memory. No load may overtake this one.

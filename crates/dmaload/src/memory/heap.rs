@@ -6,7 +6,7 @@
 //! | [`AnonHeap`] | private pages | no descriptor |
 //! | [`UdmabufHeap`] | memfds, exported by `/dev/udmabuf` | a dma-buf and a memfd |
 //! | [`DmaHeap`] | a dma-heap, `/dev/dma_heap/NAME` | a dma-buf |
-//! | [`FromDescriptors`] | dma-bufs of the caller's allocator | a dma-buf |
+//! | [`FromDescriptors`] | dma-bufs from the caller's allocator | a dma-buf |
 //!
 //! [`Hooked`] wraps any of them, or a caller's own [`Heap`].
 
@@ -62,7 +62,8 @@ pub use udmabuf::UdmabufHeap;
 ///   resize it, to punch holes into it, or to import it into a device. This includes descriptors
 ///   that other processes or drivers hold.
 /// - **A memfd can be sealed.** It is created with `MFD_ALLOW_SEALING` and without `F_SEAL_SEAL`.
-///   dmaload seals it against writes before it shows a segment; if that fails, the load fails.
+///   dmaload seals it against writes before it delivers the first segment in it; if that fails,
+///   the load fails.
 /// - **Its pages stay.** It has at least the requested length, and neither shrinks nor loses
 ///   pages.
 /// - **Its bytes stay.** [`Heap::populate`] and [`Heap::export`] change no byte that was written
@@ -163,9 +164,10 @@ pub unsafe trait Heap: fmt::Debug + Send + Sync + 'static {
         Vec::new()
     }
 
-    /// Whether this crate provides the heap. If so, its memfds may be shown without the seal
-    /// against writes on kernels that lack it, because the heap keeps no second descriptor.
-    /// Callers can't name the argument's type, so they can't override this method.
+    /// Whether this crate provides the heap. If so, segments in its memfds may be delivered
+    /// without the seal against writes on kernels that lack this seal, because the heap keeps no
+    /// second descriptor. Callers can't name the argument's type, so they can't override this
+    /// method.
     #[doc(hidden)]
     fn is_own(&self, _: private::Key) -> bool {
         false

@@ -26,7 +26,7 @@ impl ViewCount {
     }
 
     /// Marks the memory as handed out, so no new view can be created. If views are still alive,
-    /// nothing changes, and the error is their number.
+    /// changes nothing and returns their number as the error.
     pub(crate) fn hand_out(&self) -> Result<(), usize> {
         match self.0.compare_exchange(0, HANDED_OUT, Ordering::AcqRel, Ordering::Acquire) {
             Ok(_) | Err(HANDED_OUT) => Ok(()),

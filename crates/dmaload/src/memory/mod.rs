@@ -13,11 +13,11 @@
 //!   for writing only while no view of its bytes exists, and that it can't be viewed afterwards.
 //! - [`private`] provides filled memory to code that may write to it.
 //! - [`reaper`] frees dropped memory or keeps it in a pool.
-//! - Three modules limit memory. [`window`] limits what is allocated but not yet filled.
-//!   [`budget`] limits what all loads of a loader hold, and [`charge`] accounts for one
-//!   allocation. [`headroom`] checks what the machine and its cgroups have left; [`pressure`]
-//!   reports when processes wait for memory. A permit reserves part of a limit before memory is
-//!   allocated, and returns that part when it is dropped.
+//! - The other modules limit how much memory is used. [`window`] limits what is allocated but not
+//!   yet filled. [`budget`] limits what all loads of a loader hold, and [`charge`] accounts for
+//!   one allocation. [`headroom`] checks how much memory the machine and the process's cgroups
+//!   have left, and [`pressure`] reports when processes have to wait for memory. A permit reserves
+//!   part of a limit before memory is allocated, and returns that part when it is dropped.
 //!
 //! This module allocates and maps memory through the `dmabuf` crate. It reads the amount of
 //! available memory from procfs and cgroups; if neither can be read, only the loader's own limits

@@ -1,5 +1,5 @@
 //! Watches for memory pressure through the kernel's pressure stall information (PSI, see
-//! Documentation/accounting/psi.rst). When processes wait for memory, the pool is emptied.
+//! Documentation/accounting/psi.rst). When processes have to wait for memory, the pool is emptied.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -11,8 +11,9 @@ use rustix::io::Errno;
 
 use crate::memory::headroom::own_cgroups;
 
-/// Asks the kernel to report when at least one task (`some`) waited for memory for a total of 150
-/// ms within 2 s. Unprivileged processes can use only windows that are multiples of 2 s.
+/// Asks the kernel to report when tasks stalled on memory for a total of 150 ms within a window of
+/// 2 s. `some` counts the time during which at least one task was stalled. Unprivileged processes
+/// can use only windows that are multiples of 2 s.
 const TRIGGER: &[u8] = b"some 150000 2000000\0";
 
 /// Opens the first pressure file that accepts the trigger. Tries the files of this process's
@@ -28,7 +29,7 @@ pub(crate) fn open() -> Option<File> {
 }
 
 /// Calls `on_pressure` each time the kernel reports pressure. Returns when `stop` becomes
-/// readable, or when polling or the pressure file fails.
+/// readable, if polling fails, or if the pressure file reports an error.
 pub(crate) fn watch(pressure: impl AsFd, stop: &OwnedFd, mut on_pressure: impl FnMut()) {
     loop {
         let mut watched = [PollFd::new(&pressure, PollFlags::PRI), PollFd::new(stop, PollFlags::IN)];
@@ -38,7 +39,7 @@ pub(crate) fn watch(pressure: impl AsFd, stop: &OwnedFd, mut on_pressure: impl F
             Ok(_) => {}
         }
         let [pressure, stop] = watched.each_ref().map(PollFd::revents);
-        // The file of a removed cgroup reports an error forever.
+        // Once a cgroup has been removed, polling its file always reports an error.
         if !stop.is_empty() || pressure.intersects(PollFlags::ERR | PollFlags::NVAL | PollFlags::HUP) {
             return;
         }

@@ -35,12 +35,12 @@ use crate::support::convert::to_usize;
 ///   copy. Like handing out a dma-buf, this permanently revokes [`Segment::bytes`] for its
 ///   segments and for all segments that share memory with them. If several values of this type
 ///   cover the same bytes, they share the memory.
-/// - **Memfds**, whether sealed, shared or another process's ([`crate::share`]), are mapped again,
-///   copy-on-write. Views, other mappings and other processes keep seeing the file's bytes. Each
-///   private memory sees only its own writes, and uses a new page for each page that is written
-///   to. These pages do not count against any limit of a loader. On Linux 5.1 to 5.4, the memory
-///   is copied in full instead, because a forked child and its parent would see each other's
-///   writes.
+/// - **Memfds**, including those that are sealed, shared, or received from another process
+///   ([`crate::share`]), are mapped again, copy-on-write. Views, other mappings and other
+///   processes keep seeing the file's bytes. Each `PrivateMemory` sees only its own writes, and
+///   uses a new page for each page that is written to. These pages do not count against any limit
+///   of a loader. On Linux 5.1 to 5.4, the memory is copied in full instead, because a forked
+///   child and its parent would see each other's writes.
 /// - **Segments with a dma-buf** are refused with [`Error::NoDescriptor`], because any holder of
 ///   the dma-buf can write to them.
 ///
@@ -84,7 +84,7 @@ unsafe impl Send for PrivateMemory {}
 unsafe impl Sync for PrivateMemory {}
 
 impl PrivateMemory {
-    /// Creates private memory from the byte range `range` of the file. `segments` must contain the
+    /// Creates private memory for the byte range `range` of the file. `segments` must contain the
     /// file's segments in order.
     ///
     /// # Errors

@@ -7,9 +7,10 @@
 //! than the loader lives.
 //!
 //! The **pool** keeps whole allocations, mapped and populated, so later loads need not allocate,
-//! zero or populate them. It keeps only memory that no other code can access: memory that was
-//! handed out is freed. Every release of memory takes the pool's lock. The pool is therefore
-//! indexed by age and by size, so no operation has to search all of it while holding the lock.
+//! zero or populate them. It keeps only memory that was never handed out, because other code may
+//! still access memory that was. Every release of memory takes the pool's lock. The pool is
+//! therefore indexed by age and by size, so no operation has to search all of it while holding the
+//! lock.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -130,8 +131,8 @@ impl Pool {
         self.remove(number)
     }
 
-    /// Takes the most recent holding of this size, whose pages are most likely to be in a CPU
-    /// cache.
+    /// Takes the most recently added holding of this size, whose pages are most likely to be in a
+    /// CPU cache.
     fn take_newest(&mut self, bytes: u64) -> Option<Box<Holding>> {
         let &(_, number) = self.by_size.range((bytes, 0)..=(bytes, u64::MAX)).next_back()?;
         self.remove(number)
@@ -224,8 +225,8 @@ impl Reaper {
     pub(crate) fn release(&self, holding: Box<Holding>) {
         let bytes = holding.bytes();
         let mut ledger = None;
-        // Book the memory to the pool before another load can take it from there. If it turns out
-        // not to fit, it counts as pooled until it is freed.
+        // Account for the memory as pooled before another load can take it from the pool. If it
+        // turns out not to fit, it counts as pooled until it is freed.
         if holding.reusable.load(Ordering::Acquire) && bytes <= self.shared.0.list().pool_bytes {
             ledger = holding.charge.ledger();
             holding.charge.pool();
@@ -362,7 +363,7 @@ mod tests {
         assert_eq!(reaper.pooled_bytes(), 0, "a pool without capacity should keep nothing");
         reaper.set_pool_bytes(2 * 4096);
         reaper.release(holding(&range, 1, false));
-        assert_eq!(reaper.pooled_bytes(), 0, "memory that may not be reused should not be kept");
+        assert_eq!(reaper.pooled_bytes(), 0, "memory that must not be reused should not be kept");
         for page in 2..5 {
             reaper.release(holding(&range, page, true));
         }

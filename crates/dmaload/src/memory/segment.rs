@@ -136,8 +136,8 @@ impl Segment {
     ///
     /// # Errors
     /// [`Error::HandedOut`] if other code may write to the memory. That is the case once the
-    /// dma-buf of this segment, or of one that shares its memory, was handed out
-    /// ([`Segment::hand_out_dma_buf`]), or once its anonymous memory became
+    /// dma-buf of this segment, or of one that shares its memory, has been handed out
+    /// ([`Segment::hand_out_dma_buf`]), or once its anonymous memory has become
     /// [`PrivateMemory`](crate::PrivateMemory).
     pub fn bytes(&self) -> Result<Bytes> {
         Ok(Bytes::from_owner(View::new(self)?))
@@ -151,14 +151,14 @@ impl Segment {
     /// Hands out the dma-buf to importers and other processes. **This permanently revokes
     /// [`Segment::bytes`]** for this segment and for all segments that share its memory.
     ///
-    /// A dma-buf can't be made read-only: every holder of a descriptor can write to it. From now
-    /// on, the bytes can't be viewed, even after the descriptor is closed; use
+    /// A dma-buf can't be made read-only: every holder of a descriptor can write to it. After this
+    /// call, the bytes can't be viewed, even after the descriptor is closed; use
     /// [`Segment::cpu_access`] instead. Later loads don't reuse the memory
     /// ([`crate::LoaderBuilder::pool_bytes`]). If this method is called again, it returns the same
     /// dma-buf.
     ///
-    /// The segment's bytes start at [`Segment::memory_offset`] in the dma-buf and take up
-    /// [`Segment::memory_bytes`] there. The dma-buf stays valid as long as it has a descriptor, an
+    /// The segment's memory starts at offset [`Segment::memory_offset`] in the dma-buf and is
+    /// [`Segment::memory_bytes`] long. The dma-buf stays valid as long as it has a descriptor, an
     /// import or a mapping, even after this segment, its loader and this process are gone.
     ///
     /// # Errors
@@ -207,16 +207,16 @@ impl Segment {
     }
 
     /// Hands out the memfd, so other processes can map it read-only. The memfd is sealed: no
-    /// process can write to it through a new mapping or a descriptor, resize it or punch holes
-    /// into it. Existing views stay valid, and new ones can be made. Later loads don't reuse the
-    /// memory ([`crate::LoaderBuilder::pool_bytes`]).
+    /// process can write to it through a new mapping or a descriptor, resize it or punch holes in
+    /// it. Existing views stay valid, and new ones can be made. Later loads don't reuse the memory
+    /// ([`crate::LoaderBuilder::pool_bytes`]).
     ///
-    /// The segment's bytes start at [`Segment::memory_offset`] in the memfd. On the heap
-    /// `udmabuf`, writes by importers of the dma-buf are visible in the memfd.
+    /// The segment's bytes start at [`Segment::memory_offset`] in the memfd. On the `udmabuf`
+    /// heap, writes by importers of the dma-buf are visible in the memfd.
     ///
     /// # Errors
     /// [`Error::NoDescriptor`] on a heap without memfds; [`Error::Memory`] if the kernel refuses
-    /// the seal, as it does before Linux 5.1.
+    /// the seal, as kernels before Linux 5.1 do.
     pub fn hand_out_memfd(&self) -> Result<BorrowedFd<'_>> {
         let heap = || self.0.heap.to_string();
         let memfd = self.0.backing.memfd();
@@ -231,8 +231,8 @@ impl Segment {
     /// Returns the part of the segment that belongs to the tensor with this name, as offsets from
     /// the start of the segment. The tensor must be in the segment's own file. A tensor that
     /// crosses segment boundaries has a range in each of the segments. Returns `None` if the
-    /// segment has no byte of the tensor, or if the tensor's bytes are not contiguous in the file
-    /// ([`crate::Tensor::is_contiguous`]).
+    /// segment contains no bytes of the tensor, or if the tensor's bytes are not contiguous in the
+    /// file ([`crate::Tensor::is_contiguous`]).
     pub fn tensor_range(&self, tensor: &str) -> Option<Range<usize>> {
         let tensors = self.file_tensors()?;
         let part = tensors.part_at(tensors.map.get_index_of(tensor)?)?;
@@ -366,9 +366,9 @@ impl SegmentAccess<'_> {
         if bytes > 0 {
             // SAFETY: `offset` is below the segment's length, which is mapped.
             let from = unsafe { self.address().add(offset) };
-            // SAFETY: `from` has that many bytes left, mapped and initialized; the buffer has at
-            // least as many, in this process's own memory. No reference to the segment's bytes is
-            // made, so others may write to them.
+            // SAFETY: at least `bytes` mapped, initialized bytes start at `from`. The buffer is at
+            // least as long, and is this process's own memory. No reference to the segment's bytes
+            // is created, so other code may write to them.
             unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), buffer.as_mut_ptr(), bytes) };
         }
         bytes
@@ -470,7 +470,7 @@ impl Contiguous {
 
 impl AsRef<[u8]> for Contiguous {
     fn as_ref(&self) -> &[u8] {
-        let View(first) = self.views.first().expect("a non-empty range overlaps at least one segment");
+        let View(first) = self.views.first().expect("a non-empty range should overlap at least one segment");
         let offset = to_usize(self.range.start - first.file_range().start);
         let bytes = to_usize(self.range.end - self.range.start);
         // SAFETY: `bytes` checked that the range lies within the segments' bytes, and that each

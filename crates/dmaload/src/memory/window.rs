@@ -1,7 +1,7 @@
 //! The window limits how many bytes may be allocated but not yet filled. It also limits how much
 //! of a shared resource each load may hold.
 //!
-//! The window keeps allocating and reading in step: a permit is taken before memory is allocated,
+//! The window keeps allocation and reading in step: a permit is taken before memory is allocated,
 //! and returned when that memory is filled or abandoned. The engine's permits are
 //! `engine::WindowPermit`; in `engine::schedule`, the next batch of a load waits for one.
 //!
@@ -214,8 +214,8 @@ impl<L: Clone + PartialEq> Window<L> {
         self.held.taken()
     }
 
-    /// Pairs of a load and a file system, one for each file system for whose files a load holds
-    /// permits.
+    /// Iterates over the loads that hold permits: one item for each load and each file system that
+    /// the load holds permits for.
     pub(crate) fn holders(&self) -> impl Iterator<Item = (&L, u64)> {
         self.held.held.iter().map(|(load, file_system, _)| (load, *file_system))
     }

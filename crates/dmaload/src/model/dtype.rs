@@ -151,23 +151,23 @@ dtypes! {
     Bool = "BOOL", 8 bits;
     /// 4-bit float (OCP microscaling, E2M1).
     F4 = "F4", 4 bits;
-    /// 6-bit float, 2 bits of exponent (OCP microscaling).
+    /// 6-bit float with 2 exponent bits (OCP microscaling).
     F6E2M3 = "F6_E2M3", 6 bits;
-    /// 6-bit float, 3 bits of exponent (OCP microscaling).
+    /// 6-bit float with 3 exponent bits (OCP microscaling).
     F6E3M2 = "F6_E3M2", 6 bits;
     /// Unsigned byte.
     U8 = "U8", 8 bits;
     /// Signed byte.
     I8 = "I8", 8 bits;
-    /// 8-bit float, 5 bits of exponent.
+    /// 8-bit float with 5 exponent bits.
     F8E5M2 = "F8_E5M2", 8 bits;
-    /// 8-bit float, 4 bits of exponent.
+    /// 8-bit float with 4 exponent bits.
     F8E4M3 = "F8_E4M3", 8 bits;
     /// 8-bit power-of-two scale (OCP microscaling).
     F8E8M0 = "F8_E8M0", 8 bits;
-    /// 8-bit float, 4 bits of exponent, no infinities and a single zero.
+    /// 8-bit float with 4 exponent bits, no infinities and a single zero.
     F8E4M3Fnuz = "F8_E4M3FNUZ", 8 bits;
-    /// 8-bit float, 5 bits of exponent, no infinities and a single zero.
+    /// 8-bit float with 5 exponent bits, no infinities and a single zero.
     F8E5M2Fnuz = "F8_E5M2FNUZ", 8 bits;
     /// Signed 16-bit integer.
     I16 = "I16", 16 bits;
@@ -183,7 +183,7 @@ dtypes! {
     U32 = "U32", 32 bits;
     /// Single-precision float.
     F32 = "F32", 32 bits;
-    /// Complex number of two [`F32`](Self::F32).
+    /// Complex number: two [`F32`](Self::F32) values.
     C64 = "C64", 64 bits;
     /// Double-precision float.
     F64 = "F64", 64 bits;
@@ -225,13 +225,13 @@ dtypes! {
     IQ3_XXS = "IQ3_XXS", 256 in 98 bytes;
     /// 1.56 bits per element, with a codebook.
     IQ1_S = "IQ1_S", 256 in 50 bytes;
-    /// 4 bits per element, quantized non-linearly, and one scale per block.
+    /// Non-linear 4-bit quantization, with one scale per block.
     IQ4_NL = "IQ4_NL", 32 in 18 bytes;
     /// 3.44 bits per element, with a codebook.
     IQ3_S = "IQ3_S", 256 in 110 bytes;
     /// 2.56 bits per element, with a codebook.
     IQ2_S = "IQ2_S", 256 in 82 bytes;
-    /// 4 bits per element, quantized non-linearly, in super-blocks of 256 elements.
+    /// Non-linear 4-bit quantization, in super-blocks of 256 elements.
     IQ4_XS = "IQ4_XS", 256 in 136 bytes;
     /// 1.75 bits per element, with a codebook.
     IQ1_M = "IQ1_M", 256 in 56 bytes;
@@ -303,7 +303,7 @@ mod tests {
         for name in ["", "bf16", "BF16 ", "F8E4M3", "Bool", "F128", "q4_0", "\u{1b}[2J"] {
             let error = name.parse::<DType>().unwrap_err();
             assert_eq!(error.name, name);
-            assert!(!error.to_string().contains('\u{1b}'), "control characters are escaped");
+            assert!(!error.to_string().contains('\u{1b}'), "control characters should be escaped");
         }
         // Safetensors headers cannot name quantized types.
         assert_eq!(DType::from_safetensors_name("Q4_0"), None);

@@ -11,13 +11,13 @@ use super::limits::{HEADER_LIMIT_BYTES, RANK_LIMIT};
 /// Why a model file was refused: what is wrong, where, and what was expected.
 ///
 /// The fields keep names from the file in full. Messages quote these names, escape control
-/// characters and shorten long names, because a hostile file may choose them and a terminal may
-/// display them.
+/// characters and shorten long names, because the names may come from a hostile file and be
+/// displayed on a terminal.
 ///
 /// An `offset` in a safetensors header is relative to the JSON, which begins at byte 8 of the
 /// file. An `offset` in a GGUF header or in an index is relative to the start of the file. Other
-/// positions are relative to the data, as in the header, unless their documentation says that they
-/// are positions in the file.
+/// positions are relative to the start of the data, as in the header, unless their documentation
+/// says that they are positions in the file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ModelError {
@@ -76,7 +76,7 @@ pub enum ModelError {
         file_bytes: u64,
     },
 
-    /// The header does not begin with `{`, apart from whitespace.
+    /// The first byte of the header that is not whitespace is not `{`.
     #[error("the header begins with byte {found:#04x}, expected '{{' (0x7b)")]
     NotAnObject {
         /// The byte found in place of the `{`. If the header is only whitespace, this is its first
@@ -254,9 +254,9 @@ pub enum ModelError {
     OffsetsReversed {
         /// The tensor's name.
         tensor: String,
-        /// Where the tensor begins, relative to the data.
+        /// Where the tensor begins, relative to the start of the data.
         begin: u64,
-        /// Where it ends, relative to the data.
+        /// Where it ends, relative to the start of the data.
         end: u64,
     },
 
@@ -269,7 +269,7 @@ pub enum ModelError {
     PastEnd {
         /// The tensor's name.
         tensor: String,
-        /// Where it ends, relative to the data.
+        /// Where it ends, relative to the start of the data.
         end: u64,
         /// The number of bytes in the file after the header.
         data_bytes: u64,
@@ -335,7 +335,7 @@ pub enum ModelError {
         file_bytes: u64,
     },
 
-    /// The file was expected to be GGUF but does not begin with its magic bytes.
+    /// The file was expected to be GGUF but does not begin with GGUF's magic bytes.
     #[error("the file does not begin with \"GGUF\"")]
     NotGguf,
 
@@ -363,11 +363,11 @@ pub enum ModelError {
         offset: u64,
         /// The tensor's name.
         tensor: String,
-        /// The number of the type.
+        /// The type's number in the file.
         found: u32,
     },
 
-    /// The header of a GGUF file exceeds the limit.
+    /// The header of a GGUF file exceeds the size limit.
     #[error("the GGUF header is longer than the limit of {limit_bytes} bytes")]
     GgufHeaderTooLarge {
         /// The limit in bytes.
@@ -427,9 +427,9 @@ pub enum ModelError {
 }
 
 const CUT_SHORT: &str = "the download or copy is incomplete: finish it, or download the file again";
-const NEWER: &str = "the file is too new for this version of dmaload: update dmaload, or load it as raw bytes (the format raw)";
+const NEWER: &str = "the file is too new for this version of dmaload: update dmaload, or load it as raw bytes (format `raw`)";
 const DAMAGED: &str = "the file is damaged, or its writer violates the format: download or write it again, \
-                       or load it as raw bytes (the format raw)";
+                       or load it as raw bytes (format `raw`)";
 
 impl ModelError {
     /// Returns what the user can do about the error.
@@ -441,27 +441,27 @@ impl ModelError {
             | ModelError::HeaderPastEnd { .. }
             | ModelError::PastEnd { .. }
             | ModelError::GgufCutShort { .. } => CUT_SHORT,
-            ModelError::Empty => "download it again, or load it as raw bytes (the format raw)",
+            ModelError::Empty => "download it again, or load it as raw bytes (format `raw`)",
             ModelError::Split { .. } => {
-                "the parts are from different models, or were renamed: download them again, or load each as raw bytes (the format raw)"
+                "the parts are from different models, or were renamed: download them again, or load each as raw bytes (format `raw`)"
             }
             ModelError::GgufType { found, .. } if is_removed_gguf_type(*found) => {
-                "this type was removed from ggml: convert the model again from its source, or load it as raw bytes (the format raw)"
+                "this type was removed from ggml: convert the model again from its source, or load it as raw bytes (format `raw`)"
             }
             ModelError::UnknownDType { .. } | ModelError::GgufType { .. } => NEWER,
             ModelError::GgufVersion { found } if is_big_endian(*found) => {
                 "convert it to little-endian with gguf-convert-endian from the Python package gguf"
             }
             ModelError::GgufVersion { found: 0 | 1 } => {
-                "the file is too old: convert it with the tools of llama.cpp, or load it as raw bytes (the format raw)"
+                "the file is too old: convert it with the tools of llama.cpp, or load it as raw bytes (format `raw`)"
             }
             ModelError::GgufVersion { .. } => NEWER,
             ModelError::HeaderTooLarge { .. } | ModelError::GgufHeaderTooLarge { .. } => {
-                "the file is damaged, or not a model: download it again, or load it as raw bytes (the format raw)"
+                "the file is damaged, or not a model: download it again, or load it as raw bytes (format `raw`)"
             }
             ModelError::TrailingBytes { .. } => {
                 "something was appended to the file, or two files were joined: download it again, \
-                 or load it as raw bytes (the format raw)"
+                 or load it as raw bytes (format `raw`)"
             }
             ModelError::Index { .. } => "the index is damaged: download it again, or list the model's files one by one",
             ModelError::IndexLeavesFolder { .. } => {

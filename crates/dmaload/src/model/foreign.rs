@@ -1,8 +1,8 @@
 //! Recognizes files found in place of a model: Git LFS pointers, error pages, archives, and other
 //! formats.
 //!
-//! A file is examined here only after it was refused as a model or as an index, so that the error
-//! can tell the user what to do.
+//! A file is examined here only after it has been refused as a model or as an index, so that the
+//! error can tell the user what to do.
 
 use std::fmt;
 
@@ -61,7 +61,7 @@ pub enum ForeignFile {
         /// The name of the format with its article, such as `a gzip file`.
         format: &'static str,
     },
-    /// A file of arrays in another format.
+    /// A file of arrays in a format that is neither safetensors nor GGUF.
     OtherFormat {
         /// The name of the format with its article, such as `an HDF5 file`.
         format: &'static str,
@@ -86,9 +86,9 @@ impl ForeignFile {
             ForeignFile::Zeros => {
                 "the download is incomplete (its space was preallocated): finish it, or download the file again"
             }
-            ForeignFile::Gguf => "load it as GGUF (the format gguf); the format auto does so if the file's name ends in .gguf",
+            ForeignFile::Gguf => "load it as GGUF (format `gguf`); the `auto` format does this if the file's name ends in .gguf",
             ForeignFile::Safetensors => {
-                "load it as safetensors (the format safetensors); the format auto does so if the file's name ends in .safetensors"
+                "load it as safetensors (format `safetensors`); the `auto` format does this if the file's name ends in .safetensors"
             }
             ForeignFile::BigEndianSafetensors => {
                 "it was written on a big-endian machine, which violates the format: write it again on a little-endian one"

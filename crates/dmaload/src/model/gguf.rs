@@ -1,7 +1,7 @@
-//! The GGUF format, versions 2 and 3: key-value pairs, the list of tensors, and the tensors'
-//! bytes, each at a multiple of the file's alignment.
+//! The GGUF format, versions 2 and 3: key-value pairs, the list of tensors, and the bytes of each
+//! tensor, which begin at a multiple of the file's alignment.
 //!
-//! Based on `docs/gguf.md` of <https://github.com/ggml-org/ggml>. Where that document is silent,
+//! Based on `docs/gguf.md` in <https://github.com/ggml-org/ggml>. Where that document is silent,
 //! this module follows `gguf_init_from_file` in the same project. Like that function, this module
 //! refuses duplicate keys and names, tensors that are not consecutive, and rows that are not a
 //! whole number of blocks. Unlike `gguf_init_from_file`, this module accepts nested arrays, long

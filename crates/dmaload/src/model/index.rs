@@ -75,7 +75,7 @@ impl Index {
     /// [`ModelError::Index`] if the JSON is invalid or lists a tensor twice.
     /// [`ModelError::IndexLeavesFolder`] if a file name leads out of the index's folder or can't
     /// be the name of a file. Symbolic links are not checked and may lead anywhere, because model
-    /// caches rely on that.
+    /// caches rely on this.
     pub fn parse(json: &[u8]) -> Result<Self, ModelError> {
         let WeightMap(pairs) = serde_json::from_slice::<Document>(json)
             .map_err(|error| ModelError::Index { offset: offset_of(json, &error), reason: shorten(error.to_string()) })?
@@ -163,7 +163,7 @@ fn normalize_name(name: &str) -> Option<String> {
     let mut parts = Vec::new();
     for part in Path::new(name).components() {
         match part {
-            Component::Normal(part) => parts.push(part.to_str().expect("a component of a UTF-8 path is UTF-8")),
+            Component::Normal(part) => parts.push(part.to_str().expect("a component of a UTF-8 path should be UTF-8")),
             Component::CurDir => {}
             Component::ParentDir => _ = parts.pop()?,
             Component::RootDir | Component::Prefix(_) => return None,

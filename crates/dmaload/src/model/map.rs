@@ -64,7 +64,7 @@ impl TensorMap {
         if !self.tensors.iter().all(|tensor| keeps(&tensor.name)) {
             self.tensors.retain(|tensor| keeps(&tensor.name));
             let by_name = NameIndex::new(self.tensors.len(), |i| &self.tensors[i].name);
-            self.by_name = by_name.expect("a subset of unique names is unique");
+            self.by_name = by_name.expect("a subset of unique names should be unique");
         }
         self
     }
@@ -117,7 +117,7 @@ impl TensorMap {
         self.gguf.as_deref()
     }
 
-    /// Returns the name of the file's format: `gguf` if [`Self::gguf`] has metadata, otherwise
+    /// Returns the name of the file's format: `gguf` if [`Self::gguf`] returns metadata, otherwise
     /// `safetensors`.
     #[must_use]
     pub fn format(&self) -> &'static str {
@@ -216,7 +216,7 @@ impl StringPairs {
     /// Appends the next string. Call it alternately with a key and its value.
     pub(super) fn push(&mut self, string: &str) {
         self.text.push_str(string);
-        let end = u32::try_from(self.text.len()).expect("decoded strings are no longer than their header");
+        let end = u32::try_from(self.text.len()).expect("decoded strings should be no longer than their header");
         self.ends.push(end);
     }
 

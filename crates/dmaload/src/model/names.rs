@@ -2,8 +2,8 @@
 
 /// The positions of a list's items, sorted by the items' names.
 ///
-/// Compared to a hash map, this needs no second copy of the names, gives a hostile header no hash
-/// collisions to exploit, and finds duplicates as neighbors.
+/// Unlike a hash map, this needs no second copy of the names, gives a hostile header no hash
+/// collisions to exploit, and places duplicates next to each other.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct NameIndex(Vec<u32>);
 

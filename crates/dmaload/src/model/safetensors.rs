@@ -2,8 +2,8 @@
 //! tensors' bytes, which fill the rest of the file.
 //!
 //! Based on the *Format* section of the README of <https://github.com/huggingface/safetensors>.
-//! Where the README is silent, this module follows the crate `safetensors` 0.8. If this module
-//! accepts a file, the crate accepts it too, and reads the same tensors.
+//! Where the README is silent, this module follows version 0.8 of the `safetensors` crate. If this
+//! module accepts a file, the crate accepts it too, and reads the same tensors.
 //!
 //! This module is stricter where leniency would let two readers see different tensors, or hide
 //! damage. It refuses the following, which the crate accepts:
@@ -17,10 +17,10 @@
 //! a tensor's entry. It also allows any JSON whitespace around the header's object, although the
 //! README requires the header to begin with `{` and to be padded only with spaces.
 //!
-//! Memory and time are bounded by the header's length: parsing needs memory of at most a small
-//! multiple of that length, and `n log n` comparisons for `n` names. A value of the wrong type is
+//! Memory and time are bounded by the header's length: parsing needs at most a small multiple of
+//! that length in memory, and `n log n` comparisons for `n` names. A value of the wrong type is
 //! refused where it begins, before the rest of it is read. The value of an unknown key is skipped,
-//! but a header that nests more than 127 levels deep in such a value is refused, because
+//! but a header whose nesting exceeds 127 levels within such a value is refused, because
 //! `serde_json` limits nesting.
 
 mod header;
@@ -32,7 +32,7 @@ use super::{
     map::{TensorInfo, TensorMap},
 };
 
-/// The length prefix in front of the header, in bytes.
+/// The size of the length prefix before the header, in bytes.
 const PREFIX_BYTES: u64 = 8;
 
 /// The shortest possible header: `{}`.
@@ -169,8 +169,8 @@ pub fn parse(header: &[u8], file_bytes: u64) -> Result<TensorMap, ModelError> {
 /// Checks that a header begins like a JSON object, and decodes it as UTF-8.
 fn decode_header(header: &[u8]) -> Result<&str, ModelError> {
     let is_blank = |byte: &u8| header::WHITESPACE.contains(&char::from(*byte));
-    // If the header is only whitespace, its first byte is reported as found in place of a brace.
-    let found = header.iter().find(|byte| !is_blank(byte)).or(header.first()).expect("a header has at least 2 bytes");
+    // If the header is only whitespace, the error contains its first byte.
+    let found = header.iter().find(|byte| !is_blank(byte)).or(header.first()).expect("a header should have at least 2 bytes");
     if *found != b'{' {
         return Err(ModelError::NotAnObject { found: *found });
     }

@@ -17,8 +17,8 @@ pub enum Layout {
     /// Like `Segmented`, but files are cut between tensors. Each tensor is in a single segment,
     /// which is larger than the configured size if necessary. A tensor is split only if it exceeds
     /// what the importer, the heap or the memory limit allows. If one tensor ends and the next
-    /// begins within a block, the segments of both contain that block. A file of raw bytes is
-    /// divided as in `Segmented`.
+    /// begins within the same block, the segments of both contain that block. A file of raw bytes
+    /// is divided as in `Segmented`.
     Tensors,
 }
 
@@ -51,8 +51,8 @@ impl std::str::FromStr for Layout {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Format {
-    /// safetensors or GGUF if the file looks like one of them, otherwise raw bytes. The path of a
-    /// folder, of an index, or of one part of a split GGUF model loads all files of the model.
+    /// safetensors or GGUF if the file looks like one of them, otherwise raw bytes. If the path is
+    /// a folder, an index, or one part of a split GGUF model, all files of the model are loaded.
     #[default]
     Auto,
     /// safetensors; anything else is an error.
@@ -90,7 +90,7 @@ pub enum Cache {
     /// Do not check what the page cache holds, and read everything through the load's route. The
     /// routes `uring-buffered` and `buffered` themselves go through the page cache.
     Bypass,
-    /// Copy chunks that are fully cached from the page cache, and read the rest through the load's
+    /// If a chunk is fully cached, copy it from the page cache. Read the rest through the load's
     /// route. Checking what is cached adds at most 1 % of a large file to the cache.
     ///
     /// Has an effect only on file systems where every change to cached bytes updates the file's
@@ -132,8 +132,8 @@ pub enum Prefer {
     /// Minimize the duration of the load.
     #[default]
     Speed,
-    /// Minimize CPU time. Reads are direct if possible, which copies nothing unless the file is in
-    /// memory (tmpfs, DAX). The load does not measure which way of reading is fastest.
+    /// Minimize CPU time. Direct reads are used if possible, because they copy nothing unless the
+    /// file is in memory (tmpfs, DAX). The load does not measure which way of reading is fastest.
     Cpu,
 }
 
@@ -180,7 +180,8 @@ pub struct Shard {
     /// The number of ranks.
     pub world_size: u32,
     /// The dimension along which each tensor is cut. The outermost dimension is 0. If `None`, each
-    /// file's bytes are divided among the ranks instead, wherever tensors begin and end.
+    /// file's bytes are divided among the ranks instead, regardless of where tensors begin and
+    /// end.
     pub dim: Option<usize>,
 }
 
@@ -192,14 +193,14 @@ pub struct ImporterLimits {
     /// The size in bytes of the largest dma-buf that the importer accepts: at least 1 MiB, and at
     /// least [`crate::LoadOptions::segment_bytes`], if that is set.
     pub max_segment_bytes: u64,
-    /// The maximum number of dma-bufs for a load. Small files, and small spans of tensors, share
-    /// dma-bufs.
+    /// The maximum number of dma-bufs that a load may use. Small files, and small spans of
+    /// tensors, share dma-bufs.
     pub max_segments: usize,
     /// The alignment in bytes of each tensor in its dma-buf: a power of two, at most 1 GiB. An
     /// alignment of more than 1 requires [`Layout::Tensors`].
     ///
     /// A direct read preserves a byte's position within its block, where a block is at least a
-    /// page (usually 4 KiB). If a tensor's position in the file is not aligned well enough, the
+    /// page (usually 4 KiB). If a tensor's position in the file is not sufficiently aligned, the
     /// tensor is therefore copied into place after it has been read.
     /// [`crate::Report::copied_bytes`] counts the copied bytes. If the alignment is larger than
     /// such a block, no two tensors share a dma-buf.

@@ -69,14 +69,14 @@ impl Default for LoadOptions {
 }
 
 impl LoadOptions {
-    /// The default of [`Self::segment_bytes`]: 64 MiB, unless a limit requires another size.
+    /// The default for [`Self::segment_bytes`]: 64 MiB, unless a limit requires another size.
     pub const SEGMENT_BYTES: u64 = 64 << 20;
-    /// The default of [`Self::chunk_bytes`]: 2 MiB.
+    /// The default for [`Self::chunk_bytes`]: 2 MiB.
     pub const CHUNK_BYTES: u64 = 2 << 20;
 
     /// Returns the defaults: everything is read, into segments of [`Self::SEGMENT_BYTES`], through
     /// the fastest route. If the kernel refuses a route, the load falls back to a lower one and
-    /// reports that.
+    /// reports the fallback.
     pub fn new() -> Self {
         LoadOptions::default()
     }
@@ -115,9 +115,9 @@ impl LoadOptions {
         self
     }
 
-    /// Sets whether the path of a file loads just that file, even if it belongs to a larger model.
-    /// If so, a part of a split GGUF model loads without the others, and an index loads as raw
-    /// bytes. Default: false.
+    /// Sets whether to load only the file at the path, even if that file belongs to a larger
+    /// model. If so, a part of a split GGUF model is loaded without the others, and an index is
+    /// loaded as raw bytes. Default: false.
     #[must_use]
     pub fn as_one_file(mut self, alone: bool) -> Self {
         self.as_one_file = alone;
@@ -183,10 +183,10 @@ impl LoadOptions {
         self
     }
 
-    /// Sets whether consecutive small files share memory. Small files are those of up to a quarter
-    /// of a segment. Each file is still aligned to at least a page. This way, a thousand small
-    /// files need only a few allocations and descriptors, and can be backed by huge pages. The
-    /// dma-buf or memfd of such a file contains all files that share it. Has no effect with
+    /// Sets whether consecutive small files share memory. A file is small if it is no larger than
+    /// a quarter of a segment. Each file is still aligned to at least a page. This way, a thousand
+    /// small files need only a few allocations and descriptors, and can be backed by huge pages.
+    /// The dma-buf or memfd of such a file contains all files that share it. Has no effect with
     /// [`Layout::Single`], or if the [importer](Self::importer) requires an alignment of more than
     /// a page. Default: true.
     #[must_use]
@@ -200,7 +200,7 @@ impl LoadOptions {
     pub(crate) fn segment_bytes_within(&self, limit_bytes: Option<u64>) -> u64 {
         let own = Some(self.importer.max_segment_bytes).filter(|&most| most < u64::MAX);
         let limit_bytes = limit_bytes.into_iter().chain(own).min();
-        // Below the size of a huge page, any whole number of pages would do. Sizes in MiB are fine
+        // Below the size of a huge page, any whole number of pages would do. Whole MiB are precise
         // enough, because udmabuf's limit is in MiB, too.
         let step = |limit: u64| if limit < SEGMENT_STEP_BYTES { MIB } else { SEGMENT_STEP_BYTES };
         let fits = |limit: u64| (limit / step(limit) * step(limit)).max(MIB);
@@ -211,7 +211,7 @@ impl LoadOptions {
 
     /// Sets the size of one read: a multiple of 64 KiB, at most 1 GiB. At most
     /// [`queue_depth`](crate::LoaderBuilder::queue_depth) reads are in flight. Smaller reads cost
-    /// more system calls. After a larger read fails, more bytes have to be read again. Default:
+    /// more system calls. If a larger read fails, more bytes have to be read again. Default:
     /// [`Self::CHUNK_BYTES`], 2 MiB.
     #[must_use]
     pub fn chunk_bytes(mut self, bytes: u64) -> Self {
@@ -225,8 +225,8 @@ impl LoadOptions {
     /// whose direct reads are copies, the default is [`Route::PreadDirect`].
     ///
     /// Which way is fastest depends on the machine, so a load of 512 MiB or more measures each way
-    /// on some of its bytes and continues with the fastest one. The loader's later loads from the
-    /// same file system use that result and measure again from time to time
+    /// on some of its bytes and continues with the fastest one. Later loads by this loader from
+    /// the same file system use that result and measure again from time to time
     /// ([`crate::Report::measured`]). Until something has been measured, smaller loads use staged
     /// reads if the file system is local and the memory has small pages, and otherwise direct
     /// reads. A load from several file systems, or on a heap that populates memory when it
@@ -244,7 +244,7 @@ impl LoadOptions {
         self
     }
 
-    /// Sets whether to fail rather than fall back to a lower route than the starting one. Default:
+    /// Sets whether to fail rather than fall back to a route below the starting one. Default:
     /// false.
     #[must_use]
     pub fn strict(mut self, strict: bool) -> Self {
@@ -278,8 +278,8 @@ impl LoadOptions {
 
     /// Sets the expected contents of the files: a manifest, or the checksum of a single file. Both
     /// are in the module `verify`, which requires the feature of the same name. A load of files
-    /// with other contents fails with [`crate::Error::Corrupt`], [`crate::Error::WrongLength`] or
-    /// [`crate::Error::NotInManifest`]. With a manifest, every segment is verified before it is
+    /// with different contents fails with [`crate::Error::Corrupt`], [`crate::Error::WrongLength`]
+    /// or [`crate::Error::NotInManifest`]. With a manifest, every segment is verified before it is
     /// delivered to the caller. With a single checksum, all segments of the file except the last
     /// are delivered before the result is known. Default: no verification.
     ///
@@ -294,7 +294,7 @@ impl LoadOptions {
     }
 
     /// Sets an observer, which sees every byte before its segment is delivered to the caller, for
-    /// example to compute a checksum. Like [`Self::verify`], this requires that whole files are
+    /// example to compute a checksum. Like [`Self::verify`], this works only if whole files are
     /// read. Default: none.
     ///
     /// On a heap that the CPU reads uncached, every read of a load that has an observer or a
@@ -315,7 +315,7 @@ impl LoadOptions {
     }
 }
 
-/// The unit of segment sizes. It is the size of a huge page, so that two segments never share one.
+/// The unit of segment sizes. It is the size of a huge page, so no two segments share a huge page.
 /// Segments are smaller than this only if the heap or the importer requires it.
 pub(crate) const SEGMENT_STEP_BYTES: u64 = 2 << 20;
 

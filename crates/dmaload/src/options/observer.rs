@@ -13,15 +13,15 @@ use crate::support::foreign::Foreign;
 ///
 /// An observer sees the files of a load one after another, and each file from beginning to end:
 /// every byte once, without gaps. It is called on the loader's threads, with one call at a time
-/// for each load. The way in which the bytes are divided among the calls has no meaning. If a load
-/// fails or is dropped, the observer does not see the rest of the bytes.
+/// for each load. How the bytes are divided among the calls has no meaning. If a load fails or is
+/// dropped, the observer does not see the rest of the bytes.
 ///
 /// The bytes are in the memory of their segment or, on a heap that the CPU reads uncached
 /// ([`crate::heap::Heap::is_uncached`]), in the staging buffer that they were read into. Reading
 /// continues while the observer runs. If the observer is slower than the reads, reading waits:
 /// until bytes have been observed, they keep occupying the window or a staging buffer.
 ///
-/// An observer must not wait for a load of the same loader, nor for the loader's shutdown: either
+/// An observer must not wait for a load by the same loader, nor for the loader's shutdown: either
 /// may need the thread that the observer runs on.
 ///
 /// A panic fails the observer's load with [`crate::Error::Panicked`]; other loads are not
@@ -82,8 +82,8 @@ pub trait Verify: Send + Sync + 'static {
     /// before it reads anything but headers.
     fn begin(&self, files: &[(&Path, u64)], format: Format) -> Result<Arc<dyn Observer>>;
 
-    /// Like [`Self::begin`], but called if the caller named only one part of a split model, all of
-    /// whose parts are loaded. `named` is the index of the named part in `files`. If only the
+    /// Like [`Self::begin`], but called if the caller named only one part of a split model, and
+    /// all of its parts are loaded. `named` is the index of the named part in `files`. If only the
     /// checksum of a single file is expected, it is the checksum of the named part. The default
     /// implementation calls [`Self::begin`].
     ///

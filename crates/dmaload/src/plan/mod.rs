@@ -12,15 +12,15 @@
 //! ```
 //!
 //! Dots are padding up to a multiple of the alignment. Consecutive small files share memories, so
-//! a thousand of them need only a few allocations and can have huge pages. Each file begins at a
+//! a thousand of them need only a few allocations and can use huge pages. Each file begins at a
 //! multiple of the alignment, as direct reads require.
 //!
 //! A plan is made from spans: whole files, or the ranges of files that [`select`] selects. Small
 //! spans are treated like small files.
 //!
 //! Planning is pure: it uses no clock and makes no system calls, so the same input always gives
-//! the same plan. The input consists of lengths, headers and options, without open files, memory
-//! or a ring. A plan is made before any data is read, and never changes.
+//! the same plan. The input consists of lengths, headers and options, and does not include open
+//! files, memory or a ring. A plan is made before any data is read, and never changes.
 
 pub(crate) mod glob;
 pub(crate) mod select;
@@ -91,7 +91,7 @@ pub(crate) struct FileParts {
     pub(crate) first_segment: Option<usize>,
     /// The memory that contains the file's last segment; `None` if nothing is read from the file.
     pub(crate) last_memory: Option<usize>,
-    /// The number of the file's pieces.
+    /// How many pieces the file has.
     pub(crate) pieces: usize,
 }
 
@@ -123,7 +123,7 @@ pub(crate) struct SegmentPlan {
     pub(crate) moved: Option<Range<u64>>,
 }
 
-/// A batch: the unit that is allocated, populated and counted by the window.
+/// A batch: the unit in which memory is allocated, populated and counted against the window.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Batch {
     pub(crate) memory: usize,
@@ -153,12 +153,12 @@ pub(crate) struct Piece {
 /// three eighths of this: see `Settings::batch_bytes`.
 ///
 /// 16 MiB is small enough for the first reads to start early and for the window to be divided
-/// finely. It is large enough for the fixed cost of each call that registers or populates memory
-/// not to matter.
+/// finely. It is large enough that the fixed cost of each call that registers or populates memory
+/// hardly matters.
 pub(crate) const BATCH_BYTES: u64 = 16 << 20;
 
-/// Maximum number of files that may share a batch. All files of a batch are open while it is read,
-/// and at most four times this number of small files may be open at once (see
+/// Maximum number of files that may share a batch. All files in a batch are open while it is being
+/// read, and at most four times this number of small files may be open at once (see
 /// `engine::descriptors`).
 pub(crate) const BATCH_FILES: usize = 64;
 
@@ -207,7 +207,7 @@ impl Plan {
             let packed = shape.shares_memory(span.range.end - span.range.start);
             for file_range in split(span.range.clone(), if span.single { u64::MAX } else { segment_bytes }) {
                 let memory_bytes = (file_range.end - file_range.start).next_multiple_of(alignment);
-                // If a memory is a single batch, the limit on a batch's files applies to it.
+                // If a memory is a single batch, the limit on files per batch applies to it.
                 let most = if shape.batch_bytes < shape.segment_bytes { usize::MAX } else { shape.batch_files };
                 let room = |&(packed_at, count): &(u64, usize)| {
                     let taken = plan.memories.last().map_or(0, |memory| memory.bytes);

@@ -24,7 +24,7 @@ use crate::plan::Span;
 use crate::plan::glob::Pattern;
 use crate::support::convert::to_usize;
 
-/// A validated [`Select`], and what has been found out while applying it to files.
+/// A validated [`Select`], and what was learned while applying it to files.
 #[derive(Debug, Default)]
 pub(crate) struct Selector {
     patterns: Option<Vec<Pattern>>,
@@ -32,7 +32,7 @@ pub(crate) struct Selector {
     shard: Option<Shard>,
     /// Which patterns have matched a tensor.
     matched: Vec<bool>,
-    /// Tensors for which cutting between ranks has an effect that may surprise the caller.
+    /// Tensors that are divided among ranks in a way that may surprise the caller.
     affected: AffectedTensors,
     /// The number of files from which this rank gets no tensor bytes or, for files without
     /// tensors, no bytes at all.
@@ -61,8 +61,8 @@ pub(crate) struct Selected {
     /// The tensors to read. `None` if tensors are neither selected by name nor cut along a
     /// dimension.
     pub(crate) tensors: Option<Arc<ChosenTensors>>,
-    /// The number of bytes that were requested, without the gaps and the rest of the blocks that
-    /// are read with them.
+    /// The number of bytes that were requested, not counting the gaps and the rest of the blocks
+    /// that are read with them.
     pub(crate) wanted_bytes: u64,
 }
 
@@ -96,8 +96,8 @@ impl ChosenTensors {
         &self.list
     }
 
-    /// Chooses the tensors that the file owns, each as a whole. Returns `None` if the file owns
-    /// all tensors in the map.
+    /// Chooses the tensors that the file owns, each in full. Returns `None` if the file owns all
+    /// tensors in the map.
     pub(crate) fn owned(map: &TensorMap, owns: impl Fn(&str) -> bool) -> Option<Self> {
         let whole = |(position, info): (usize, &TensorInfo)| {
             let part = TensorSlice { shape: info.shape.clone(), rows: Rows::single(info.file_range.clone()) };
@@ -126,8 +126,8 @@ pub(crate) struct TensorSlice {
     pub(crate) rows: Rows,
 }
 
-/// Ranges of equal length at equal distances in a file. Together, they hold a tensor's wanted
-/// part.
+/// Ranges of equal length at equal distances in a file. Together, they hold the wanted part of a
+/// tensor.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Rows {
     pub(crate) first: Range<u64>,
@@ -243,7 +243,8 @@ impl Selector {
         self.files_without += usize::from(has_nothing);
     }
 
-    /// Describes the effects of cutting between ranks that may surprise the caller.
+    /// Describes the effects of dividing tensors or bytes among ranks that may surprise the
+    /// caller.
     pub(crate) fn notes(&self) -> Vec<String> {
         let Some(shard) = self.shard else { return Vec::new() };
         let Shard { rank, world_size, dim } = shard;
@@ -287,8 +288,8 @@ impl Selector {
         self.patterns.as_ref().is_none_or(|patterns| patterns.iter().any(|pattern| pattern.matches(name)))
     }
 
-    /// `names` yields pairs of a name and a value. Calls `matched` with the value for each name
-    /// that a pattern matches. Returns whether every pattern has matched a name.
+    /// Calls `matched` with the second item of each pair in `names` whose first item, a name, is
+    /// matched by a pattern. Returns whether every pattern has matched a name.
     pub(crate) fn select_names<'a>(
         &self,
         names: impl Iterator<Item = (&'a str, &'a str)>,

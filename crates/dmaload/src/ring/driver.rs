@@ -20,10 +20,10 @@
 //! any other. If it has been evicted by the time it is copied, it is read from storage instead.
 //!
 //! [`Driver::enqueue_piece`] moves a piece's buffer into the driver. The buffer leaves it with
-//! [`Output::PieceFull`], or the driver drops it. Both happen only when no operation on the buffer
-//! is in flight. After a load has failed or was abandoned, each of its buffers is dropped once the
-//! last operation on that buffer has completed. If the kernel itself fails, or a shutdown passes
-//! its deadline, buffers with operations in flight are leaked.
+//! [`Output::PieceFull`], or the driver drops it. Either happens only when no operation on the
+//! buffer is in flight. After a load has failed or been abandoned, each of its buffers is dropped
+//! once the last operation on that buffer has completed. If the kernel itself fails, or a shutdown
+//! passes its deadline, buffers with operations in flight are leaked.
 //!
 //! The driver itself makes no system calls and reads no clock. It interacts with the outside world
 //! only through [`Kernel`].
@@ -77,8 +77,8 @@ pub(crate) struct Driver<K: Kernel, B: PieceMemory> {
     pieces: Slots<PieceEntry<K::File, B>>,
     /// Operations in flight.
     reads: Slots<Operation>,
-    /// How many of `reads` are requests to populate memory. These count neither towards the queue
-    /// depth nor as operations of their load.
+    /// How many of `reads` are requests to populate memory. These requests count neither towards
+    /// the queue depth nor towards the operations in flight of their load.
     populating: usize,
     /// Operations in flight, counted for each load and each file system.
     in_flight: Holders<LoadId>,
@@ -94,7 +94,7 @@ pub(crate) struct Driver<K: Kernel, B: PieceMemory> {
     known: Known,
     completions: Vec<Completion>,
     outputs: Vec<Output<B>>,
-    /// Files of pieces that were output or dropped. [`Driver::take_released`] takes them.
+    /// The files of pieces that have been output or dropped. [`Driver::take_released`] takes them.
     released: Vec<(LoadId, K::File)>,
     counters: Arc<ReadCounters>,
 }
@@ -159,14 +159,14 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         std::mem::take(&mut self.outputs)
     }
 
-    /// Takes the files of pieces that were output or dropped. These may be the last references to
-    /// the files, and closing a file may wait for its server, so the caller must have another
-    /// thread drop them.
+    /// Takes the files of pieces that have been output or dropped. These may be the last
+    /// references to the files, and closing a file may wait for its server, so the caller must
+    /// have another thread drop them.
     pub(crate) fn take_released(&mut self) -> Vec<(LoadId, K::File)> {
         std::mem::take(&mut self.released)
     }
 
-    /// Begins a load. Its pieces follow later, through [`Self::enqueue_piece`].
+    /// Begins a load. Its pieces are added later with [`Self::enqueue_piece`].
     pub(crate) fn begin(&mut self, spec: LoadSpec) {
         let entry = LoadEntry {
             pieces_left: spec.pieces,
@@ -196,7 +196,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         self.turns.push_back(id);
     }
 
-    /// Enqueues an allocated piece to be filled. If its load has failed or was abandoned, the
+    /// Enqueues an allocated piece to be filled. If its load has failed or been abandoned, the
     /// piece is dropped immediately.
     pub(crate) fn enqueue_piece(&mut self, id: LoadId, number: usize, piece: Piece, mut file: FileSpec<K::File>, buffer: B) {
         assert_eq!(buffer.bytes() as u64, piece.memory_bytes, "a buffer must have the size planned for its piece");
@@ -236,8 +236,9 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         } else {
             let entry = self.pieces.get_mut(token).expect(PIECE);
             let chunks = split_into_chunks(token, entry, chunk_bytes);
-            // Two threads prepare batches, and a batch whose memory has to be populated takes
-            // longer to prepare than the batches after it that are read into staging.
+            // Pieces may be enqueued out of order: several threads prepare batches, and a batch
+            // whose memory has to be populated takes longer to prepare than the batches after it
+            // that are read into staging.
             let mut is_later = |chunk: &Chunk| self.pieces.get_mut(chunk.piece).expect(PIECE).number > number;
             let later = load.chunks.iter().rev().take_while(|chunk| is_later(chunk)).count();
             let later = load.chunks.split_off(load.chunks.len() - later);
@@ -469,8 +470,8 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         }
     }
 
-    /// Finishes a piece after its last byte was read: zeroes the tail and unregisters the buffer.
-    /// Then outputs the piece or, if it has to be observed, queues its observation.
+    /// Finishes a piece after its last byte has been read: zeroes the tail and unregisters the
+    /// buffer. Then outputs the piece or, if it has to be observed, queues its observation.
     fn finish_piece(&mut self, token: Token) {
         let entry = self.pieces.get_mut(token).expect(PIECE);
         assert_eq!(entry.in_flight, 0, "a full piece must not have operations in flight");

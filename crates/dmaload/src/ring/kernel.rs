@@ -85,8 +85,8 @@ pub(crate) trait Kernel {
     /// Returns the time since a fixed moment.
     fn now(&self) -> Duration;
 
-    /// Returns the kernel's error if io_uring is not available. Reads must not use routes that
-    /// need a ring then.
+    /// Returns the kernel's error if io_uring is not available. In that case, reads must not use
+    /// routes that need a ring.
     fn ring(&self) -> Result<(), Errno>;
 
     /// Returns how many buffers can be registered at once.

@@ -12,7 +12,7 @@
 //! `SQPOLL` is not used because it took 2.7 times the CPU time without making loads faster.
 //! `IOPOLL` is not used because most devices are not set up for it.
 //!
-//! Closing a ring does not stop its reads. If the driver gives up a ring before all reads have
+//! Closing a ring does not stop its reads. If the driver abandons a ring before all reads have
 //! completed, it therefore leaks their memory (see [`super::driver`]).
 #![allow(unsafe_code)]
 
@@ -40,7 +40,7 @@ use crate::support::errno;
 use crate::support::id::LoadId;
 
 /// Maximum number of registered buffers: staging slots, and pieces that are being read. Reads are
-/// issued piece after piece, so there are usually no more registered pieces than reads in flight,
+/// issued piece by piece, so there are usually no more registered pieces than reads in flight,
 /// and by default far fewer than 512 reads are in flight. If no entry is free, a piece waits for
 /// one.
 const BUFFER_SLOTS: u16 = 512;
@@ -61,8 +61,8 @@ pub(crate) struct LinuxKernel {
 }
 
 impl LinuxKernel {
-    /// Sets up a ring for `depth` reads in flight. Must be called by the thread that uses it: a
-    /// ring with `SINGLE_ISSUER` belongs to the thread that created it.
+    /// Sets up a ring for `depth` reads in flight. Must be called on the thread that will use the
+    /// ring, because a ring with `SINGLE_ISSUER` belongs to the thread that created it.
     pub(crate) fn new(depth: usize, started: Instant, wake: Arc<Wake>) -> Self {
         let ring = Ring::new(depth, &wake);
         LinuxKernel {
@@ -242,7 +242,7 @@ struct Uncached {
     /// The user data of each read in flight with the flag, and the number of the read's file
     /// system.
     in_flight: HashMap<u64, u64>,
-    /// File systems that have refused the flag; before Linux 6.14, all of them do.
+    /// File systems that have refused the flag. Before Linux 6.14, all file systems do.
     refused_by: HashSet<u64>,
 }
 
@@ -293,7 +293,7 @@ impl Ring {
             let flags = self.uncached.flags(user_data, file.identity.mount());
             let entry = opcode::Read::new(fd, read.address.as_ptr(), length(read)).offset(read.offset).rw_flags(flags);
             // `ASYNC` passes the read to a kernel thread at once, so this thread neither waits for
-            // a server nor copies.
+            // a server nor copies the bytes itself.
             entry.build().flags(squeue::Flags::ASYNC).user_data(user_data)
         } else {
             self.files.entry(file, read)
@@ -302,8 +302,8 @@ impl Ring {
     }
 
     fn update_buffer(&mut self, slot: u16, address: *mut u8, bytes: usize) -> Result<(), Errno> {
-        // Update one slot per call: if there were several, the kernel might accept only some of
-        // them without reporting that.
+        // Update one slot per call: given several, the kernel might accept only some of them
+        // without reporting it.
         let vector = libc_iovec(address, bytes);
         // SAFETY: the memory stays mapped while it is registered: the driver unregisters a buffer
         // before releasing it, or leaks the buffer. The probe never reads into its memory.
@@ -364,8 +364,8 @@ impl Ring {
     }
 }
 
-/// The ring's table of registered files. A read by table index saves the kernel a lookup and a
-/// reference count.
+/// The ring's table of registered files. Reading by table index saves the kernel a descriptor
+/// lookup and the update of a reference count.
 struct FileTable {
     /// For each attached file, by its identifier: its slot, if it has one, and the number of
     /// pieces that attached it.

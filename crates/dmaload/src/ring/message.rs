@@ -27,7 +27,7 @@ pub(crate) struct LoadSpec {
 pub(crate) struct FileSpec<F> {
     pub(crate) handle: F,
     pub(crate) index: usize,
-    /// The best route that reads of the file may use. Each fallback of the file replaces it.
+    /// The best route that reads of the file may use. A fallback replaces it with a lower route.
     pub(crate) route: Route,
     /// The best route for direct reads of the file into staging.
     pub(crate) staged_by: Route,
@@ -58,11 +58,11 @@ pub(crate) enum Output<B> {
     /// least preferred of the routes through which they were read from storage; `None` if no bytes
     /// were.
     PieceFull { load: LoadId, piece: usize, route: Option<Route>, buffer: B },
-    /// Any other event of a load.
+    /// Any other load event.
     Event { load: LoadId, event: LoadEvent },
 }
 
-/// An event of a load other than a full piece.
+/// A load event other than a full piece.
 #[derive(Debug)]
 pub(crate) enum LoadEvent {
     /// The load or one of its files has fallen back to another route.
@@ -150,6 +150,6 @@ pub(crate) enum Failure {
     Staging { bytes: u64, errno: Errno },
     /// The memory for these bytes could not be populated, or no thread could be started to do so.
     Memory { bytes: u64, errno: Errno },
-    /// The ring failed, or a shutdown passed its deadline.
+    /// The ring failed, or a shutdown reached its deadline.
     Kernel { errno: Errno },
 }

@@ -14,9 +14,9 @@
 //! ring require io_uring (Linux 5.6 or later). If io_uring is refused, the threads of a pool read
 //! with `pread` instead.
 //!
-//! After [`RingThread::close`], the thread ends once the last operation has completed and the
+//! After [`RingThread::close`], the thread exits once the last operation has completed and the
 //! driver has no loads left. If a shutdown reaches its deadline first, [`RingThread::give_up`]
-//! makes the thread leak the memory that still has operations in flight, and end immediately.
+//! makes the thread leak the memory that still has operations in flight, and exit immediately.
 
 mod driver;
 mod kernel;

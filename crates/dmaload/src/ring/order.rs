@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-/// Items that each cover a range. Together, the ranges start at 0 and have no gaps.
+/// Items that each cover a range. Together, the ranges are contiguous and start at 0.
 #[derive(Debug)]
 pub(super) struct InOrder<T> {
     /// Where the next item starts.

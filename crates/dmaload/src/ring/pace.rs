@@ -1,5 +1,5 @@
-//! Decides how many threads do one kind of work. Threads are added while all are busy and more
-//! threads make the work faster.
+//! Decides how many threads do one kind of work. Threads are added as long as all are busy and
+//! adding more speeds up the work.
 //!
 //! Copiers and, by default, allocators start with at most [`FIRST`] threads. At the end of each
 //! *epoch* (a number of jobs), the pace checks what limited the work. If the threads were busy for
@@ -13,8 +13,8 @@
 //! Threads that read wait for storage or for a server rather than for the processor. Each file
 //! system has its own pace for them. The number of these threads starts at [`FIRST_READERS`], and
 //! doubles or halves in situations where the number of copiers would change by one. It has to grow
-//! fast: from a server that takes 20 ms for each answer, even 32 threads read only about 3 GiB/s
-//! in chunks of 2 MiB, and adding them one by one would take 4 GiB of reads.
+//! fast: from a server that takes 20 ms to answer each read, even 32 threads read only about
+//! 3 GiB/s in chunks of 2 MiB, and adding them one by one would take 4 GiB of reads.
 //!
 //! The module is pure: it starts no threads and reads no clock. The engine and the simulator both
 //! use it.
@@ -22,31 +22,31 @@
 use std::time::Duration;
 
 /// Initial number of copiers, and of allocators if there are at least two processors. Two copiers
-/// keep a device of 9 GiB/s busy, two allocators one of 18 GiB/s.
+/// keep up with a device that reads 9 GiB/s, and two allocators with one that reads 18 GiB/s.
 pub(crate) const FIRST: usize = 2;
 
 /// Maximum number of threads that copy from staging and from the page cache: at 4.5 GiB/s each
-/// (populating and copying at 9 GiB/s), enough for 72 GiB/s.
+/// (one pass to populate and one to copy, both at 9 GiB/s), enough for 72 GiB/s.
 const MOST_COPIERS: usize = 16;
 
 /// Maximum number of threads that allocate: at 9 GiB/s each, enough for 72 GiB/s.
 const MOST_ALLOCATORS: usize = 8;
 
 /// Initial number of threads that read for one load. Four are enough for large reads from a local
-/// device: they reached its limit, and a single thread reached an eighth of it.
+/// device: four threads reached the device's limit, and a single thread reached an eighth of it.
 pub(crate) const FIRST_READERS: usize = 4;
 
-/// Maximum number of threads that read for one load: as many as the reads that a single load may
-/// have in flight with the default queue depth, 44 (see [`crate::memory::window`]).
+/// Maximum number of threads that read for one load. This equals the number of reads that a single
+/// load may have in flight at the default queue depth of 44 (see [`crate::memory::window`]).
 pub(crate) const MOST_READERS: usize = 32;
 
-/// Maximum number of epochs to rest after a trial without gain: one epoch after the first such
-/// trial, and twice as many after each further one.
+/// Maximum number of epochs to rest after a trial without gain. The rest is one epoch after the
+/// first such trial, and doubles after each further one.
 const REST_EPOCHS_MAX: u32 = 16;
 
 /// Number of jobs after a pause that are not measured. While the window fills, jobs run as fast as
-/// memory can be allocated, however slow the device is. The number is one less than the six
-/// batches of 16 MiB that a load's share of the default window, 128 MiB, holds.
+/// memory can be allocated, however slow the device is. A load's share of the default
+/// window of 128 MiB holds six batches of 16 MiB, and this number is one less.
 const FILLING_JOBS: usize = 5;
 
 /// Maximum number of threads that copy on a machine with `cores` processors.
@@ -143,7 +143,7 @@ impl Pace {
         Pace { growth: Growth::TwiceAsMany, ..Pace::new(FIRST_READERS, MOST_READERS) }
     }
 
-    /// How many threads may work at the same time now.
+    /// How many threads may currently work at the same time.
     pub(crate) fn threads(&self) -> usize {
         self.threads
     }
@@ -194,8 +194,8 @@ impl Pace {
         std::mem::replace(&mut self.threads, threads) != threads
     }
 
-    /// Records that a queued job will not run, or that a job is done whose bytes do not count. The
-    /// threads were busy with it, but it is not counted as one of the epoch's jobs.
+    /// Records that a queued job will not run, or that a job whose bytes are not counted is done.
+    /// Until now, the job counted towards the busy time, but it is not one of the epoch's jobs.
     pub(crate) fn withdraw(&mut self, now: Duration) {
         self.count(now);
         self.jobs = self.jobs.checked_sub(1).expect("a job that is withdrawn should have begun");
@@ -373,7 +373,7 @@ mod tests {
         }
     }
 
-    /// A load should become fast early, so the first 128 reads must suffice.
+    /// A load should get up to speed early, so the first 128 reads must suffice.
     #[test]
     fn maximum_readers_are_reached_within_128_reads() {
         let mut pace = Pace::for_readers();

@@ -1,9 +1,9 @@
 //! Threads for work that must not block the ring thread: reads by `pread(2)`, copies from staging
 //! and from the page cache, requests to populate memory, and observations.
 //!
-//! Threads start on demand and end after the pool is dropped. They are not joined, because a
-//! thread that waits for a dead disk would make the caller hang, too. The driver owns the memory
-//! that they use, and keeps it until the completion arrives.
+//! Threads start on demand and exit after the pool is dropped. They are not joined, because
+//! joining a thread that waits for a dead disk would make the caller hang, too. The driver owns
+//! the memory that they use, and keeps it until the completion arrives.
 #![allow(unsafe_code)]
 
 use std::collections::{HashMap, VecDeque};
@@ -55,9 +55,9 @@ unsafe impl Send for PoolJob {}
 #[derive(Debug)]
 struct Queues {
     jobs: VecDeque<PoolJob>,
-    /// How many other jobs were started since a request to populate memory was queued first.
+    /// How many other jobs were started ahead of the first queued request to populate memory.
     passed_over: usize,
-    /// Threads that are reading, counted for each load and each file system.
+    /// How many threads are reading for each load and from each file system.
     reading: Holders<LoadId>,
     /// How many threads may read from a file system for one load, by the file system's number.
     paces: HashMap<u64, Pace>,
@@ -102,9 +102,9 @@ impl Queues {
             PoolJob::Read(file, read) => self.may_read(&self.reading, file, read, threads),
             PoolJob::Copy(_) | PoolJob::Populate(_) | PoolJob::Cached(..) | PoolJob::Observe(_) => true,
         };
-        // Copies free staging, so they go before requests to populate memory. But a request must
-        // not wait for long, because its piece can't be finished before it, and its copy, which
-        // would make it unnecessary, never comes if the read fails.
+        // Copies free staging, so they start before requests to populate memory. But a request
+        // must not wait for long: its piece can't be finished until the request has completed, and
+        // the copy that would make the request unnecessary never starts if the read fails.
         let request = self.jobs.iter().position(|job| matches!(job, PoolJob::Populate(_)));
         let other = self.jobs.iter().position(|job| !matches!(job, PoolJob::Populate(_)) && may_start(job));
         let at = if request.is_some() && other.is_some() && self.passed_over < PASSED_OVER_MAX {
@@ -456,8 +456,8 @@ fn run(shared: &PoolShared, threads: usize) {
 fn do_job(job: PoolJob) -> Completion {
     match job {
         // `file` is dropped before the driver sees the completion and releases its own reference.
-        // This is therefore never the last reference to the file, so the file is not closed here,
-        // which could block.
+        // This is therefore never the last reference to the file, so dropping it does not close
+        // the file, which could block.
         PoolJob::Read(file, read) => pread(&file, &read),
         PoolJob::Copy(copy) => copy_staged(&copy),
         PoolJob::Populate(PopulateRequest { token, place, bytes }) => {
@@ -504,8 +504,8 @@ fn copy_staged(copy: &StagedCopy) -> Completion {
     let mut left = unsafe { std::slice::from_raw_parts(copy.from.as_ptr(), copy.bytes) };
     let mut next = |part: &mut [MaybeUninit<u8>]| {
         let (now, later) = left.split_at(part.len());
-        // This uses ordinary stores. Non-temporal stores were no faster, neither on small pages
-        // nor on huge ones.
+        // This uses ordinary stores. Non-temporal stores were no faster, on small pages or on huge
+        // ones.
         part.write_copy_of_slice(now);
         left = later;
         Ok(part.len())

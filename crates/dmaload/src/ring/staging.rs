@@ -85,7 +85,7 @@ impl<S: Buffer> Staging<S> {
         self.budget.slot_bytes
     }
 
-    /// Looks only at slots for which `counts` returns true. Returns how many of them are taken,
+    /// Considers only slots for which `counts` returns true. Returns how many of them are taken,
     /// how many this load holds, and how many all loads together hold for this file system.
     fn held(&self, load: LoadId, file_system: u64, counts: impl Fn(&StagingBuffer<S>) -> bool) -> (u64, Held) {
         let (mut taken, mut held) = (0, Held::default());
@@ -158,7 +158,7 @@ impl<S: Buffer> Staging<S> {
         let registered = self.slots.iter().filter(|slot| slot.buffer_slot.is_some()).count();
         let slot = Some(self.slots.get_mut(slot.0).expect(SLOT)).filter(|slot| slot.buffer_slot.is_none())?;
         // One entry of the table is reserved for pieces. If no other entry is free, reads into
-        // this slot do without registration for now. That isn't a refusal.
+        // this slot use no registered buffer for now. That isn't a refusal.
         let place = if registered + 1 < usize::from(kernel.buffer_slots()) { buffer_slots.pop() } else { None }?;
         match kernel.register_buffer(place, slot.buffer.address(), slot.buffer.bytes()) {
             Ok(()) => {

@@ -46,7 +46,7 @@ pub(crate) trait Events<B>: Send + Sync + 'static {
     /// Reports that the ring was abandoned, and how many bytes of memory were leaked. Either the
     /// ring failed and a new one replaces it, or a shutdown reached its deadline (ETIMEDOUT).
     fn on_ring_failure(&self, errno: Errno, leaked_bytes: u64);
-    /// Reports that the thread is ending, either normally or because of a panic with the message
+    /// Reports that the thread is exiting, either normally or because of a panic with the message
     /// `panic`. `left` is what the thread leaves behind. `self` is the thread's reference to the
     /// engine. It must not be dropped on this thread: it may be the last reference, and dropping
     /// the engine may run the caller's code.
@@ -79,7 +79,7 @@ enum Command<B> {
 
 #[derive(Debug)]
 struct RingShared<B> {
-    /// `None` after the thread has ended; later commands are dropped immediately.
+    /// `None` after the thread has exited; later commands are dropped immediately.
     commands: Mutex<Option<Vec<Command<B>>>>,
     closing: AtomicBool,
     giving_up: AtomicBool,
@@ -100,7 +100,7 @@ pub(crate) struct RingThread<B> {
 }
 
 impl<B: PieceMemory + Send + 'static> RingThread<B> {
-    /// Creates a handle to a thread that is not started yet.
+    /// Creates a handle to a thread that has not been started yet.
     ///
     /// # Errors
     /// If no eventfd can be created, for example because too many files are open (EMFILE).
@@ -157,7 +157,7 @@ impl<B: PieceMemory + Send + 'static> RingThread<B> {
         self.shared.wake.wake();
     }
 
-    /// Lets the thread end after its last load.
+    /// Lets the thread exit after its last load.
     pub(crate) fn close(&self) {
         self.shared.closing.store(true, Ordering::Release);
         self.wake();
@@ -168,7 +168,7 @@ impl<B: PieceMemory + Send + 'static> RingThread<B> {
         self.send(Command::Panic);
     }
 
-    /// Makes the thread leak memory with operations in flight, and end immediately.
+    /// Makes the thread leak memory with operations in flight, and exit immediately.
     pub(crate) fn give_up(&self) {
         self.shared.giving_up.store(true, Ordering::Release);
         self.wake();

@@ -51,7 +51,7 @@ pub struct Attached {
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct AttachOptions {
-    /// The image's name. Not needed if the server has only one.
+    /// The image's name. Not needed if the server shares only one image.
     pub name: Option<String>,
     /// Users, besides this process's own user and root, whose servers are trusted. A server can
     /// keep a writable mapping of the memory that it shares and change bytes while they are being
@@ -59,7 +59,7 @@ pub struct AttachOptions {
     ///
     /// In a user namespace that does not map every user, all unmapped users appear as the overflow
     /// id (usually 65534, `nobody`). A server with that id is not trusted, even if this process
-    /// has it as well, unless the id is in this list, which trusts *every* unmapped user.
+    /// has it as well, unless the id is in this list. Listing it trusts *every* unmapped user.
     pub trusted_users: Vec<u32>,
 }
 
@@ -126,7 +126,7 @@ fn receive(path: &Path, options: &AttachOptions, limit: Duration) -> Result<Vec<
     let request = encode_request(name);
     if let Some(excess @ 1..) = request.len().checked_sub(REQUEST_LIMIT_BYTES) {
         let (bytes, limit) = (name.len(), name.len() - excess);
-        return Err(refuse(path, format!("the image's name has {bytes} bytes, more than the limit of {limit}")));
+        return Err(refuse(path, format!("the image's name is {bytes} bytes long, more than the limit of {limit}")));
     }
     let socket =
         socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).map_err(failed("create a socket"))?;
@@ -451,7 +451,7 @@ mod tests {
     fn overlong_image_name_is_refused_with_the_limit() {
         let options = AttachOptions::default().name("n".repeat(497));
         let error = receive(Path::new("unused"), &options, Duration::ZERO).unwrap_err().to_string();
-        assert!(error.ends_with("the image's name has 497 bytes, more than the limit of 496"), "{error}");
+        assert!(error.ends_with("the image's name is 497 bytes long, more than the limit of 496"), "{error}");
     }
 
     /// The server sends one descriptor at a time, each within the socket's timeout.

@@ -123,7 +123,7 @@ impl Client {
         }
     }
 
-    /// Sends a last message, after which the connection is closed.
+    /// Sends a final message, after which the connection is closed.
     fn answer(&self, message: &[u8]) -> ClientStep {
         // Errors can be ignored, because the connection is closed in any case.
         let _ = send_bytes(&self.socket, message, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
@@ -155,7 +155,7 @@ impl Client {
         }
     }
 
-    /// Serves the client once. `others` is what is in flight to other clients of the same user.
+    /// Serves the client once. `others` counts what is in flight to the same user's other clients.
     fn advance(&mut self, shared: &ServerShared, others: HeldByUser, limits: ClientLimits) -> ClientStep {
         if matches!(self.state, ClientState::Draining { .. }) {
             return self.drain();
@@ -186,7 +186,7 @@ impl Client {
             {
                 (*unreceived, self.since) = (0, Instant::now());
             }
-            // The client violates the protocol: it sent a message out of turn.
+            // The client has violated the protocol by sending a message out of turn.
             (ClientState::Early { .. } | ClientState::Receiving { .. } | ClientState::Draining { .. }, _) => return self.drain(),
         }
         self.send_next(others, limits)
@@ -400,10 +400,16 @@ mod tests {
             for users in [1, 2, 3, 10, 100] {
                 let limits = ClientLimits::new(descriptors, users);
                 assert!(limits.connections >= 1 && limits.strangers >= 1 && limits.receivers >= 1 && limits.descriptors >= 1);
-                assert!(limits.connections + limits.strangers < descriptors, "{limits:?} of {descriptors}");
+                assert!(limits.connections + limits.strangers < descriptors, "{limits:?} with {descriptors} descriptors");
                 if users * 8 <= descriptors {
-                    assert!(limits.descriptors * users <= descriptors / 2, "{limits:?} of {descriptors} for {users}");
-                    assert!(limits.receivers * users <= descriptors / 8, "{limits:?} of {descriptors} for {users}");
+                    assert!(
+                        limits.descriptors * users <= descriptors / 2,
+                        "{limits:?} with {descriptors} descriptors, {users} users"
+                    );
+                    assert!(
+                        limits.receivers * users <= descriptors / 8,
+                        "{limits:?} with {descriptors} descriptors, {users} users"
+                    );
                 }
             }
         }

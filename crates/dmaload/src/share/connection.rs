@@ -1,5 +1,4 @@
-//! A server's end of a connection. Closing it never blocks because of descriptors that the client
-//! sent.
+//! A server's end of a connection. Descriptors sent by the client can never make closing it block.
 //!
 //! A message from any sender can carry descriptors of any kind. A server does not use them, so
 //! they are closed on the thread that receives the message or closes the connection. The last
@@ -21,8 +20,8 @@ use std::thread;
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, Shutdown, recv, recvmsg, shutdown, sockopt};
 
-/// `SO_PASSRIGHTS` from `include/uapi/asm-generic/socket.h`, which the libc crate does not define
-/// yet. Its value differs only on PA-RISC and SPARC.
+/// `SO_PASSRIGHTS` from `include/uapi/asm-generic/socket.h`. The libc crate does not define this
+/// constant yet. Its value differs only on PA-RISC and SPARC.
 const SO_PASSRIGHTS: libc::c_int = 83;
 /// Maximum number of threads that close connections with descriptors from clients. Further
 /// connections wait in a queue.
@@ -58,8 +57,8 @@ impl Connection {
     /// message is longer than the buffer, the rest of it is lost.
     ///
     /// # Errors
-    /// `EBADMSG` for a message that carries descriptors, which stays in the queue; otherwise the
-    /// kernel's error.
+    /// `EBADMSG` if the message carries descriptors; the message then stays in the queue.
+    /// Otherwise, the kernel's error.
     pub(super) fn receive(&self, buffer: &mut [u8]) -> Result<usize, Errno> {
         if self.closer.is_some() && carries_descriptors(self.as_fd())? {
             return Err(Errno::BADMSG);
@@ -81,7 +80,7 @@ impl Connection {
         // Nothing arrives after the shutdown. The client can still receive messages that were
         // already sent.
         let _ = shutdown(self, Shutdown::Both);
-        // A pending error of the connection (ECONNRESET) is returned before any messages, so it
+        // A pending connection error (ECONNRESET) is returned before any messages, so it
         // does not mean that the queue is empty.
         carries_descriptors(self.as_fd()).unwrap_or(true)
     }

@@ -13,7 +13,7 @@ use crate::model::{DType, TensorInfo, TensorMap};
 use crate::plan::select::{ChosenTensor, ChosenTensors, Rows, TensorSlice};
 use crate::plan::tensors::FileTensors;
 
-/// A parsed description of an image. It is consistent in itself, but it comes from another
+/// A parsed description of an image. It is internally consistent, but it comes from another
 /// process: the caller must compare it with the sizes of the allocations.
 #[derive(Debug)]
 pub(super) struct Description {

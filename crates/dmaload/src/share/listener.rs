@@ -1,5 +1,5 @@
-//! A listening socket at a path whose folders other users can change while the socket is created
-//! or removed.
+//! A listening socket at a path whose folders other users can change while the socket is being
+//! created or removed.
 //!
 //! The owner of a folder can replace any file in it at any time, even with a symbolic link to
 //! another user's file. Therefore the path is resolved once, to the socket's folder, and every
@@ -12,8 +12,8 @@
 //! 3. The socket is moved to its place, which fails if another file is there. An existing file is
 //!    replaced only if it is a socket that refuses connections.
 //!
-//! When the server ends, the socket is removed under the same lock, and only if its inode is this
-//! server's, because another server may have taken the path in the meantime.
+//! When the server is dropped, the socket is removed under the same lock, and only if its inode is
+//! this server's, because another server may have taken the path in the meantime.
 //!
 //! Requires procfs or permission to `unshare(CLONE_FS)`, because Linux has no `bindat`. The path
 //! can be longer than the 107 bytes that fit into a socket address; clients then need procfs.
@@ -176,7 +176,7 @@ pub(super) fn new_socket() -> Result<OwnedFd, Errno> {
     socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)
 }
 
-/// Opens the folder that contains the socket. After this, the path is not used.
+/// Opens the folder that contains the socket. After this, the path is no longer used.
 fn open_folder(path: &Path) -> Result<(OwnedFd, OsString), String> {
     let name = path.file_name().ok_or("cannot create a socket there: the path has no file name")?;
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -189,7 +189,7 @@ fn proc_path(file: &OwnedFd) -> String {
     format!("/proc/self/fd/{}", file.as_raw_fd())
 }
 
-/// Whether [`proc_path`] works: procfs is mounted, for the PID namespace of this process.
+/// Whether [`proc_path`] works, that is, whether procfs is mounted for this PID namespace.
 fn has_proc(file: &OwnedFd) -> bool {
     fstat(file).is_ok_and(|own| stat(proc_path(file)).is_ok_and(|seen| identity(&seen) == identity(&own)))
 }

@@ -21,8 +21,8 @@ pub(super) struct Users {
 }
 
 impl Users {
-    /// Reads the user mapping of this process. If procfs cannot be read, assumes the kernel's
-    /// default overflow id, and that not every user is mapped.
+    /// Reads the user mapping of this process. If procfs cannot be read, assumes that the overflow
+    /// id is the kernel's default, and that not every user is mapped.
     pub(super) fn of_this_process() -> Self {
         let read = |path| fs::read_to_string(path).unwrap_or_default();
         Users::parse(&read("/proc/self/uid_map"), &read("/proc/sys/kernel/overflowuid"))

@@ -19,10 +19,10 @@ pub(super) const NAMES_LIMIT_BYTES: usize = 1024;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Status {
     Ok,
-    /// The message is not a request, or a request of another version.
+    /// The message is not a request, or it is a request in another version of the protocol.
     Malformed,
     /// The server has no image with that name, or no longer has any image. `all` is the number of
-    /// its images. As many of their names as fit follow.
+    /// its images. Their names follow, as many as fit.
     NoSuchImage,
     /// The client's user may not attach; `all` is the user's id as the server sees it.
     NotAllowed,

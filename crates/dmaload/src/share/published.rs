@@ -23,12 +23,12 @@ use crate::support::errno;
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct ServerOptions {
-    /// Ids of users, besides the server's own, that may attach. If this list is not empty, the
+    /// Ids of the users, besides the server's own, who may attach. If this list is not empty, the
     /// socket's mode lets every user connect, and the server refuses those who may not attach.
     ///
     /// In a user namespace that does not map every user, all unmapped users appear as the overflow
     /// id (usually 65534, `nobody`). A client with that id is refused, even if the server has it
-    /// as well, unless the id is in this list, which allows *every* unmapped user.
+    /// as well, unless the id is in this list. Listing it allows *every* unmapped user.
     pub allowed_users: Vec<u32>,
     /// Whether to share dma-bufs, for clients with devices. **Every client can write to a dma-buf
     /// that it receives.** By default, only memfds are shared, sealed against writes.
@@ -178,7 +178,7 @@ pub(super) fn refuse(socket: &Path, reason: impl Into<String>) -> Error {
 }
 
 pub(super) fn count(len: usize) -> u32 {
-    u32::try_from(len).expect("an image has at most 65536 descriptors, and a server fewer than 2^32 images")
+    u32::try_from(len).expect("an image should have at most 65536 descriptors, and a server fewer than 2^32 images")
 }
 
 #[cfg(test)]

@@ -34,15 +34,15 @@ impl Server {
     /// others are allowed.
     ///
     /// Binding is safe in a folder that another user owns: see `share/listener.rs`. While a server
-    /// is created, checked or removed, the socket's folder also contains a folder named
-    /// `.NAME.dmaload`, where `NAME` is the last component of the path. `NAME` can therefore have
-    /// at most 246 bytes.
+    /// is being created, checked or dropped, the socket's folder also contains a folder named
+    /// `.NAME.dmaload`, where `NAME` is the last component of the path. `NAME` can therefore be
+    /// at most 246 bytes long.
     ///
     /// Clients that connect before the first image is published wait for it, for at most
     /// [`super::PATIENCE`].
     ///
     /// # Errors
-    /// [`crate::Error::Share`], for instance if another process is listening there.
+    /// [`crate::Error::Share`], for instance if another process is listening at this path.
     pub fn bind(socket: impl AsRef<Path>, options: ServerOptions) -> Result<Self> {
         Server::bind_with(socket.as_ref(), options, refuse_descriptors)
     }
@@ -51,12 +51,12 @@ impl Server {
         let failed = |what: &str, errno: Errno| refuse(path, format!("cannot {what}: {}", errno::describe(errno)));
         let wake =
             eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|errno| failed("create an eventfd", errno))?;
-        // Each connection's credentials are checked in any case. The mode only keeps users who
-        // would be refused from connecting.
+        // Each connection's credentials are checked in any case. The mode only prevents
+        // connections that would be refused anyway.
         let mode = Mode::from_raw_mode(if options.allowed_users.is_empty() { 0o600 } else { 0o666 });
         let socket = new_socket().map_err(|errno| failed("create a socket", errno))?;
-        // A connection inherits this setting from the listener when the client connects, so it
-        // must be made before any client can connect.
+        // A connection inherits this setting from the listener when the client connects, so the
+        // setting must be in place before any client can connect.
         let closer = (!refuse_descriptors(socket.as_fd())).then(Arc::default);
         let listener = Listener::bind(socket, path, mode).map_err(|reason| refuse(path, reason))?;
         // Try the query once. If a system call filter refuses it, `bind` should fail now, rather

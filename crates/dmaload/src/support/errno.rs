@@ -9,7 +9,7 @@ pub(crate) fn from_rustix(errno: io::Errno) -> Errno {
     Errno::from_raw_os_error(errno.raw_os_error())
 }
 
-/// Converts an errno from a heap's code to that of a system call. A number that the kernel does
+/// Converts an errno from its public form to that of a system call. A number that the kernel does
 /// not use becomes EIO.
 pub(crate) fn to_rustix(errno: Errno) -> io::Errno {
     io::Errno::from_io_error(&errno.into()).unwrap_or(io::Errno::IO)

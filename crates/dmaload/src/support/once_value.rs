@@ -1,6 +1,6 @@
-//! A value that several threads need and that the first of them creates. No lock is held in the
-//! meantime, because creating the value may call a heap's code, or open a file on a server that
-//! never answers.
+//! A value that several threads need and that the first of them creates. No lock is held while it
+//! is being created, because that may call a heap's code, or open a file on a server that never
+//! answers.
 
 use crate::support::sync::{Condvar, Mutex, MutexGuard, lock, wait};
 
@@ -70,7 +70,7 @@ impl<T: Clone> OnceValue<T> {
         self.make(make).map(drop)
     }
 
-    /// Creates the value. The state must be `Making`, and only this thread may have set it.
+    /// Creates the value. The state must be `Making`, and this thread must have set it.
     fn make<E>(&self, make: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
         // If `make` fails or panics, dropping `making` lets one of the waiting threads try.
         let mut making = Making { owner: self, value: None };

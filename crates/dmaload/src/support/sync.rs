@@ -27,7 +27,7 @@ pub(crate) fn wait_timeout<'a, T>(changed: &Condvar, guard: MutexGuard<'a, T>, t
     changed.wait_timeout(guard, timeout).unwrap_or_else(std::sync::PoisonError::into_inner).0
 }
 
-/// Runs models. With loom, tries every interleaving of at most three preemptions; without loom,
+/// Runs models. With loom, tries every interleaving with at most three preemptions; without loom,
 /// runs the model 300 times.
 #[cfg(test)]
 pub(crate) mod model {
@@ -45,7 +45,7 @@ pub(crate) mod model {
     #[cfg(dmaload_loom)]
     pub(crate) fn model(run: impl Fn() + Send + Sync + 'static) {
         let mut builder = loom::model::Builder::new();
-        // A larger number of preemptions takes hours and is unlikely to find more.
+        // With a higher bound, a model takes hours and is unlikely to find more bugs.
         builder.preemption_bound = Some(3);
         builder.check(run);
     }

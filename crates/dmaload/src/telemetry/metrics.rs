@@ -38,8 +38,8 @@ pub struct Metrics {
     /// How long reads took, from submission until their completion was received.
     pub in_kernel: Latency,
     /// How long complete segments waited before they were delivered to the caller. A segment may
-    /// wait for earlier segments, for its export as a dma-buf, and for the check whether its file
-    /// has changed.
+    /// wait for earlier segments, for its export as a dma-buf, and for the check that its file has
+    /// not changed.
     pub after_kernel: Latency,
 }
 
@@ -51,8 +51,8 @@ pub struct Latency {
     pub count: u64,
     /// Sum of all samples.
     pub sum: Duration,
-    /// Number of samples in each bucket. A bucket contains the samples up to its
-    /// [`Latency::bound`] that are above the bound of the preceding bucket. The last bucket has no
+    /// Number of samples in each bucket. Each bucket counts the samples that are above the
+    /// preceding bucket's [`Latency::bound`] and no greater than its own. The last bucket has no
     /// bound.
     pub buckets: [u64; Latency::BUCKETS],
 }

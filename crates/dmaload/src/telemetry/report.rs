@@ -66,7 +66,7 @@ pub struct Report {
     /// How fast each way of reading was, if this load measured them to find the fastest one
     /// ([`crate::LoadOptions::route`]).
     pub measured: Option<Measured>,
-    /// What was compared ([`crate::LoadOptions::verify`]), as described by the verifier; `None` if
+    /// What was verified ([`crate::LoadOptions::verify`]), as described by the verifier; `None` if
     /// the load was not verified.
     pub verified: Option<String>,
     /// A timeline, sorted by the times at which the events ended. Empty without
@@ -80,7 +80,7 @@ pub struct Report {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Way {
-    /// Memory is populated ahead of the reads, which then write directly into it.
+    /// Memory is populated before the reads, which then write directly into it.
     Direct,
     /// Reads go into a few buffers that stay in the CPU cache. Threads then populate memory and
     /// copy the bytes into it while both are in the cache ([`Route::Bounce`]).

@@ -127,9 +127,9 @@ impl Manifest {
         longest.map(|(index, _)| index).or((alone && self.files.len() == 1).then_some(0))
     }
 
-    /// Returns the shortest suffixes of these paths that are all different. They have the same
-    /// number of components, except for paths that are shorter. If no suffixes are all different,
-    /// returns the longest ones.
+    /// Returns the shortest suffixes that distinguish these paths from each other. All suffixes
+    /// have the same number of components, except those of shorter paths. If even the longest
+    /// suffixes are not all different, returns those.
     pub(super) fn shortest_names(paths: &[&Path]) -> Vec<PathBuf> {
         let ends = |depth: usize| -> Vec<PathBuf> {
             let end = |path: &&Path| {

@@ -1,4 +1,4 @@
-//! Compares loaded bytes with their expected checksums.
+//! Compares the checksums of loaded bytes with the expected ones.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};

@@ -212,14 +212,14 @@ async fn tensor_arrives_before_the_load_ends() {
         let loader = Loader::new().unwrap();
         let gate = Gate::before(0, last_segment_start(&bytes));
         let load = loader.load(&path).options(options().route(route).observer(gate.clone())).start();
-        // Some of these tensors lie within one segment, others span two.
+        // Some of these tensors lie within one segment; others span two.
         for number in [0, 1, 2, 7] {
             check(&in_time("a tensor", load.tensor(&format!("t{number}"))).await.unwrap(), number, &bytes);
         }
         let name = format!("t{last}");
         assert!(is_pending(load.tensor(&name)).await, "{route}: {name} must not arrive while the last segment is held back");
         assert!(is_pending(load.tensor("t10")).await, "{route}: t10 must not arrive, because it needs the last segment, too");
-        // The header has been read, so unknown names are an error at once.
+        // The header has been read, so requests for unknown names fail at once.
         for unknown in ["t12", "", "T0"] {
             let error = in_time("an error", load.tensor(unknown)).await.unwrap_err();
             assert_eq!(error, Error::NoSuchTensor(unknown.to_owned()));
@@ -274,8 +274,8 @@ async fn name_is_unknown_only_after_all_headers_are_read() {
     check(&in_time("a tensor", load.tensor("t0")).await.unwrap(), 0, &bytes);
     drop(load);
 
-    // The header of a small file is read with its data, which the gate holds back. Until the
-    // header is read, the small file could contain `t3` as well. It does contain `t0`.
+    // The header of a small file is read with its data, which the gate holds back. Until then, the
+    // load cannot rule out that the small file contains `t3` as well. (It does contain `t0`.)
     let gate = Gate::before(1, 0);
     let load = loader.load([&large, &small]).options(options().observer(gate.clone())).start();
     for name in ["none", "t3", "t0"] {
@@ -295,8 +295,8 @@ async fn name_is_unknown_only_after_all_headers_are_read() {
 async fn index_resolves_a_tensor_before_all_headers_are_read() {
     let folder = folder();
     let [a, b] = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
-    // Both files have the same tensor names. The tensors of the second file are smaller, and its
-    // header is read late.
+    // Both files contain tensors with the same names. The tensors of the second file are smaller,
+    // and its header is read late.
     let (_, first) = model(folder.path(), a, 7);
     file(folder.path(), b, &dmaload_testing::safetensors_of(TENSORS, 64, 8));
     let entry = |number: usize| format!(r#""t{number}":"{}""#, if number < 6 { a } else { b });

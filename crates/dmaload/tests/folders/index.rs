@@ -7,7 +7,7 @@ use crate::common::{self, folder};
 use crate::{A, B, INDEX, index, loaders, names, st, value_of, write_files};
 
 /// Returns test cases. Each has the files in a folder, the value of the tensor `w` that the index
-/// selects, and the names of all tensors. Several of the files contain a tensor `w`.
+/// selects, and the names of all tensors. In each case, several of the files contain a tensor `w`.
 fn overlays() -> Vec<(Vec<(&'static str, Vec<u8>)>, u8, &'static [&'static str])> {
     let (over, sub) = ("model-overlay-00001.safetensors", "sub/a.safetensors");
     vec![
@@ -128,8 +128,8 @@ async fn index_is_recognized_by_any_of_its_names() {
             }
         }
     }
-    // An index with an unrelated name and an index that lists pickled files are errors. Otherwise
-    // their text would be loaded as raw bytes.
+    // Loading an index that has an unrelated name, or one that lists pickled files, is an error.
+    // Otherwise, its text would be loaded as raw bytes.
     let folder = folder();
     let other = index(&[("a", "pytorch_model-00001-of-00001.bin")]);
     let files = [("blob", index(&[("a", A)])), ("pytorch_model.bin.index.json", other), ("free.index.json", b"{}".to_vec())];

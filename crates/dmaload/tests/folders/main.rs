@@ -1,7 +1,7 @@
-//! Tests for multi-file models: which files are loaded, which of several tensors with the same
-//! name is used, and that an incomplete model is never loaded as if it were complete. Most tests
-//! run twice: with packed files, whose headers are read together with their data, and with
-//! unpacked files, whose headers are read during planning.
+//! Tests for multi-file models. They check which files are loaded, which of several tensors with
+//! the same name is used, and that an incomplete model is never loaded as if it were complete.
+//! Most tests run twice: with packed files, whose headers are read together with their data, and
+//! with unpacked files, whose headers are read during planning.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(clippy::type_complexity, reason = "tables of test cases have complex types")]
 
@@ -52,8 +52,8 @@ fn gguf(keys: &[(&str, u16)], tensors: &[(&str, u8)]) -> Vec<u8> {
     bytes
 }
 
-/// Returns one part of a split GGUF model. `number` is counted from 0. The part's metadata claims
-/// that the model has `count` parts and `all` tensors.
+/// Returns one part of a split GGUF model. `number` starts at 0. The part's metadata claims that
+/// the model has `count` parts and `all` tensors.
 fn part(number: u16, count: u16, all: u16, tensors: &[(&str, u8)]) -> Vec<u8> {
     gguf(&[("split.no", number), ("split.count", count), ("split.tensors.count", all)], tensors)
 }

@@ -104,9 +104,10 @@ async fn parts_of_a_split_gguf_model_are_checked() {
         keys.push(("other", value));
         keys
     };
-    // Each case has the parts in order and an expected text. The error must contain this text. If
-    // the text starts with `note: `, the model loads, and a note must contain the rest of the
-    // text. If the text is empty, the model loads, and no note mentions `split.tensors.count`.
+    // Each case has the parts in order and an expected text. If the text is empty, the model
+    // loads, and no note mentions `split.tensors.count`. If the text starts with `note: `, the
+    // model loads, and a note must contain the rest of the text. Otherwise, the load fails, and
+    // the error must contain the text.
     let cases: Vec<(Vec<Vec<u8>>, &str)> = vec![
         (vec![part(0, 2, 2, &[("a", 1)]), part(1, 2, 2, &[("b", 1)])], ""),
         // Models whose first part has no tensors, with equal, differing and missing tensor counts,

@@ -65,14 +65,14 @@ fn assert_closed_by_others(mounted: &Mounted, files: usize) {
     }
     let own = u32::try_from(rustix::thread::gettid().as_raw_nonzero().get()).unwrap();
     let closers = mounted.closers.lock().unwrap();
-    assert!(closers.len() >= files && !closers.contains(&own), "this thread is {own}, files were closed by {closers:?}");
+    assert!(closers.len() >= files && !closers.contains(&own), "this thread is {own}; files were closed by {closers:?}");
 }
 
 /// A slow close on the ring thread would delay all loads, so that thread closes no files, not even
 /// those of a load that was dropped with reads in flight.
 #[tokio::test]
 async fn ring_thread_closes_no_files() {
-    // Short answers make the load slow enough to be dropped while it reads.
+    // Short reads make the load slow enough that it can be dropped while it is reading.
     let Some(mounted) = Mounted::new(Manners::AnswersShort(8 << 10)) else { return };
     let loader = loader().build().unwrap();
     for _ in 0..20 {
@@ -91,5 +91,5 @@ async fn ring_thread_closes_no_files() {
         tasks.filter(is_ring).map(|task| task.file_name().unwrap().to_str().unwrap().parse().unwrap()).collect();
     let closers = mounted.closers.lock().unwrap();
     assert!(!rings.is_empty() && closers.len() >= 40);
-    assert!(!closers.iter().any(|closer| rings.contains(closer)), "ring threads: {rings:?}, files were closed by {closers:?}");
+    assert!(!closers.iter().any(|closer| rings.contains(closer)), "ring threads: {rings:?}; files were closed by {closers:?}");
 }

@@ -19,8 +19,8 @@ use crate::common::{folder, random_bytes};
 /// Looking up this name silences a server with [`Manners::NeverAnswersAfterSilence`].
 pub(crate) const SILENCE: &str = "silence";
 const MODEL: INodeNo = INodeNo(2);
-/// With this lifetime, the kernel caches no attributes. Otherwise it would keep the shortened
-/// length after a short answer.
+/// With this lifetime, the kernel caches no attributes. Otherwise, it would keep the shortened
+/// length after a short read.
 const UNCACHED: Duration = Duration::ZERO;
 /// With this lifetime, the kernel caches attributes for a minute. sshfs and network file systems
 /// also allow it to cache attributes.
@@ -144,8 +144,8 @@ impl Filesystem for Model {
 
     fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
         if matches!(self.manners, Manners::RefusesStatfs) {
-            // Servers that do not implement `statfs` answer like this. The type of the file system
-            // then cannot be determined.
+            // Servers that do not implement `statfs` return this error. The type of the file
+            // system then cannot be determined.
             reply.error(fuser::Errno::ENOSYS);
         } else {
             reply.statfs(0, 0, 0, 0, 0, 4096, 255, 4096);
@@ -155,7 +155,7 @@ impl Filesystem for Model {
     fn open(&self, _: &Request, _: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         self.open_files.fetch_add(1, Ordering::SeqCst);
         // Bypass the page cache if the reader or `manners` requests that, so the reader sees short
-        // answers.
+        // reads.
         let always =
             matches!(self.manners, Manners::AnswersShortPastTheCache(_) | Manners::HasNoLength | Manners::StatesLength(_));
         let is_direct = always || flags.0 & libc::O_DIRECT != 0;

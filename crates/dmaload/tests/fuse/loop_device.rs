@@ -89,7 +89,7 @@ async fn silent_loop_device_does_not_stop_other_file_systems() {
         Ok(mounted) => mounted,
         Err(reason) => return eprintln!("skipped: {reason}"),
     };
-    // Shorten the queue: filling the usual 128 requests would need a larger file.
+    // Shorten the queue: filling the usual queue of 128 requests would need a larger file.
     let name = mounted.device.strip_prefix("/dev/").unwrap();
     fs::write(format!("/sys/block/{name}/queue/nr_requests"), "4").unwrap();
     let folder = folder();

@@ -29,7 +29,7 @@ use file_system::{Manners, Model, Mounted, Overlay};
 
 const SEGMENT: usize = 2 << 20;
 const BYTES: usize = 4 * SEGMENT + 777;
-/// Routes that bypass the page cache. The page cache would treat a short answer as the end of the
+/// Routes that bypass the page cache. The page cache would treat a short read as the end of the
 /// file, and pad the page with zeros.
 const DIRECT_ROUTES: [Route; 4] = [Route::UringFixedDirect, Route::UringDirect, Route::PreadDirect, Route::Bounce];
 
@@ -75,7 +75,7 @@ async fn refused_first_direct_read_steps_down() {
     }
 }
 
-/// After a short answer, io_uring can return the same bytes twice (seen on Linux 6.18), so a ring
+/// After a short read, io_uring can return the same bytes twice (seen on Linux 6.18), so a ring
 /// never reads files that are or may be on FUSE.
 #[tokio::test]
 async fn ring_never_reads_files_that_may_be_on_fuse() {
@@ -146,8 +146,8 @@ async fn more_threads_read_from_a_distant_server() {
     loader.shutdown().await.unwrap();
 }
 
-/// The bytes that are missing from a short answer are requested again, starting with the block in
-/// which the answer ended.
+/// After a short read, the missing bytes are requested again, starting with the block in which the
+/// read ended.
 #[tokio::test]
 async fn short_answers_load_the_same_bytes() {
     // The first two are multiples of the block size; the others are not.
@@ -196,7 +196,7 @@ async fn read_error_names_the_file_and_the_offset() {
 }
 
 /// Lazily pulled container images are mounted this way. Threads read the files, because a ring
-/// could return the same bytes twice after a short answer from the FUSE server.
+/// could return the same bytes twice after a short read from the FUSE server.
 #[tokio::test]
 async fn overlay_over_fuse_loads_the_same_bytes_by_every_route() {
     for most in [100_001, 65_535, 12_288] {
@@ -262,7 +262,7 @@ async fn rewrite_is_noticed_despite_cached_attributes() {
 #[tokio::test]
 async fn earlier_rewrite_is_not_a_change_despite_cached_attributes() {
     for route in ROUTES {
-        // The attributes of a small file are read before it is opened, those of a large one
+        // The attributes of a small file are read before it is opened, and those of a large file
         // afterwards.
         for bytes in [BYTES, 70_000] {
             let Some(mounted) = Mounted::with_bytes(bytes, Manners::IsRewrittenAt(usize::MAX)) else { return };
@@ -296,7 +296,8 @@ async fn torn_header_is_reported_as_changed_not_damaged() {
                 let loader = loader().load_options(options().route(route).format(Format::Safetensors)).build().unwrap();
                 let error = loader.load(&mounted.path).await.unwrap_err();
                 assert!(matches!(error, Error::Changed { change: "it was modified", .. }), "{route}, {data} bytes: {error}");
-                // Loaded without a concurrent rewrite, the same bytes are a damaged model.
+                // Loaded without a concurrent rewrite, the same bytes are reported as a damaged
+                // model.
                 let error = loader.load(&mounted.path).await.unwrap_err();
                 assert!(matches!(error, Error::Model { .. }), "{route}, {data} bytes: {error}");
                 loader.shutdown().await.unwrap();

@@ -17,9 +17,9 @@ pub(crate) struct SilentServer {
     pub(crate) served: ServedFolder,
 }
 
-/// Tells the server process its [`Manners`].
+/// The environment variable that passes the server process its [`Manners`].
 const MANNERS: &str = "DMALOAD_TEST_MANNERS";
-/// Tells the server process which file's bytes to serve.
+/// The environment variable that names the file whose bytes the server process serves.
 const CONTENT: &str = "DMALOAD_TEST_CONTENT";
 
 impl SilentServer {
@@ -69,8 +69,8 @@ async fn shutdown_with_a_silent_server_ends_and_reports_leaks() {
             loader().staging_bytes(32 << 20).load_options(options().route(route)).shutdown_timeout(Duration::from_millis(300));
         let loader = loader.build().unwrap();
         let mut load = loader.load(path).start();
-        // Wait until the whole file is being read, by five reads. Staged reads go into half of a
-        // slot, so there are nine of them.
+        // Wait until all of the file's reads are in flight. There are five of them, or nine if
+        // they are staged, because each staged read goes into half of a slot.
         let reads = if route == Route::Bounce { 9 } else { 5 };
         while loader.metrics().reads_in_flight < reads {
             tokio::time::sleep(Duration::from_millis(1)).await;
@@ -85,8 +85,9 @@ async fn shutdown_with_a_silent_server_ends_and_reports_leaks() {
         assert_eq!(leaked.threads, 4, "{route}: {leaked}");
         let (staged, pieces) = if route == Route::Bounce { (4 * (2 << 20), 2) } else { (0, 4) };
         // Pieces are read in the order in which they were allocated, so the last piece of the
-        // file, which has only one block, can be among those that are being read. Two staged reads
-        // cover a whole piece, so with that piece, four of them cover three pieces.
+        // file, which has only one block, can be among those that are being read. It takes two
+        // staged reads to cover any other piece, so four staged reads that include the last piece
+        // extend over three pieces.
         let last = if route == Route::Bounce { pieces } else { pieces - 1 };
         let expected = [pieces * SEGMENT, last * SEGMENT + 4096].map(|bytes| (bytes + staged) as u64);
         assert!(expected.contains(&leaked.bytes), "{route}: {leaked}");
@@ -116,7 +117,9 @@ async fn silent_file_system_does_not_stop_other_file_systems() {
         }
         for path in [&plain, &answering.path] {
             let ended = tokio::time::timeout(Duration::from_secs(20), loader.load(path)).await;
-            let image = ended.unwrap_or_else(|_| panic!("{route}: {} waits for the silent server", path.display())).unwrap();
+            let image = ended
+                .unwrap_or_else(|_| panic!("{route}: the load of {} is waiting for the silent server", path.display()))
+                .unwrap();
             assert_same(&image.files()[0].bytes().unwrap(), &answering.bytes, &route.to_string());
         }
         loader.shutdown().await.unwrap_err();
@@ -157,14 +160,14 @@ async fn many_silent_loads_do_not_stop_other_file_systems() {
         let others = plain.each_ref().map(|path| loader.load(path).start());
         for load in others {
             let ended = tokio::time::timeout(Duration::from_secs(20), load).await;
-            let image = ended.unwrap_or_else(|_| panic!("{what}: a load waits for the silent servers")).unwrap();
+            let image = ended.unwrap_or_else(|_| panic!("{what}: a load is waiting for the silent servers")).unwrap();
             assert_same(&image.files()[0].bytes().unwrap(), &bytes, &what);
         }
         // Dropped loads with reads in flight do not stop other loads, either.
         silent.truncate(1);
         for path in &plain {
             let ended = tokio::time::timeout(Duration::from_secs(20), loader.load(path)).await;
-            let image = ended.unwrap_or_else(|_| panic!("{what}: a load waits for dropped loads")).unwrap();
+            let image = ended.unwrap_or_else(|_| panic!("{what}: a load is waiting for dropped loads")).unwrap();
             assert_same(&image.files()[0].bytes().unwrap(), &bytes, &what);
         }
         loader.shutdown().await.unwrap_err();
@@ -172,7 +175,7 @@ async fn many_silent_loads_do_not_stop_other_file_systems() {
 }
 
 /// Loads from a silent server use up `max_open_loads`. After 5 to 10 s without data, they no
-/// longer count as open while another load waits.
+/// longer count as open while another load is waiting.
 #[tokio::test]
 async fn silent_loads_do_not_keep_all_open_load_places() {
     if !may_mount() {
@@ -213,7 +216,7 @@ async fn dropped_silent_load_cancels_reads_that_have_not_started() {
         }
     };
     // Wait until the load has as many of the file's 33 reads in flight as it may have. That is
-    // about 32, because it leaves one to other loads from its file system.
+    // about 32, because it leaves room for one read by other loads from its file system.
     wait_for(30..=33).await;
     drop(load);
     // Only the reads of the four reading threads remain.
@@ -245,7 +248,7 @@ async fn server_silent_about_attributes_holds_one_worker() {
         let last = tokio::time::timeout(Duration::from_millis(300), load.next()).await;
         assert!(last.is_err(), "the last segment arrived before the file was checked: {last:?}");
         let ended = tokio::time::timeout(Duration::from_secs(20), loader.load(&plain)).await;
-        let image = ended.expect("another load waits for the silent server").unwrap();
+        let image = ended.expect("another load is waiting for the silent server").unwrap();
         assert_same(&image.files()[0].bytes().unwrap(), &bytes, "another load");
         let leaked = loader.shutdown().await.unwrap_err();
         assert_eq!((leaked.bytes, leaked.threads), (0, 1), "no memory should be leaked, and only one worker should hang");

@@ -141,7 +141,7 @@ fn hostile_clients_do_not_stall_other_users() {
             // descriptors for them, and serves their user if that user may attach.
             for client in kept {
                 // The threads of slow readers hold clones of their connections, so dropping
-                // `client` would not close these.
+                // `client` would not close them.
                 let _ = shutdown(&client, Shutdown::Both);
             }
             let deadline = Instant::now() + Duration::from_secs(10);
@@ -214,7 +214,7 @@ fn many_hostile_users_do_not_stall_others() {
     let model = file(folder.path(), "model.bin", &bytes);
     let socket = folder.path().join("socket");
     let variables = vec![("DMALOAD_TEST_MODEL", model.to_string_lossy().into_owned()), ("DMALOAD_TEST_NOFILE", "128".to_owned())];
-    // Users 5000 to 5009 may attach, users 5010 to 5019 may not.
+    // Users 5000 to 5009 may attach; users 5010 to 5019 may not.
     let named: Vec<u32> = (5000..5010).chain([BOB]).collect();
     let (_serving, first) =
         Serving::start(&Role { name: "the_server", user: alice, map: None, named: &named, variables }, &socket);

@@ -103,8 +103,8 @@ async fn lying_server_cannot_cause_out_of_bounds_access() {
             Some("an allocation is not a dma-buf"),
         ),
         (vec![huge()], Some("the image's description is 314572800 bytes long")),
-        // A segment that is larger than its memory, and a segment that does not use the end of its
-        // memory, which would leave a gap in the loaded range.
+        // A segment that is larger than its memory, and one that would leave a gap in the loaded
+        // range, because it does not use the end of its memory.
         (vec![description(&describe("[[0,0,0,0,12288,0,12288]]", 1)), two_pages(true)], Some("don't fit their memory")),
         (
             vec![
@@ -194,7 +194,7 @@ fn messages_of_a_lying_server_are_refused() {
 }
 
 /// If a server closes the connection without having read the request, the kernel resets the
-/// connection. The client still receives an answer that the server sent before.
+/// connection. The client still receives any answer that the server sent before that.
 #[test]
 fn answer_of_a_server_that_does_not_read_is_received() {
     let folder = folder();

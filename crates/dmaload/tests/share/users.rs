@@ -138,8 +138,8 @@ fn servers_serve_their_own_user_and_those_they_allow() {
     let model = file(folder.path(), "model.bin", &random_bytes(5_000_000, 3));
     // Each case has the server's user, the server's uid map, the users that the server allows, the
     // client's user, and the result: either the client attaches, or it is refused as this user. A
-    // server that allows any user (here user 9) has a socket that all users can connect to, so the
-    // server itself refuses the users that it does not allow.
+    // server that allows another user (here, user 9) has a socket that all users can connect to,
+    // so the server itself refuses the users that it does not allow.
     type Case<'a> = (u32, Option<&'a str>, &'a [u32], u32, Result<(), u32>);
     let cases: &[Case<'_>] = &[
         (ALICE, None, &[9], ALICE, Ok(())),

@@ -1,5 +1,5 @@
 //! Helpers for the suites. They create files on the guest's disk, load files, read dma-bufs
-//! through a mapping, and change settings of the kernel.
+//! through a mapping, and change kernel settings.
 #![allow(dead_code, unreachable_pub, reason = "each suite uses only some of the helpers")]
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the suite")]
 #![allow(unsafe_code, reason = "accesses mappings of dma-bufs as slices")]
@@ -123,7 +123,7 @@ pub fn available_bytes() -> u64 {
 
 /// Asserts that `work` releases the memory that it uses.
 ///
-/// Calls `work` up to three times, until one call releases all memory except for at most 24 MiB.
+/// Calls `work` up to three times, until one call releases all but at most 24 MiB of the memory.
 /// Kernel caches and new threads may keep memory in the first round, whereas a leak loses memory
 /// in every round.
 #[track_caller]
@@ -153,7 +153,7 @@ pub fn open_descriptors() -> usize {
 }
 
 /// Waits until the number of open descriptors is stable, and returns this number. When a test
-/// starts, a thread may still be closing segments of earlier tests.
+/// starts, a thread may still be closing segments from earlier tests.
 pub fn settle_descriptors() -> usize {
     let mut seen = open_descriptors();
     loop {
@@ -197,7 +197,7 @@ impl Drop for SizeLimit {
 
 const THP: &str = "/sys/kernel/mm/transparent_hugepage";
 
-/// Overrides settings of transparent huge pages. Dropping this value restores the previous
+/// Overrides settings for transparent huge pages. Dropping this value restores the previous
 /// settings.
 pub struct ThpSettings(Vec<(String, String)>);
 

@@ -1,6 +1,6 @@
-//! Tests for kernels whose importers see the right bytes in a udmabuf on huge pages. On these
-//! kernels, the udmabuf heap uses huge pages by default. The tests compare every page of every
-//! folio, for every way of filling a udmabuf and for several folio sizes.
+//! Tests for kernels whose importers see the right bytes in a udmabuf backed by huge pages. On
+//! these kernels, the udmabuf heap uses huge pages by default. The tests compare every page of
+//! every folio, for every way of filling a udmabuf and for several folio sizes.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex};
@@ -94,9 +94,9 @@ fn create_vendors_memfd(bytes: usize, flags: MemfdFlags) -> (OwnedFd, Folios) {
 }
 
 /// Creates a udmabuf as a vendor's library would, from a memfd with these flags. Loads a file into
-/// the udmabuf, and passes it through vivid. Returns the memfd's folios and the captured frame.
-/// The folios are counted in a mapping of the memfd, because a mapping of the dma-buf does not
-/// show them.
+/// the udmabuf, and passes the udmabuf through vivid. Returns the memfd's folios and the captured
+/// frame. The folios are counted in a mapping of the memfd, because a mapping of the dma-buf does
+/// not show them.
 fn pass_vendors_udmabuf(loopback: &mut Loopback, name: &str, flags: MemfdFlags) -> (Folios, Vec<u8>) {
     let seen = Arc::new(Mutex::new(Folios::default()));
     let folios = Arc::clone(&seen);
@@ -105,8 +105,8 @@ fn pass_vendors_udmabuf(loopback: &mut Loopback, name: &str, flags: MemfdFlags) 
         *folios.lock().unwrap() = populated;
         create_udmabuf(&memfd, bytes)
     };
-    // SAFETY: each dma-buf has new memory, whose memfd is closed and no longer mapped when the
-    // dma-buf is returned. udmabuf keeps the pages as long as the dma-buf exists.
+    // SAFETY: each dma-buf is backed by new memory, whose memfd is closed and no longer mapped
+    // when the dma-buf is returned. udmabuf keeps the pages as long as the dma-buf exists.
     let heap = unsafe { FromDescriptors::new(name, allocate) };
     let (_image, frame) = load_and_pass(loopback, heap, LEN, |options| options.cache(Cache::Bypass));
     let folios = *seen.lock().unwrap();

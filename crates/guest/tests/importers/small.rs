@@ -1,6 +1,6 @@
-//! Tests for kernels whose importers see wrong bytes in a udmabuf on huge pages. On these kernels,
-//! the heap must not use huge pages, regardless of how memory is filled and how transparent huge
-//! pages are configured.
+//! Tests for kernels whose importers see wrong bytes in a udmabuf backed by huge pages. On these
+//! kernels, the heap must not use huge pages, regardless of how memory is filled and how
+//! transparent huge pages are configured.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -16,7 +16,7 @@ use crate::vivid::Loopback;
 use crate::{HUGE, LEN, Way, cache_first_bytes, count_folios, load_and_pass, ways, wrong_pages};
 
 /// Demonstrates the bug that the default avoids. If this test fails because the pages are right,
-/// the kernel has been fixed. In this case, adapt `Udmabuf::huge_pages_show_wrong_bytes`.
+/// the kernel has been fixed, and `Udmabuf::huge_pages_show_wrong_bytes` needs to be updated.
 #[test]
 fn importers_see_wrong_bytes_on_huge_pages() {
     assert!(Udmabuf::huge_pages_show_wrong_bytes());

@@ -127,6 +127,6 @@ fn is_vgem(node: &File) -> bool {
         // nothing through the pointers whose lengths are 0.
         unsafe { libc::ioctl(node.as_raw_fd(), DRM_IOCTL_VERSION as _, &raw mut version) }
     });
-    // The kernel reports the name's full length, even if it copied only a part of the name.
+    // The kernel reports the name's full length, even if it copied only part of the name.
     asked.is_ok() && name.get(..version.name_len) == Some(b"vgem")
 }

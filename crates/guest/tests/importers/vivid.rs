@@ -43,7 +43,7 @@ pub(crate) struct Loopback {
 
 impl Loopback {
     /// Opens the nodes and sets them up for frames of 1280 by 720 pixels, which exceed 2 MiB. The
-    /// settings belong to the device and not to the open file, so use one `Loopback` at a time.
+    /// settings belong to the device, not to the open file, so use only one `Loopback` at a time.
     pub(crate) fn open() -> io::Result<Self> {
         Self::with_frames_of(1280, 720)
     }
@@ -88,7 +88,7 @@ impl Loopback {
     /// The dma-buf must not change during the call.
     pub(crate) fn pass(&mut self, dma_buf: BorrowedFd<'_>, buffer_bytes: usize) -> io::Result<Vec<u8>> {
         let length =
-            u32::try_from(buffer_bytes).map_err(|_| vivid_error(ErrorKind::InvalidInput, "the dma-buf has 4 GiB or more"))?;
+            u32::try_from(buffer_bytes).map_err(|_| vivid_error(ErrorKind::InvalidInput, "the dma-buf is 4 GiB or larger"))?;
         if length < self.frame {
             return Err(vivid_error(ErrorKind::InvalidInput, "the dma-buf is smaller than a frame"));
         }

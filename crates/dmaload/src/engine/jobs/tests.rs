@@ -25,7 +25,7 @@ fn open_load(jobs: &Jobs<Arc<()>>, batches: usize) -> LoadId {
 
 /// Acts as a worker, and as the ring thread that completes its reads: takes permits and gives them
 /// back until there are no more jobs. Returns the number of allocate, check and finish jobs that
-/// it has done.
+/// it did.
 fn run_worker(jobs: &Jobs<Arc<()>>) -> usize {
     let mut done = 0;
     let worker = jobs.hire();
@@ -137,7 +137,7 @@ fn workers_drop_deferred_values_before_they_end() {
             spawn(move || assert!(next(&jobs).is_none()))
         });
         jobs.close();
-        // Give workers time to end early, which they must not do.
+        // Give workers time to exit early, which they must not do.
         #[cfg(not(dmaload_loom))]
         std::thread::sleep(std::time::Duration::from_millis(1));
         // In production, the ring thread defers the drop of the last load's files.

@@ -193,8 +193,8 @@ fn stream_waits_for_its_consumer_without_blocking_others() {
     for (load, ahead_bytes) in [(1, Some(25)), (2, None)] {
         scheduler.submit(load);
         assert_eq!(scheduler.next(), Some(Job::Open(load)));
-        // Each allocation has two batches, and is charged with the first one. The last allocation
-        // is larger than the bound.
+        // Each allocation has two batches, and all of its memory is charged with the first one.
+        // The last allocation is larger than the bound.
         let part = |held_bytes| Need { bytes: 5, held_bytes, ..Need::default() };
         let batches = vec![part(10), part(0), part(10), part(0), part(40), part(0)];
         scheduler.opened(load, LoadNeeds { batches, ahead_bytes, ..LoadNeeds::default() });

@@ -5,8 +5,8 @@
 //!
 //! Segments are handed over in order. Segments that share an allocation wait until all of it is
 //! ready, because a consumer that holds one of them can see the whole allocation. The last segment
-//! of a file waits until the file was checked. If the file changed while it was read, the load
-//! fails instead.
+//! of a file waits until the file has been checked. If the file changed while it was being read,
+//! the load fails instead.
 #![allow(unsafe_code)]
 
 use std::ops::Range;
@@ -45,10 +45,10 @@ pub(crate) struct WholeFile {
 
 impl AsRef<[u8]> for WholeFile {
     fn as_ref(&self) -> &[u8] {
-        // SAFETY: `LoadShared::whole_file` creates this only for small files whose pieces were all
-        // returned by the driver, so their memory is filled. Nothing writes to the memory before
-        // it is handed over, which happens only after this file's check: only the layout
-        // `tensors`, which has no small files, moves bytes within filled memory.
+        // SAFETY: `LoadShared::whole_file` creates this only for small files whose pieces have all
+        // been returned by the driver, so their memory is filled. The memory is handed over only
+        // after this file's check, and nothing writes to it before that: only the layout `tensors`
+        // moves bytes within filled memory, and it has no small files.
         unsafe { self.backing.filled(self.range.clone()) }
     }
 }
@@ -66,9 +66,9 @@ pub(crate) struct FollowUpJobs {
 /// The state of a load after [`LoadShared::deliver`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum HandOverStatus {
-    /// The load has not delivered its end yet.
+    /// The load has not delivered its final event yet.
     Going,
-    /// The load has delivered its end, or was dropped.
+    /// The load has delivered its final event, or was dropped.
     Over,
 }
 
@@ -149,8 +149,8 @@ impl LoadShared {
         Some((cell.take().expect("a file that was read should stay open until its only check"), identity))
     }
 
-    /// Returns all bytes of a small file, to parse its header from. Returns `None` if the file is
-    /// not small or is still being read, or if the load has ended.
+    /// Returns all bytes of a small file, so that its header can be parsed. Returns `None` if the
+    /// file is not small or is still being read, or if the load has ended.
     pub(crate) fn whole_file(&self, index: usize) -> Option<WholeFile> {
         let (cell, start, bytes) = {
             let state = self.state();
@@ -209,7 +209,7 @@ impl LoadShared {
     }
 
     /// Hands over complete segments in order. After the last segment or a failure, delivers the
-    /// end.
+    /// final event.
     ///
     /// Only one thread at a time may call this, to keep the order. No lock is held while the
     /// consumer is woken. If the load fails here, its remains are added to `remains`.
@@ -267,13 +267,13 @@ impl LoadShared {
             return DeliveryStep::Over;
         }
         if let Some(error) = state.failed.take() {
-            let events = state.events.take().expect("the load should not have delivered its end yet");
+            let events = state.events.take().expect("the load should not have delivered its final event yet");
             return DeliveryStep::Failed { error, events };
         }
         if std::mem::take(&mut state.files_unsent) {
             let files = state.files.iter().enumerate().map(|(index, file)| self.describe_file(state, index, file));
             let (files, events) =
-                (files.collect(), state.events.clone().expect("the load should not have delivered its end yet"));
+                (files.collect(), state.events.clone().expect("the load should not have delivered its final event yet"));
             return DeliveryStep::Planned { files, events };
         }
         if let Some((segment, last)) = match self.next_segment(state) {
@@ -292,7 +292,7 @@ impl LoadShared {
             let memory = state.memories.get_mut(planned.memory).expect("a segment should belong to a planned allocation");
             let waited = memory.full_at.expect("memory that is handed over should be full").elapsed();
             let span = if last { std::mem::replace(&mut memory.span, no_span()) } else { no_span() };
-            let events = state.events.clone().expect("the load should not have delivered its end yet");
+            let events = state.events.clone().expect("the load should not have delivered its final event yet");
             return DeliveryStep::Segment { segment, waited, events, span };
         }
         let all = state.handed == state.plan.segments.len() && state.files_left == 0;
@@ -302,7 +302,7 @@ impl LoadShared {
         let files = state.files.iter().enumerate().map(|(index, file)| self.describe_file(state, index, file));
         let files = files.map(|file| LoadFile { is_known: true, ..file }).collect();
         increment(&self.counters.finished);
-        let events = state.events.take().expect("the load should not have delivered its end yet");
+        let events = state.events.take().expect("the load should not have delivered its final event yet");
         DeliveryStep::Done { finished: Box::new(Finished { report, files }), cached_bytes, events }
     }
 
@@ -389,7 +389,7 @@ fn may_stay_unsealed(errno: Errno, heap_is_own: bool, kernel_seals_writes: impl 
     heap_is_own && errno == Errno::EINVAL && !kernel_seals_writes()
 }
 
-/// The next step of [`LoadShared::deliver`], to be taken without the lock.
+/// The next step of [`LoadShared::deliver`], to be taken without holding the lock.
 enum DeliveryStep {
     Nothing,
     Over,

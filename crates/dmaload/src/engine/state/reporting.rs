@@ -71,15 +71,16 @@ impl LoadShared {
         self.state().notes.push(note.to_owned());
     }
 
-    /// Records a read that failed and is retried. If the retry succeeds, the load does not fail,
-    /// so the log, the metrics and the report are the only signs that a storage medium is failing.
+    /// Records a read that failed and will be retried. If the retry succeeds, the load does not
+    /// fail, so the log, the metrics and the report are the only signs that a storage medium is
+    /// failing.
     pub(crate) fn record_retry(&self, retried: &Retried) {
         let Retried { file, offset, bytes, errno } = *retried;
         let path = self.path(file).map(|path| printable::path(path.as_path()).to_string()).unwrap_or_default();
         let errno = errno::describe(errno);
         foreign::emit(|| {
             let (path, errno) = (path.as_str(), errno.as_str());
-            tracing::warn!(load = self.id.0, path, offset, bytes, errno, "a read failed and is retried once");
+            tracing::warn!(load = self.id.0, path, offset, bytes, errno, "a read failed and will be retried once");
         });
         increment(&self.counters.retried_reads);
         let mut state = self.state();
@@ -276,7 +277,7 @@ fn pages_by_smaps(range: Option<&AddressRange>) -> PageCount {
     pages
 }
 
-/// Merges equal fallbacks of several files into one that names no file.
+/// Merges identical fallbacks for several files into one that names no file.
 fn merge_fallbacks(fallbacks: &[Fallback]) -> Vec<Fallback> {
     let mut merged: Vec<Fallback> = Vec::new();
     let mut seen = HashMap::new();

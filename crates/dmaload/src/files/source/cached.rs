@@ -64,7 +64,7 @@ const WORD_BITS: usize = u64::BITS as usize;
 const LEAST_PROBED_BYTES: u64 = 2 << 20;
 
 /// Maximum number of bytes that one system call copies from the cache. If bytes were evicted in
-/// the meantime, the kernel reads ahead at most to the end of the range of that call.
+/// the meantime, the kernel reads ahead at most to the end of that call's range.
 const STEP_BYTES: usize = 256 << 10;
 
 impl OpenFile {

@@ -1,16 +1,16 @@
 //! Grants permits before memory is allocated, because allocating too much invokes the OOM killer.
 //!
 //! The kernel's figures do not include memory that was granted but is still being allocated. This
-//! module therefore counts that memory itself, for all loaders of the process together. A forked
+//! module therefore counts that memory itself, for all loaders in the process together. A forked
 //! child starts a new count, because the threads that hold the permits and the lock exist only in
 //! its parent.
 //!
 //! Other processes allocate memory, too. Each process that uses this library takes only a small
 //! fraction of the free memory between two checks. For a single allocation that exceeds that
 //! fraction, the processes take turns. A turn is an advisory lock on the folder of the cgroup with
-//! the tightest limit, or on `/proc/meminfo`. It is held from the check until the memory shows in
-//! the kernel's figures. Processes that don't use this library can still take memory that a check
-//! found free.
+//! the tightest limit, or on `/proc/meminfo`. It is held from the check until the memory shows up
+//! in the kernel's figures. Processes that don't use this library can still take memory that a
+//! check found free.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -66,7 +66,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 struct PermitsState {
     /// Bytes granted and still being allocated.
     granted_bytes: u64,
-    /// Further bytes that may be granted without a check until `until`.
+    /// Further bytes that may be granted before `until` without another check.
     budget_bytes: u64,
     until: Option<Instant>,
     /// When to wait for turns again, after failing to obtain one.
@@ -219,8 +219,8 @@ impl Permits {
                 break;
             }
             if state.granted_bytes > 0 && now < deadline {
-                // Wait for permits to be dropped. Until then, granted memory that already shows in
-                // the kernel's figures is counted twice.
+                // Wait for permits to be dropped. Until then, granted memory that already shows up
+                // in the kernel's figures is counted twice.
                 state = self.changed.wait_timeout(state, deadline - now).unwrap_or_else(PoisonError::into_inner).0;
             } else if let Some(make_room) = make_room.take() {
                 drop(state);
@@ -307,7 +307,7 @@ mod tests {
     }
 
     /// Each `Permits` value simulates one process. The processes share the free memory, and each
-    /// allocation takes a while to show in it.
+    /// allocation takes a while to show up there.
     #[test]
     fn processes_sharing_a_limit_never_exceed_it() {
         const MIB: u64 = 1 << 20;

@@ -8,7 +8,7 @@ use rustix::fs::OFlags;
 use super::{Heap, HeapError, Memory, private};
 use crate::error::Result;
 
-/// A dma-heap of this machine: `system`, a CMA region, or one that the vendor provides.
+/// A dma-heap on this machine: `system`, a CMA region, or one that the vendor provides.
 ///
 /// The kernel can't pin mappings of its own system heap, so reads from storage go through staging
 /// buffers ([`crate::Route::Bounce`]). If the mappings of another heap can be pinned, reads go
@@ -42,7 +42,7 @@ impl DmaHeap {
         DmaHeap { device, name, flags: 0 }
     }
 
-    /// Sets flags for allocations (`heap_flags` of linux/dma-heap.h). The kernel's own heaps
+    /// Sets flags for allocations (`heap_flags` in `linux/dma-heap.h`). The kernel's own heaps
     /// refuse all flags; a vendor's heap may accept some.
     #[must_use]
     pub fn flags(mut self, flags: u64) -> Self {

@@ -1,4 +1,4 @@
-//! Memfds that `/dev/udmabuf` exports as dma-bufs.
+//! A heap of memfds that are exported as dma-bufs through `/dev/udmabuf`.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -14,7 +14,7 @@ use crate::support::errno;
 /// straight into the pages that later form the dma-buf. Requires `/dev/udmabuf`.
 ///
 /// Reads go through the mapping of the memfd, because newer kernels can't pin mappings of the
-/// dma-buf. On Linux 6.11 to 6.15 the heap uses only small pages, unless opened with
+/// dma-buf. On Linux 6.11 to 6.15 the heap uses only small pages, unless it is opened with
 /// [`UdmabufHeap::open_despite_bug`]: on these kernels, drivers that map 2 MiB pages into the
 /// kernel see wrong bytes (see [`Udmabuf::huge_pages_show_wrong_bytes`]).
 #[derive(Debug)]
@@ -38,7 +38,8 @@ impl UdmabufHeap {
         Self::with_device(Udmabuf::open()?, pages)
     }
 
-    /// Wraps the open udmabuf device, for processes that may not open it themselves.
+    /// Creates a heap from an open descriptor of `/dev/udmabuf`, for processes that are not
+    /// allowed to open the device themselves.
     ///
     /// # Errors
     /// Those of [`UdmabufHeap::open`].
@@ -96,7 +97,7 @@ impl UdmabufHeap {
     }
 }
 
-/// Returns the number of bytes in the memfd that have no page.
+/// Returns the number of bytes in the memfd that are not backed by pages.
 fn missing_bytes(memfd: &Memfd) -> rustix::io::Result<u64> {
     let present_bytes = rustix::fs::fstat(memfd)?.st_blocks.cast_unsigned().saturating_mul(512);
     Ok((memfd.bytes() as u64).saturating_sub(present_bytes))
@@ -121,7 +122,7 @@ unsafe impl Heap for UdmabufHeap {
         let huge = populated.pages.is_some_and(|pages| pages.huge_bytes > 0);
         if huge && self.avoids_bug() {
             // No kernel is known to ignore the advice against huge pages. If one does, fail rather
-            // than show wrong bytes.
+            // than let drivers see wrong bytes.
             return Err(HeapError::new("keep 2 MiB pages out of a udmabuf", bytes, Errno::EOPNOTSUPP));
         }
         Ok(populated)

@@ -10,7 +10,7 @@ use crate::support::convert::to_usize;
 /// Why reading stopped.
 #[derive(Debug)]
 pub(super) enum Stop {
-    /// More of the file is needed. The number is the minimum length of its beginning, in bytes.
+    /// More of the file is needed: at least this many bytes from its beginning.
     More(u64),
     Fault(ModelError),
 }
@@ -22,7 +22,8 @@ pub(super) struct Cursor<'a> {
     file_bytes: u64,
 }
 
-/// Maximum length of a key or a tensor's name. The GGUF specification sets this limit for keys.
+/// Maximum length of a key or a tensor's name in bytes. The GGUF specification sets this limit for
+/// keys.
 const TEXT_LIMIT_BYTES: u64 = (1 << 16) - 1;
 
 impl<'a> Cursor<'a> {

@@ -133,8 +133,8 @@ impl fmt::Debug for Array<'_> {
     }
 }
 
-/// Formats the value. An array of more than 8 values, or of strings or arrays, shows only its
-/// length and type. Strings are not escaped.
+/// Formats the value. For an array of strings, of arrays, or of more than 8 values, only the
+/// length and type are shown. Strings are not escaped.
 impl fmt::Display for Value<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const SHOWN: u64 = 8;
@@ -291,7 +291,7 @@ pub(super) fn read(cursor: &mut Cursor<'_>, version: u32, pairs: u64) -> Result<
         };
         let value = cursor.position() - begin;
         skip(cursor, kind, 0)?;
-        let narrow = |at: u64| u32::try_from(at).expect("a header is shorter than 4 GiB");
+        let narrow = |at: u64| u32::try_from(at).expect("a header should be shorter than 4 GiB");
         entries.push(KeyValue {
             key: narrow(key_end - key.len() as u64)..narrow(key_end),
             kind,

@@ -18,7 +18,7 @@ use crate::model::{
     map::{SafetensorsMetadata, StringPairs, TensorInfo},
 };
 
-/// The only key of a header that does not name a tensor.
+/// The only key in a header that does not name a tensor.
 const METADATA_KEY: &str = "__metadata__";
 
 /// The whitespace characters of JSON.
@@ -56,7 +56,7 @@ pub(super) fn read(json: &str, data_begin: u64, data_bytes: u64) -> Result<Conte
     Ok(Contents { tensors: reader.tensors, metadata })
 }
 
-/// The visitor for a header's outermost object, which also holds the parser's state.
+/// The visitor for a header's outermost object. It also holds the parser's state.
 struct Reader {
     data_begin: u64,
     data_bytes: u64,
@@ -70,7 +70,7 @@ struct Reader {
     place: ValuePlace,
     fault: Option<ModelError>,
     /// The name and the end of the first tensor that extends past the end of the file, and the
-    /// largest end of all such tensors. Parsing continues after such a tensor, so that the error
+    /// highest end of any such tensor. Parsing continues after such a tensor, so that the error
     /// can say how many bytes are missing.
     past_end: Option<(String, u64, u64)>,
 }
@@ -101,7 +101,7 @@ impl Reader {
         json.deserialize_map(self)
     }
 
-    /// Stops parsing because of a fault that `serde` cannot express.
+    /// Stores a fault that `serde` cannot express, and returns an error that stops parsing.
     fn refuse<E: Error>(&mut self, fault: ModelError) -> E {
         self.fault = Some(fault);
         E::custom("refused")
@@ -290,11 +290,10 @@ impl TensorEntry {
 }
 
 /// Returns the size of a tensor in bits, or `None` if it overflows 64 bits. As in the
-/// `safetensors` crate, a product of dimensions that overflows before it is multiplied by a
-/// dimension of zero is an overflow, too.
+/// `safetensors` crate, it also overflows if the product of the dimensions before a zero does.
 fn bits(dtype: DType, shape: &[usize]) -> Option<u64> {
     let elements = shape.iter().try_fold(1_u64, |product, &dim| product.checked_mul(dim as u64))?;
-    let element_bits = dtype.element_bits().expect("a safetensors header cannot name a quantized type");
+    let element_bits = dtype.element_bits().expect("a dtype from a safetensors header should not be quantized");
     elements.checked_mul(element_bits as u64)
 }
 

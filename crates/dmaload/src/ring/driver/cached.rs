@@ -10,7 +10,7 @@ use crate::support::convert::to_usize;
 use crate::support::id::LoadId;
 
 impl<K: Kernel, B: PieceMemory> Driver<K, B> {
-    /// Starts the copy of a chunk from the page cache into its piece.
+    /// Starts copying a chunk from the page cache into its piece.
     pub(super) fn issue_cached(&mut self, id: LoadId, chunk: Chunk) {
         let load = self.loads.get_mut(&id).expect(LOAD);
         let staged = load.spec.observation.as_ref().is_some_and(|observation| observation.staged);

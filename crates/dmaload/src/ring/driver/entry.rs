@@ -35,7 +35,7 @@ pub(super) struct PieceEntry<F, B> {
     pub(super) since: Duration,
 }
 
-/// A range of a piece that has to be read or copied from the page cache.
+/// A range of a piece that has to be read from storage or copied from the page cache.
 #[derive(Debug, Clone)]
 pub(super) struct Chunk {
     pub(super) piece: Token,
@@ -45,9 +45,9 @@ pub(super) struct Chunk {
     pub(super) range: Range<u64>,
     /// Whether the chunk was in the page cache when the piece was prepared.
     pub(super) cached: bool,
-    /// Number of reads since the last progress that returned less than a block.
+    /// Number of reads that have returned less than a block since the last progress.
     pub(super) parts_of_a_block: u32,
-    /// Number of reads since the last progress that were interrupted.
+    /// Number of reads that have been interrupted since the last progress.
     pub(super) interruptions: u32,
     /// Whether a read of the chunk has failed. If so, the chunk is retried once, with nothing else
     /// from the load in flight.
@@ -208,8 +208,9 @@ pub(super) fn split_into_chunks<F, B>(token: Token, entry: &mut PieceEntry<F, B>
     chunks
 }
 
-/// Returns how many bytes of a chunk are done after a read of `bytes` bytes. The rest of a direct
-/// read must start at a block boundary, so a partial block does not count and is read again.
+/// Returns how many bytes of a chunk are complete after a read of `bytes` bytes. The rest of a
+/// direct read must start at a block boundary, so a partial block does not count and is read
+/// again.
 pub(super) fn progress(chunk: &Chunk, bytes: u64, route: Route, alignment_bytes: u64) -> u64 {
     let wanted = chunk.range.end - chunk.range.start;
     match bytes {

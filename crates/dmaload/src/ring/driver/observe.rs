@@ -48,8 +48,9 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         self.report_missing_thread(id);
     }
 
-    /// Queues the observation of bytes in staging, after they were copied. Bytes after the last
-    /// whole block of a short direct read are not observed yet: they are read again with the rest.
+    /// Queues the observation of bytes in staging after they have been copied. Bytes after the
+    /// last whole block of a short direct read are not observed yet: they are read again with the
+    /// rest.
     pub(super) fn queue_observation(&mut self, id: LoadId, chunk: Chunk, route: Route, slot: StagingSlot, bytes: usize) {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let counted = progress(&chunk, bytes as u64, route, entry.file.alignment_bytes);

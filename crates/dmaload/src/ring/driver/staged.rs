@@ -52,12 +52,12 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         let (buffer, registered) = self.staging.get(slot);
         let (address, slot_bytes) = (buffer.address(), buffer.bytes());
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
-        // The fewer bytes of staging are in use, the longer they stay in the processor's cache: on
-        // virtual disks, reads into half of each slot are faster. Once copiers have been added, it
-        // matters more to issue few reads, so reads fill whole slots.
+        // The less staging is in use, the longer its bytes stay in the processor's cache, so reads
+        // into half of each slot are faster on virtual disks. Once copiers have been added, it
+        // matters more to keep the number of reads low, so reads fill whole slots.
         let half = (slot_bytes as u64 / 2).next_multiple_of(entry.file.alignment_bytes);
         let most = if self.pace.threads() > FIRST { slot_bytes as u64 } else { half };
-        // If the chunk is larger than that, only its beginning is read now.
+        // If the chunk is larger than this limit, only its beginning is read now.
         let end = chunk.range.end.min(chunk.range.start + most);
         if end < chunk.range.end {
             entry.chunks_left += 1;
@@ -100,7 +100,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         entry.in_flight += 1;
         entry.chunks_left += 1;
         self.populating += 1;
-        // Copiers that populate are busy.
+        // Populating keeps a copier busy, so it counts as a job.
         self.pace.begin(self.kernel.now());
         let token = self.reads.insert(Operation::Populate { piece, bytes });
         self.kernel.populate(PopulateRequest { token, place, bytes: to_usize(bytes) });
@@ -108,7 +108,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
 
     pub(super) fn complete_populating(&mut self, piece: Token, bytes: u64, result: Result<usize, Fault>) {
         self.populating -= 1;
-        // The bytes count once they are copied.
+        // The bytes are counted when they are copied.
         self.pace.withdraw(self.kernel.now());
         let entry = self.pieces.get_mut(piece).expect(PIECE);
         entry.in_flight -= 1;
@@ -132,7 +132,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
         // Once a refusal has been reported, registration is not tried again for this load. It is
         // not tried at all for buffered reads, nor if `staged_by` is a route without registered
         // buffers. But if there is no ring, `register` is called even for such a route, so that
-        // the refusal of the ring is reported.
+        // the load reports why the ring could not be set up.
         if load.staging_reported
             || !entry.file.route.is_direct()
             || wanted > Route::UringFixedDirect && self.kernel.ring().is_ok()

@@ -107,7 +107,7 @@ fn copy_without_threads_is_done_inline_and_reported() {
         let to = Place { sink: Arc::clone(&sink) as Arc<dyn Sink>, offset: 0 };
         let copy = StagedCopy { token, from: NonNull::from(&from).cast(), to, bytes: 64 };
         // SAFETY: both places stay valid until the completion below, and nothing else accesses
-        // them before.
+        // them until then.
         unsafe { pool.copy(copy) };
         let mut done = Vec::new();
         while done.is_empty() {
@@ -222,7 +222,7 @@ fn copies_go_before_populating_and_make_it_unnecessary() {
     // SAFETY: both places outlive all copies, and the sink writes nothing. The same holds below.
     unsafe { pool.copy(copy(token(), 0)) };
     sink.gate.wait_until_held(1);
-    // The only thread is busy now, so these wait for it.
+    // The only thread is busy now, so these requests wait for it.
     let requests = [64, 128].map(|offset| PopulateRequest { token: token(), place: place(offset), bytes: 64 });
     let [needless, needed] = [requests[0].token, requests[1].token];
     requests.into_iter().for_each(|request| pool.populate(request));
@@ -249,7 +249,7 @@ fn copies_go_before_populating_and_make_it_unnecessary() {
     assert_eq!(*sink.populated.lock().unwrap(), [128]);
 }
 
-/// The copy that a request was made for may never come, if its read fails.
+/// If its read fails, the copy that would make a request unnecessary never starts.
 #[test]
 fn requests_to_populate_wait_for_a_bounded_number_of_copies() {
     let wake = Arc::new(Wake::new().unwrap());

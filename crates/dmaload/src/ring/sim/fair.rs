@@ -110,7 +110,7 @@ impl FairMachine {
                     Output::PieceFull { load, piece, buffer, .. } => {
                         let start = piece as u64 * BLOCK;
                         let right = (start..).zip(buffer.contents()).all(|(at, &byte)| byte == byte_of(load.0, at));
-                        assert!(right, "piece {piece} of {load:?}");
+                        assert!(right, "piece {piece} of {load:?} has wrong bytes");
                         drop(buffer);
                         *self.full.entry(load).or_default() += 1;
                         self.scheduler.give_back(&load, need(&self.loads[&load]));
@@ -200,13 +200,13 @@ fn two_silent_file_systems_do_not_stop_a_third() {
             for number in 0..2 * loads {
                 machine.submit(number, number / loads, hung_by, true);
             }
-            assert_eq!(machine.run(), [], "loads by {hung_by} should hang");
+            assert_eq!(machine.run(), [], "loads through {hung_by} should hang");
             let others = [20, 21, 22].map(LoadId);
             for other in others {
                 machine.submit(other.0, 2, others_by, false);
             }
             let case = format!(
-                "loads by {others_by} should finish despite {loads} hanging loads by {hung_by} from each of two file systems, with {shared:?}"
+                "loads through {others_by} should finish despite {loads} hanging loads through {hung_by} from each of two file systems, with {shared:?}"
             );
             assert_eq!(machine.run(), others, "{case}");
             machine.give_up();
@@ -230,7 +230,7 @@ fn loads_that_start_alongside_many_silent_ones_proceed() {
         assert_eq!(
             machine.run(),
             others,
-            "loads by {others_by} should finish despite many hanging loads by {hung_by}, with {shared:?}"
+            "loads through {others_by} should finish despite many hanging loads through {hung_by}, with {shared:?}"
         );
         machine.give_up();
     }
@@ -244,7 +244,7 @@ fn silent_load_leaves_a_share_to_its_file_system() {
     for (shared, hung_by, others_by) in each_case(each_scarce(16, 16, 22, 16)) {
         let mut machine = FairMachine::new(3, shared, &Faults::none());
         machine.submit(0, 0, hung_by, true);
-        assert_eq!(machine.run(), [], "a load by {hung_by} should hang");
+        assert_eq!(machine.run(), [], "a load through {hung_by} should hang");
         let others = [1, 2, 3].map(LoadId);
         for other in others {
             machine.submit(other.0, 0, others_by, false);
@@ -252,7 +252,7 @@ fn silent_load_leaves_a_share_to_its_file_system() {
         assert_eq!(
             machine.run(),
             others,
-            "loads by {others_by} should finish despite a hanging load by {hung_by}, with {shared:?}"
+            "loads through {others_by} should finish despite a hanging load through {hung_by}, with {shared:?}"
         );
         machine.give_up();
     }

@@ -1,5 +1,5 @@
 //! The faults of the simulated kernel: operations that it refuses, cuts short, fails or never
-//! completes. For faults of single files, see [`super::disk::FileFaults`].
+//! completes. For the faults of individual files, see [`super::disk::FileFaults`].
 
 use rustix::io::Errno;
 
@@ -28,16 +28,16 @@ pub(super) struct Faults {
     pub(super) hangs_per_mille: u64,
     /// How many buffers can be registered at once.
     pub(super) buffer_slots: u16,
-    /// Whether the heap's memory can be pinned neither by registration nor by a direct read.
+    /// Whether the heap's memory can't be pinned, either by registration or by a direct read.
     pub(super) unpinnable: bool,
-    /// Whether no thread can be started for copies. Nothing is copied from the page cache then.
+    /// Whether no thread can be started for copies. If so, nothing is copied from the page cache.
     pub(super) no_threads: bool,
     /// How many staging buffers can be allocated.
     pub(super) staging: usize,
     /// How many batches in a thousand can't be populated when they are filled. Has no effect on
     /// batches that are already populated.
     pub(super) no_memory_per_mille: u64,
-    /// How many in a thousand copies from the page cache find that their chunk has been evicted,
+    /// How many copies in a thousand from the page cache find that their chunk has been evicted,
     /// completely or in part.
     pub(super) evicted_per_mille: u64,
 }

@@ -55,10 +55,10 @@ pub(super) struct SimKernel {
     pub(super) copiers: Vec<Duration>,
     disk_free_at: Duration,
     attached: BTreeMap<u64, usize>,
-    /// How many reads were refused by file systems so far, plus how many registrations failed
+    /// How many reads file systems have refused so far, plus how many registrations have failed
     /// because the memory can't be pinned.
     pub(super) refusals: usize,
-    /// How many requests to populate memory were made so far.
+    /// How many requests to populate memory have been made so far.
     pub(super) populate_requests: usize,
 }
 
@@ -361,7 +361,7 @@ impl Kernel for SimKernel {
         assert_eq!(
             memory.is_unpopulated(start),
             read.place.is_some(),
-            "a read has a place if and only if its memory is unpopulated"
+            "a read must have a place if and only if its memory is unpopulated"
         );
         let by_thread = matches!(read.route, Route::PreadDirect | Route::Buffered);
         assert!(read.place.as_ref().is_none_or(|place| memory.address_of(place) == start && by_thread));
@@ -389,7 +389,7 @@ impl Kernel for SimKernel {
         let (from, to) = (range(copy.from.addr().get()), range(memory.address_of(&copy.to)));
         assert!(memory.is_staging(from.start) && !memory.is_staging(to.start));
         assert!(!memory.is_written_to(&from), "staging was copied while another operation was using it");
-        assert!(!memory.is_written_to(&to), "a copy was started to memory that another operation was using");
+        assert!(!memory.is_written_to(&to), "a copy was started into memory that another operation was using");
         memory.begin_use(copy.token.user_data(), to);
         memory.begin_use(source_token(&copy), from);
         drop(memory);
@@ -422,7 +422,7 @@ impl Kernel for SimKernel {
         let start = memory.address_of(&read.to);
         let range = start..start + read.bytes;
         assert!(read.bytes > 0 && !memory.is_staging(start));
-        assert!(!memory.is_written_to(&range), "a copy was started to memory that another operation was using");
+        assert!(!memory.is_written_to(&range), "a copy was started into memory that another operation was using");
         memory.begin_use(read.token.user_data(), range);
         drop(memory);
         self.in_flight.push(SimInFlight { job: SimJob::Cached(file.clone(), read), due: self.clock.get() + self.copying });

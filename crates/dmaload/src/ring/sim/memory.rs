@@ -1,5 +1,5 @@
-//! Memory that records which operations use it. The simulator panics if the driver frees or
-//! outputs memory, or starts another operation on it, while an operation uses it.
+//! Memory that records which operations are using it. The simulator panics if the driver frees or
+//! outputs memory, or starts another operation on it, while an operation is using it.
 #![allow(unsafe_code)]
 
 use std::alloc::{Layout, alloc, dealloc};
@@ -210,8 +210,8 @@ fn layout(bytes: usize) -> Layout {
     Layout::from_size_align(bytes, BLOCK_BYTES).expect("the layout should be valid")
 }
 
-// SAFETY: the memory stays allocated until the drop. Besides those that get its address or a
-// place, only `contents` accesses it, after checking that nothing writes to it.
+// SAFETY: the memory stays allocated until the drop. Apart from operations that are given its
+// address or a place, only `contents` accesses it, after checking that nothing writes to it.
 unsafe impl Buffer for SimBuffer {
     fn address(&self) -> NonNull<u8> {
         self.address

@@ -196,7 +196,7 @@ fn reads_overlap_with_copies_that_populate() {
     }
 }
 
-/// Copiers populate memory ahead only while they would otherwise be idle.
+/// Copiers populate memory in advance only while they would otherwise be idle.
 #[test]
 fn memory_is_populated_ahead_unless_copies_are_waiting() {
     let requests = |reading, copying| simulate_staged(8, reading * MS, copying * MS).2;

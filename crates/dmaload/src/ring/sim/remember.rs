@@ -27,7 +27,7 @@ struct RefusingMachine {
     memory: Rc<RefCell<Memory>>,
     clock: Rc<Cell<Duration>>,
     loads: u64,
-    /// The route that loads start at.
+    /// The route at which loads start.
     route: Route,
 }
 
@@ -216,7 +216,7 @@ fn staging_registration_is_retried_by_the_next_load() {
     let refused = |done: &Done| done.fallbacks.iter().any(|step| step.attempt == Attempt::RegisterStaging);
     assert!(refused(&machine.load(0, None, false)));
     machine.driver.kernel().allow_registration();
-    assert!(!refused(&machine.load(0, None, false)), "the registration should succeed after the limit was raised");
+    assert!(!refused(&machine.load(0, None, false)), "the registration should succeed once the limit is raised");
 }
 
 #[test]

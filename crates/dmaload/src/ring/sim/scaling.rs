@@ -24,8 +24,8 @@
 //!
 //! The ring thread takes [`CALL`] for each read and copy that it issues or completes, and
 //! [`REGISTER`] to register a piece or a staging slot. A request to populate memory takes it
-//! [`REQUEST`]. A copier that meets a request while no copy is waiting zeroes the memory, and the
-//! copy then takes one pass less.
+//! [`REQUEST`]. A copier that finds a request while no copy is waiting zeroes the memory, and the
+//! copy then takes one pass fewer.
 #![allow(unsafe_code)]
 
 use std::alloc::{Layout as Allocation, alloc, dealloc};
@@ -174,7 +174,7 @@ impl FlowMachine {
 
     fn start_copies(&mut self) {
         // Zeroing is one of the passes. If the memory leaves the cache before the copy, zeroing
-        // also writes to the bus.
+        // also adds traffic on the bus.
         let (passes, traffic) = (self.path.passes(), self.path.traffic());
         let zeroing = (1.0, if self.path == Path::StagedOutOfCache { 1.0 } else { 0.0 });
         while self.copying() < self.copiers {
@@ -246,7 +246,7 @@ struct Untouched {
     address: NonNull<u8>,
     bytes: usize,
     populated: bool,
-    /// Identifies the memory, with an offset.
+    /// Identifies a place in the memory, together with an offset.
     sink: Arc<Nowhere>,
 }
 
@@ -538,8 +538,8 @@ fn threads_and_staging_grow_to_the_machines_limit() {
     assert_eq!(wrong, Vec::<String>::new(), "{table}");
 }
 
-/// Loads from one file system may together hold hardly more of any resource than a single load
-/// may. That must be enough for all of them.
+/// Together, loads from one file system may hold only slightly more of any resource than a single
+/// load may. That must be enough for all of them.
 #[test]
 fn many_loads_of_one_file_system_are_as_fast_as_one() {
     for path in [Path::Direct, Path::StagedInCache] {
@@ -555,6 +555,6 @@ fn many_loads_of_one_file_system_are_as_fast_as_one() {
 #[test]
 fn thread_bounds_suffice_for_the_fastest_device() {
     assert!(most_copiers(32) as f64 * PASS / 2.0 >= 50.0 * GIB && most_allocators(32) as f64 * PASS >= 50.0 * GIB);
-    assert_eq!([1, 2].map(most_copiers), [2, 2], "small machines should keep the initial number");
+    assert_eq!([1, 2].map(most_copiers), [2, 2], "small machines should keep the initial number of copiers");
     assert_eq!([1, 2].map(most_allocators), [1, 2], "small machines should have one allocator for each processor");
 }

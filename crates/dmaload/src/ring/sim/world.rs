@@ -1,5 +1,5 @@
-//! A world generated from a seed. It has several loads at the same time, some of which encounter
-//! faults or are abandoned.
+//! A world generated from a seed. It has up to five loads, some of which encounter faults or are
+//! abandoned.
 
 mod checks;
 mod load;
@@ -262,7 +262,7 @@ impl World {
             }
             let unfilled = self.memory.borrow().unfilled_bytes();
             let ahead: u64 = unfilled + self.allocating.iter().map(|allocating| allocating.bytes).sum::<u64>();
-            assert!(ahead <= self.window_bytes, "{ahead} bytes are unfilled, but the window has {}", self.window_bytes);
+            assert!(ahead <= self.window_bytes, "{ahead} bytes are unfilled, but the window is only {} bytes", self.window_bytes);
             let staged = self.memory.borrow().staging.len();
             assert!(
                 staged <= self.staging.slots + more_staging_slots(MOST_COPIERS),
@@ -403,7 +403,7 @@ impl World {
         self.act_on_outputs();
     }
 
-    /// Shuts down like the engine does at a shutdown's deadline: ends every load, and leaks memory
+    /// Shuts down as the engine does at a shutdown's deadline: ends every load, and leaks memory
     /// that operations may still use.
     fn shut_down(&mut self) {
         let unbegun: Vec<_> = self.loads.iter().filter(|(_, load)| !load.begun).map(|(&id, _)| id).collect();

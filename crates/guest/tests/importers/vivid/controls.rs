@@ -12,7 +12,7 @@ use super::v4l2::{
     QueryControl, QueryMenu, S_CTRL, field_text, ioctl, name_step, vivid_error,
 };
 
-/// Maximum number of times that a link is set again after vivid reset it. Resets are rare (see
+/// Maximum number of times to set a link again after vivid has reset it. Resets are rare (see
 /// [`keep_link`]), so a link that is reset this often will never hold.
 const LINK_TRIES: u32 = 20;
 /// How long to wait after setting the link: long enough for vivid's work item to run.

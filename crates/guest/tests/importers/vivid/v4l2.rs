@@ -59,8 +59,8 @@ pub(super) struct PixFormat {
 }
 const _: () = assert!(size_of::<PixFormat>() == 48);
 
-/// The kernel's union has 200 bytes and the alignment of a pointer, which `pad` and `rest`
-/// imitate.
+/// The kernel's union is 200 bytes long and aligned like a pointer. `pad` and `rest` reproduce
+/// this layout.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 pub(super) struct Format {

@@ -37,7 +37,7 @@ fn file(folder: &Path, bytes: u64) -> (PathBuf, Vec<u8>) {
     (path, content)
 }
 
-/// Evicts a file from the page cache, then reads exactly these ranges into it.
+/// Evicts a file from the page cache, then reads exactly these ranges of it into the cache.
 fn cache_only(path: &Path, ranges: &[Range<u64>]) {
     let file = fs::File::open(path).unwrap();
     // Pages that are still being read are not dropped, so try again.
@@ -66,7 +66,7 @@ fn chunks(cached: &CachedChunks, count: usize) -> Vec<usize> {
 }
 
 /// Whether a page that a probe has requested may be cached before the next probe. That happens
-/// often in a guest, with an emulated CPU and a real disk. The chunk is then reported as cached,
+/// often in a guest with an emulated CPU and a real disk. The chunk is then reported as cached,
 /// but only its beginning can be read from the cache. The rest is read from storage.
 fn may_outrun_probes() -> bool {
     std::env::var_os("DMALOAD_GUEST").is_some()
@@ -162,7 +162,7 @@ fn checking_the_cache_starts_no_readahead() {
         for probes in [false, true] {
             cache_only(&path, &[]);
             let opened = OpenFile::open(&path).unwrap();
-            // Read as a load reads a header: first a few bytes, then the rest.
+            // Read in the way in which a load reads a header: first a few bytes, then the rest.
             opened.read_exact(&mut [0; 9], 0).unwrap();
             opened.read_exact(&mut vec![0; 100_000], 8).unwrap();
             for start in (0..64 * MIB).step_by(to_usize(16 * MIB)) {
@@ -240,7 +240,7 @@ fn stores_into_dirty_pages_are_detected() {
             assert_eq!(read(&opened, offset..offset + 1), [2], "{what}");
             assert!(!has_changed(&opened), "{what}: writing back should not count as a change");
             mapping.store(offset, 3);
-            assert!(has_changed(&opened), "{what}: a store at {offset} should be detected after that byte was read");
+            assert!(has_changed(&opened), "{what}: a store at {offset} should be detected once that byte has been read");
         }
         // The same holds for headers, which are read before anything else is known.
         dirty();

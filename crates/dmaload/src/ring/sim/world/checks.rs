@@ -91,7 +91,7 @@ impl World {
                 let end = if load.strict { file.bytes / BLOCK * BLOCK } else { file.bytes };
                 let nothing_came = self.faults.nothing_per_mille > 0 && offset < *planned;
                 let ended = file.bytes < *planned && end <= offset && offset < *planned;
-                assert!(ended || nothing_came, "{failure:?} of {file:?}");
+                assert!(ended || nothing_came, "{failure:?} has no cause in {file:?}");
             }
             Failure::Read { file: index, offset, bytes, errno, .. } => {
                 let (file, _) = file(index);

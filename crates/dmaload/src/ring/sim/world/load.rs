@@ -13,7 +13,7 @@ pub(crate) struct SimLoad {
     pub(crate) observed: Option<(Arc<SimObserver>, Observation)>,
     pub(crate) start: Route,
     pub(crate) strict: bool,
-    /// Whether direct reads are copies from memory, which may go into unpopulated memory.
+    /// Whether direct reads are copies from memory. Such copies may go into unpopulated memory.
     pub(crate) in_memory: bool,
     /// How many batches in a thousand are unpopulated when they are enqueued. Unless the files are
     /// in memory, reads for such batches start at `bounce` or a less preferred route.
