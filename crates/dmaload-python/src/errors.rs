@@ -127,7 +127,7 @@ fn class_of(kind: ErrorKind) -> &'static str {
 
 /// Panics with this message. Exists only in builds with debug assertions, for a test.
 #[cfg(debug_assertions)]
-#[pyfunction]
+#[pyfunction(name = "_panic_on_purpose")]
 pub(crate) fn panic_on_purpose(py: Python<'_>, message: String) -> PyResult<()> {
     guarded(py, || panic!("{message}"))
 }
