@@ -115,7 +115,7 @@ async fn images_are_published_and_withdrawn_by_name() {
     assert!(reason.ends_with(r#"the server shares several images: choose one of "a", "b""#), "{reason}");
     let reason = refused(default_options().name("c"));
     assert!(reason.ends_with(r#"the server does not share an image "c", but "a", "b""#), "{reason}");
-    assert!(refused(default_options().name("n".repeat(1000))).ends_with("has 1000 bytes, more than the limit of 496"));
+    assert!(refused(default_options().name("n".repeat(1000))).ends_with("is 1000 bytes long, more than the limit of 496"));
     attach_blocking(&socket, &default_options().name("b")).unwrap();
     assert!(server.withdraw("a").is_some() && server.withdraw("a").is_none());
     attach_blocking(&socket, &default_options()).unwrap();
