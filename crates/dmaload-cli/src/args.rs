@@ -28,7 +28,7 @@ pub(crate) enum Command {
     /// Loads files and shares their memory with other processes through a Unix socket, until
     /// SIGINT or SIGTERM.
     Serve(serve::Arguments),
-    /// Maps memory that `serve` has loaded, without a copy, and prints a report.
+    /// Maps memory that `serve` has loaded, without copying it, and prints a report.
     Attach(attach::Arguments),
     /// Tests how loads work on this machine, and shows what would help most.
     ///

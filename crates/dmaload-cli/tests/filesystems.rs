@@ -101,7 +101,7 @@ fn assert_every_step_is_reported(first: &str, json: &Value, what: &str) {
         }
         assert!(
             from == at && to > from,
-            "{what}: each fallback should start from the route of the previous one: {}",
+            "{what}: each fallback should start from the route that the previous one led to: {}",
             json["fallbacks"]
         );
         at = to;

@@ -18,8 +18,8 @@ pub fn rate(count: u64, time: Duration) -> String {
     scaled(count as f64 / time.as_secs_f64(), &["B/s", "KiB/s", "MiB/s", "GiB/s", "TiB/s"])
 }
 
-/// Formats a time with three digits (`812 µs`, `45.6 ms`, `1.23 s`). Times of 100 s or more are
-/// shown in minutes and seconds (`2 min 05 s`).
+/// Formats a time with three significant digits (`812 µs`, `45.6 ms`, `1.23 s`). Times of 100 s or
+/// more are shown in minutes and seconds (`2 min 05 s`).
 #[must_use]
 pub fn duration(time: Duration) -> String {
     let seconds = time.as_secs_f64();

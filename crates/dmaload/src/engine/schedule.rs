@@ -87,9 +87,9 @@ pub(crate) struct LoadNeeds {
     pub(crate) batches: Vec<Need>,
     /// How many bytes of memory the load must be able to hold to make progress.
     pub(crate) reserved_bytes: u64,
-    /// How much memory may be allocated that the consumer has not taken yet. An allocation that
-    /// would exceed this is made only once the consumer has taken everything before it. `None` if
-    /// the consumer keeps the whole load anyway.
+    /// The maximum amount of allocated memory that the consumer has not taken yet. An allocation
+    /// that would exceed this is made only once the consumer has taken everything before it.
+    /// `None` if the consumer keeps the whole load anyway.
     pub(crate) ahead_bytes: Option<u64>,
     pub(crate) priority: Priority,
 }

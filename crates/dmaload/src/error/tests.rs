@@ -49,7 +49,7 @@ fn device_error() -> Error {
     dmabuf::DmaHeap::open("no/name").expect_err("a heap name with a slash is invalid").into()
 }
 
-/// Returns at least one error of each variant, with hostile texts and paths.
+/// Returns at least one error of each variant, with hostile strings and paths.
 fn errors() -> Vec<Error> {
     let (path, text) = hostile();
     let p = || path.clone();

@@ -44,7 +44,7 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 const BACKLOG: i32 = 128;
 /// The socket's name in the private folder before it is moved to its place.
 const FRESH: &str = "socket";
-/// The name in the private folder of a file that was moved away from the socket's place.
+/// The name in the private folder of a file that was moved away from the socket's path.
 const TAKEN: &str = "taken";
 
 /// A file's device and inode number. A bound socket keeps its file's inode, so the number is not
@@ -299,7 +299,7 @@ impl<'a> PrivateFolder<'a> {
         Err("cannot move the socket to its place: other sockets keep appearing there".to_owned())
     }
 
-    /// Moves a file from the private folder to the socket's place.
+    /// Moves a file from the private folder to the socket's path.
     fn move_to_place(&self, name: &str) -> Result<(), Errno> {
         match renameat_with(&self.fd, name, self.parent, self.socket, RenameFlags::NOREPLACE) {
             // Some file systems do not support this flag. On those, create a hard link, which does
@@ -312,7 +312,7 @@ impl<'a> PrivateFolder<'a> {
         }
     }
 
-    /// Identifies a dead socket in the socket's place; `None` if the place is free.
+    /// Identifies a dead socket at the socket's path; `None` if nothing is there.
     ///
     /// # Errors
     /// The reason, for example that something other than a dead socket is in this place.
@@ -343,7 +343,7 @@ impl<'a> PrivateFolder<'a> {
         }
     }
 
-    /// Removes the file in the socket's place if it is `expected`. The file is checked only after
+    /// Removes the file at the socket's path if it is `expected`. The file is checked only after
     /// it has been moved into the private folder, so no other file is removed, even if a program
     /// that ignores the lock replaces it.
     fn remove_if(&self, expected: SocketIdentity) -> Result<(), String> {

@@ -54,7 +54,7 @@ const WITHOUT_TURNS: Duration = Duration::from_secs(10);
 /// allocation fails frees its memory for the others. To keep them from all failing at once, each
 /// process first waits for 0 to [`GIVE_UP_STEPS`] - 1 of these steps, depending on its process ID.
 const GIVE_UP_STEP: Duration = Duration::from_millis(150);
-/// The number of different waiting times before an allocation fails.
+/// The number of distinct timeouts after which a waiting allocation fails.
 const GIVE_UP_STEPS: u32 = 8;
 /// How often to check for free memory while waiting before an allocation fails.
 const CHECK_INTERVAL: Duration = Duration::from_millis(20);
