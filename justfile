@@ -132,6 +132,11 @@ kernels-md:
 guest-vulkan:
     cargo run -p dmaload-guest -- test --kernel 7.2-full --only vulkan
 
+# Tests the Python package on real dma-bufs in a guest (takes minutes).
+[group('guests')]
+guest-python:
+    cargo run -p dmaload-guest -- test --kernel 7.2-full --only python
+
 # Builds the Python wheel into target/wheels.
 [group('python')]
 wheel:

@@ -34,8 +34,8 @@ pub(crate) struct Disks {
     pub(crate) bad_sector: u64,
     /// The bad sector's offset in `bad.bin`, in bytes.
     pub(crate) bad_offset: u64,
-    /// The image of the disk with a Vulkan driver. `None` if no suite needs it.
-    pub(crate) vulkan: Option<PathBuf>,
+    /// The images of the root file systems that suites need, with the suites' names.
+    pub(crate) roots: Vec<(&'static str, PathBuf)>,
 }
 
 /// Makes the images in `folder`.
@@ -63,7 +63,7 @@ pub(crate) fn make(folder: &Path) -> Result<Disks> {
         bad,
         bad_sector: block * (BLOCK / sector_len) + BAD_SECTOR_IN_BLOCK,
         bad_offset: BAD_BLOCK * BLOCK + BAD_SECTOR_IN_BLOCK * sector_len,
-        vulkan: None,
+        roots: Vec::new(),
     })
 }
 

@@ -6,7 +6,7 @@
 # port carries the results: the suites' stdout, between lines that begin with @@ (see
 # transcript.rs).
 
-/bin/busybox mkdir -p /proc /sys /dev /tmp /disk /bad-nvme /bad-virtio /vulkan
+/bin/busybox mkdir -p /proc /sys /dev /tmp /disk /bad-nvme /bad-virtio /python /vulkan
 /bin/busybox --install -s /bin
 export PATH=/bin HOME=/ LC_ALL=C
 

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
@@ -13,7 +13,7 @@ use crate::disks::Disks;
 use crate::kernels::Kernel;
 use crate::modules::Module;
 use crate::run;
-use crate::suites::{Suite, VULKAN};
+use crate::suites::Suite;
 
 /// Describes one boot: the kernel, its modules, and the suites to run.
 #[derive(Debug)]
@@ -31,9 +31,9 @@ pub(crate) struct Plan<'a> {
 }
 
 impl Plan<'_> {
-    /// Returns whether the guest needs the disk with the Vulkan driver.
-    pub(crate) fn has_vulkan(&self) -> bool {
-        self.suites.iter().any(|suite| suite.name == VULKAN)
+    /// Returns the root file systems that the guest's suites need: their names and images.
+    pub(crate) fn roots<'d>(&self, disks: &'d Disks) -> impl Iterator<Item = &'d (&'static str, PathBuf)> {
+        disks.roots.iter().filter(|(name, _)| self.suites.iter().any(|suite| suite.name == *name))
     }
 }
 
@@ -77,17 +77,17 @@ pub(crate) fn pack(plan: &Plan<'_>, built: &Built, disks: &Disks) -> Result<Vec<
         suites.push_str(&format_suite(suite, &name, plan.filter));
     }
     archive.add_file("etc/guest/suites", suites.as_bytes(), false);
-    archive.add_file("etc/guest/disks", disk_lines(plan).as_bytes(), false);
+    archive.add_file("etc/guest/disks", disk_lines(plan, disks).as_bytes(), false);
     archive.add_file("etc/guest/env", environment(plan, built, disks).as_bytes(), false);
     Ok(archive.finish())
 }
 
 /// Formats a line for each disk: its serial number, its mount point and its mount options. The
 /// guest finds the disk by its serial number.
-fn disk_lines(plan: &Plan<'_>) -> String {
+fn disk_lines(plan: &Plan<'_>, disks: &Disks) -> String {
     let mut lines = String::from("disk /disk rw\n");
-    if plan.has_vulkan() {
-        lines.push_str("vulkan /vulkan ro\n");
+    for (name, _) in plan.roots(disks) {
+        lines.push_str(&format!("{name} /{name} ro\n"));
     }
     if plan.kernel.bad_disks {
         lines.push_str("bad-nvme /bad-nvme ro\nbad-virtio /bad-virtio ro\n");

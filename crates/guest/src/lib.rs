@@ -12,7 +12,8 @@
 //!                           a folder on it
 //! /bad-nvme, /bad-virtio    on some kernels: read-only ext4 with `bad.bin`, which has an
 //!                           unreadable sector                   [`BadDisk`]
-//! /vulkan                   for the suite `vulkan`: read-only ext4 with a Vulkan driver
+//! /python, /vulkan          for the suites with these names: read-only ext4 with a root file
+//!                           system for programs that are linked dynamically
 //! /tmp, /dev/shm            tmpfs
 //! /sys/fs/cgroup            cgroup2
 //! /sys/kernel/debug         debugfs

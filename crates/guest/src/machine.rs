@@ -60,8 +60,8 @@ pub(crate) struct Parts<'a> {
     pub(crate) image: &'a Path,
     pub(crate) initramfs: &'a Path,
     pub(crate) disks: &'a Disks,
-    /// Whether the machine has the disk with the Vulkan driver.
-    pub(crate) has_vulkan: bool,
+    /// The root file systems that the guest's suites need: their names and images.
+    pub(crate) roots: Vec<&'a (&'static str, PathBuf)>,
     /// The file that QEMU writes the console's output to.
     pub(crate) console: PathBuf,
 }
@@ -131,9 +131,9 @@ fn qemu(parts: &Parts<'_>) -> Command {
     let disks = parts.disks;
     let drive = format!("if=none,id=disk,file={},format=raw,{},snapshot=on", escape_commas(&disks.empty), disks.cache);
     command.args(["-drive", &drive, "-device", "nvme,drive=disk,serial=disk"]);
-    if let Some(vulkan) = disks.vulkan.as_ref().filter(|_| parts.has_vulkan) {
-        let drive = format!("if=none,id=vulkan,file={},format=raw,readonly=on", escape_commas(vulkan));
-        command.args(["-drive", &drive, "-device", "nvme,drive=vulkan,serial=vulkan"]);
+    for (name, image) in &parts.roots {
+        let drive = format!("if=none,id={name},file={},format=raw,readonly=on", escape_commas(image));
+        command.args(["-drive", &drive, "-device", &format!("nvme,drive={name},serial={name}")]);
     }
     if parts.kernel.bad_disks {
         command.args(["-blockdev", &bad_blockdev("bad0", disks), "-device", "nvme,drive=bad0,serial=bad-nvme"]);

@@ -6,7 +6,7 @@
 //!
 //!   tools.rs      qemu, busybox, …              archive.rs, debian.rs   a stock kernel,
 //!                                                        modules.rs   unpacked
-//!   compile.rs    static test programs          disks.rs, vulkan.rs     disk images
+//!   compile.rs    static test programs          disks.rs, roots.rs      disk images
 //!        └──────────────┬──────────────────────────────┘
 //!   initramfs.rs   init.sh, programs, lists
 //!        │
@@ -31,7 +31,9 @@ mod kernels;
 mod machine;
 mod modules;
 mod progress;
+mod python;
 mod report;
+mod roots;
 mod rows;
 mod run;
 mod session;

@@ -20,9 +20,11 @@ use crate::kernels::{KERNELS, Kernel};
 use crate::machine::{self, Outcome, Parts};
 use crate::modules::{self, Unpacked};
 use crate::progress;
+use crate::python;
 use crate::report;
+use crate::roots::{self, Folders};
 use crate::rows::{self, Row};
-use crate::suites::{SUITES, Suite, VULKAN};
+use crate::suites::{PYTHON, SUITES, Suite, VULKAN};
 use crate::tools;
 use crate::transcript::{Event, SuiteRun};
 use crate::vulkan;
@@ -33,6 +35,13 @@ const DIFFERENCE_MAX: usize = 40;
 const UNPACK_JOBS: usize = 2;
 /// Maximum number of times to boot a kernel whose guest keeps crashing because of bugs in QEMU.
 const BOOTS_MAX: usize = 4;
+
+/// A function that makes a root file system, and returns its folder.
+type MakeRoot = fn(&Folders<'_>) -> Result<PathBuf>;
+
+/// The suites that need a root file system. Each finds it on a disk that has the suite's name as
+/// its serial number, mounted at a folder with that name.
+const ROOTS: [(&str, MakeRoot); 2] = [(PYTHON, python::make_root), (VULKAN, vulkan::make_root)];
 
 /// Runs the chosen suites on the chosen kernels. Returns `true` if there were no problems.
 pub(crate) fn run(options: &Options) -> Result<bool> {
@@ -55,9 +64,13 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
         return Ok(true);
     }
     let mut disks = progress::time_step("disks", || disks::make(&scratch.folder))?;
-    if suites.iter().any(|suite| suite.name == VULKAN) {
-        let image = || vulkan::make_image(&workspace()?, &folder.join("vulkan"), &folder.join("apt"), &scratch.folder);
-        disks.vulkan = Some(progress::time_step("vulkan", image)?);
+    for (name, make_root) in ROOTS {
+        if suites.iter().any(|suite| suite.name == name) {
+            let (workspace, target, lists) = (workspace()?, target_folder()?, folder.join("apt"));
+            let folders = Folders { workspace: &workspace, target: &target, kept: folder.join(name), lists: &lists };
+            let image = || roots::make_image(name, &make_root(&folders)?, &scratch.folder);
+            disks.roots.push((name, progress::time_step(name, image)?));
+        }
     }
 
     let plans = booted.iter().filter_map(|booted| {
@@ -212,7 +225,7 @@ impl<'a> Work<'a> {
             image,
             initramfs: &initramfs,
             disks: self.disks,
-            has_vulkan: plan.has_vulkan(),
+            roots: plan.roots(self.disks).collect(),
             console,
         };
         let filtered = plan.filter.is_some();

@@ -109,7 +109,9 @@ const fn importers(name: &'static str, runs_on: Condition, skip: &'static [&'sta
     Suite { skip, ..Suite::new(name, Program::Test("dmaload-guest", "importers"), runs_on) }
 }
 
-/// The name of the suite that needs the disk with a Vulkan driver.
+/// The suite that runs CPython, in a root file system with the Python package.
+pub(crate) const PYTHON: &str = "python";
+/// The suite that runs a Vulkan driver, in a root file system of its own.
 pub(crate) const VULKAN: &str = "vulkan";
 
 pub(crate) const SUITES: &[Suite] = &[
@@ -123,6 +125,7 @@ pub(crate) const SUITES: &[Suite] = &[
     importers("importers_huge", lacks_udmabuf_bug, &["every::", "small::"]),
     guest("offers", every_kernel),
     guest("older", lacks_dma_bufs),
+    Suite { by_default: false, seconds_max: 240, ..guest(PYTHON, has_importers) },
     Suite { by_default: false, ..guest(VULKAN, has_importers) },
     guest("doctor", every_kernel),
     Suite::new("dmabuf", Program::Lib("dmabuf"), oldest_or_newest),

@@ -8,16 +8,11 @@ mod common;
 
 use std::process::{Command, Output};
 
-use common::{MIB, file, format_sizes};
+use common::{MIB, file, format_sizes, in_root};
 use dmaload_guest::record_row;
 
-/// The mount point of the disk image that contains the driver (see `src/vulkan.rs`).
+/// The mount point of the disk image that contains the driver (see `src/roots.rs`).
 const ROOT: &str = "/vulkan";
-
-fn run_script(script: &str) {
-    let status = Command::new("/bin/sh").args(["-ec", script]).status().unwrap();
-    assert!(status.success(), "{script}");
-}
 
 fn run_gpu_import(file: &str, heap: &str) -> Output {
     Command::new("/bin/chroot")
@@ -35,11 +30,8 @@ fn lavapipe_imports_a_loaded_file_and_sums_it() {
     // The path must not contain symbolic links, because their targets do not exist below the new
     // root.
     let path = file(len).canonicalize().unwrap();
-    run_script(&format!(
-        "cd {ROOT} && for folder in dev proc sys disk; do mount -o bind /$folder $folder; done && mount -t tmpfs tmp tmp"
-    ));
     for heap in ["udmabuf", "dma-heap:system"] {
-        let output = run_gpu_import(path.to_str().unwrap(), heap);
+        let output = in_root(ROOT, || run_gpu_import(path.to_str().unwrap(), heap));
         let (said, error) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
         assert!(output.status.success(), "{heap}: {said}{error}");
         assert!(
@@ -48,5 +40,4 @@ fn lavapipe_imports_a_loaded_file_and_sums_it() {
         );
         record_row("vulkan", &[heap, &format_sizes(&[len]), "imported; a compute shader's copy and sum equal the file's"]);
     }
-    run_script(&format!("cd {ROOT} && umount dev proc sys disk tmp"));
 }

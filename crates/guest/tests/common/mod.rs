@@ -8,6 +8,7 @@ use std::fs;
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -47,6 +48,19 @@ pub fn file(len: usize) -> PathBuf {
         file.sync_all().unwrap();
     }
     path
+}
+
+/// Calls `run` while this guest's file systems are also mounted below `root`, so a program can be
+/// run there with `chroot` (see `src/roots.rs`).
+pub fn in_root<T>(root: &str, run: impl FnOnce() -> T) -> T {
+    let script = |script: &str| {
+        let status = Command::new("/bin/sh").args(["-ec", &format!("cd {root} && {script}")]).status().unwrap();
+        assert!(status.success(), "{script}");
+    };
+    script("for folder in dev proc sys disk; do mount -o bind /$folder $folder; done && mount -t tmpfs tmp tmp");
+    let done = run();
+    script("umount dev proc sys disk tmp");
+    done
 }
 
 /// Formats sizes in a form that is easy to read, such as `8 MiB + 1`.
