@@ -31,7 +31,8 @@ def write_model():
         size = 1
         for length in shape:
             size *= length
-        # Random bytes take long in emulation, so megabytes differ only in their numbers.
+        # Generating random bytes is slow in emulation, so each mebibyte of a tensor differs from the
+        # others only in its first bytes.
         block = random.Random(name).randbytes(min(size, 1 << 20))
         numbers = range(size // len(block))
         data[name] = b"".join(struct.pack("<I", number) + block[4:] for number in numbers)
@@ -68,8 +69,8 @@ def check_image(image, data):
     for name, expected in data.items():
         tensor = image[name]
         # Other holders of the descriptor could write to the memory, so arrays never share it.
-        for export in (lambda: memoryview(tensor), lambda: tensor.__dlpack__(max_version=(1, 1))):
-            error = refused(export, dmaload.ExportError)
+        for export in (memoryview, lambda tensor: tensor.__dlpack__(max_version=(1, 1))):
+            error = refused(lambda export=export, tensor=tensor: export(tensor), dmaload.ExportError)
             assert isinstance(error, BufferError)
         parts = dmaload.dma_buf(tensor)
         assert b"".join(imported(part) for part in parts) == expected, name
