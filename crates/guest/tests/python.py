@@ -31,8 +31,8 @@ def write_model():
         size = 1
         for length in shape:
             size *= length
-        # Generating random bytes is slow in emulation, so each mebibyte of a tensor differs from the
-        # others only in its first bytes.
+        # Generating random bytes is slow in emulation, so each mebibyte of a tensor differs from
+        # the others only in its first bytes.
         block = random.Random(name).randbytes(min(size, 1 << 20))
         numbers = range(size // len(block))
         data[name] = b"".join(struct.pack("<I", number) + block[4:] for number in numbers)
