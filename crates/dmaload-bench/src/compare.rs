@@ -23,7 +23,7 @@ pub(crate) enum Difference {
     Length {
         /// Number of bytes in memory.
         found: u64,
-        /// Whether the file is longer than the memory.
+        /// Whether the file is longer than the loaded data.
         more: bool,
     },
     /// The file could not be read again for the comparison.

@@ -48,7 +48,7 @@ impl QTensors {
     ///
     /// # Errors
     /// Returns the errors of [`dmaload::inspect_load_blocking`], and [`dmaload::Error::Start`] if
-    /// no thread can be started. Later errors are reported by the requested tensors and by
+    /// no thread can be started. Later errors are returned by requests for tensors and by
     /// [`Self::finish`].
     pub fn load(loader: &Loader, path: impl Into<PathBuf>, device: &Device) -> dmaload::Result<Self> {
         Self::load_with(loader, path, loader.load_options(), device)

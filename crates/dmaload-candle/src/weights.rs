@@ -40,7 +40,7 @@ impl Weights {
     ///
     /// # Errors
     /// Returns the errors of [`dmaload::inspect_load_blocking`], and [`dmaload::Error::Start`] if
-    /// no thread can be started. Later errors are reported by the requested tensors and by
+    /// no thread can be started. Later errors are returned by requests for tensors and by
     /// [`Self::finish`].
     pub fn load(loader: &Loader, path: impl Into<PathBuf>, dtype: DType, device: &Device) -> dmaload::Result<Self> {
         Self::load_with(loader, [path], loader.load_options(), dtype, device)

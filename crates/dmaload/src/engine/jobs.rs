@@ -426,7 +426,7 @@ impl<T: Clone> Jobs<T> {
         (schedule.scheduler.window_taken_bytes(), schedule.scheduler.open_loads())
     }
 
-    /// Returns an additional worker to start, if the pace of allocating calls for one.
+    /// Returns an additional worker to start, if the rate of allocation calls for one.
     pub(super) fn hire_more(&self) -> Option<WorkerId> {
         let mut schedule = self.schedule();
         let wanted = !schedule.closing && schedule.growing && schedule.workers.missing() > 0;

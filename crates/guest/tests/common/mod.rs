@@ -244,14 +244,14 @@ pub const PAGE: usize = 4096;
 pub struct Folios {
     /// The number of folios that consist of a single page.
     pub pages: usize,
-    /// The number of pages in larger folios.
+    /// The number of pages in large folios.
     pub compound_pages: usize,
-    /// The number of larger folios. Only the first page of a folio is counted.
+    /// The number of large folios. Only the first page of a folio is counted.
     pub compound: usize,
 }
 
 impl Folios {
-    /// Formats the counts, assuming that all larger folios have a size of 2 MiB.
+    /// Formats the counts, assuming that all large folios have a size of 2 MiB.
     pub fn describe(self) -> String {
         match self.pages {
             0 => format!("{} folios of 2 MiB", self.compound),
