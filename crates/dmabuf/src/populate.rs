@@ -217,8 +217,8 @@ impl Area<'_> {
         loop {
             match self.advise(self.part.clone(), advice) {
                 Err(Errno::INTR | Errno::AGAIN) => {}
-                // EINVAL has two possible causes: a kernel before 5.14, which does not know the
-                // advice, or a mapping that is not writable. Touching the pages helps only in the
+                // EINVAL has two possible causes: a kernel before 5.14, which lacks this
+                // advice, and a mapping that is not writable. Touching the pages helps only in the
                 // first case.
                 Err(Errno::INVAL) if self.mapping.kind() != Kind::ReadOnly && !kernel_populates() => {
                     self.touch();
