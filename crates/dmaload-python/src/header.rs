@@ -74,8 +74,8 @@ pub(crate) fn read_small(py: Python<'_>, path: PathBuf, fd: i32, described: Desc
     })
 }
 
-/// Fills the buffer with the bytes at offset `start` of a file. Fails with the same errors as a
-/// load through the page cache.
+/// Fills the buffer with the bytes at offset `start` of a file. Fails with errors of the library.
+/// A file that ends too early has changed.
 fn read_exactly(file: &File, path: &Path, buffer: &mut [u8], start: u64) -> Result<(), Failure> {
     use std::os::unix::fs::FileExt;
     let (path, bytes, route) = (path.to_owned(), buffer.len() as u64, Route::Buffered);

@@ -202,8 +202,16 @@ def test_arrays_of_blocks_keep_their_type(tmp_path):
     for same in (array, array[1:3], copy.copy(array), pickle.loads(pickle.dumps(array))):
         assert (same.dtype, same.ggml_type) == (numpy.uint8, "Q4_K")
     assert pickle.loads(pickle.dumps(array)).tobytes() == array.tobytes()
+    # Arrays that no longer contain blocks do not claim to.
+    for other in (array.view("f2"), array.astype("f4"), numpy.asarray(array)):
+        assert getattr(other, "ggml_type", None) is None
+    for other in (array + 1, array == array, numpy.concatenate([array, array]) & 1):
+        assert type(other) is numpy.ndarray
+    assert isinstance(array.sum(), numpy.integer) and hash(array.max()) is not None
+    assert (array == array).all()
     with dmaload.safe_open(path, framework="numpy") as file:
         assert file.get_tensor("t.Q4_K").ggml_type == "Q4_K"
+        assert file.get_slice("t.Q4_K")[1:3].ggml_type == "Q4_K"
         assert not hasattr(file.get_tensor("t.F32"), "ggml_type")
 
 

@@ -195,7 +195,7 @@ def test_gguf_blocks_equal_those_of_the_reference_package(tmp_path):
     blocks = 0
     with dmaload.safe_open(path, framework="pt") as file:
         for name, expected in oracle.items():
-            for found in (own[name], file.get_tensor(name)):
+            for found in (own[name], file.get_tensor(name), file.get_slice(name)[:]):
                 assert bits(found) == expected.data.tobytes(), name
                 if found.dtype == torch.uint8:
                     assert found.ggml_type == expected.tensor_type.name

@@ -122,11 +122,14 @@ def main():
     socket = "/tmp/model.sock"
     serve = [sys.executable, "-m", "dmaload", "serve", socket, PATH, "--dma-buf", "--share-dma-bufs"]
     with subprocess.Popen(serve, stdout=subprocess.DEVNULL) as server:
-        while not os.path.exists(socket):
-            assert server.poll() is None
-            time.sleep(0.05)
-        attached = dmaload.share.attach(socket)
-        server.terminate()
+        try:
+            deadline = time.monotonic() + 60
+            while not os.path.exists(socket):
+                assert server.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            attached = dmaload.share.attach(socket)
+        finally:
+            server.terminate()
         assert server.wait(60) == 0
     check_image(attached, data)
 

@@ -99,7 +99,7 @@ def _blocks(tensor: Tensor, data: numpy.ndarray[Any, Any]) -> numpy.ndarray[Any,
     from ._blocks import Blocks
 
     made = data.reshape(_byte_shape(tensor)).view(Blocks)
-    made.ggml_type = tensor.dtype
+    made._ggml_type = tensor.dtype
     return made
 
 
@@ -154,7 +154,11 @@ def to_torch(tensor: Tensor) -> torch.Tensor:
 
 def moved(tensor: torch.Tensor, device: Any) -> torch.Tensor:
     """Moves a tensor to a device. Unlike torch, keeps the type of blocks."""
-    made = tensor.to(device)
+    return with_type_of(tensor, tensor.to(device))
+
+
+def with_type_of(tensor: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+    """Gives ``made`` the type of the blocks of ``tensor``, if that has one."""
     if hasattr(tensor, "ggml_type"):
         made.ggml_type = tensor.ggml_type  # type: ignore[attr-defined]
     return made

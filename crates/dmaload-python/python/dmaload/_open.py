@@ -9,7 +9,7 @@ from types import EllipsisType
 from typing import Any, NamedTuple, TypeAlias
 
 from . import _native
-from ._convert import moved, to_numpy, to_torch
+from ._convert import moved, to_numpy, to_torch, with_type_of
 from ._errors import (
     ChangedError,
     ClosedError,
@@ -293,8 +293,8 @@ class SafeSlice:
         if self._model._framework == "np":
             import numpy
 
-            return numpy.asarray(cut, order="C")
-        return cut.contiguous()
+            return numpy.asanyarray(cut, order="C")
+        return with_type_of(whole, cut.contiguous())
 
     def _expanded(self, index: Index) -> list[int | slice]:
         """Expands an index to an integer or a slice for each dimension."""

@@ -23,9 +23,9 @@ use crate::telemetry::report::{Measured, Way};
 pub(crate) const MEASURED_BYTES_MIN: u64 = 512 << 20;
 /// How many bytes of a load are read in each way to measure it.
 const PHASE_BYTES: u64 = 96 << 20;
-/// Used instead of [`PHASE_BYTES`] if memory consists of small pages. Direct reads then have to
-/// wait until memory is populated, and are rarely faster, so less of the load is spent on
-/// measuring them.
+/// Used instead of [`PHASE_BYTES`] if memory consists of small pages and staged reads are expected
+/// to be the fastest. Direct reads have to wait until memory is populated, so less of the load is
+/// spent on measuring them.
 const SMALL_PAGES_PHASE_BYTES: u64 = 32 << 20;
 /// A way is chosen instead of the expected one only if its rate is more than this many times as
 /// high.
@@ -88,10 +88,10 @@ impl Phase {
 
     /// Returns the rate in bytes per second; `None` until all bytes of the phase are filled.
     fn rate(&self) -> Option<f64> {
-        // If most of the phase was filled before the earlier phases ended, count the whole time
+        // If half of the phase was filled before the earlier phases ended, count the whole time
         // since its first batch was queued. The phase shared some of that time with earlier
         // phases, so its real rate is at least as high.
-        let alone = self.alone.filter(|&(_, before)| before <= self.bytes / 2);
+        let alone = self.alone.filter(|&(_, before)| before < self.bytes / 2);
         let (begun, before) = alone.or(self.queued_at.map(|queued_at| (queued_at, 0)))?;
         let took = self.ended?.saturating_sub(begun).as_secs_f64();
         #[expect(clippy::cast_precision_loss, reason = "the rate need not be exact")]
@@ -102,7 +102,8 @@ impl Phase {
 
 impl Trial {
     fn new(ways: Ways, pages: Pages) -> Self {
-        let phase_bytes = if pages == Pages::Small { SMALL_PAGES_PHASE_BYTES } else { PHASE_BYTES };
+        let expects_staged = pages == Pages::Small && ways.expected == Way::Staged;
+        let phase_bytes = if expects_staged { SMALL_PAGES_PHASE_BYTES } else { PHASE_BYTES };
         // Measure direct reads first: memory that was prepared in advance would make them seem
         // faster, and at the start of a load, none has been prepared.
         let tried = [Way::Direct, Way::Staged, Way::Buffered].into_iter().filter(|&way| ways.allows(way));
