@@ -516,4 +516,18 @@ mod tests {
         assert_eq!(measured.chosen, Way::Staged);
         assert!(measured.staged_bytes_per_second > 1.5 * measured.direct_bytes_per_second, "{measured:?}");
     }
+
+    /// The rest of such a phase may be nearly full as well, so its end says nothing about the rate.
+    #[test]
+    fn half_full_phase_is_timed_as_a_whole() {
+        let mut choices = Choices::new(Pages::Small);
+        let mut choosing = begin(&mut choices, LoadId(1), MOUNT, &[BATCH; 64], |_| true);
+        (0..4).for_each(|batch| choosing.record_queued(batch, Duration::ZERO));
+        // Batches 0 and 1 are read directly; batches 2 and 3 are staged.
+        for (batch, full_ms) in [(2, 100), (0, 200), (1, 200)] {
+            assert_eq!(choosing.record_full(batch, BATCH, Duration::from_millis(full_ms)), None);
+        }
+        let measured = choosing.record_full(3, BATCH, Duration::from_millis(201)).unwrap();
+        assert!(measured.staged_bytes_per_second < measured.direct_bytes_per_second * 1.1, "{measured:?}");
+    }
 }
