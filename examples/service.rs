@@ -15,7 +15,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
-use std::sync::{Arc, RwLock};
+use std::sync::Arc;
 
 use axum::Router;
 use axum::body::Body;
@@ -24,6 +24,7 @@ use axum::http::StatusCode;
 use axum::routing::{get, put};
 use dmaload::{ErrorKind, Image, Latency, Loader};
 use serde_json::{Value, json};
+use tokio::sync::RwLock;
 
 #[derive(Clone)]
 struct Service {
@@ -61,24 +62,24 @@ async fn load(State(service): State<Service>, Path(name): Path<String>, Json(bod
     let path = body["path"].as_str().ok_or((StatusCode::BAD_REQUEST, "the request body must contain \"path\"\n".to_owned()))?;
     let image = service.loader.load(path).await.map_err(to_response)?;
     let reported = describe(&name, &image);
-    let before = service.models.write().map_err(|_| not_found("models"))?.insert(name, image);
+    let before = service.models.write().await.insert(name, image);
     drop(before);
     Ok(Json(reported))
 }
 
 async fn list(State(service): State<Service>) -> Answer<Json<Vec<Value>>> {
-    let models = service.models.read().map_err(|_| not_found("models"))?;
+    let models = service.models.read().await;
     Ok(Json(models.iter().map(|(name, image)| describe(name, image)).collect()))
 }
 
 async fn unload(State(service): State<Service>, Path(name): Path<String>) -> Answer<StatusCode> {
-    let removed = service.models.write().map_err(|_| not_found("models"))?.remove(&name);
+    let removed = service.models.write().await.remove(&name);
     removed.map(|_| StatusCode::NO_CONTENT).ok_or_else(|| not_found("such model"))
 }
 
 /// Sends a tensor's bytes from the loaded memory, without a copy.
 async fn tensor(State(service): State<Service>, Path((name, tensor)): Path<(String, String)>) -> Answer<Body> {
-    let image = service.models.read().map_err(|_| not_found("models"))?.get(&name).cloned();
+    let image = service.models.read().await.get(&name).cloned();
     let tensor = image.ok_or_else(|| not_found("such model"))?.tensor(&tensor).map_err(to_response)?;
     Ok(Body::from(tensor.bytes().map_err(to_response)?))
 }

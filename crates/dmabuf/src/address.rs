@@ -9,7 +9,7 @@
 use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::ptr::NonNull;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
@@ -26,8 +26,8 @@ pub struct AddressRange {
     /// and the places in [`Self::lost`]. Maps offsets to lengths, both in bytes.
     taken: Mutex<BTreeMap<usize, usize>>,
     /// The places where a mapping was refused and the addresses could not be reserved again. They
-    /// may hold an unrelated mapping, so they are never unmapped: see [`reserve_hole`]. Maps
-    /// offsets to lengths, both in bytes.
+    /// may hold an unrelated mapping, so they are never unmapped or mapped again: see
+    /// [`reserve_hole`]. Maps offsets to lengths, both in bytes.
     lost: Mutex<BTreeMap<usize, usize>>,
 }
 
@@ -93,10 +93,7 @@ impl AddressRange {
         }
         let address = self.base.as_ptr().wrapping_add(at).cast::<c_void>();
         let refused = |taken: &mut BTreeMap<usize, usize>, errno| {
-            if !reserve_hole(address, bytes) {
-                taken.insert(at, bytes);
-                self.lost().insert(at, bytes);
-            }
+            self.reserve_again(taken, at, bytes);
             failed(errno)
         };
         let read_only = memory.memfd().is_some_and(Memfd::is_foreign);
@@ -132,6 +129,15 @@ impl AddressRange {
         // Each lock holder performs at most one insertion or removal, so the map is consistent
         // even if a holder panicked.
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reserves the addresses of a refused mapping again. If that fails, gives them up, because
+    /// they may belong to an unrelated mapping.
+    fn reserve_again(&self, taken: &mut BTreeMap<usize, usize>, at: usize, bytes: usize) {
+        if !reserve_hole(self.base.as_ptr().wrapping_add(at).cast(), bytes) {
+            taken.insert(at, bytes);
+            self.lost().insert(at, bytes);
+        }
     }
 
     fn lost(&self) -> MutexGuard<'_, BTreeMap<usize, usize>> {
@@ -173,6 +179,30 @@ pub(crate) fn reserve_hole(address: *mut c_void, bytes: usize) -> bool {
         }
         Err(_) => false,
     }
+}
+
+/// Returns whether this kernel supports `MREMAP_DONTUNMAP` (Linux 5.7 or later), by moving a
+/// scratch page.
+fn kernel_moves_mappings() -> bool {
+    static KNOWN: OnceLock<bool> = OnceLock::new();
+    *KNOWN.get_or_init(|| {
+        let bytes = page_bytes();
+        // SAFETY: no address is requested, so no existing mapping is replaced.
+        let page = unsafe { mmap_anonymous(std::ptr::null_mut(), bytes, ProtFlags::READ, MapFlags::PRIVATE) };
+        // Without a scratch page, assume support. If that is wrong, a refused move makes a few
+        // addresses unusable.
+        let Ok(page) = page else { return true };
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP;
+        // SAFETY: the page was just mapped, and nothing else uses it. No address is requested for
+        // the copy, so no existing mapping is replaced.
+        let moved = unsafe { libc::mremap(page, bytes, bytes, flags, std::ptr::null_mut::<c_void>()) };
+        trim(page, bytes);
+        if moved == libc::MAP_FAILED {
+            return false;
+        }
+        trim(moved, bytes);
+        true
+    })
 }
 
 fn reserved_flags() -> MapFlags {
@@ -290,7 +320,8 @@ impl Mapping {
     /// EINVAL when `at` is not a multiple of the page size, when the mapping would reach past the
     /// end of `range`, on older kernels than those above, and for mappings by page frame number
     /// (`VM_PFNMAP`), such as those of dma-heaps; EEXIST when something is already mapped there,
-    /// such as the mapping itself; otherwise the errno of `mremap(2)`, such as ENOMEM.
+    /// such as the mapping itself; otherwise the errno of `mremap(2)`, such as ENOMEM. After such
+    /// an errno, the addresses may be unusable: mapping something there can fail with EEXIST.
     pub fn move_to(self, range: &Arc<AddressRange>, at: usize) -> Result<Mapping, NotMoved> {
         let failed = |errno| Error::from_call("move a mapping", self.bytes, errno);
         let end = at.checked_add(self.bytes).filter(|&end| at.is_multiple_of(page_bytes()) && end <= range.bytes);
@@ -305,6 +336,7 @@ impl Mapping {
             return Err(NotMoved { mapping: self, error });
         }
         let (from, to) = (self.address().as_ptr().cast::<c_void>(), range.base.as_ptr().wrapping_add(at).cast::<c_void>());
+        let kernel_moves = kernel_moves_mappings();
         let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
         // SAFETY: the old addresses belong to this mapping. The new ones lie in `range` and
         // overlap nothing in `taken` (checked above, under the lock), so only reserved address
@@ -313,10 +345,11 @@ impl Mapping {
         let moved = unsafe { libc::mremap(from, self.bytes, self.bytes, flags, to) };
         if moved == libc::MAP_FAILED {
             let errno = Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::INVAL);
-            // Before Linux 5.13, the kernel unmaps the target before it refuses to move a memfd,
-            // so the target is reserved again. If that is refused, either the kernel never
-            // unmapped the target, or another thread has mapped memory there in the meantime.
-            reserve_hole(to, self.bytes);
+            // The kernel can unmap the target before it refuses, except if it does not know the
+            // flags.
+            if kernel_moves {
+                range.reserve_again(&mut taken, at, self.bytes);
+            }
             let error = failed(errno);
             drop(taken);
             return Err(NotMoved { mapping: self, error });
@@ -378,6 +411,7 @@ mod tests {
     use super::*;
     use crate::Errno;
     use crate::Memfd;
+    use dmaload_testing::seccomp::{Scope, refuse};
 
     const PAGE: usize = 4096;
 
@@ -430,6 +464,30 @@ mod tests {
             drop(range);
             (places.map(is_reserved), [false, !was_hole, false])
         });
+    }
+
+    /// The filter refuses the move and leaves the target reserved, which cannot be distinguished
+    /// from a target that was unmapped and then mapped by another thread.
+    #[test]
+    fn target_of_a_refused_move_is_given_up() {
+        let old = AddressRange::reserve(PAGE).unwrap();
+        let mapping = old.map(&Memory::Anonymous, 0, PAGE).unwrap();
+        let first = AddressRange::reserve(PAGE).unwrap();
+        let mapping = mapping.move_to(&first, 0).unwrap();
+        let target = AddressRange::reserve(3 * PAGE).unwrap();
+        let places = [0, 1, 2].map(|number| target.base().as_ptr().cast::<c_void>().wrapping_byte_add(number * PAGE));
+        let refused = std::thread::scope(|scope| {
+            let move_refused = scope.spawn(|| {
+                refuse(Scope::Thread, &[u32::try_from(libc::SYS_mremap).unwrap()], libc::ENOMEM);
+                mapping.move_to(&target, PAGE)
+            });
+            move_refused.join().unwrap().unwrap_err()
+        });
+        assert_eq!((refused.error.errno, refused.mapping.range().base()), (Errno::ENOMEM, first.base()));
+        assert_eq!(target.map(&Memory::Anonymous, PAGE, PAGE).unwrap_err().errno, Errno::EEXIST);
+        drop(target);
+        assert!(is_reserved(places[1]), "an unrelated mapping could have been unmapped");
+        trim(places[1], PAGE);
     }
 
     #[test]

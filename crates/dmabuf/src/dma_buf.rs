@@ -172,4 +172,13 @@ mod tests {
         let refused = DmaBuf::from_fd(memfd.as_fd().try_clone_to_owned().unwrap()).unwrap_err();
         assert!(matches!(refused.errno, crate::Errno::ENOTTY | crate::Errno::EINVAL), "{refused}");
     }
+
+    #[test]
+    fn error_states_no_length_if_it_is_unknown() {
+        let (pipe, _) = std::io::pipe().unwrap();
+        let refused = DmaBuf::from_fd(pipe.into()).unwrap_err().to_string();
+        assert!(refused.starts_with("accept a dma-buf: ESPIPE"), "{refused}");
+        let refused = crate::AddressRange::reserve(usize::MAX).unwrap_err().to_string();
+        assert!(refused.starts_with(&format!("reserve addresses of {} bytes: EINVAL", usize::MAX)), "{refused}");
+    }
 }

@@ -4,7 +4,7 @@ use crate::Errno;
 
 /// An operation on memory failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("{operation} of {bytes} bytes: {}", .errno.describe())]
+#[error("{operation}{}: {}", describe_length(*.bytes), .errno.describe())]
 #[non_exhaustive]
 pub struct Error {
     /// The operation as a verb phrase, such as "create a memfd" or "map memory".
@@ -14,6 +14,10 @@ pub struct Error {
     pub bytes: usize,
     /// The kernel's errno, or the errno that describes why this crate refused the call.
     pub errno: Errno,
+}
+
+fn describe_length(bytes: usize) -> String {
+    if bytes == 0 { String::new() } else { format!(" of {bytes} bytes") }
 }
 
 impl Error {

@@ -42,7 +42,8 @@ impl Archive {
     pub(crate) fn open(folder: &Path, suite: &str) -> Result<Self> {
         let archive = Archive { suite: suite.to_owned(), folder: folder.join(suite) };
         for part in ["lists/partial", "cache/archives/partial"] {
-            fs::create_dir_all(archive.folder.join(part)).with_context(|| format!("cannot make {}", archive.folder.display()))?;
+            fs::create_dir_all(archive.folder.join(part))
+                .with_context(|| format!("cannot create {}", archive.folder.display()))?;
         }
         let fresh = archive
             .stamp()

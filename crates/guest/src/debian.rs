@@ -41,7 +41,7 @@ const COMPLETE: &str = "complete";
 /// lists are kept in `lists`.
 pub(crate) fn fetch(kernel: &Kernel, kernels: &Path, lists: &Path) -> Result<Fetched> {
     let folder = kernels.join(kernel.id);
-    fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
     match fetch_newest(kernel, &folder, lists) {
         Ok(fetched) => Ok(fetched),
         Err(error) => {

@@ -68,7 +68,7 @@ pub(crate) fn make(folder: &Path) -> Result<Disks> {
 }
 
 fn make_sparse_file(path: &Path, len: u64) -> Result<()> {
-    let file = File::create(path).with_context(|| format!("cannot make {}", path.display()))?;
+    let file = File::create(path).with_context(|| format!("cannot create {}", path.display()))?;
     file.set_len(len).with_context(|| format!("cannot set the length of {} to {len} bytes", path.display()))
 }
 

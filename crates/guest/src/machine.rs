@@ -68,7 +68,7 @@ pub(crate) struct Parts<'a> {
 
 /// Boots a kernel. Calls `on_event` for each event, with the time since QEMU was started.
 pub(crate) fn boot(parts: &Parts<'_>, mut on_event: impl FnMut(&Transcript, &Event, Duration)) -> Result<Outcome> {
-    File::create(&parts.console).with_context(|| format!("cannot make {}", parts.console.display()))?;
+    File::create(&parts.console).with_context(|| format!("cannot create {}", parts.console.display()))?;
     let mut command = qemu(parts);
     let begin = Instant::now();
     let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();

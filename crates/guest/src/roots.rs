@@ -56,7 +56,7 @@ pub(crate) fn unpack(folders: &Folders<'_>, packages: &[&str], finish: impl FnOn
         archive::unpack(&package, &root)?;
     }
     for (folder, target) in [("lib", "usr/lib"), ("lib64", "usr/lib64")] {
-        symlink(target, root.join(folder)).with_context(|| format!("cannot make {folder} in {}", root.display()))?;
+        symlink(target, root.join(folder)).with_context(|| format!("cannot create {folder} in {}", root.display()))?;
     }
     for folder in ["dev", "proc", "sys", "disk", "tmp"] {
         fs::create_dir_all(root.join(folder))?;

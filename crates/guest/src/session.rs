@@ -49,7 +49,7 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
     let kernels = choose_kernels(options)?;
     check_suite_names(options)?;
     let folder = target_folder()?.join("guest");
-    fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
     let lock = File::create(folder.join("lock"))?;
     lock.try_lock().with_context(|| {
         format!("cannot lock {}: another run uses this folder; wait until it finishes, or set CARGO_TARGET_DIR", folder.display())
@@ -376,7 +376,7 @@ impl Scratch {
     fn make(folder: PathBuf, keep: bool) -> Result<Self> {
         // An interrupted run may have left the folder behind.
         let _ = fs::remove_dir_all(&folder);
-        fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
         Ok(Self { folder, keep })
     }
 }

@@ -166,7 +166,11 @@ fn first_read(file: &dmaload::probe::File) -> String {
 
 fn describe_trial(facts: &Facts) -> String {
     let folder = match &facts.trial.folder {
-        Ok(folder) => format!("{}: 4 MiB written and loaded", printable::path(&folder)),
+        Ok(folder) => {
+            let loaded = facts.trial.heaps.iter().any(|heap| heap.outcome.is_ok());
+            let outcome = if loaded { "4 MiB written and loaded" } else { "4 MiB written, but no heap could load them" };
+            format!("{}: {outcome}", printable::path(&folder))
+        }
         Err(reason) => format!("no folder: {reason}"),
     };
     // The file at the path takes precedence over the trial file.
@@ -233,6 +237,16 @@ fn dma_buf_line(facts: &Facts) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn trial_is_called_loaded_only_if_a_heap_loaded_it() {
+        let mut facts = Facts::best();
+        assert!(describe_trial(&facts).starts_with("/tmp: 4 MiB written and loaded"));
+        facts.trial.heaps[0].outcome = Err("out of memory".to_owned());
+        assert!(describe_trial(&facts).starts_with("/tmp: 4 MiB written and loaded"));
+        facts.trial.heaps[1].outcome = Err("out of memory".to_owned());
+        assert!(describe_trial(&facts).starts_with("/tmp: 4 MiB written, but no heap could load them"));
+    }
 
     #[test]
     fn lines_break_at_spaces_and_long_words_stay_whole() {

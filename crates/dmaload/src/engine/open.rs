@@ -1,13 +1,14 @@
 //! The first job of a load: opens large files and reads their headers, inspects small files, and
 //! makes the plan.
 
-use std::fs;
 use std::sync::Arc;
+use std::{fs, mem};
 
 use dmabuf::{AddressRange, printable};
 
 use super::allocation::FilePlan;
 use super::heap_code::HeapCode;
+use super::jobs::Jobs;
 use super::state::LoadShared;
 use super::ways::Choosing;
 use super::{Engine, descriptors};
@@ -39,10 +40,11 @@ const KEPT_OPEN: usize = 8;
 impl Engine {
     /// Opens and plans a load, and announces it to the ring thread.
     pub(super) fn open(&self, load: &Arc<LoadShared>, heap: &HeapCode) {
+        let place = Place(&self.jobs);
         let limit = heap.call(load.heap(), |heap| heap.size_limit());
         let planned = limit.and_then(|limit| plan_all(self, load, limit));
         let Some(planned) = planned.map_err(|error| self.fail(load, error)).ok().filter(|_| !load.is_over()) else {
-            return self.jobs.end();
+            return;
         };
         let Planned { plan, range, files, fallbacks } = planned;
         let memory_bytes: u64 = plan.memories.iter().map(|memory| memory.bytes).sum();
@@ -60,8 +62,7 @@ impl Engine {
         // Only a stream can exceed the limit here: `check_size` has refused any load that keeps
         // all its segments and would exceed it.
         if reserved_bytes > limit_bytes {
-            self.fail(load, Error::OverLimit { wanted_bytes: reserved_bytes, limit_bytes, why: "a segment" });
-            return self.jobs.end();
+            return self.fail(load, Error::OverLimit { wanted_bytes: reserved_bytes, limit_bytes, why: "a segment" });
         }
         let ahead_bytes = (!load.keep).then(|| self.ahead_bytes(largest_bytes));
         for fallback in &fallbacks {
@@ -73,13 +74,14 @@ impl Engine {
         let (pieces, batches) = load.set_plan(plan, range, files, fallbacks);
         if pieces == 0 {
             // The load is already complete, or has ended in the meantime.
-            self.queue_delivery(load);
-            return self.jobs.end();
+            return self.queue_delivery(load);
         }
         let LoadOptions { chunk_bytes, strict, trace, priority, .. } = load.options;
         let observation = load.observation.clone();
         let spec = LoadSpec { id: load.id, pieces, chunk_bytes, strict, trace, observation };
         self.ring.begin(spec, Arc::clone(&load.abandoned));
+        // From now on, an event from the ring frees the place.
+        mem::forget(place);
         self.jobs.opened(load.id, LoadNeeds { batches, reserved_bytes, ahead_bytes, priority });
         if load.keep {
             // Deliver the list of files, because a consumer may be waiting for their tensors.
@@ -169,6 +171,15 @@ impl Engine {
             return Err(Error::TooManyPieces { bytes, segment_bytes, pieces, most_pieces: MOST_PIECES });
         }
         Ok(shape)
+    }
+}
+
+/// A load's place among the open loads. Dropping it frees the place, also when a panic unwinds.
+struct Place<'a>(&'a Jobs<Arc<LoadShared>>);
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.0.end();
     }
 }
 

@@ -64,7 +64,6 @@ impl Engine {
             // Until the job is done, keeps open any files that the caller passed as descriptors,
             // even if the load ends in the meantime.
             let open = load.inputs();
-            let is_open = matches!(job, Job::Open(_));
             let done = foreign::call(|| match job {
                 Job::Open(_) => self.open(&load, &heap),
                 Job::Allocate(_, batch, need) => {
@@ -83,11 +82,6 @@ impl Engine {
                 // This is a bug in this crate, because panics of heaps and verifiers are caught
                 // where they are called. Unwinding has released the permits that the job held.
                 self.fail(&load, bug_error("a worker thread", message));
-                if is_open {
-                    // The load was not announced to the ring yet, so no event from the ring will
-                    // free its place among the open loads.
-                    self.jobs.end();
-                }
             }
             // The drops below may close files, which may wait for a server.
             self.jobs.begin_file(worker);

@@ -29,6 +29,7 @@ pub struct TensorMap {
     tensors: Vec<TensorInfo>,
     by_name: NameIndex,
     metadata: SafetensorsMetadata,
+    is_gguf: bool,
     gguf: Option<Box<GgufMetadata>>,
     header_bytes: u64,
 }
@@ -41,13 +42,13 @@ impl TensorMap {
         tensors.sort_unstable_by(|a, b| file_order(a).cmp(&file_order(b)));
         tensors.shrink_to_fit();
         let by_name = NameIndex::new(tensors.len(), |i| &tensors[i].name).map_err(|duplicate| tensors[duplicate].name.clone())?;
-        Ok(Self { tensors, by_name, metadata, gguf: None, header_bytes })
+        Ok(Self { tensors, by_name, metadata, is_gguf: false, gguf: None, header_bytes })
     }
 
     /// Creates a map of tensors received from another process rather than read from a file's
     /// header. If two tensors have the same name, the error is that name.
-    pub(crate) fn from_tensors(tensors: Vec<TensorInfo>) -> Result<Self, String> {
-        Self::new(tensors, SafetensorsMetadata::default(), 0)
+    pub(crate) fn from_tensors(tensors: Vec<TensorInfo>, is_gguf: bool) -> Result<Self, String> {
+        Ok(Self { is_gguf, ..Self::new(tensors, SafetensorsMetadata::default(), 0)? })
     }
 
     /// Shifts all ranges by `by`, the model's offset in its file. Returns `None` if a range
@@ -71,6 +72,7 @@ impl TensorMap {
 
     /// Adds the metadata of a GGUF file.
     pub(super) fn with_gguf(mut self, gguf: GgufMetadata) -> Self {
+        self.is_gguf = true;
         self.gguf = Some(Box::new(gguf));
         self
     }
@@ -117,11 +119,10 @@ impl TensorMap {
         self.gguf.as_deref()
     }
 
-    /// Returns the name of the file's format: `gguf` if [`Self::gguf`] returns metadata, otherwise
-    /// `safetensors`.
+    /// Returns the name of the file's format: `gguf` or `safetensors`.
     #[must_use]
     pub fn format(&self) -> &'static str {
-        if self.gguf.is_some() { "gguf" } else { "safetensors" }
+        if self.is_gguf { "gguf" } else { "safetensors" }
     }
 
     /// Returns the free-form metadata of a safetensors file. It is empty if the file has none, and

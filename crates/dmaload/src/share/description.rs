@@ -64,7 +64,8 @@ pub(super) fn describe(image: &Image, dma_bufs: bool) -> String {
         });
         let part = file.file_range();
         json!({
-            "path": file.path().to_string_lossy(), "bytes": file.file_bytes(), "part": [part.start, part.end], "tensors": tensors,
+            "path": file.path().to_string_lossy(), "bytes": file.file_bytes(), "part": [part.start, part.end],
+            "format": file.tensor_map().map(TensorMap::format), "tensors": tensors,
         })
     });
     let mut memory = 0;
@@ -170,16 +171,28 @@ fn parse_file(value: &Value) -> Option<DescribedFile> {
     let (path, bytes) = (value.get("path")?.as_str()?, value.get("bytes")?.as_u64()?);
     let tensors = match value.get("tensors")? {
         Value::Null => None,
-        tensors => Some(Arc::new(parse_tensors(tensors.as_array()?, bytes)?)),
+        tensors => Some(Arc::new(parse_tensors(tensors.as_array()?, bytes, parse_is_gguf(value)?)?)),
     };
     let [start, end] = *parse_numbers(value.get("part")?)? else { return None };
     (start <= end && end <= bytes).then_some(DescribedFile { path: Arc::new(path.into()), bytes, part: start..end, tensors })
 }
 
-fn parse_tensors(values: &[Value], file_bytes: u64) -> Option<FileTensors> {
+fn parse_is_gguf(file: &Value) -> Option<bool> {
+    match file.get("format") {
+        // Earlier servers of this version of the protocol do not send the format.
+        None => Some(false),
+        Some(format) => match format.as_str()? {
+            "gguf" => Some(true),
+            "safetensors" => Some(false),
+            _ => None,
+        },
+    }
+}
+
+fn parse_tensors(values: &[Value], file_bytes: u64, is_gguf: bool) -> Option<FileTensors> {
     let read = values.iter().map(|value| parse_tensor(value, file_bytes)).collect::<Option<Vec<_>>>()?;
     let infos = read.iter().map(|(info, _)| info.clone()).collect();
-    let map = TensorMap::from_tensors(infos).ok()?;
+    let map = TensorMap::from_tensors(infos, is_gguf).ok()?;
     // Keep the order in which the tensors were received. It can differ from that of the map.
     let list = read.into_iter().enumerate().map(|(class, (info, part))| {
         let position = map.get_index_of(&info.name)?;

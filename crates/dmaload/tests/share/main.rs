@@ -19,6 +19,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use dmaload::heap::AnonHeap;
+use dmaload::model::TensorMap;
 use dmaload::share::{AttachOptions, Server, ServerOptions, attach, attach_blocking};
 use dmaload::{Error, Image, LoadOptions, Loader, Shard, Source};
 use rustix::fs::Mode;
@@ -39,6 +40,16 @@ fn write_model(folder: &Path) -> PathBuf {
     };
     let all = serialize([view("a", &[1000, 1500]), view("b", &[30, 70]), view("empty", &[0, 3])], None).unwrap();
     file(folder, "model.safetensors", &all)
+}
+
+/// Returns a GGUF file with one tensor, `i`, which is the I8 number 7.
+fn gguf_of_one_byte() -> Vec<u8> {
+    let counts = [1_u64, 0].map(u64::to_le_bytes).concat();
+    let tensor = [&1_u64.to_le_bytes()[..], b"i", &0_u32.to_le_bytes(), &24_u32.to_le_bytes(), &0_u64.to_le_bytes()].concat();
+    let mut bytes = [&b"GGUF"[..], &3_u32.to_le_bytes(), &counts, &tensor].concat();
+    bytes.resize(bytes.len().next_multiple_of(32), 0);
+    bytes.push(7);
+    bytes
 }
 
 async fn load(paths: &[&Path]) -> Image {
@@ -64,6 +75,7 @@ fn assert_same_image(ours: &Image, theirs: &Image) {
     assert_eq!(ours.files().len(), theirs.files().len());
     for (ours, theirs) in ours.files().iter().zip(theirs.files()) {
         assert_eq!((ours.path(), ours.len()), (theirs.path(), theirs.len()));
+        assert_eq!(ours.tensor_map().map(TensorMap::format), theirs.tensor_map().map(TensorMap::format));
         assert_same(&ours.bytes().unwrap(), &theirs.bytes().unwrap(), "file");
     }
     let names = |image: &Image| image.tensors().map(|tensor| tensor.name().to_owned()).collect::<Vec<_>>();
@@ -82,8 +94,11 @@ async fn client_keeps_its_image_after_the_server_ends() {
     // Small files share memory, and a raw file has no tensors.
     let raw = file(folder.path(), "raw.bin", &random_bytes(5 << 20, 2));
     let small = [1, 2, 3].map(|n| file(folder.path(), &format!("small{n}"), &random_bytes(1000 * n, 5)));
-    let paths: Vec<&Path> = [&path, &raw].into_iter().chain(&small).map(PathBuf::as_path).collect();
+    let gguf = file(folder.path(), "model.gguf", &gguf_of_one_byte());
+    let paths: Vec<&Path> = [&path, &raw, &gguf].into_iter().chain(&small).map(PathBuf::as_path).collect();
     let image = load(&paths).await;
+    let formats: Vec<_> = image.files()[..3].iter().map(|file| file.tensor_map().map(TensorMap::format)).collect();
+    assert_eq!(formats, [Some("safetensors"), None, Some("gguf")]);
     let socket = folder.path().join("socket");
     let server = Server::bind(&socket, ServerOptions::default()).unwrap();
     server.publish("model", image.clone()).unwrap();
