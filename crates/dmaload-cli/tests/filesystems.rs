@@ -78,6 +78,7 @@ fn check(what: &str, files: &[PathBuf], is_local: bool) {
         if route == "auto" {
             let doctor = run(common::dmaload(["doctor", "--json"]).arg(path)).succeeds().json();
             assert_eq!(doctor["load"]["route"], last["route"], "{what}: {}", doctor["load"]);
+            assert_every_step_is_logged(path);
         }
         // A strict load uses the requested route or fails.
         let mut strict = common::dmaload(["load", "--json", "--strict", "--route", route]);
@@ -87,6 +88,18 @@ fn check(what: &str, files: &[PathBuf], is_local: bool) {
         } else {
             strict.fails(1, &["strict", path.to_str().unwrap()]);
         }
+    }
+}
+
+fn assert_every_step_is_logged(path: &Path) {
+    let mut command = common::dmaload(["load", "--json"]);
+    let done = run(command.env("DMALOAD_LOG", "warn").env("NO_COLOR", "1").arg(path));
+    assert_eq!(done.code, Some(0), "{done}");
+    let text = |value: &Value| value.as_str().unwrap().to_owned();
+    for step in done.json()["fallbacks"].as_array().unwrap() {
+        let parts = [path.to_str().unwrap().to_owned(), format!("to={}", text(&step["to"])), text(&step["errno"])];
+        let is_logged = done.stderr.lines().any(|line| parts.iter().all(|part| line.contains(part)));
+        assert!(is_logged, "no line has {parts:?}: {}", done.stderr);
     }
 }
 

@@ -2,8 +2,10 @@
 processes fork.
 """
 
+import asyncio
 import os
 import signal
+import subprocess
 import threading
 import time
 
@@ -207,6 +209,33 @@ def test_thousand_cancelled_loads_leak_nothing(disk, programs):
     )
     mib, descriptors, threads = map(int, out.split())
     assert mib <= 16 and descriptors <= 8 and threads <= 8, out
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_event_loop_runs_while_a_manifest_is_read(tmp_path, command, slow_file, streamed):
+    path = write(tmp_path / "m.safetensors", {"w": tensor("U8", (64,))})
+    manifest = tmp_path / "manifest.json"
+    manifest.write_bytes(subprocess.check_output([command, "manifest", path]))
+    slow = slow_file(manifest, 0)
+    # If the load blocks the event loop, only this timer lets it go on.
+    blocked = threading.Event()
+    watchdog = threading.Timer(10, lambda: (blocked.set(), slow.release()))
+    watchdog.start()
+
+    async def names():
+        if streamed:
+            return [name async for name, _ in dmaload.stream_async(path, verify=slow.path)]
+        return list(await dmaload.load_async(path, verify=slow.path))
+
+    async def main():
+        task = asyncio.create_task(names())
+        await asyncio.to_thread(slow.wait_until_held)
+        watchdog.cancel()
+        assert not blocked.is_set(), "the event loop was blocked"
+        slow.release()
+        return await task
+
+    assert asyncio.run(main()) == ["w"]
 
 
 def test_cancelled_load_stops_reading(tmp_path, programs, slow_file):

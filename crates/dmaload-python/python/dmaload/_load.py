@@ -222,6 +222,17 @@ def load(
     return wait(_native.start_load(_paths(paths), keywords), progress)
 
 
+async def _start_async(
+    start: Callable[[list[str], dict[str, Any]], _native.Loading],
+    paths: list[str],
+    keywords: dict[str, Any],
+) -> _native.Loading:
+    # Starting a load reads the manifest, so a thread does it.
+    if keywords["verify"] is not None:
+        return await asyncio.to_thread(start, paths, keywords)
+    return start(paths, keywords)
+
+
 async def load_async(
     paths: Paths,
     *,
@@ -233,7 +244,8 @@ async def load_async(
     Cancelling the task cancels the load. ``progress`` is called on the event loop's thread.
     """
     keywords = _keywords(**options)
-    return await _wait_async(_native.start_load(_paths(paths), keywords), progress)
+    loading = await _start_async(_native.start_load, _paths(paths), keywords)
+    return await _wait_async(loading, progress)
 
 
 class Stream(Iterator["tuple[str, Tensor]"]):
@@ -300,7 +312,7 @@ async def stream_async(
     The load begins when the first tensor is requested. Closing the iterator cancels the load.
     """
     keywords = _keywords(**options)
-    loading = _native.start_stream(_paths(paths), keywords)
+    loading = await _start_async(_native.start_stream, _paths(paths), keywords)
     try:
         while (tensor := await _wait_async(loading, progress)) is not None:
             yield tensor.name, tensor

@@ -65,11 +65,7 @@ impl Engine {
             return self.fail(load, Error::OverLimit { wanted_bytes: reserved_bytes, limit_bytes, why: "a segment" });
         }
         let ahead_bytes = (!load.keep).then(|| self.ahead_bytes(largest_bytes));
-        for fallback in &fallbacks {
-            foreign::emit(|| {
-                tracing::warn!(load = load.id.0, from = %fallback.from, to = %fallback.to, "{}", fallback.reason());
-            });
-        }
+        fallbacks.iter().for_each(|fallback| load.emit_fallback(fallback));
         load.set_choosing(self.begin_choosing(load, &plan, &files));
         let (pieces, batches) = load.set_plan(plan, range, files, fallbacks);
         if pieces == 0 {

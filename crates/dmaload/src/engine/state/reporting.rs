@@ -34,13 +34,18 @@ const RETRIES_NOTED_MAX: usize = 8;
 impl LoadShared {
     /// Records a fallback to a lower route, and emits an event about it.
     pub(crate) fn record_fallback(&self, fallback: Fallback) {
+        self.emit_fallback(&fallback);
+        increment(&self.counters.fallbacks);
+        self.state().fallbacks.push(fallback);
+    }
+
+    /// Emits an event about a fallback to a lower route.
+    pub(crate) fn emit_fallback(&self, fallback: &Fallback) {
         let path = fallback.file_index.and_then(|index| self.path(index)).map(|path| printable::path(path.as_path()).to_string());
         foreign::emit(|| {
             let errno = fallback.errno.describe();
             tracing::warn!(load = self.id.0, path, from = %fallback.from, to = %fallback.to, errno, "{}", fallback.reason());
         });
-        increment(&self.counters.fallbacks);
-        self.state().fallbacks.push(fallback);
     }
 
     /// Adds a note to the report.
