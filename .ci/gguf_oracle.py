@@ -11,8 +11,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter
 
 dmaload, folder = sys.argv[1], Path(sys.argv[2])
 random = numpy.random.default_rng(1)
-# Q8_1 is left out: its blocks have 40 bytes according to the package, but 36 in ggml (block_q8_1
-# in ggml-common.h), and models are not stored in this type.
+# Q8_1 is left out: the package says that its blocks are 40 bytes, but in ggml they are 36
+# (block_q8_1 in ggml-common.h). No model is stored in this type anyway.
 TYPES = {kind: sizes for kind, sizes in GGML_QUANT_SIZES.items() if kind != GGMLQuantizationType.Q8_1}
 
 

@@ -411,7 +411,7 @@ async fn soak() -> Result<()> {
             row(started.elapsed().as_secs_f64() / 60.0, &counts, &held);
         }
         rows += 1;
-        ensure!(!grown, "the process holds more resources than after the first period: now {held:?}, then {before:?}");
+        ensure!(!grown, "the process holds more resources than after the first period: {before:?} then, {held:?} now");
         before.get_or_insert(held);
     }
     println!();

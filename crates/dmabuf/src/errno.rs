@@ -5,8 +5,9 @@ use std::io;
 
 /// A kernel error number.
 ///
-/// The constants are named as in errno(3). [`fmt::Display`] prints the same text as [`io::Error`];
-/// [`Errno::describe`] returns the name in place of the number, as in this crate's error messages:
+/// The constants are named as in errno(3). [`fmt::Display`] prints the same text as [`io::Error`].
+/// [`Errno::describe`] returns that text with the name instead of the number, as in this crate's
+/// error messages:
 ///
 /// ```
 /// use dmabuf::Errno;

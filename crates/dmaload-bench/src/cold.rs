@@ -46,7 +46,7 @@ impl fmt::Display for Method {
 /// How much of a file is in the page cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Residency {
-    /// Cached bytes, in whole pages.
+    /// The number of bytes that are cached, a multiple of the page size.
     pub resident: u64,
     /// The length of the file.
     pub total: u64,

@@ -121,14 +121,14 @@ fn remarks(results: &Results) -> Vec<String> {
     )];
     if let Some(kib) = results.read_ahead_kib.filter(|&kib| kib != DEFAULT_READ_AHEAD_KIB) {
         lines.push(format!(
-            "this disk reads {kib} KiB ahead, not the usual {DEFAULT_READ_AHEAD_KIB} (queue/read_ahead_kb in sysfs), which affects \
+            "readahead for this disk is {kib} KiB, not the usual {DEFAULT_READ_AHEAD_KIB} (queue/read_ahead_kb in sysfs), which affects \
              normal, normal_io, mmap and tokio-fs"
         ));
     }
     if let Some(((best, _), others)) = results.destinations.split_first() {
         let others = others.iter().map(|(size, seconds)| format!("{} {seconds:.3} s", format_buffer_size(*size)));
         lines.push(format!(
-            "limit: reads into {} of reused buffers are the fastest ({})",
+            "limit: the fastest reads were into {} of reused buffers; other sizes took longer ({})",
             format_buffer_size(*best),
             others.collect::<Vec<_>>().join(", "),
         ));
@@ -167,7 +167,7 @@ mod tests {
             "direct_io reaches 0.50 (0.50–1.00) of the device's limit, which is 2.00 GiB/s",
             "512 MiB loaded cold in 3 rounds",
             "mmap FAILED in round 3: killed",
-            "this disk reads 8192 KiB ahead",
+            "readahead for this disk is 8192 KiB",
         ] {
             assert!(text.contains(words), "{words:?} is missing in\n{text}");
         }
@@ -195,7 +195,7 @@ mod tests {
     fn table_names_the_destination_of_the_limit() {
         let mut measured = sample_results();
         measured.destinations = vec![(8 << 20, 0.25), (4 << 20, 0.3), (64 << 20, 0.5)];
-        let expected = "limit: reads into 8 MiB of reused buffers are the fastest \
+        let expected = "limit: the fastest reads were into 8 MiB of reused buffers; other sizes took longer \
                         (4 MiB 0.300 s, 64 MiB 0.500 s)";
         assert!(plain(&measured).contains(expected), "{}", plain(&measured));
     }

@@ -173,7 +173,7 @@ impl Facts {
             memory: Some(probe::MemoryAvailable { bytes: 1 << 40, limit: "MemAvailable".to_owned() }),
             huge_pages: HugePages { shmem_enabled: Some("never".to_owned()), ..HugePages::default() },
             path: None,
-            trial: Trial { folder: Ok("/tmp".into()), elsewhere: None, file: None, heaps: vec![heap("memfd"), heap("udmabuf")] },
+            trial: Trial { folder: Ok("/tmp".into()), bytes: 4 << 20, elsewhere: None, file: None, heaps: vec![heap("memfd"), heap("udmabuf")] },
             dma_buf: DmaBuf { heap: Some("udmabuf".to_owned()), reason: "udmabuf".to_owned() },
             file_size_limit: None,
             address_room: None,

@@ -168,8 +168,8 @@ fn describe_trial(facts: &Facts) -> String {
     let folder = match &facts.trial.folder {
         Ok(folder) => {
             let loaded = facts.trial.heaps.iter().any(|heap| heap.outcome.is_ok());
-            let outcome = if loaded { "4 MiB written and loaded" } else { "4 MiB written, but no heap could load them" };
-            format!("{}: {outcome}", printable::path(&folder))
+            let outcome = if loaded { "written and loaded" } else { "written, but no heap could load them" };
+            format!("{}: {} {outcome}", printable::path(&folder), size(facts.trial.bytes))
         }
         Err(reason) => format!("no folder: {reason}"),
     };

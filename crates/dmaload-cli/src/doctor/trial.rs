@@ -31,6 +31,8 @@ pub(crate) const DMA_HEAP: &str = "dma-heap";
 pub(crate) struct Trial {
     /// The folder that contains the trial file, or why no folder could be used.
     pub(crate) folder: Result<PathBuf, String>,
+    /// The length of the trial file.
+    pub(crate) bytes: u64,
     /// Why the trial file is not in the requested folder; `None` if it is, or if no folder was
     /// requested.
     pub(crate) elsewhere: Option<String>,
@@ -80,6 +82,7 @@ impl Trial {
         // Writing more than the limit would kill the process (SIGXFSZ).
         let limit = dmabuf::Limit::FileSize.current().unwrap_or(BYTES_MAX);
         let content = random_bytes(BYTES_MAX.min(limit));
+        let bytes = content.len() as u64;
         let mut elsewhere = None;
         let scratch = wanted.and_then(|folder| match write_in(folder, &content) {
             Ok(scratch) => Some(Ok(scratch)),
@@ -91,6 +94,7 @@ impl Trial {
         match scratch.unwrap_or_else(|| write_anywhere(&content)) {
             Ok(scratch) => Trial {
                 folder: Ok(scratch.path().parent().unwrap_or(Path::new("/")).to_owned()),
+                bytes,
                 elsewhere,
                 file: probe::file(scratch.path()).ok(),
                 heaps: try_heaps(|heap| load_and_compare(heap, scratch.path(), &content)),
@@ -104,7 +108,7 @@ impl Trial {
                         _ => try_heaps(|_| Err(anyhow::anyhow!("not tried: no file could be written: {error}"))),
                     },
                 };
-                Trial { folder, elsewhere, file: None, heaps }
+                Trial { folder, bytes, elsewhere, file: None, heaps }
             }
         }
     }

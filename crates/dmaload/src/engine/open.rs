@@ -104,8 +104,8 @@ impl Engine {
         }
         let mut mounts = files.iter().map(|file| file.identity.mount());
         let Some(mount) = mounts.next() else { return Choosing::fixed(Way::Direct) };
-        // Checking one open file is enough: the same restrictions apply to all files on a file
-        // system.
+        // Checking one open file is enough: restrictions apply to a whole file system, and loads
+        // from several file systems are not measured (see below).
         let open = files.iter().find_map(|file| file.open.as_ref());
         if open.is_some_and(|file| file.in_memory) {
             return Choosing::fixed(Way::Direct);
@@ -170,7 +170,8 @@ impl Engine {
     }
 }
 
-/// A load's place among the open loads. Dropping it frees the place, also when a panic unwinds.
+/// A load's place among the open loads. Dropping it frees the place, even if a panic unwinds the
+/// stack.
 struct Place<'a>(&'a Jobs<Arc<LoadShared>>);
 
 impl Drop for Place<'_> {

@@ -239,7 +239,7 @@ mod tests {
         assert_eq!(workers.proceed(worker, Some(now + 100 * STALLED_AFTER)), None);
         assert_eq!(workers.find_stalled(now + 100 * STALLED_AFTER), []);
         assert_eq!(workers.find_stalled(now + 101 * STALLED_AFTER), [task(1)]);
-        assert_eq!(workers.proceed(worker, None), Some(LoadId(1)), "the worker has opened its files");
+        assert_eq!(workers.proceed(worker, None), Some(LoadId(1)), "the worker should proceed, since its files are open");
         assert_eq!(workers.next_check(now), None);
         assert_eq!(
             workers.find_stalled(now + 200 * STALLED_AFTER),

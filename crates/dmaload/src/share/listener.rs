@@ -9,7 +9,7 @@
 //!    user. Others cannot change its contents, even if they rename it. The folder is locked
 //!    (`flock`), which excludes all other servers at this path.
 //! 2. The socket is bound in this folder, its mode is set, and it starts to listen.
-//! 3. The socket is moved to its place, which fails if another file is there. An existing file is
+//! 3. The socket is moved into place, which fails if another file is there. An existing file is
 //!    replaced only if it is a socket that refuses connections.
 //!
 //! When the server is dropped, the socket is removed under the same lock, and only if its inode is
@@ -42,7 +42,7 @@ use crate::support::foreign;
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 /// Maximum number of connections waiting to be accepted.
 const BACKLOG: i32 = 128;
-/// The socket's name in the private folder before it is moved to its place.
+/// The socket's name in the private folder before it is moved into place.
 const FRESH: &str = "socket";
 /// The name in the private folder of a file that was moved away from the socket's path.
 const TAKEN: &str = "taken";
@@ -282,7 +282,7 @@ impl<'a> PrivateFolder<'a> {
         run_in_folder(&self.fd, || bind(socket, &address))
     }
 
-    /// Moves the new socket to its place.
+    /// Moves the new socket into place.
     fn move_socket_to_place(&self) -> Result<(), String> {
         // Before each retry, a dead socket is removed from the place, so all attempts fail only if
         // other sockets keep appearing there.
@@ -290,13 +290,13 @@ impl<'a> PrivateFolder<'a> {
             match self.move_to_place(FRESH) {
                 Ok(()) => return Ok(()),
                 Err(Errno::EXIST) => {}
-                Err(errno) => return Err(cannot("move the socket to its place")(errno)),
+                Err(errno) => return Err(cannot("move the socket into place")(errno)),
             }
             if let Some(dead) = self.find_dead_socket()? {
                 self.remove_if(dead)?;
             }
         }
-        Err("cannot move the socket to its place: other sockets keep appearing there".to_owned())
+        Err("cannot move the socket into place: other sockets keep appearing there".to_owned())
     }
 
     /// Moves a file from the private folder to the socket's path.

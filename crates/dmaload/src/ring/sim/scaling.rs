@@ -89,8 +89,8 @@ impl Path {
         if self == Path::Direct { 1.0 } else { 2.0 }
     }
 
-    /// Bytes that processors move over the bus for each byte of the file. The device moves one
-    /// more.
+    /// Bytes that processors move over the bus for each byte of the file. This does not include
+    /// the byte that the device itself transfers.
     fn traffic(self) -> f64 {
         if self == Path::StagedOutOfCache { 3.0 } else { 1.0 }
     }
