@@ -9,7 +9,7 @@
 use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::ptr::NonNull;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
@@ -181,28 +181,29 @@ pub(crate) fn reserve_hole(address: *mut c_void, bytes: usize) -> bool {
     }
 }
 
-/// Returns whether this kernel supports `MREMAP_DONTUNMAP` (Linux 5.7 or later), by moving a
-/// scratch page.
-fn kernel_moves_mappings() -> bool {
-    static KNOWN: OnceLock<bool> = OnceLock::new();
-    *KNOWN.get_or_init(|| {
-        let bytes = page_bytes();
-        // SAFETY: no address is requested, so no existing mapping is replaced.
-        let page = unsafe { mmap_anonymous(std::ptr::null_mut(), bytes, ProtFlags::READ, MapFlags::PRIVATE) };
-        // Without a scratch page, assume support. If that is wrong, a refused move makes a few
-        // addresses unusable.
-        let Ok(page) = page else { return true };
-        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP;
-        // SAFETY: the page was just mapped, and nothing else uses it. No address is requested for
-        // the copy, so no existing mapping is replaced.
-        let moved = unsafe { libc::mremap(page, bytes, bytes, flags, std::ptr::null_mut::<c_void>()) };
-        trim(page, bytes);
-        if moved == libc::MAP_FAILED {
-            return false;
+/// Moves a scratch page with `MREMAP_DONTUNMAP`. Fails if the kernel (before Linux 5.7) or a
+/// sandbox does not allow that, or if the process has too many mappings.
+fn try_to_move_a_page() -> Result<(), Errno> {
+    let bytes = page_bytes();
+    // SAFETY: no address is requested, so no existing mapping is replaced.
+    let page = unsafe { mmap_anonymous(std::ptr::null_mut(), bytes, ProtFlags::READ, MapFlags::PRIVATE) }?;
+    let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP;
+    // SAFETY: the page was just mapped, and nothing else uses it. No address is requested for the
+    // copy, so no existing mapping is replaced.
+    let moved = unsafe { libc::mremap(page, bytes, bytes, flags, std::ptr::null_mut::<c_void>()) };
+    let refused = (moved == libc::MAP_FAILED).then(last_errno);
+    trim(page, bytes);
+    match refused {
+        Some(errno) => Err(errno),
+        None => {
+            trim(moved, bytes);
+            Ok(())
         }
-        trim(moved, bytes);
-        true
-    })
+    }
+}
+
+fn last_errno() -> Errno {
+    Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::INVAL)
 }
 
 fn reserved_flags() -> MapFlags {
@@ -320,8 +321,9 @@ impl Mapping {
     /// EINVAL when `at` is not a multiple of the page size, when the mapping would reach past the
     /// end of `range`, on older kernels than those above, and for mappings by page frame number
     /// (`VM_PFNMAP`), such as those of dma-heaps; EEXIST when something is already mapped there,
-    /// such as the mapping itself; otherwise the errno of `mremap(2)`, such as ENOMEM. After such
-    /// an errno, the addresses may be unusable: mapping something there can fail with EEXIST.
+    /// such as the mapping itself; otherwise the errno of `mremap(2)`, such as ENOMEM. In rare
+    /// cases, the kernel refuses a move although it has just moved a scratch page. The target may
+    /// then be unusable: mapping something there fails with EEXIST.
     pub fn move_to(self, range: &Arc<AddressRange>, at: usize) -> Result<Mapping, NotMoved> {
         let failed = |errno| Error::from_call("move a mapping", self.bytes, errno);
         let end = at.checked_add(self.bytes).filter(|&end| at.is_multiple_of(page_bytes()) && end <= range.bytes);
@@ -329,6 +331,12 @@ impl Mapping {
             let error = failed(Errno::INVAL);
             return Err(NotMoved { mapping: self, error });
         };
+        // If the kernel refuses a move, the target may be lost. So first find out, with a scratch
+        // page, whether it would refuse.
+        if let Err(errno) = try_to_move_a_page() {
+            let error = failed(errno);
+            return Err(NotMoved { mapping: self, error });
+        }
         let mut taken = range.taken();
         if taken.range(..end).next_back().is_some_and(|(start, length)| start + length > at) {
             let error = failed(Errno::EXIST);
@@ -336,7 +344,6 @@ impl Mapping {
             return Err(NotMoved { mapping: self, error });
         }
         let (from, to) = (self.address().as_ptr().cast::<c_void>(), range.base.as_ptr().wrapping_add(at).cast::<c_void>());
-        let kernel_moves = kernel_moves_mappings();
         let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
         // SAFETY: the old addresses belong to this mapping. The new ones lie in `range` and
         // overlap nothing in `taken` (checked above, under the lock), so only reserved address
@@ -344,13 +351,9 @@ impl Mapping {
         // afterwards.
         let moved = unsafe { libc::mremap(from, self.bytes, self.bytes, flags, to) };
         if moved == libc::MAP_FAILED {
-            let errno = Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::INVAL);
-            // The kernel can unmap the target before it refuses, except if it does not know the
-            // flags.
-            if kernel_moves {
-                range.reserve_again(&mut taken, at, self.bytes);
-            }
-            let error = failed(errno);
+            let error = failed(last_errno());
+            // The kernel can unmap the target before it refuses.
+            range.reserve_again(&mut taken, at, self.bytes);
             drop(taken);
             return Err(NotMoved { mapping: self, error });
         }
@@ -411,7 +414,7 @@ mod tests {
     use super::*;
     use crate::Errno;
     use crate::Memfd;
-    use dmaload_testing::seccomp::{Scope, refuse};
+    use dmaload_testing::seccomp::{Scope, install, instruction};
 
     const PAGE: usize = 4096;
 
@@ -466,28 +469,56 @@ mod tests {
         });
     }
 
+    /// Refuses `mremap` on this thread if one of its flags is in `flags`.
+    fn refuse_moves(flags: i32) {
+        let (number, flags_offset) = (u32::try_from(libc::SYS_mremap).unwrap(), 16 + 3 * 8);
+        let load = |offset| instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, offset);
+        let answer = |value| instruction(libc::BPF_RET | libc::BPF_K, 0, 0, value);
+        let filter = vec![
+            load(0),
+            instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 3, number),
+            load(flags_offset),
+            instruction(libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K, 0, 1, flags.cast_unsigned()),
+            answer(libc::SECCOMP_RET_ERRNO | libc::ENOMEM.cast_unsigned()),
+            answer(libc::SECCOMP_RET_ALLOW),
+        ];
+        install(Scope::Thread, filter).unwrap();
+    }
+
     /// The filter refuses the move and leaves the target reserved, which cannot be distinguished
     /// from a target that was unmapped and then mapped by another thread.
     #[test]
     fn target_of_a_refused_move_is_given_up() {
         let old = AddressRange::reserve(PAGE).unwrap();
         let mapping = old.map(&Memory::Anonymous, 0, PAGE).unwrap();
-        let first = AddressRange::reserve(PAGE).unwrap();
-        let mapping = mapping.move_to(&first, 0).unwrap();
         let target = AddressRange::reserve(3 * PAGE).unwrap();
         let places = [0, 1, 2].map(|number| target.base().as_ptr().cast::<c_void>().wrapping_byte_add(number * PAGE));
         let refused = std::thread::scope(|scope| {
             let move_refused = scope.spawn(|| {
-                refuse(Scope::Thread, &[u32::try_from(libc::SYS_mremap).unwrap()], libc::ENOMEM);
+                refuse_moves(libc::MREMAP_FIXED);
                 mapping.move_to(&target, PAGE)
             });
             move_refused.join().unwrap().unwrap_err()
         });
-        assert_eq!((refused.error.errno, refused.mapping.range().base()), (Errno::ENOMEM, first.base()));
+        assert_eq!((refused.error.errno, refused.mapping.range().base()), (Errno::ENOMEM, old.base()));
         assert_eq!(target.map(&Memory::Anonymous, PAGE, PAGE).unwrap_err().errno, Errno::EEXIST);
         drop(target);
         assert!(is_reserved(places[1]), "an unrelated mapping could have been unmapped");
         trim(places[1], PAGE);
+    }
+
+    #[test]
+    fn target_stays_usable_if_no_mapping_can_be_moved() {
+        let (old, target) = (AddressRange::reserve(PAGE).unwrap(), AddressRange::reserve(PAGE).unwrap());
+        let mapping = old.map(&Memory::Anonymous, 0, PAGE).unwrap();
+        std::thread::scope(|scope| {
+            let move_refused = scope.spawn(|| {
+                refuse_moves(libc::MREMAP_DONTUNMAP);
+                mapping.move_to(&target, 0)
+            });
+            assert_eq!(move_refused.join().unwrap().unwrap_err().error.errno, Errno::ENOMEM);
+        });
+        target.map(&Memory::Anonymous, 0, PAGE).unwrap();
     }
 
     #[test]

@@ -14,7 +14,9 @@
 //! - **Rust holds no reference to memory that Python can write to.** The library hands this memory
 //!   out as an address (`dmaload::PrivateMemory`, [`memory`]).
 //! - **A forked child never uses objects that need its parent's threads** ([`process`]).
-//! - **No panic crosses into Python**: each becomes a `dmaload.PanickedError` ([`errors`]).
+//! - **A panic is an exception in Python**: functions that call the library turn it into a
+//!   `dmaload.PanickedError` ([`errors`]). For the few others, such as `__len__`, PyO3 turns it
+//!   into a `PanicException`.
 //!
 //! This module is private to the package, which exports `Image`, `Tensor` and `DmaBuf` under its
 //! own name. The rest of the public interface is written in Python.

@@ -1,10 +1,13 @@
 """Tests that `safe_open` behaves like that of safetensors, and reads only what it needs."""
 
+import inspect
 import os
+import time
 
 import gguf
 import numpy
 import pytest
+import safetensors.numpy
 from safetensors import safe_open
 
 import dmaload
@@ -32,6 +35,33 @@ SLICES = [
     numpy.s_[3:3],
     numpy.s_[5:2],
     numpy.s_[0:100],
+    numpy.s_[::3],
+    numpy.s_[1:7:2, ::2],
+    numpy.s_[:, ::8],
+    numpy.s_[1, 2, ...],
+    (),
+]
+
+# Indices that NumPy accepts, and safetensors does not.
+MORE_INDICES = [
+    numpy.s_[::-1],
+    numpy.s_[2, ::-1],
+    None,
+    numpy.s_[2, None],
+    numpy.s_[:, None, 1],
+    numpy.s_[..., None],
+    [0, 2],
+    [],
+    (3, slice(None), [0, 1]),
+    (slice(2, 5), [0, 1, 2]),
+    ([0, 1], slice(None), 1),
+    True,
+    False,
+    numpy.bool_(True),
+    numpy.int64(3),
+    numpy.array(3),
+    numpy.array([5, 1]),
+    numpy.arange(8) % 2 == 0,
 ]
 
 
@@ -51,7 +81,7 @@ def array_of(expected):
     return numpy.frombuffer(expected.data, numpy_dtype(expected.dtype)).reshape(expected.shape)
 
 
-@pytest.mark.parametrize("index", SLICES, ids=str)
+@pytest.mark.parametrize("index", SLICES + MORE_INDICES, ids=str)
 def test_slices_equal_those_of_numpy(model, index):
     path, tensors = model
     with dmaload.safe_open(path, framework="numpy") as file:
@@ -81,12 +111,26 @@ def test_slices_equal_those_of_safetensors(model):
 
 
 @pytest.mark.parametrize(
-    "index", [numpy.s_[8], numpy.s_[-9], numpy.s_[:, 5], numpy.s_[0, 0, 0, 0]]
+    "index",
+    [
+        numpy.s_[8],
+        numpy.s_[-9],
+        numpy.s_[:, 5],
+        numpy.s_[0, 0, 0, 0],
+        numpy.s_[::0],
+        numpy.s_["a":],
+        "a",
+        1.5,
+        [99],
+        numpy.s_[..., ...],
+        numpy.array([True, False]),
+    ],
+    ids=str,
 )
-def test_index_out_of_range_is_refused(model, index):
+def test_invalid_indices_are_refused(model, index):
     path, _ = model
     with dmaload.safe_open(path, framework="numpy") as file:
-        with pytest.raises((IndexError, dmaload.InvalidInputError)):
+        with pytest.raises((IndexError, dmaload.InvalidInputError), match='tensor "w"'):
             file.get_slice("w")[index]
 
 
@@ -117,13 +161,50 @@ def test_closed_file_cannot_be_read(model):
     path, _ = model
     file = dmaload.safe_open(path, framework="numpy")
     with file:
-        part = file.get_slice("w")
         kept = file.get_tensor("w")
     for use in (lambda: file.get_tensor("w"), file.keys, lambda: file.get_slice("w")):
         with pytest.raises((dmaload.Error, ValueError)):
             use()
-    del part
     assert kept.shape == (8, 5, 6), "tensors that were read must stay valid"
+
+
+def test_slice_can_be_used_after_the_file_was_closed(model):
+    path, tensors = model
+    before = len(os.listdir("/proc/self/fd"))
+    with safe_open(path, "np") as oracle, dmaload.safe_open(path, framework="numpy") as file:
+        other, own = oracle.get_slice("w"), file.get_slice("w")
+    del file
+    assert own[2:5].tobytes() == other[2:5].tobytes() == array_of(tensors["w"])[2:5].tobytes()
+    del other, oracle
+    assert len(os.listdir("/proc/self/fd")) > before
+    del own
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_replaced_file_is_still_read(model, tmp_path):
+    path, tensors = model
+    other = write(tmp_path / "other.safetensors", {"w": tensor("F32", (8, 5, 6), 9)})
+    with dmaload.safe_open(path, framework="numpy") as file:
+        part = file.get_slice("w")
+        os.replace(other, path)
+        assert file.get_tensor("w").tobytes() == part[:].tobytes() == tensors["w"].data
+        # This loads the file at the path.
+        with pytest.raises(dmaload.ChangedError, match="changed since it was opened"):
+            file.get_tensors()
+
+
+def test_file_that_was_written_to_is_refused(model):
+    path, tensors = model
+    with dmaload.safe_open(path, framework="numpy") as file:
+        part = file.get_slice("w")
+        # File systems record times in steps of up to 10 ms.
+        time.sleep(0.05)
+        with open(path, "r+b") as written:
+            written.seek(-1, os.SEEK_END)
+            written.write(b"x")
+        for use in (lambda: file.get_tensor("w"), lambda: part[:], file.get_tensors):
+            with pytest.raises(dmaload.ChangedError, match="changed since it was opened"):
+                use()
 
 
 def test_unknown_names_are_refused(model):
@@ -149,7 +230,11 @@ def read_from_storage():
 
 def test_slice_reads_only_its_bytes(disk):
     path, tensors = large(disk / "model.safetensors", 64)
-    whole = {"big": tensor("F32", (4096, 4096), 3), "after": tensor("F32", (512, 512), 4)}
+    whole = {
+        "big": tensor("F32", (4096, 4096), 3),
+        "after": tensor("F32", (512, 512), 4),
+        "experts": tensor("U8", (4, 1024, 4096), 5),
+    }
     big = write(disk / "big.safetensors", whole)
 
     def cost(use, path=big):
@@ -161,6 +246,8 @@ def test_slice_reads_only_its_bytes(disk):
     opened, file = cost(lambda: dmaload.safe_open(big, framework="numpy"))
     rows, found = cost(lambda: file.get_slice("big")[1000:1010])
     assert found.tobytes() == array_of(whole["big"])[1000:1010].tobytes()
+    expert, found = cost(lambda: file.get_slice("experts")[2, 10:20])
+    assert found.tobytes() == array_of(whole["experts"])[2, 10:20].tobytes()
     one, found = cost(lambda: file.get_tensor("after"))
     assert found.tobytes() == whole["after"].data
     everything, found = cost(lambda: file.get_tensor("big"))
@@ -169,6 +256,7 @@ def test_slice_reads_only_its_bytes(disk):
         pytest.skip(f"the kernel does not count reads on {disk}: {everything} bytes of 64 MiB")
     assert opened < 1 << 20, f"opening read {opened} bytes"
     assert rows < 1 << 20, f"{rows} bytes were read from storage for 160 KiB of rows"
+    assert expert < 1 << 20, f"{expert} bytes were read from storage for 40 KiB of an expert"
     assert 1 << 20 <= one < 3 << 20, f"{one} bytes were read from storage for a tensor of 1 MiB"
     many, _ = cost(lambda: dmaload.safe_open(path, framework="numpy").get_tensor("t32"), path)
     assert many < 4 << 20, f"{many} bytes were read from storage for 1 MiB of a 64 MiB file"
@@ -232,6 +320,24 @@ def test_folder_reads_like_a_file(tmp_path):
         for name, expected in tensors.items():
             assert file.get_slice(name).get_shape() == list(expected.shape)
             assert file.get_slice(name)[1:].tobytes() == file.get_tensor(name)[1:].tobytes()
+
+
+def test_module_can_replace_that_of_safetensors(model, tmp_path):
+    path, tensors = model
+    own = inspect.signature(dmaload.numpy.load_file).parameters
+    for name, parameter in inspect.signature(safetensors.numpy.load_file).parameters.items():
+        assert own[name].kind == parameter.kind
+    from dmaload.numpy import load, load_file, save, save_file
+
+    arrays = load_file(path, backend="pread")
+    copied = tmp_path / "copied.safetensors"
+    save_file(arrays, copied)
+    for found in (load_file(copied), load(save(arrays)), load(copied.read_bytes())):
+        assert {name: array.tobytes() for name, array in found.items()} == {
+            name: expected.data for name, expected in tensors.items()
+        }
+    with pytest.raises(ImportError, match="no_such"):
+        from dmaload.numpy import no_such  # noqa: F401
 
 
 def test_load_file_returns_writable_arrays(model):

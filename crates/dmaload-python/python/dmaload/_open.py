@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import weakref
-from types import EllipsisType
 from typing import Any, NamedTuple, TypeAlias
 
 from . import _native
@@ -14,13 +13,15 @@ from ._errors import (
     ChangedError,
     ClosedError,
     ConfigError,
+    Error,
     InvalidInputError,
     TensorNotFoundError,
 )
 from ._load import Path, load, wait
 from ._native import Tensor
 
-Index: TypeAlias = "int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]"
+# Also None, lists, masks, arrays and tensors, if the framework accepts them.
+Index: TypeAlias = Any
 
 # Tensors of up to this size, in bytes, are read through the page cache. This takes less time than
 # starting a load.
@@ -112,6 +113,41 @@ def _opened(path: str, format: str | None) -> tuple[list[dict[str, Any]], list[_
         raise
 
 
+class _Model:
+    """The open files of a model. They are closed when nothing refers to this object any more."""
+
+    def __init__(self, path: str, format: str | None, framework: str, device: Any) -> None:
+        self.path, self.framework, self.device = path, framework, device
+        self.headers, self.files = _opened(path, format)
+        self._finalizer = weakref.finalize(self, _close, self.files)
+
+    def changed(self, file: _File) -> ChangedError:
+        return ChangedError(
+            f"{file.path}: changed since it was opened",
+            filename=file.path,
+            hint="open it again when nothing writes to it",
+        )
+
+    def read(self, entry: _Entry, start: int, end: int, shape: tuple[int, ...]) -> Any:
+        """Reads these bytes of a file as an array or a torch tensor with this shape."""
+        file = self.files[entry.file]
+        described = (entry.name, entry.dtype, list(shape), start, end)
+        if end - start <= _SMALL_BYTES:
+            tensor = _native.read_small(file.path, file.descriptor, described)
+        else:
+            tensor = wait(_native.start_read(file.path, file.descriptor, described))
+        # Check this after the read, so that a change during the read is detected.
+        if _Identity.of(os.fstat(file.descriptor)) != file.identity:
+            raise self.changed(file)
+        return self.convert(tensor)
+
+    def convert(self, tensor: Tensor) -> Any:
+        if self.framework == "np":
+            return to_numpy(tensor)
+        made = to_torch(tensor)
+        return made if str(self.device) == "cpu" else moved(made, self.device)
+
+
 class safe_open:  # noqa: N801, the name that safetensors uses
     """Opens a model to read single tensors. Replaces ``safetensors.safe_open``.
 
@@ -121,9 +157,9 @@ class safe_open:  # noqa: N801, the name that safetensors uses
     - ``format``: ``safetensors`` or ``gguf``. By default, the format is detected.
 
     Opening reads only the headers. ``get_tensor`` reads only that tensor, and a slice reads only
-    the rows from the first to the last one that it selects. The files stay open, so these reads
-    still work after a file has been replaced. If a file has been written to, they raise
-    :class:`ChangedError`.
+    the rows from the first to the last one that it selects. The files stay open while this object
+    is open or one of its slices exists, so these reads still work after a file has been replaced.
+    If a file has been written to, they raise :class:`ChangedError`.
 
         with dmaload.safe_open("model.safetensors", framework="np") as model:
             for name in model.keys():
@@ -143,34 +179,33 @@ class safe_open:  # noqa: N801, the name that safetensors uses
         del backend
         if framework not in _FRAMEWORKS:
             raise ConfigError(f"unknown framework {framework!r}: use pt or numpy")
-        self._framework = _FRAMEWORKS[framework]
-        self._device = device
-        if self._framework == "np" and str(device) != "cpu":
+        if _FRAMEWORKS[framework] == "np" and str(device) != "cpu":
             raise ConfigError(f"NumPy does not support device {device!r}: its arrays are on the cpu")
         self._path, self._format = os.fsdecode(os.fspath(filename)), format
-        self._headers, self._files = _opened(self._path, format)
-        self._finalizer = weakref.finalize(self, _close, self._files)
+        model = _Model(self._path, format, _FRAMEWORKS[framework], device)
+        # None once this object is closed.
+        self._open: _Model | None = model
         self._entries = {
             name: _Entry(number, name, dtype, tuple(shape), *rest)
-            for number, header in enumerate(self._headers)
+            for number, header in enumerate(model.headers)
             for name, dtype, shape, *rest in header["tensors"]
         }
 
     def __enter__(self) -> safe_open:
-        self._check_open()
+        self._model()
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        self._finalizer()
+        self._open = None
 
     def keys(self) -> list[str]:
         """Returns the names of all tensors, sorted."""
-        self._check_open()
+        self._model()
         return sorted(self._entries)
 
     def offset_keys(self) -> list[str]:
         """Returns the names of all tensors, in file order."""
-        self._check_open()
+        self._model()
         return list(self._entries)
 
     def metadata(self) -> dict[str, Any] | None:
@@ -178,81 +213,58 @@ class safe_open:  # noqa: N801, the name that safetensors uses
 
         If several files have the same key, the value comes from the first of these files.
         """
-        self._check_open()
         merged: dict[str, Any] = {}
-        for header in reversed(self._headers):
+        for header in reversed(self._model().headers):
             merged.update(header["metadata"] or {})
         return merged or None
 
     def get_tensor(self, name: str) -> Any:
         """Reads the tensor with this name."""
-        entry = self._entry(name)
-        return self._convert(self._read(entry, entry.start, entry.end, entry.shape))
+        model, entry = self._model(), self._entry(name)
+        return model.read(entry, entry.start, entry.end, entry.shape)
 
     def get_tensors(self) -> dict[str, Any]:
         """Loads the whole model, and returns a dictionary of its tensors.
 
         Unlike the other methods, raises :class:`ChangedError` even if a file was only replaced.
         """
-        self._check_open()
+        model = self._model()
         with load(self._path, format=self._format) as image:
-            for file in self._files:
+            for file in model.files:
                 if not _is_same(file):
-                    raise self._changed(file)
-            return {name: self._convert(image[name]) for name in self._entries}
+                    raise model.changed(file)
+            return {name: model.convert(image[name]) for name in self._entries}
 
     def get_slice(self, name: str) -> SafeSlice:
-        """Returns an object that reads slices of this tensor when it is indexed with ``[...]``."""
-        return SafeSlice(self, self._entry(name))
+        """Returns an object that reads slices of this tensor when it is indexed with ``[...]``.
 
-    def _check_open(self) -> None:
-        if not self._finalizer.alive:
+        It can still be used after this object was closed.
+        """
+        return SafeSlice(self._model(), self._entry(name))
+
+    def _model(self) -> _Model:
+        if self._open is None:
             raise ClosedError(f"{self._path}: was closed", filename=self._path)
+        return self._open
 
     def _entry(self, name: str) -> _Entry:
-        self._check_open()
         try:
             return self._entries[name]
         except KeyError:
             raise TensorNotFoundError(f'no tensor named "{name}"', filename=self._path) from None
 
-    def _changed(self, file: _File) -> ChangedError:
-        return ChangedError(
-            f"{file.path}: changed since it was opened",
-            filename=file.path,
-            hint="open it again when nothing writes to it",
-        )
-
-    def _read(self, entry: _Entry, start: int, end: int, shape: tuple[int, ...]) -> Tensor:
-        """Reads these bytes of a file as a tensor with this shape."""
-        self._check_open()
-        file = self._files[entry.file]
-        described = (entry.name, entry.dtype, list(shape), start, end)
-        if end - start <= _SMALL_BYTES:
-            tensor = _native.read_small(file.path, file.descriptor, described)
-        else:
-            tensor = wait(_native.start_read(file.path, file.descriptor, described))
-        # Check this after the read, so that a change during the read is detected.
-        if _Identity.of(os.fstat(file.descriptor)) != file.identity:
-            raise self._changed(file)
-        return tensor
-
-    def _convert(self, tensor: Tensor) -> Any:
-        if self._framework == "np":
-            return to_numpy(tensor)
-        made = to_torch(tensor)
-        return made if str(self._device) == "cpu" else moved(made, self._device)
-
 
 class SafeSlice:
     """A tensor whose slices can be read. Created by :meth:`safe_open.get_slice`.
 
-    An index can consist of integers, slices with positive steps, and an ellipsis. Rows (along the
-    first dimension) are read from the first to the last selected one, always with all of their
-    elements. A tensor whose rows are not whole blocks is read entirely.
+    An index can be whatever the framework accepts. Only the selected part is read if the index
+    begins with integers, or with integers and a slice with a positive step: then the rows of that
+    dimension are read from the first to the last selected one, with all of their elements. Other
+    indices (``None``, lists, masks, arrays), and rows that are not whole blocks, require reading
+    the entire tensor.
     """
 
-    def __init__(self, model: safe_open, entry: _Entry) -> None:
+    def __init__(self, model: _Model, entry: _Entry) -> None:
         self._model = model
         self._entry = entry
 
@@ -265,67 +277,86 @@ class SafeSlice:
         return self._entry.dtype
 
     def __getitem__(self, index: Index) -> Any:
-        entry = self._entry
-        items = self._expanded(index)
-        shape, start, end = entry.shape, entry.start, entry.end
-        inner = math.prod(shape[1:])
-        if items and shape[0] and inner and inner % entry.block_elements == 0:
-            # Rows are whole blocks, so they can be read separately.
-            first = items[0]
-            if isinstance(first, int):
-                rows, items[0] = range(first, first + 1), 0
-            else:
-                rows = range(*first.indices(shape[0]))
-                items[0] = slice(None, None, rows.step)
-            low, high = (rows[0], rows[-1] + 1) if rows else (0, 0)
-            row_bytes = inner // entry.block_elements * entry.block_bytes
-            start, end = start + low * row_bytes, start + high * row_bytes
-            shape = (high - low, *shape[1:])
-        whole = self._model._convert(self._model._read(entry, start, end, shape))
-        if tuple(whole.shape) != shape:
-            # Elements were converted to bytes, so only whole rows can be selected.
-            rows = len(shape) - 1 if len(whole.shape) == len(shape) else 0
-            for item, length in zip(items[rows:], shape[rows:], strict=True):
-                if not isinstance(item, slice) or item.indices(length) != (0, length, 1):
-                    raise InvalidInputError(f'tensor "{entry.name}" of {entry.dtype} cannot be cut within its rows')
-            items = items[:rows]
-        cut = whole[tuple(items)]
-        if self._model._framework == "np":
+        entry, items = self._entry, list(index) if isinstance(index, tuple) else [index]
+        try:
+            shape, start, end, items = self._narrowed(items)
+            whole = self._model.read(entry, start, end, shape)
+            if tuple(whole.shape) != shape:
+                items = self._rows_only(items, shape, tuple(whole.shape))
+            cut = whole[items[0]] if len(items) == 1 else whole[tuple(items)]
+        except Error:
+            raise
+        except IndexError as error:
+            raise IndexError(f'tensor "{entry.name}": {error}') from None
+        except (TypeError, ValueError) as error:
+            raise InvalidInputError(f'tensor "{entry.name}": {error}') from None
+        if self._model.framework == "np":
             import numpy
 
             return numpy.asanyarray(cut, order="C")
         return with_type_of(whole, cut.contiguous())
 
-    def _expanded(self, index: Index) -> list[int | slice]:
-        """Expands an index to an integer or a slice for each dimension."""
-        shape, name = self._entry.shape, self._entry.name
-        given = list(index) if isinstance(index, tuple) else [index]
-        if sum(item is Ellipsis for item in given) > 1:
-            raise InvalidInputError(f'tensor "{name}": an index can have only one ellipsis')
-        if Ellipsis in given:
-            at = given.index(Ellipsis)
-            given[at : at + 1] = [slice(None)] * (len(shape) - len(given) + 1)
-        if len(given) > len(shape):
-            message = f'tensor "{name}": too many indices: {len(given)}; number of dimensions: {len(shape)}'
-            raise InvalidInputError(message)
-        given += [slice(None)] * (len(shape) - len(given))
-        items: list[int | slice] = []
-        for dimension, (item, length) in enumerate(zip(given, shape, strict=True)):
-            if isinstance(item, slice):
-                if item.step is not None and item.step < 1:
-                    message = f'tensor "{name}": the step of a slice must be positive, not {item.step}'
-                    raise InvalidInputError(message)
-                items.append(item)
-                continue
-            try:
-                position = item.__index__()  # type: ignore[union-attr]
-            except AttributeError:
-                message = f'tensor "{name}": an index can contain only integers, slices and an ellipsis, not {item!r}'
-                raise InvalidInputError(message) from None
-            if not -length <= position < length:
-                message = (
-                    f'tensor "{name}": index {position} is out of range: dimension {dimension} has length {length}'
-                )
-                raise IndexError(message)
-            items.append(position % length)
-        return items
+    def _narrowed(self, items: list[Any]) -> tuple[tuple[int, ...], int, int, list[Any]]:
+        """Returns the shape and byte range of the part to read, and the index into that part."""
+        entry, items = self._entry, list(items)
+        shape, start, end = list(entry.shape), entry.start, entry.end
+        for dimension in range(min(len(items), len(shape))):
+            item, length, inner = items[dimension], shape[dimension], math.prod(shape[dimension + 1 :])
+            if not length or not inner or inner % entry.block_elements:
+                break
+            position = _position(item)
+            if position is not None:
+                if not -length <= position < length:
+                    raise IndexError(f"index {position} is out of range: dimension {dimension} has length {length}")
+                rows, items[dimension] = range(position % length, position % length + 1), 0
+            elif isinstance(item, slice) and (item.step is None or item.step > 0):
+                rows = range(*item.indices(length))
+                items[dimension] = slice(None, None, rows.step)
+            else:
+                break
+            low, high = (rows[0], rows[-1] + 1) if rows else (0, 0)
+            row_bytes = inner // entry.block_elements * entry.block_bytes
+            start, end = start + low * row_bytes, start + high * row_bytes
+            shape[dimension] = high - low
+            if position is None:
+                # The rows are contiguous, but parts of them are not.
+                break
+        return tuple(shape), start, end, items
+
+    def _rows_only(self, items: list[Any], shape: tuple[int, ...], found: tuple[int, ...]) -> list[Any]:
+        """Returns the part of an index that selects whole rows.
+
+        Used if elements were converted to bytes. An index that selects parts of rows is an error.
+        """
+        name, dtype = self._entry.name, self._entry.dtype
+        kept = len(shape) - 1 if len(found) == len(shape) else 0
+        items = _expanded(items, len(shape))
+        if len(items) > len(shape):
+            raise InvalidInputError(f'tensor "{name}": too many indices: {len(items)}, for {len(shape)} dimensions')
+        are_rows = all(isinstance(item, slice) or _position(item) is not None for item in items[:kept])
+        for item, length in zip(items[kept:], shape[kept:], strict=True):
+            are_rows &= isinstance(item, slice) and item.indices(length) == (0, length, 1)
+        if not are_rows:
+            raise InvalidInputError(f'tensor "{name}" of {dtype} cannot be cut within its rows')
+        return items[:kept] or [slice(None)]
+
+
+def _position(item: Any) -> int | None:
+    """Returns an integer index, or ``None`` if the item is something else."""
+    is_mask = isinstance(item, bool) or str(getattr(item, "dtype", "")).endswith("bool")
+    if is_mask or tuple(getattr(item, "shape", ())) or not hasattr(item, "__index__"):
+        return None
+    try:
+        return int(item.__index__())
+    except TypeError:
+        # An array or a tensor that is not an integer.
+        return None
+
+
+def _expanded(items: list[Any], dimensions: int) -> list[Any]:
+    """Expands an ellipsis, and adds missing dimensions."""
+    places = [place for place, item in enumerate(items) if item is Ellipsis]
+    if len(places) == 1:
+        missing = dimensions - len(items) + 1
+        return [*items[: places[0]], *[slice(None)] * missing, *items[places[0] + 1 :]]
+    return [*items, *[slice(None)] * (dimensions - len(items))]

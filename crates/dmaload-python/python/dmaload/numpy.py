@@ -1,4 +1,8 @@
-"""Loads models as NumPy arrays. Replaces ``safetensors.numpy``."""
+"""Loads models as NumPy arrays. Replaces ``safetensors.numpy``.
+
+``save``, ``save_file``, and ``load``, which parses bytes, are those of ``safetensors.numpy``,
+which must be installed for them.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,11 @@ __all__ = ["load_file"]
 
 
 def load_file(
-    filename: Paths, *, progress: Progress | None = None, **options: Unpack[Options]
+    filename: Paths,
+    *,
+    backend: str | None = None,
+    progress: Progress | None = None,
+    **options: Unpack[Options],
 ) -> dict[str, numpy.ndarray[Any, Any]]:
     """Loads all tensors of a file, a folder or several files, and returns a dictionary of arrays.
 
@@ -23,7 +31,17 @@ def load_file(
     blocks become ``uint8``: the last dimension is in bytes, and the array's attribute
     ``ggml_type`` is the type of the blocks.
 
-    ``progress`` and ``options`` are those of :func:`dmaload.load`.
+    ``progress`` and ``options`` are those of :func:`dmaload.load`. ``backend`` is accepted for
+    compatibility, but ignored.
     """
+    del backend
     with _load.load(filename, progress=progress, **options) as image:
         return {name: tensor.numpy() for name, tensor in image.items()}
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("load", "save", "save_file"):
+        import safetensors.numpy
+
+        return getattr(safetensors.numpy, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

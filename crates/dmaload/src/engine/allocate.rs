@@ -199,10 +199,12 @@ impl Engine {
     ) -> Result<(Backing, Option<HeadroomPermit>)> {
         let refused = |error| self.refused(load, error);
         let (at, bytes) = (to_usize(allocation.range_offset), to_usize(allocation.memory_bytes));
-        let kept = self.reaper.reuse(bytes);
-        if let Some(backing) = kept.and_then(|kept| Backing::from_pool(*kept, &allocation.range, at, &self.reaper)) {
-            return Ok((backing, None));
-        }
+        let kept = self.reaper.reuse(bytes).map(|kept| Backing::from_pool(*kept, &allocation.range, at, &self.reaper));
+        let not_reused = match kept {
+            Some(Ok(backing)) => return Ok((backing, None)),
+            Some(Err(error)) => Some(error),
+            None => None,
+        };
         let taken = if self.facts.allocates_at_once { allocation.memory_bytes } else { allocation.batch.bytes };
         let grant = self.grant(taken)?;
         let memory = heap.call(load.heap(), |heap| heap.allocate(bytes))?.map_err(refused)?;
@@ -217,7 +219,10 @@ impl Engine {
             // never exported, and is closed before the access has ended. That is allowed.
             dma_buf.begin_cpu_access(Access::ReadWrite).map_err(refused)?;
         }
-        let mapping = allocation.range.map(&memory, at, bytes).map_err(refused)?;
+        let mapping = allocation.range.map(&memory, at, bytes).map_err(|error| {
+            // If the refused move made the addresses unusable, its error says why.
+            refused(not_reused.filter(|_| error.errno == Errno::EEXIST).unwrap_or(error))
+        })?;
         Ok((Backing::new(mapping, memory, self.reaper.clone()), Some(grant)))
     }
 

@@ -51,24 +51,29 @@ impl Backing {
         Backing { holding: Some(Holding::new(mapping, memory)), address, bytes, reused: false, lent: ViewCount::new(), reaper }
     }
 
-    /// Reuses a pooled allocation by moving its mapping to offset `at` in `range`. If the kernel
-    /// refuses the move, releases the allocation and returns `None`.
-    pub(crate) fn from_pool(holding: Holding, range: &Arc<AddressRange>, at: usize, reaper: &Reaper) -> Option<Self> {
+    /// Reuses a pooled allocation by moving its mapping to offset `at` in `range`.
+    ///
+    /// # Errors
+    /// The kernel's refusal of the move or of advice about it. The allocation is released. Memory
+    /// can usually be mapped at `at` instead: see [`Mapping::move_to`].
+    pub(crate) fn from_pool(holding: Holding, range: &Arc<AddressRange>, at: usize, reaper: &Reaper) -> Result<Self, dmabuf::Error> {
         holding.reusable.store(false, Ordering::Release);
         match holding.move_to(range, at) {
             // Devices may write to private memory only while forked processes can't inherit it.
-            Ok(holding) if holding.memory.is_private() && holding.mapping.forbid_fork().is_err() => {
-                reaper.release(holding);
-                None
-            }
             Ok(holding) => {
+                if holding.memory.is_private()
+                    && let Err(error) = holding.mapping.forbid_fork()
+                {
+                    reaper.release(holding);
+                    return Err(error);
+                }
                 let (address, bytes) = (holding.mapping.address(), holding.mapping.bytes());
                 let (lent, reaper) = (ViewCount::new(), reaper.clone());
-                Some(Backing { holding: Some(holding), address, bytes, reused: true, lent, reaper })
+                Ok(Backing { holding: Some(holding), address, bytes, reused: true, lent, reaper })
             }
-            Err(holding) => {
+            Err((holding, error)) => {
                 reaper.release(holding);
-                None
+                Err(error)
             }
         }
     }

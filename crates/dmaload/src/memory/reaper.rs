@@ -60,14 +60,14 @@ impl Holding {
     }
 
     /// Moves the mapping to offset `at` in `range`. If the kernel refuses, returns the unchanged
-    /// holding as the error.
-    pub(crate) fn move_to(self, range: &Arc<AddressRange>, at: usize) -> Result<Box<Self>, Box<Self>> {
+    /// holding and the error.
+    pub(crate) fn move_to(self, range: &Arc<AddressRange>, at: usize) -> Result<Box<Self>, (Box<Self>, dmabuf::Error)> {
         let Holding { mapping, memory, exported, reusable, next, charge } = self;
         match mapping.move_to(range, at) {
             Ok(mapping) => Ok(Box::new(Holding { mapping, memory, exported, reusable, next, charge })),
             Err(NotMoved { mapping, error }) => {
                 crate::support::foreign::emit(|| tracing::debug!(%error, "cannot reuse memory from the pool"));
-                Err(Box::new(Holding { mapping, memory, exported, reusable, next, charge }))
+                Err((Box::new(Holding { mapping, memory, exported, reusable, next, charge }), error))
             }
         }
     }
