@@ -109,7 +109,7 @@ impl DmaHeap {
     /// present and zeroed.
     ///
     /// **A request for more memory than the machine has invokes the OOM killer instead of
-    /// failing** (observed with the heap `system` on Linux 6.12). Check `MemAvailable` and the
+    /// failing** (observed with the `system` heap on Linux 6.12). Check `MemAvailable` and the
     /// memory cgroup first; this method does not.
     ///
     /// # Errors

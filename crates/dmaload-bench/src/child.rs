@@ -1,4 +1,4 @@
-//! The child process that measures one run ([`Load`]). When it receives the command `prepare`, the
+//! The child process that measures one run ([`Load`]). When it receives the `prepare` command, the
 //! process gets ready. On `go`, it performs the run and writes the result as a line of JSON.
 //! [`fill`] and [`hog`] are the child processes that create memory pressure.
 //!

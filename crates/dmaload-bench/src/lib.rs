@@ -76,7 +76,7 @@ use worker::Worker;
 /// What to measure, and how.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// The files to load. Several files form one load, except in the mode `at-once`.
+    /// The files to load. Several files form one load, except in the `at-once` mode.
     pub paths: Vec<PathBuf>,
     /// The file created for the bench, if any, which is one of `paths`. Child processes receive it
     /// as `--scratch`.

@@ -23,7 +23,7 @@ pub enum Mode {
     Mmap,
     /// `tokio::fs::read`.
     TokioFs,
-    /// The engine, restricted to the route `pread-direct`.
+    /// The engine, restricted to the `pread-direct` route.
     PreadDirect,
     /// Allocates all memory, and only then reads the files.
     NoOverlap,

@@ -25,7 +25,7 @@ pub fn run_children_by(program: Vec<OsString>) {
     let _ = PROGRAM.set(program);
 }
 
-/// Creates the command `dmaload bench-child`, to which the caller adds arguments.
+/// Creates the `dmaload bench-child` command, to which the caller adds arguments.
 pub(crate) fn command() -> Command {
     let mut command = match PROGRAM.get().and_then(|program| program.split_first()) {
         Some((executable, arguments)) => {

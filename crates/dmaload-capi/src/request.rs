@@ -79,7 +79,7 @@ pub(crate) fn heap_from_fd(fd: c_int, flags: u64) -> Result<Arc<dyn Heap>> {
     }
 }
 
-/// Opens the heap with this name; null means the heap `memfd`.
+/// Opens the heap with this name; null means the `memfd` heap.
 ///
 /// # Safety
 /// `name` is null, or a valid C string.
@@ -90,7 +90,7 @@ unsafe fn heap_named(name: *const c_char) -> Result<Arc<dyn Heap>> {
         // SAFETY: `name` is a valid C string, as the caller guarantees.
         let name = unsafe { CStr::from_ptr(name) }.to_string_lossy();
         match name.parse() {
-            // The header offers neither `auto` nor `anon`: segments on the heap `anon` have no
+            // The header offers neither `auto` nor `anon`: segments on the `anon` heap have no
             // descriptor.
             Err(_) | Ok(HeapChoice::Auto | HeapChoice::Anon) => {
                 return Err(Failure::invalid(format!("unknown heap {name:?}: use memfd, udmabuf, dma-heap:NAME or dma-buf")));

@@ -90,7 +90,7 @@ mod tests {
             ("at least a segment", LoaderBuilder::WINDOW_BYTES),
             ("at most 1 GiB", LoadOptions::SEGMENT_BYTES),
             ("a multiple of 64 KiB", LoadOptions::CHUNK_BYTES),
-            ("of the route bounce", LoaderBuilder::STAGING_BYTES),
+            ("of the bounce route", LoaderBuilder::STAGING_BYTES),
         ] {
             let default = format!("{option} [default: {}MiB", bytes >> 20);
             assert!(help.contains(&default), "{default:?} is not in {help}");

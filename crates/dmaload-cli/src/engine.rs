@@ -57,7 +57,7 @@ pub(crate) struct EngineArguments {
     /// Maximum number of reads in flight.
     #[arg(long, default_value_t = dmaload::LoaderBuilder::QUEUE_DEPTH, value_name = "READS")]
     pub(crate) queue_depth: usize,
-    /// Maximum memory for the staging buffers of the route bounce [default: 16MiB, plus 4MiB for
+    /// Maximum memory for the staging buffers of the bounce route [default: 16MiB, plus 4MiB for
     /// each copier thread after the first two].
     #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
     pub(crate) staging: Option<u64>,
@@ -86,7 +86,7 @@ pub(crate) struct EngineArguments {
 }
 
 /// Parses `--heap`. Rejects `dma-buf`, which the library accepts as the name of a heap, because
-/// the command has the flag `--dma-buf` for it.
+/// the command has the `--dma-buf` flag for it.
 pub(crate) fn heap_choice(name: &str) -> std::result::Result<HeapChoice, String> {
     match name.parse() {
         Err(_) | Ok(HeapChoice::DmaBuf) => {
@@ -202,7 +202,7 @@ pub(crate) fn heap(arguments: &EngineArguments) -> Result<(Arc<dyn Heap>, Option
         return choice.open(pages);
     }
     if !matches!(choice, HeapChoice::DmaBuf | HeapChoice::Udmabuf) {
-        return Err(Error::Config("--despite-udmabuf-bug requires the heap udmabuf".to_owned()));
+        return Err(Error::Config("--despite-udmabuf-bug requires the udmabuf heap".to_owned()));
     }
     Ok((Arc::new(UdmabufHeap::open_despite_bug(pages)?), None))
 }

@@ -1,4 +1,4 @@
-//! The command `dmaload`, which loads model files.
+//! The `dmaload` command, which loads model files.
 //!
 //! The program `dmaload` and `python -m dmaload` both call [`run`], which takes the command line's
 //! arguments and returns an exit status. Both are documented in docs/cli.md. This crate is not

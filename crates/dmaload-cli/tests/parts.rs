@@ -18,7 +18,7 @@ fn model(folder: &Path, name: &str, names: [&str; 3]) -> PathBuf {
     file(folder, name, &serialize(names.map(view), None).unwrap())
 }
 
-/// Returns the command `load`, without the variables that a launcher of these tests may have set.
+/// Returns the `load` command, without the variables that a launcher of these tests may have set.
 fn load() -> Command {
     let mut command = dmaload(["load", "--json"]);
     command.env_remove("RANK").env_remove("WORLD_SIZE");
@@ -201,7 +201,7 @@ fn layout_tensors_cuts_between_tensors() {
     assert_eq!(json["copied_bytes"], 3_000_000);
     assert!(json["segments"].as_array().unwrap().iter().all(|segment| segment["memory_offset"].as_u64().unwrap() % 4096 == 0));
     run(load().args(["--layout", "tensors", "--align", "4KiB", "--no-copy"]).arg(&path)).fails(1, &["copying is not allowed"]);
-    run(load().args(["--align", "4KiB"]).arg(&path)).fails(2, &["the layout tensors"]);
+    run(load().args(["--align", "4KiB"]).arg(&path)).fails(2, &["the tensors layout"]);
     let raw = random_file(folder.path(), "raw.bin", 3 << 20);
     run(load().args(arguments).arg(&raw)).succeeds();
 }

@@ -184,8 +184,8 @@ impl<T> Drop for Owned<T> {
 }
 
 /// Resets the state in a child that Python has forked, before the child runs other code.
-/// [`Process::current`] compares process ids too, but a child in another PID namespace can have
-/// its parent's id.
+/// [`Process::current`] also compares process ids, but that is not enough: a child in another PID
+/// namespace can have its parent's id.
 #[pyfunction]
 pub(crate) fn after_fork_in_child() {
     CURRENT.store(ptr::null_mut(), Ordering::Release);

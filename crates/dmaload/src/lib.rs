@@ -39,7 +39,7 @@
 //! | get dma-bufs | [`LoaderBuilder::dma_buf`], [`Segment::hand_out_dma_buf`] |
 //! | allocate from your own heap | [`heap`] |
 //! | share loaded memory with other processes | [`share`] |
-//! | verify checksums while bytes are read | the module `verify` (feature `verify`) |
+//! | verify checksums while bytes are read | the `verify` module (feature `verify`) |
 //! | decide what to do about an error | [`Error::kind`] |
 //! | see how a load went, and every fallback to a lower [`Route`] | [`Report`] |
 //! | export metrics | [`Loader::metrics`] |

@@ -34,7 +34,7 @@ async fn file_of_any_size_loads_by_every_route_and_layout() {
                 let image = loader.load(&path).options(options).await.unwrap_or_else(|error| panic!("{what}: {error}"));
                 assert_same(&image.files()[0].bytes().unwrap(), &bytes, &what);
                 assert_eq!(image.report().route, route, "{what}");
-                // If a file has no tensors, the layout `Tensors` divides it like `Segmented`.
+                // If a file has no tensors, the `Tensors` layout divides it like `Segmented`.
                 let expected = if layout == Layout::Single { 1 } else { len.div_ceil(SEGMENT) };
                 assert_eq!(image.segments().len(), expected, "{what}");
                 let sum: usize = image.segments().iter().map(dmaload::Segment::len).sum();

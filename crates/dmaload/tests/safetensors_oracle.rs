@@ -101,7 +101,7 @@ fn compare(file: &[u8]) -> Result<Verdict, TestCaseError> {
             if SafeTensors::deserialize(file).is_err() {
                 return Ok(Verdict::BothRefuse);
             }
-            prop_assert!(stricter_on_purpose(&error), "only the parser refuses this file: {error:?}");
+            prop_assert!(stricter_on_purpose(&error), "only our parser refuses this file: {error:?}");
             Ok(Verdict::OnlyWeRefuse)
         }
     }
@@ -164,7 +164,7 @@ fn serialized(tensors: &BTreeMap<String, Tensor>, metadata: Option<BTreeMap<Stri
     serialize(views, metadata.map(HashMap::from_iter)).expect("valid by construction")
 }
 
-/// How a hand-built header differs from what the crate writes.
+/// How a hand-built header differs from what the `safetensors` crate writes.
 #[derive(Debug, Clone)]
 struct Style {
     /// Determines the order of the tensors' data.

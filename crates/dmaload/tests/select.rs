@@ -1,5 +1,5 @@
 //! Tests loads of selected tensors, of ranges and shards, of multi-file models, and of models
-//! inside other files. Some of these loads use the layout `tensors` or an importer's limits. The
+//! inside other files. Some of these loads use the `tensors` layout or an importer's limits. The
 //! results are compared with what the `safetensors` crate reads, or with the file itself.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(unsafe_code, reason = "reads the memory past the end of a tensor")]

@@ -20,7 +20,7 @@ static LOADER: OnceLock<Loader> = OnceLock::new();
 /// Loads whose progress the subscriber queries, and which it drops one by one.
 static SPARE: Mutex<Vec<Load>> = Mutex::new(Vec::new());
 static PANICS: AtomicBool = AtomicBool::new(false);
-/// How often each thread has called the subscriber.
+/// How many times each thread has called the subscriber.
 static THREADS: Mutex<BTreeMap<String, usize>> = Mutex::new(BTreeMap::new());
 static CALLS: AtomicU64 = AtomicU64::new(0);
 /// Whether the loader's metrics contradicted each other. The test checks this at its end, because

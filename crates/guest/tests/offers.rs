@@ -223,7 +223,7 @@ fn udmabufs_need_memfds_without_write_seals() {
     fcntl_add_seals(memory.as_fd(), SealFlags::SHRINK).unwrap();
     let _dma_buf = create_udmabuf(&memory, MIB).unwrap();
     let add_seal = |seal| fcntl_add_seals(memory.as_fd(), seal).map_err(io::Error::from);
-    assert_known("F_SEAL_WRITE on a memfd that has become a udmabuf", &describe(add_seal(SealFlags::WRITE)), "EBUSY");
+    assert_known("F_SEAL_WRITE on a memfd that backs a udmabuf", &describe(add_seal(SealFlags::WRITE)), "EBUSY");
     assert_known("F_SEAL_FUTURE_WRITE on such a memfd", &describe(add_seal(SealFlags::FUTURE_WRITE)), "ok");
 }
 

@@ -200,7 +200,7 @@ fn heap<'a>(facts: &'a Facts, name: &str) -> Option<&'a HeapTrial> {
     facts.trial.heap(name)
 }
 
-/// Returns advice on a device that exists but can't be opened, unless the heap udmabuf works.
+/// Returns advice on a device that exists but can't be opened, unless the `udmabuf` heap works.
 fn permission(facts: &Facts) -> Option<Advice> {
     if heap(facts, "udmabuf").is_some_and(|heap| heap.outcome.is_ok()) {
         return None;

@@ -151,8 +151,8 @@ pub(crate) fn memlock_suffices(facts: &Facts) -> bool {
     allowed && facts.io_uring.registrable_bytes >= wanted.min(probe::PIECE_BYTES_MAX)
 }
 
-/// Returns why direct reads of the given file or, if no file is given, of the trial file are
-/// refused.
+/// Returns why direct reads are refused, for the given file or, if there is none, for the trial
+/// file.
 pub(crate) fn direct_refused(facts: &Facts) -> Option<Errno> {
     if let Some(file) = path_file(facts) {
         return file.direct_refused();

@@ -119,7 +119,7 @@ impl Settings {
         let alignment = load.importer.alignment_bytes;
         if !alignment.is_power_of_two() || alignment > LARGEST_SEGMENT_BYTES || alignment > 1 && load.layout != Layout::Tensors {
             return wrong(format!(
-                "an alignment of {alignment} bytes is invalid: it must be a power of two up to 1 GiB, and needs the layout tensors"
+                "an alignment of {alignment} bytes is invalid: it must be a power of two up to 1 GiB, and needs the tensors layout"
             ));
         }
         let partial = load.select.is_partial() || load.layout == Layout::Tensors;

@@ -517,8 +517,8 @@ mod tests {
         assert!(measured.staged_bytes_per_second > 1.5 * measured.direct_bytes_per_second, "{measured:?}");
     }
 
-    /// The rest of such a phase may be nearly full as well, so its end says nothing about the
-    /// rate.
+    /// The rest of a half-full phase may be nearly full as well, so the time at which the phase
+    /// ends says nothing about the rate.
     #[test]
     fn half_full_phase_is_timed_as_a_whole() {
         let mut choices = Choices::new(Pages::Small);

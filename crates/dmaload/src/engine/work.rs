@@ -132,7 +132,7 @@ impl Engine {
             // driver has returned all of its pieces, so it is filled and nothing else writes to
             // it. Nothing else reads it either. It has no segments yet, because `is_ready` is
             // false until `record_finished_memory`. `check` reads only small files from memory,
-            // and the layout `tensors`, the only one that moves bytes, has none.
+            // and the `tensors` layout, the only one that moves bytes, has none.
             unsafe { backing.move_down(slot) };
         }
         let export = |memory: &Memory| {

@@ -134,7 +134,7 @@ fn memory_hint(heap: &str, refusal: &HeapError) -> Option<&'static str> {
             "no memory is free: check the limit of this process's memory cgroup (memory.max), and the machine's free memory"
         }
         Errno::EPERM | Errno::EACCES | Errno::ENOSYS if refusal.operation.contains("memfd") => {
-            "memfds are refused here, for example by a container's seccomp profile: the anon heap does not need them"
+            "memfds are refused here, for example by a container's seccomp profile: use the anon heap, which does not need them"
         }
         Errno::EFBIG => "the file size limit also applies to memfds: raise it (ulimit -f), or use the anon heap",
         Errno::EOPNOTSUPP => {

@@ -56,7 +56,12 @@ impl Backing {
     /// # Errors
     /// The kernel's refusal of the move or of advice about it. The allocation is released. Memory
     /// can usually be mapped at `at` instead: see [`Mapping::move_to`].
-    pub(crate) fn from_pool(holding: Holding, range: &Arc<AddressRange>, at: usize, reaper: &Reaper) -> Result<Self, dmabuf::Error> {
+    pub(crate) fn from_pool(
+        holding: Holding,
+        range: &Arc<AddressRange>,
+        at: usize,
+        reaper: &Reaper,
+    ) -> Result<Self, dmabuf::Error> {
         holding.reusable.store(false, Ordering::Release);
         match holding.move_to(range, at) {
             // Devices may write to private memory only while forked processes can't inherit it.

@@ -62,13 +62,13 @@ pub(crate) enum Permitted {
 /// gets three quarters of the window.
 const HELD_TO_FREE_MAX: u64 = 3;
 
-/// If fewer permits than this fit, nothing is reserved for other file systems: reserving one of
-/// two would halve the speed.
+/// If the window has room for fewer permits than this, nothing is reserved for other file systems:
+/// reserving one of two would halve the speed.
 const FEW: u64 = 4;
 
-/// If fewer permits than this fit, a load leaves none for other loads from its file system. Of
-/// eight permits, a file system gets six, so leaving one free would cost a sixth of the speed. Of
-/// sixteen permits, it gets twelve, so leaving one free costs only a twelfth.
+/// If the window has room for fewer permits than this, a load leaves none for other loads from its
+/// file system. Of eight permits, a file system gets six, so leaving one free would cost a sixth
+/// of the speed. Of sixteen permits, it gets twelve, so leaving one free costs only a twelfth.
 const MANY: u64 = 16;
 
 /// How much a load and its file system already hold.

@@ -277,7 +277,7 @@ impl LoadOptions {
     }
 
     /// Sets the expected contents of the files: a manifest, or the checksum of a single file. Both
-    /// are in the module `verify`, which requires the feature of the same name. A load of files
+    /// are in the `verify` module, which requires the feature of the same name. A load of files
     /// with different contents fails with [`crate::Error::Corrupt`], [`crate::Error::WrongLength`]
     /// or [`crate::Error::NotInManifest`]. With a manifest, every segment is verified before it is
     /// delivered to the caller. With a single checksum, all segments of the file except the last

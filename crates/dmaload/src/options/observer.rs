@@ -69,7 +69,7 @@ impl<T: Into<String>> From<T> for Rejection {
 }
 
 /// Knows the expected contents of a load's files; see [`crate::LoadOptions::verify`]. Implemented
-/// by manifests and checksums in the module `verify` (feature `verify`).
+/// by manifests and checksums in the `verify` module (feature `verify`).
 ///
 /// Called on one of the loader's threads while the load is being planned. A panic fails the load
 /// with [`crate::Error::Panicked`]; other loads are not affected.

@@ -235,7 +235,7 @@ struct Ring {
     uncached: Uncached,
 }
 
-/// Tracks which reads have the flag `RWF_DONTCACHE`, and which file systems refuse it. With this
+/// Tracks which reads have the `RWF_DONTCACHE` flag, and which file systems refuse it. With this
 /// flag (Linux 6.14 or later), a read through the page cache leaves nothing in the cache.
 #[derive(Debug, Default)]
 struct Uncached {

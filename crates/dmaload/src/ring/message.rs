@@ -44,8 +44,8 @@ pub(crate) struct FileSpec<F> {
 
 impl<F> FileSpec<F> {
     /// Whether reads through the file's current route can fill unpopulated memory. They can if
-    /// threads write the bytes, either as copies from staging or as reads, because a thread
-    /// populates memory as it writes to it. Devices and rings can't populate memory.
+    /// threads write the bytes (by copying them from staging, or by reading into the memory
+    /// itself), because a thread populates memory as it writes to it. Devices and rings can't.
     pub(crate) fn fills_unpopulated(&self) -> bool {
         self.route >= Route::Bounce || self.route == Route::PreadDirect && self.in_memory
     }

@@ -3,7 +3,7 @@
 /// Returns the choice with this name.
 ///
 /// # Errors
-/// A list of the valid names.
+/// A message that lists the valid names, if `name` is not one of them.
 pub(crate) fn parse<T: Copy>(name: &str, kind: &str, choices: &[T], name_of: impl Fn(T) -> &'static str) -> Result<T, String> {
     choices.iter().copied().find(|&choice| name_of(choice) == name).ok_or_else(|| {
         let names: Vec<_> = choices.iter().map(|&choice| name_of(choice)).collect();

@@ -26,7 +26,7 @@ pub struct Metrics {
     pub retried_reads: u64,
     /// Reads in flight now, at most [`crate::LoaderBuilder::queue_depth`].
     pub reads_in_flight: u64,
-    /// The maximum number of reads in flight.
+    /// How many reads may be in flight at once.
     pub queue_depth: u64,
     /// Bytes of memory that segments and the pool occupy now ([`crate::Loader::memory_bytes`]).
     pub memory_bytes: u64,

@@ -38,7 +38,7 @@ impl Chunks {
         Ok(())
     }
 
-    /// Returns the number and checksum of the file's last chunk if it is shorter than the others.
+    /// Returns the index and checksum of the file's last chunk if it is shorter than the others.
     pub(super) fn finish(&mut self) -> Option<(u64, Digest)> {
         let number = self.seen_bytes / self.chunk_bytes;
         (!self.seen_bytes.is_multiple_of(self.chunk_bytes)).then(|| (number, self.take()))

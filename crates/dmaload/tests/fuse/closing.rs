@@ -10,7 +10,7 @@ use crate::common::ROUTES;
 use crate::file_system::{Manners, Mounted};
 use crate::{BYTES, SEGMENT, loader, options};
 
-/// Closing a file can block for as long as its server does not answer.
+/// Closing a file can block until its server answers, which may be never.
 #[tokio::test]
 async fn caller_threads_never_close_files() {
     let Some(mounted) = Mounted::new(Manners::AnswersShort(BYTES)) else { return };

@@ -188,7 +188,7 @@ async fn silent_loads_do_not_keep_all_open_load_places() {
     let loader = loader().max_open_loads(20).shutdown_timeout(Duration::from_millis(300)).build().unwrap();
     let silent: Vec<_> = (0..20).map(|_| loader.load(&server.path).start()).collect();
     let ended = tokio::time::timeout(Duration::from_secs(40), loader.load(&plain)).await;
-    let image = ended.expect("loads from a silent server should not count as open").unwrap();
+    let image = ended.expect("loads from a silent server should not count towards the limit on open loads").unwrap();
     assert_same(&image.files()[0].bytes().unwrap(), &bytes, "a load next to silent loads");
     // Dropped loads with reads in flight do not count as open, either.
     drop(silent);

@@ -140,8 +140,8 @@ fn hostile_clients_do_not_stall_other_users() {
             // Once the hostile clients have closed their connections, the server closes all of its
             // descriptors for them, and serves their user if that user may attach.
             for client in kept {
-                // The threads of slow readers hold clones of their connections, so dropping
-                // `client` would not close them.
+                // If this client is a slow reader, its thread holds a clone of the connection, so
+                // dropping `client` would not close it.
                 let _ = shutdown(&client, Shutdown::Both);
             }
             let deadline = Instant::now() + Duration::from_secs(10);

@@ -22,7 +22,7 @@ pub use dmaload_testing::assert_same;
 
 pub const MIB: usize = 1 << 20;
 /// The length of a large file in bytes. It exceeds the default size limit of a udmabuf (64 MiB
-/// before Linux 7.3), it is more than twice the window of 32 MiB that the suite `dma_bufs` uses,
+/// before Linux 7.3), it is more than twice the window of 32 MiB that the `dma_bufs` suite uses,
 /// and it is not a multiple of the block size or the page size.
 pub const LARGE: usize = 72 * MIB + 777;
 

@@ -4,7 +4,7 @@
 //! again, so the captured bytes are those that the driver sees in its mapping of the dma-buf.
 //! **vgem** imports the dma-buf through PRIME, as a GPU driver does.
 //!
-//! The module `every` runs on all kernels with importers. In addition, `small` runs on kernels
+//! The `every` module runs on all kernels with importers. In addition, `small` runs on kernels
 //! whose importers see wrong bytes on huge pages, and `huge` runs on the other kernels (see
 //! `src/suites.rs`).
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]

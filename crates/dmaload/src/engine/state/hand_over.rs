@@ -47,7 +47,7 @@ impl AsRef<[u8]> for WholeFile {
     fn as_ref(&self) -> &[u8] {
         // SAFETY: `LoadShared::whole_file` creates this only for small files whose pieces have all
         // been returned by the driver, so their memory is filled. The memory is handed over only
-        // after this file's check, and nothing writes to it before that: only the layout `tensors`
+        // after this file's check, and nothing writes to it before that: only the `tensors` layout
         // moves bytes within filled memory, and it has no small files.
         unsafe { self.backing.filled(self.range.clone()) }
     }

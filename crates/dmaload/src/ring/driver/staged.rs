@@ -1,4 +1,4 @@
-//! Staged reads: reads into staging, followed by copies into the piece. The route `bounce` always
+//! Staged reads: reads into staging, followed by copies into the piece. The `bounce` route always
 //! uses staging. `uring-buffered` and `buffered` use it if the load's bytes are observed in
 //! staging. `uring-buffered` also uses it if the memory is not populated.
 

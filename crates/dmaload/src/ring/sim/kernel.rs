@@ -413,7 +413,7 @@ impl Kernel for SimKernel {
     }
 
     fn set_copiers(&mut self, _: usize) {
-        // Ignored, because the field `copiers` determines how many copies run at once.
+        // Ignored, because the `copiers` field determines how many copies run at once.
     }
 
     unsafe fn read_cached(&mut self, file: &SimFile, read: CachedRead) {

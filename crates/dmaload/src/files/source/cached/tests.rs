@@ -185,7 +185,7 @@ fn checking_the_cache_starts_no_readahead() {
     });
 }
 
-/// Requesting the descriptor for the route `buffered` turns readahead on. From then on, cached
+/// Requesting the descriptor for the `buffered` route turns readahead on. From then on, cached
 /// pages may come from the load's own readahead, so no chunk is reported as cached.
 #[test]
 fn file_with_readahead_is_not_copied_from_the_cache() {
