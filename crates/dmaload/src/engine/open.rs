@@ -493,7 +493,10 @@ fn starting_route(load: &LoadShared) -> Result<Route> {
     }
     if options.strict {
         let why = "is uncached, so bytes must be read into staging buffers to be observed";
-        return Err(Error::Config(format!("the heap {} {why}: with this heap, a strict load must request the bounce route", load.heap())));
+        return Err(Error::Config(format!(
+            "the heap {} {why}: with this heap, a strict load must request the bounce route",
+            load.heap()
+        )));
     }
     foreign::emit(|| {
         tracing::info!(
