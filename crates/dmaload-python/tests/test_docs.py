@@ -1,4 +1,4 @@
-"""Runs the Python snippets in docs/python.md, and compares their output with their comments."""
+"""Runs the Python snippets in the documentation, and compares their output with their comments."""
 
 import re
 import subprocess
@@ -11,14 +11,16 @@ from files import Expected, large, sharded, tensor, write
 from test_models import write_gguf
 
 PAGE = REPOSITORY / "docs/python.md"
+PAGES = [PAGE, REPOSITORY / "docs/adopt.md"]
 FENCE = re.compile(r"^```(\w[^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def snippets(kind):
-    """Returns the page's snippets of this kind, identified by their line numbers."""
-    text = PAGE.read_text()
+    """Returns the snippets of this kind, identified by their pages and line numbers."""
     return [
-        pytest.param(found.group(2), id=f"line {text[: found.start()].count(chr(10)) + 1}")
+        pytest.param(found.group(2), id=f"{page.name}:{text[: found.start()].count(chr(10)) + 1}")
+        for page in PAGES
+        for text in [page.read_text()]
         for found in FENCE.finditer(text)
         if found.group(1) == kind
     ]
@@ -74,7 +76,7 @@ def test_snippets_print_their_comments(text, place, programs):
 
 def test_page_has_snippets_with_expected_output():
     assert len(PYTHON) >= 10
-    assert len(TORCH) >= 1
+    assert len(TORCH) >= 2
     assert sum(len(prints(each.values[0])) for each in PYTHON) >= 10
 
 
