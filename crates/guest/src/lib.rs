@@ -66,7 +66,7 @@ pub const fn line_has_udmabuf_bug(line: Line) -> bool {
 ///
 /// # Panics
 ///
-/// Panics outside a guest, where [`KERNEL`] is not set.
+/// Panics if called outside a guest, where [`KERNEL`] is not set.
 #[must_use]
 pub fn kernel_id() -> String {
     env::var(KERNEL).unwrap_or_else(|_| {
@@ -132,7 +132,7 @@ pub fn has_bad_disks() -> bool {
 ///
 /// # Panics
 ///
-/// Panics outside a guest, if `table` or a cell contains `|` or a line break, or if the row cannot
+/// Panics if called outside a guest, if `table` or a cell contains `|` or a line break, or if the row cannot
 /// be written.
 #[track_caller]
 pub fn record_row(table: &str, cells: &[&str]) {

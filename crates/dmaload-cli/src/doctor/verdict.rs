@@ -1,4 +1,4 @@
-//! Derives from the facts what a load would do.
+//! Works out what a load would do, given the facts.
 
 use dmaload::{Attempt, Errno, LoadOptions, LoaderBuilder, Route, Way, probe};
 use dmaload_text::bytes;
@@ -60,7 +60,9 @@ fn on_heap(facts: &Facts, heap: &str) -> Result<Expected, String> {
     let tried = facts.trial.heap(heap).ok_or_else(|| format!("{heap} was not tried"))?;
     let loaded = tried.outcome.as_ref().map_err(|reason| match reason.contains("EMFILE") {
         // The trial file and other open files use descriptors that a load does not need.
-        true => format!("{UNKNOWN}: its own trial needs more open files than the limit (ulimit -n) allows: {heap}: {reason}"),
+        true => {
+            format!("{UNKNOWN}: the trial of `doctor` needs more open files than the limit (ulimit -n) allows: {heap}: {reason}")
+        }
         false => format!("{heap}: {reason}"),
     })?;
     let segment_bytes = path_file(facts).map_or(SEGMENT_BYTES, |file| file.bytes.min(SEGMENT_BYTES));
@@ -97,7 +99,8 @@ fn expected(facts: &Facts, loaded: &Loaded) -> Expected {
         because = Some(format!("{attempt} is never tried: {}", attempt.hint(errno).unwrap_or_default()));
     } else if path_file(facts).is_some_and(|file| file.in_memory) && route <= Route::PreadDirect {
         route = Route::PreadDirect;
-        because = Some("direct reads of a file in memory are copies, and several threads copy faster than one ring".to_owned());
+        because =
+            Some("the file is in memory, so a direct read is a copy, and several threads copy faster than one ring".to_owned());
     } else if route == Route::UringFixedDirect && !memlock_suffices(facts) {
         route = Route::UringDirect;
         because = Some("the locked memory limit is too low for uring-fixed-direct".to_owned());

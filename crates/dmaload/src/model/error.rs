@@ -453,7 +453,7 @@ impl ModelError {
                 "convert it to little-endian with gguf-convert-endian from the Python package gguf"
             }
             ModelError::GgufVersion { found: 0 | 1 } => {
-                "the file is too old: convert it with the tools of llama.cpp, or load it as raw bytes (format `raw`)"
+                "the file is too old: convert it with llama.cpp's tools, or load it as raw bytes (format `raw`)"
             }
             ModelError::GgufVersion { .. } => NEWER,
             ModelError::HeaderTooLarge { .. } | ModelError::GgufHeaderTooLarge { .. } => {

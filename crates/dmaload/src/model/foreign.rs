@@ -93,7 +93,7 @@ impl ForeignFile {
             ForeignFile::BigEndianSafetensors => {
                 "it was written on a big-endian machine, which violates the format: write it again on a little-endian one"
             }
-            ForeignFile::LegacyGgml => "convert it to GGUF with the tools of llama.cpp",
+            ForeignFile::LegacyGgml => "convert it to GGUF with llama.cpp's tools",
             ForeignFile::Archive { .. } => "unpack it first",
             ForeignFile::OtherFormat { .. } => "convert it to safetensors",
         }

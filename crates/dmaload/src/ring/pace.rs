@@ -44,9 +44,9 @@ pub(crate) const MOST_READERS: usize = 32;
 /// first such trial, and doubles after each further one.
 const REST_EPOCHS_MAX: u32 = 16;
 
-/// Number of jobs after a pause that are not measured. While the window fills, jobs run as fast as
-/// memory can be allocated, however slow the device is. A load's share of the default
-/// window of 128 MiB holds six batches of 16 MiB, and this number is one less.
+/// Number of jobs that are not measured after a pause. While the window fills, jobs run as fast as
+/// memory can be allocated, however slow the device is. A load's share of the default 128 MiB
+/// window (96 MiB) holds six batches of 16 MiB; all but the last are left out.
 const FILLING_JOBS: usize = 5;
 
 /// Maximum number of threads that copy on a machine with `cores` processors.

@@ -29,7 +29,7 @@ use crate::telemetry::metrics::ReadCounters;
 pub(crate) struct RingLimits {
     /// Maximum number of reads, copies and observations in flight.
     pub(crate) depth: usize,
-    /// The initial size of staging.
+    /// The initial amount of staging memory.
     pub(crate) staging: StagingBudget,
     pub(crate) copiers: Pace,
     /// Whether the amount of staging memory grows with the number of copiers.
