@@ -39,8 +39,8 @@ pub(crate) struct EngineArguments {
     /// files.
     #[arg(long)]
     pub(crate) no_pack: bool,
-    /// The size of a segment: a multiple of 2 MiB, at most 1 GiB [default: 64MiB; smaller or larger
-    /// if a limit on the heap, memory or open files requires it].
+    /// The size of a segment: a multiple of 2 MiB, at most 1 GiB [default: 64MiB; smaller or
+    /// larger if a limit on the heap, memory or open files requires it].
     #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
     pub(crate) segment_size: Option<u64>,
     /// Maximum memory that is allocated but not yet filled: at least a segment [default: 128MiB].

@@ -132,8 +132,8 @@ pub fn has_bad_disks() -> bool {
 ///
 /// # Panics
 ///
-/// Panics if called outside a guest, if `table` or a cell contains `|` or a line break, or if the row cannot
-/// be written.
+/// Panics if called outside a guest, if `table` or a cell contains `|` or a line break, or if the
+/// row cannot be written.
 #[track_caller]
 pub fn record_row(table: &str, cells: &[&str]) {
     let path = env::var(ROWS).unwrap_or_else(|_| panic!("{ROWS} is not set: rows can be recorded only in a guest"));
