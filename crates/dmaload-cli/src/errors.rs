@@ -21,11 +21,12 @@ pub(crate) fn describe(error: &anyhow::Error) -> String {
 }
 
 /// Functions and options that the library's errors mention, and the corresponding flags.
-const FUNCTIONS: [(&str, &str); 4] = [
+const FUNCTIONS: [(&str, &str); 5] = [
     ("ServerOptions::allow_user", "--allow-user"),
     ("AttachOptions::trust_user", "--trust-user"),
     ("UdmabufHeap::open_despite_bug", "--despite-udmabuf-bug"),
     ("pages: a dma-heap", "--pages: a dma-heap"),
+    ("the tensors layout", "--layout tensors"),
 ];
 
 /// Replaces functions with flags: `f(7)` becomes `--f 7`, and `f` becomes `--f`.

@@ -201,7 +201,7 @@ fn layout_tensors_cuts_between_tensors() {
     assert_eq!(json["copied_bytes"], 3_000_000);
     assert!(json["segments"].as_array().unwrap().iter().all(|segment| segment["memory_offset"].as_u64().unwrap() % 4096 == 0));
     run(load().args(["--layout", "tensors", "--align", "4KiB", "--no-copy"]).arg(&path)).fails(1, &["copying is not allowed"]);
-    run(load().args(["--align", "4KiB"]).arg(&path)).fails(2, &["the tensors layout"]);
+    run(load().args(["--align", "4KiB"]).arg(&path)).fails(2, &["4096 bytes requires --layout tensors"]);
     let raw = random_file(folder.path(), "raw.bin", 3 << 20);
     run(load().args(arguments).arg(&raw)).succeeds();
 }

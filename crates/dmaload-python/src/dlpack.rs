@@ -139,7 +139,7 @@ pub(crate) fn export(
                 );
                 return Err(Failure::export(message).into());
             }
-            (known, Elements::of(dtype, shape))
+            (known, Elements::new(dtype, shape))
         }
         None => (DataType { code: 1, bits: 8, lanes: 1 }, Elements::as_bytes(dtype, shape)),
     };

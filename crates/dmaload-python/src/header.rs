@@ -21,7 +21,7 @@ use crate::tensor::{Part, Tensor};
 pub(crate) fn read_header(py: Python<'_>, path: PathBuf, format: Option<String>) -> PyResult<Loading> {
     guarded(py, || {
         let format = format.map_or(Ok(Format::Auto), |name| name.parse()).map_err(Failure::config)?;
-        Ok::<_, Raised>(Loading::of(Box::pin(headers(path, format))))
+        Ok::<_, Raised>(Loading::from_work(Box::pin(headers(path, format))))
     })
 }
 
@@ -99,7 +99,7 @@ pub(crate) fn start_read(py: Python<'_>, path: PathBuf, fd: i32, described: Desc
             Ok::<_, Failure>(loader.load(Source::file(file)).options(options).start())
         })?;
         let part = move |file| Part { name, dtype, shape, file, range: start..end };
-        Ok::<_, Raised>(Loading::of(Box::pin(part_of(load, part))))
+        Ok::<_, Raised>(Loading::from_work(Box::pin(part_of(load, part))))
     })
 }
 

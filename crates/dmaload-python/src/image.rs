@@ -43,7 +43,7 @@ impl Image {
         if let Some(known) = tensors.get_item(name)? {
             return Ok(known.unbind());
         }
-        let tensor = Py::new(py, Tensor::of(self.image()?.tensor(name)?))?;
+        let tensor = Py::new(py, Tensor::new(self.image()?.tensor(name)?))?;
         // If two threads look up a name at the same time, both get the first thread's tensor.
         let known = tensors.call_method1("setdefault", (name, tensor))?;
         Ok(known.unbind())

@@ -12,7 +12,7 @@ pub(crate) struct Elements {
 
 impl Elements {
     /// Describes a tensor as an array of elements of its own type.
-    pub(crate) fn of(dtype: DType, shape: &[usize]) -> Self {
+    pub(crate) fn new(dtype: DType, shape: &[usize]) -> Self {
         Elements { shape: shape.to_vec(), bytes: dtype.element_bytes().unwrap_or(1) }
     }
 

@@ -61,7 +61,7 @@ impl Loading {
         Loading(Owned::new(Mutex::new(State { source, ready: None, progress: Progress::default() })))
     }
 
-    pub(crate) fn of(work: Work) -> Self {
+    pub(crate) fn from_work(work: Work) -> Self {
         Loading::new(Origin::Future(work))
     }
 
@@ -175,7 +175,7 @@ impl Loading {
             let Some(answer) = detached(py, || lock(state).ready.take()) else { return Ok(None) };
             let taken = match answer? {
                 Outcome::Image(loaded) => Some(Py::new(py, image::Image::new(py, loaded))?.into_any()),
-                Outcome::Tensor(loaded) => Some(Py::new(py, tensor::Tensor::of(loaded))?.into_any()),
+                Outcome::Tensor(loaded) => Some(Py::new(py, tensor::Tensor::new(loaded))?.into_any()),
                 Outcome::Part(part) => Some(Py::new(py, tensor::Tensor::of_part(part))?.into_any()),
                 Outcome::Headers(headers) => Some(describe::headers(py, headers)?),
                 Outcome::End => None,
@@ -247,7 +247,7 @@ pub(crate) fn start_attach(py: Python<'_>, socket: PathBuf, name: Option<String>
         let options = AttachOptions::default();
         let options = name.into_iter().fold(options, AttachOptions::name);
         let options = trusted_users.into_iter().fold(options, AttachOptions::trust_user);
-        Ok::<_, Raised>(Loading::of(Box::pin(attached(socket, options))))
+        Ok::<_, Raised>(Loading::from_work(Box::pin(attached(socket, options))))
     })
 }
 

@@ -55,7 +55,7 @@ pub(crate) struct Part {
 }
 
 impl Tensor {
-    pub(crate) fn of(tensor: dmaload::Tensor) -> Self {
+    pub(crate) fn new(tensor: dmaload::Tensor) -> Self {
         let (name, dtype, shape) = (tensor.name().to_owned(), tensor.dtype(), tensor.shape().to_vec());
         let bytes = bytes_of(dtype, &shape);
         let tensor = tensor.without_other_segments();
@@ -263,8 +263,8 @@ impl Tensor {
             let this = slf.get();
             let memory = this.memory(py)?;
             let format = this.format();
-            let of = if format.is_some() { Elements::of } else { Elements::as_bytes };
-            let elements = of(this.dtype, &this.shape);
+            let elements_of = if format.is_some() { Elements::new } else { Elements::as_bytes };
+            let elements = elements_of(this.dtype, &this.shape);
             let strides = elements.strides().into_iter().map(|stride| {
                 // Strides of an empty tensor have no meaning, so they may be any number.
                 signed(stride.saturating_mul(elements.bytes).min(isize::MAX.unsigned_abs()))

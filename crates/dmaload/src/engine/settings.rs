@@ -117,10 +117,11 @@ impl Settings {
             ));
         }
         let alignment = load.importer.alignment_bytes;
-        if !alignment.is_power_of_two() || alignment > LARGEST_SEGMENT_BYTES || alignment > 1 && load.layout != Layout::Tensors {
-            return wrong(format!(
-                "an alignment of {alignment} bytes is invalid: it must be a power of two up to 1 GiB, and needs the tensors layout"
-            ));
+        if !alignment.is_power_of_two() || alignment > LARGEST_SEGMENT_BYTES {
+            return wrong(format!("the alignment must be a power of two and at most 1 GiB, but is {alignment} bytes"));
+        }
+        if alignment > 1 && load.layout != Layout::Tensors {
+            return wrong(format!("an alignment of {alignment} bytes requires the tensors layout"));
         }
         let partial = load.select.is_partial() || load.layout == Layout::Tensors;
         if partial && (load.verify.is_some() || load.observer.is_some()) {

@@ -67,7 +67,7 @@ impl HeapChoice {
             HeapChoice::Anon => Arc::new(AnonHeap { pages }),
             HeapChoice::Udmabuf => Arc::new(UdmabufHeap::open(pages)?),
             HeapChoice::DmaHeap(_) if pages != Pages::Auto => {
-                return Err(Error::Config("pages: a dma-heap chooses its page sizes itself".to_owned()));
+                return Err(Error::Config("pages: a dma-heap chooses its page sizes itself: request no page size".to_owned()));
             }
             HeapChoice::DmaHeap(name) => Arc::new(DmaHeap::open(name)?),
         };
