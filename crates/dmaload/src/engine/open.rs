@@ -40,7 +40,7 @@ const KEPT_OPEN: usize = 8;
 impl Engine {
     /// Opens and plans a load, and announces it to the ring thread.
     pub(super) fn open(&self, load: &Arc<LoadShared>, heap: &HeapCode) {
-        let place = Place(&self.jobs);
+        let place = OpenPlace(&self.jobs);
         let limit = heap.call(load.heap(), |heap| heap.size_limit());
         let planned = limit.and_then(|limit| plan_all(self, load, limit));
         let Some(planned) = planned.map_err(|error| self.fail(load, error)).ok().filter(|_| !load.is_over()) else {
@@ -172,9 +172,9 @@ impl Engine {
 
 /// A load's place among the open loads. Dropping it frees the place, even if a panic unwinds the
 /// stack.
-struct Place<'a>(&'a Jobs<Arc<LoadShared>>);
+struct OpenPlace<'a>(&'a Jobs<Arc<LoadShared>>);
 
-impl Drop for Place<'_> {
+impl Drop for OpenPlace<'_> {
     fn drop(&mut self) {
         self.0.end();
     }
