@@ -137,7 +137,7 @@ def test_tensors_are_moved_to_the_device(tmp_path):
     [
         None,
         [0, 2],
-        [[]],
+        [],
         (2, None),
         (3, slice(None), [0, 1]),
         (slice(2, 5), [0, 1, 2]),

@@ -56,15 +56,18 @@ def load_model(
     """Loads a file into a module, and returns the missing and the unexpected names.
 
     A name that the file lacks is not missing if its tensor is the same memory as one that the file
-    has, as with tied weights. If ``strict``, other missing or unexpected names are an error.
-    ``backend`` is accepted for compatibility, but ignored.
+    has, as with tied weights. Of several missing names for the same memory, only the first counts.
+    If ``strict``, other missing or unexpected names are an error. ``backend`` is accepted for
+    compatibility, but ignored.
     """
     del backend
     tensors = load_file(filename, device)
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     own = model.state_dict()
     loaded = {_place(own[name]) for name in tensors if name in own}
-    absent = {name for name in missing if name not in own or _place(own[name]) not in loaded}
+    # One name for each tensor, even if several names share it.
+    named = {_place(own[name]) if name in own else name: name for name in sorted(missing, reverse=True)}
+    absent = {name for place, name in named.items() if place not in loaded}
     if strict and (absent or unexpected):
         lines = [f"{type(model).__name__} and {filename} do not match:"]
         if absent:
