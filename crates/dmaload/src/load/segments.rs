@@ -25,6 +25,18 @@ use crate::telemetry::report::Report;
 /// `Segments` holds only the report and the tensor maps, but no file, memory or address range.
 ///
 /// Dropping the `Segments` cancels the load. Segments that were already returned stay valid.
+///
+/// ```no_run
+/// # async fn upload(bytes: bytes::Bytes) {}
+/// # async fn example() -> dmaload::Result<()> {
+/// let loader = dmaload::Loader::builder().memory_limit_bytes(256 << 20).build()?;
+/// let mut segments = loader.load("larger-than-memory.safetensors").segments();
+/// while let Some(segment) = segments.next().await {
+///     upload(segment?.bytes()?).await;
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 #[must_use = "dropping a load cancels it"]
 pub struct Segments {

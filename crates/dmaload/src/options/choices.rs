@@ -173,6 +173,18 @@ impl Priority {
 }
 
 /// One rank's share of a model; see [`crate::LoadOptions::shard`].
+///
+/// ```no_run
+/// # async fn example() -> dmaload::Result<()> {
+/// use dmaload::{LoadOptions, Loader, Shard};
+///
+/// // The second quarter of the rows of each tensor.
+/// let shard = Shard { rank: 1, world_size: 4, dim: Some(0) };
+/// let options = LoadOptions::new().shard(shard);
+/// let image = Loader::new()?.load("model-folder").options(options).await?;
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shard {
     /// The rank, counted from 0.
@@ -188,6 +200,20 @@ pub struct Shard {
 /// What an importer of segments (the kernel driver of a GPU, an NPU or a codec) can map; see
 /// [`crate::LoadOptions::importer`]. The default sets no limits. A load that would exceed the
 /// limits fails with [`crate::Error::Importer`].
+///
+/// ```
+/// use dmaload::{ImporterLimits, Layout, LoadOptions};
+///
+/// // A device that imports at most 64 dma-bufs of up to 1 GiB, and reads tensors at multiples of
+/// // 256 bytes.
+/// let limits = ImporterLimits {
+///     max_segment_bytes: 1 << 30,
+///     max_segments: 64,
+///     alignment_bytes: 256,
+///     ..ImporterLimits::default()
+/// };
+/// let options = LoadOptions::new().layout(Layout::Tensors).importer(limits);
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ImporterLimits {
     /// The size in bytes of the largest dma-buf that the importer accepts: at least 1 MiB, and at

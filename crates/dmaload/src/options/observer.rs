@@ -26,6 +26,33 @@ use crate::support::foreign::Foreign;
 ///
 /// A panic fails the observer's load with [`crate::Error::Panicked`]; other loads are not
 /// affected.
+///
+/// ```no_run
+/// # async fn example() -> dmaload::Result<()> {
+/// use std::sync::Arc;
+/// use std::sync::atomic::{AtomicU64, Ordering};
+///
+/// use dmaload::{LoadOptions, Loader, Observer, Rejection};
+///
+/// /// Counts the zero bytes of a model.
+/// #[derive(Default)]
+/// struct Zeros(AtomicU64);
+///
+/// impl Observer for Zeros {
+///     fn bytes(&self, _file_index: usize, _offset: u64, bytes: &[u8]) -> Result<(), Rejection> {
+///         let zeros = bytes.iter().filter(|&&byte| byte == 0).count();
+///         self.0.fetch_add(zeros as u64, Ordering::Relaxed);
+///         Ok(())
+///     }
+/// }
+///
+/// let zeros = Arc::new(Zeros::default());
+/// let options = LoadOptions::new().observer(zeros.clone());
+/// let image = Loader::new()?.load("model.safetensors").options(options).await?;
+/// println!("{} of {} bytes are zero", zeros.0.load(Ordering::Relaxed), image.report().bytes);
+/// # Ok(())
+/// # }
+/// ```
 pub trait Observer: Send + Sync + 'static {
     /// Receives the next bytes of file number `file_index` (in load order), starting at `offset`.
     ///

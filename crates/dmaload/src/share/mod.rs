@@ -7,6 +7,22 @@
 //!                                                             └─► client: …
 //! ```
 //!
+//! ```no_run
+//! use dmaload::share::{AttachOptions, Server, ServerOptions, attach};
+//!
+//! # async fn example() -> dmaload::Result<()> {
+//! // One process loads the model and shares it until the server is dropped.
+//! let image = dmaload::Loader::new()?.load("model.safetensors").await?;
+//! let server = Server::bind("/run/model.sock", ServerOptions::default())?;
+//! server.publish("model", image)?;
+//!
+//! // Other processes map the same memory.
+//! let attached = attach("/run/model.sock", AttachOptions::default()).await?;
+//! println!("{} bytes", attached.image.tensor("lm_head.weight")?.bytes()?.len());
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! A server shares the memfds of the image's segments, sealed against writes, so the bytes stay
 //! the same for all processes. A client maps them and gets an [`Image`](crate::Image) with the
 //! same files, segments and tensors, but without the metadata in the files' headers. The memory
