@@ -14,7 +14,9 @@ pub(crate) fn headers(py: Python<'_>, headers: Vec<Inspected>) -> PyResult<Py<Py
         file.set_item("path", path.into_os_string())?;
         file.set_item("file_bytes", file_bytes)?;
         file.set_item("format", tensors.as_ref().map(TensorMap::format))?;
-        file.set_item("metadata", tensors.as_ref().map(|map| metadata(py, map)).transpose()?)?;
+        // For a file without metadata, `safe_open` returns None rather than an empty dictionary.
+        let described = tensors.as_ref().filter(|map| map.gguf().is_some() || map.metadata().is_present());
+        file.set_item("metadata", described.map(|map| metadata(py, map)).transpose()?)?;
         let infos = tensors.iter().flat_map(TensorMap::iter);
         let infos = infos.map(|info| {
             let (start, end) = (info.file_range.start, info.file_range.end);

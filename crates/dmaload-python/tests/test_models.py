@@ -90,10 +90,11 @@ def test_metadata_equals_the_headers(tmp_path):
     assert dmaload.load(path).metadata() == metadata
     with safe_open(path, "np") as oracle, dmaload.safe_open(path, "numpy") as file:
         assert file.metadata() == oracle.metadata() == metadata
-    path = write(tmp_path / "none.safetensors", {"w": tensor("U8", (4,))})
-    assert dmaload.load(path).metadata() == {}
-    with safe_open(path, "np") as oracle, dmaload.safe_open(path, "numpy") as file:
-        assert file.metadata() == oracle.metadata()
+    for metadata in (None, {}):
+        path = write(tmp_path / "none.safetensors", {"w": tensor("U8", (4,))}, metadata)
+        assert dmaload.load(path).metadata() == {}
+        with safe_open(path, "np") as oracle, dmaload.safe_open(path, "numpy") as file:
+            assert file.metadata() == oracle.metadata() == metadata
 
 
 def test_two_hundred_random_files_load(tmp_path):

@@ -213,10 +213,11 @@ class safe_open:  # noqa: N801, the name that safetensors uses
 
         If several files have the same key, the value comes from the first of these files.
         """
+        found = [header["metadata"] for header in self._model().headers]
         merged: dict[str, Any] = {}
-        for header in reversed(self._model().headers):
-            merged.update(header["metadata"] or {})
-        return merged or None
+        for metadata in reversed(found):
+            merged.update(metadata or {})
+        return None if all(metadata is None for metadata in found) else merged
 
     def get_tensor(self, name: str) -> Any:
         """Reads the tensor with this name."""

@@ -159,17 +159,25 @@ fn file_order(tensor: &TensorInfo) -> (u64, u64, &str) {
 /// The free-form strings of a file's `__metadata__`, in header order.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct SafetensorsMetadata {
+    is_present: bool,
     pairs: StringPairs,
     by_key: NameIndex,
 }
 
 impl SafetensorsMetadata {
-    /// Indexes the pairs by key. If a key occurs twice, the error is that key.
+    /// Indexes the pairs of a `__metadata__` object by key. If a key occurs twice, the error is
+    /// that key.
     pub(super) fn new(mut pairs: StringPairs) -> Result<Self, String> {
         pairs.text.shrink_to_fit();
         pairs.ends.shrink_to_fit();
         let by_key = NameIndex::new(pairs.len(), |i| pairs.key(i)).map_err(|duplicate| pairs.key(duplicate).to_owned())?;
-        Ok(Self { pairs, by_key })
+        Ok(Self { is_present: true, pairs, by_key })
+    }
+
+    /// Returns whether the header contains `__metadata__` and it is not null. It may be empty.
+    #[must_use]
+    pub fn is_present(&self) -> bool {
+        self.is_present
     }
 
     /// Returns the value for a key, or `None` if the metadata does not contain the key.

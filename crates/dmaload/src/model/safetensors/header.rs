@@ -51,8 +51,8 @@ pub(super) fn read(json: &str, data_begin: u64, data_bytes: u64) -> Result<Conte
         return Err(ModelError::BytesAfterJson { offset, found });
     }
 
-    let metadata =
-        SafetensorsMetadata::new(reader.metadata.unwrap_or_default()).map_err(|key| ModelError::DuplicateMetadataKey { key })?;
+    let metadata = reader.metadata.flatten().map(SafetensorsMetadata::new).transpose();
+    let metadata = metadata.map_err(|key| ModelError::DuplicateMetadataKey { key })?.unwrap_or_default();
     Ok(Contents { tensors: reader.tensors, metadata })
 }
 
@@ -61,8 +61,8 @@ struct Reader {
     data_begin: u64,
     data_bytes: u64,
     tensors: Vec<TensorInfo>,
-    /// `Some` once `__metadata__` has been read, even if its value was null.
-    metadata: Option<StringPairs>,
+    /// `Some` once `__metadata__` has been read, and `Some(None)` if its value was null.
+    metadata: Option<Option<StringPairs>>,
     /// The numbers in the list that is being read. This buffer is reused for all lists, so each
     /// shape is allocated only once, at its final size.
     numbers: Vec<u64>,
@@ -196,29 +196,29 @@ struct MetadataSeed<'a> {
 }
 
 impl<'de> DeserializeSeed<'de> for MetadataSeed<'_> {
-    type Value = StringPairs;
+    type Value = Option<StringPairs>;
 
-    fn deserialize<D: Deserializer<'de>>(self, json: D) -> Result<StringPairs, D::Error> {
+    fn deserialize<D: Deserializer<'de>>(self, json: D) -> Result<Option<StringPairs>, D::Error> {
         json.deserialize_option(self)
     }
 }
 
 impl<'de> Visitor<'de> for MetadataSeed<'_> {
-    type Value = StringPairs;
+    type Value = Option<StringPairs>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("an object of strings")
     }
 
-    fn visit_none<E: Error>(self) -> Result<StringPairs, E> {
-        Ok(StringPairs::default())
+    fn visit_none<E: Error>(self) -> Result<Option<StringPairs>, E> {
+        Ok(None)
     }
 
-    fn visit_some<D: Deserializer<'de>>(self, json: D) -> Result<StringPairs, D::Error> {
+    fn visit_some<D: Deserializer<'de>>(self, json: D) -> Result<Option<StringPairs>, D::Error> {
         json.deserialize_map(self)
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<StringPairs, A::Error> {
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Option<StringPairs>, A::Error> {
         let mut pairs = StringPairs::default();
         while map.next_key_seed(PushString(&mut pairs))?.is_some() {
             if let Err(error) = map.next_value_seed(PushString(&mut pairs)) {
@@ -226,7 +226,7 @@ impl<'de> Visitor<'de> for MetadataSeed<'_> {
                 return Err(error);
             }
         }
-        Ok(pairs)
+        Ok(Some(pairs))
     }
 }
 

@@ -104,9 +104,12 @@ mod valid_headers {
     }
 
     #[test]
-    fn null_metadata_is_accepted() {
-        let map = parse_with(r#"{"__metadata__":null}"#, 0).unwrap();
-        assert!(map.metadata().is_empty());
+    fn null_metadata_is_accepted_and_differs_from_an_empty_object() {
+        for (json, present) in [(r#"{"__metadata__":null}"#, false), ("{}", false), (r#"{"__metadata__":{}}"#, true)] {
+            let map = parse_with(json, 0).unwrap();
+            assert!(map.metadata().is_empty(), "{json}");
+            assert_eq!(map.metadata().is_present(), present, "{json}");
+        }
     }
 
     #[test]
