@@ -10,7 +10,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use dmaload::heap::{HeapError, HeapHooks, Hooked, MemfdHeap};
-use dmaload::{LoadOptions, Loader, Report};
+use dmaload::{Cache, LoadOptions, Loader, Report};
 use dmaload_testing::random_bytes;
 
 const FILE_BYTES: usize = 512 << 20;
@@ -32,12 +32,13 @@ impl HeapHooks for SlowHeap {
 
 fn load(path: &Path, delay: Duration, window_pieces: u64) -> anyhow::Result<Report> {
     let builder = Loader::builder().heap(Hooked::new(MemfdHeap::default(), SlowHeap(delay))).allocator_threads(1);
-    let loader = builder
-        .load_options(LoadOptions::new().segment_bytes(SEGMENT_BYTES as u64))
-        .window_bytes(window_pieces * SEGMENT_BYTES as u64)
-        .build()?;
+    // The file is in the page cache, because it has just been written.
+    let options = LoadOptions::new().segment_bytes(SEGMENT_BYTES as u64).cache(Cache::Bypass);
+    let loader = builder.load_options(options).window_bytes(window_pieces * SEGMENT_BYTES as u64).build()?;
     let runtime = tokio::runtime::Builder::new_current_thread().build()?;
-    Ok(runtime.block_on(loader.load(path).into_future())?.report().clone())
+    let report = runtime.block_on(loader.load(path).into_future())?.report().clone();
+    anyhow::ensure!(report.cached_bytes == 0, "{} bytes came from the page cache", report.cached_bytes);
+    Ok(report)
 }
 
 fn main() -> anyhow::Result<()> {
