@@ -1,4 +1,4 @@
-//! Compares memory with a file.
+//! Compares memory with a file, or with other memory.
 
 use std::io::{self, Read};
 
@@ -31,6 +31,17 @@ pub(crate) enum Difference {
     Unreadable(#[from] io::Error),
 }
 
+/// Returns the index of the first byte that differs, up to the end of the shorter slice. Equal
+/// bytes, the usual case, are compared at memory speed.
+#[must_use]
+pub fn first_difference(expected: &[u8], found: &[u8]) -> Option<usize> {
+    let len = expected.len().min(found.len());
+    if expected[..len] == found[..len] {
+        return None;
+    }
+    expected.iter().zip(found).position(|(expected, found)| expected != found)
+}
+
 /// Compares a whole file with memory.
 ///
 /// # Errors
@@ -46,7 +57,7 @@ pub(crate) fn compare(mut file: impl Read, memory: &[u8]) -> Result<(), Differen
         };
         let (read, rest) = (block.get(..count).unwrap_or_default(), memory.get(done..).unwrap_or_default());
         let found = rest.get(..count.min(rest.len())).unwrap_or_default();
-        if let Some(at) = read.iter().zip(found).position(|(expected, found)| expected != found) {
+        if let Some(at) = first_difference(read, found) {
             let byte = |bytes: &[u8]| bytes.get(at).copied().unwrap_or_default();
             return Err(Difference::Byte { offset: (done + at) as u64, expected: byte(read), found: byte(found) });
         }
@@ -84,6 +95,14 @@ mod tests {
             assert!(
                 matches!(error, Difference::Byte { offset, expected, found } if offset == at as u64 && expected ^ found == 0x10)
             );
+        }
+    }
+
+    #[test]
+    fn first_difference_lies_within_the_shorter_slice() {
+        assert_eq!(first_difference(b"abcd", b"abXd"), Some(2));
+        for (left, right) in [("abc", "abcX"), ("abcX", "abc"), ("", "abc"), ("", "")] {
+            assert_eq!(first_difference(left.as_bytes(), right.as_bytes()), None, "{left:?}, {right:?}");
         }
     }
 

@@ -63,6 +63,7 @@ use dmabuf::printable;
 use dmaload_text::At;
 use serde_json::Value;
 
+pub use compare::first_difference;
 pub use engine::Engine;
 pub use mode::{Mode, Peer};
 pub use pressure::{Cache, Pressure};

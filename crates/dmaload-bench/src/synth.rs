@@ -26,6 +26,8 @@ use std::path::Path;
 
 use dmaload_text::{At, FileError};
 
+use crate::compare::first_difference;
+
 /// The minimum size of a model in bytes. It leaves room for the header and the narrowest tensors.
 pub const BYTES_MIN: u64 = 4096;
 /// The unit of generated content, in bytes. All tensors begin and end at multiples of this unit.
@@ -228,8 +230,9 @@ impl Model {
             let expected = next_block(&mut block, self.bytes - at);
             self.generate(at, expected);
             let (piece, others) = rest.split_at(rest.len().min(expected.len() - skip));
-            compare(&expected[skip..][..piece.len()], piece)
-                .map_err(|differs| self.mismatch(at + (skip + differs) as u64, expected[skip + differs], piece[differs]))?;
+            if let Some(differs) = first_difference(&expected[skip..], piece) {
+                return Err(self.mismatch(at + (skip + differs) as u64, expected[skip + differs], piece[differs]));
+            }
             at += expected.len() as u64;
             skip = 0;
             rest = others;
@@ -306,18 +309,6 @@ fn random(seed: u64, index: u64) -> u64 {
     let other = state ^ 0xE703_7ED1_A0B4_28DB;
     let upper = (u128::from(state) * u128::from(other)) >> 64;
     upper as u64 ^ state.wrapping_mul(other)
-}
-
-/// Compares two blocks. The error is the index of the first difference. Equal blocks, the usual
-/// case, are compared at memory speed.
-fn compare(expected: &[u8], found: &[u8]) -> Result<(), usize> {
-    if expected == found {
-        return Ok(());
-    }
-    match expected.iter().zip(found).position(|(a, b)| a != b) {
-        Some(differs) => Err(differs),
-        None => Ok(()),
-    }
 }
 
 /// The dimensions of a Llama model, chosen so that a model of any size has a reasonable number of

@@ -12,6 +12,7 @@ use anyhow::{Context, Result, ensure};
 use dmabuf::{Pages, Udmabuf, printable};
 use dmaload::heap::{Heap, HeapChoice};
 use dmaload::{Attempt, Cache, Errno, ErrorKind, Format, Loader, Route, probe};
+use dmaload_bench::first_difference;
 use dmaload_bench::scratch::ScratchFile;
 use dmaload_text::{At, Named};
 
@@ -121,8 +122,16 @@ impl Trial {
 /// Returns random bytes that differ in each run, so that no layer of the storage can have cached
 /// them.
 fn random_bytes(len: u64) -> Vec<u8> {
-    let seeds = RandomState::new();
-    (0..len / 8).flat_map(|word| seeds.hash_one(word).to_ne_bytes()).collect()
+    // A xorshift64 generator, whose state must not be 0.
+    let mut state = RandomState::new().hash_one(0) | 1;
+    let mut bytes = vec![0; usize::try_from(len).unwrap_or_default() / 8 * 8];
+    for word in bytes.as_chunks_mut::<8>().0 {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        *word = state.to_ne_bytes();
+    }
+    bytes
 }
 
 fn write_in(folder: &Path, content: &[u8]) -> Result<ScratchFile> {
@@ -211,7 +220,7 @@ fn load_and_compare(heap: Arc<dyn Heap>, path: &Path, content: &[u8]) -> Result<
     for segment in image.segments() {
         let bytes = segment.bytes()?;
         let expected = content.get(compared..compared + bytes.len()).context("more bytes were loaded than written")?;
-        if let Some(wrong) = bytes.iter().zip(expected).position(|(loaded, written)| loaded != written) {
+        if let Some(wrong) = first_difference(&bytes, expected) {
             anyhow::bail!("WRONG BYTES were loaded: the first at offset {}", compared + wrong);
         }
         ensure!(segment.has_dma_buf() == exports, "a segment has no dma-buf, or one that its heap should not export");
