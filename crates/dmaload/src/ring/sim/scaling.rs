@@ -505,6 +505,7 @@ fn load(path: Path, device: f64, cores: usize, loads: usize) -> Outcome {
 }
 
 #[test]
+#[cfg_attr(debug_assertions, ignore = "slow without optimization: `just simulate` runs it")]
 fn threads_and_staging_grow_to_the_machines_limit() {
     use std::fmt::Write as _;
 
@@ -541,6 +542,7 @@ fn threads_and_staging_grow_to_the_machines_limit() {
 /// Together, loads from one file system may hold only slightly more of any resource than a single
 /// load may. That must be enough for all of them.
 #[test]
+#[cfg_attr(debug_assertions, ignore = "slow without optimization: `just simulate` runs it")]
 fn many_loads_of_one_file_system_are_as_fast_as_one() {
     for path in [Path::Direct, Path::StagedInCache] {
         for (device, cores) in [(3.0, 2), (14.0, 2), (14.0, 8), (50.0, 32)] {
