@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use dmabuf::printable;
-use dmaload_text::{At, FileError};
+use dmaload_text::{FileError, ForPath};
 use memmap2::MmapMut;
 use rustix::fs::{MemfdFlags, memfd_create};
 
@@ -58,13 +58,13 @@ pub fn load_cold(path: &Path) -> Result<Normal, BaselineError> {
 /// If the file is empty or a system call fails.
 pub fn load(path: &Path) -> Result<Normal, BaselineError> {
     let started = Instant::now();
-    let file = File::open(path).at("open", path)?;
-    let length = file.metadata().at("stat", path)?.len();
+    let file = File::open(path).for_path("open", path)?;
+    let length = file.metadata().for_path("stat", path)?.len();
     if length == 0 {
         return Err(BaselineError::Empty(path.to_owned()));
     }
-    let mut memory = allocate(length).at("allocate memory for", path)?;
-    let source = mapping::map_file(&file).at("map", path)?;
+    let mut memory = allocate(length).for_path("allocate memory for", path)?;
+    let source = mapping::map_file(&file).for_path("map", path)?;
     memory.copy_from_slice(&source);
     Ok(Normal { elapsed: started.elapsed(), memory })
 }

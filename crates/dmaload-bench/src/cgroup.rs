@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use dmabuf::printable;
-use dmaload_text::{At, FileError, Named};
+use dmaload_text::{FileError, ForPath, Named};
 
 use crate::leftovers;
 
@@ -60,7 +60,7 @@ impl Group {
     /// The kernel's error.
     pub(crate) fn add(&self, process: u32) -> Result<(), FileError> {
         let members = self.folder.join("cgroup.procs");
-        write_number(&members, u64::from(process)).at("add a process to", &members)
+        write_number(&members, u64::from(process)).for_path("add a process to", &members)
     }
 }
 

@@ -1,6 +1,6 @@
 //! The child process that measures one run ([`Load`]). When it receives the `prepare` command, the
 //! process gets ready. On `go`, it performs the run and writes the result as a line of JSON.
-//! [`fill`] and [`hog`] are the child processes that create memory pressure.
+//! [`fill_cache_on_request`] and [`hog`] are the child processes that create memory pressure.
 //!
 //! Each run has a separate process, so the CPU time, peak memory and leftovers of one mode do not
 //! affect the results of another.
@@ -18,7 +18,7 @@ use crate::mode::Mode;
 use crate::results::{Apart, Failure, ReadInto, Run};
 use crate::ways::{self, WrongBytes};
 
-pub use crate::pressure::{fill, hog};
+pub use crate::pressure::{fill_cache_on_request, hog};
 
 /// The usual locked memory limit for ordinary users, which has been the kernel's default since
 /// Linux 5.16.

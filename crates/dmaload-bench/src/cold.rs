@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use dmabuf::printable;
 use dmaload_text::bytes;
-use dmaload_text::{At, FileError};
+use dmaload_text::{FileError, ForPath};
 use rustix::fs::Advice;
 
 use crate::mapping;
@@ -86,17 +86,17 @@ pub enum ColdError {
 /// comply: see [`make_cold`].
 fn evict(file: &File, path: &Path) -> Result<(), FileError> {
     // The kernel does not drop dirty pages.
-    file.sync_all().at("write back", path)?;
-    rustix::fs::fadvise(file, 0, None, Advice::DontNeed).at("drop the cached pages of", path)
+    file.sync_all().for_path("write back", path)?;
+    rustix::fs::fadvise(file, 0, None, Advice::DontNeed).for_path("drop the cached pages of", path)
 }
 
 /// Determines how much of the file is in the page cache, without reading the file.
 fn residency(file: &File, path: &Path) -> Result<Residency, FileError> {
-    let total = file.metadata().at("stat", path)?.len();
+    let total = file.metadata().for_path("stat", path)?.len();
     let (resident, method) = match dmaload::probe::cached_bytes(file).map_err(io::Error::from) {
         Ok(resident) => (resident, Method::Cachestat),
         Err(error) if is_refusal(&error) => (count_by_mincore(file, path)?, Method::Mincore),
-        Err(error) => return Err(error).at("count the cached pages of", path),
+        Err(error) => return Err(error).for_path("count the cached pages of", path),
     };
     Ok(Residency { resident, total, method })
 }
@@ -110,11 +110,11 @@ fn is_refusal(error: &io::Error) -> bool {
 
 fn count_by_mincore(file: &File, path: &Path) -> Result<u64, FileError> {
     // An empty file can't be mapped, and has no pages to count.
-    if file.metadata().at("stat", path)?.len() == 0 {
+    if file.metadata().for_path("stat", path)?.len() == 0 {
         return Ok(0);
     }
-    let mapping = mapping::map_file(file).at("map", path)?;
-    mapping::mincore(&mapping).at("count the cached pages of", path)
+    let mapping = mapping::map_file(file).for_path("map", path)?;
+    mapping::mincore(&mapping).for_path("count the cached pages of", path)
 }
 
 /// Evicts the file from the page cache and verifies that none of it is still cached.
@@ -123,7 +123,7 @@ fn count_by_mincore(file: &File, path: &Path) -> Result<u64, FileError> {
 /// [`ColdError::StillCached`] if pages remain after several attempts, otherwise the error of the
 /// failed call.
 pub fn make_cold(path: &Path) -> Result<Residency, ColdError> {
-    let file = File::open(path).at("open", path)?;
+    let file = File::open(path).for_path("open", path)?;
     let mut attempt = 1;
     loop {
         evict(&file, path)?;
@@ -142,13 +142,13 @@ pub fn make_cold(path: &Path) -> Result<Residency, ColdError> {
 /// # Errors
 /// The error of the failed call, or ENOMEM if the page cache does not keep the file.
 pub fn make_warm(path: &Path) -> Result<(), FileError> {
-    let mut file = File::open(path).at("open", path)?;
+    let mut file = File::open(path).for_path("open", path)?;
     // Write dirty pages back first. Otherwise direct reads would have to wait for the writeback.
-    file.sync_all().at("write back", path)?;
-    io::copy(&mut file, &mut io::sink()).at("read", path)?;
+    file.sync_all().for_path("write back", path)?;
+    io::copy(&mut file, &mut io::sink()).for_path("read", path)?;
     let found = residency(&file, path)?;
     if found.resident < found.total {
-        return Err(io::Error::from_raw_os_error(libc::ENOMEM)).at("fully cache", path);
+        return Err(io::Error::from_raw_os_error(libc::ENOMEM)).for_path("fully cache", path);
     }
     Ok(())
 }

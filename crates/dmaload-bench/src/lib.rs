@@ -14,8 +14,9 @@
 //!
 //! The child processes run the same program as the [`Bench`]. They are started through
 //! `/proc/self/exe` (unless [`run_children_by`] sets another command) with `bench-child` as the
-//! first argument. The program must then call [`child::Load::run`], [`child::fill`] or
-//! [`child::hog`]. The program also implements [`Engine`], which creates the loaders to measure.
+//! first argument. The program must then call [`child::Load::run`],
+//! [`child::fill_cache_on_request`] or [`child::hog`]. The program also implements [`Engine`],
+//! which creates the loaders to measure.
 //!
 //! The other public modules are useful for any measurement: [`synth`] generates models in which
 //! every byte is known, [`scratch`] keeps files on a disk and removes them on a signal, [`cold`]
@@ -60,7 +61,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use dmabuf::printable;
-use dmaload_text::At;
+use dmaload_text::ForPath;
 use serde_json::Value;
 
 pub use compare::first_difference;
@@ -145,7 +146,7 @@ impl Bench {
         let paths = &settings.paths;
         let mut file_bytes = 0;
         for path in paths {
-            let about = fs::metadata(path).at("stat", path)?;
+            let about = fs::metadata(path).for_path("stat", path)?;
             if !about.is_file() {
                 bail!("{} is not a file", printable::path(&path));
             }

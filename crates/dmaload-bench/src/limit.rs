@@ -14,7 +14,7 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use dmaload_text::{At, FileError};
+use dmaload_text::{FileError, ForPath};
 
 use crate::sys::{Read, Reader};
 
@@ -109,8 +109,9 @@ pub(crate) fn plan(lengths: &[u64], part_bytes: usize, chunk_bytes: usize) -> (V
 /// # Errors
 /// If a file can't be opened with `O_DIRECT`.
 pub(crate) fn open(paths: &[PathBuf]) -> Result<Vec<File>, FileError> {
-    let open =
-        |path: &PathBuf| OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path).at("open with O_DIRECT", path);
+    let open = |path: &PathBuf| {
+        OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path).for_path("open with O_DIRECT", path)
+    };
     paths.iter().map(open).collect()
 }
 
@@ -139,21 +140,21 @@ pub(crate) fn read_all(
     let path = |file: usize| paths.get(file).map_or(Path::new("?"), PathBuf::as_path);
     let mut left = chunks.len();
     for slot in 0..depth {
-        start(reader, files, &mut slots, slot, queue.next(), into).at("read", path(0))?;
+        start(reader, files, &mut slots, slot, queue.next(), into).for_path("read", path(0))?;
     }
     while left > 0 {
-        reader.wait(&mut results).at("wait for reads of", path(0))?;
+        reader.wait(&mut results).for_path("wait for reads of", path(0))?;
         for (token, result) in results.drain(..) {
             let slot = usize::try_from(token).unwrap_or(usize::MAX);
             let Some(active) = slots.get_mut(slot).and_then(Option::take) else { continue };
             let place = path(active.chunk.file);
-            let next = advance(active, result).at("read", place)?;
+            let next = advance(active, result).for_path("read", place)?;
             if next.is_none() {
                 left -= 1;
             }
             match next {
-                Some(active) => push(reader, files, &mut slots, slot, active, into).at("read", place)?,
-                None => start(reader, files, &mut slots, slot, queue.next(), into).at("read", place)?,
+                Some(active) => push(reader, files, &mut slots, slot, active, into).for_path("read", place)?,
+                None => start(reader, files, &mut slots, slot, queue.next(), into).for_path("read", place)?,
             }
         }
     }

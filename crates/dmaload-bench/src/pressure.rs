@@ -8,7 +8,7 @@ use std::str::FromStr;
 
 use anyhow::{Context, Result};
 use bytesize::ByteSize;
-use dmaload_text::{At, bytes};
+use dmaload_text::{ForPath, bytes};
 use memmap2::MmapOptions;
 use serde_json::json;
 
@@ -100,7 +100,7 @@ impl Applied {
         let cache = match pressure {
             Some(Pressure::Cgroup(bytes, Some(_))) => {
                 let file = ScratchFile::create(folder, "bench-cache", bytes)?;
-                write_noise(file.file(), bytes).at("write to", file.path())?;
+                write_noise(file.file(), bytes).for_path("write to", file.path())?;
                 Some(file)
             }
             _ => None,
@@ -186,15 +186,15 @@ pub fn hog(bytes: u64, output: &mut dyn Write) -> Result<()> {
 ///
 /// # Errors
 /// If the file can't be read or written.
-pub fn fill(path: &Path, bytes: u64, dirty: bool, output: &mut dyn Write) -> Result<()> {
+pub fn fill_cache_on_request(path: &Path, bytes: u64, dirty: bool, output: &mut dyn Write) -> Result<()> {
     io::stdin().lock().read_line(&mut String::new())?;
     if dirty {
-        let file = OpenOptions::new().write(true).open(path).at("open", path)?;
-        write_noise(&file, bytes).at("write to", path)?;
+        let file = OpenOptions::new().write(true).open(path).for_path("open", path)?;
+        write_noise(&file, bytes).for_path("write to", path)?;
     } else {
-        let mut file = File::open(path).at("open", path)?;
+        let mut file = File::open(path).for_path("open", path)?;
         let mut block = vec![0; BLOCK];
-        while file.read(&mut block).at("read", path)? > 0 {}
+        while file.read(&mut block).for_path("read", path)? > 0 {}
     }
     report_ready(output)
 }

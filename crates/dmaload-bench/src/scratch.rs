@@ -25,7 +25,7 @@ use std::thread;
 
 use dmabuf::printable;
 use dmaload_text::bytes;
-use dmaload_text::{At, FileError, Named};
+use dmaload_text::{FileError, ForPath, Named};
 use rustix::fs::{Access, FsWord, StatFs, access, statfs};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -121,7 +121,7 @@ impl ScratchFile {
         remove_on_signals();
         let mut alive = lock_alive();
         let path = free_name(folder, suffix, &alive);
-        let file = OpenOptions::new().write(true).create_new(true).open(&path).at("create", &path)?;
+        let file = OpenOptions::new().write(true).create_new(true).open(&path).for_path("create", &path)?;
         alive.insert(path.clone());
         Ok(Self { path, file })
     }

@@ -24,7 +24,7 @@ use std::fs::File;
 use std::io::Write as _;
 use std::path::Path;
 
-use dmaload_text::{At, FileError};
+use dmaload_text::{FileError, ForPath};
 
 use crate::compare::first_difference;
 
@@ -193,11 +193,11 @@ impl Model {
         while written < self.bytes {
             let block = next_block(&mut block, self.bytes - written);
             self.generate(written, block);
-            file.write_all(block).at("write to", path)?;
+            file.write_all(block).for_path("write to", path)?;
             written += block.len() as u64;
             progress(written);
         }
-        file.sync_all().at("flush", path)
+        file.sync_all().for_path("flush", path)
     }
 
     /// Verifies all bytes of the model.
@@ -443,7 +443,7 @@ mod tests {
 
     fn write_model(path: &Path, bytes: u64, seed: u64, progress: impl FnMut(u64)) -> Result<Model, SynthError> {
         let model = Model::new(bytes, seed)?;
-        let file = File::create(path).at("create", path)?;
+        let file = File::create(path).for_path("create", path)?;
         model.write(&file, path, progress)?;
         Ok(model)
     }

@@ -112,7 +112,7 @@ fn verdicts(results: &Results) -> Vec<String> {
 fn remarks(results: &Results) -> Vec<String> {
     let plural = if results.rounds == 1 { "" } else { "s" };
     let mut lines = vec![format!(
-        "{} loaded {} in {} round{plural}; medians (min–max), ratios within a round{}{}",
+        "{} loaded {} in {} round{plural}{}{}; times are medians (min–max), ratios are computed within each round",
         bytes(results.file_bytes),
         if results.warm { "from the page cache (limit: from the device)" } else { "cold" },
         results.rounds,

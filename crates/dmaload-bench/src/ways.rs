@@ -17,7 +17,7 @@ use dmabuf::{Errno, Pages, page_bytes, printable};
 use dmaload::heap::{AnonHeap, Heap, MemfdHeap};
 use dmaload::verify::{Algorithm, Manifest, Recorder};
 use dmaload::{Image, LoadOptions, Loader, Route};
-use dmaload_text::At;
+use dmaload_text::ForPath;
 use rustix::thread::disable_transparent_huge_pages;
 
 use crate::compare::compare;
@@ -128,7 +128,7 @@ impl Files {
     fn open(paths: Vec<PathBuf>) -> Result<Self> {
         let mut files = Files { paths: Vec::new(), lengths: Vec::new() };
         for path in paths {
-            let length = fs::metadata(&path).at("stat", &path)?.len();
+            let length = fs::metadata(&path).for_path("stat", &path)?.len();
             // An empty file can't be mapped, and takes no time to load.
             if length > 0 {
                 files.paths.push(path);
@@ -186,14 +186,14 @@ fn run_normal_io(files: &Files, populate: bool) -> Result<Run> {
     let watch = Stopwatch::start();
     let mut loaded = Vec::new();
     for (path, length) in files.iter() {
-        let mut file = File::open(path).at("open", path)?;
+        let mut file = File::open(path).for_path("open", path)?;
         let length = usize::try_from(length)?;
         let mut region = Region::allocate(&heap, length)?;
         if populate {
             region.populate(&heap)?;
         }
         let memory = sys::bytes_mut(&mut region).get_mut(..length).context("the memory is shorter than the file")?;
-        file.read_exact(memory).at("read", path)?;
+        file.read_exact(memory).for_path("read", path)?;
         loaded.push(region);
     }
     let run = watch.stop(files);
@@ -250,7 +250,7 @@ fn run_at_once(loader: &Loader, files: &Files) -> Result<Run> {
 fn verify(image: &Image) -> Result<()> {
     for loaded in image.files() {
         let path = loaded.path();
-        let file = File::open(path).at("open", path)?;
+        let file = File::open(path).for_path("open", path)?;
         compare(file, &loaded.bytes()?).map_err(|what| WrongBytes { path: path.to_owned(), what: what.to_string() })?;
     }
     Ok(())
@@ -303,8 +303,8 @@ fn run_mmap(files: &Files) -> Result<Run> {
     let watch = Stopwatch::start();
     let mut loaded = Vec::new();
     for path in &files.paths {
-        let file = File::open(path).at("open", path)?;
-        let mapping = mapping::map_file(&file).at("map", path)?;
+        let file = File::open(path).for_path("open", path)?;
+        let mapping = mapping::map_file(&file).for_path("map", path)?;
         let touched: u64 = mapping.iter().step_by(page_bytes()).map(|&byte| u64::from(byte)).sum();
         black_box(touched);
         loaded.push(mapping);
@@ -319,7 +319,7 @@ fn run_tokio(files: &Files) -> Result<Run> {
     let loaded: Vec<Vec<u8>> = block_on(async {
         let mut loaded = Vec::new();
         for path in &files.paths {
-            loaded.push(tokio::fs::read(path).await.at("read", path)?);
+            loaded.push(tokio::fs::read(path).await.for_path("read", path)?);
         }
         anyhow::Ok(loaded)
     })??;

@@ -43,9 +43,9 @@ impl LoadStore {
     /// Like [`Self::load`], but takes options, such as an order for the tensors
     /// ([`LoadOptions::tensors`]).
     ///
-    /// If [`LoadOptions::shard`] loads only a part of a tensor, requesting this tensor is an
-    /// error. If the model exceeds the loader's memory limit, requesting a tensor fails with the
-    /// message of [`dmaload::Error::OverLimit`], because the load holds the whole model.
+    /// If [`LoadOptions::shard`] loads only part of a tensor, requesting that tensor is an error.
+    /// If the model exceeds the loader's memory limit, requesting a tensor fails with the same
+    /// message as [`dmaload::Error::OverLimit`], because the load holds the whole model.
     ///
     /// # Errors
     /// Returns the same errors as [`Self::load`].

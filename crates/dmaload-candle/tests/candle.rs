@@ -101,7 +101,7 @@ struct Gate {
 }
 
 impl Gate {
-    fn at(offset: u64) -> Arc<Self> {
+    fn new(offset: u64) -> Arc<Self> {
         Arc::new(Gate { offset, is_open: Mutex::new(false), opened: Condvar::new() })
     }
 
@@ -195,7 +195,7 @@ fn tensors_arrive_while_the_rest_is_read() {
     let folder = folder();
     let path = write_layers(folder.path());
     let loader = loader();
-    let gate = Gate::at(3 * SEGMENT as u64 / 2);
+    let gate = Gate::new(3 * SEGMENT as u64 / 2);
     let options = loader.load_options().observer(gate.clone());
     let weights = Weights::load_with(&loader, [&path], options, DType::F32, &CPU).unwrap();
     let vb = weights.var_builder();
@@ -290,7 +290,7 @@ fn failed_load_fails_waiting_callers() {
     let folder = folder();
     let path = write_layers(folder.path());
     let loader = loader();
-    let gate = Gate::at(3 * SEGMENT as u64 / 2);
+    let gate = Gate::new(3 * SEGMENT as u64 / 2);
     let options = loader.load_options().observer(gate.clone());
     let weights = Weights::load_with(&loader, [&path], options, DType::F32, &CPU).unwrap();
     let vb = weights.var_builder();
@@ -312,7 +312,7 @@ fn dropped_weights_cancel_the_load_and_free_its_memory() {
     let folder = folder();
     let path = write_layers(folder.path());
     let loader = loader();
-    let gate = Gate::at(3 * SEGMENT as u64 / 2);
+    let gate = Gate::new(3 * SEGMENT as u64 / 2);
     let options = loader.load_options().observer(gate.clone());
     let weights = Weights::load_with(&loader, [&path], options, DType::F32, &CPU).unwrap();
     let vb = weights.var_builder();

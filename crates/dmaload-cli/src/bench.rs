@@ -17,7 +17,7 @@ use dmaload::{Loader, Route};
 use dmaload_bench::scratch::ScratchFile;
 use dmaload_bench::synth::Model;
 use dmaload_bench::{Bench, Engine, Mode, Pressure, Settings, child};
-use dmaload_text::At;
+use dmaload_text::ForPath;
 
 use crate::engine::{self, EngineArguments, block_on};
 use crate::manifests::record_manifest;
@@ -124,7 +124,7 @@ pub(crate) fn run(arguments: &Arguments, command_line: &[OsString]) -> Result<u8
     }
     stdout.flush()?;
     if let Some(path) = &arguments.plot {
-        fs::write(path, results.to_svg()).at("write the chart to", path)?;
+        fs::write(path, results.to_svg()).for_path("write the chart to", path)?;
     }
     Ok(if results.failed() { crate::status::FAILURE } else { crate::status::SUCCESS })
 }
@@ -141,7 +141,7 @@ pub(crate) fn run_child(arguments: Child) -> Result<()> {
             load.run(&bench.engine, errors::describe, &mut stdout)
         }
         Child::Hog { bytes } => child::hog(bytes, &mut stdout),
-        Child::Fill { bytes, path, dirty } => child::fill(&path, bytes, dirty, &mut stdout),
+        Child::Fill { bytes, path, dirty } => child::fill_cache_on_request(&path, bytes, dirty, &mut stdout),
     }
 }
 
@@ -171,7 +171,7 @@ fn print_progress(line: &str) {
 fn make_file(arguments: &Arguments, size: u64) -> Result<ScratchFile> {
     let model = Model::new(size, SEED)?;
     let file = ScratchFile::create(arguments.dir.as_deref(), "bench.safetensors", size)?;
-    file.file().set_permissions(Permissions::from_mode(0o644)).at("make readable for other users", file.path())?;
+    file.file().set_permissions(Permissions::from_mode(0o644)).for_path("make readable for other users", file.path())?;
     write_model(&model, &file)?;
     Ok(file)
 }

@@ -12,7 +12,7 @@ use std::process::Command;
 use anyhow::{Result, ensure};
 use command_fds::{CommandFdExt, FdMapping};
 use dmaload::{Errno, Error, Image, Segment};
-use dmaload_text::At;
+use dmaload_text::ForPath;
 use serde_json::{Value, json};
 
 /// The first descriptor after standard input, output and error.
@@ -48,7 +48,7 @@ pub(crate) fn run(image: &Image, program: &OsStr, arguments: &[impl AsRef<OsStr>
     let mappings =
         (FIRST_FD..).zip(firsts).map(|(child_fd, segment)| Ok(FdMapping { parent_fd: duplicate_descriptor(segment)?, child_fd }));
     command.fd_mappings(mappings.collect::<Result<_>>()?)?;
-    let status = command.status().at("run", Path::new(program))?;
+    let status = command.status().for_path("run", Path::new(program))?;
     let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
     Ok(code.and_then(|code| u8::try_from(code).ok()).unwrap_or(crate::status::FAILURE))
 }

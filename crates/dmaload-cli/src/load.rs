@@ -11,7 +11,7 @@ use dmaload::heap::HeapChoice;
 use dmaload::verify::Algorithm;
 use dmaload::{Error, ImporterLimits, Layout, Shard, Source};
 use dmaload_bench::usage;
-use dmaload_text::At;
+use dmaload_text::ForPath;
 
 use crate::checksums::Checksums;
 use crate::engine::{self, EngineArguments, block_on};
@@ -151,7 +151,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let image = block_on(finish(load, quiet))?.map_err(about)?;
     let used = Used::since(cpu_before);
     if let Some(file) = &arguments.trace {
-        std::fs::write(file, trace::to_json(image.report()).to_string()).at("write the timeline to", file)?;
+        std::fs::write(file, trace::to_json(image.report()).to_string()).for_path("write the timeline to", file)?;
     }
     let digests = match &checksums {
         Some(checksums) => checksums.finish(&image)?.into_iter().map(Some).collect(),

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use dmabuf::printable;
 use dmaload::LoadOptions;
 use dmaload::verify::{Algorithm, Digest, Manifest, Recorder};
-use dmaload_text::At;
+use dmaload_text::ForPath;
 
 /// Records a manifest of the files' current contents.
 pub(crate) async fn record_manifest(
@@ -105,7 +105,7 @@ impl Against {
 }
 
 fn read(path: &Path) -> Result<Manifest> {
-    let json = std::fs::read(path).at("read", path)?;
+    let json = std::fs::read(path).for_path("read", path)?;
     let about = || {
         let path = printable::path(path);
         let lines = String::from_utf8_lossy(&json);

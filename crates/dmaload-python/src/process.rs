@@ -138,7 +138,8 @@ pub(crate) fn detached<T: Send>(py: Python<'_>, work: impl FnOnce() -> T + Send)
 }
 
 /// A value that belongs to one process. A forked child can read it, but leaks it instead of
-/// dropping it: the drop may need threads that the child does not have, and locks that they held.
+/// dropping it: dropping may require threads that do not exist in the child, or locks that these
+/// threads held at the time of the fork.
 #[derive(Debug)]
 pub(crate) struct Owned<T> {
     process: &'static Process,

@@ -22,17 +22,17 @@ pub struct FileError {
 }
 
 /// Adds the action and the file to the error of a failed call.
-pub trait At<T> {
+pub trait ForPath<T> {
     /// Adds `action` and `path` to an error. `action` completes the sentence "cannot … PATH":
     /// `"open"`, `"write to"`.
     ///
     /// # Errors
     /// Returns the original error, with the action and the file added.
-    fn at(self, action: &'static str, path: &Path) -> Result<T, FileError>;
+    fn for_path(self, action: &'static str, path: &Path) -> Result<T, FileError>;
 }
 
-impl<T, E: Into<io::Error>> At<T> for Result<T, E> {
-    fn at(self, action: &'static str, path: &Path) -> Result<T, FileError> {
+impl<T, E: Into<io::Error>> ForPath<T> for Result<T, E> {
+    fn for_path(self, action: &'static str, path: &Path) -> Result<T, FileError> {
         self.map_err(|cause| FileError { action, path: path.to_owned(), cause: cause.into() })
     }
 }
@@ -57,7 +57,7 @@ mod tests {
     #[test]
     fn failed_open_names_file_and_errno() {
         let path = Path::new("/nonexistent/model.safetensors");
-        let error = std::fs::File::open(path).at("open", path).unwrap_err();
+        let error = std::fs::File::open(path).for_path("open", path).unwrap_err();
         assert_eq!(error.to_string(), "cannot open /nonexistent/model.safetensors: ENOENT (No such file or directory)");
     }
 

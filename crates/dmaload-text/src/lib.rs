@@ -8,5 +8,5 @@ mod file_error;
 mod table;
 
 pub use amount::{bytes, duration, grouped, rate};
-pub use file_error::{At, FileError, Named};
+pub use file_error::{FileError, ForPath, Named};
 pub use table::{Align, Pairs, Table};

@@ -26,7 +26,7 @@ fn map(memory: &Memory, bytes: usize) -> Mapping {
     AddressRange::reserve(bytes).unwrap().map(memory, 0, bytes).unwrap()
 }
 
-fn fill(mapping: &Mapping, byte: u8) {
+fn fill_mapping(mapping: &Mapping, byte: u8) {
     // SAFETY: the mapping is writable and has that many bytes, and only this test uses it.
     unsafe { mapping.address().as_ptr().write_bytes(byte, mapping.bytes()) };
 }
@@ -45,7 +45,7 @@ fn heap_allocates_whole_pages_for_reading_and_writing() {
         assert_eq!(rustix::fs::seek(dma_buf, rustix::fs::SeekFrom::End(0)), Ok(allocated as u64));
         let mapping = map(&memory, allocated);
         let access = dma_buf.cpu_access(Access::ReadWrite).unwrap();
-        fill(&mapping, 0xA5);
+        fill_mapping(&mapping, 0xA5);
         assert!(bytes_of(&mapping).iter().all(|&byte| byte == 0xA5));
         access.end().unwrap();
     }
@@ -57,7 +57,7 @@ fn reused_memory_is_zeroed() {
         let memory = Memory::DmaBuf(system_heap().allocate(MIB).unwrap());
         let mapping = map(&memory, MIB);
         assert!(bytes_of(&mapping).iter().all(|&byte| byte == 0));
-        fill(&mapping, 0xFF);
+        fill_mapping(&mapping, 0xFF);
     }
 }
 
@@ -207,7 +207,7 @@ fn assert_part_is_coherent(pages: Pages) {
             let word: [u8; 8] = bytes_of(&above)[at..][..8].try_into().unwrap();
             assert_eq!(u64::from_ne_bytes(word), ((offset + at) / page) as u64, "{pages:?}");
         }
-        fill(&above, 0x5A);
+        fill_mapping(&above, 0x5A);
         assert!(bytes_of(&below)[offset..offset + len].iter().all(|&byte| byte == 0x5A), "{pages:?}");
     }
     assert_eq!(bytes_of(&below)[0], 0, "bytes outside of the parts must be unchanged");

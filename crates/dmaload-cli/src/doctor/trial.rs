@@ -14,7 +14,7 @@ use dmaload::heap::{Heap, HeapChoice};
 use dmaload::{Attempt, Cache, Errno, ErrorKind, Format, Loader, Route, probe};
 use dmaload_bench::first_difference;
 use dmaload_bench::scratch::ScratchFile;
-use dmaload_text::{At, Named};
+use dmaload_text::{ForPath, Named};
 
 use crate::engine::block_on;
 use crate::errors;
@@ -135,13 +135,13 @@ fn random_bytes(len: u64) -> Vec<u8> {
 }
 
 fn write_in(folder: &Path, content: &[u8]) -> Result<ScratchFile> {
-    let folder = fs::canonicalize(folder).at("resolve", folder)?;
+    let folder = fs::canonicalize(folder).for_path("resolve", folder)?;
     write_content(ScratchFile::create_in(&folder, "doctor.bin")?, content)
 }
 
 fn write_content(scratch: ScratchFile, content: &[u8]) -> Result<ScratchFile> {
     ensure!(!content.is_empty(), "the file size limit (ulimit -f) is too small for a file");
-    scratch.file().write_all(content).at("write to", scratch.path())?;
+    scratch.file().write_all(content).for_path("write to", scratch.path())?;
     Ok(scratch)
 }
 
@@ -151,14 +151,14 @@ fn write_memfd(content: &[u8]) -> Result<(File, PathBuf)> {
     let mut file = File::from(rustix::fs::memfd_create("dmaload-doctor", rustix::fs::MemfdFlags::CLOEXEC)?);
     file.write_all(content)?;
     let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
-    fs::metadata(&path).at("stat", &path)?;
+    fs::metadata(&path).for_path("stat", &path)?;
     Ok((file, path))
 }
 
 /// Reads the first [`BYTES_MAX`] bytes of a file through the page cache.
 fn read_beginning(path: &Path) -> Result<(&Path, Vec<u8>)> {
     let mut content = Vec::new();
-    File::open(path).at("open", path)?.take(BYTES_MAX).read_to_end(&mut content).at("read", path)?;
+    File::open(path).for_path("open", path)?.take(BYTES_MAX).read_to_end(&mut content).for_path("read", path)?;
     Ok((path, content))
 }
 

@@ -34,8 +34,8 @@ const FREEING_TIME: Duration = Duration::from_secs(10);
 
 impl Engine {
     /// Opens a batch's files, gets its memory, and passes its pieces to the ring thread. If one of
-    /// these steps fails, the load fails. The part of `permit` and `advance` that the batch does
-    /// not use is returned when they are dropped.
+    /// these steps fails, the load fails. Whatever the batch does not use of `permit` and
+    /// `advance` is returned when these are dropped.
     pub(super) fn allocate(
         self: &Arc<Self>,
         load: &Arc<LoadShared>,

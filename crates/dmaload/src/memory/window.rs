@@ -133,7 +133,8 @@ impl<L: Clone + PartialEq> Holders<L> {
         held
     }
 
-    /// Whether this load may take one more of `all` units for a file on this file system.
+    /// Returns whether this load may take another unit for a file on this file system. `all` is
+    /// the number of units that exist.
     pub(crate) fn may_have_one(&self, all: u64, load: &L, file_system: u64) -> bool {
         may_have_one(all, self.taken, self.held_by(load, file_system))
     }

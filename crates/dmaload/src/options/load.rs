@@ -169,14 +169,14 @@ impl LoadOptions {
 
     /// Sets the size of a segment: a multiple of 2 MiB, at most 1 GiB, and at most the loader's
     /// window. Smaller segments are usable earlier. Larger ones need fewer descriptors, since each
-    /// allocation has its own.
+    /// segment has its own descriptor.
     ///
-    /// Default: [`Self::SEGMENT_BYTES`], 64 MiB. The default is smaller if the heap or the
-    /// importer accepts only smaller segments, or if memory is limited. On dma-heaps, which
-    /// allocate a whole segment at once, it is at most an eighth of the window. It is larger if
-    /// too few descriptors are available for a load that keeps all its segments, such as one that
-    /// is awaited as an image. A size that you set is never changed. With [`Layout::Single`], this
-    /// size does not determine the size of segments, but must still be valid.
+    /// By default, segments have [`Self::SEGMENT_BYTES`] (64 MiB). They are smaller if the heap or
+    /// the importer accepts only smaller segments, or if memory is limited. On dma-heaps, which
+    /// allocate a whole segment at once, they have at most an eighth of the window. They are
+    /// larger if too few descriptors are available for a load that keeps all its segments, such as
+    /// one that is awaited as an image. A size that you set is never adjusted. With
+    /// [`Layout::Single`], it has no effect, but must still be valid.
     #[must_use]
     pub fn segment_bytes(mut self, bytes: u64) -> Self {
         self.segment_bytes = Some(bytes);

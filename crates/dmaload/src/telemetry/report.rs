@@ -100,7 +100,7 @@ impl std::fmt::Display for Way {
     }
 }
 
-/// How fast each way of reading was, measured on parts of a load.
+/// The speed of each way of reading, as measured on parts of a load.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct Measured {

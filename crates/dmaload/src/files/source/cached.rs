@@ -157,8 +157,8 @@ impl OpenFile {
             return Ok(());
         }
         // On ext4 and btrfs, this call takes the lock that writers hold. On xfs, reads from the
-        // cache take it. The offset of this file description is not used, and ENXIO means that the
-        // file has no data.
+        // cache take that lock, too. It does not matter that this call moves the offset of the
+        // file description, since nothing uses it. ENXIO means that the file has no data.
         match seek(&self.buffered, SeekFrom::Data(0)) {
             Ok(_) | Err(Errno::NXIO) => {}
             Err(errno) => return Err(errno),

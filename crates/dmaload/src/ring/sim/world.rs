@@ -322,7 +322,7 @@ impl World {
         let pieces = load.plan.batches[batch].pieces.clone();
         let mut cached = BTreeMap::new();
         for number in pieces.clone() {
-            let (file, piece) = load.piece(number);
+            let (file, piece) = load.numbered_piece(number);
             let bytes = piece.bytes.min(load.files[file].0.bytes.saturating_sub(piece.file_offset));
             let chunk = |chunk: usize| chunk as u64 * load.chunk_bytes;
             // A chunk that extends past the end of a file cannot be cached completely.
@@ -338,7 +338,7 @@ impl World {
         let refuses = self.random.chance(self.faults.no_memory_per_mille).then_some(Errno::NOMEM);
         let parts: Vec<_> = pieces
             .map(|number| {
-                let (file, piece) = load.piece(number);
+                let (file, piece) = load.numbered_piece(number);
                 let spec = FileSpec {
                     handle: load.files[file].0.clone(),
                     index: file,
@@ -453,7 +453,7 @@ impl World {
                     );
                     load.bounced |= route == Some(Route::Bounce);
                     if let Some((observer, _)) = &load.observed {
-                        let (file, piece) = load.piece(number);
+                        let (file, piece) = load.numbered_piece(number);
                         assert!(observer.has_seen(file, piece.file_offset + piece.bytes), "a piece was not observed");
                     }
                     load.check_bytes(number, buffer.contents());

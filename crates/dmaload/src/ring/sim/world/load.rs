@@ -56,7 +56,7 @@ impl SimLoad {
     }
 
     /// Returns the index of the piece's file, and the piece.
-    pub(crate) fn piece(&self, number: usize) -> (usize, Piece) {
+    pub(crate) fn numbered_piece(&self, number: usize) -> (usize, Piece) {
         let piece = self.plan.pieces[number];
         (self.plan.segments[piece.segment].file, piece)
     }
@@ -73,7 +73,7 @@ impl SimLoad {
 
     /// Checks a full piece: the file's bytes, and zeros after them.
     pub(crate) fn check_bytes(&self, number: usize, seen: &[u8]) {
-        let (file, piece) = self.piece(number);
+        let (file, piece) = self.numbered_piece(number);
         let file = &self.files[file].0;
         assert_eq!(seen.len() as u64, piece.memory_bytes);
         for (at, &byte) in seen.iter().enumerate() {
