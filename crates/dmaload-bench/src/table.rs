@@ -112,9 +112,9 @@ fn verdicts(results: &Results) -> Vec<String> {
 fn remarks(results: &Results) -> Vec<String> {
     let plural = if results.rounds == 1 { "" } else { "s" };
     let mut lines = vec![format!(
-        "{} loaded {} in {} round{plural}{}{}; times are medians (min–max), ratios are computed within each round",
+        "{} loaded {} in {} round{plural}{}{}; times are medians (min–max), and ratios are computed within each round",
         bytes(results.file_bytes),
-        if results.warm { "from the page cache (limit: from the device)" } else { "cold" },
+        if results.warm { "from the page cache (except `limit`, which reads from the device)" } else { "cold" },
         results.rounds,
         results.user.map(|user| format!(", as user {user}")).unwrap_or_default(),
         results.pressure.as_ref().map(|pressure| format!(", under pressure: {pressure}")).unwrap_or_default(),

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +100,21 @@ class SlowFile:
     def release(self):
         self.server.stdin.write("go\n")
         self.server.stdin.flush()
+
+    def bytes_requested_since_release(self):
+        self.server.stdin.write("late\n")
+        self.server.stdin.flush()
+        while (line := self.server.stdout.readline()) == "held\n":
+            pass
+        return int(line)
+
+    def wait_until_idle(self):
+        """Waits until nothing is requested for a second, and returns how much was requested."""
+        requested = -1
+        while (now := self.bytes_requested_since_release()) != requested:
+            requested = now
+            time.sleep(1)
+        return requested
 
 
 @pytest.fixture

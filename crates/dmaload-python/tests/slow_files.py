@@ -2,9 +2,10 @@
 given offset on: `slow_files.py MOUNT_POINT SOURCE HELD_FROM`. Requires root.
 
 The program prints `mounted` when the file system is mounted, and `held` when it first holds back a
-read. After a line on standard input, it answers all held reads and all later ones. When standard
-input ends, it exits, and later requests fail. The caller has to unmount the file system. The
-protocol is defined in include/uapi/linux/fuse.h.
+read. After the line `go` on standard input, it answers all held reads and all later ones. After
+the line `late`, it prints how many bytes were requested since `go`. When standard input ends, it
+exits, and later requests fail. The caller has to unmount the file system. The protocol is defined
+in include/uapi/linux/fuse.h.
 """
 
 import ctypes
@@ -47,7 +48,7 @@ class Server:
     def __init__(self, mount_point, source, held_from):
         self.source = os.open(source, os.O_RDONLY)
         self.size = os.fstat(self.source).st_size
-        self.held_from, self.held, self.released = held_from, [], False
+        self.held_from, self.held, self.released, self.late = held_from, [], False, 0
         self.device = os.open("/dev/fuse", os.O_RDWR)
         options = f"fd={self.device},rootmode=40000,user_id=0,group_id=0,allow_other"
         libc = ctypes.CDLL(None, use_errno=True)
@@ -98,6 +99,7 @@ class Server:
             self.answer(unique, struct.pack("<QII", 0, 0, 0))
         elif opcode == READ:
             _, offset, size = struct.unpack_from("<QQI", body)
+            self.late += size if self.released else 0
             if self.released or offset + size <= self.held_from:
                 self.read(unique, offset, size)
             else:
@@ -123,12 +125,16 @@ class Server:
         while True:
             ready, _, _ = select.select([self.device, 0], [], [])
             if 0 in ready:
-                if not os.read(0, 100):
+                lines = os.read(0, 100)
+                if not lines:
                     return
-                self.released = True
-                for each in self.held:
-                    self.read(*each)
-                self.held = []
+                if b"go\n" in lines:
+                    self.released = True
+                    for each in self.held:
+                        self.read(*each)
+                    self.held = []
+                if b"late\n" in lines:
+                    print(self.late, flush=True)
             if self.device in ready:
                 try:
                     self.handle(os.read(self.device, MOST + 65536))

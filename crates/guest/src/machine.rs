@@ -18,7 +18,7 @@ use crate::transcript::{Event, Transcript};
 
 /// A guest that prints nothing for this long is considered hung.
 const SILENCE_MAX: Duration = Duration::from_secs(120);
-/// While no results arrive, the console and the time limits are checked at this interval.
+/// How often the console and the time limits are checked while no results arrive.
 const TICK: Duration = Duration::from_millis(200);
 
 /// The kernel's command line. To speed up the boot, some parameters turn off mitigations,
