@@ -15,6 +15,7 @@ use serde_json::json;
 use crate::cgroup::Group;
 use crate::cold;
 use crate::host;
+use crate::noise::fill_with_noise;
 use crate::scratch::ScratchFile;
 use crate::worker::{self, Worker};
 
@@ -208,13 +209,7 @@ fn report_ready(output: &mut dyn Write) -> Result<()> {
 /// repeated, with a different number in each 512-byte sector.
 fn write_noise(mut file: &File, bytes: u64) -> io::Result<()> {
     let mut block = MmapOptions::new().len(BLOCK).map_anon()?;
-    let mut state = 0x9E37_79B9_7F4A_7C15_u64;
-    for word in block.chunks_exact_mut(8) {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        word.copy_from_slice(&state.to_le_bytes());
-    }
+    fill_with_noise(&mut block, 0x9E37_79B9_7F4A_7C15);
     let mut written = 0;
     while written < bytes {
         for (number, sector) in (written / 512..).zip(block.chunks_exact_mut(512)) {

@@ -12,8 +12,8 @@ use anyhow::{Context, Result, ensure};
 use dmabuf::{Pages, Udmabuf, printable};
 use dmaload::heap::{Heap, HeapChoice};
 use dmaload::{Attempt, Cache, Errno, ErrorKind, Format, Loader, Route, probe};
-use dmaload_bench::first_difference;
 use dmaload_bench::scratch::ScratchFile;
+use dmaload_bench::{fill_with_noise, first_difference};
 use dmaload_text::{ForPath, Named};
 
 use crate::engine::block_on;
@@ -122,15 +122,8 @@ impl Trial {
 /// Returns random bytes that differ in each run, so that no layer of the storage can have cached
 /// them.
 fn random_bytes(len: u64) -> Vec<u8> {
-    // A xorshift64 generator, whose state must not be 0.
-    let mut state = RandomState::new().hash_one(0) | 1;
     let mut bytes = vec![0; usize::try_from(len).unwrap_or_default() / 8 * 8];
-    for word in bytes.as_chunks_mut::<8>().0 {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        *word = state.to_ne_bytes();
-    }
+    fill_with_noise(&mut bytes, RandomState::new().hash_one(0));
     bytes
 }
 
